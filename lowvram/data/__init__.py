@@ -1,0 +1,1 @@
+"""Tokens from text: reading, tokenizing, packing, loading; knows no model."""

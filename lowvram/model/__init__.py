@@ -1,0 +1,1 @@
+"""The networks: configuration in, logits out; knows no data, no optimizer."""

@@ -1,0 +1,70 @@
+"""Bytes, token counts and durations as people write them: parsed and printed here and nowhere else."""
+
+from __future__ import annotations
+
+import re
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+_BYTES = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
+
+
+def _parse(text: str | int | float, suffixes: dict[str, int], what: str, example: str) -> int:
+    match = _NUMBER.fullmatch(str(text))
+    if match is None or match[2].lower() not in suffixes:
+        raise ValueError(f"{text!r} is not {what}; write it like {example}")
+    return round(float(match[1].replace("_", "")) * suffixes[match[2].lower()])
+
+
+def parse_count(text: str | int | float) -> int:
+    """Return a whole number from `1200000`, `"1.2e9"`, `"1.2B"` or `"300M"` (decimal multiples)."""
+    return _parse(text, _DECIMAL, "a count", '"1.2e9", "1.2B" or 1200000000')
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Return bytes from `"12GB"` (10⁹), `"8 GiB"` (2³⁰) or a plain number."""
+    return _parse(text, _BYTES, "a size", '"12GB" or "8GiB"')
+
+
+def show_bytes(count: int | float) -> str:
+    """Return bytes in binary multiples: `1.5 GiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} TiB"
+
+
+def show_count(count: int | float) -> str:
+    """Return a count with a decimal multiple: `24.7M`, `1.2B`, `512`."""
+    value = float(count)
+    for unit in ("", "k", "M"):
+        if abs(value) < 999.95:
+            return f"{value:.0f}" if unit == "" else f"{value:.1f}{unit}"
+        value /= 1000
+    return f"{value:.2f}B"
+
+
+def show_duration(seconds: float) -> str:
+    """Return a duration in its two largest units: `3 d 04 h`, `2 h 05 min`, `45 s`."""
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
+    if days:
+        return f"{days} d {hours:02d} h"
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    if minutes:
+        return f"{minutes} min {whole % 60:02d} s"
+    return f"{whole} s"
