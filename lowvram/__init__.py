@@ -11,8 +11,8 @@ _HOMES = {
     "ModelConfig": "lowvram.config",
     "TrainConfig": "lowvram.config",
     "RunConfig": "lowvram.config",
-    "load_run": "lowvram.config",
-    "load_preset": "lowvram.config",
+    "load_run": "lowvram.runfile",
+    "load_preset": "lowvram.runfile",
     "Plan": "lowvram.plan",
     "Transformer": "lowvram.model.transformer",
     "Tokenizer": "lowvram.data.tokenizer",
@@ -21,7 +21,7 @@ _HOMES = {
     "Engine": "lowvram.generate.engine",
     "Sampler": "lowvram.generate.sampling",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> object:

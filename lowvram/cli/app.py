@@ -1,0 +1,52 @@
+"""`lowvram`: which command was meant, and what a failure looks like; every command's work is in its own file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import lowvram
+from lowvram.errors import LowvramError, ShapeError
+
+COMMANDS = ("demo", "tokenizer", "data", "train", "evaluate", "chat")
+_DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
+_EPILOG = "Begin with `lowvram demo`: the whole road in a few minutes.  `lowvram COMMAND --help` explains each."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser("lowvram", description=_DESCRIPTION, epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"lowvram {lowvram.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        importlib.import_module(f"lowvram.cli.{name}").add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0 done, 1 an error that the user can mend, 2 wrong usage, 130 interrupted."""
+    _speak_utf8()
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments) or 0)
+    except (LowvramError, ShapeError) as error:
+        from lowvram.cli.show import show_error
+
+        show_error(str(error))
+        return 1
+    except BrokenPipeError:
+        # The reader went away (`lowvram … | head`): not an error, and nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _speak_utf8() -> None:
+    """A Turkish Windows console would print cp1254 or cp857 otherwise."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")

@@ -1,0 +1,199 @@
+"""`lowvram demo`: the whole road in minutes, with the very functions that the other commands use."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+SEED = 1
+HELD_OUT_SEED = 2
+SAMPLE_CHARACTERS = 2_000_000
+HELD_OUT_CHARACTERS = 60_000
+MOST_USER_CHARACTERS = 20_000_000
+HELD_OUT_SHARE = 0.03
+VOCABULARY = 4096
+PROMPTS = ("Ayşe", "Bu sabah", "Ankara'da")
+_MARKER = ".lowvram-demo"
+# Chosen so that the whole takes under five minutes on two processor cores.
+_RUN_FILE = """\
+[model]
+layers = 4
+dim = 192
+attention = { kind = "gqa", heads = 4, kv_heads = 2, head_dim = 48 }
+ffn = { kind = "swiglu", hidden = 512 }
+
+[data]
+train = "shards/train"
+valid = "shards/valid"
+tokenizer = "tok"
+
+[train]
+tokens = 983_040
+seq_len = 128
+batch_tokens = 2_048
+precision = "fp32"
+optimizer = { name = "adamw", lr = 3e-3 }
+schedule = { kind = "wsd", warmup = 0.05, decay = 0.3 }
+
+[run]
+dir = "run"
+validate_every = 120
+sample_every = 10_000
+"""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "demo",
+        help="the whole road in a few minutes, on any machine",
+        description="From text to a model that answers, in a few minutes and without network or GPU: tokenizer, "
+        "shards, plan, training, an interruption and a resume, bits per byte, three prompts.  Each step names the "
+        "command that does it on your own text.",
+    )
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="your own files instead of generated Turkish text")
+    parser.add_argument("--dir", type=Path, default=Path("lowvram-demo"), help="where to work (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: auto)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Walk the road."""
+    from lowvram.cli.data import pack_with_progress
+    from lowvram.cli.tokenizer import train_with_progress
+    from lowvram.cli.train import train
+    from lowvram.runfile import load_run
+    from lowvram.units import show_bytes
+
+    home = _claim(arguments.dir)
+    train_file, valid_file = home / "text/train.txt", home / "text/valid.txt"
+
+    _say(1, "Text", f"lowvram demo --text FOLDER   (this folder: {home})")
+    source = "your files" if arguments.text else "generated Turkish, the project's own"
+    _write_text(arguments.text, train_file, valid_file)
+    learnt, held_out = (show_bytes(file.stat().st_size) for file in (train_file, valid_file))
+    _tell(f"{source}: {learnt} to learn, {held_out} held out")
+
+    _say(2, "Tokenizer", f"lowvram tokenizer train FOLDER --vocab {VOCABULARY} --out tok")
+    tokenizer = train_with_progress([train_file], VOCABULARY, home / "tok")
+    sample = train_file.read_text(encoding="utf-8")[:60].split("\n")[0]
+    pieces = "·".join(tokenizer.decode([token]) for token in tokenizer.encode(sample))
+    _tell(f"{tokenizer.size} ids; {pieces}")
+
+    _say(3, "Shards", "lowvram data pack FOLDER --tokenizer tok --out shards/train")
+    for name, file in (("train", train_file), ("valid", valid_file)):
+        shards = pack_with_progress([file], tokenizer, home / "shards" / name)
+        _tell(f"{name}: {shards.tokens:,} tokens of {shards.documents:,} documents")
+
+    _say(4, "Plan and training", "lowvram train run.toml")
+    run_file = home / "run.toml"
+    run_file.write_text(_RUN_FILE, encoding="utf-8")
+    what = load_run(run_file, [], lambda _: tokenizer.size)
+    train(what, device=arguments.device, stop_at=what.train.steps // 2)
+
+    _say(5, "Interrupted half-way, as by Ctrl-C; now on", "lowvram train run.toml   (the same command)")
+    train(what, device=arguments.device)
+
+    _say(6, "Bits per byte of held-out text", "lowvram evaluate run")
+    _evaluate(home / "run", arguments.device)
+
+    _say(7, "Three prompts", 'lowvram chat run --prompt "Bir gün"')
+    _answer(home / "run", arguments.device)
+    _tell(f"Done.  Everything is in {home}; delete it when you like.")
+
+
+def _say(number: int, what: str, command: str) -> None:
+    from lowvram.cli.show import out
+
+    out.print(f"\n[bold]{number}/7 {what}[/]")
+    out.print(f"    [dim]$[/] [green]{command}[/]", markup=True)
+
+
+def _tell(text: str) -> None:
+    from lowvram.cli.show import result
+
+    result(f"    {text}")
+
+
+def _claim(home: Path) -> Path:
+    """Return an empty demo directory; only one that an earlier demo made is ever emptied."""
+    from lowvram.errors import ConfigError
+    from lowvram.files import DISK
+
+    if home.exists() and any(home.iterdir()):
+        if not (home / _MARKER).exists():
+            raise ConfigError(
+                f"--dir {home} is not empty.", "No earlier demo made it, so nothing is deleted.", "Name another --dir."
+            )
+        DISK.delete(home)
+    (home / "text").mkdir(parents=True, exist_ok=True)
+    (home / _MARKER).touch()
+    return home
+
+
+def _write_text(folder: Path | None, train_file: Path, valid_file: Path) -> None:
+    from lowvram.data.sample import sample_documents
+
+    if folder is None:
+        _write(train_file, sample_documents(SEED, SAMPLE_CHARACTERS))
+        _write(valid_file, sample_documents(HELD_OUT_SEED, HELD_OUT_CHARACTERS))
+        return
+    train, valid = _split(folder)
+    _write(train_file, train)
+    _write(valid_file, valid)
+
+
+def _split(folder: Path) -> tuple[list[str], list[str]]:
+    """Hold out a share of the user's documents, chosen by their own hash."""
+    from lowvram.cli.show import notice
+    from lowvram.data.text import documents, find_files
+    from lowvram.errors import DataError
+
+    train: list[str] = []
+    valid: list[str] = []
+    read = 0
+    for text in (text for file in find_files([folder]) for text in documents(file)):
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+        (valid if number < HELD_OUT_SHARE * 2**32 else train).append(text)
+        read += len(text)
+        if read > MOST_USER_CHARACTERS:
+            notice(f"    Only the first {MOST_USER_CHARACTERS:,} characters are used here.")
+            break
+    if not valid and len(train) > 1:
+        valid.append(train.pop())
+    if not train or not valid:
+        raise DataError(
+            f"{folder} has {len(train) + len(valid)} documents.",
+            "One part is learnt and another held out, so at least two are needed.",
+            "Separate documents by blank lines.",
+        )
+    return train, valid
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
+    def lines() -> Iterator[str]:
+        for text in texts:
+            yield text.strip("\n") + "\n\n"
+
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.writelines(lines())
+
+
+def _evaluate(run_dir: Path, device: str) -> None:
+    from lowvram.cli.evaluate import run as evaluate
+
+    evaluate(argparse.Namespace(checkpoint=run_dir, data=None, tokens=None, json=False, device=device))
+
+
+def _answer(run_dir: Path, device: str) -> None:
+    from lowvram.cli.chat import answer
+    from lowvram.cli.load import load_model
+    from lowvram.generate.engine import Engine
+    from lowvram.generate.sampling import Sampler
+
+    loaded = load_model(run_dir, device)
+    for prompt in PROMPTS:
+        engine = Engine(loaded.model, loaded.tokenizer, loaded.what.train.seq_len, loaded.dtype)
+        answer(engine, prompt, Sampler(temperature=0.6), tokens=40, shown=f"    {prompt}")

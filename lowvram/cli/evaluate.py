@@ -1,0 +1,77 @@
+"""`lowvram evaluate`: bits per byte of held-out text, beside a bigram baseline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.cli.train import DEVICES
+
+if TYPE_CHECKING:
+    from lowvram.data.shards import ShardSet
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="bits per byte of a trained model",
+        description="Measure bits per byte: how many bits the model needs for one byte of held-out text.  The number "
+        "does not depend on the tokenizer, so it compares any two models on the same text; a bigram model counted on "
+        "the training shards stands beside it.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
+    parser.add_argument("--data", type=Path, metavar="SHARDS", help="shards to measure on (default: the run's own)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: the best one here)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure and print."""
+    from lowvram.cli.load import load_model
+    from lowvram.cli.show import bar, result
+    from lowvram.data.shards import ShardSet
+    from lowvram.errors import DataError
+    from lowvram.evaluate.bits_per_byte import score
+
+    loaded = load_model(arguments.checkpoint, arguments.device)
+    place = arguments.data or loaded.what.data.valid
+    if place is None:
+        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
+    tokenizer, seq_len = loaded.tokenizer, loaded.what.train.seq_len
+    shards = ShardSet.open(place, tokenizer.hash)
+    with bar("Reading held-out text") as line:
+        found = score(
+            loaded.model, shards, tokenizer.bos_id, seq_len, loaded.dtype, arguments.tokens, progress=line.tell
+        )
+    baseline = _baseline(loaded.what.data.train[0].path, shards, tokenizer.bos_id, tokenizer.size, tokenizer.hash)
+    if arguments.json:
+        values = {
+            "checkpoint": str(loaded.checkpoint.directory),
+            "step": loaded.checkpoint.step,
+            "data": str(place),
+            "bits_per_byte": found.bits_per_byte,
+            "loss": found.loss,
+            "targets": found.targets,
+            "bigram_bits_per_byte": baseline,
+        }
+        result(json.dumps(values))
+        return
+    result(f"{loaded.checkpoint.directory} on {place}: {found.targets:,} tokens in windows of {seq_len}")
+    result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
+    if baseline is not None:
+        result(f"  bigram model   {baseline:.4f}   (counted on {loaded.what.data.train[0].path})")
+
+
+def _baseline(train: Path, valid: ShardSet, bos_id: int, vocabulary: int, tokenizer_hash: str) -> float | None:
+    """Return the bigram model's bits per byte on the whole of `valid`, or None where the training shards are gone."""
+    from lowvram.data.shards import ShardSet
+    from lowvram.evaluate.bits_per_byte import bigram_score
+
+    if not train.is_dir():
+        return None
+    return bigram_score(ShardSet.open(train, tokenizer_hash), valid, bos_id, vocabulary).bits_per_byte

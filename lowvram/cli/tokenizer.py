@@ -1,0 +1,63 @@
+"""`lowvram tokenizer`: train one on text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowvram.data.tokenizer import Tokenizer
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("tokenizer", help="train a tokenizer on text", description="Tokenizers.")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    train = actions.add_parser(
+        "train",
+        help="learn a byte-level BPE vocabulary",
+        description="Learn a byte-level BPE vocabulary from text.  The result is a plain tokenizer.json that "
+        "transformers and tokenizers load too; every string survives encoding and decoding unchanged.",
+    )
+    train.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
+    train.add_argument("--vocab", type=int, default=32768, metavar="N", help="number of ids (default: %(default)s)")
+    train.add_argument("--out", type=Path, default=Path("tok"), metavar="DIR", help="where to (default: %(default)s)")
+    train.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")
+    train.set_defaults(run=run_train)
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    """Train and say what came out."""
+    from lowvram.cli.show import result
+
+    tokenizer = train_with_progress(arguments.text, arguments.vocab, arguments.out, arguments.field)
+    result(f"{arguments.out}: {tokenizer.size} ids" + _explain_size(tokenizer.size, arguments.vocab))
+    result(f"Next: lowvram data pack {' '.join(map(str, arguments.text))} --tokenizer {arguments.out} --out shards")
+
+
+def train_with_progress(paths: Sequence[Path], vocabulary: int, out: Path, field: str = "text") -> Tokenizer:
+    """Train a tokenizer on files, showing how much was read; returns the Tokenizer."""
+    from lowvram.cli.show import bar
+    from lowvram.data.text import documents, find_files
+    from lowvram.data.tokenizer import train_tokenizer
+    from lowvram.units import show_bytes
+
+    files = find_files(paths)
+    with bar("Learning the vocabulary") as line:
+
+        def texts() -> Iterator[str]:
+            read = 0
+            for number, file in enumerate(files):
+                for text in documents(file, field):
+                    read += len(text)
+                    line.tell(number, None, f"{show_bytes(read)} read")
+                    yield text
+            line.tell(len(files), None, f"{show_bytes(read)} read, merging")
+
+        return train_tokenizer(texts(), vocabulary, out)
+
+
+def _explain_size(size: int, asked: int) -> str:
+    return f" (the text has no more than that to merge; {asked} were asked for)" if size < asked else ""

@@ -1,0 +1,99 @@
+"""`lowvram train`: start a run, or go on with it; Ctrl-C saves."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowvram.config import RunConfig
+    from lowvram.train.trainer import Trainer
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "train",
+        help="start a run, or go on with it",
+        description="Train what RUN.toml describes.  Starting and resuming are the same command.  Ctrl-C once saves "
+        "and stops; twice stops at once, and the last checkpoint is kept.",
+    )
+    parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="what to learn, from which shards")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value: --set optimizer.lr=3e-4"
+    )
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences at a time (default: chosen, then kept)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: the best one here)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the run file and train."""
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.runfile import load_run
+
+    what = load_run(arguments.run_file, arguments.set, lambda directory: Tokenizer.load(directory).size)
+    train(what, arguments.micro_batch, arguments.device)
+
+
+def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto", stop_at: int | None = None) -> bool:
+    """Train and show it; returns whether all tokens were seen.  stop_at: interrupt after this step, as Ctrl-C would."""
+    from lowvram.cli.machine import choose_device
+    from lowvram.cli.show import TrainingScreen, notice
+    from lowvram.train.log import open_logs
+    from lowvram.train.prepare import prepare
+    from lowvram.train.start import lock_run, settle_plan
+    from lowvram.train.trainer import StepDone, Stopped
+
+    place = choose_device(device)
+    with ExitStack() as stack:
+        stack.enter_context(lock_run(what.run.dir))
+        plan, reason = settle_plan(what.run.dir, what.train, micro_batch)
+        notice(
+            f"{what.model.num_parameters():,} parameters in {what.train.precision} on {place}; plan: "
+            f"{plan.micro_batch} sequences × {plan.accumulate} a step ({reason})."
+        )
+        trainer = prepare(what, plan, place)
+        logs = open_logs(what.run.dir, what.run.log)
+        for log in logs:
+            stack.callback(log.close)
+        stack.enter_context(_stop_on_ctrl_c(trainer))
+        screen = stack.enter_context(TrainingScreen(what.train.steps))
+        for event in trainer.run():
+            for log in logs:
+                log.write(event)
+            screen.show(event)
+            if isinstance(event, StepDone) and event.step == stop_at:
+                trainer.stop()
+        assert isinstance(event, Stopped), "a run's last event is Stopped"
+        return event.is_finished
+
+
+@contextmanager
+def _stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
+    """The first signal asks the trainer to save and end; the second ends the process without touching a file."""
+    from lowvram.cli.show import notice
+
+    asked = False
+
+    def ask(_number: int, _frame: object) -> None:
+        nonlocal asked
+        if asked:
+            os._exit(130)
+        asked = True
+        notice("Stopping: this step is finished and saved first.  Once more stops at once, unsaved.", "yellow")
+        trainer.stop()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

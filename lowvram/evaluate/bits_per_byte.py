@@ -1,0 +1,98 @@
+"""Bits per byte of held-out text: the one number that models with different tokenizers share.
+
+Every token after a document's BOS counts, in windows of `seq_len` without overlap; the sum of their negative
+log2-probabilities is divided by the UTF-8 bytes of the original text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
+
+from lowvram.data.shards import ShardSet
+from lowvram.model.transformer import Transformer
+
+_IGNORED = -100
+
+
+class Score(NamedTuple):
+    """nats: the summed negative log-likelihood.  targets: predicted tokens.  text_bytes: of the text they stand for."""
+
+    nats: float
+    targets: int
+    text_bytes: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for one byte of text."""
+        return self.nats / math.log(2) / self.text_bytes
+
+    @property
+    def loss(self) -> float:
+        """Nats per predicted token."""
+        return self.nats / self.targets
+
+
+@torch.no_grad()
+def score(
+    model: Transformer,
+    shards: ShardSet,
+    bos_id: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    most_tokens: int | None = None,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Score the first `most_tokens` tokens of a shard set (all if None).
+
+    The bytes of a part are the whole's, in proportion to the predicted tokens.  progress: called with
+    (windows done, windows).
+    """
+    device = model.embedding.device
+    total = min(shards.tokens, most_tokens + 1 if most_tokens else shards.tokens)
+    windows = math.ceil((total - 1) / seq_len)
+    nats, targets = 0.0, 0
+    for first in range(0, windows, batch):
+        count = min(batch, windows - first)
+        flat = np.full(count * seq_len + 1, _IGNORED, dtype=np.int64)
+        read = shards.read(first * seq_len, min(count * seq_len + 1, total - first * seq_len))
+        flat[: len(read)] = read
+        target_N = torch.from_numpy(flat[1:].copy())
+        target_N[target_N == bos_id] = _IGNORED
+        input_BT = torch.from_numpy(np.maximum(flat[:-1], 0)).unflatten(0, (count, seq_len))
+        stream_BTD, _ = model(input_BT.to(device), dtype)
+        nats += linear_cross_entropy(stream_BTD.flatten(0, 1), model.head_VD, target_N.to(device)).item()
+        targets += int((target_N != _IGNORED).sum())
+        if progress:
+            progress(min(first + batch, windows), windows)
+    return Score(nats, targets, shards.text_bytes * targets / max(1, shards.tokens - shards.documents))
+
+
+def bigram_score(train: ShardSet, valid: ShardSet, bos_id: int, vocabulary: int) -> Score:
+    """Score the valid shards by token bigrams counted on the training shards: what a model must beat.
+
+    Bigrams are interpolated with unigrams by Witten & Bell (1991, method C), unigrams with the uniform distribution.
+    """
+    seen = train.read(0, train.tokens).astype(np.int64)
+    unigram_V = np.bincount(seen, minlength=vocabulary).astype(np.float64)
+    kinds = np.count_nonzero(unigram_V)
+    unigram_V = (unigram_V + kinds / vocabulary) / (len(seen) + kinds)
+    pairs, counts = np.unique(seen[:-1] * vocabulary + seen[1:], return_counts=True)
+    context_V = np.bincount(pairs // vocabulary, weights=counts, minlength=vocabulary)
+    followers_V = np.bincount(pairs // vocabulary, minlength=vocabulary)
+    text = valid.read(0, valid.tokens).astype(np.int64)
+    before, after = text[:-1], text[1:]
+    before, after = before[after != bos_id], after[after != bos_id]
+    wanted = before * vocabulary + after
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    count = np.where(pairs[place] == wanted, counts[place], 0)
+    total = context_V[before] + followers_V[before]
+    mixed = (count + followers_V[before] * unigram_V[after]) / np.maximum(total, 1)
+    probability = np.where(total > 0, mixed, unigram_V[after])
+    return Score(float(-np.log(probability).sum()), len(after), float(valid.text_bytes))

@@ -1,0 +1,187 @@
+"""Attention, GQA and MLA, for training and for decoding through a cache; knows no feed-forward layer.
+
+Legend: B batch, T queries, S keys, D model width, H heads, G key/value heads, K width of a query and key,
+V width of a value, C kv_lora_rank, R half the rotated width, W window.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowvram.config import Gqa, Mla, ModelConfig
+from lowvram.model.cache import Cache
+from lowvram.model.exact import ExactBuffers
+from lowvram.model.linear import Linear, RmsNorm
+from lowvram.model.positions import add_alibi_columns, rotate, slopes
+
+Table = tuple[Tensor, Tensor] | None
+
+
+def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention of the last T of S tokens over all S, or over the `window` last ones of each query.
+
+    Returns [B, H, T, V].  Values narrower than keys are padded: fused kernels refuse unequal widths.
+    """
+    queries, keys, value_width = q_BHTK.shape[2], k_BGSK.shape[2], v_BGSV.shape[3]
+    v_BGSK = F.pad(v_BGSV, (0, k_BGSK.shape[3] - value_width)) if value_width != k_BGSK.shape[3] else v_BGSV
+    if queries == keys:
+        if window is None or window >= keys:
+            out = _attention(q_BHTK, k_BGSK, v_BGSK, scale, causal=True)
+        else:
+            out = _slide(q_BHTK, k_BGSK, v_BGSK, scale, window)
+    elif queries == 1:
+        first = max(0, keys - window) if window is not None else 0
+        out = _attention(q_BHTK, k_BGSK[:, :, first:], v_BGSK[:, :, first:], scale)
+    else:
+        mask_TS = _visible(queries, keys, window, q_BHTK.device)
+        out = _attention(q_BHTK, k_BGSK, v_BGSK, scale, mask=mask_TS)
+    return out[..., :value_width]
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    distance_TS = (
+        torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
+    )
+    seen_TS = distance_TS >= 0
+    return seen_TS if window is None else seen_TS & (distance_TS < window)
+
+
+def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window: int) -> Tensor:
+    """Blocks of `window` queries over their own and the previous block of keys; nothing of size T × T exists."""
+    length = q_BHTK.shape[2]
+    padding = -length % window
+    q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q_BHTK, k_BGTK, v_BGTK))
+    blocks = q.shape[2] // window
+
+    def fold(x: Tensor) -> Tensor:
+        return x.unflatten(2, (-1, window)).transpose(1, 2).flatten(0, 1)
+
+    def with_previous(x: Tensor) -> Tensor:
+        x_BNGWK = x.unflatten(2, (blocks, window)).transpose(1, 2)
+        return torch.cat([x_BNGWK[:, :-1], x_BNGWK[:, 1:]], dim=3).flatten(0, 1)
+
+    first = _attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, causal=True)
+    mask = _visible(window, 2 * window, window, q.device)
+    rest = _attention(fold(q[:, :, window:]), with_previous(k), with_previous(v), scale, mask=mask)
+    rest = rest.unflatten(0, (q.shape[0], blocks - 1)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, rest], dim=2)[:, :, :length]
+
+
+class GqaAttention(ExactBuffers):
+    """Grouped-query attention with RoPE or ALiBi."""
+
+    def __init__(self, model: ModelConfig, config: Gqa, layer: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.layer, self.window = layer, model.window_of(layer)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        yarn = model.positions.yarn if model.positions.kind == "rope" else None
+        self.scale = self.head_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
+        self.q_proj = Linear(model.dim, config.heads * config.head_dim, device)
+        self.k_proj = Linear(model.dim, config.kv_heads * config.head_dim, device)
+        self.v_proj = Linear(model.dim, config.kv_heads * config.head_dim, device)
+        self.o_proj = Linear(config.heads * config.head_dim, model.dim, device)
+        self.q_norm = RmsNorm(config.head_dim, model.norm_eps, device) if config.qk_norm else None
+        self.k_norm = RmsNorm(config.head_dim, model.norm_eps, device) if config.qk_norm else None
+        slope_H = slopes(config.heads).to(device or "cpu") if model.positions.kind == "alibi" else None
+        self.register_buffer("slope_H", slope_H, persistent=False)
+
+    def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
+        """Attend causally; with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
+        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))
+        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if table is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, table, interleaved=False), rotate(k_BTGK, table, interleaved=False)
+        if cache is not None:
+            k_BTGK, v_BTGK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
+        q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+        if self.slope_H is not None:
+            q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, self.slope_H, self.scale)
+        out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
+        return self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
+
+
+class MlaAttention(nn.Module):
+    """Multi-head latent attention: expanded for training, absorbed over the latent cache for decoding."""
+
+    def __init__(self, model: ModelConfig, config: Mla, layer: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.layer, self.window, self.config = layer, model.window_of(layer), config
+        yarn = model.positions.yarn if model.positions.kind == "rope" else None
+        self.scale = config.query_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
+        queries = config.heads * config.query_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(model.dim, queries, device)
+        else:
+            self.q_a_proj = Linear(model.dim, config.q_lora_rank, device)
+            self.q_a_norm = RmsNorm(config.q_lora_rank, model.norm_eps, device)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, device)
+        self.kv_a_proj = Linear(model.dim, config.kv_lora_rank + config.rope_dim, device)
+        self.kv_a_norm = RmsNorm(config.kv_lora_rank, model.norm_eps, device)
+        self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), device)
+        self.o_proj = Linear(config.heads * config.value_dim, model.dim, device)
+
+    def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
+        """Attend causally; with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
+        assert table is not None, "MLA goes with RoPE"
+        q_BTHK = rotate(self._queries(x_BTD), table, interleaved=True)
+        latent_BTC, k_rope_BTR = self.kv_a_proj(x_BTD).split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
+        latent_BTC = self.kv_a_norm(latent_BTC)
+        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
+        if cache is None:
+            out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR)
+        else:
+            first = cache.length == 0
+            memory_BSL = cache.store_latent(self.layer, torch.cat([latent_BTC, k_rope_BTR], dim=-1))
+            # Nothing lies before the first tokens, so they need no memory; the expanded form is cheaper for many.
+            out_BTHV = (
+                self._expanded(q_BTHK, latent_BTC, k_rope_BTR) if first else self._absorbed(q_BTHK, memory_BSL)
+            )
+        return self.o_proj(out_BTHV.flatten(2))
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(x_BTD)
+        else:
+            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
+        return q.unflatten(-1, (self.config.heads, self.config.query_dim))
+
+    def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor) -> Tensor:
+        """k = [W_uk c | k_rope], v = W_uv c: every head's keys and values exist."""
+        config = self.config
+        kv = self.kv_b_proj(latent_BTC).unflatten(-1, (config.heads, config.nope_dim + config.value_dim))
+        k_nope, v_BTHV = kv.split([config.nope_dim, config.value_dim], dim=-1)
+        k_BTHK = torch.cat([k_nope, k_rope_BTR.unsqueeze(2).expand(-1, -1, config.heads, -1)], dim=-1)
+        # A copy, so that what attention keeps for backward does not keep the un-positioned keys alive too.
+        v_BHTV = v_BTHV.transpose(1, 2)
+        if config.value_dim == config.query_dim:
+            v_BHTV = v_BTHV.contiguous().transpose(1, 2)
+        out_BHTV = attend(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BHTV, self.scale, self.window)
+        return out_BHTV.transpose(1, 2)
+
+    def _absorbed(self, q_BTHK: Tensor, memory_BSL: Tensor) -> Tensor:
+        """W_uk moves to the query and W_uv behind the sum, so the latent cache serves as the keys and the values."""
+        config = self.config
+        up = self.kv_b_proj.weight.to(q_BTHK.dtype).unflatten(0, (config.heads, config.nope_dim + config.value_dim))
+        up_k_HNC, up_v_HVC = up.split([config.nope_dim, config.value_dim], dim=1)
+        q_nope, q_rope = q_BTHK.split([config.nope_dim, config.rope_dim], dim=-1)
+        q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, up_k_HNC)
+        queries, keys = q_BTHK.shape[1], memory_BSL.shape[1]
+        q_BHTL = torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1)
+        score_BHTS = torch.einsum("bhtl,bsl->bhts", q_BHTL, memory_BSL).float() * self.scale
+        hidden_TS = ~_visible(queries, keys, self.window, score_BHTS.device)
+        weight_BHTS = score_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1).to(q_BTHK.dtype)
+        mixed_BTHC = torch.einsum("bhts,bsc->bthc", weight_BHTS, memory_BSL[..., : config.kv_lora_rank])
+        return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)

@@ -1,0 +1,97 @@
+"""Feed-forward layers: SwiGLU, and a mixture of experts with its router; knows no attention.
+
+Legend: B batch, T tokens, D model width, N = B·T, E experts, K experts of a token, I hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lowvram_kernels.experts import experts
+from lowvram_kernels.swiglu import swiglu
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lowvram.config import Moe
+from lowvram.model.exact import ExactBuffers
+from lowvram.model.linear import Linear
+
+
+class SwiGluFfn(nn.Module):
+    """A dense SwiGLU layer whose gate and up projections are one matrix."""
+
+    def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(dim, 2 * hidden, device)
+        self.down_proj = Linear(hidden, dim, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D].  Returns [..., D]."""
+        return swiglu(self.gate_up_proj(x), self.down_proj.weight)
+
+
+class _Fp32Linear(torch.autograd.Function):
+    """x Wᵀ in fp32 from an x of any dtype, of which no fp32 copy is kept: routing must not depend on bf16 rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        return x_ND.float() @ weight_ED.float().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND, weight_ED = ctx.saved_tensors
+        dy_NE = gradients[0]
+        return (dy_NE @ weight_ED.float()).to(x_ND.dtype), (dy_NE.T @ x_ND.float()).to(weight_ED.dtype)
+
+
+class Router(ExactBuffers):
+    """Chooses each token's experts by sigmoid score plus a balancing bias, and weighs them by the score alone.
+
+    The bias is for selection only, has no gradient and is moved by `balance`.
+    Source: DeepSeek-V3, section 2.1.2 (auxiliary-loss-free load balancing).
+    """
+
+    bias_E: Tensor
+
+    def __init__(self, dim: int, config: Moe, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.top_k, self.scale, self.rate = config.top_k, config.route_scale, config.balance_rate
+        self.weight = nn.Parameter(torch.empty(config.experts, dim, device=device))
+        self.register_buffer("bias_E", torch.zeros(config.experts, device=device))
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return weights [N, K] fp32, expert ids [N, K], and the load of each expert [E] fp32 (choices made)."""
+        score_NE = _Fp32Linear.apply(x_ND, self.weight).sigmoid()
+        id_NK = (score_NE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
+        weight_NK = score_NE.gather(1, id_NK)
+        weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20) * self.scale
+        choices = id_NK.flatten()
+        load_E = torch.zeros_like(self.bias_E).scatter_add_(0, choices, torch.ones_like(choices, dtype=torch.float32))
+        return weight_NK, id_NK, load_E
+
+    @torch.no_grad()
+    def balance(self, load_E: Tensor) -> None:
+        """Raise the bias of experts that were chosen less than the mean, lower that of the others, by `rate`."""
+        self.bias_E += self.rate * (load_E.mean() - load_E).sign()
+
+
+class MoeFfn(nn.Module):
+    """Routed experts and shared ones; no token is dropped."""
+
+    def __init__(self, dim: int, config: Moe, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.router = Router(dim, config, device)
+        hidden = config.expert_hidden
+        self.gate_up_EHD = nn.Parameter(torch.empty(config.experts, 2 * hidden, dim, device=device))
+        self.down_EDI = nn.Parameter(torch.empty(config.experts, dim, hidden, device=device))
+        self.shared = SwiGluFfn(dim, config.shared * hidden, device)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [B, T, D].  Returns [B, T, D] and the experts' loads [E]."""
+        x_ND = x_BTD.flatten(0, 1)
+        weight_NK, id_NK, load_E = self.router(x_ND)
+        routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, id_NK)
+        return (routed_ND + self.shared(x_ND)).unflatten(0, x_BTD.shape[:2]), load_E

@@ -1,0 +1,33 @@
+"""Layers that own one weight and hand it to a lean op: fp32 masters, cast where they are used."""
+
+from __future__ import annotations
+
+import torch
+from lowvram_kernels.linear import linear
+from lowvram_kernels.rms_norm import rms_norm
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ without bias; computes in x's dtype whatever dtype the weight is kept in."""
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., inputs].  Returns [..., outputs] in x's dtype."""
+        return linear(x, self.weight)
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square normalisation of the last dimension, then a weight."""
+
+    def __init__(self, dim: int, eps: float, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim].  Returns x's shape and dtype."""
+        return rms_norm(x, self.weight, self.eps)

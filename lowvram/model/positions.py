@@ -1,0 +1,140 @@
+"""Where a token stands: rotary tables with YaRN, and ALiBi as extra columns; knows nothing of attention.
+
+Legend: B batch, T queries, S keys, H heads, G key/value heads, K width of a head, R half the rotated width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowvram.config import Rope, Yarn
+from lowvram.model.exact import ExactBuffers
+
+# Columns that carry the penalty: two pieces of the slope times two pieces of the position.
+ALIBI_COLUMNS = 4
+# Fused attention kernels take head widths that are multiples of this.
+WIDTH_STEP = 8
+
+
+class RotaryTable(ExactBuffers):
+    """Cosines and sines of every position, always in fp32, computed for the positions that are asked for."""
+
+    frequency_R: Tensor
+
+    def __init__(self, config: Rope, rope_dim: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("frequency_R", frequencies(config, rope_dim).to(device or "cpu"), persistent=False)
+
+    def forward(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, each [count, rope_dim / 2] fp32, of positions start … start + count − 1."""
+        position_T = torch.arange(start, start + count, device=self.frequency_R.device, dtype=torch.float32)
+        angle_TR = position_T[:, None] * self.frequency_R
+        return angle_TR.cos(), angle_TR.sin()
+
+
+def frequencies(config: Rope, rope_dim: int) -> Tensor:
+    """Return the angle per position of each of the rope_dim / 2 pairs, [R] fp32.
+
+    Source: Su et al. 2021, section 3.2.2; with YaRN, Peng et al. 2023, eqs. 18-23.
+    """
+    pair_R = torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim
+    plain_R = 1.0 / config.theta**pair_R
+    if config.yarn is None:
+        return plain_R
+    keep_R = 1.0 - _interpolated_share(config.yarn, config.theta, rope_dim)
+    return plain_R / config.yarn.factor * (1.0 - keep_R) + plain_R * keep_R
+
+
+def _interpolated_share(yarn: Yarn, theta: float, rope_dim: int) -> Tensor:
+    def pair_turning(rotations: float) -> float:
+        return rope_dim * math.log(yarn.original_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), rope_dim - 1)
+    ramp_R = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    return ramp_R.clamp(0, 1)
+
+
+class _Rotate(torch.autograd.Function):
+    """The last 2R values of each head turned by the table's angles; keeps only the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos_TR, sin_TR)
+        ctx.interleaved = interleaved
+        return _turn(x, cos_TR, sin_TR, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        cos_TR, sin_TR = ctx.saved_tensors
+        return _turn(gradients[0], cos_TR, -sin_TR, ctx.interleaved), None, None, None
+
+
+def _turn(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
+    pairs = cos_TR.shape[-1]
+    y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
+    still = x_BTHK.shape[-1] - 2 * pairs
+    if still:
+        y_BTHK[..., :still] = x_BTHK[..., :still]
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    first, second = (
+        (slice(still, None, 2), slice(still + 1, None, 2))
+        if interleaved
+        else (slice(still, still + pairs), slice(still + pairs, None))
+    )
+    a, b = x_BTHK[..., first], x_BTHK[..., second]
+    y_BTHK[..., first] = a * cos - b * sin
+    y_BTHK[..., second] = b * cos + a * sin
+    return y_BTHK
+
+
+def rotate(x_BTHK: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Rotate the last 2R values of each head by its position's angles; the values before them stay.
+
+    x: [B, T, H, K].  table: cosines and sines, each [T, R] fp32.  Pairs are neighbours where `interleaved` (as in
+    DeepSeek-V3), else (i, i + R) (as in Llama).  The products are taken in fp32.  Saved for backward: the tables.
+    """
+    return _Rotate.apply(x_BTHK, *table, interleaved)
+
+
+def slopes(heads: int) -> Tensor:
+    """Return ALiBi's slope of every head, [H] fp32.
+
+    A power of two takes 2^(−8i/n); other counts take the lower power's slopes, then every second one of the next's.
+    Source: Press et al. 2022, section 3 and its published recipe for other head counts.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-8.0 * (i + 1) / (2 * power)) for i in range(0, 2 * (heads - power), 2)]
+    return torch.tensor(first + between, dtype=torch.float32)
+
+
+def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, slope_H: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Widen queries and keys so that plain causal attention subtracts slope · distance from its scores.
+
+    softmax ignores what is equal for all keys of a query, so slope · key position does it.  In bf16 neither factor
+    is exact; each goes in two pieces (slope, and position as 256 · high + low) whose four products are.
+    Positions are centred in fp32 to keep the sums small.  Columns of zeros make the width a multiple of 8.
+    Returns [B, H, T, K + 8] and [B, G, S, K + 8] (more where K is no multiple of 8).
+    """
+    keys, width = k_BGSK.shape[2], k_BGSK.shape[3]
+    slope_H1 = (slope_H / scale)[:, None]
+    coarse_H1 = slope_H1.to(q_BHTK.dtype)
+    fine_H1 = (slope_H1 - coarse_H1.float()).to(q_BHTK.dtype)
+    position_S1 = torch.arange(keys, device=k_BGSK.device, dtype=torch.float32)[:, None] - keys // 2
+    high_S1 = (position_S1 / 256).floor() * 256
+    padding = -(width + ALIBI_COLUMNS) % WIDTH_STEP
+    q_extra_HC = torch.cat([coarse_H1, coarse_H1, fine_H1, fine_H1], dim=1)
+    k_extra_SC = torch.cat([high_S1, position_S1 - high_S1] * 2, dim=1).to(k_BGSK.dtype)
+    q_extra = torch.nn.functional.pad(q_extra_HC, (0, padding))[None, :, None]
+    k_extra = torch.nn.functional.pad(k_extra_SC, (0, padding))
+    return (
+        torch.cat([q_BHTK, q_extra.expand(*q_BHTK.shape[:3], -1)], dim=-1),
+        torch.cat([k_BGSK, k_extra.expand(*k_BGSK.shape[:2], -1, -1)], dim=-1),
+    )

@@ -1,0 +1,145 @@
+"""The whole network: embedding, blocks, final norm, head; knows neither loss nor data.
+
+Legend: B batch, T tokens, D model width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lowvram_kernels.dropout import dropout
+from lowvram_kernels.linear import linear
+from torch import Tensor, nn
+
+from lowvram.config import ModelConfig
+from lowvram.model.attention import GqaAttention, MlaAttention, Table
+from lowvram.model.cache import Cache
+from lowvram.model.ffn import MoeFfn, SwiGluFfn
+from lowvram.model.linear import RmsNorm
+from lowvram.model.positions import RotaryTable
+
+INIT_STD = 0.02  # GPT-2's; the seed report uses it too
+_SITES = 2  # places in a block that drop: after attention, after the feed-forward layer
+
+
+class Dropout(NamedTuple):
+    """What decides which values are dropped: a rate, and one key per sample of the batch, [B] int64."""
+
+    rate: float
+    key_B: Tensor
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = RmsNorm(config.dim, config.norm_eps, device)
+        self.attention: GqaAttention | MlaAttention
+        if config.attention.kind == "mla":
+            self.attention = MlaAttention(config, config.attention, layer, device)
+        else:
+            self.attention = GqaAttention(config, config.attention, layer, device)
+        self.ffn_norm = RmsNorm(config.dim, config.norm_eps, device)
+        self.ffn: SwiGluFfn | MoeFfn
+        if config.ffn.kind == "moe" and config.is_moe(layer):
+            self.ffn = MoeFfn(config.dim, config.ffn, device)
+        else:
+            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, device)
+
+    def forward(
+        self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
+        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), table, cache), drop, site=0)
+        load_E = None
+        if isinstance(self.ffn, MoeFfn):
+            out_BTD, load_E = self.ffn(self.ffn_norm(x_BTD))
+        else:
+            out_BTD = self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD + self._dropped(out_BTD, drop, site=1), load_E
+
+    def _dropped(self, out_BTD: Tensor, drop: Dropout | None, site: int) -> Tensor:
+        if drop is None or drop.rate == 0.0:
+            return out_BTD
+        return dropout(out_BTD, drop.rate, drop.key_B, 1 + self.layer * _SITES + site)
+
+
+class Transformer(nn.Module):
+    """A decoder built from a ModelConfig, with weights drawn from `seed`."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Parameter(torch.empty(config.vocabulary, config.dim, device=device))
+        self.blocks = nn.ModuleList(Block(config, layer, device) for layer in range(config.layers))
+        self.norm = RmsNorm(config.dim, config.norm_eps, device)
+        if not config.tied:
+            self.head = nn.Parameter(torch.empty(config.vocabulary, config.dim, device=device))
+        self.table = None
+        if config.positions.kind == "rope":
+            self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
+        initialise(self, seed)
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The output matrix [V, D]: the embedding itself where the two are tied."""
+        return self.embedding if self.config.tied else self.head
+
+    def forward(
+        self,
+        token_BT: Tensor,
+        dtype: torch.dtype | None = None,
+        drop: Dropout | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the normed stream [B, T, D] in `dtype` (the weights' own if None) and all loads [MoE layers, E].
+
+        With a cache the tokens continue what it holds, and are stored in it.
+        """
+        x_BTD = F.embedding(token_BT, self.embedding).to(dtype or self.embedding.dtype)
+        if drop is not None and drop.rate > 0.0:
+            x_BTD = dropout(x_BTD, drop.rate, drop.key_B, 0)
+        start = cache.length if cache is not None else 0
+        table = self.table(start, token_BT.shape[1]) if self.table is not None else None
+        loads = []
+        for block in self.blocks:
+            x_BTD, load_E = block(x_BTD, table, drop, cache)
+            if load_E is not None:
+                loads.append(load_E)
+        if cache is not None:
+            cache.advance(token_BT.shape[1])
+        return self.norm(x_BTD), torch.stack(loads) if loads else None
+
+    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: Cache | None = None) -> Tensor:
+        """Return the logits of every position, [B, T, V] in `dtype`; for a loss use `linear_cross_entropy`."""
+        stream_BTD, _ = self(token_BT, dtype, cache=cache)
+        return linear(stream_BTD, self.head_VD)
+
+    def moe_layers(self) -> list[MoeFfn]:
+        """Return the layers that have experts, in the order of the rows of `forward`'s loads."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoeFfn)]
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Draw every matrix from N(0, 0.02²), those that write into the stream scaled by 1 / √(2 · layers); norms are 1.
+
+    Each weight has a generator keyed by seed and name, so a weight's start depends on nothing else.
+    """
+    into_stream = 1.0 / math.sqrt(2 * model.config.layers)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 1:
+            weight.fill_(1.0)
+            continue
+        key = hashlib.sha256(f"{seed}/initialise/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        drawn = torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, INIT_STD, generator=generator)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "down_EDI")):
+            drawn *= into_stream
+        weight.copy_(drawn)

@@ -1,0 +1,190 @@
+"""Run files and presets: TOML and `--set` in, a checked RunConfig out; the wording of what is wrong with them."""
+
+from __future__ import annotations
+
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_vocabulary, flatten
+from lowvram.errors import ConfigError, name_nearest
+
+PRESETS = Path(__file__).with_name("presets")
+Table = dict[str, Any]
+Config = typing.TypeVar("Config", bound=BaseModel)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_preset(name: str) -> Table:
+    """Return a preset's tables `model` and `train`; raises ConfigError that names the nearest presets."""
+    if name not in preset_names():
+        raise ConfigError(f'model.preset is "{name}"; there is no such preset.', fix=name_nearest(name, preset_names()))
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def load_preset(name: str) -> tuple[ModelConfig, TrainConfig]:
+    """Return a preset's model and training configuration."""
+    tables = read_preset(name)
+    where = f"preset {name}"
+    return _check(ModelConfig, tables["model"], where, "model"), _check(TrainConfig, tables["train"], where, "train")
+
+
+def load_run(path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], int]) -> RunConfig:
+    """Read a run file, lay it over its preset, apply `--set a.b=c`, and check every value.
+
+    Paths in it are relative to the file.  vocabulary_of: maps the tokenizer's directory to its number of ids.
+    Raises ConfigError naming file, key, value, and the known keys nearest to an unknown one.
+    """
+    tables = _read_toml(path)
+    for assignment in sets:
+        _assign(tables, assignment)
+    model = tables.get("model", {})
+    said = model.get("vocabulary") if isinstance(model, dict) else None
+    if isinstance(model, dict) and "preset" in model:
+        preset = read_preset(str(model.pop("preset")))
+        tables["model"] = overlay(preset["model"], model)
+        tables["train"] = overlay(preset["train"], tables.get("train", {}))
+    _resolve_paths(tables, path.resolve().parent)
+    tokenizer = tables.get("data", {}).get("tokenizer")
+    if tokenizer is None:
+        fix = 'Write [data] tokenizer = "tok".'
+        raise ConfigError(f"{path} names no tokenizer.", "The vocabulary comes from it.", fix)
+    size = vocabulary_of(Path(tokenizer))
+    check_vocabulary(said, size, Path(tokenizer))
+    tables.setdefault("model", {})["vocabulary"] = size
+    return _check(RunConfig, tables, str(path))
+
+
+def overlay(base: Table, top: Mapping[str, Any]) -> Table:
+    """Lay single fields over a table, deeply; a sub-table of another kind (or name) replaces the whole one."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        same_kind = isinstance(below, dict) and isinstance(value, Mapping) and all(
+            value.get(tag, below.get(tag)) == below.get(tag) for tag in ("kind", "name")
+        )
+        merged[key] = overlay(typing.cast(Table, below), value) if same_kind else value
+    return merged
+
+
+def _read_toml(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        fix = "Check the name, or copy the example of the README."
+        raise ConfigError(f"There is no run file {path}.", fix=fix) from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a directory.", "A run is described by a TOML file.", "Name that file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fix = "Mend that place; paths on Windows go in 'single quotes'."
+        raise ConfigError(f"{path} is not TOML:", f"{error}.", fix) from error
+
+
+def _assign(tables: Table, assignment: str) -> None:
+    name, equals, text = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {assignment} is not an assignment.", fix="Write --set optimizer.lr=3e-4.")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if keys[0] not in RunConfig.model_fields:
+        homes = [home for home, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
+        if len(homes) != 1:
+            everything = {key for field in RunConfig.model_fields.values() for key in known_keys(field.annotation)}
+            raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=name_nearest(keys[0], everything))
+        keys.insert(0, homes[0])
+    table = tables
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {assignment}: {key} is a value, not a table.")
+    table[keys[-1]] = value
+
+
+def _resolve_paths(tables: Table, home: Path) -> None:
+    def at_home(value: Any) -> Any:
+        return str(home / Path(value).expanduser()) if isinstance(value, str) else value
+
+    data = tables.get("data", {})
+    for table, keys in ((data, ("valid", "tokenizer", "train")), (tables.get("run", {}), ("dir",))):
+        for key in keys:
+            if key in table:
+                table[key] = at_home(table[key])
+    if isinstance(data.get("train"), list):
+        data["train"] = [
+            corpus | {"path": at_home(corpus["path"])} if isinstance(corpus, dict) and "path" in corpus else corpus
+            for corpus in data["train"]
+        ]
+    if "start_from" in tables.get("train", {}):
+        tables["train"]["start_from"] = at_home(tables["train"]["start_from"])
+
+
+def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
+    """Return the keys that a configuration type takes; of a union those of the member tagged `tag`, or of all."""
+    keys: list[str] = []
+    for member in _configs_in(annotation):
+        field = member.model_fields.get("kind") or member.model_fields.get("name")
+        if tag is None or field is None or tag in typing.get_args(field.annotation):
+            keys += [key for key in member.model_fields if key not in keys]
+    return keys
+
+
+def _configs_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [config for inner in typing.get_args(annotation) for config in _configs_in(inner)]
+    return []
+
+
+def _check(config: type[Config], tables: Table, where: str, prefix: str = "") -> Config:
+    try:
+        return config.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(config, tables, error, prefix)}") from error
+
+
+def _explain(config: type[BaseModel], tables: Table, error: ValidationError, prefix: str) -> str:
+    sentences = []
+    for problem in error.errors():
+        keys, level, tags = [prefix] if prefix else [], [config], 0
+        for part in problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]:
+            if isinstance(part, str):
+                inner = [f for c in level for f in [c.model_fields.get(part)] if f is not None]
+                if inner:
+                    keys.append(part)
+                    level = [c for f in inner for c in _configs_in(f.annotation)]
+                else:
+                    tags += 1
+                    level = [c for c in level if part in str(c.model_fields.get("kind", ""))] or level
+            else:
+                keys[-1] += f"[{part}]"
+        path = ".".join(keys)
+        if problem["type"] == "extra_forbidden":
+            word = str(problem["loc"][-1])
+            known = [key for c in level for key in c.model_fields]
+            sentences.append(f"there is no key {'.'.join([*keys, word])}. {name_nearest(word, known)}")
+        elif problem["type"] == "missing":
+            sentences.append(f"{path} is missing.")
+        elif problem["type"] == "value_error":
+            sentences.append(f"{problem['msg'].removeprefix('Value error, ')}.")
+        else:
+            given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
+            sentences.append(f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+    return " ".join(dict.fromkeys(sentences))
+
+
+def show_table(config: BaseModel) -> list[tuple[str, Any]]:
+    """Return a configuration as `(dotted key, value)` rows."""
+    return list(flatten(config.model_dump(mode="json")).items())

@@ -1,0 +1,113 @@
+"""Events written down: JSONL always, TensorBoard or Weights & Biases when asked; draws nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from lowvram.errors import MachineError
+from lowvram.train.trainer import Evaluated, Event, Sampled, StepDone
+
+
+class Log(Protocol):
+    """Somewhere that events are written to."""
+
+    def write(self, event: Event) -> None:
+        """Write one event down."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class JsonlLog:
+    """One JSON object a line, each flushed; after a resume steps since the last checkpoint stand there again."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, event: Event) -> None:
+        """Write the event's name, its values and the wall-clock time in seconds since 1970."""
+        values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
+        self._file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _plain(value: Any) -> Any:
+    return list(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def scalars(event: Event) -> dict[str, float]:
+    """Return an event's numbers under the names that charts use; empty where it has none."""
+    if isinstance(event, StepDone):
+        return {
+            "train/loss": event.loss,
+            "train/gradient_norm": event.gradient_norm,
+            "train/learning_rate": event.learning_rate,
+            "train/tokens_per_second": event.tokens_per_second,
+        }
+    if isinstance(event, Evaluated):
+        return {"valid/loss": event.loss, "valid/bits_per_byte": event.bits_per_byte}
+    return {}
+
+
+class TensorBoardLog:
+    """Scalars and samples for TensorBoard, in the run directory's `tensorboard` folder."""
+
+    def __init__(self, run: Path) -> None:
+        module = _require("torch.utils.tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, event: Event) -> None:
+        """Write the event's scalars, or its text."""
+        for name, value in scalars(event).items():
+            self._writer.add_scalar(name, value, event.step)
+        if isinstance(event, Sampled):
+            self._writer.add_text(f"sample/{event.prompt}", event.text, event.step)
+
+    def close(self) -> None:
+        """Close the writer."""
+        self._writer.close()
+
+
+class WandbLog:
+    """Scalars for Weights & Biases, one run per run directory, resumed under the same name."""
+
+    def __init__(self, run: Path) -> None:
+        module = _require("wandb", "wandb")
+        self._run = module.init(project="lowvram", name=run.name, id=run.name, resume="allow", dir=str(run))
+
+    def write(self, event: Event) -> None:
+        """Log the event's scalars at its step."""
+        if numbers := scalars(event):
+            self._run.log(numbers, step=event.step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+def _require(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MachineError(
+            f'run.log names "{extra}", which is not installed.', fix=f"Install it: pip install 'lowvram[{extra}]'."
+        ) from error
+
+
+def open_logs(run: Path, names: Sequence[str]) -> list[Log]:
+    """Return the JSONL log of a run directory and those asked for by name."""
+    kinds = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
+    asked = [kinds[name](run) for name in names]
+    return [JsonlLog(run / "log.jsonl"), *asked]

@@ -1,0 +1,74 @@
+"""What must be true before a run starts or goes on: the directory is free, the question is still the same one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lowvram.checkpoint import Checkpoint
+from lowvram.config import RunConfig, TrainConfig, differences
+from lowvram.errors import BusyError, ConfigError
+from lowvram.files import DISK, Disk
+from lowvram.plan import Plan, choose_plan
+
+# May differ between two starts: where things lie, what is kept and told, and how long the run goes on.
+_FREE = ("run.", "data.", "train.tokens")
+
+
+@contextmanager
+def lock_run(directory: Path) -> Iterator[None]:
+    """Hold a run directory; raises BusyError naming the process that trains in it.  Freed even by kill -9."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / "lock")
+    owner = directory / "owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+        raise BusyError(
+            f"Another process is training in {directory}.",
+            f"Its process id is {who}.",
+            "Stop that one first (Ctrl-C saves), or give this run another run.dir.",
+        ) from error
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if a checkpoint was learnt from another model, recipe, data or tokenizer than `what` says."""
+    was = RunConfig.model_validate(checkpoint.config())
+    changed = [
+        f"{key} was {before!r} and is now {now!r}"
+        for key, before, now in differences(was, what)
+        if not key.startswith(_FREE)
+    ]
+    kept = checkpoint.manifest.get("hashes", {})
+    changed += [f"the {name} has other contents" for name, value in hashes.items() if kept.get(name, value) != value]
+    if changed:
+        raise ConfigError(
+            f"The run in {what.run.dir} was started differently:",
+            "; ".join(changed) + ".",
+            "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
+        )
+
+
+def settle_plan(
+    directory: Path, train: TrainConfig, micro_batch: int | None, disk: Disk = DISK
+) -> tuple[Plan, str]:
+    """Return the run's plan and why: the one asked for, the one it had, or a new one; and keep it in the directory."""
+    path = directory / "plan.json"
+    if micro_batch is None and path.exists():
+        plan = Plan.model_validate_json(path.read_text(encoding="utf-8"))
+        if plan.micro_batch * plan.accumulate == train.batch_samples:
+            return plan, "this run's plan so far"
+    plan, reason = choose_plan(train, micro_batch)
+    disk.write(path, plan.model_dump_json(indent=1).encode())
+    return plan, reason

@@ -1,0 +1,74 @@
+"""One optimizer step in two halves, with the trainer's only look at the device between them.
+
+`gradients` and `update` never read a device value on the host; `fit` rehearses these same functions on paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowvram.model.transformer import Transformer
+from lowvram.objective import Batch, Loss
+
+
+class Found(NamedTuple):
+    """stats: [mean loss, gradient norm, 1 if both are finite], fp32 on the device.  loads: [MoE layers, E] or None."""
+
+    stats: Tensor
+    loads: Tensor | None
+
+
+def gradients(
+    model: Transformer,
+    loss_of: Callable[[Batch], Loss],
+    micro_batches: Sequence[Batch],
+    targets: int,
+    loss_scale: float = 1.0,
+) -> Found:
+    """Accumulate the gradients of the mean loss over all micro-batches in `.grad`, times loss_scale.
+
+    targets: predicted tokens of the whole step, by which every micro-batch's sum is divided.
+    """
+    total: Tensor | None = None
+    loads: Tensor | None = None
+    for batch in micro_batches:
+        loss = loss_of(batch)
+        (loss.total * (loss_scale / targets)).backward()
+        seen = loss.total.detach()
+        total = seen if total is None else total + seen
+        if loss.loads is not None:
+            loads = loss.loads if loads is None else loads + loss.loads
+    assert total is not None, "a step has at least one micro-batch"
+    grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads, foreach=True).float() / loss_scale
+    mean = total / targets
+    return Found(torch.stack([mean, norm, (mean + norm).isfinite().float()]), loads)
+
+
+@torch.no_grad()
+def update(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    loads: Tensor | None,
+    learning_rate: float,
+    gradient_scale: float,
+) -> None:
+    """Scale the gradients (clipping and loss scaling in one factor), step the weights, move the balancing biases."""
+    if gradient_scale != 1.0:
+        torch._foreach_mul_([w.grad for w in model.parameters() if w.grad is not None], gradient_scale)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    if loads is not None:
+        for layer, load_E in zip(model.moe_layers(), loads, strict=True):
+            layer.router.balance(load_E)
+    discard(optimizer)
+
+
+def discard(optimizer: torch.optim.Optimizer) -> None:
+    """Forget the gradients, as after an update or instead of one."""
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,263 @@
+"""The loop around a step, as a generator of events; prints nothing, parses nothing, chooses no machine."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from lowvram.checkpoint import Store
+from lowvram.config import RunConfig
+from lowvram.data.loader import Loader
+from lowvram.data.shards import ShardSet
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import CheckpointError, TrainingError
+from lowvram.evaluate.bits_per_byte import score
+from lowvram.generate.engine import Engine
+from lowvram.generate.sampling import Sampler
+from lowvram.objective import DTYPES, Batch, causal_loss
+from lowvram.plan import Plan
+from lowvram.train.optim import learning_rate
+from lowvram.train.start import refuse_changes
+from lowvram.train.state import FIRST_LOSS_SCALE, TrainState
+from lowvram.train.step import Found, discard, gradients, update
+
+# Consecutive steps without a finite gradient after which going on only burns electricity.
+MOST_SKIPPED = 25
+# Automatic saving: at most this much written a day, and never more often than this.
+WRITTEN_PER_DAY_BYTES = 50e9
+LEAST_SAVE_INTERVAL_S = 600.0
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run begins, or goes on from `step`; `passed_over` are newer checkpoints that were corrupt."""
+
+    step: int
+    steps: int
+    resumed_from: Path | None
+    passed_over: tuple[CheckpointError, ...]
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU."""
+
+    step: int
+    tokens: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    memory_bytes: int
+    left_s: float
+    is_skipped: bool
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Validation after a step."""
+
+    step: int
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the model writes after a fixed prompt."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on the drive."""
+
+    step: int
+    directory: Path
+    took_s: float
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The end of this start of the run.  is_finished: all tokens were seen."""
+
+    step: int
+    is_finished: bool
+
+
+Event = Started | StepDone | Evaluated | Sampled | Saved | Stopped
+
+
+@dataclass
+class Trainer:
+    """`run()` trains until the tokens are seen or `stop()` is called, and yields what happens.
+
+    The same `what`, `plan`, device and thread count give the same bits, however often it is interrupted.
+    """
+
+    what: RunConfig
+    plan: Plan
+    state: TrainState
+    loader: Loader
+    tokenizer: Tokenizer
+    store: Store
+    hashes: dict[str, str]
+    valid: ShardSet | None = None
+    _stopping: bool = field(default=False, init=False)
+    _saved_step: int = field(default=-1, init=False)
+    _saved_at: float = field(default=0.0, init=False)
+    _pace: list[tuple[float, int]] = field(default_factory=list, init=False)
+
+    def stop(self) -> None:
+        """Ask the loop to save and end after the step in progress."""
+        self._stopping = True
+
+    def run(self) -> Iterator[Event]:
+        """Resume if there is something to resume, then train."""
+        yield self._begin()
+        self._start_clock()
+        while self.state.step < self.what.train.steps and not self._stopping:
+            yield self._advance()
+            yield from self._look()
+            if self._save_is_due():
+                yield self._save()
+        if self._saved_step != self.state.step:
+            yield self._save()
+        yield Stopped(self.state.step, self.state.step >= self.what.train.steps)
+
+    def _begin(self) -> Started:
+        checkpoint, passed_over = self.store.latest()
+        if self.what.train.precision == "fp16":
+            self.state.loss_scale = FIRST_LOSS_SCALE
+        if checkpoint is not None:
+            refuse_changes(self.what, self.hashes, checkpoint)
+            self.state.restore(checkpoint)
+            self._saved_step = checkpoint.step
+        resumed_from = checkpoint.directory if checkpoint else None
+        return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over))
+
+    def _start_clock(self) -> None:
+        self._saved_at = time.monotonic()
+        self._pace = [(time.monotonic(), self.state.tokens)]
+
+    def _advance(self) -> StepDone:
+        train, state = self.what.train, self.state
+        found = self._gradients()
+        loss, norm, finite = found.stats.tolist()
+        rate = learning_rate(train, state.step)
+        if finite:
+            factor = min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale
+            update(state.model, state.optimizer, found.loads, rate, factor)
+        else:
+            discard(state.optimizer)
+        state.judge_scale(bool(finite), train.precision == "fp16")
+        state.step += 1
+        state.tokens += train.batch_tokens
+        self._give_up_if_lost()
+        speed = self._measure_pace()
+        left_s = (train.steps - state.step) * train.batch_tokens / speed
+        memory = memory_in_use(state.model.embedding.device)
+        return StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, not finite)
+
+    def _gradients(self) -> Found:
+        train = self.what.train
+        loss_of = functools.partial(
+            causal_loss,
+            self.state.model,
+            dtype=DTYPES[train.precision],
+            dropout=train.dropout,
+            seed=train.seed,
+            loss_chunk=self.plan.loss_chunk,
+        )
+        return gradients(self.state.model, loss_of, self._micro_batches(), train.batch_tokens, self.state.loss_scale)
+
+    def _micro_batches(self) -> list[Batch]:
+        device = self.state.model.embedding.device
+        first, count = self.state.step * self.what.train.batch_samples, self.plan.micro_batch
+        starts = range(first, first + self.what.train.batch_samples, count)
+        return [
+            Batch(
+                self.loader.batch(start, count).to(device),
+                torch.arange(start, start + count, device=device),
+            )
+            for start in starts
+        ]
+
+    def _give_up_if_lost(self) -> None:
+        if self.state.skipped_in_row >= MOST_SKIPPED:
+            raise TrainingError(
+                f"{MOST_SKIPPED} steps in a row had no finite gradient; stopped at step {self.state.step}.",
+                "The last checkpoint is from before that, unless it diverged slowly.",
+                f"Lower optimizer.lr (now {self.what.train.optimizer.lr:g}) in a new run.dir, with start_from an older "
+                "checkpoint if you like.",
+            )
+
+    def _look(self) -> Iterator[Event]:
+        run, step = self.what.run, self.state.step
+        is_last = step == self.what.train.steps
+        if self.valid is not None and (step % run.validate_every == 0 or is_last):
+            yield self._evaluate(self.valid)
+        if run.prompts and (step % run.sample_every == 0 or is_last):
+            yield from self._sample()
+        if step % run.validate_every == 0 or step % run.sample_every == 0:
+            # Time spent looking is not training time.
+            self._pace = [(time.monotonic(), self.state.tokens)]
+
+    def _evaluate(self, valid: ShardSet) -> Evaluated:
+        train, run = self.what.train, self.what.run
+        dtype = DTYPES[train.precision]
+        bos_id = self.tokenizer.bos_id
+        found = score(self.state.model, valid, bos_id, train.seq_len, dtype, run.validate_tokens, self.plan.micro_batch)
+        return Evaluated(self.state.step, found.loss, found.bits_per_byte)
+
+    def _sample(self) -> Iterator[Sampled]:
+        run, train = self.what.run, self.what.train
+        for prompt in run.prompts:
+            engine = Engine(self.state.model, self.tokenizer, train.seq_len, DTYPES[train.precision])
+            pieces = engine.generate(prompt, Sampler(seed=train.seed), run.sample_tokens)
+            yield Sampled(self.state.step, prompt, "".join(pieces))
+
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self._save_interval_s()
+
+    def _save_interval_s(self) -> float:
+        if self.what.run.save_every_minutes is not None:
+            return 60.0 * self.what.run.save_every_minutes
+        weights, memory = self.state.tensors()
+        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
+        return max(LEAST_SAVE_INTERVAL_S, size / WRITTEN_PER_DAY_BYTES * 86_400)
+
+    def _save(self) -> Saved:
+        began = time.monotonic()
+        checkpoint = self.store.save(
+            *self.state.tensors(),
+            self.state.numbers(),
+            self.what.model_dump(mode="json"),
+            self.tokenizer.directory,
+            self.hashes,
+        )
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+        return Saved(self.state.step, checkpoint.directory, self._saved_at - began)
+
+    def _measure_pace(self) -> float:
+        self._pace = [*self._pace[-20:], (time.monotonic(), self.state.tokens)]
+        (began, tokens_then), (now, tokens) = self._pace[0], self._pace[-1]
+        return (tokens - tokens_then) / max(1e-9, now - began)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the most bytes that tensors took on a CUDA card, what MPS holds now, or this process's resident bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    return int(psutil.Process().memory_info().rss)

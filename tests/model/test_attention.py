@@ -1,0 +1,90 @@
+"""Attention against brute force: windows, groups, and the two forms of MLA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowvram.config import ModelConfig
+from lowvram.model.attention import attend
+from lowvram.model.cache import Cache
+from lowvram.model.transformer import Transformer
+from tests.model.outside import randomise
+from tests.model.variants import VARIANTS
+
+
+def brute_force(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None]
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.covers("GQA")
+@pytest.mark.parametrize("window", [None, 1, 5, 8, 31, 40], ids=lambda w: f"window-{w}")
+@pytest.mark.parametrize("queries, keys", [(31, 31), (1, 31), (6, 31), (40, 40)], ids=str)
+@pytest.mark.parametrize("heads, groups", [(6, 2), (4, 4), (3, 1)], ids=str)
+def test_attention_equals_brute_force(heads: int, groups: int, queries: int, keys: int, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(queries)
+    q = torch.randn(2, heads, queries, 12, generator=generator, dtype=torch.float64)
+    k = torch.randn(2, groups, keys, 12, generator=generator, dtype=torch.float64)
+    v = torch.randn(2, groups, keys, 7, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(attend(q, k, v, 0.3, window), brute_force(q, k, v, window))
+
+
+@pytest.mark.covers("GQA")
+@pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
+def test_attention_gradients_equal_brute_force(window: int | None) -> None:
+    shapes = {"q": (2, 4, 20, 8), "k": (2, 2, 20, 8), "v": (2, 2, 20, 8)}
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes.values()]
+    weight = torch.randn(2, 4, 20, 8, dtype=torch.float64)
+    ours = torch.autograd.grad((attend(*leaves, 0.3, window) * weight).sum(), leaves)
+    truth = torch.autograd.grad((brute_force(*leaves, window) * weight).sum(), leaves)
+    for name, a, b in zip(shapes, ours, truth, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.covers("GQA")
+def test_one_key_value_head_per_query_head_is_multi_head_attention() -> None:
+    config = VARIANTS["gqa-rope"]
+    grouped = randomise(Transformer(config))
+    whole = Transformer(config.model_copy(update={"attention": config.attention.model_copy(update={"kv_heads": 6})}))
+    state = grouped.state_dict()
+    for name in [n for n in state if "k_proj" in n or "v_proj" in n]:
+        state[name] = state[name].unflatten(0, (2, 8)).repeat_interleave(3, dim=0).flatten(0, 1)
+    whole.load_state_dict(state)
+    token_BT = torch.arange(40).view(2, 20)
+    torch.testing.assert_close(whole.logits(token_BT), grouped.logits(token_BT), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["mla-rope", "mla-yarn-q_lora", "mla-window"])
+def test_the_absorbed_form_equals_the_expanded_one(name: str) -> None:
+    config: ModelConfig = VARIANTS[name]
+    layer = randomise(Transformer(config)).blocks[0].attention
+    model = Transformer(config)
+    x_BTD = torch.randn(2, 25, config.dim)
+    with torch.no_grad():
+        expanded = layer(x_BTD, model.table(0, 25))
+        cache = Cache(config, 2, 25)
+        first = layer(x_BTD[:, :3], model.table(0, 3), cache)
+        cache.advance(3)
+        absorbed = layer(x_BTD[:, 3:], model.table(3, 22), cache)
+    torch.testing.assert_close(torch.cat([first, absorbed], dim=1), expanded, atol=1e-5, rtol=0)
+
+
+def test_a_window_over_layers_follows_its_pattern() -> None:
+    config = VARIANTS["gqa-window"].model_copy(update={"layers": 5})
+    assert [config.window_of(layer) for layer in range(5)] == [7, None, 7, None, 7]
+
+
+def test_stacked_windows_see_no_further_than_their_sum() -> None:
+    window = VARIANTS["gqa-window"].window.model_copy(update={"pattern": "S"})
+    model = randomise(Transformer(VARIANTS["gqa-window"].model_copy(update={"window": window})))
+    first = torch.arange(30)[None] % 60
+    second = first.clone()
+    second[:, 0] = 66
+    reach = 2 * (7 - 1)
+    difference = (model.logits(first) - model.logits(second)).abs().amax(-1)[0]
+    assert difference[: reach + 1].min() > 0
+    assert difference[reach + 1 :].max() == 0
