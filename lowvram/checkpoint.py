@@ -12,6 +12,7 @@ Knows tensors and names, not what they mean.  Nothing here is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import lowvram
 from lowvram.errors import CheckpointError
-from lowvram.files import DISK, Disk, explain_full_disk, sha256
+from lowvram.files import DISK, Disk, explain_full_disk, free_bytes, sha256
 
 FORMAT = 1
 _NAME = "step-{:08d}"
@@ -171,6 +172,8 @@ class Store:
         needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
         with explain_full_disk(self.run, needed):
             try:
+                if free_bytes(self.run) < needed:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
                 draft.mkdir()
                 self._write_tensors(draft / "weights.safetensors", weights)
                 self._write_tensors(draft / "state.safetensors", state)
@@ -202,8 +205,7 @@ class Store:
 
     def _let_go(self, newest: Path) -> None:
         old = [path for path in _newest_first(self.run) if path != newest][::-1]
-        ordinary = [path for path in old if not self._is_milestone(path)]
-        doomed = ordinary[: max(0, len(ordinary) - (self.keep - 1))]
+        doomed = [path for path in old[: max(0, len(old) - (self.keep - 1))] if not self._is_milestone(path)]
         if self.budget_bytes is not None:
             size = {path: _size_of(path) for path in [*old, newest]}
             left = sum(size.values()) - sum(size[path] for path in doomed)
@@ -223,8 +225,6 @@ class Store:
 
 
 def _errno_of(error: Exception) -> tuple[int, str]:
-    import errno
-
     text = str(error)
     full = "No space left" in text or "os error 28" in text or "os error 112" in text
     return (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, text)

@@ -74,11 +74,15 @@ class Disk:
 
     def preallocate(self, file: IO[bytes], size_bytes: int) -> None:
         """Reserve `size_bytes` for an open file, or raise OSError(ENOSPC) now instead of half-way."""
-        if hasattr(os, "posix_fallocate"):
-            if size_bytes:
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-        elif free_bytes(Path(file.name).parent) < size_bytes:
+        # Asked first: a reservation that fails half-way keeps what it took, and so fills the disk for everybody.
+        if free_bytes(Path(file.name).parent) < size_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+        if size_bytes and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            except OSError:
+                file.truncate(0)
+                raise
 
     def delete(self, path: Path) -> None:
         """Delete a file or a whole directory; a directory loses its name first, so no half of it is ever seen."""

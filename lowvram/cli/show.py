@@ -21,7 +21,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202
 QUIET_INTERVAL_S = 30.0
 
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def clean(text: str) -> str:
@@ -54,7 +54,9 @@ def stream(piece: str) -> None:
 def bar(what: str) -> Iterator[ProgressLine]:
     """Show progress of long work while the block runs."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
+    ) as progress:
         yield ProgressLine(progress, progress.add_task(what, total=None, said=""))
 
 
@@ -75,7 +77,9 @@ class TrainingScreen:
     def __init__(self, steps: int) -> None:
         self._steps, self._told_at = steps, 0.0
         columns = (BarColumn(bar_width=24), TextColumn("{task.fields[said]}"))
-        self._progress = Progress(*columns, console=err, transient=True, refresh_per_second=4)
+        self._progress = Progress(
+            *columns, console=err, transient=True, refresh_per_second=4, disable=not err.is_terminal
+        )
         self._task = self._progress.add_task("", total=steps, said="")
         self._last: StepDone | None = None
 
@@ -98,7 +102,8 @@ class TrainingScreen:
         elif isinstance(event, Evaluated):
             notice(f"step {event.step:>6}  valid {event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f})", "cyan")
         elif isinstance(event, Sampled):
-            notice(f"step {event.step:>6}  {event.prompt}│{event.text}".replace("\n", " "), "dim")
+            text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
+            notice(f"step {event.step:>6}  {text}", "dim")
         elif isinstance(event, Saved):
             notice(f"step {event.step:>6}  saved {event.directory} ({event.took_s:.1f} s)", "dim")
         elif isinstance(event, Stopped):

@@ -54,11 +54,11 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[
 
 
 def load_optimizer_tensors(model: Transformer, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned."""
+    """Put back copies of what `optimizer_tensors` returned: loaded tensors are views of the checkpoint's file."""
     for name, weight in model.named_parameters():
         if f"step.{name}" in tensors:
             device = weight.device
             optimizer.state[weight] = {
-                "step": tensors[f"step.{name}"].reshape(()).to(device),
-                **{moment: tensors[f"{moment}.{name}"].to(device) for moment in _MOMENTS},
+                "step": tensors[f"step.{name}"].reshape(()).to(device, copy=True),
+                **{moment: tensors[f"{moment}.{name}"].to(device, copy=True) for moment in _MOMENTS},
             }

@@ -1,0 +1,97 @@
+"""Dropout whose mask is a function of names, not of a generator; knows keys and places, not seeds of a run.
+
+    y = x · keep / (1 − p),        keep[b, t, d] = hash(keys[b], purpose, t, d) ≥ p·2³²
+
+No state is carried, so none can be lost on resume; a sample's mask depends on no other sample, so it is the same
+in every micro-batch, on every device and in the recomputed forward pass.
+Saved for backward: the keys; the mask is made again.
+Source: Srivastava et al. 2014; the mixer's two multipliers are TheIronBorn's (hash-prospector, bias 0.107).
+
+Shapes: B samples, T positions, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowvram_kernels.errors import ShapeError
+
+_LOW_32 = 0xFFFFFFFF
+
+
+def _mix_(value: Tensor) -> Tensor:
+    """Scramble int64 values in [0, 2³²) in place, one to one.  Both multipliers are below 2³¹: no overflow."""
+    value.bitwise_xor_(value >> 16).mul_(0x21F0AAAD).bitwise_and_(_LOW_32)
+    value.bitwise_xor_(value >> 15).mul_(0x735A2D97).bitwise_and_(_LOW_32)
+    return value.bitwise_xor_(value >> 15)
+
+
+def _chain(start: Tensor, *words: Tensor | int) -> Tensor:
+    """Fold 64-bit words into one 32-bit hash, low half then high half of each."""
+    value = _mix_(start & _LOW_32)
+    for word in words:
+        value = _mix_(value ^ (word & _LOW_32))
+        value = _mix_((value + 0x9E3779B9 & _LOW_32) ^ (word >> 32 & _LOW_32))
+    return value
+
+
+def hash_keys(seed: int, samples: Tensor) -> Tensor:
+    """Make one key per sample from the run's seed.
+
+    samples: any shape, int64, for example the samples' global index.  Returns int64 in [0, 2⁶³), same shape.
+    Raises ShapeError if samples is not int64.
+    """
+    if samples.dtype != torch.int64:
+        raise ShapeError(f"hash_keys: samples is {samples.dtype}; it needs int64.")
+    low, high = (_chain(torch.full_like(samples, half), seed, samples) for half in (1, 2))
+    return (high >> 1) << 32 | low
+
+
+def _dropped(key: Tensor, purpose: int, positions: int, width: int, p: float) -> Tensor:
+    """Say which places of one sample are dropped: bool [T, D]."""
+    place_T, place_D = (torch.arange(size, device=key.device) for size in (positions, width))
+    row_T1 = _chain(key.expand(positions), key, purpose, place_T)[:, None]
+    column_D = _chain(torch.zeros_like(place_D), place_D)
+    return _mix_(row_T1 ^ column_D) < round(p * 2**32)
+
+
+def _drop(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
+    out_BTD = x * (1.0 / (1.0 - p))
+    for sample in range(x.shape[0]):  # one at a time: the hash needs 16 bytes a place while it is made
+        out_BTD[sample].masked_fill_(_dropped(keys[sample], purpose, x.shape[1], x.shape[2], p), 0.0)
+    return out_BTD
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
+        ctx.p, ctx.purpose = p, purpose
+        ctx.save_for_backward(keys)
+        return _drop(x, p, keys, purpose)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (keys,) = ctx.saved_tensors
+        return _drop(dy, ctx.p, keys, ctx.purpose), None, None, None
+
+
+def dropout(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
+    """Zero a share p of x's places and scale the others by 1/(1 − p).
+
+    x: [B, T, D] floating.  keys: [B] int64, one per sample (see hash_keys).  purpose: which site of the model,
+    any integer; sites with different purposes draw independent masks.  Returns x's shape and dtype.
+    Saved for backward: keys.
+    Raises ShapeError if x is not [B, T, D], keys not [B] int64, or p not in [0, 1).
+    Source: Srivastava et al. 2014.
+    """
+    if x.dim() != 3 or keys.shape != x.shape[:1] or keys.dtype != torch.int64:
+        shapes = f"x is {list(x.shape)}, keys {list(keys.shape)} {keys.dtype}"
+        raise ShapeError(f"dropout: {shapes}; they need [B, T, D] and [B] int64.")
+    if not 0.0 <= p < 1.0:
+        raise ShapeError(f"dropout: p is {p}; it must be at least 0 and below 1.")
+    return x if p == 0.0 else _Dropout.apply(x, p, keys, purpose)  # type: ignore[no-untyped-call]

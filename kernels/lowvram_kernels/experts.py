@@ -1,0 +1,149 @@
+"""The routed experts of a mixture-of-experts layer, dropless; knows the routing's result, not how it was made.
+
+    y_n = Σ_k weights[n, k] · down[e] @ (silu(g) · u),   [g | u] = gate_up[e] @ x_n,   e = ids[n, k]
+
+The N·K choices are sorted by expert, so that an expert's rows are one slice.  The routing weight multiplies the
+product before `down`, so down's output is not needed again: with h = w·p, p = silu(g)·u,
+    dh = dy @ down[e]    dweights = Σ_i dh·p    dp = w·dh    ddown[e] = Σ dyᵀ h    dgate_up[e] = Σ d[g|u]ᵀ x
+Rows return to their tokens by the inverse permutation and a sum over K, which adds in one fixed order.
+
+Saved for backward: x, weights, the sort order [N·K], the slices' ends [E] on the host, [g | u] [N·K, 2I], and
+the masters; everything else is computed again.
+Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2; the gradient is the chain rule.
+
+Shapes: N tokens, K choices of each, M = N·K rows, E experts, D width, I inner width, O out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.swiglu import gated_product, gated_product_backward
+
+
+def reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """Run every expert on every token and pick; autograd of it is the gradient's truth."""
+    gate, up = torch.einsum("nd,eid->nei", x, gate_up.to(x.dtype)).chunk(2, dim=-1)
+    out_NED = torch.einsum("nei,edi->ned", F.silu(gate) * up, down.to(x.dtype))
+    chosen_NKD = out_NED.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
+    return (weights[..., None].to(x.dtype) * chosen_NKD).sum(1)
+
+
+# Why not torch.nn.functional.grouped_mm: it refuses widths that are not multiples of 16 bytes, has no paper form
+# in fp32 and fp16, and outside sm_90/100 is itself a loop that waits for the device at each call.  On CPU the two
+# are equally fast.  These two are ops of their own, so that on paper their host loop does not run; the ends come
+# on the host, so that a layer waits once and not six times.
+@torch.library.custom_op("lowvram_kernels::multiply_slices", mutates_args=())
+def _multiply_slices(rows_MI: Tensor, stack_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Multiply the rows of each expert's slice by its matrix: [M, O]."""
+    out_MO = rows_MI.new_empty(rows_MI.shape[0], stack_EIO.shape[2])
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        torch.mm(rows_MI[start:end], stack_EIO[expert], out=out_MO[start:end])
+        start = end
+    return out_MO
+
+
+@_multiply_slices.register_fake
+def _(rows_MI: Tensor, stack_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return rows_MI.new_empty(rows_MI.shape[0], stack_EIO.shape[2])
+
+
+@torch.library.custom_op("lowvram_kernels::sum_outer_slices", mutates_args=())
+def _sum_outer_slices(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum leftᵀ @ right over each expert's slice, zero where it is empty: [E, O, I] in dtype."""
+    out_EOI = left_MO.new_empty(ends_E.shape[0], left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if start == end:
+            out_EOI[expert].zero_()
+        elif dtype == left_MO.dtype:
+            torch.mm(left_MO[start:end].mT, right_MI[start:end], out=out_EOI[expert])
+        else:
+            out_EOI[expert].copy_(left_MO[start:end].mT @ right_MI[start:end])
+        start = end
+    return out_EOI
+
+
+@_sum_outer_slices.register_fake
+def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
+    return left_MO.new_empty(ends_E.shape[0], left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+
+
+def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the choices in the order of their experts [M] and where each expert's slice ends [E], on the host."""
+    flat_M = ids_NK.reshape(-1)
+    count_E = torch.zeros(experts, dtype=torch.int64, device=ids_NK.device)
+    count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
+    return torch.argsort(flat_M, stable=True), count_E.cumsum(0).to("cpu")
+
+
+def _combine(sorted_MD: Tensor, order_M: Tensor, choices: int) -> Tensor:
+    """Bring the rows back to their tokens and add each token's choices: [N, D]."""
+    place_M = torch.empty_like(order_M)
+    place_M[order_M] = torch.arange(order_M.shape[0], device=order_M.device)
+    return sorted_MD[place_M].view(-1, choices, sorted_MD.shape[1]).sum(1)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        order_M, ends_E = _sort(ids, gate_up.shape[0])
+        rows_MD = x[order_M // ids.shape[1]]
+        gate_up_MI = _multiply_slices(rows_MD, gate_up.to(x.dtype).mT, ends_E)
+        ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI)
+        weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
+        out_MD = _multiply_slices(gated_product(gate_up_MI).mul_(weight_M1), down.to(x.dtype).mT, ends_E)
+        return _combine(out_MD, order_M, ids.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, weights, order_M, ends_E, gate_up_MI = ctx.saved_tensors
+        needs_dx, needs_dgate_up, needs_ddown, needs_dweights, _ = ctx.needs_input_grad
+        choices = weights.shape[1]
+        token_M = order_M // choices
+        weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
+        dx = dgate_up = ddown = dweights = None
+        dy_MD = dy[token_M]
+        dh_MI = _multiply_slices(dy_MD, down.to(x.dtype), ends_E)
+        d_gate_up_MI, product_MI = gated_product_backward(dh_MI * weight_M1, gate_up_MI)
+        if needs_dweights:
+            dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
+            dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
+        if needs_ddown:
+            ddown = _sum_outer_slices(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype)
+        del dy_MD, dh_MI, product_MI
+        if needs_dgate_up:
+            dgate_up = _sum_outer_slices(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype)
+        if needs_dx:
+            dx = _combine(_multiply_slices(d_gate_up_MI, gate_up.to(x.dtype), ends_E), order_M, choices)
+        return dx, dgate_up, ddown, dweights, None
+
+
+def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    """Send each token through its chosen experts and add the answers by routing weight.
+
+    x: [N, D] fp32|bf16|fp16.  gate_up: [E, 2I, D], gate first; down: [E, D, I]: masters of any floating dtype,
+    each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64 in [0, E).  Returns [N, D] in x's
+    dtype.  Gradients come in their arguments' dtypes; an expert that nobody chose gets zeros.
+    Saved for backward: x, weights, [N·K] int64, [E] int64 on the host, [N·K, 2I] in x's dtype, the masters.
+    The result and its gradients are deterministic; the device is waited for once.
+    Raises ShapeError if shapes or dtypes do not fit together.
+    Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2.
+    """
+    count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
+    fits = count > 0 and x.dim() == 2 and x.shape[1] == width and 2 * down.shape[-1] == twice_inner
+    fits = fits and down.shape == (count, width, twice_inner // 2)
+    if not fits or ids.dim() != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
+        shapes = [list(t.shape) for t in (x, gate_up, down, weights, ids)]
+        raise ShapeError(f"experts: got {shapes}; needs [N, D], [E, 2I, D], [E, D, I], [N, K] and [N, K].")
+    if ids.dtype != torch.int64 or not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
+        raise ShapeError(f"experts: ids is {ids.dtype}, x {x.dtype}; ids needs int64, the others floating.")
+    return _Experts.apply(x, gate_up, down, weights, ids)  # type: ignore[no-untyped-call]

@@ -1,0 +1,170 @@
+"""The output projection and its cross-entropy as one op that never holds all logits; knows no model, no mean.
+
+    l = x @ Wᵀ        loss = Σ_n [log Σ_v exp(l_nv) − l_n,target]        dl = softmax(l) − onehot(target)
+    dx = dl @ W       dW = dlᵀ @ x
+
+Rows go in chunks.  A chunk's gradients are made in the forward pass while its logits exist: three products in
+all instead of four, and nothing of [N, V] survives.
+Saved for backward: dx [N, D] in x.dtype and dW [V, D] (fp32; x.dtype where one chunk is all), which backward
+multiplies in place by the upstream scalar, so it runs once.  Without a gradient only the loss is computed.
+
+How it stays exact in 16 bits without an fp32 copy of the logits: p = softmax of the rounded logits, taken in
+fp32 inside torch.softmax.  With m the row's greatest logit, log Σ exp = m − log max p never underflows.  The
+target's logit is taken again in fp32 as z = x·W[target], and with r = Σ_{v≠target} p_v
+    loss = softplus(o),        o = log r + (m − log max p) − z, the log odds against the target:
+a confident row (r ≪ 1) keeps its relative precision, if max p = p_target is read as 1 − r there and not from
+16 bits.  Replacing the target's rounded logit by z changes a row's softmax only by its normaliser, so the
+row's true gradient is
+    dl = s·(p with −r at the target),        s = sigmoid(o) / r,
+and s multiplies rows of [N, D] instead of [N, V]; it is 0 where the target is ignored.
+fp16 cannot hold small p: there p is computed in fp32 and cast for the products.
+
+Source: the gradient is textbook; making it in the forward pass follows Hsu et al. 2024 (Liger Kernel).
+
+Shapes: N rows, D width, V vocabulary, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lowvram_kernels.errors import ShapeError
+
+# Each chunk adds a whole dW to its accumulator, some 10·V·D bytes of traffic: from about 1,024 rows on that
+# is small beside the chunk's 6·C·V·D operations; more rows gained nothing (CPU, bf16, V = 16,384 and 32,768).
+_MOST_ROWS = 1024
+_LEAST_ROWS = 128
+_CHUNK_BYTES = 64 * 2**20
+_BYTES_PER_LOGIT = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 6}
+
+
+def reference(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Compute the textbook form with all logits; autograd of it is the gradient's truth."""
+    return F.cross_entropy(x @ weight.to(x.dtype).mT, targets, ignore_index=ignore_index, reduction="sum")
+
+
+def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Choose the rows of a chunk: at most 1,024 and 64 MiB of logits, at least 128, chunks of equal size."""
+    fitting = _CHUNK_BYTES // (vocabulary * _BYTES_PER_LOGIT[dtype])
+    chunks = -(-rows // min(_MOST_ROWS, max(_LEAST_ROWS, fitting)))
+    return -(-rows // max(1, chunks)) or 1
+
+
+def _probabilities(logits_CV: Tensor) -> Tensor:
+    """Softmax in the logits' own memory where one pass may read and write it; fp16's in an fp32 copy."""
+    logits_CV = logits_CV.float() if logits_CV.dtype == torch.float16 else logits_CV
+    if logits_CV.device.type == "mps":  # its graphs do not promise that output may be input
+        return torch.softmax(logits_CV, -1)
+    return torch.softmax(logits_CV, -1, out=logits_CV)
+
+
+def _sum_rows(p_CV: Tensor) -> Tensor:
+    # On CPU dtype= would copy the chunk to fp32 first; its own sum adds bf16 in fp32 anyway.
+    return p_CV.sum(-1).float() if p_CV.device.type == "cpu" else p_CV.sum(-1, dtype=torch.float32)
+
+
+def _loss_and_slope_(logits_CV: Tensor, z_C: Tensor, target_C: Tensor, keep_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses [C] and the factors s [C]; the logits become p with −r at the target."""
+    row_C = torch.arange(target_C.shape[0], device=target_C.device)
+    greatest_C = logits_CV.amax(-1).float()
+    p_CV = _probabilities(logits_CV)
+    top_C, p_target_C = p_CV.amax(-1).float(), p_CV[row_C, target_C]
+    # index_put_ and not scatter_, which on CPU copies the whole bf16 chunk to fp32.
+    p_CV.index_put_((row_C, target_C), p_CV.new_zeros(()))
+    rest_C = _sum_rows(p_CV).clamp_min(torch.finfo(torch.float32).tiny)
+    p_CV.index_put_((row_C, target_C), rest_C.neg().to(p_CV.dtype))
+    if p_CV is not logits_CV:
+        logits_CV.copy_(p_CV)
+    if p_CV.dtype == torch.bfloat16:
+        top_C = torch.where(p_target_C > 0.5, 1.0 - rest_C, top_C)
+    odds_C = rest_C.log() + greatest_C - top_C.log() - z_C
+    loss_C = torch.where(keep_C, F.softplus(odds_C), 0.0)
+    return loss_C, torch.where(keep_C, torch.sigmoid(odds_C) / rest_C, 0.0)
+
+
+def _forward(
+    x_ND: Tensor, master_VD: Tensor, target_N: Tensor, rows: int, ignore: int, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the summed loss, dx and dW for an upstream gradient of one; what `needs` denies is None."""
+    needs_dx, needs_dweight = needs
+    weight_VD = master_VD.to(x_ND.dtype)
+    one_chunk, in_fp32 = rows >= x_ND.shape[0], x_ND.dtype == torch.float32
+    loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+    logits = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0])
+    dx = torch.empty_like(x_ND, memory_format=torch.contiguous_format) if needs_dx else None
+    dweight = part = None
+    if needs_dweight:
+        dweight = torch.empty_like(weight_VD, dtype=x_ND.dtype if one_chunk else torch.float32)
+        part = dweight if one_chunk or in_fp32 else torch.empty_like(weight_VD)
+    for start in range(0, max(1, x_ND.shape[0]), rows):  # no rows: one empty chunk, which zeroes dW
+        x_CD, target_C = x_ND[start : start + rows], target_N[start : start + rows]
+        keep_C = target_C != ignore
+        target_C = torch.where(keep_C, target_C, 0)
+        z_C = (x_CD.float() * weight_VD.index_select(0, target_C).float()).sum(-1)  # refuses −1, [] wraps it
+        logits_CV = torch.mm(x_CD, weight_VD.mT, out=logits[: x_CD.shape[0]])
+        loss_C, slope_C = _loss_and_slope_(logits_CV, z_C, target_C, keep_C)
+        loss += loss_C.sum()
+        slope_C1, p_CV = slope_C[:, None], logits_CV
+        if dx is not None:
+            torch.mm(p_CV, weight_VD, out=dx[start : start + rows]).mul_(slope_C1)
+        if dweight is not None and part is not None:
+            scaled_CD = (x_CD * slope_C1).to(x_ND.dtype)
+            if part is dweight:
+                dweight.addmm_(p_CV.mT, scaled_CD, beta=float(start > 0))  # 0 ignores what was in memory
+            else:
+                torch.mm(p_CV.mT, scaled_CD, out=part)
+                dweight = dweight.add_(part) if start else dweight.copy_(part)
+    return loss, dx, dweight
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, ignore: int, needs: tuple[bool, bool]
+    ) -> Tensor:
+        loss, dx, dweight = _forward(x, weight, targets, rows, ignore, needs)
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(dx, dweight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = ctx.saved_tensors
+        # In place: a second [V, D] would stand at the step's peak.  Autograd refuses a second backward.
+        dx = dx.mul_(upstream) if dx is not None else None
+        dweight = dweight.mul_(upstream).to(ctx.weight_dtype) if dweight is not None else None
+        return dx, dweight, None, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Sum the cross-entropy of softmax(x @ weightᵀ) over the targets that are not ignored.
+
+    x: [N, D] fp32|bf16|fp16.  weight: [V, D], a master of any floating dtype, cast at use.  targets: [N]
+    int64.  chunk: rows whose logits exist at once; None chooses up to 1,024 and 64 MiB.  Returns an fp32
+    scalar, the sum: the caller divides.  Gradients come in x's and weight's dtype; backward runs once.
+    Saved for backward: dx [N, D] in x's dtype, dW [V, D] in fp32 (x's dtype where one chunk is all).
+    Raises ShapeError if the three do not fit together or chunk is not positive; IndexError (a device assertion
+    on CUDA) for a target outside [0, V) that is not ignored.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
+        shapes = f"x is {list(x.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
+        raise ShapeError(f"linear_cross_entropy: {shapes}; they need [N, D], [V, D] and [N].")
+    if x.dtype not in _BYTES_PER_LOGIT or not weight.dtype.is_floating_point or targets.dtype != torch.int64:
+        dtypes = f"x is {x.dtype}, weight {weight.dtype}, targets {targets.dtype}"
+        raise ShapeError(f"linear_cross_entropy: {dtypes}; x needs fp32, bf16 or fp16, targets int64.")
+    if chunk is not None and chunk < 1:
+        raise ShapeError(f"linear_cross_entropy: chunk is {chunk}; it needs at least one row.")
+    rows = chunk or chunk_rows(x.shape[0], weight.shape[0], x.dtype)
+    learns = torch.is_grad_enabled()
+    needs = (learns and x.requires_grad, learns and weight.requires_grad)
+    return _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        x, weight, targets, rows, ignore_index, needs
+    )

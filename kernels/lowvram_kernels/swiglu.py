@@ -1,0 +1,89 @@
+"""The gated half of a feed-forward block, product and down projection as one op; knows no layer around it.
+
+    p = silu(gate) · up        y = p @ downᵀ        [gate | up] = gate_up, silu(z) = z·σ(z)
+
+    dp = dy @ down             ddown = dyᵀ @ p
+    dup = dp · silu(gate)      dgate = dp · up · σ(gate)·(1 + gate·(1 − σ(gate)))
+
+Saved for backward: gate_up and the master; silu and the product are computed again.
+Source: Shazeer 2020, eq. 6; the gradient is its derivative.
+
+Shapes: N rows, I inner width, D out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lowvram_kernels.errors import ShapeError
+
+
+def reference(gate_up: Tensor, down: Tensor) -> Tensor:
+    """Compute the textbook form; autograd of it is the gradient's truth."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up) @ down.to(gate_up.dtype).mT
+
+
+def gated_product(gate_up: Tensor) -> Tensor:
+    """Multiply silu of the first half by the second half.  gate_up: [..., 2I].  Returns [..., I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gated_product_backward(d_product: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Differentiate gated_product.  d_product: [..., I]; gate_up: [..., 2I].
+
+    Returns the gradient of gate_up and the product itself, which comes for one multiplication more.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    d_gate_up = torch.empty_like(gate_up)
+    d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+    silu = F.silu(gate)
+    torch.mul(d_product, silu, out=d_up)
+    torch.mul(d_product, up, out=d_gate)
+    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    return d_gate_up, silu.mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, down)
+        return F.linear(gated_product(gate_up), down.to(gate_up.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        gate_up, down_DI = ctx.saved_tensors
+        needs_input, needs_down = ctx.needs_input_grad
+        d_gate_up = None
+        if needs_input:
+            d_gate_up, product = gated_product_backward(dy @ down_DI.to(dy.dtype), gate_up)
+        else:
+            product = gated_product(gate_up)
+        if not needs_down:
+            return d_gate_up, None
+        dy_ND, product_NI = dy.reshape(-1, down_DI.shape[0]), product.reshape(-1, down_DI.shape[1])
+        return d_gate_up, (dy_ND.mT @ product_NI).to(down_DI.dtype)
+
+
+def swiglu(gate_up: Tensor, down: Tensor) -> Tensor:
+    """Gate, multiply and project down: (silu(gate) · up) @ downᵀ.
+
+    gate_up: [..., 2I] fp32|bf16|fp16, the gate first.  down: [D, I], a master of any floating dtype, cast at
+    use.  Returns [..., D] in gate_up's dtype; silu is taken in fp32.  ddown comes in down's dtype.
+    Saved for backward: gate_up and the master.
+    Raises ShapeError if gate_up's last is not twice down's, or either is not floating.
+    Source: Shazeer 2020, eq. 6.
+    """
+    if gate_up.dim() < 1 or down.dim() != 2 or gate_up.shape[-1] != 2 * down.shape[1]:
+        shapes = f"gate_up is {list(gate_up.shape)}, down {list(down.shape)}"
+        raise ShapeError(f"swiglu: {shapes}; they need [..., 2I] and [D, I].")
+    if not (gate_up.dtype.is_floating_point and down.dtype.is_floating_point):
+        raise ShapeError(f"swiglu: gate_up is {gate_up.dtype}, down {down.dtype}; both must be floating.")
+    return _SwiGLU.apply(gate_up, down)  # type: ignore[no-untyped-call]

@@ -1,0 +1,136 @@
+"""Batches of token windows addressed by sample number alone; knows no model, no device and no micro-batch.
+
+Nothing is drawn and nothing is stored: which window is sample n is a function of (seed, corpora, n).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lowvram.data.shards import ShardSet
+from lowvram.errors import DataError
+
+# Samples whose windows are worked out together, and slots in which each corpus has a whole number.
+BLOCK = 4096
+_ROUNDS = 6
+
+
+def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Return where a keyed bijection of [0, size) sends each of `index`.
+
+    index: integers in [0, size).  key: 64 bits.  Returns int64 of the same shape.
+    Source: a Feistel network on the smallest power of two that holds `size`, repeated for what falls outside
+    (cycle walking: Black & Rogaway 2002, Ciphers with Arbitrary Finite Domains).
+    """
+    bits = max(1, (size - 1).bit_length())
+    low_bits = np.uint64(bits - bits // 2)
+    high_mask, low_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << int(low_bits)) - 1)
+    keys = [np.uint64(_digest(key, turn)) for turn in range(_ROUNDS)]
+    result = np.array(index, np.uint64).reshape(-1)
+    outside = np.arange(result.size)
+    while outside.size:
+        high, low = result[outside] >> low_bits, result[outside] & low_mask
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+            high ^= _scramble(low ^ even) & high_mask
+            low ^= _scramble(high ^ odd) & low_mask
+        result[outside] = high << low_bits | low
+        outside = outside[result[outside] >= size]
+    return result.astype(np.int64).reshape(np.shape(index))
+
+
+def _scramble(x: np.ndarray) -> np.ndarray:
+    # The finaliser of SplitMix64 (Steele, Lea & Flood 2014); uint64 wraps around as it must.
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    scrambled: np.ndarray = x ^ x >> np.uint64(31)
+    return scrambled
+
+
+def _digest(*parts: int | str) -> int:
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+class Loader:
+    """The windows of one or several corpora, in an order that depends on seed, weights and number only.
+
+    A corpus of N tokens has (N - 1) // seq_len windows; window w holds seq_len + 1 tokens from w * seq_len
+    on, so that no target is in two windows.  Each is given once per epoch of its corpus, each epoch in another
+    order.  Corpora take turns by weight, in blocks of 4,096 samples with a whole number for each.
+    Raises DataError: corpus shorter than a window, share below 1/4096, corpora of different tokenizers.
+    """
+
+    def __init__(self, corpora: Sequence[tuple[ShardSet, float]], seq_len: int, seed: int) -> None:
+        self._corpora = [corpus for corpus, _ in corpora]
+        self._seq_len, self._seed = seq_len, seed
+        self._windows = [(corpus.tokens - 1) // seq_len for corpus in self._corpora]
+        for corpus, windows in zip(self._corpora, self._windows, strict=True):
+            if windows < 1:
+                raise DataError(
+                    f"{corpus.directory} holds {corpus.tokens} tokens.",
+                    f"A window of seq_len = {seq_len} takes {seq_len + 1}.",
+                    "Pack more text, or lower train.seq_len.",
+                )
+            if corpus.tokenizer_hash != self._corpora[0].tokenizer_hash:
+                what = f"{corpus.directory} and {self._corpora[0].directory} differ in their tokenizer."
+                raise DataError(what, "One model reads one vocabulary.", "Pack both with the same one.")
+        self._quotas = _share_out([weight for _, weight in corpora])
+        slots = np.repeat(np.arange(len(self._corpora)), self._quotas)
+        self._slots = slots[permute(np.arange(BLOCK), BLOCK, _digest(seed, "slots"))]
+        turns = self._slots == np.arange(len(self._corpora))[:, None]
+        self._earlier = np.cumsum(turns, axis=1) - turns
+        self._block = functools.lru_cache(2)(self._find_block)
+
+    def batch(self, first_sample: int, count: int) -> torch.Tensor:
+        """Return `count` samples from `first_sample` on, int64 [count, seq_len + 1]: inputs, last target."""
+        assert first_sample >= 0
+        width = self._seq_len + 1
+        tokens_BT = np.empty((count, width), np.int64)
+        for row in range(count):
+            number, place = divmod(first_sample + row, BLOCK)
+            array, start = self._block(number)[place]
+            tokens_BT[row] = array[start : start + width]
+        return torch.from_numpy(tokens_BT)
+
+    def epochs(self, sample: int) -> list[float]:
+        """Return how often each corpus has been seen when samples 0 … sample - 1 are done."""
+        block, slot = divmod(sample, BLOCK)
+        done = block * self._quotas + self._earlier[:, slot]
+        return [int(count) / windows for count, windows in zip(done, self._windows, strict=True)]
+
+    def _find_block(self, block: int) -> list[tuple[np.ndarray, int]]:
+        """Return, for each sample of a block, the array and the place in it where its window starts."""
+        found: list[tuple[np.ndarray, int]] = [(np.empty(0), 0)] * BLOCK
+        for number, (corpus, windows) in enumerate(zip(self._corpora, self._windows, strict=True)):
+            slots = np.flatnonzero(self._slots == number)
+            turn = block * int(self._quotas[number]) + self._earlier[number, slots]
+            epochs, places = turn // windows, turn % windows
+            chosen = np.empty_like(places)
+            for epoch in np.unique(epochs).tolist():
+                here = epochs == epoch
+                chosen[here] = permute(places[here], windows, _digest(self._seed, number, epoch))
+            for slot, span in zip(slots.tolist(), corpus.spans(chosen * self._seq_len, self._seq_len + 1), strict=True):
+                found[slot] = span
+        return found
+
+
+def _share_out(weights: Sequence[float]) -> np.ndarray:
+    """Return whole shares of a block, by largest remainder: they add up to BLOCK exactly."""
+    total = math.fsum(weights)
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise DataError(f"The corpora weigh {list(weights)}.", "A weight must be above 0.", "Mend data.train.")
+    exact = [weight / total * BLOCK for weight in weights]
+    shares = np.array([math.floor(share) for share in exact])
+    by_remainder = sorted(range(len(exact)), key=lambda number: shares[number] - exact[number])
+    shares[by_remainder[: BLOCK - int(shares.sum())]] += 1
+    if shares.min() < 1:
+        least = min(weights) / total
+        why = f"The smallest share is {least:.2g}; 1/{BLOCK} is the least that can be kept."
+        raise DataError(f"The corpora weigh {list(weights)}.", why, "Raise the smallest weight, or leave it out.")
+    return shares

@@ -1,0 +1,234 @@
+"""Text to token ids and back, without loss: training, loading, encoding, decoding; knows no file of text."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import itertools
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from lowvram.errors import DataError, TokenizerError
+from lowvram.files import DISK, Disk
+
+_NAMED = ("bos", "eos", "pad", "mask", "system", "user", "assistant", "end_of_turn")
+SPECIALS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare_{number}" for number in range(24))))
+# llama.cpp knows this expression as "ufakzeka"; any other one would not survive an export to GGUF.
+EXPRESSION = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SMALLEST = len(SPECIALS) + 256
+_FILES = ("tokenizer_config.json", "tokenizer.json")
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('Unknown role: ' + message.role) }}{% endif %}"
+    "{{ '<|' + message.role + '|>' + message.content + '<|end_of_turn|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# tiktoken's regex engine panics on a run of some 10⁶ white spaces, so such a run is cut into runs this long.
+_LONGEST_RUN = 200_000
+_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN}}}")
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk = DISK) -> Tokenizer:
+    """Learn a byte-level BPE from `texts` (made NFC here) and write it to the directory `out`.
+
+    vocabulary: specials and 256 bytes included; text with less to learn gives fewer ids (`Tokenizer.size`).
+    Raises TokenizerError if `vocabulary` has no room for the bytes, DataError if there is no text.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Model
+
+    if vocabulary < SMALLEST:
+        raise TokenizerError(
+            f"A vocabulary of {vocabulary} is too small.",
+            f"{len(SPECIALS)} special ids and 256 bytes need {SMALLEST}.",
+            "Try 8192 or more.",
+        )
+    text_bytes = 0
+
+    def normalised() -> Iterator[str]:
+        nonlocal text_bytes
+        for text in texts:
+            text_bytes += _count_bytes(text)
+            yield unicodedata.normalize("NFC", text)
+
+    model = Model(models.BPE())
+    split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(normalised(), trainer)
+    if not text_bytes:
+        raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad", "mask")},
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    written = (json.dumps(config, indent=2), model.to_str(pretty=True))
+    _write(dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True)), out, disk)
+    return Tokenizer.load(out)
+
+
+def _write(files: dict[str, bytes], directory: Path, disk: Disk) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        disk.write(directory / name, files[name])
+
+
+def _count_bytes(text: str) -> int:
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"The text holds half a character: \\u{ord(text[error.start]):04x} at position {error.start}.",
+            "A lone surrogate is no Unicode text and has no bytes.",
+            "Remove it.",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A loaded tokenizer; two of the same hash are equal.  hash: SHA-256 of tokenizer.json."""
+
+    hash: str
+    directory: Path = field(compare=False)
+    _bytes: tuple[bytes, ...] = field(compare=False, repr=False)
+    _files: dict[str, bytes] = field(compare=False, repr=False)
+
+    bos_id, eos_id, pad_id, mask_id = range(4)
+    end_of_turn_id = SPECIALS.index("<|end_of_turn|>")
+
+    @staticmethod
+    def load(directory: Path) -> Tokenizer:
+        """Read tokenizer.json and tokenizer_config.json; raises TokenizerError unless they are ours."""
+        try:
+            files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
+            json.loads(files["tokenizer_config.json"])
+            table = _read_table(json.loads(files["tokenizer.json"]))
+        except OSError as error:
+            raise TokenizerError(
+                f"There is no tokenizer in {directory}.",
+                f"{error.strerror}: {error.filename}.",
+                "Train one with `lowvram tokenizer train`, or name another folder.",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TokenizerError(
+                f"The tokenizer in {directory} cannot be used.",
+                f"Its files are damaged, or not written by lowvram ({type(error).__name__}: {error}).",
+                "Copy or train it anew.",
+            ) from error
+        digest = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+        return Tokenizer(digest, Path(directory), table, files)
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        ranks = {token: id for id, token in enumerate(self._bytes) if id >= len(SPECIALS)}
+        specials = {name: id for id, name in enumerate(SPECIALS)}
+        return tiktoken.Encoding(self.hash, pat_str=EXPRESSION, mergeable_ranks=ranks, special_tokens=specials)
+
+    @property
+    def size(self) -> int:
+        """The number of ids, specials included."""
+        return len(self._bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""
+        _count_bytes(text)
+        return [id for piece in _pieces(text) for id in self._encoding.encode_ordinary(piece)]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Like `encode`, as uint32 [tokens]; faster where an array is wanted."""
+        _count_bytes(text)
+        found = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def token_bytes(self, id: int) -> bytes:
+        """Return the UTF-8 bytes, perhaps part of a character, that `id` stands for; b"" for a special."""
+        if not 0 <= id < len(self._bytes):
+            raise TokenizerError(
+                f"{id} is not a token id.",
+                f"This tokenizer has the ids 0 to {len(self._bytes) - 1}.",
+                "Use the tokenizer that the ids were made with.",
+            )
+        return self._bytes[id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`: what was encoded; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def stream(self) -> TokenStream:
+        """Return a decoder for ids that come one at a time."""
+        return TokenStream(self)
+
+    def save(self, directory: Path, disk: Disk = DISK) -> None:
+        """Write both files, as they were loaded, to another directory."""
+        _write(self._files, directory, disk)
+
+
+def _pieces(text: str) -> list[str]:
+    if len(text) < 2 * _LONGEST_RUN:
+        return [text]
+    cuts = [0, *(run.end() for run in _LONG_RUN.finditer(text)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _read_table(model: dict[str, Any]) -> tuple[bytes, ...]:
+    """Return the bytes of each id; raises ValueError unless the file is such as `train_tokenizer` writes.
+
+    tiktoken merges by the id of the result, `tokenizers` by the order of the merges: the two must agree.
+    """
+    vocabulary, merges = model["model"]["vocab"], model["model"]["merges"]
+    split = model["pre_tokenizer"]["pretokenizers"][0]
+    if model["normalizer"] is not None or split.get("pattern") != {"Regex": EXPRESSION}:
+        raise ValueError("other normalizer or pre-tokenizer")
+    if tuple(token["content"] for token in model["added_tokens"]) != SPECIALS:
+        raise ValueError("other special tokens")
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    if [vocabulary[token] for token in tokens] != list(range(len(SPECIALS) + 256 + len(merges))):
+        raise ValueError("ids are missing or double")
+    if tuple(tokens[: len(SPECIALS)]) != SPECIALS or ["".join(pair) for pair in merges] != tokens[SMALLEST:]:
+        raise ValueError("ids are not in the order of the merges")
+    byte_of = _byte_of_letter()
+    rest = [bytes(byte_of[letter] for letter in token) for token in tokens[len(SPECIALS) :]]
+    return (*(b"" for _ in SPECIALS), *rest)
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Return the byte behind each letter of a byte-level vocabulary: printable Latin-1 stands for itself."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+class TokenStream:
+    """Decodes ids one at a time and holds back the bytes of a character until it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """Return the text that is certain after `id`, perhaps none."""
+        return self._decoder.decode(self._tokenizer.token_bytes(id))
+
+    def finish(self) -> str:
+        """Return what is still held back: U+FFFD for half a character."""
+        return self._decoder.decode(b"", final=True)

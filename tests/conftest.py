@@ -1,0 +1,49 @@
+"""Fixtures that several folders of tests use: Turkish text, a small tokenizer, the shared data where it is present."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TURKISH = (
+    "Ankara'da sabah erkenden yola çıktık; hava serindi, gökyüzü ise bulutsuzdu.",
+    "Annem mutfakta çay demlerken babam gazetenin bulmacasını çözüyordu.",
+    "Iğdır'ın kayısısı, Isparta'nın gülü, Rize'nin çayı meşhurdur.",
+    "İzmir'deki evimizin bahçesinde üç incir ağacı ve yaşlı bir kedi vardı.",
+    "Öğretmenimiz bize büyük ünlü uyumunu anlattı: kitaplar, evler, gözlükler, kuşlar.",
+    "Yağmur dinince çocuklar sokağa koştular; su birikintilerinde gemiler yüzdürdüler.",
+    "“Gelecek misin?” diye sordu. “Bilmiyorum,” dedim, “belki yarın gelirim.”",
+    "Trenin 14.35'te kalkacağını duyunca koşmaya başladık ama yetişemedik.",
+    "Şükrü Bey'in dükkânında hâlâ eski usul terazi kullanılıyordu.",
+    "Denizin kokusu, martıların sesi ve simitçinin çağrısı birbirine karışıyordu.",
+    "Çekoslovakyalılaştıramadıklarımızdan mısınız diye gülerek sordu dilbilimci.",
+    "Kış geldiğinde köyün yolları kapanır, haberler radyodan dinlenirdi.",
+    "Kütüphaneden aldığım kitapları geri götürmeyi unuttuğum için ceza ödedim.",
+    "Ağaçların arasından süzülen ışık, ırmağın üzerinde ışıldıyordu.",
+    "Doktor, günde iki litre su içmemi ve tuzu azaltmamı söyledi.",
+    "Pazardan domates, salatalık, biber, maydanoz ve yarım kilo peynir aldık.",
+)
+
+
+@pytest.fixture(scope="session")
+def turkish() -> tuple[str, ...]:
+    """Sixteen documents, written for these tests."""
+    return TURKISH
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory):
+    """A tokenizer of some 500 ids, trained on the Turkish sentences above."""
+    from lowvram.data.tokenizer import train_tokenizer
+
+    return train_tokenizer(iter(TURKISH), 512, tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real text beside the repository; a test that asks for it is skipped where there is none."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data, which is not here")
+    return folder

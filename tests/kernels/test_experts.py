@@ -1,0 +1,174 @@
+"""Routed experts against every expert run on every token in fp64; uneven and empty slices; bytes; paper form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from lowvram_kernels import experts as module
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.experts import experts, reference
+from measures import LiveBytes, relative_error, saved_bytes
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN: a row that nobody wrote then shows."""
+    torch.use_deterministic_algorithms(True)  # fill_uninitialized_memory is on by default and needs this
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(
+    tokens: int, choices: int, count: int, width: int, inner: int, dtype: torch.dtype, master: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    torch.manual_seed(1)
+    x = torch.randn(tokens, width).to(dtype)
+    gate_up = (torch.randn(count, 2 * inner, width) / width**0.5).to(dtype).to(master)
+    down = (torch.randn(count, width, inner) / inner**0.5).to(dtype).to(master)
+    ids = torch.rand(tokens, count).argsort(-1)[:, :choices].contiguous()
+    weights = torch.rand(tokens, choices).bfloat16().float()
+    return [t.requires_grad_() for t in (x, gate_up, down, weights)], ids
+
+
+def compare(leaves: list[Tensor], ids: Tensor) -> None:
+    dtype = leaves[0].dtype
+    truths = [t.detach().double().requires_grad_() for t in leaves]
+    y, truth = experts(*leaves, ids), reference(*truths, ids)
+    upstream = torch.randn(y.shape).to(dtype)
+    gradients = torch.autograd.grad(y, leaves, upstream)
+    assert y.dtype == dtype
+    assert [g.dtype for g in gradients] == [t.dtype for t in leaves]
+    assert relative_error(y, truth) < TOLERANCE[dtype]
+    for gradient, expected in zip(gradients, torch.autograd.grad(truth, truths, upstream.double()), strict=True):
+        assert relative_error(gradient, expected) < max(TOLERANCE[dtype], TOLERANCE[gradient.dtype])
+
+
+@pytest.mark.parametrize("master", [torch.float32, torch.bfloat16], ids=["fp32-master", "bf16-master"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "choices", "count", "width", "inner"),
+    [
+        pytest.param(1, 1, 1, 1, 1, id="one-of-all"),
+        pytest.param(41, 2, 5, 37, 13, id="odd"),
+        pytest.param(16, 4, 4, 24, 16, id="every-expert-for-every-token"),
+        pytest.param(3, 2, 16, 8, 8, id="more-experts-than-choices"),
+    ],
+)
+def test_values_and_all_four_gradients_are_the_textbooks(
+    tokens: int, choices: int, count: int, width: int, inner: int, dtype: torch.dtype, master: torch.dtype
+) -> None:
+    compare(*draw(tokens, choices, count, width, inner, dtype, master))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        pytest.param([[0, 0], [0, 0], [0, 0]], id="all-to-the-first"),
+        pytest.param([[3, 3], [3, 3], [3, 3]], id="all-to-the-last"),
+        pytest.param([[2, 1], [1, 2], [2, 1]], id="ends-empty"),
+        pytest.param([[3, 0], [0, 3], [3, 0]], id="middle-empty"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_that_nobody_chose_get_zero_gradients(dtype: torch.dtype, ids: list[list[int]]) -> None:
+    leaves, _ = draw(3, 2, 4, 12, 10, dtype, torch.float32)
+    chosen = torch.tensor(ids)
+    compare(leaves, chosen)
+    _, dgate_up, ddown, _ = torch.autograd.grad(experts(*leaves, chosen).sum(), leaves)
+    for expert in set(range(4)) - set(chosen.flatten().tolist()):
+        assert dgate_up[expert].abs().sum() == 0
+        assert ddown[expert].abs().sum() == 0
+
+
+def test_no_token_is_a_batch_too() -> None:
+    leaves, _ = draw(0, 2, 4, 12, 10, torch.float32, torch.float32)
+    y = experts(*leaves, torch.zeros(0, 2, dtype=torch.int64))
+    y.sum().backward()
+    assert y.shape == (0, 12)
+    assert leaves[1].grad is not None
+    assert leaves[1].grad.abs().sum() == 0
+
+
+def test_strides_do_not_matter() -> None:
+    (x, gate_up, down, weights), ids = draw(9, 2, 3, 6, 4, torch.float32, torch.float32)
+    plain = [t.detach() for t in (x, gate_up, down, weights)]
+    strided = [plain[0].T.contiguous().T, *(t.mT.contiguous().mT for t in plain[1:3]), plain[3].T.contiguous().T]
+    assert not any(t.is_contiguous() for t in strided)
+    compare([t.requires_grad_() for t in strided], ids.T.contiguous().T)
+
+
+def test_it_repeats_itself_bit_for_bit() -> None:
+    leaves, ids = draw(64, 3, 6, 16, 8, torch.bfloat16, torch.float32)
+    first, second = (torch.autograd.grad(experts(*leaves, ids).float().square().sum(), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_it_saves_x_weights_the_sort_and_gate_up_alone() -> None:
+    tokens, choices, count, width, inner = 10, 2, 4, 16, 24
+    leaves, ids = draw(tokens, choices, count, width, inner, torch.bfloat16, torch.float32)
+    rows = tokens * choices
+    kept = saved_bytes(lambda: experts(*leaves, ids), leaves[1:3])
+    assert kept == tokens * width * 2 + rows * 4 + rows * 8 + count * 8 + rows * 2 * inner * 2
+
+
+def test_gradients_of_masters_are_written_without_a_copy_of_the_stack() -> None:
+    leaves, ids = draw(4, 1, 32, 16, 16, torch.bfloat16, torch.float32)
+    y = experts(*leaves, ids)
+    with LiveBytes().ignore(*leaves) as live:
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    dgate_up, ddown, cast = 32 * 32 * 16 * 4, 32 * 16 * 16 * 4, 32 * 32 * 16 * 2
+    assert live.peak < dgate_up + ddown + cast + 16_384
+
+
+@pytest.mark.parametrize("learning", range(4), ids=["x", "gate_up", "down", "weights"])
+def test_a_gradient_that_nobody_asks_for_is_not_made(learning: int) -> None:
+    leaves, ids = draw(6, 2, 3, 8, 4, torch.float32, torch.float32)
+    (expected,) = torch.autograd.grad(experts(*leaves, ids).sum(), leaves[learning])
+    frozen = [t.detach().requires_grad_(i == learning) for i, t in enumerate(leaves)]
+    experts(*frozen, ids).sum().backward()
+    assert [t.grad is not None for t in frozen] == [i == learning for i in range(4)]
+    torch.testing.assert_close(frozen[learning].grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_on_paper_it_has_the_same_shapes_and_reads_nothing(dtype: torch.dtype) -> None:
+    torch.use_deterministic_algorithms(False)
+    with FakeTensorMode():
+        leaves, ids = draw(41, 2, 5, 37, 13, dtype, torch.float32)
+        y = experts(*leaves, ids)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert (y.shape, y.dtype) == ((41, 37), dtype)
+    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in leaves]
+
+
+def test_the_private_ops_keep_torchs_rules() -> None:
+    rows, stack, ends = torch.randn(6, 4), torch.randn(3, 4, 5), torch.tensor([2, 2, 6])
+    rules = ("test_schema", "test_faketensor")
+    torch.library.opcheck(module._multiply_slices, (rows, stack, ends), test_utils=rules)
+    torch.library.opcheck(module._sum_outer_slices, (rows, torch.randn(6, 5), ends, torch.float32), test_utils=rules)
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        pytest.param(0, torch.ones(3, 9), id="x-width"),
+        pytest.param(1, torch.ones(5, 8), id="gate_up-not-a-stack"),
+        pytest.param(1, torch.ones(5, 7, 6), id="gate_up-odd"),
+        pytest.param(2, torch.ones(4, 6, 4), id="down-number-of-experts"),
+        pytest.param(3, torch.ones(3, 1), id="weights-choices"),
+        pytest.param(4, torch.zeros(3, 2, dtype=torch.int32), id="ids-int32"),
+        pytest.param(3, torch.ones(3, 2, dtype=torch.int64), id="weights-integer"),
+    ],
+)
+def test_arguments_that_cannot_be_right_are_named(place: int, wrong: Tensor) -> None:
+    right = [torch.ones(3, 6), torch.ones(5, 8, 6), torch.ones(5, 6, 4), torch.ones(3, 2)]
+    arguments = [*right, torch.zeros(3, 2, dtype=torch.int64)]
+    arguments[place] = wrong
+    with pytest.raises(ShapeError, match="experts: "):
+        experts(*arguments)

@@ -1,0 +1,50 @@
+"""Every op runs on fake tensors, forward and backward, and its peak on paper is its peak in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from lowvram_kernels.dropout import dropout, hash_keys
+from lowvram_kernels.experts import experts
+from lowvram_kernels.linear import linear
+from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.rms_norm import rms_norm
+from lowvram_kernels.swiglu import swiglu
+from measures import LiveBytes
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype, requires_grad=True)
+
+
+def whole(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+OPS: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "rms_norm": lambda dtype: rms_norm(leaf(40, 24, dtype=dtype), leaf(24)),
+    "linear": lambda dtype: linear(leaf(40, 24, dtype=dtype), leaf(30, 24)),
+    "swiglu": lambda dtype: swiglu(leaf(40, 48, dtype=dtype), leaf(30, 24)),
+    "linear_cross_entropy": lambda dtype: linear_cross_entropy(leaf(40, 24, dtype=dtype), leaf(300, 24), whole(40), 16),
+    "experts": lambda dtype: experts(
+        leaf(40, 24, dtype=dtype), leaf(4, 32, 24), leaf(4, 24, 16), leaf(40, 2), whole(40, 2)
+    ),
+    "dropout": lambda dtype: dropout(leaf(4, 10, 24, dtype=dtype), 0.1, hash_keys(1, whole(4)), 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", list(OPS))
+def test_the_peak_on_paper_is_the_peak_in_memory(name: str, dtype: torch.dtype) -> None:
+    peaks = []
+    for mode in (FakeTensorMode(), contextlib.nullcontext()):
+        with mode, LiveBytes() as live:
+            y = OPS[name](dtype)
+            y.backward(torch.ones_like(y))
+        peaks.append(live.peak)
+    assert peaks[0] == peaks[1] > 0

@@ -1,0 +1,176 @@
+"""Run files: what they may say, what they inherit, and how a mistake in them is answered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowvram.config import ModelConfig, RunConfig, Window, differences, fingerprint
+from lowvram.errors import ConfigError
+from lowvram.runfile import load_preset, load_run, overlay, preset_names
+
+RUN = """\
+[model]
+preset = "tr-60m"
+[data]
+train = "shards/train"
+valid = "shards/valid"
+tokenizer = "tok"
+[train]
+tokens = "1.2e9"
+[run]
+dir = "runs/first"
+"""
+
+
+def load(tmp_path: Path, text: str = RUN, *sets: str, size: int = 16_384) -> RunConfig:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_run(path, sets, lambda _: size)
+
+
+def test_a_preset_fills_model_and_training_and_the_file_overrides_single_fields(tmp_path: Path) -> None:
+    text = RUN.replace('"tr-60m"', '"tr-60m"\nlayers = 10\nattention = { heads = 4 }')
+    what = load(tmp_path, text)
+    preset, train = load_preset("tr-60m")
+    assert what.model.layers == 10
+    assert what.model.attention == preset.attention.model_copy(update={"heads": 4})
+    assert what.train.tokens == 1_200_000_000
+    assert what.train.batch_tokens == train.batch_tokens
+
+
+def test_another_kind_replaces_the_whole_variant(tmp_path: Path) -> None:
+    attention = '{ kind = "mla", heads = 8, kv_lora_rank = 64, nope_dim = 32, rope_dim = 32, value_dim = 64 }'
+    what = load(tmp_path, RUN.replace('"tr-60m"', f'"tr-60m"\nattention = {attention}'))
+    assert what.model.attention.kind == "mla"
+    assert not hasattr(what.model.attention, "kv_heads")
+
+
+def test_the_vocabulary_follows_the_tokenizer(tmp_path: Path) -> None:
+    assert load(tmp_path, size=5000).model.vocabulary == 5000
+
+
+def test_another_vocabulary_than_the_tokenizers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.vocabulary is 99.*16384 ids.*Leave model.vocabulary out"):
+        load(tmp_path, RUN.replace('"tr-60m"', '"tr-60m"\nvocabulary = 99'))
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    what = load(tmp_path, RUN.replace("[train]", '[train]\nstart_from = "runs/zero"'))
+    assert what.data.train[0].path == tmp_path / "shards/train"
+    assert what.data.valid == tmp_path / "shards/valid"
+    assert what.data.tokenizer == tmp_path / "tok"
+    assert what.run.dir == tmp_path / "runs/first"
+    assert what.train.start_from == tmp_path / "runs/zero"
+
+
+def test_several_corpora_keep_their_weights(tmp_path: Path) -> None:
+    corpora = '[{ path = "a", weight = 3.0 }, { path = "b" }]'
+    what = load(tmp_path, RUN.replace('"shards/train"', corpora))
+    assert [(corpus.path.name, corpus.weight) for corpus in what.data.train] == [("a", 3.0), ("b", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "assignment, found",
+    [
+        ("optimizer.lr=3e-4", lambda what: what.train.optimizer.lr == 3e-4),
+        ("train.optimizer.lr = 3e-4", lambda what: what.train.optimizer.lr == 3e-4),
+        ("tokens=3M", lambda what: what.train.tokens == 3_000_000),
+        ("model.layers=2", lambda what: what.model.layers == 2),
+        ("precision=fp32", lambda what: what.train.precision == "fp32"),
+        ('prompts=["a", "b"]', lambda what: what.run.prompts == ("a", "b")),
+        ("window.size=64", lambda what: what.model.window == Window(size=64)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assignment: str, found) -> None:
+    assert found(load(tmp_path, RUN, assignment))
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"tr-60m"', '"tr-60"', r'model.preset is "tr-60".*Did you mean.*tr-60m'),
+        ("[train]", "[trian]", r"no key trian. Did you mean train"),
+        ("tokens =", "token =", r"no key train.token. Did you mean.*tokens"),
+        ('"1.2e9"', '"lots"', r"'lots' is not a count"),
+        ('"1.2e9"', "0", r"train.tokens is 0"),
+        ('dir = "runs/first"', "", r"run.dir is missing"),
+        ('tokenizer = "tok"', "", r"names no tokenizer"),
+        ('"1.2e9"', '"1e9"\nseq_len = 1000', r"batch_tokens is 131072; it must be a multiple of seq_len \(1000\). Try 131000"),
+        ('"1.2e9"', '"1e9"\nprecision = "fp12"', r"train.precision is 'fp12': input should be 'fp32', 'bf16' or 'fp16'"),
+        ('"tr-60m"', '"tr-60m"\nattention = { headz = 3 }', r"no key model.attention.headz. Did you mean heads"),
+        ('"tr-60m"', '"tr-60m"\nattention = { heads = 3 }', r"kv_heads is 2; it must divide heads \(3\)"),
+        ('"tr-60m"', '"tr-60m"\nattention = { head_dim = 33 }', r"head_dim is 33; rotation needs an even number. Try 34"),
+        ('"tr-60m"', '"tr-130m-moe"\npositions = { kind = "alibi" }', r"MLA goes with \"rope\" only"),
+        ('"tr-60m"', '"tr-130m-moe"\nffn = { top_k = 9 }', r"ffn.top_k is 9; there are only 8 experts"),
+        ('"tr-60m"', '"tr-130m-moe"\nffn = { dense_layers = 14 }', r"dense_layers is 14; it must be less than layers"),
+        ("[data]", "[data", r"is not TOML"),
+    ],
+)
+def test_a_mistake_is_answered_with_file_key_value_and_way_out(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    assert old in RUN
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, RUN.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "assignment, message",
+    [("optimiser.lr=1", "no key optimiser. Did you mean optimizer"), ("lr", "not an assignment"), ("tokens.x=1", "value")],
+)
+def test_a_wrong_set_is_answered(tmp_path: Path, assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, RUN, assignment)
+
+
+def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"There is no run file .*nowhere.toml"):
+        load_run(tmp_path / "nowhere.toml", [], lambda _: 1)
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_run(tmp_path, [], lambda _: 1)
+
+
+def test_configurations_are_frozen() -> None:
+    model, _ = load_preset("tr-25m")
+    with pytest.raises(Exception, match="frozen"):
+        model.layers = 3  # type: ignore[misc]
+
+
+def test_differences_name_what_changed_and_nothing_else() -> None:
+    model, train = load_preset("tr-25m")
+    other = model.model_copy(update={"layers": 3})
+    assert differences(model, other) == [("layers", 12, 3)]
+    assert differences(train, train) == []
+    assert fingerprint(model) == fingerprint(ModelConfig.model_validate(model.model_dump()))
+    assert fingerprint(model) != fingerprint(other)
+
+
+def test_overlay_leaves_its_base_alone() -> None:
+    base = {"a": {"kind": "x", "n": 1}, "b": 2}
+    assert overlay(base, {"a": {"n": 5}}) == {"a": {"kind": "x", "n": 5}, "b": 2}
+    assert overlay(base, {"a": {"kind": "y"}}) == {"a": {"kind": "y"}, "b": 2}
+    assert base == {"a": {"kind": "x", "n": 1}, "b": 2}
+
+
+@pytest.mark.covers("architecture")
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_its_size_is_near_its_name(name: str) -> None:
+    model, train = load_preset(name)
+    assert train.batch_tokens % train.seq_len == 0
+    sizes = {"25m": 25e6, "60m": 60e6, "125m": 125e6, "350m": 350e6, "130m": 130e6, "600m": 600e6}
+    for word in name.split("-"):
+        if word in sizes:
+            assert model.num_parameters() == pytest.approx(sizes[word], rel=0.04)
+
+
+@pytest.mark.covers("architecture")
+@pytest.mark.parametrize("name", ["tr-130m-moe", "tr-600m-moe"])
+def test_our_moe_presets_can_be_exported_and_keep_fused_attention_open(name: str) -> None:
+    model, _ = load_preset(name)
+    assert model.norm_eps == 1e-6
+    assert model.ffn.shared >= 1
+    assert model.attention.query_dim == model.attention.value_dim <= 128
+    assert not (model.layers in (26, 27) and model.attention.q_lora_rank)

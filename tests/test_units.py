@@ -1,0 +1,49 @@
+"""Counts, sizes and durations are read and printed as people write them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowvram.units import parse_bytes, parse_count, show_bytes, show_count, show_duration
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [("1.2e9", 1_200_000_000), ("1.2B", 1_200_000_000), ("300M", 300_000_000), (65_536, 65_536), ("40k", 40_000), ("1_000", 1000)],
+    ids=str,
+)
+def test_counts_are_read_in_every_spelling(text: str | int, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize(
+    "text, size", [("12GB", 12 * 10**9), ("8 GiB", 2**33), ("1.5kib", 1536), (7, 7), ("3 TB", 3 * 10**12)], ids=str
+)
+def test_sizes_tell_decimal_from_binary(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "12 parsecs", "-3", "1e", "5G5"])
+def test_what_is_no_count_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match="write it like"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(
+    "size, shown", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**33, "8.0 GiB"), (3 * 2**40, "3.00 TiB")]
+)
+def test_sizes_are_printed_in_binary_units(size: int, shown: str) -> None:
+    assert show_bytes(size) == shown
+
+
+@pytest.mark.parametrize("count, shown", [(512, "512"), (24_697_088, "24.7M"), (999_999, "1.0M"), (1.2e9, "1.20B")])
+def test_counts_are_printed_short(count: float, shown: str) -> None:
+    assert show_count(count) == shown
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [(-1, "0 s"), (45.4, "45 s"), (65, "1 min 05 s"), (7500, "2 h 05 min"), (273_600, "3 d 04 h")],
+)
+def test_durations_are_printed_in_their_two_largest_units(seconds: float, shown: str) -> None:
+    assert show_duration(seconds) == shown

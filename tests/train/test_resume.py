@@ -1,0 +1,170 @@
+"""Six steps equal three, a real kill -9, and three more, bit for bit; wherever the kill falls."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram.checkpoint import find_checkpoint
+from lowvram.config import RunConfig
+from lowvram.files import Disk
+from lowvram.plan import choose_plan
+from lowvram.train.prepare import prepare
+from lowvram.train.start import lock_run
+from lowvram.train.trainer import Saved, StepDone, Stopped, Trainer
+from tests.tiny import KINDS, prepare_home, tiny_run
+
+EVERY_STEP = 1e-9  # minutes between saves
+KILLS = 10
+
+
+class SlowDisk(Disk):
+    """A disk on which a save takes so long that most random moments fall inside one."""
+
+    def sync_directory(self, path: Path) -> None:
+        time.sleep(0.01)
+        super().sync_directory(path)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("home")
+    prepare_home(place)
+    return place
+
+
+def saving_every_step(what: RunConfig) -> RunConfig:
+    return what.model_copy(update={"run": what.run.model_copy(update={"save_every_minutes": EVERY_STEP})})
+
+
+def trainer_of(what: RunConfig, disk: Disk | None = None) -> Trainer:
+    plan, _ = choose_plan(what.train, micro_batch=4)
+    return prepare(what, plan, torch.device("cpu"), disk or Disk())
+
+
+def train_slowly(what: RunConfig) -> None:
+    """The child process: train, saving after every step on a slow disk, until killed or done."""
+    torch.set_num_threads(1)
+    with lock_run(what.run.dir):
+        for _ in trainer_of(saving_every_step(what), SlowDisk()).run():
+            pass
+
+
+def is_signed(run: Path, sign: str, pid: int | None) -> bool:
+    """Whether the child holds the run and, where the sign is a draft's file, is writing one now."""
+    owner = run / "owner"
+    holds = owner.exists() and owner.read_text().strip() == str(pid)
+    return holds and (sign == "owner" or any(path.stat().st_mtime > owner.stat().st_mtime for path in run.glob(sign)))
+
+
+def tensors_at_the_end(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    checkpoint, _ = find_checkpoint(run)
+    assert checkpoint.step == step
+    return checkpoint.weights() | checkpoint.state()
+
+
+@pytest.fixture
+def single_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str, single_thread: None) -> None:
+    whole, killed = (tiny_run(home, kind, f"{name}-{kind}", dropout=0.1, tokens=16 * 256) for name in ("whole", "killed"))
+    list(trainer_of(whole).run())
+    # A server that has torch loaded and forks: a child begins at once, and is a process of its own to kill.
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["lowvram.train.prepare", "tests.tiny"])
+    moments = random.Random(f"kills of {kind}")
+    run, died, torn = killed.run.dir, 0, 0
+    for number in range(KILLS):
+        child = server.Process(target=train_slowly, args=(killed,))
+        child.start()
+        # Every second kill waits for a save in progress, the others for a random moment of the run.
+        sign = "*.tmp/weights.safetensors" if number % 2 else "owner"
+        while child.is_alive() and not is_signed(run, sign, child.pid):
+            time.sleep(0.001)
+        child.join(moments.uniform(0.0, 0.05 if number % 2 else 0.3))
+        child.kill()
+        child.join()
+        died += child.exitcode == -signal.SIGKILL
+        torn += bool(list(run.glob("*.tmp")))
+    assert died >= KILLS - 2
+    assert torn >= 2, "too few kills fell inside a save"
+    train_slowly(killed)
+    truth, found = tensors_at_the_end(whole.run.dir, 16), tensors_at_the_end(run, 16)
+    assert truth.keys() == found.keys()
+    assert [name for name in truth if not torch.equal(truth[name], found[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_six_steps_equal_three_and_three(home: Path, kind: str) -> None:
+    whole, halves = tiny_run(home, kind, f"six-{kind}"), tiny_run(home, kind, f"halves-{kind}")
+    losses = [event.loss for event in trainer_of(whole).run() if isinstance(event, StepDone)]
+    first = trainer_of(halves)
+    found = []
+    for event in first.run():
+        if isinstance(event, StepDone):
+            found.append(event.loss)
+            if event.step == 3:
+                first.stop()
+    assert isinstance(event, Stopped)
+    assert not event.is_finished
+    found += [event.loss for event in trainer_of(halves).run() if isinstance(event, StepDone)]
+    assert found == losses
+    truth, ours = tensors_at_the_end(whole.run.dir), tensors_at_the_end(halves.run.dir)
+    assert all(torch.equal(truth[name], ours[name]) for name in truth)
+
+
+def test_looking_and_saving_change_nothing(home: Path) -> None:
+    quiet, busy = tiny_run(home, "mla-moe", "quiet"), tiny_run(home, "mla-moe", "busy")
+    often = busy.run.model_copy(update={"validate_every": 1, "sample_every": 1, "save_every_minutes": EVERY_STEP})
+    list(trainer_of(quiet).run())
+    events = list(trainer_of(busy.model_copy(update={"run": often})).run())
+    assert sum(isinstance(event, Saved) for event in events) == 6
+    truth, found = tensors_at_the_end(quiet.run.dir), tensors_at_the_end(busy.run.dir)
+    assert all(torch.equal(truth[name], found[name]) for name in truth)
+
+
+def test_a_finished_run_typed_again_says_so_and_trains_nothing(home: Path) -> None:
+    what = tiny_run(home, run="again")
+    list(trainer_of(what).run())
+    events = list(trainer_of(what).run())
+    assert [type(event).__name__ for event in events] == ["Started", "Stopped"]
+    assert events[-1].is_finished
+
+
+def test_more_tokens_extend_a_finished_run(home: Path) -> None:
+    what = tiny_run(home, run="longer")
+    list(trainer_of(what).run())
+    longer = what.model_copy(update={"train": what.train.model_copy(update={"tokens": 8 * 256})})
+    steps = [event.step for event in trainer_of(longer).run() if isinstance(event, StepDone)]
+    assert steps == [7, 8]
+
+
+def test_a_corrupt_checkpoint_is_passed_over_and_the_run_ends_the_same(home: Path) -> None:
+    what = saving_every_step(tiny_run(home, run="corrupt"))
+    list(trainer_of(what).run())
+    # Loaded tensors are views of the file, which is about to change.
+    truth = {name: tensor.clone() for name, tensor in tensors_at_the_end(what.run.dir).items()}
+    newest, _ = find_checkpoint(what.run.dir)
+    path = newest.directory / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+    started, *_ = events = list(trainer_of(what).run())
+    assert started.step == 5
+    assert "weights.safetensors" in str(started.passed_over[0])
+    assert sum(isinstance(event, StepDone) for event in events) == 1
+    found = tensors_at_the_end(what.run.dir)
+    assert all(torch.equal(truth[name], found[name]) for name in truth)
