@@ -167,8 +167,8 @@ class Store:
         """
         final = self.run / _NAME.format(numbers["step"])
         draft = final.with_name(f"{final.name}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
         self.run.mkdir(parents=True, exist_ok=True)
+        self._clear_leftovers()
         needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
         with explain_full_disk(self.run, needed):
             try:
@@ -216,7 +216,10 @@ class Store:
                     left -= size[path]
         for path in doomed:
             self.disk.delete(path)
-        for leftover in self.run.glob("step-*.deleted"):
+
+    def _clear_leftovers(self) -> None:
+        """Free what a save or a deletion that was killed left behind, of whichever step."""
+        for leftover in (*self.run.glob("step-*.tmp"), *self.run.glob("step-*.deleted")):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _is_milestone(self, path: Path) -> bool:

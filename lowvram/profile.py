@@ -64,7 +64,9 @@ def explain_mismatch(driver: Driver | None, build: TorchBuild | None) -> str | N
     """Return one sentence with the exact command where torch leaves the NVIDIA card idle; None where all is well."""
     if driver is None or build is None:
         return None
-    newest = next((cuda for cuda in _WHEELS if cuda <= driver.cuda), None)
+    # Within a major version a driver also runs what was built for a newer minor one (NVIDIA, minor compatibility).
+    same_major = [cuda for cuda in reversed(_WHEELS) if cuda[0] == driver.cuda[0]]
+    newest = next((cuda for cuda in _WHEELS if cuda <= driver.cuda), next(iter(same_major), None))
     if newest is None:
         command = "update the NVIDIA driver, since none of torch's builds runs on it"
     else:
@@ -75,10 +77,8 @@ def explain_mismatch(driver: Driver | None, build: TorchBuild | None) -> str | N
         return f"{driver.card} is here, but {idle}; {command}"
     if build.cuda[0] > driver.cuda[0]:
         had, needed = (".".join(map(str, version)) for version in (driver.cuda, build.cuda))
-        return (
-            f"{driver.card} is here, but its driver runs CUDA {had} at most and torch {build.version} needs {needed}; "
-            f"update the driver, or {command}"
-        )
+        idle = f"its driver runs CUDA {had} at most and torch {build.version} needs {needed}"
+        return f"{driver.card} is here, but {idle}; {'update the driver, or ' if newest else ''}{command}"
     return None
 
 

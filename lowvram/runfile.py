@@ -47,15 +47,19 @@ def load_run(path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], in
     tables = _read_toml(path)
     for assignment in sets:
         _assign(tables, assignment)
+    for home in RunConfig.model_fields:
+        if not isinstance(tables.get(home, {}), dict):
+            fix = f"Write its values below a line [{home}]."
+            raise ConfigError(f"{path}: {home} is {tables[home]!r}, not a table.", fix=fix)
     model = tables.get("model", {})
-    said = model.get("vocabulary") if isinstance(model, dict) else None
-    if isinstance(model, dict) and "preset" in model:
+    said = model.get("vocabulary")
+    if "preset" in model:
         preset = read_preset(str(model.pop("preset")))
         tables["model"] = overlay(preset["model"], model)
         tables["train"] = overlay(preset["train"], tables.get("train", {}))
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
-    if tokenizer is None:
+    if not isinstance(tokenizer, str):
         fix = 'Write [data] tokenizer = "tok".'
         raise ConfigError(f"{path} names no tokenizer.", "The vocabulary comes from it.", fix)
     size = vocabulary_of(Path(tokenizer))

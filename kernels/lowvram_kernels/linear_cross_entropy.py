@@ -39,7 +39,7 @@ from lowvram_kernels.errors import ShapeError
 # is small beside the chunk's 6·C·V·D operations; more rows gained nothing (CPU, bf16, V = 16,384 and 32,768).
 _MOST_ROWS = 1024
 _LEAST_ROWS = 128
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 32 * 2**20
 _BYTES_PER_LOGIT = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 6}
 
 
@@ -148,7 +148,7 @@ def linear_cross_entropy(
     """Sum the cross-entropy of softmax(x @ weightᵀ) over the targets that are not ignored.
 
     x: [N, D] fp32|bf16|fp16.  weight: [V, D], a master of any floating dtype, cast at use.  targets: [N]
-    int64.  chunk: rows whose logits exist at once; None chooses up to 1,024 and 64 MiB.  Returns an fp32
+    int64.  chunk: rows whose logits exist at once; None chooses up to 1,024 and 32 MiB.  Returns an fp32
     scalar, the sum: the caller divides.  Gradients come in x's and weight's dtype; backward runs once.
     Saved for backward: dx [N, D] in x's dtype, dW [V, D] in fp32 (x's dtype where one chunk is all).
     Raises ShapeError if the three do not fit together or chunk is not positive; IndexError (a device assertion

@@ -29,32 +29,56 @@ def reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+def row_scales(x: Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(mean(x²) + eps) of every row, [N, 1] fp32."""
+    norm_N1 = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]).float(), dim=-1, keepdim=True)
+    return torch.rsqrt(norm_N1.square_().div_(x.shape[-1]).add_(eps))
+
+
+def apply_scales(x: Tensor, rstd_N1: Tensor, weight: Tensor) -> Tensor:
+    """Return x · r · weight in x's shape and dtype: one fp32 temporary and one rounding at the end."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    scaled_ND = torch.mul(x_ND, rstd_N1)  # fp32, whatever x is
+    return scaled_ND.mul_(weight.float()).to(x.dtype).view(x.shape)
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dx and dweight in their arguments' dtypes; what `needs` denies is None."""
+    x_ND = x.reshape(-1, x.shape[-1]).float()
+    dy_ND = dy.reshape(-1, x.shape[-1]).float()
+    weight_D = weight.float()
+    buffer_ND = dy_ND * x_ND
+    # Both sums are matrix-vector products: no further pass over [N, D].
+    dweight = (rstd_N1[:, 0] @ buffer_ND).to(weight.dtype) if needs[1] else None
+    if not needs[0]:
+        return None, dweight
+    slope_N1 = (buffer_ND @ weight_D).div_(x.shape[-1])[:, None] * rstd_N1 * rstd_N1 * rstd_N1
+    torch.mul(dy_ND, weight_D, out=buffer_ND).mul_(rstd_N1).addcmul_(x_ND, slope_N1, value=-1.0)
+    return buffer_ND.to(x.dtype).view(x.shape), dweight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_ND = x.reshape(-1, x.shape[-1]).float()
-        norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
-        rstd_N1 = torch.rsqrt(norm_N1.square_().div_(x.shape[-1]).add_(eps))
+        rstd_N1 = row_scales(x, eps)
         ctx.save_for_backward(x, weight, rstd_N1)
-        # One fp32 temporary and one rounding at the end: fewer passes than rounding twice.
-        return torch.mul(x_ND, rstd_N1).mul_(weight.float()).to(x.dtype).view(x.shape)
+        return apply_scales(x, rstd_N1, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd_N1 = ctx.saved_tensors
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
-        x_ND = x.reshape(-1, x.shape[-1]).float()
-        dy_ND = dy.reshape(-1, x.shape[-1]).float()
-        weight_D = weight.float()
-        buffer_ND = dy_ND * x_ND
-        # Both sums are matrix-vector products: no further pass over [N, D].
-        dweight = (rstd_N1[:, 0] @ buffer_ND).to(weight.dtype) if needs_dweight else None
-        if not needs_dx:
-            return None, dweight, None
-        slope_N1 = (buffer_ND @ weight_D).div_(x.shape[-1])[:, None] * rstd_N1 * rstd_N1 * rstd_N1
-        torch.mul(dy_ND, weight_D, out=buffer_ND).mul_(rstd_N1).addcmul_(x_ND, slope_N1, value=-1.0)
-        return buffer_ND.to(x.dtype).view(x.shape), dweight, None
+        return *gradients(dy, x, weight, rstd_N1, ctx.needs_input_grad[:2]), None
+
+
+def check(x: Tensor, weight: Tensor) -> None:
+    """Raise ShapeError if weight is not [D], or a dtype is none of the three."""
+    if x.dim() < 1 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
+        raise ShapeError(f"rms_norm: weight is {list(weight.shape)}; x {list(x.shape)} needs [D].")
+    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
+        raise ShapeError(f"rms_norm: x is {x.dtype}, weight {weight.dtype}; give fp32, bf16 or fp16.")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -66,8 +90,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Raises ShapeError if weight is not [D], or a dtype is none of the three.
     Source: Zhang & Sennrich 2019, eq. 4.
     """
-    if x.dim() < 1 or weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-        raise ShapeError(f"rms_norm: weight is {list(weight.shape)}; x {list(x.shape)} needs [D].")
-    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
-        raise ShapeError(f"rms_norm: x is {x.dtype}, weight {weight.dtype}; give fp32, bf16 or fp16.")
+    check(x, weight)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 import lowvram
-from lowvram.errors import LowvramError, ShapeError
+from lowvram.errors import LowvramError, MachineError, ShapeError
 
 COMMANDS = ("demo", "tokenizer", "data", "train", "evaluate", "chat")
 _DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
@@ -41,8 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`lowvram … | head`): not an error, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        from lowvram.cli.show import show_error
+
+        show_error(str(_explain_refusal(error)))
+        return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _explain_refusal(error: OSError) -> MachineError:
+    """Say what the system refused: no permission, no space, a file where a folder has to be."""
+    return MachineError(
+        f"{error.filename or 'A file'} could not be read or written.",
+        f"The system says: {error.strerror}.",
+        "Mend that and type the same command again; what was finished before is kept.",
+    )
 
 
 def _speak_utf8() -> None:

@@ -35,9 +35,11 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.load import load_model
     from lowvram.cli.show import bar, result
     from lowvram.data.shards import ShardSet
-    from lowvram.errors import DataError
+    from lowvram.errors import ConfigError, DataError
     from lowvram.evaluate.bits_per_byte import score
 
+    if arguments.tokens is not None and arguments.tokens < 1:
+        raise ConfigError(f"--tokens is {arguments.tokens}.", "There is nothing to measure on.", "Leave it out for all.")
     loaded = load_model(arguments.checkpoint, arguments.device)
     place = arguments.data or loaded.what.data.valid
     if place is None:

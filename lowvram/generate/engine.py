@@ -66,6 +66,8 @@ class Engine:
             self.ids = self.ids[len(self.ids) - kept :]
             self.cache.rewind(0)
         self.ids += new
+        # The last token is read again where all were read before, as after an empty text: its logits were not kept.
+        self.cache.rewind(len(self.ids) - 1)
         yield from self._write(sampler, max_tokens)
 
     def _write(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:

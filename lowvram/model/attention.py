@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowvram.config import Gqa, Mla, ModelConfig
 from lowvram.model.cache import Cache
 from lowvram.model.exact import ExactBuffers
-from lowvram.model.linear import Linear, RmsNorm
+from lowvram.model.linear import Linear, RmsNorm, project
 from lowvram.model.positions import add_alibi_columns, rotate, slopes
 
 Table = tuple[Tensor, Tensor] | None
@@ -86,6 +86,7 @@ class GqaAttention(ExactBuffers):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         yarn = model.positions.yarn if model.positions.kind == "rope" else None
         self.scale = self.head_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
+        self.norm = RmsNorm(model.dim, model.norm_eps, device)
         self.q_proj = Linear(model.dim, config.heads * config.head_dim, device)
         self.k_proj = Linear(model.dim, config.kv_heads * config.head_dim, device)
         self.v_proj = Linear(model.dim, config.kv_heads * config.head_dim, device)
@@ -96,10 +97,11 @@ class GqaAttention(ExactBuffers):
         self.register_buffer("slope_H", slope_H, persistent=False)
 
     def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
-        """Attend causally; with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
-        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
-        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))
-        v_BTGK = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_dim))
+        """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
+        q, k, v = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
+        k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
+        v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if table is not None:
@@ -121,6 +123,7 @@ class MlaAttention(nn.Module):
         self.layer, self.window, self.config = layer, model.window_of(layer), config
         yarn = model.positions.yarn if model.positions.kind == "rope" else None
         self.scale = config.query_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
+        self.norm = RmsNorm(model.dim, model.norm_eps, device)
         queries = config.heads * config.query_dim
         if config.q_lora_rank is None:
             self.q_proj = Linear(model.dim, queries, device)
@@ -134,35 +137,40 @@ class MlaAttention(nn.Module):
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, device)
 
     def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
-        """Attend causally; with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
+        """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
         assert table is not None, "MLA goes with RoPE"
-        q_BTHK = rotate(self._queries(x_BTD), table, interleaved=True)
-        latent_BTC, k_rope_BTR = self.kv_a_proj(x_BTD).split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
-        latent_BTC = self.kv_a_norm(latent_BTC)
+        q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)
+        q_BTHK = rotate(q_BTHK, table, interleaved=True)
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
         if cache is None:
             out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR)
         else:
             first = cache.length == 0
-            memory_BSL = cache.store_latent(self.layer, torch.cat([latent_BTC, k_rope_BTR], dim=-1))
+            new_BTL = torch.cat([self.kv_a_norm(latent_BTC), k_rope_BTR], dim=-1)
+            memory_BSL = cache.store_latent(self.layer, new_BTL)
             # Nothing lies before the first tokens, so they need no memory; the expanded form is cheaper for many.
             out_BTHV = (
                 self._expanded(q_BTHK, latent_BTC, k_rope_BTR) if first else self._absorbed(q_BTHK, memory_BSL)
             )
         return self.o_proj(out_BTHV.flatten(2))
 
-    def _queries(self, x_BTD: Tensor) -> Tensor:
-        if self.config.q_lora_rank is None:
-            q = self.q_proj(x_BTD)
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, T, H, K], the latent before its norm [B, T, C], and the rotated part's keys [B, T, 2R]."""
+        config = self.config
+        if config.q_lora_rank is None:
+            q, latent = project(self.norm, x_BTD, self.q_proj, self.kv_a_proj)
         else:
-            q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD)))
-        return q.unflatten(-1, (self.config.heads, self.config.query_dim))
+            q_latent, latent = project(self.norm, x_BTD, self.q_a_proj, self.kv_a_proj)
+            (q,) = project(self.q_a_norm, q_latent, self.q_b_proj)
+        latent_BTC, k_rope = latent.split([config.kv_lora_rank, config.rope_dim], dim=-1)
+        return q.unflatten(-1, (config.heads, config.query_dim)), latent_BTC, k_rope
 
     def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor) -> Tensor:
-        """k = [W_uk c | k_rope], v = W_uv c: every head's keys and values exist."""
+        """k = [W_uk c | k_rope], v = W_uv c with c = norm(latent): every head's keys and values exist."""
         config = self.config
-        kv = self.kv_b_proj(latent_BTC).unflatten(-1, (config.heads, config.nope_dim + config.value_dim))
-        k_nope, v_BTHV = kv.split([config.nope_dim, config.value_dim], dim=-1)
+        (kv,) = project(self.kv_a_norm, latent_BTC, self.kv_b_proj)
+        kv_BTHL = kv.unflatten(-1, (config.heads, config.nope_dim + config.value_dim))
+        k_nope, v_BTHV = kv_BTHL.split([config.nope_dim, config.value_dim], dim=-1)
         k_BTHK = torch.cat([k_nope, k_rope_BTR.unsqueeze(2).expand(-1, -1, config.heads, -1)], dim=-1)
         # A copy, so that what attention keeps for backward does not keep the un-positioned keys alive too.
         v_BHTV = v_BTHV.transpose(1, 2)

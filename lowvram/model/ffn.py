@@ -15,20 +15,35 @@ from torch.autograd.function import once_differentiable
 
 from lowvram.config import Moe
 from lowvram.model.exact import ExactBuffers
-from lowvram.model.linear import Linear
+from lowvram.model.linear import Linear, RmsNorm, project
 
 
 class SwiGluFfn(nn.Module):
     """A dense SwiGLU layer whose gate and up projections are one matrix."""
+
+    def __init__(self, dim: int, hidden: int, eps: float, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.norm = RmsNorm(dim, eps, device)
+        self.gate_up_proj = Linear(dim, 2 * hidden, device)
+        self.down_proj = Linear(hidden, dim, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D].  Returns SwiGLU of norm(x), [..., D]."""
+        (gate_up,) = project(self.norm, x, self.gate_up_proj)
+        return swiglu(gate_up, self.down_proj.weight)
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token passes through: SwiGLU of rows that are normalised already."""
 
     def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.gate_up_proj = Linear(dim, 2 * hidden, device)
         self.down_proj = Linear(hidden, dim, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D].  Returns [..., D]."""
-        return swiglu(self.gate_up_proj(x), self.down_proj.weight)
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """x: [N, D].  Returns [N, D]."""
+        return swiglu(self.gate_up_proj(x_ND), self.down_proj.weight)
 
 
 class _Fp32Linear(torch.autograd.Function):
@@ -81,17 +96,18 @@ class Router(ExactBuffers):
 class MoeFfn(nn.Module):
     """Routed experts and shared ones; no token is dropped."""
 
-    def __init__(self, dim: int, config: Moe, device: torch.device | str | None = None) -> None:
+    def __init__(self, dim: int, config: Moe, eps: float, device: torch.device | str | None = None) -> None:
         super().__init__()
+        self.norm = RmsNorm(dim, eps, device)
         self.router = Router(dim, config, device)
         hidden = config.expert_hidden
         self.gate_up_EHD = nn.Parameter(torch.empty(config.experts, 2 * hidden, dim, device=device))
         self.down_EDI = nn.Parameter(torch.empty(config.experts, dim, hidden, device=device))
-        self.shared = SwiGluFfn(dim, config.shared * hidden, device)
+        self.shared = SharedExpert(dim, config.shared * hidden, device)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [B, T, D].  Returns [B, T, D] and the experts' loads [E]."""
-        x_ND = x_BTD.flatten(0, 1)
+        """x: [B, T, D].  Returns the experts' answer to norm(x), [B, T, D], and their loads [E]."""
+        x_ND = self.norm(x_BTD).flatten(0, 1)
         weight_NK, id_NK, load_E = self.router(x_ND)
         routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, id_NK)
         return (routed_ND + self.shared(x_ND)).unflatten(0, x_BTD.shape[:2]), load_E

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from lowvram_kernels.linear import linear
+from lowvram_kernels.norm_linears import norm_linears
 from lowvram_kernels.rms_norm import rms_norm
 from torch import Tensor, nn
 
@@ -31,3 +32,11 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim].  Returns x's shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
+
+
+def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
+    """Return each layer's answer to norm(x); the normalised rows are not kept for backward.
+
+    x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
+    """
+    return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps)

@@ -34,34 +34,32 @@ class Dropout(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the stream."""
+    """Attention and a feed-forward layer, each reading the normed stream and adding to it."""
 
     def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None) -> None:
         super().__init__()
         self.layer = layer
-        self.attention_norm = RmsNorm(config.dim, config.norm_eps, device)
         self.attention: GqaAttention | MlaAttention
         if config.attention.kind == "mla":
             self.attention = MlaAttention(config, config.attention, layer, device)
         else:
             self.attention = GqaAttention(config, config.attention, layer, device)
-        self.ffn_norm = RmsNorm(config.dim, config.norm_eps, device)
         self.ffn: SwiGluFfn | MoeFfn
         if config.ffn.kind == "moe" and config.is_moe(layer):
-            self.ffn = MoeFfn(config.dim, config.ffn, device)
+            self.ffn = MoeFfn(config.dim, config.ffn, config.norm_eps, device)
         else:
-            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, device)
+            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, device)
 
     def forward(
         self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
-        x_BTD = x_BTD + self._dropped(self.attention(self.attention_norm(x_BTD), table, cache), drop, site=0)
+        x_BTD = x_BTD + self._dropped(self.attention(x_BTD, table, cache), drop, site=0)
         load_E = None
         if isinstance(self.ffn, MoeFfn):
-            out_BTD, load_E = self.ffn(self.ffn_norm(x_BTD))
+            out_BTD, load_E = self.ffn(x_BTD)
         else:
-            out_BTD = self.ffn(self.ffn_norm(x_BTD))
+            out_BTD = self.ffn(x_BTD)
         return x_BTD + self._dropped(out_BTD, drop, site=1), load_E
 
     def _dropped(self, out_BTD: Tensor, drop: Dropout | None, site: int) -> Tensor:

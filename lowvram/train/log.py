@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lowvram.errors import MachineError
+from lowvram.files import explain_full_disk
 from lowvram.train.trainer import Evaluated, Event, Sampled, StepDone
 
 
@@ -29,22 +32,26 @@ class JsonlLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._folder = path.parent
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - open as long as the run
+        # A row that a full disk or a power cut tore must not swallow the next one.
+        if self._file.tell() and self._file.seek(-1, 2) and self._file.read(1) != b"\n":
+            self._file.write(b"\n")
 
     def write(self, event: Event) -> None:
-        """Write the event's name, its values and the wall-clock time in seconds since 1970."""
-        values = {f.name: getattr(event, f.name) for f in dataclasses.fields(event)}
+        """Write the event's name, its values and the wall-clock time in seconds since 1970; JSON has no NaN: null."""
+        values = {f.name: _finite(getattr(event, f.name)) for f in dataclasses.fields(event)}
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
-        self._file.write(json.dumps(row, ensure_ascii=False, default=_plain) + "\n")
-        self._file.flush()
+        with explain_full_disk(self._folder):
+            self._file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
 
-def _plain(value: Any) -> Any:
-    return list(map(str, value)) if isinstance(value, tuple) else str(value)
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def scalars(event: Event) -> dict[str, float]:
@@ -85,7 +92,9 @@ class WandbLog:
 
     def __init__(self, run: Path) -> None:
         module = _require("wandb", "wandb")
-        self._run = module.init(project="lowvram", name=run.name, id=run.name, resume="allow", dir=str(run))
+        # An id is the project's own: two directories of the same name must not become one run.
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
+        self._run = module.init(project="lowvram", name=run.name, id=identity, resume="allow", dir=str(run))
 
     def write(self, event: Event) -> None:
         """Log the event's scalars at its step."""

@@ -6,30 +6,30 @@ import hashlib
 
 import torch
 
-from lowvram.checkpoint import Store, find_checkpoint
+from lowvram.checkpoint import Store
 from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import PromptError
 from lowvram.files import DISK, Disk
 from lowvram.model.transformer import Transformer
 from lowvram.plan import Plan
 from lowvram.train.optim import build_optimizer
-from lowvram.train.state import TrainState, load_weights
+from lowvram.train.state import TrainState
 from lowvram.train.trainer import Trainer
 
 
 def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK) -> Trainer:
-    """Return a Trainer at step 0, or at `start_from`'s weights; `run()` then resumes if there is something to resume.
+    """Return a Trainer at step 0; `run()` then resumes, or takes `start_from`'s weights.
 
-    Raises DataError for shards that are truncated or of another tokenizer, CheckpointError for start_from.
+    Raises DataError for shards that are truncated or of another tokenizer, PromptError for a sample prompt too long.
     """
     tokenizer = Tokenizer.load(what.data.tokenizer)
+    _check_prompts(what, tokenizer)
     corpora = [(ShardSet.open(c.path, tokenizer.hash), c.weight) for c in what.data.train]
     valid = ShardSet.open(what.data.valid, tokenizer.hash) if what.data.valid else None
     model = Transformer(what.model, what.train.seed, device)
-    if what.train.start_from is not None:
-        load_weights(model, find_checkpoint(what.train.start_from)[0])
     run = what.run
     return Trainer(
         what=what,
@@ -41,6 +41,18 @@ def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
         valid=valid,
     )
+
+
+def _check_prompts(what: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuse now what would end the run at its first sample."""
+    for prompt in what.run.prompts:
+        count = 1 + len(tokenizer.encode(prompt))
+        if count >= what.train.seq_len:
+            raise PromptError(
+                f"A prompt in run.prompts has {count} tokens.",
+                f"train.seq_len is {what.train.seq_len}, and the answer needs room in it too.",
+                "Shorten it, or write prompts = [].",
+            )
 
 
 def _join(hashes: list[str]) -> str:

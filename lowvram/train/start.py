@@ -50,6 +50,9 @@ def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoi
         for key, before, now in differences(was, what)
         if not key.startswith(_FREE)
     ]
+    weights_then, weights_now = ([corpus.weight for corpus in config.data.train] for config in (was, what))
+    if weights_then != weights_now:
+        changed.append(f"the weights in data.train were {weights_then} and are now {weights_now}")
     kept = checkpoint.manifest.get("hashes", {})
     changed += [f"the {name} has other contents" for name, value in hashes.items() if kept.get(name, value) != value]
     if changed:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowvram.checkpoint import Store
+from lowvram.checkpoint import Store, find_checkpoint
 from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
@@ -24,7 +24,7 @@ from lowvram.objective import DTYPES, Batch, causal_loss
 from lowvram.plan import Plan
 from lowvram.train.optim import learning_rate
 from lowvram.train.start import refuse_changes
-from lowvram.train.state import FIRST_LOSS_SCALE, TrainState
+from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, load_weights
 from lowvram.train.step import Found, discard, gradients, update
 
 # Consecutive steps without a finite gradient after which going on only burns electricity.
@@ -142,6 +142,9 @@ class Trainer:
             refuse_changes(self.what, self.hashes, checkpoint)
             self.state.restore(checkpoint)
             self._saved_step = checkpoint.step
+        elif self.what.train.start_from is not None:
+            origin, passed_over = find_checkpoint(self.what.train.start_from)
+            load_weights(self.state.model, origin)
         resumed_from = checkpoint.directory if checkpoint else None
         return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over))
 

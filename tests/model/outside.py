@@ -89,8 +89,8 @@ def outside_twin(model: Transformer) -> nn.Module:
 
 
 _NAMES = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+    "attention.norm": "input_layernorm",
+    "ffn.norm": "post_attention_layernorm",
     "attention.q_norm": "self_attn.q_norm",
     "attention.k_norm": "self_attn.k_norm",
     "attention.q_a_norm": "self_attn.q_a_layernorm",

@@ -1,0 +1,251 @@
+"""The engine writes what the model without a cache would, stops where it must, and never splits a character."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lowvram.config import ModelConfig
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import PromptError
+from lowvram.generate.engine import Engine
+from lowvram.generate.sampling import Sampler
+from lowvram.model.cache import Cache
+from lowvram.model.transformer import Transformer
+from tests.model.outside import randomise
+from tests.model.variants import VARIANTS
+
+GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
+PROMPT = "Kış geldiğinde köyün"
+every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def engine_of(config: ModelConfig, tokenizer: Tokenizer, max_context: int = 64) -> Engine:
+    # Untied and with large weights: a small tied model would only repeat its last token, and positions would not matter.
+    config = config.model_copy(update={"vocabulary": tokenizer.size, "tied": False})
+    model = randomise(Transformer(config), std=0.25)
+    return Engine(model, tokenizer, max_context)
+
+
+def recomputed(engine: Engine, ids: list[int], count: int) -> list[int]:
+    """Greedy ids by the whole forward pass, again for each token: the truth."""
+    stops = {engine.tokenizer.bos_id, engine.tokenizer.eos_id, engine.tokenizer.end_of_turn_id}
+    ids = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            token = int(engine.model.logits(torch.tensor([ids]))[0, -1].argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids
+
+
+class Scripted:
+    """A model that says fixed tokens, one after each reading, and counts what it is given to read."""
+
+    def __init__(self, tokenizer: Tokenizer, script: list[int]) -> None:
+        self.config = VARIANTS["gqa-rope"].model_copy(update={"vocabulary": tokenizer.size})
+        self.embedding, self.head_VD = torch.zeros(1), torch.eye(tokenizer.size)
+        self.script, self.read = list(script), list[int]()
+
+    def __call__(self, token_BT: torch.Tensor, dtype: torch.dtype, cache: Cache) -> tuple[torch.Tensor, None]:
+        self.read.append(token_BT.shape[1])
+        cache.advance(token_BT.shape[1])
+        stream_BTD = torch.zeros(*token_BT.shape, len(self.head_VD))
+        stream_BTD[0, -1, self.script.pop(0)] = 1.0
+        return stream_BTD, None
+
+
+def scripted(tokenizer: Tokenizer, script: list[int], max_context: int = 64) -> Engine:
+    return Engine(Scripted(tokenizer, script), tokenizer, max_context)  # type: ignore[arg-type]
+
+
+def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """One id for each single byte of the text, as a model that knows no merge would write it."""
+    id_of = {tokenizer.token_bytes(id): id for id in range(tokenizer.size - 1, -1, -1)}
+    return [id_of[bytes([byte])] for byte in text.encode()]
+
+
+@pytest.mark.covers("generation")
+@every_variant
+def test_streaming_through_the_cache_writes_what_recomputing_everything_would(
+    config: ModelConfig, small_tokenizer: Tokenizer
+) -> None:
+    engine = engine_of(config, small_tokenizer)
+    pieces = list(engine.generate(PROMPT, GREEDY, 24))
+    read = [small_tokenizer.bos_id, *small_tokenizer.encode(PROMPT)]
+    assert engine.ids == recomputed(engine, read, 24)
+    assert len(set(engine.ids[len(read) :])) > 3
+    assert "".join(pieces) == small_tokenizer.decode(engine.ids[len(read) :])
+
+
+@pytest.mark.covers("generation")
+@pytest.mark.parametrize("kind", ["gqa-alibi-window", "mla-yarn-q_lora", "mla-moe"])
+def test_a_second_turn_goes_on_as_if_the_conversation_had_been_read_at_once(
+    kind: str, small_tokenizer: Tokenizer
+) -> None:
+    engine = engine_of(VARIANTS[kind], small_tokenizer)
+    "".join(engine.generate(PROMPT, GREEDY, 9))
+    before = list(engine.ids)
+    "".join(engine.generate("\nEvet, çay.", GREEDY, 9))
+    assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet, çay.")], 9)
+
+
+@pytest.mark.covers("generation")
+def test_the_same_seed_writes_the_same_text_and_another_seed_another(small_tokenizer: Tokenizer) -> None:
+    texts = []
+    for seed in (3, 3, 4):
+        engine = engine_of(VARIANTS["gqa-rope"], small_tokenizer)
+        texts.append("".join(engine.generate(PROMPT, Sampler(seed=seed), 30)))
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.covers("generation")
+def test_a_second_turn_reads_only_its_new_tokens(small_tokenizer: Tokenizer) -> None:
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefgh"))
+    "".join(engine.generate(PROMPT, GREEDY, 3))
+    before = engine.cache.length
+    assert before == 1 + len(small_tokenizer.encode(PROMPT)) + 3 == len(engine.ids)
+    "".join(engine.generate("Evet!", GREEDY, 2))
+    new = len(small_tokenizer.encode("Evet!"))
+    assert engine.model.read == [before - 3, 1, 1, 1, new, 1, 1]
+    assert engine.cache.length == before + new + 2
+
+
+def test_only_the_first_turn_begins_a_document(small_tokenizer: Tokenizer) -> None:
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcd"))
+    for text in ("Evet", "Hayır"):
+        "".join(engine.generate(text, GREEDY, 1))
+    assert engine.ids.count(small_tokenizer.bos_id) == 1
+    assert engine.ids[0] == small_tokenizer.bos_id
+
+
+def test_an_empty_turn_goes_on_writing(small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS["mla-moe"], small_tokenizer)
+    "".join(engine.generate(PROMPT, GREEDY, 4))
+    before = list(engine.ids)
+    "".join(engine.generate("", GREEDY, 4))
+    assert engine.ids == recomputed(engine, before, 4)
+    assert len(engine.ids) > len(before)
+
+
+@pytest.mark.covers("generation")
+@pytest.mark.parametrize("name", ["bos_id", "eos_id", "end_of_turn_id"])
+def test_writing_ends_at_a_document_or_turn_end_which_is_not_kept(small_tokenizer: Tokenizer, name: str) -> None:
+    script = [*byte_ids(small_tokenizer, "ab"), getattr(small_tokenizer, name), *byte_ids(small_tokenizer, "cd")]
+    engine = scripted(small_tokenizer, script)
+    assert "".join(engine.generate("Evet", GREEDY, 50)) == "ab"
+    assert small_tokenizer.decode(engine.ids) == "Evetab"
+    assert getattr(small_tokenizer, name) not in engine.ids[1:]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_no_more_tokens_are_written_than_were_asked_for(small_tokenizer: Tokenizer, count: int) -> None:
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefghij"))
+    assert "".join(engine.generate("Evet", GREEDY, count)) == "abcdefghij"[:count]
+
+
+@pytest.mark.parametrize("text", ["ğüşıöç", "“çay”", "a€b🫖c"], ids=["two bytes", "three bytes", "four bytes"])
+def test_a_character_is_never_split_between_pieces(small_tokenizer: Tokenizer, text: str) -> None:
+    script = byte_ids(small_tokenizer, text)
+    engine = scripted(small_tokenizer, [*script, small_tokenizer.eos_id])
+    assert list(engine.generate("Evet", GREEDY, 99)) == list(text)
+
+
+def test_half_a_character_at_the_end_is_shown_as_one_replacement(small_tokenizer: Tokenizer) -> None:
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "aş"))
+    assert list(engine.generate("Evet", GREEDY, 2)) == ["a", "\ufffd"]
+
+
+def test_a_special_token_that_ends_nothing_has_no_text(small_tokenizer: Tokenizer) -> None:
+    script = [small_tokenizer.pad_id, *byte_ids(small_tokenizer, "a"), small_tokenizer.mask_id, small_tokenizer.eos_id]
+    assert list(scripted(small_tokenizer, script).generate("Evet", GREEDY, 9)) == ["a"]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_numbers_and_forgets_nothing(small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS["gqa-rope"], small_tokenizer, max_context=40)
+    "".join(engine.generate(PROMPT, GREEDY, 3))
+    before = list(engine.ids)
+    text = "ab" * 60
+    count = len(small_tokenizer.encode(text))
+    assert count > 40
+    with pytest.raises(PromptError, match=rf"has {count} tokens.*holds 40.*by at least {count - 39} tokens"):
+        next(engine.generate(text, GREEDY, 3))
+    assert engine.ids == before
+    "".join(engine.generate("\nEvet", GREEDY, 3))
+    assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet")], 3)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_prompt_may_fill_the_context_up_to_its_last_token(small_tokenizer: Tokenizer, room: int) -> None:
+    count = 1 + len(small_tokenizer.encode(PROMPT))
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdef"), max_context=count + room)
+    if room == 0:
+        with pytest.raises(PromptError, match=f"has {count} tokens.*at least 1 tokens"):
+            list(engine.generate(PROMPT, GREEDY, 9))
+    else:
+        assert "".join(engine.generate(PROMPT, GREEDY, 9)) == "abcdef"[:room]
+
+
+@pytest.mark.covers("generation")
+@pytest.mark.parametrize("kind", ["gqa-rope", "gqa-window", "mla-rope"])
+def test_writing_ends_when_the_context_is_full(kind: str, small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS[kind], small_tokenizer, max_context=23)
+    "".join(engine.generate(PROMPT, GREEDY, 500))
+    read = [small_tokenizer.bos_id, *small_tokenizer.encode(PROMPT)]
+    assert engine.ids == recomputed(engine, read, 23 - len(read))
+    assert len(engine.ids) == engine.cache.length == 23
+
+
+@pytest.mark.covers("generation")
+def test_a_conversation_that_outgrows_the_context_keeps_its_newest_half(small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS["mla-moe"], small_tokenizer, max_context=30)
+    "".join(engine.generate(PROMPT, GREEDY, 500))
+    before = list(engine.ids)
+    assert len(before) == 30
+    new = small_tokenizer.encode("\nEvet")
+    "".join(engine.generate("\nEvet", GREEDY, 3))
+    assert engine.ids == recomputed(engine, [*before[-15:], *new], 3)
+
+
+def test_a_long_turn_leaves_less_than_half_of_what_was_before(small_tokenizer: Tokenizer) -> None:
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "a" * 60), max_context=30)
+    "".join(engine.generate("Evet", GREEDY, 99))
+    before, text = list(engine.ids), "xyzwqxyzwqxyzwqxyzwqxyzwq"
+    new = small_tokenizer.encode(text)
+    assert 15 < len(new) < 29
+    "".join(engine.generate(text, GREEDY, 99))
+    assert engine.ids[: 29 - len(new)] == before[len(before) - (29 - len(new)) :]
+    assert engine.ids[29 - len(new) : 29] == new
+    assert len(engine.ids) == 30
+
+
+def test_an_answer_that_is_broken_off_is_part_of_the_conversation(small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS["gqa-alibi"], small_tokenizer)
+    pieces = engine.generate(PROMPT, GREEDY, 30)
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+    before = list(engine.ids)
+    assert len(before) > 1 + len(small_tokenizer.encode(PROMPT))
+    "".join(engine.generate("\nEvet", GREEDY, 5))
+    assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet")], 5)
+
+
+def test_a_reset_engine_writes_what_a_new_one_does(small_tokenizer: Tokenizer) -> None:
+    used, fresh = (engine_of(VARIANTS["gqa-moe-untied"], small_tokenizer) for _ in range(2))
+    "".join(used.generate("Pazardan domates aldık", GREEDY, 12))
+    used.reset()
+    assert list(used.generate(PROMPT, GREEDY, 12)) == list(fresh.generate(PROMPT, GREEDY, 12))
+    assert used.ids == fresh.ids
