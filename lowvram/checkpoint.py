@@ -106,7 +106,8 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[CheckpointError]]:
     The list names newer ones that were passed over because they are corrupt.  Raises CheckpointError if none is whole.
     """
     if not path.is_dir():
-        raise CheckpointError(f"There is no directory {path}.", fix="Name a run directory or one of its step-… folders.")
+        fix = "Name a run directory or one of its step-… folders."
+        raise CheckpointError(f"There is no directory {path}.", fix=fix)
     if (path / _MANIFEST).is_file() or path.name.startswith("step-"):
         return open_checkpoint(path), []
     problems: list[CheckpointError] = []
@@ -242,8 +243,6 @@ def _to_json(value: Any) -> bytes:
 
 
 def _manifest(directory: Path, step: int, hashes: dict[str, str]) -> dict[str, Any]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(directory.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(directory.iterdir())}
     versions = {"lowvram": lowvram.__version__, "torch": str(torch.__version__)}
     return {"format": FORMAT, "step": step, "versions": versions, "hashes": hashes, "files": files}

@@ -73,8 +73,10 @@ def overlay(base: Table, top: Mapping[str, Any]) -> Table:
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
-        same_kind = isinstance(below, dict) and isinstance(value, Mapping) and all(
-            value.get(tag, below.get(tag)) == below.get(tag) for tag in ("kind", "name")
+        same_kind = (
+            isinstance(below, dict)
+            and isinstance(value, Mapping)
+            and all(value.get(tag, below.get(tag)) == below.get(tag) for tag in ("kind", "name"))
         )
         merged[key] = overlay(typing.cast(Table, below), value) if same_kind else value
     return merged

@@ -22,6 +22,7 @@ from lowvram.profile import (
     find_torch,
     machine_memory_bytes,
 )
+from tests.flows.typed import environment
 
 CARD = "NVIDIA GeForce RTX 5070"
 CPU_BUILD = TorchBuild("2.12.0+cpu", None)
@@ -57,9 +58,7 @@ def test_a_driver_of_the_same_or_a_newer_major_version_is_well(runs: tuple[int, 
      ((12, 6), "cu126"), ((12, 4), "cu126")],
     ids=str,
 )  # fmt: skip
-def test_a_cpu_build_beside_a_card_is_answered_with_the_wheel_for_its_driver(
-    runs: tuple[int, int], wheel: str
-) -> None:
+def test_a_cpu_build_beside_a_card_is_answered_with_the_wheel_for_its_driver(runs: tuple[int, int], wheel: str) -> None:
     sentence = explain_mismatch(Driver(CARD, runs), CPU_BUILD)
     assert sentence is not None
     assert sentence.startswith(f"{CARD} is here, but torch 2.12.0+cpu is a CPU-only build")
@@ -175,7 +174,7 @@ def test_the_memory_is_the_systems() -> None:
 
 def test_the_profile_answers_without_importing_torch() -> None:
     code = "import lowvram.profile as p, sys; p.find_torch(); p.describe_machine(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))})
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
 def no_accelerator(monkeypatch: pytest.MonkeyPatch, driver: Driver | None, build: TorchBuild) -> None:

@@ -98,11 +98,23 @@ def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assig
         ('"1.2e9"', "0", r"train.tokens is 0"),
         ('dir = "runs/first"', "", r"run.dir is missing"),
         ('tokenizer = "tok"', "", r"names no tokenizer"),
-        ('"1.2e9"', '"1e9"\nseq_len = 1000', r"batch_tokens is 131072; it must be a multiple of seq_len \(1000\). Try 131000"),
-        ('"1.2e9"', '"1e9"\nprecision = "fp12"', r"train.precision is 'fp12': input should be 'fp32', 'bf16' or 'fp16'"),
+        (
+            '"1.2e9"',
+            '"1e9"\nseq_len = 1000',
+            r"batch_tokens is 131072; it must be a multiple of seq_len \(1000\). Try 131000",
+        ),
+        (
+            '"1.2e9"',
+            '"1e9"\nprecision = "fp12"',
+            r"train.precision is 'fp12': input should be 'fp32', 'bf16' or 'fp16'",
+        ),
         ('"tr-60m"', '"tr-60m"\nattention = { headz = 3 }', r"no key model.attention.headz. Did you mean heads"),
         ('"tr-60m"', '"tr-60m"\nattention = { heads = 3 }', r"kv_heads is 2; it must divide heads \(3\)"),
-        ('"tr-60m"', '"tr-60m"\nattention = { head_dim = 33 }', r"head_dim is 33; rotation needs an even number. Try 34"),
+        (
+            '"tr-60m"',
+            '"tr-60m"\nattention = { head_dim = 33 }',
+            r"head_dim is 33; rotation needs an even number. Try 34",
+        ),
         ('"tr-60m"', '"tr-130m-moe"\npositions = { kind = "alibi" }', r"MLA goes with \"rope\" only"),
         ('"tr-60m"', '"tr-130m-moe"\nffn = { top_k = 9 }', r"ffn.top_k is 9; there are only 8 experts"),
         ('"tr-60m"', '"tr-130m-moe"\nffn = { dense_layers = 14 }', r"dense_layers is 14; it must be less than layers"),
@@ -119,7 +131,11 @@ def test_a_mistake_is_answered_with_file_key_value_and_way_out(
 
 @pytest.mark.parametrize(
     "assignment, message",
-    [("optimiser.lr=1", "no key optimiser. Did you mean optimizer"), ("lr", "not an assignment"), ("tokens.x=1", "value")],
+    [
+        ("optimiser.lr=1", "no key optimiser. Did you mean optimizer"),
+        ("lr", "not an assignment"),
+        ("tokens.x=1", "value"),
+    ],
 )
 def test_a_wrong_set_is_answered(tmp_path: Path, assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

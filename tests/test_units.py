@@ -9,7 +9,14 @@ from lowvram.units import parse_bytes, parse_count, show_bytes, show_count, show
 
 @pytest.mark.parametrize(
     "text, count",
-    [("1.2e9", 1_200_000_000), ("1.2B", 1_200_000_000), ("300M", 300_000_000), (65_536, 65_536), ("40k", 40_000), ("1_000", 1000)],
+    [
+        ("1.2e9", 1_200_000_000),
+        ("1.2B", 1_200_000_000),
+        ("300M", 300_000_000),
+        (65_536, 65_536),
+        ("40k", 40_000),
+        ("1_000", 1000),
+    ],
     ids=str,
 )
 def test_counts_are_read_in_every_spelling(text: str | int, count: int) -> None:

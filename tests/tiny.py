@@ -23,7 +23,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "mla-moe": {
         "attention": {"kind": "mla", "heads": 2, "kv_lora_rank": 16, "nope_dim": 8, "rope_dim": 8, "value_dim": 16},
         "ffn": {
-            "kind": "moe", "hidden": 64, "dense_layers": 1, "experts": 4, "top_k": 2, "shared": 1, "expert_hidden": 32,
+            "kind": "moe",
+            "hidden": 64,
+            "dense_layers": 1,
+            "experts": 4,
+            "top_k": 2,
+            "shared": 1,
+            "expert_hidden": 32,
         },
     },
 }

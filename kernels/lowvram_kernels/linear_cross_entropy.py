@@ -49,7 +49,7 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1
 
 
 def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Choose the rows of a chunk: at most 1,024 and 64 MiB of logits, at least 128, chunks of equal size."""
+    """Choose the rows of a chunk: at most 1,024 and 32 MiB of logits, at least 128, chunks of equal size."""
     fitting = _CHUNK_BYTES // (vocabulary * _BYTES_PER_LOGIT[dtype])
     chunks = -(-rows // min(_MOST_ROWS, max(_LEAST_ROWS, fitting)))
     return -(-rows // max(1, chunks)) or 1

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.evaluate.bits_per_byte import score
 
     if arguments.tokens is not None and arguments.tokens < 1:
-        raise ConfigError(f"--tokens is {arguments.tokens}.", "There is nothing to measure on.", "Leave it out for all.")
+        raise ConfigError(f"--tokens is {arguments.tokens}.", "That is no token at all.", "Leave it out for all.")
     loaded = load_model(arguments.checkpoint, arguments.device)
     place = arguments.data or loaded.what.data.valid
     if place is None:

@@ -49,9 +49,7 @@ def _attention(
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    distance_TS = (
-        torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-    )
+    distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
     seen_TS = distance_TS >= 0
     return seen_TS if window is None else seen_TS & (distance_TS < window)
 
@@ -149,9 +147,7 @@ class MlaAttention(nn.Module):
             new_BTL = torch.cat([self.kv_a_norm(latent_BTC), k_rope_BTR], dim=-1)
             memory_BSL = cache.store_latent(self.layer, new_BTL)
             # Nothing lies before the first tokens, so they need no memory; the expanded form is cheaper for many.
-            out_BTHV = (
-                self._expanded(q_BTHK, latent_BTC, k_rope_BTR) if first else self._absorbed(q_BTHK, memory_BSL)
-            )
+            out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR) if first else self._absorbed(q_BTHK, memory_BSL)
         return self.o_proj(out_BTHV.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

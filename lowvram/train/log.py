@@ -33,7 +33,7 @@ class JsonlLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = path.parent
-        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._file = open(path, "ab+")  # noqa: SIM115 - open as long as the run
         # A row that a full disk or a power cut tore must not swallow the next one.
         if self._file.tell() and self._file.seek(-1, 2) and self._file.read(1) != b"\n":
             self._file.write(b"\n")
@@ -44,10 +44,12 @@ class JsonlLog:
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
         with explain_full_disk(self._folder):
             self._file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with explain_full_disk(self._folder):
+            self._file.close()
 
 
 def _finite(value: Any) -> Any:

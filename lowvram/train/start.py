@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import ValidationError
 
 from lowvram.checkpoint import Checkpoint
 from lowvram.config import RunConfig, TrainConfig, differences
@@ -63,13 +64,15 @@ def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoi
         )
 
 
-def settle_plan(
-    directory: Path, train: TrainConfig, micro_batch: int | None, disk: Disk = DISK
-) -> tuple[Plan, str]:
+def settle_plan(directory: Path, train: TrainConfig, micro_batch: int | None, disk: Disk = DISK) -> tuple[Plan, str]:
     """Return the run's plan and why: the one asked for, the one it had, or a new one; and keep it in the directory."""
     path = directory / "plan.json"
     if micro_batch is None and path.exists():
-        plan = Plan.model_validate_json(path.read_text(encoding="utf-8"))
+        try:
+            plan = Plan.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            why = "It is torn, or was written by another version."
+            raise ConfigError(f"{path} is no plan.", why, "Delete it: a new one is then chosen.") from error
         if plan.micro_batch * plan.accumulate == train.batch_samples:
             return plan, "this run's plan so far"
     plan, reason = choose_plan(train, micro_batch)

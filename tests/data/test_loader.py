@@ -204,9 +204,10 @@ def test_epochs_count_what_was_seen(corpus: ShardSet) -> None:
 @pytest.mark.covers("data")
 def test_a_corpus_shorter_than_one_window_is_refused_with_both_numbers(corpora: list[ShardSet]) -> None:
     tokens = corpora[1].tokens
-    assert Loader([(corpora[1], 1.0)], tokens - 1, seed=0).batch(0, 2).tolist() == [
-        corpora[1].read(0, tokens).tolist()
-    ] * 2
+    assert (
+        Loader([(corpora[1], 1.0)], tokens - 1, seed=0).batch(0, 2).tolist()
+        == [corpora[1].read(0, tokens).tolist()] * 2
+    )
     with pytest.raises(DataError, match=rf"short holds {tokens} tokens.*seq_len = {tokens} takes {tokens + 1}"):
         Loader([(corpora[0], 1.0), (corpora[1], 1.0)], tokens, seed=0)
 

@@ -175,7 +175,7 @@ def test_a_second_backward_is_refused_not_wrong() -> None:
     ("rows", "vocabulary", "dtype", "expected"),
     [
         pytest.param(4096, 16_384, torch.bfloat16, 1024, id="thousand-rows"),
-        pytest.param(4096, 64_000, torch.bfloat16, 512, id="64-MiB-in-equal-chunks"),
+        pytest.param(4096, 64_000, torch.bfloat16, 256, id="32-MiB-in-equal-chunks"),
         pytest.param(4096, 10**6, torch.float32, 128, id="never-below-128"),
         pytest.param(1025, 1000, torch.float32, 513, id="no-tiny-last-chunk"),
         pytest.param(0, 1000, torch.float32, 1, id="no-rows"),

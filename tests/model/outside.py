@@ -38,14 +38,18 @@ def outside_class(config: ModelConfig) -> tuple[type[nn.Module], Any]:
     if attention.kind == "gqa":
         kind, settings = (Qwen3ForCausalLM, Qwen3Config) if attention.qk_norm else (LlamaForCausalLM, LlamaConfig)
         return kind, settings(**common, num_key_value_heads=attention.kv_heads, head_dim=attention.head_dim)
-    routed = {} if ffn.kind == "swiglu" else {
-        "n_routed_experts": ffn.experts,
-        "num_experts_per_tok": ffn.top_k,
-        "n_shared_experts": ffn.shared,
-        "moe_intermediate_size": ffn.expert_hidden,
-        "first_k_dense_replace": ffn.dense_layers,
-        "routed_scaling_factor": ffn.route_scale,
-    }
+    routed = (
+        {}
+        if ffn.kind == "swiglu"
+        else {
+            "n_routed_experts": ffn.experts,
+            "num_experts_per_tok": ffn.top_k,
+            "n_shared_experts": ffn.shared,
+            "moe_intermediate_size": ffn.expert_hidden,
+            "first_k_dense_replace": ffn.dense_layers,
+            "routed_scaling_factor": ffn.route_scale,
+        }
+    )
     if ffn.kind == "swiglu":
         routed = {"first_k_dense_replace": config.layers}
     return DeepseekV3ForCausalLM, DeepseekV3Config(

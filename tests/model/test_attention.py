@@ -58,6 +58,7 @@ def test_one_key_value_head_per_query_head_is_multi_head_attention() -> None:
     torch.testing.assert_close(whole.logits(token_BT), grouped.logits(token_BT), atol=1e-5, rtol=0)
 
 
+@pytest.mark.covers("architecture")
 @pytest.mark.parametrize("name", ["mla-rope", "mla-yarn-q_lora", "mla-window"])
 def test_the_absorbed_form_equals_the_expanded_one(name: str) -> None:
     config: ModelConfig = VARIANTS[name]
@@ -73,6 +74,7 @@ def test_the_absorbed_form_equals_the_expanded_one(name: str) -> None:
     torch.testing.assert_close(torch.cat([first, absorbed], dim=1), expanded, atol=1e-5, rtol=0)
 
 
+@pytest.mark.covers("architecture")
 def test_a_window_over_layers_follows_its_pattern() -> None:
     config = VARIANTS["gqa-window"].model_copy(update={"layers": 5})
     assert [config.window_of(layer) for layer in range(5)] == [7, None, 7, None, 7]

@@ -113,7 +113,9 @@ def test_slopes_of_a_power_of_two_are_the_geometric_series(heads: int) -> None:
 
 
 @pytest.mark.covers("ALiBi")
-@pytest.mark.parametrize("heads, expected", [(6, [-2, -4, -6, -8, -1, -3]), (12, [*range(-1, -9, -1), -0.5, -1.5, -2.5, -3.5])])
+@pytest.mark.parametrize(
+    "heads, expected", [(6, [-2, -4, -6, -8, -1, -3]), (12, [*range(-1, -9, -1), -0.5, -1.5, -2.5, -3.5])]
+)
 def test_slopes_of_other_counts_fill_in_between(heads: int, expected: list[float]) -> None:
     assert slopes(heads).log2().tolist() == pytest.approx(expected)
 
@@ -123,7 +125,7 @@ def test_slopes_of_other_counts_fill_in_between(heads: int, expected: list[float
 def test_slopes_are_positive_distinct_and_at_most_one_half_or_its_root(heads: int) -> None:
     found = slopes(heads)
     assert len(found.unique()) == heads
-    assert 0 < found.min()
+    assert found.min() > 0
     assert found.max() <= 2**-0.5
 
 

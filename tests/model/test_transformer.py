@@ -96,6 +96,7 @@ def test_a_rewound_cache_forgets_and_goes_on() -> None:
     torch.testing.assert_close(again, model.logits(token_BT), atol=ABSOLUTE, rtol=0)
 
 
+@pytest.mark.covers("architecture")
 def test_the_mla_cache_holds_rank_plus_rope_values_per_token_and_layer() -> None:
     config = VARIANTS["mla-moe"]
     assert Cache(config, 3, 11).values_per_token() == config.layers * (20 + 8)

@@ -80,7 +80,9 @@ def single_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str, single_thread: None) -> None:
-    whole, killed = (tiny_run(home, kind, f"{name}-{kind}", dropout=0.1, tokens=16 * 256) for name in ("whole", "killed"))
+    whole, killed = (
+        tiny_run(home, kind, f"{name}-{kind}", dropout=0.1, tokens=16 * 256) for name in ("whole", "killed")
+    )
     list(trainer_of(whole).run())
     # A server that has torch loaded and forks: a child begins at once, and is a process of its own to kill.
     server = multiprocessing.get_context("forkserver")
