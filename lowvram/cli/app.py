@@ -62,7 +62,7 @@ def _explain_refusal(error: OSError) -> MachineError:
 
 
 def _speak_utf8() -> None:
-    """A Turkish Windows console would print cp1254 or cp857 otherwise."""
-    for stream in (sys.stdout, sys.stderr):
+    """A Turkish Windows console would use cp1254 or cp857; input that is not UTF-8 is refused where it is encoded."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors=errors)

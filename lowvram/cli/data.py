@@ -56,6 +56,6 @@ def pack_with_progress(
     with bar("Packing") as line:
 
         def tell(progress: PackProgress) -> None:
-            line.tell(progress.shards, None, f"{show_count(progress.tokens)} tokens")
+            line.tell(progress.read_bytes, progress.total_bytes, f"{show_count(progress.tokens)} tokens")
 
         return pack(paths, tokenizer, out, field, processes, tell)

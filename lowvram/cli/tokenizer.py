@@ -45,16 +45,14 @@ def train_with_progress(paths: Sequence[Path], vocabulary: int, out: Path, field
     from lowvram.units import show_bytes
 
     files = find_files(paths)
+    sizes = [file.stat().st_size for file in files]
     with bar("Learning the vocabulary") as line:
 
         def texts() -> Iterator[str]:
-            read = 0
             for number, file in enumerate(files):
-                for text in documents(file, field):
-                    read += len(text)
-                    line.tell(number, None, f"{show_bytes(read)} read")
-                    yield text
-            line.tell(len(files), None, f"{show_bytes(read)} read, merging")
+                before = sum(sizes[:number])
+                yield from documents(file, field, lambda inside, before=before: line.tell(before + inside, sum(sizes)))
+            line.tell(sum(sizes), sum(sizes), f"{show_bytes(sum(sizes))} read; merging")
 
         return train_tokenizer(texts(), vocabulary, out)
 

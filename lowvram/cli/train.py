@@ -86,6 +86,8 @@ def _stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
     def ask(_number: int, _frame: object) -> None:
         nonlocal asked
         if asked:
+            if os.isatty(2):
+                os.write(2, b"\x1b[?25h")  # the live line has hidden the cursor
             os._exit(130)
         asked = True
         notice("Stopping: this step is finished and saved first.  Once more stops at once, unsaved.", "yellow")

@@ -50,17 +50,20 @@ class PackProgress:
     documents: int
     tokens: int
     text_bytes: int
+    read_bytes: int
+    total_bytes: int
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Whole documents that become one shard.  file: the one that the last of them came from."""
+    """Whole documents that become one shard.  file, read_bytes: where their last ends; bytes as they lie on disk."""
 
     number: int
     file: Path
     texts: list[str]
     text_bytes: int
     hash: str
+    read_bytes: int
 
 
 def pack(
@@ -80,7 +83,8 @@ def pack(
     Raises DataError (unreadable text, shards of another tokenizer in `out`), BusyError, DiskFullError.
     """
     files = find_files(paths)
-    if sum(file.stat().st_size for file in files) <= PART_BYTES:
+    total_bytes = sum(file.stat().st_size for file in files)
+    if total_bytes <= PART_BYTES:
         processes = 1
     shards: list[dict[str, Any]] = []
     reused = 0
@@ -92,7 +96,8 @@ def pack(
             shards.append({"file": _name(out, part.number).name} | row)
             reused += not is_new
             if progress:
-                progress(PackProgress(part.file, len(shards), reused, **_totals(shards)))
+                reading = {"read_bytes": part.read_bytes, "total_bytes": total_bytes}
+                progress(PackProgress(part.file, len(shards), reused, **_totals(shards), **reading))
         head = {"format": FORMAT, "tokenizer": tokenizer.hash, "dtype": _dtype_name(tokenizer)}
         _write_json(out / _INDEX, head | _totals(shards) | {"shards": shards}, disk)
         _delete_leftovers(out, disk, len(shards))
@@ -140,17 +145,24 @@ def _other_tokenizer(directory: Path, found: str, wanted: str, fix: str) -> Data
 
 def _parts(files: Sequence[Path], field: str) -> Iterator[_Part]:
     number, texts, size, digest = 0, list[str](), 0, hashlib.sha256()
+    before, inside = 0, 0
+
+    def tell(read_bytes: int) -> None:
+        nonlocal inside
+        inside = read_bytes
+
     for file in files:
-        for text in documents(file, field):
+        for text in documents(file, field, tell):
             data = text.encode("utf-8")
             digest.update(len(data).to_bytes(8, "little") + data)
             texts.append(text)
             size += len(data)
             if size >= PART_BYTES:
-                yield _Part(number, file, texts, size, digest.hexdigest())
+                yield _Part(number, file, texts, size, digest.hexdigest(), before + inside)
                 number, texts, size, digest = number + 1, [], 0, hashlib.sha256()
+        before, inside = before + file.stat().st_size, 0
     if texts:
-        yield _Part(number, files[-1], texts, size, digest.hexdigest())
+        yield _Part(number, files[-1], texts, size, digest.hexdigest(), before)
 
 
 _Running = tuple[_Part, dict[str, Any], Callable[[], tuple[Path, dict[str, Any]]] | None]

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -54,20 +54,23 @@ def _is_text(inside: Path) -> bool:
     return inside.name.lower().endswith(ENDINGS) and not hidden
 
 
-def documents(file: Path, field: str = "text") -> Iterator[str]:
+def documents(file: Path, field: str = "text", tell: Callable[[int], None] | None = None) -> Iterator[str]:
     """Yield the documents of one file, in its order, holding one document (or 1,024 rows) at a time.
 
     .txt: parted by blank lines, line ends inside a document kept.  .jsonl: `field` of each line.  .parquet:
     the column `field`.  Documents of nothing but white space are passed over.
+    tell: called before each document with the bytes read of the file as it lies on disk.
     Raises DataError, at the first fault: missing, unreadable, damaged, binary, not UTF-8, malformed, without
     `field`, without any document; MachineError if the package that reads this ending is not installed.
     """
     read = {".txt": _text_documents, ".jsonl": _json_documents, ".parquet": _parquet_documents}[_kind(file)]
     any_yet = False
-    with _reading(file) as stream:
+    with _reading(file) as (stream, raw):
         for text in read(file, stream, field):
             if text and not text.isspace():
                 any_yet = True
+                if tell:
+                    tell(raw.tell())
                 yield text
     if not any_yet:
         raise DataError(f"{file} holds no document.", "It is empty, or all white space.", "Leave it out.")
@@ -81,7 +84,8 @@ def _kind(file: Path) -> str:
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[IO[bytes]]:
+def _reading(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file; gives its bytes decompressed, and the file itself."""
     if not file.exists():
         raise DataError(f"{file} does not exist.", "", "Name a file that exists.")
     try:
@@ -89,11 +93,11 @@ def _reading(file: Path) -> Iterator[IO[bytes]]:
             match file.suffix.lower():
                 case ".gz":
                     with gzip.GzipFile(fileobj=raw) as stream:
-                        yield stream  # type: ignore[misc]
+                        yield stream, raw  # type: ignore[misc]
                 case ".zst":
-                    yield io.BufferedReader(_ZstdStream(raw), _COPY_BYTES)
+                    yield io.BufferedReader(_ZstdStream(raw), _COPY_BYTES), raw
                 case _:
-                    yield raw
+                    yield raw, raw
     except (OSError, EOFError, zlib.error) as error:
         why = f"{type(error).__name__}: {error}."
         raise DataError(f"{file} cannot be read to its end.", why, "Fetch or compress it anew.") from error

@@ -241,3 +241,15 @@ def test_the_shared_text_is_read_to_its_last_byte(shared_data: Path) -> None:
     path = shared_data / "text" / "tr_mix_small.valid.txt.gz"
     raw = gzip.decompress(path.read_bytes()).decode("utf-8")
     assert "\n\n".join(documents(path)) == raw.rstrip("\n")
+
+
+def test_reading_tells_how_far_it_is_in_the_file_as_it_lies_on_disk(tmp_path: Path) -> None:
+    texts = [f"belge {number} " + "kelime " * 3000 for number in range(40)]
+    for name, opened in (("a.txt", open), ("b.txt.gz", gzip.open)):
+        with opened(tmp_path / name, "wt", encoding="utf-8") as file:
+            file.write("\n\n".join(texts))
+        told: list[int] = []
+        assert len(list(documents(tmp_path / name, tell=told.append))) == 40
+        assert told == sorted(told)
+        assert 0 < told[0]
+        assert told[-1] <= (tmp_path / name).stat().st_size
