@@ -104,6 +104,8 @@ def _assign(tables: Table, assignment: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    if keys == ["preset"]:
+        keys.insert(0, "model")
     if keys[0] not in RunConfig.model_fields:
         homes = [home for home, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
         if len(homes) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,17 @@ TURKISH = (
     "Doktor, günde iki litre su içmemi ve tuzu azaltmamı söyledi.",
     "Pazardan domates, salatalık, biber, maydanoz ve yarım kilo peynir aldık.",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> Iterator[None]:
+    """One thread: tiny tensors gain nothing from two, and threads that spin on a busy machine cost minutes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -151,6 +151,7 @@ def test_leftovers_of_a_killed_save_or_deletion_are_cleared(tmp_path: Path, toke
     run = tmp_path / "run"
     first = save(run, tokenizer, 1)
     shutil.copytree(first.directory, run / "step-00000002.tmp")
+    shutil.copytree(first.directory, run / "step-00000009.tmp")
     shutil.copytree(first.directory, run / "step-00000000.deleted")
     save(run, tokenizer, 2)
     assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000002"]

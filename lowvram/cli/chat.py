@@ -38,7 +38,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Answer one prompt, or turn after turn."""
     from lowvram.cli.load import load_model
-    from lowvram.cli.show import notice
+    from lowvram.cli.show import notice, show_error
+    from lowvram.errors import PromptError
     from lowvram.generate.engine import Engine
 
     sampler = build_sampler(arguments)
@@ -49,8 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     notice(f"{loaded.checkpoint.directory}, context of {engine.max_context} tokens.  Ctrl-D ends.", "dim")
     while text := _ask():
-        # A line of its own for each turn: a base model knows texts, not speakers.
-        answer(engine, f"\n{text}" if engine.ids else text, sampler, arguments.tokens, shown="")
+        try:
+            # A line of its own for each turn: a base model knows texts, not speakers.
+            answer(engine, f"\n{text}" if engine.ids else text, sampler, arguments.tokens, shown="")
+        except PromptError as error:
+            show_error(str(error))
 
 
 def build_sampler(arguments: argparse.Namespace) -> Sampler:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.train import DEVICES
 
 if TYPE_CHECKING:
+    from lowvram.cli.load import Loaded
     from lowvram.data.shards import ShardSet
 
 
@@ -50,14 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
         found = score(
             loaded.model, shards, tokenizer.bos_id, seq_len, loaded.dtype, arguments.tokens, progress=line.tell
         )
-    baseline = _baseline(loaded.what.data.train[0].path, shards, tokenizer.bos_id, tokenizer.size, tokenizer.hash)
+    baseline = _baseline(loaded, shards, arguments.tokens)
     if arguments.json:
         values = {
             "checkpoint": str(loaded.checkpoint.directory),
             "step": loaded.checkpoint.step,
             "data": str(place),
-            "bits_per_byte": found.bits_per_byte,
-            "loss": found.loss,
+            "bits_per_byte": found.bits_per_byte if math.isfinite(found.nats) else None,
+            "loss": found.loss if math.isfinite(found.nats) else None,
             "targets": found.targets,
             "bigram_bits_per_byte": baseline,
         }
@@ -69,11 +71,16 @@ def run(arguments: argparse.Namespace) -> None:
         result(f"  bigram model   {baseline:.4f}   (counted on {loaded.what.data.train[0].path})")
 
 
-def _baseline(train: Path, valid: ShardSet, bos_id: int, vocabulary: int, tokenizer_hash: str) -> float | None:
-    """Return the bigram model's bits per byte on the whole of `valid`, or None where the training shards are gone."""
+def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> float | None:
+    """Return the bigram model's bits per byte on the same tokens, or None where the run's training shards are gone."""
+    from lowvram.cli.show import notice
     from lowvram.data.shards import ShardSet
+    from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import bigram_score
 
-    if not train.is_dir():
+    try:
+        train = ShardSet.open(loaded.what.data.train[0].path, loaded.tokenizer.hash)
+    except DataError as error:
+        notice(f"No bigram model to compare with: {error}")
         return None
-    return bigram_score(ShardSet.open(train, tokenizer_hash), valid, bos_id, vocabulary).bits_per_byte
+    return bigram_score(train, valid, loaded.tokenizer.bos_id, loaded.tokenizer.size, most_tokens).bits_per_byte

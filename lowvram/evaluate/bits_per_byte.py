@@ -18,6 +18,8 @@ from lowvram.data.shards import ShardSet
 from lowvram.model.transformer import Transformer
 
 _IGNORED = -100
+# Enough to count bigrams on; pairs of a whole corpus of billions would not fit into memory.
+BIGRAM_TOKENS = 20_000_000
 
 
 class Score(NamedTuple):
@@ -55,7 +57,7 @@ def score(
     (windows done, windows).
     """
     device = model.embedding.device
-    total = min(shards.tokens, most_tokens + 1 if most_tokens else shards.tokens)
+    total = _count_tokens(shards, most_tokens)
     windows = math.ceil((total - 1) / seq_len)
     nats, targets = 0.0, 0
     for first in range(0, windows, batch):
@@ -71,22 +73,26 @@ def score(
         targets += int((target_N != _IGNORED).sum())
         if progress:
             progress(min(first + batch, windows), windows)
-    return Score(nats, targets, shards.text_bytes * targets / max(1, shards.tokens - shards.documents))
+    return Score(nats, targets, _bytes_of(shards, targets))
 
 
-def bigram_score(train: ShardSet, valid: ShardSet, bos_id: int, vocabulary: int) -> Score:
-    """Score the valid shards by token bigrams counted on the training shards: what a model must beat.
+def bigram_score(
+    train: ShardSet, valid: ShardSet, bos_id: int, vocabulary: int, most_tokens: int | None = None
+) -> Score:
+    """Score the first `most_tokens` tokens of `valid` (all if None) by token bigrams: what a model must beat.
+
+    They are counted on the first BIGRAM_TOKENS tokens of `train`.
 
     Bigrams are interpolated with unigrams by Witten & Bell (1991, method C), unigrams with the uniform distribution.
     """
-    seen = train.read(0, train.tokens).astype(np.int64)
+    seen = train.read(0, min(train.tokens, BIGRAM_TOKENS)).astype(np.int64)
     unigram_V = np.bincount(seen, minlength=vocabulary).astype(np.float64)
     kinds = np.count_nonzero(unigram_V)
     unigram_V = (unigram_V + kinds / vocabulary) / (len(seen) + kinds)
     pairs, counts = np.unique(seen[:-1] * vocabulary + seen[1:], return_counts=True)
     context_V = np.bincount(pairs // vocabulary, weights=counts, minlength=vocabulary)
     followers_V = np.bincount(pairs // vocabulary, minlength=vocabulary)
-    text = valid.read(0, valid.tokens).astype(np.int64)
+    text = valid.read(0, _count_tokens(valid, most_tokens)).astype(np.int64)
     before, after = text[:-1], text[1:]
     before, after = before[after != bos_id], after[after != bos_id]
     wanted = before * vocabulary + after
@@ -95,4 +101,13 @@ def bigram_score(train: ShardSet, valid: ShardSet, bos_id: int, vocabulary: int)
     total = context_V[before] + followers_V[before]
     mixed = (count + followers_V[before] * unigram_V[after]) / np.maximum(total, 1)
     probability = np.where(total > 0, mixed, unigram_V[after])
-    return Score(float(-np.log(probability).sum()), len(after), float(valid.text_bytes))
+    return Score(float(-np.log(probability).sum()), len(after), _bytes_of(valid, len(after)))
+
+
+def _count_tokens(shards: ShardSet, most_tokens: int | None) -> int:
+    return min(shards.tokens, most_tokens + 1) if most_tokens else shards.tokens
+
+
+def _bytes_of(shards: ShardSet, targets: int) -> float:
+    """Return the bytes of text that `targets` predicted tokens stand for: exact for all, in proportion for a part."""
+    return shards.text_bytes * targets / max(1, shards.tokens - shards.documents)

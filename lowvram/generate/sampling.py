@@ -38,9 +38,11 @@ def sample(logit_V: Tensor, sampler: Sampler, seen: Tensor, index: int) -> int:
         logit_V[known] = torch.where(value > 0, value / penalty, value * penalty)
     if sampler.temperature == 0.0:
         return int(logit_V.argmax())
-    probability_V = _filtered((logit_V / sampler.temperature).softmax(-1), sampler)
+    # From the greatest down and in fp64, so that no temperature above zero can overflow.
+    scaled_V = (logit_V.double() - logit_V.max()) / sampler.temperature
+    probability_V = _filtered(scaled_V.softmax(-1), sampler)
     # The inverse of the cumulated distribution at a keyed uniform number: one draw, no generator to carry.
-    cumulated_V = probability_V.double().cumsum(-1)
+    cumulated_V = probability_V.cumsum(-1)
     point = keyed_uniform(sampler.seed, index) * cumulated_V[-1]
     return min(int(torch.searchsorted(cumulated_V, point, right=True)), logit_V.numel() - 1)
 

@@ -16,8 +16,9 @@ from lowvram.errors import BusyError, ConfigError
 from lowvram.files import DISK, Disk
 from lowvram.plan import Plan, choose_plan
 
-# May differ between two starts: where things lie, what is kept and told, and how long the run goes on.
-_FREE = ("run.", "data.", "train.tokens")
+# May differ between two starts: where things lie (a run that goes on needs its origin no more), what is kept and
+# told, and how long the run goes on.
+_FREE = ("run.", "data.", "train.tokens", "train.start_from")
 
 
 @contextmanager

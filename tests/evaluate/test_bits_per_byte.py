@@ -129,6 +129,7 @@ class Ids:
 
     def __init__(self, *ids: int) -> None:
         self.ids, self.tokens, self.text_bytes = np.array(ids, np.uint16), len(ids), 3 * len(ids)
+        self.documents = ids.count(0)
 
     def read(self, start: int, count: int) -> np.ndarray:
         return self.ids[start : start + count]
@@ -158,7 +159,24 @@ def test_the_bigram_baseline_equals_a_dictionary_of_counts(shards: ShardSet, sma
     ]
     assert found.targets == len(nats)
     assert found.nats == pytest.approx(math.fsum(nats), rel=1e-12)
-    assert found.text_bytes == 3 * len(valid)
+    assert found.text_bytes == 3 * len(valid) * found.targets / (len(valid) - valid.count(0))
+
+
+def test_the_baseline_of_a_part_is_that_of_its_tokens_alone(shards: ShardSet, small_tokenizer: Tokenizer) -> None:
+    token_T = shards.read(0, shards.tokens).tolist()
+    part = bigram_score(shards, shards, 0, small_tokenizer.size, most_tokens=100)
+    alone = bigram_score(shards, Ids(*token_T[:101]), 0, small_tokenizer.size)  # type: ignore[arg-type]
+    assert (part.nats, part.targets) == (alone.nats, alone.targets)
+    assert part.text_bytes == shards.text_bytes * part.targets / (shards.tokens - shards.documents)
+
+
+def test_the_baseline_counts_only_so_many_tokens(
+    shards: ShardSet, small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_T = shards.read(0, shards.tokens).tolist()
+    first = bigram_score(Ids(*token_T[:200]), shards, 0, small_tokenizer.size)  # type: ignore[arg-type]
+    monkeypatch.setattr("lowvram.evaluate.bits_per_byte.BIGRAM_TOKENS", 200)
+    assert bigram_score(shards, shards, 0, small_tokenizer.size) == first
 
 
 @pytest.mark.parametrize("before", [0, 1, 2, 5, 6], ids=["bos", "often", "last", "once", "never seen"])

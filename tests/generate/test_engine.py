@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -22,16 +20,8 @@ PROMPT = "Kış geldiğinde köyün"
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 
 
-@pytest.fixture(autouse=True)
-def single_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def engine_of(config: ModelConfig, tokenizer: Tokenizer, max_context: int = 64) -> Engine:
-    # Untied and with large weights: a small tied model would only repeat its last token, and positions would not matter.
+    # Untied and with large weights: a small tied model only repeats its last token, and positions would not matter.
     config = config.model_copy(update={"vocabulary": tokenizer.size, "tied": False})
     model = randomise(Transformer(config), std=0.25)
     return Engine(model, tokenizer, max_context)

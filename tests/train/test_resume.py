@@ -6,7 +6,6 @@ import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,16 +69,8 @@ def tensors_at_the_end(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return checkpoint.weights() | checkpoint.state()
 
 
-@pytest.fixture
-def single_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str, single_thread: None) -> None:
+def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str) -> None:
     whole, killed = (
         tiny_run(home, kind, f"{name}-{kind}", dropout=0.1, tokens=16 * 256) for name in ("whole", "killed")
     )

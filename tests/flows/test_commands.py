@@ -1,0 +1,255 @@
+"""The whole road by its commands: text, tokenizer, shards, training, resuming, evaluation, chat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowvram
+from lowvram.checkpoint import find_checkpoint
+from lowvram.cli.app import COMMANDS, build_parser
+from lowvram.cli.train import train
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.runfile import load_run
+from tests.flows.typed import Answer, environment, fill_home, typed, write_home
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Answer]]:
+    """Every command once or twice, in the order in which a user types them; and what each answered."""
+    home = tmp_path_factory.mktemp("road")
+    write_home(home)
+    pack = ("data", "pack", home / "train.txt", "--tokenizer", home / "tok", "--out", home / "shards/train")
+    valid = ("data", "pack", home / "valid.txt", "--tokenizer", home / "tok", "--out", home / "shards/valid")
+    training = ("train", home / "run.toml", "--set", "optimizer.lr=5e-3", "--device", "cpu")
+    told = {
+        "tokenizer": typed("tokenizer", "train", home / "train.txt", "--vocab", 400, "--out", home / "tok"),
+        "pack": typed(*pack, "--processes", 1),
+    }
+    written = (home / "shards/train/00000.bin").stat().st_mtime_ns
+    told |= {"pack again": typed(*pack), "pack valid": typed(*valid)}
+    assert (home / "shards/train/00000.bin").stat().st_mtime_ns == written, "a finished shard is not written again"
+    told["start"] = typed(*training, "--set", "tokens=1024", "--micro-batch", 2)
+    told["resume"] = typed(*training)
+    told["finished"] = typed(*training)
+    told["evaluate"] = typed("evaluate", home / "run")
+    told["json"] = typed("evaluate", home / "run", "--json")
+    return home, told
+
+
+def test_every_command_ends_well(road: tuple[Path, dict[str, Answer]]) -> None:
+    assert {name: answer.code for name, answer in road[1].items()} == dict.fromkeys(road[1], 0)
+
+
+def test_a_tokenizer_is_trained_and_the_next_command_named(road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    size = Tokenizer.load(home / "tok").size
+    first, second = told["tokenizer"].out.splitlines()
+    assert first.startswith(f"{home / 'tok'}: {size} ids")
+    assert second == f"Next: lowvram data pack {home / 'train.txt'} --tokenizer {home / 'tok'} --out shards"
+    assert told["tokenizer"].err == ""
+
+
+def test_text_with_little_to_merge_is_said_to_have_given_a_smaller_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abab abab", encoding="utf-8")
+    answer = typed("tokenizer", "train", tmp_path / "text.txt", "--vocab", 9000, "--out", tmp_path / "tok")
+    assert "(the text has no more than that to merge; 9000 were asked for)" in answer.out
+
+
+def test_packing_says_what_came_out_and_the_same_the_second_time(road: tuple[Path, dict[str, Answer]]) -> None:
+    _, told = road
+    pattern = r"\S+/train: \d+\.\dk tokens of 96 documents, 1\d\.\d KiB of text \(\d\.\d\d bytes a token\)\n"
+    assert re.fullmatch(pattern, told["pack"].out)
+    assert told["pack again"].out == told["pack"].out
+    assert told["pack again"].err == ""
+
+
+def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    start, resume, finished = (told[name] for name in ("start", "resume", "finished"))
+    assert start.out == resume.out == finished.out == ""
+    assert "parameters in fp32 on cpu; plan: 2 sequences × 4 a step (you asked for it)." in start.err
+    assert "Going on from" not in start.err
+    assert "All tokens were seen." in start.err
+    assert f"Going on from {home / 'run' / 'step-00000004'} (step 4 of 6)." in resume.err
+    assert "plan: 2 sequences × 4 a step (this run's plan so far)" in resume.err
+    assert re.search(r"step +6  valid \d\.\d{4} bits/byte", resume.err)
+    assert "Kış│" in resume.err
+    assert "All tokens were seen." in finished.err
+    assert "step 6/6" in resume.err
+    assert "step 6/6" not in finished.err
+    assert find_checkpoint(home / "run")[0].step == 6
+
+
+def test_a_set_value_reaches_the_run(road: tuple[Path, dict[str, Answer]]) -> None:
+    assert find_checkpoint(road[0] / "run")[0].config()["train"]["optimizer"]["lr"] == 5e-3
+
+
+def test_the_log_holds_both_starts(road: tuple[Path, dict[str, Answer]]) -> None:
+    rows = [json.loads(line) for line in (road[0] / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if row["event"] == "StepDone"] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if row["event"] == "Started"] == [0, 4, 6]
+
+
+def test_evaluation_prints_the_model_beside_the_bigram_baseline(road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    values = json.loads(told["json"].out)
+    where, model, bigram = told["evaluate"].out.splitlines()
+    checkpoint = home / "run" / "step-00000006"
+    assert where == f"{checkpoint} on {home / 'shards/valid'}: {values['targets']:,} tokens in windows of 32"
+    bits, loss, baseline = (values[key] for key in ("bits_per_byte", "loss", "bigram_bits_per_byte"))
+    assert model == f"  bits per byte  {bits:.4f}   (loss {loss:.4f} nats per token)"
+    assert bigram == f"  bigram model   {baseline:.4f}   (counted on {home / 'shards/train'})"
+
+
+def test_the_json_of_evaluate_has_exactly_these_keys(road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    assert told["json"].out.count("\n") == 1
+    values = json.loads(told["json"].out)
+    kinds = {key: type(value) for key, value in values.items()}
+    assert kinds == {
+        "checkpoint": str,
+        "step": int,
+        "data": str,
+        "bits_per_byte": float,
+        "loss": float,
+        "targets": int,
+        "bigram_bits_per_byte": float,
+    }
+    assert (values["step"], values["data"]) == (6, str(home / "shards/valid"))
+
+
+def test_evaluation_finds_what_training_logged(road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    rows = [json.loads(line) for line in (home / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
+    logged = [row for row in rows if row["event"] == "Evaluated"][-1]
+    values = json.loads(told["json"].out)
+    assert logged["step"] == 6
+    assert values["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-5)
+
+
+def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(road: tuple[Path, dict[str, Answer]]) -> None:
+    home, _ = road
+    words = ("evaluate", home / "run/step-00000004", "--data", home / "shards/train", "--tokens", 100, "--json")
+    values = json.loads(typed(*words).out)
+    assert (values["step"], values["data"]) == (4, str(home / "shards/train"))
+    assert 80 < values["targets"] <= 100
+
+
+def test_without_training_shards_there_is_no_baseline(tmp_path: Path, road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    shards = home / "shards/train"
+    shards.rename(tmp_path / "away")
+    try:
+        values = json.loads(typed("evaluate", home / "run", "--json").out)
+        lines = typed("evaluate", home / "run").out.splitlines()
+    finally:
+        (tmp_path / "away").rename(shards)
+    assert values["bigram_bits_per_byte"] is None
+    assert values["loss"] == json.loads(told["json"].out)["loss"]
+    assert len(lines) == 2
+
+
+def ask(home: Path, *words: object) -> Answer:
+    return typed("chat", home / "run", "--prompt", "Kış geldi", "--tokens", 20, *words)
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(road: tuple[Path, dict[str, Answer]]) -> None:
+    answers = [ask(road[0], "--seed", seed) for seed in (1, 1, 2)]
+    assert [answer.code for answer in answers] == [0, 0, 0]
+    first, again, other = (answer.out for answer in answers)
+    assert first.startswith("Kış geldi")
+    assert len(first) > len("Kış geldi\n")
+    assert first.endswith("\n")
+    assert first == again != other
+    assert answers[0].err == ""
+
+
+def test_temperature_zero_does_not_know_the_seed(road: tuple[Path, dict[str, Answer]]) -> None:
+    first, other = (ask(road[0], "--temperature", 0, "--seed", seed) for seed in (1, 2))
+    assert first.out == other.out
+    assert first.out != ask(road[0], "--seed", 1).out
+
+
+def test_a_prompt_is_normalised_to_composed_letters(road: tuple[Path, dict[str, Answer]]) -> None:
+    words = ("--temperature", 0, "--tokens", 8)
+    composed = typed("chat", road[0] / "run", "--prompt", "g\u00fcl\u015f", *words)
+    parted = typed("chat", road[0] / "run", "--prompt", "gu\u0308ls\u0327", *words)
+    assert parted.out.removeprefix("gu\u0308ls\u0327") == composed.out.removeprefix("g\u00fcl\u015f")
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_puts_signals_back(tmp_path: Path) -> None:
+    fill_home(tmp_path)
+    what = load_run(tmp_path / "run.toml", [], lambda folder: Tokenizer.load(folder).size)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert train(what, device="cpu", stop_at=2) is False
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert find_checkpoint(tmp_path / "run")[0].step == 2
+    assert train(what, device="cpu") is True
+
+
+def test_the_version_is_a_result() -> None:
+    assert typed("--version") == Answer(0, f"lowvram {lowvram.__version__}\n", "")
+
+
+def parsers() -> dict[tuple[str, ...], argparse.ArgumentParser]:
+    """Every command and action, by the words that lead to it."""
+    found: dict[tuple[str, ...], argparse.ArgumentParser] = {}
+    pending: list[tuple[tuple[str, ...], argparse.ArgumentParser]] = [((), build_parser())]
+    while pending:
+        words, parser = pending.pop()
+        found[words] = parser
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                pending += [((*words, name), inner) for name, inner in action.choices.items()]
+    return found
+
+
+def test_every_command_is_known_and_every_folder_of_actions_is_walked() -> None:
+    assert {words[0] for words in parsers() if words} == set(COMMANDS)
+    assert {("tokenizer", "train"), ("data", "pack")} <= parsers().keys()
+
+
+@pytest.mark.parametrize("words", parsers(), ids=lambda words: " ".join(words) or "lowvram")
+def test_help_names_every_option_and_says_what_it_does(words: tuple[str, ...]) -> None:
+    answer = typed(*words, "--help")
+    assert (answer.code, answer.err) == (0, "")
+    for action in parsers()[words]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            assert all(name in answer.out for name in action.choices)
+            continue
+        assert action.help, f"{action.dest} has no help"
+        assert (action.option_strings or [action.metavar or action.dest])[0] in answer.out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("trian",), ("train",), ("data",), ("evaluate", "run", "--device", "tpu"), ("chat", "run", "--tokens", "x")],
+    ids=lambda words: " ".join(words) or "nothing",
+)
+def test_wrong_usage_ends_with_two_and_says_so_on_stderr(words: tuple[str, ...]) -> None:
+    answer = typed(*words)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("usage: lowvram")
+    assert "error:" in answer.err
+
+
+def test_ctrl_c_outside_of_training_ends_with_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowvram.data.text.find_files", interrupt)
+    assert typed("tokenizer", "train", tmp_path) == Answer(130, "", "")
+
+
+def test_help_and_version_answer_without_loading_torch() -> None:
+    code = "import sys; from lowvram.cli.app import build_parser; build_parser().format_help(); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment())
+    assert not {"torch", "numpy", "pydantic", "rich", "tokenizers"} & set(found.stdout.split())

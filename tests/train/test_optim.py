@@ -1,0 +1,120 @@
+"""Learning rates against values worked out by hand, and which weights the optimizer lets decay."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.config import AdamW, TrainConfig
+from lowvram.model.transformer import Transformer
+from lowvram.train.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from tests.model.variants import VARIANTS
+
+
+def recipe(schedule: dict[str, Any], steps: int = 20, lr: float = 1.0) -> TrainConfig:
+    return TrainConfig(
+        tokens=steps * 64,
+        seq_len=32,
+        batch_tokens=64,
+        optimizer=AdamW(lr=lr),
+        schedule=schedule,  # type: ignore[arg-type]
+    )
+
+
+def rates(train: TrainConfig) -> list[float]:
+    return [learning_rate(train, step) for step in range(train.steps)]
+
+
+@pytest.mark.covers("schedule")
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_warm_up_rises_evenly_and_reaches_the_peak_after_its_share_of_the_steps(kind: str) -> None:
+    found = rates(recipe({"kind": kind, "warmup": 0.2}, lr=0.5))
+    assert found[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], rel=1e-12)
+    assert max(found) == found[4]
+
+
+@pytest.mark.covers("schedule")
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_without_warm_up_the_first_step_has_the_peak_rate(kind: str) -> None:
+    assert learning_rate(recipe({"kind": kind, "warmup": 0.0}, lr=0.25), 0) == 0.25
+
+
+@pytest.mark.covers("schedule")
+def test_the_cosine_falls_from_the_peak_to_its_floor() -> None:
+    train = recipe({"kind": "cosine", "warmup": 0.2, "floor": 0.1})
+    # After 4 steps of warm-up 16 are left: a quarter, a half, three quarters and all of half a cosine.
+    quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2
+    three = 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2
+    found = [learning_rate(train, step) for step in (4, 8, 12, 16, 20)]
+    assert found == pytest.approx([1.0, quarter, 0.55, three, 0.1], rel=1e-12)
+    assert rates(train)[4:] == sorted(rates(train)[4:], reverse=True)
+
+
+@pytest.mark.covers("schedule")
+def test_warmup_stable_decay_is_flat_and_then_falls_in_a_line() -> None:
+    found = rates(recipe({"kind": "wsd", "warmup": 0.1, "decay": 0.25, "floor": 0.0}))
+    assert found[:2] == pytest.approx([1 / 3, 2 / 3], rel=1e-12)
+    assert found[2:16] == [1.0] * 14
+    assert found[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2], rel=1e-12)
+
+
+@pytest.mark.covers("schedule")
+def test_a_decay_ends_at_its_floor() -> None:
+    train = recipe({"kind": "wsd", "warmup": 0.0, "decay": 1.0, "floor": 0.5})
+    assert [learning_rate(train, step) for step in (0, 10, 20, 99)] == pytest.approx([1.0, 0.75, 0.5, 0.5], rel=1e-12)
+
+
+@pytest.mark.covers("schedule")
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
+def test_every_rate_of_a_short_run_is_positive_and_not_above_the_peak(kind: str, steps: int) -> None:
+    assert all(0 < rate <= 3e-3 for rate in rates(recipe({"kind": kind, "warmup": 0.3}, steps, lr=3e-3)))
+
+
+def test_the_number_of_steps_is_rounded_up() -> None:
+    assert TrainConfig(tokens=129, seq_len=32, batch_tokens=64).steps == 3
+
+
+@pytest.mark.parametrize("kind", ["gqa-qk_norm", "gqa-moe-untied", "mla-yarn-q_lora"])
+def test_matrices_decay_and_norms_do_not(kind: str) -> None:
+    model = Transformer(VARIANTS[kind])
+    optimizer = build_optimizer(model, AdamW(decay=0.3))
+    decays = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    for name, weight in model.named_parameters():
+        assert decays.pop(id(weight)) == (0.0 if "norm" in name else 0.3), name
+    assert decays == {}
+
+
+def test_the_optimizer_steps_as_the_formula_of_adamw_says() -> None:
+    model = Transformer(VARIANTS["gqa-rope"])
+    config = AdamW(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6, decay=0.2)
+    optimizer, weight = build_optimizer(model, config), model.embedding
+    expected, first, second = weight.detach().double(), 0.0, 0.0
+    for step in range(1, 4):
+        weight.grad = torch.full_like(weight, 0.1 * step) * torch.linspace(-1, 1, weight.shape[1])
+        gradient = weight.grad.double()
+        optimizer.step()
+        first, second = 0.8 * first + 0.2 * gradient, 0.9 * second + 0.1 * gradient**2
+        expected = expected * (1 - 0.01 * 0.2)
+        expected -= 0.01 * (first / (1 - 0.8**step)) / ((second / (1 - 0.9**step)).sqrt() + 1e-6)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_the_optimizer_remembers_is_put_back_as_copies_under_the_weights_names() -> None:
+    one, other = Transformer(VARIANTS["mla-moe"]), Transformer(VARIANTS["mla-moe"])
+    first, second = (build_optimizer(model, AdamW()) for model in (one, other))
+    assert optimizer_tensors(one, first) == {}
+    for weight in one.parameters():
+        weight.grad = torch.randn_like(weight)
+    first.step()
+    told = optimizer_tensors(one, first)
+    names = {name for name, _ in one.named_parameters()}
+    assert set(told) == {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq", "step") for name in names}
+    load_optimizer_tensors(other, second, told)
+    again = optimizer_tensors(other, second)
+    assert all(torch.equal(again[name], told[name]) for name in told)
+    told["exp_avg.embedding"].zero_()
+    assert again["exp_avg.embedding"].abs().max() > 0

@@ -1,0 +1,212 @@
+"""What must be true before a run begins or goes on: a free directory, the same question, a plan, first weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.checkpoint import Checkpoint, find_checkpoint
+from lowvram.config import Corpus, RunConfig, TrainConfig
+from lowvram.data.shards import pack
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import BusyError, CheckpointError, ConfigError
+from lowvram.plan import Plan, choose_plan
+from lowvram.train.optim import learning_rate
+from lowvram.train.prepare import prepare
+from lowvram.train.start import lock_run, refuse_changes, settle_plan
+from lowvram.train.trainer import Started, StepDone, Trainer
+from tests.tiny import prepare_home, tiny_run
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("home")
+    prepare_home(place)
+    list(trainer_of(tiny_run(place, run="done")).run())
+    return place
+
+
+@pytest.fixture
+def done(home: Path) -> Checkpoint:
+    return find_checkpoint(home / "done")[0]
+
+
+def trainer_of(what: RunConfig) -> Trainer:
+    return prepare(what, choose_plan(what.train, 8)[0], torch.device("cpu"))
+
+
+def changed(what: RunConfig, section: str, **values: Any) -> RunConfig:
+    return what.model_copy(update={section: getattr(what, section).model_copy(update=values)})
+
+
+def test_a_locked_run_names_its_owner_and_is_free_again_afterwards(tmp_path: Path) -> None:
+    run = tmp_path / "a" / "run"
+    with lock_run(run):
+        with pytest.raises(BusyError, match=rf"training in {run}\. Its process id is {os.getpid()}\."):
+            lock_run(run).__enter__()
+        assert (run / "owner").read_text() == f"{os.getpid()}\n", "the one who was refused must not take the sign down"
+    assert not (run / "owner").exists()
+    with lock_run(run):
+        pass
+
+
+def test_a_lock_is_freed_by_an_error_inside(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), lock_run(tmp_path):
+        raise ZeroDivisionError
+    with lock_run(tmp_path):
+        pass
+
+
+def test_a_changed_recipe_is_refused_with_both_values(home: Path, done: Checkpoint) -> None:
+    what = tiny_run(home, run="done", optimizer={"name": "adamw", "lr": 0.25}, seed=9)
+    message = r"optimizer\.lr was 0\.001 and is now 0\.25; .*train\.seed was 0 and is now 9.*choose a new run\.dir"
+    with pytest.raises(ConfigError, match=message):
+        refuse_changes(what, {}, done)
+
+
+@pytest.mark.parametrize(
+    "section, values",
+    [
+        ("train", {"tokens": 99 * 256}),
+        ("run", {"keep": 7, "validate_every": 1, "prompts": ()}),
+        ("data", {"valid": None}),
+        ("data", {"tokenizer": Path("/elsewhere/tok")}),
+        ("data", {"train": (Corpus(path=Path("/elsewhere/shards")),)}),
+    ],
+    ids=["tokens", "what is kept and told", "validation", "moved tokenizer", "moved shards"],
+)
+def test_what_leaves_the_question_alone_may_change(
+    home: Path, done: Checkpoint, section: str, values: dict[str, Any]
+) -> None:
+    refuse_changes(changed(tiny_run(home, run="done"), section, **values), done.manifest["hashes"], done)
+
+
+@pytest.mark.parametrize("name", ["training data", "tokenizer"])
+def test_other_contents_are_refused_by_name(home: Path, done: Checkpoint, name: str) -> None:
+    hashes = done.manifest["hashes"] | {name: "0" * 64}
+    with pytest.raises(ConfigError, match=f"the {name} has other contents"):
+        refuse_changes(tiny_run(home, run="done"), hashes, done)
+
+
+def test_other_weights_of_the_corpora_are_refused(home: Path, done: Checkpoint) -> None:
+    corpora = (Corpus(path=home / "shards/train", weight=2.0),)
+    with pytest.raises(ConfigError, match=r"data\.train were \[1\.0\] and are now \[2\.0\]"):
+        refuse_changes(changed(tiny_run(home, run="done"), "data", train=corpora), {}, done)
+
+
+def test_shards_of_other_text_stop_a_resume_and_harm_nothing(home: Path, done: Checkpoint) -> None:
+    tokenizer = Tokenizer.load(home / "tok")
+    pack([home / "valid.txt"], tokenizer, home / "shards/other", processes=1)
+    what = changed(tiny_run(home, run="done"), "data", train=(Corpus(path=home / "shards/other"),))
+    with pytest.raises(ConfigError, match="the training data has other contents"):
+        list(trainer_of(what).run())
+    assert find_checkpoint(home / "done")[0].manifest == done.manifest
+
+
+def test_a_run_starts_from_another_runs_weights_with_a_fresh_optimizer_and_schedule(
+    home: Path, done: Checkpoint
+) -> None:
+    what = tiny_run(home, run="next", start_from=home / "done", optimizer={"name": "adamw", "lr": 0.5})
+    trainer = trainer_of(what)
+    events = trainer.run()
+    assert next(events) == Started(0, 6, None, ())
+    weights = trainer.state.model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in done.weights().items())
+    assert trainer.state.tensors()[1] == {}
+    assert (trainer.state.step, trainer.state.tokens) == (0, 0)
+    first = next(events)
+    assert isinstance(first, StepDone)
+    assert first.learning_rate == learning_rate(what.train, 0) == 0.5
+
+
+def test_a_resumed_run_no_longer_needs_what_it_started_from(home: Path) -> None:
+    what = tiny_run(home, run="begun", start_from=home / "done")
+    trainer = trainer_of(what)
+    trainer.stop()
+    list(trainer.run())
+    (home / "done").rename(home / "gone")
+    try:
+        steps = [event.step for event in trainer_of(what).run() if isinstance(event, StepDone)]
+    finally:
+        (home / "gone").rename(home / "done")
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_cannot_start_from_another_model(home: Path) -> None:
+    what = tiny_run(home, "gqa-alibi", "other", start_from=home / "done")
+    what = changed(what, "model", dim=48)
+    with pytest.raises(CheckpointError, match=r"holds another model .*\d+ tensors differ .* first is blocks\.0"):
+        list(trainer_of(what).run())
+    assert list((home / "other").glob("step-*")) == []
+
+
+def test_a_run_cannot_start_from_nothing(home: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no directory"):
+        list(trainer_of(tiny_run(home, run="none", start_from=home / "nowhere")).run())
+
+
+def test_a_corrupt_origin_is_named_and_the_one_before_it_is_taken(home: Path) -> None:
+    what = changed(tiny_run(home, run="origin"), "run", save_every_minutes=1e-9, prompts=())
+    list(trainer_of(what).run())
+    with open(home / "origin/step-00000006/weights.safetensors", "ab") as file:
+        file.write(b"x")
+    started = next(iter(trainer_of(tiny_run(home, run="heir", start_from=home / "origin")).run()))
+    assert isinstance(started, Started)
+    assert "step-00000006" in str(started.passed_over[0])
+    assert started.resumed_from is None
+
+
+RECIPE = TrainConfig(tokens=10**6, seq_len=512, batch_tokens=512 * 24)
+
+
+@pytest.mark.parametrize(
+    "seq_len, samples, micro, accumulate",
+    [(512, 24, 8, 3), (512, 7, 7, 1), (512, 13, 1, 13), (4096, 6, 1, 6), (8192, 3, 1, 3), (32, 96, 96, 1)],
+)
+def test_a_plan_takes_the_most_sequences_that_fit_and_divide_the_step(
+    seq_len: int, samples: int, micro: int, accumulate: int
+) -> None:
+    plan, reason = choose_plan(TrainConfig(tokens=10**6, seq_len=seq_len, batch_tokens=seq_len * samples))
+    assert (plan.micro_batch, plan.accumulate) == (micro, accumulate)
+    assert reason == f"the most sequences of {seq_len} within 4096 tokens that divide the step's {samples}"
+
+
+def test_a_plan_does_as_it_is_asked() -> None:
+    assert choose_plan(RECIPE, 6) == (Plan(micro_batch=6, accumulate=4), "you asked for it")
+
+
+@pytest.mark.parametrize("asked", [0, -3, 5, 48])
+def test_a_micro_batch_that_does_not_divide_the_step_is_answered_with_those_that_do(asked: int) -> None:
+    with pytest.raises(ConfigError, match=rf"is {asked}\. A step has 24 .*Possible: 1, 2, 3, 4, 6, 8, 12, 24\."):
+        choose_plan(RECIPE, asked)
+
+
+def test_a_run_keeps_its_plan_until_another_is_asked_for(tmp_path: Path) -> None:
+    assert settle_plan(tmp_path, RECIPE, 4) == (Plan(micro_batch=4, accumulate=6), "you asked for it")
+    assert settle_plan(tmp_path, RECIPE, None) == (Plan(micro_batch=4, accumulate=6), "this run's plan so far")
+    assert settle_plan(tmp_path, RECIPE, 12)[0].micro_batch == 12
+    assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 12
+
+
+def test_a_plan_that_no_longer_makes_up_the_step_is_chosen_anew(tmp_path: Path) -> None:
+    settle_plan(tmp_path, RECIPE, 12)
+    larger = RECIPE.model_copy(update={"batch_tokens": 512 * 32})
+    assert settle_plan(tmp_path, larger, None)[0] == Plan(micro_batch=8, accumulate=4)
+
+
+def test_a_wrong_micro_batch_leaves_the_plan_as_it_was(tmp_path: Path) -> None:
+    settle_plan(tmp_path, RECIPE, 4)
+    with pytest.raises(ConfigError):
+        settle_plan(tmp_path, RECIPE, 5)
+    assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 4
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"micro_batch": 4}', "[]"], ids=["empty", "torn", "incomplete", "list"])
+def test_a_plan_that_cannot_be_read_is_answered_with_its_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"plan\.json is no plan.*Delete it"):
+        settle_plan(tmp_path, RECIPE, None)
