@@ -15,9 +15,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowvram
-from lowvram.errors import CheckpointError
-from lowvram.files import DISK, Disk, explain_full_disk, free_bytes, sha256
+from lowvram.errors import BusyError, CheckpointError, DiskFullError
+from lowvram.files import DISK, Disk, explain_full_disk, free_bytes, name_beside, sha256
 
 FORMAT = 1
 _NAME = "step-{:08d}"
 _MANIFEST = "manifest.json"
+_STATE = "state.safetensors"
+_STEP = re.compile(r"step-([0-9]{8,})")
+_LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
+
+
+class _NewerFormatError(CheckpointError):
+    """A checkpoint of a later lowvram: it is not corrupt, so nobody may pass it over or delete it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Checkpoint:
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors by name."""
-        return load_file(self.directory / "state.safetensors")
+        return load_file(self.directory / _STATE)
 
     def numbers(self) -> dict[str, Any]:
         """Return step, tokens and the other plain values of the training state."""
@@ -69,9 +75,10 @@ class Checkpoint:
         return _read_json(self.directory / "config.json")
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
     """Return a directory's checkpoint after comparing every file with its SHA-256.
 
+    needs_state: False where the weights are enough; the optimizer's tensors may then be missing, and are not read.
     Raises CheckpointError naming the file that is missing, altered or of a newer format.
     """
     manifest_path = directory / _MANIFEST
@@ -79,16 +86,14 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(f"{directory} has no {_MANIFEST}.", "It is no checkpoint, or was not finished.")
     try:
         manifest = _read_json(manifest_path)
+        if manifest["format"] != FORMAT:
+            raise _other_format(directory, manifest)
         files: dict[str, dict[str, Any]] = manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{manifest_path} cannot be read as a manifest.", f"{error!r}.") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{directory} has checkpoint format {manifest.get('format')}.",
-            f"This lowvram ({lowvram.__version__}) reads format {FORMAT}.",
-            "Install the lowvram that wrote it: pip install --upgrade lowvram.",
-        )
     for name, facts in files.items():
+        if name == _STATE and not needs_state:
+            continue
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing.", f"The manifest lists it with {facts['bytes']} bytes.")
@@ -100,30 +105,56 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, manifest)
 
 
-def find_checkpoint(path: Path) -> tuple[Checkpoint, list[CheckpointError]]:
+def _other_format(directory: Path, manifest: dict[str, Any]) -> CheckpointError:
+    versions, found = manifest.get("versions"), manifest["format"]
+    version = versions.get("lowvram") if isinstance(versions, dict) else None
+    is_newer = isinstance(found, int) and found > FORMAT
+    return (_NewerFormatError if is_newer else CheckpointError)(
+        f"{directory} has checkpoint format {found}.",
+        f"This lowvram ({lowvram.__version__}) reads format {FORMAT}.",
+        f"Update lowvram to the version that wrote it{f': {version}' if version else ''}.",
+    )
+
+
+def find_checkpoint(path: Path, needs_state: bool = True) -> tuple[Checkpoint, list[CheckpointError]]:
     """Return the checkpoint that `path` is, or the newest whole one of the run directory `path`.
 
-    The list names newer ones that were passed over because they are corrupt.  Raises CheckpointError if none is whole.
+    needs_state: see `open_checkpoint`.  The list names newer ones that were passed over because they are corrupt.
+    Raises CheckpointError if none is whole, or the newest is of a later lowvram.
     """
     if not path.is_dir():
         fix = "Name a run directory or one of its step-… folders."
         raise CheckpointError(f"There is no directory {path}.", fix=fix)
-    if (path / _MANIFEST).is_file() or path.name.startswith("step-"):
-        return open_checkpoint(path), []
-    problems: list[CheckpointError] = []
-    for directory in _newest_first(path):
+    directories = _newest_first(path)
+    if (path / _MANIFEST).is_file() or (_STEP.fullmatch(path.name) and not directories):
+        return open_checkpoint(path, needs_state), []
+    if not directories:
+        raise CheckpointError(f"There is no checkpoint in {path}.", "The run has saved nothing yet.", "Train it first.")
+    found, passed_over = _open_newest(directories, needs_state)
+    return found, list(passed_over.values())
+
+
+def _open_newest(directories: list[Path], needs_state: bool) -> tuple[Checkpoint, dict[Path, CheckpointError]]:
+    """Return the first of the directories that is whole, and what is wrong with those before it."""
+    problems: dict[Path, CheckpointError] = {}
+    for directory in directories:
         try:
-            return open_checkpoint(directory), problems
+            return open_checkpoint(directory, needs_state), problems
+        except _NewerFormatError:
+            raise
         except CheckpointError as problem:
-            problems.append(problem)
-    if problems:
-        raise CheckpointError(f"No checkpoint in {path} is whole.", " ".join(str(problem) for problem in problems))
-    raise CheckpointError(f"There is no checkpoint in {path}.", "The run has saved nothing yet.", "Train it first.")
+            problems[directory] = problem
+    why = " ".join(str(problem) for problem in problems.values())
+    raise CheckpointError(f"No checkpoint in {directories[0].parent} is whole.", why)
 
 
-def _newest_first(run: Path) -> Iterator[Path]:
-    found = [p for p in run.glob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
-    yield from sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+def _newest_first(run: Path) -> list[Path]:
+    found = [path for path in run.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
 
 
 def _read_json(path: Path) -> Any:
@@ -143,15 +174,27 @@ class Store:
     milestone_steps: int | None = None
     budget_bytes: int | None = None
     disk: Disk = DISK
+    # Those that `latest` passed over: the next save lets them go, and until then they count for nothing.
+    _corrupt: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def latest(self) -> tuple[Checkpoint | None, list[CheckpointError]]:
         """Return the newest whole checkpoint, or None where none was written, and the corrupt ones passed over.
 
-        Raises CheckpointError where there are checkpoints and none of them is whole.
+        Raises CheckpointError where there are checkpoints and none of them is whole, or the newest is of a later
+        lowvram.
         """
-        if next(_newest_first(self.run), None) is None:
+        directories = _newest_first(self.run)
+        if not directories:
             return None, []
-        return find_checkpoint(self.run)
+        found, passed_over = _open_newest(directories, needs_state=True)
+        self._corrupt.update(passed_over)
+        return found, list(passed_over.values())
+
+    def clear_leftovers(self) -> None:
+        """Free what a save or a deletion that was killed left behind, of whichever step; for the run's owner alone."""
+        for path in self.run.glob("step-*"):
+            if _LEFTOVER.fullmatch(path.name) and path.is_dir():
+                self.disk.remove_tree(path, ignore_errors=True)
 
     def save(
         self,
@@ -165,19 +208,20 @@ class Store:
         """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what retention lets go.
 
         hashes: of what was learnt from (data, tokenizer), kept in the manifest.
+        Raises DiskFullError, and BusyError where Windows cannot replace the same step since a process has it open.
         """
         final = self.run / _NAME.format(numbers["step"])
-        draft = final.with_name(f"{final.name}.tmp")
         self.run.mkdir(parents=True, exist_ok=True)
-        self._clear_leftovers()
+        self.clear_leftovers()
+        draft = name_beside(final, "tmp")
         needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
-        with explain_full_disk(self.run, needed):
-            try:
+        try:
+            with explain_full_disk(self.run, needed):
                 if free_bytes(self.run) < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
                 draft.mkdir()
                 self._write_tensors(draft / "weights.safetensors", weights)
-                self._write_tensors(draft / "state.safetensors", state)
+                self._write_tensors(draft / _STATE, state)
                 self.disk.write(draft / "state.json", _to_json(numbers))
                 self.disk.write(draft / "config.json", _to_json(config))
                 for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -185,27 +229,33 @@ class Store:
                 manifest = _manifest(draft, int(numbers["step"]), hashes)
                 self.disk.write(draft / _MANIFEST, _to_json(manifest))
                 self.disk.sync_directory(draft)
-                if final.exists():
-                    self.disk.delete(final)
+                if final.exists() and not self.disk.delete_unless_in_use(final):
+                    raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
                 self.disk.rename(draft, final)
-            except OSError:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
-        self._let_go(final)
+                self._let_go(final)
+        except (OSError, DiskFullError, BusyError):
+            self.disk.remove_tree(draft, ignore_errors=True)
+            raise
         return Checkpoint(final, manifest)
 
     def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
         whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(whole, path)
-        except safetensors.SafetensorError as error:
-            # safetensors reports a full disk as its own error; the plain one is raised for it.
-            raise OSError(*_errno_of(error)) from error
-        path.chmod(0o644)
-        self.disk.sync_file(path)
+
+        def save(place: Path) -> None:
+            try:
+                save_file(whole, place)
+            except safetensors.SafetensorError as error:
+                # safetensors reports a full disk as its own error; the plain one is raised for it.
+                raise OSError(*_errno_of(error)) from error
+            place.chmod(0o644)
+
+        self.disk.write_with(path, save)
 
     def _let_go(self, newest: Path) -> None:
-        old = [path for path in _newest_first(self.run) if path != newest][::-1]
+        others = [path for path in _newest_first(self.run) if path != newest][::-1]
+        # A step above the one just saved was passed over, or the run would have gone on from there.
+        lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
+        old = [path for path in others if path not in lost]
         doomed = [path for path in old[: max(0, len(old) - (self.keep - 1))] if not self._is_milestone(path)]
         if self.budget_bytes is not None:
             size = {path: _size_of(path) for path in [*old, newest]}
@@ -215,17 +265,13 @@ class Store:
                 if left > self.budget_bytes and path not in doomed:
                     doomed.append(path)
                     left -= size[path]
-        for path in doomed:
-            self.disk.delete(path)
-
-    def _clear_leftovers(self) -> None:
-        """Free what a save or a deletion that was killed left behind, of whichever step."""
-        for leftover in (*self.run.glob("step-*.tmp"), *self.run.glob("step-*.deleted")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for path in (*lost, *doomed):
+            # One that somebody has open on Windows is tried again at the next save.
+            self.disk.delete_unless_in_use(path)
+        self._corrupt.discard(newest)
 
     def _is_milestone(self, path: Path) -> bool:
-        step = int(path.name.removeprefix("step-"))
-        return self.milestone_steps is not None and step % self.milestone_steps == 0
+        return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
 
 
 def _errno_of(error: Exception) -> tuple[int, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +58,13 @@ class Mla(Words):
     nope_dim: PositiveInt
     rope_dim: PositiveInt
     value_dim: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self) -> Mla:
+        if self.value_dim > self.query_dim:
+            widths = f"nope_dim + rope_dim ({self.nope_dim} + {self.rope_dim})"
+            raise ValueError(f"attention.value_dim is {self.value_dim}; it must not exceed {widths}")
+        return self
 
     @property
     def query_dim(self) -> int:
@@ -304,11 +309,6 @@ class RunConfig(Words):
     data: DataConfig
     train: TrainConfig
     run: RunOptions
-
-
-def fingerprint(config: Words) -> str:
-    """Return the SHA-256 of a configuration's values, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def differences(was: Words, now: Words) -> list[tuple[str, Any, Any]]:

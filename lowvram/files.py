@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,8 @@ from lowvram.errors import DiskFullError
 from lowvram.units import show_bytes
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+# What file systems answer that do not know the kind of sync asked for: network and FAT drives, containers' mounts.
+_UNSUPPORTED = {getattr(errno, name, errno.EINVAL) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOTTY")}
 _READ_BYTES = 1 << 20
 
 
@@ -37,17 +40,24 @@ class Disk:
             import fcntl
 
             # fsync on macOS leaves the bytes in the drive's cache (Apple, fsync(2)).
-            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(file.fileno())
+            try:
+                fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+                return
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise
+        os.fsync(file.fileno())
 
     def sync_directory(self, path: Path) -> None:
-        """Return only when the names inside `path` are on the drive; Windows offers no such call."""
+        """Return only when the names inside `path` are on the drive, where the system offers that: Windows does not."""
         if sys.platform == "win32":
             return
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
         finally:
             os.close(handle)
 
@@ -68,6 +78,11 @@ class Disk:
             finally:
                 beside.unlink(missing_ok=True)
 
+    def write_with(self, path: Path, write: Callable[[Path], None]) -> None:
+        """Let `write` make the file `path`, whose name nobody trusts yet, and return when it is on the drive."""
+        write(path)
+        self.sync_file(path)
+
     def write_handle(self, file: IO[bytes], data: bytes) -> None:
         """Write bytes to an open file: a plain write, so that a full disk is an error and never a signal."""
         file.write(data)
@@ -86,16 +101,38 @@ class Disk:
 
     def delete(self, path: Path) -> None:
         """Delete a file or a whole directory; a directory loses its name first, so no half of it is ever seen."""
-        if path.is_dir():
-            doomed = path.with_name(f"{path.name}.deleted")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=sys.platform == "win32")
+        if path.is_dir() and not path.is_symlink():
+            # Made absolute, so that even "." has a name.
+            place = Path(os.path.abspath(path))
+            doomed = name_beside(place, "deleted")
+            os.replace(place, doomed)
+            self.remove_tree(doomed, ignore_errors=sys.platform == "win32")
         else:
             path.unlink(missing_ok=True)
 
+    def delete_unless_in_use(self, path: Path) -> bool:
+        """Like `delete`, but False where Windows refuses because a process has a file of it open."""
+        try:
+            self.delete(path)
+        except PermissionError:
+            if sys.platform == "win32":
+                return False
+            raise
+        return True
+
+    def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:
+        """Remove a directory whose name nobody trusts; with `ignore_errors`, as much of it as can be removed."""
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+
 
 DISK = Disk()
+
+
+def name_beside(path: Path, ending: str) -> Path:
+    """Return `path` with `.<number>.<ending>` behind its name, such that nothing is there; counts from the own pid."""
+    numbers = itertools.count(os.getpid())
+    names = (path.with_name(f"{path.name}.{number}.{ending}") for number in numbers)
+    return next(name for name in names if not name.exists())
 
 
 def free_bytes(path: Path) -> int:
@@ -117,11 +154,15 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def explain_full_disk(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left" inside the block into a DiskFullError that says where and how much."""
+    """Turn "no space left" inside the block into a DiskFullError that says where and how much.
+
+    needed_bytes: what the whole block takes; where given, it replaces what an inner block said of its part.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
+    except (OSError, DiskFullError) as error:
+        is_told = needed_bytes is None if isinstance(error, DiskFullError) else error.errno not in _NO_SPACE
+        if is_told:
             raise
         need = f" {show_bytes(needed_bytes)} were needed and" if needed_bytes else ""
         raise DiskFullError(

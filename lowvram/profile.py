@@ -71,7 +71,7 @@ def explain_mismatch(driver: Driver | None, build: TorchBuild | None) -> str | N
         command = "update the NVIDIA driver, since none of torch's builds runs on it"
     else:
         index = f"https://download.pytorch.org/whl/cu{newest[0]}{newest[1]}"
-        command = f"type: pip install --force-reinstall 'torch>=2.10,<2.14' --index-url {index}"
+        command = f'type: pip install --force-reinstall "torch>=2.10,<2.14" --index-url {index}'
     if build.cuda is None:
         idle = f"torch {build.version} is a CPU-only build, so training would not use it"
         return f"{driver.card} is here, but {idle}; {command}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 import types
 import typing
@@ -11,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_vocabulary, flatten
+from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_vocabulary
 from lowvram.errors import ConfigError, name_nearest
 
 PRESETS = Path(__file__).with_name("presets")
@@ -57,6 +58,7 @@ def load_run(path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], in
         preset = read_preset(str(model.pop("preset")))
         tables["model"] = overlay(preset["model"], model)
         tables["train"] = overlay(preset["train"], tables.get("train", {}))
+    _switch_off(tables.get("model", {}))
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
     if not isinstance(tokenizer, str):
@@ -80,6 +82,15 @@ def overlay(base: Table, top: Mapping[str, Any]) -> Table:
         )
         merged[key] = overlay(typing.cast(Table, below), value) if same_kind else value
     return merged
+
+
+def _switch_off(table: Table) -> None:
+    """Take "none" for nothing, which TOML cannot write: so that a preset's yarn, window or q_lora_rank can go."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _switch_off(value)
+        elif value == "none":
+            table[key] = None
 
 
 def _read_toml(path: Path) -> Table:
@@ -121,21 +132,23 @@ def _assign(tables: Table, assignment: str) -> None:
 
 
 def _resolve_paths(tables: Table, home: Path) -> None:
-    def at_home(value: Any) -> Any:
-        return str(home / Path(value).expanduser()) if isinstance(value, str) else value
+    _map_paths(tables, lambda path: os.path.normpath(home / Path(path).expanduser()))
 
+
+def _map_paths(tables: Table, change: Callable[[str], str]) -> None:
+    """Change every path of a run's tables in place; what is no text is left for the check to name."""
     data = tables.get("data", {})
-    for table, keys in ((data, ("valid", "tokenizer", "train")), (tables.get("run", {}), ("dir",))):
+    corpora = data.get("train") if isinstance(data.get("train"), list) else []
+    homes: list[tuple[Any, tuple[str, ...]]] = [
+        (data, ("valid", "tokenizer", "train")),
+        (tables.get("run", {}), ("dir",)),
+        (tables.get("train", {}), ("start_from",)),
+        *((corpus, ("path",)) for corpus in corpora),
+    ]
+    for table, keys in homes:
         for key in keys:
-            if key in table:
-                table[key] = at_home(table[key])
-    if isinstance(data.get("train"), list):
-        data["train"] = [
-            corpus | {"path": at_home(corpus["path"])} if isinstance(corpus, dict) and "path" in corpus else corpus
-            for corpus in data["train"]
-        ]
-    if "start_from" in tables.get("train", {}):
-        tables["train"]["start_from"] = at_home(tables["train"]["start_from"])
+            if isinstance(table, dict) and isinstance(table.get(key), str):
+                table[key] = change(table[key])
 
 
 def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
@@ -193,6 +206,21 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
     return " ".join(dict.fromkeys(sentences))
 
 
-def show_table(config: BaseModel) -> list[tuple[str, Any]]:
-    """Return a configuration as `(dotted key, value)` rows."""
-    return list(flatten(config.model_dump(mode="json")).items())
+def to_portable(what: RunConfig, home: Path) -> Table:
+    """Return a run's configuration as plain tables whose paths are relative to `home`, so that both can move."""
+    tables = what.model_dump(mode="json")
+    _map_paths(tables, lambda path: _relate(path, home))
+    return tables
+
+
+def from_portable(tables: Table, home: Path) -> RunConfig:
+    """Return the configuration that `to_portable` wrote, with its paths seen from where `home` is now."""
+    _resolve_paths(tables, home.resolve())
+    return RunConfig.model_validate(tables)
+
+
+def _relate(path: str, home: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, home)).as_posix()
+    except ValueError:  # another drive of Windows has no relative path
+        return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
@@ -22,9 +23,11 @@ _NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z
 
 def _parse(text: str | int | float, suffixes: dict[str, int], what: str, example: str) -> int:
     match = _NUMBER.fullmatch(str(text))
-    if match is None or match[2].lower() not in suffixes:
+    factor = suffixes.get(match[2].lower()) if match else None
+    value = float(match[1].replace("_", "")) * factor if match and factor else math.inf
+    if math.isinf(value):
         raise ValueError(f"{text!r} is not {what}; write it like {example}")
-    return round(float(match[1].replace("_", "")) * suffixes[match[2].lower()])
+    return round(value)
 
 
 def parse_count(text: str | int | float) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +18,7 @@ class PowerCut(BaseException):
 class FaultyDisk(Disk):
     """Counts operations and does `fault` at number `at`: "full" raises ENOSPC, "cut" raises PowerCut, "none" nothing.
 
-    A file whose write the power cut interrupts keeps only half of its bytes.
+    A file whose write is interrupted keeps only half of its bytes.
     """
 
     def __init__(self, fault: str = "none", at: int = -1) -> None:
@@ -50,10 +51,19 @@ class FaultyDisk(Disk):
         self._happens("rename", source)
         super().rename(source, target)
 
+    def write_with(self, path: Path, write: Callable[[Path], None]) -> None:
+        try:
+            self._happens("write_with", path)
+        except (OSError, PowerCut):
+            write(path)
+            os.truncate(path, path.stat().st_size // 2)
+            raise
+        super().write_with(path, write)
+
     def write_handle(self, file: IO[bytes], data: bytes) -> None:
         try:
             self._happens("write_handle", Path(file.name))
-        except PowerCut:
+        except (OSError, PowerCut):
             file.write(data[: len(data) // 2])
             file.flush()
             raise
@@ -66,3 +76,8 @@ class FaultyDisk(Disk):
     def delete(self, path: Path) -> None:
         self._happens("delete", path)
         super().delete(path)
+
+    def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            self._happens("remove_tree", path)
+        super().remove_tree(path, ignore_errors)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ import pytest
 import torch
 
 from lowvram.checkpoint import Checkpoint, Store, find_checkpoint, open_checkpoint
-from lowvram.errors import CheckpointError, DiskFullError
-from lowvram.files import DISK, Disk
+from lowvram.errors import BusyError, CheckpointError, DiskFullError
+from lowvram.files import DISK, Disk, sha256
 from tests.faults import FaultyDisk, PowerCut
 
 FILES = ["weights.safetensors", "state.safetensors", "state.json", "config.json", "tokenizer.json"]
@@ -52,6 +55,28 @@ def test_weights_open_without_the_training_state(tmp_path: Path, tokenizer: Path
 
     found = save(tmp_path / "run", tokenizer, 1)
     assert set(load_file(found.directory / "weights.safetensors")) == {"w", "bf"}
+    for data in (b"altered", None):
+        state = found.directory / "state.safetensors"
+        state.write_bytes(data) if data else state.unlink()
+        for path in (tmp_path / "run", found.directory):
+            opened, passed_over = find_checkpoint(path, needs_state=False)
+            assert (set(opened.weights()), passed_over) == ({"w", "bf"}, [])
+            with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+                find_checkpoint(path)
+    (found.directory / "weights.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is missing"):
+        open_checkpoint(found.directory, needs_state=False)
+
+
+def test_the_optimizers_tensors_are_not_even_read_where_they_are_not_needed(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, read = save(tmp_path / "run", tokenizer, 1), list[str]()
+    real = sha256
+    monkeypatch.setattr("lowvram.checkpoint.sha256", lambda path: read.append(path.name) or real(path))
+    open_checkpoint(found.directory, needs_state=False)
+    assert "weights.safetensors" in read
+    assert "state.safetensors" not in read
 
 
 @pytest.mark.parametrize("fault", ["full", "cut"])
@@ -60,19 +85,25 @@ def test_a_fault_at_any_operation_of_a_save_leaves_the_last_checkpoint_or_the_ne
 ) -> None:
     counted = FaultyDisk()
     save(tmp_path / "counted", tokenizer, 1)
-    save(tmp_path / "counted", tokenizer, 2, counted)
-    assert counted.count > 15
+    save(tmp_path / "counted", tokenizer, 2, counted, keep=1)
+    assert counted.count > 20
+    assert counted.seen.count("write_with") == 2
+    assert {"delete", "remove_tree"} < set(counted.seen)
     for at in range(counted.count):
         run = tmp_path / f"run-{at}"
         save(run, tokenizer, 1)
-        with pytest.raises(DiskFullError if fault == "full" else PowerCut):
-            save(run, tokenizer, 2, FaultyDisk(fault, at))
+        # 128 bytes of tensors: the message speaks of them all, not of the small file that did not fit.
+        expected = pytest.raises(DiskFullError, match=r"At that moment 128 B were needed")
+        with expected if fault == "full" else pytest.raises(PowerCut):
+            save(run, tokenizer, 2, FaultyDisk(fault, at), keep=1)
+        assert fault == "cut" or not list(run.glob("*.tmp")), "a draft that failed frees its space at once"
         found, passed_over = find_checkpoint(run)
         assert found.step in (1, 2)
         assert torch.equal(found.weights()["w"], torch.full((3, 5), float(found.step)))
         assert passed_over == [], "a torn directory must never bear a final name"
         save(run, tokenizer, 3)
         assert find_checkpoint(run)[0].step == 3
+        assert not [path for path in run.iterdir() if path.suffix in (".tmp", ".deleted")]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -107,9 +138,40 @@ def test_a_manifest_that_is_none_is_an_error_and_not_a_crash(tmp_path: Path, tok
 def test_a_newer_format_is_refused_with_the_way_out(tmp_path: Path, tokenizer: Path) -> None:
     found = save(tmp_path / "run", tokenizer, 1)
     path = found.directory / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"format 99.*reads format 1.*pip install --upgrade"):
+    written = {"format": 99, "versions": {"lowvram": "7.8.9"}}
+    path.write_text(json.dumps(written), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"format 99.*reads format 1.*Update lowvram .* wrote it: 7\.8\.9\."):
         open_checkpoint(found.directory)
+    path.write_text(json.dumps(written | {"versions": None}), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"format 99.*Update lowvram to the version that wrote it\.$"):
+        open_checkpoint(found.directory)
+
+
+def test_a_newer_format_is_never_passed_over_as_if_it_were_corrupt(tmp_path: Path, tokenizer: Path) -> None:
+    save(tmp_path / "run", tokenizer, 1)
+    path = save(tmp_path / "run", tokenizer, 2).directory / "manifest.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"format": 1', '"format": 2'), encoding="utf-8")
+    for look in (Store(tmp_path / "run").latest, lambda: find_checkpoint(tmp_path / "run")):
+        with pytest.raises(CheckpointError, match="has checkpoint format 2"):
+            look()
+
+
+@pytest.mark.parametrize("name", ["step-2", "step-00000002", "step-by-step"])
+def test_a_run_directory_may_be_called_like_a_step(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    run = tmp_path / name
+    run.mkdir()
+    assert Store(run).latest() == (None, [])
+    save(run, tokenizer, 1)
+    found, _ = Store(run).latest()
+    assert found is not None
+    assert (found.step, find_checkpoint(run)[0].step) == (1, 1)
+
+
+def test_a_step_without_a_manifest_is_said_to_be_unfinished(tmp_path: Path, tokenizer: Path) -> None:
+    found = save(tmp_path / "run", tokenizer, 1)
+    (found.directory / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json.*not finished"):
+        find_checkpoint(found.directory)
 
 
 def test_no_checkpoint_is_an_error_that_says_what_is_missing(tmp_path: Path, tokenizer: Path) -> None:
@@ -147,14 +209,99 @@ def test_a_budget_lets_the_oldest_go_but_never_the_newest(tmp_path: Path, tokeni
     assert steps_left(tmp_path / "run") == [7]
 
 
+def damage(checkpoint: Checkpoint) -> None:
+    (checkpoint.directory / "weights.safetensors").write_bytes(b"torn")
+
+
+@pytest.mark.parametrize(
+    "retention", [{"keep": 2}, {"keep": 9, "budget_bytes": 1 << 13}, {"milestone_steps": 4}], ids=str
+)
+def test_corrupt_newer_checkpoints_never_cost_a_good_one(
+    tmp_path: Path, tokenizer: Path, retention: dict[str, int]
+) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2, 7, 8):
+        checkpoint = save(run, tokenizer, step, keep=9)
+        if step > 2:
+            damage(checkpoint)
+    found, passed_over = Store(run).latest()
+    assert found is not None
+    assert (found.step, len(passed_over)) == (2, 2)
+    assert steps_left(run) == [1, 2, 7, 8], "looking deletes nothing"
+    save(run, tokenizer, 3, **retention)
+    assert steps_left(run) == ([1, 2, 3] if "budget_bytes" in retention else [2, 3])
+
+
+def test_a_corrupt_checkpoint_goes_even_where_the_next_save_is_above_it(tmp_path: Path, tokenizer: Path) -> None:
+    run = tmp_path / "run"
+    save(run, tokenizer, 1)
+    damage(save(run, tokenizer, 2))
+    store = Store(run, keep=2)
+    store.latest()
+    tensors = {"w": torch.ones(2)}
+    for step, left in ((3, [1, 3]), (4, [3, 4])):
+        store.save(tensors, tensors, {"step": step}, {}, tokenizer, {})
+        assert steps_left(run) == left
+
+
 def test_leftovers_of_a_killed_save_or_deletion_are_cleared(tmp_path: Path, tokenizer: Path) -> None:
     run = tmp_path / "run"
     first = save(run, tokenizer, 1)
-    shutil.copytree(first.directory, run / "step-00000002.tmp")
-    shutil.copytree(first.directory, run / "step-00000009.tmp")
-    shutil.copytree(first.directory, run / "step-00000000.deleted")
+    ours = ("step-00000002.tmp", "step-00000009.77.tmp", "step-00000000.deleted", "step-123456789.5.deleted")
+    theirs = ("step-by-step.tmp", "notes.tmp", "step-00000003.old.deleted")
+    for name in (*ours, *theirs):
+        shutil.copytree(first.directory, run / name)
+    Store(run).clear_leftovers()
+    assert sorted(path.name for path in run.iterdir()) == sorted(["step-00000001", *theirs])
+    shutil.copytree(first.directory, run / ours[0])
     save(run, tokenizer, 2)
-    assert sorted(path.name for path in run.iterdir()) == ["step-00000001", "step-00000002"]
+    assert sorted(path.name for path in run.iterdir()) == sorted(["step-00000001", "step-00000002", *theirs])
+    Store(tmp_path / "nowhere").clear_leftovers()
+
+
+class InUse(Disk):
+    """A Windows on which another process has a file of some directories open."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def delete(self, path: Path) -> None:
+        if path.name in self.names:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        super().delete(path)
+
+    def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:
+        if path.name in self.names:
+            assert ignore_errors
+        else:
+            super().remove_tree(path, ignore_errors)
+
+
+def test_a_checkpoint_that_is_open_on_windows_is_let_go_at_a_later_save(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, disk = tmp_path / "run", InUse("step-00000001")
+    save(run, tokenizer, 1)
+    with pytest.raises(PermissionError):
+        save(run, tokenizer, 2, disk, keep=1)
+    monkeypatch.setattr(sys, "platform", "win32")
+    save(run, tokenizer, 3, disk, keep=1)
+    assert steps_left(run) == [1, 3]
+    save(run, tokenizer, 4, keep=1)
+    assert steps_left(run) == [4]
+
+
+def test_a_draft_that_cannot_be_removed_stands_in_nobodys_way(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, stuck = tmp_path / "run", f"step-00000002.{os.getpid()}.tmp"
+    (run / stuck).mkdir(parents=True)
+    save(run, tokenizer, 2, InUse(stuck))
+    assert sorted(path.name for path in run.iterdir()) == ["step-00000002", stuck]
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(BusyError, match=r"step-00000002 cannot be replaced.*has it open"):
+        save(run, tokenizer, 2, InUse("step-00000002"))
+    assert [path.name for path in run.iterdir()] == ["step-00000002"]
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path, tokenizer: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from lowvram.errors import DiskFullError
-from lowvram.files import DISK, free_bytes, sha256
+from lowvram.files import DISK, explain_full_disk, free_bytes, sha256
 from tests.faults import FaultyDisk, PowerCut
 
 
@@ -44,6 +45,58 @@ def test_a_full_disk_says_where_and_how_much(tmp_path: Path) -> None:
         FaultyDisk("full", 0).write(tmp_path / "file", b"bytes")
 
 
+def test_the_need_of_the_whole_replaces_the_need_of_a_part(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match=r"7\.0 KiB were needed"), explain_full_disk(tmp_path, 7 << 10):
+        FaultyDisk("full", 0).write(tmp_path / "file", b"bytes")
+    with pytest.raises(DiskFullError, match="5 B were needed"), explain_full_disk(tmp_path):
+        FaultyDisk("full", 0).write(tmp_path / "file", b"bytes")
+
+
+def test_a_file_that_another_library_writes_is_synced_and_can_fail_too(tmp_path: Path) -> None:
+    path, disk = tmp_path / "file", FaultyDisk()
+    disk.write_with(path, lambda place: place.write_bytes(b"1234") and None)
+    assert (disk.seen, path.read_bytes()) == (["write_with", "sync_file", "sync_handle"], b"1234")
+    with pytest.raises(PowerCut):
+        FaultyDisk("cut", 0).write_with(path, lambda place: place.write_bytes(b"5678") and None)
+    assert path.read_bytes() == b"56"
+
+
+def fail_with(number: int):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("name", ["ENOTSUP", "EINVAL", "ENOTTY"])
+def test_a_drive_without_full_sync_is_synced_as_far_as_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    synced: list[int] = []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", fail_with(getattr(errno, name)))
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with open(tmp_path / "file", "wb") as file:
+        DISK.sync_handle(file)
+        assert synced == [file.fileno()]
+        monkeypatch.setattr(fcntl, "fcntl", fail_with(errno.EIO))
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            DISK.sync_handle(file)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows syncs no directory")
+def test_a_drive_that_syncs_no_directory_is_let_be_and_a_failing_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", fail_with(errno.EINVAL))
+    DISK.sync_directory(tmp_path)
+    monkeypatch.setattr(os, "fsync", fail_with(errno.EIO))
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        DISK.sync_directory(tmp_path)
+
+
 def test_preallocation_reserves_the_bytes(tmp_path: Path) -> None:
     with open(tmp_path / "file", "wb") as file:
         DISK.preallocate(file, 1_000_000)
@@ -72,7 +125,46 @@ def test_a_reservation_that_fails_half_way_gives_back_what_it_took(
 def test_a_deleted_directory_loses_its_name_first(tmp_path: Path) -> None:
     place = tmp_path / "step-1"
     (place / "inside").mkdir(parents=True)
+    disk = FaultyDisk("cut", 1)
+    with pytest.raises(PowerCut):
+        disk.delete(place)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step-1.{os.getpid()}.deleted"]
+    place.mkdir()
     DISK.delete(place)
+    assert not place.exists()
+
+
+def test_deleting_touches_nothing_but_what_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "a.deleted", f"a.{os.getpid()}.deleted", "linked to"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_bytes(b"x")
+    DISK.delete(tmp_path / "a")
+    kept = {"a.deleted", f"a.{os.getpid()}.deleted", "linked to"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert all((tmp_path / name / "kept").exists() for name in kept)
+    if sys.platform != "win32":
+        (tmp_path / "link").symlink_to(tmp_path / "linked to")
+        DISK.delete(tmp_path / "link")
+        monkeypatch.chdir(tmp_path / "a.deleted")
+        DISK.delete(Path("."))
+        assert {path.name for path in tmp_path.iterdir()} == kept - {"a.deleted"}
+        assert (tmp_path / "linked to" / "kept").exists()
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_what_a_process_has_open_on_windows_is_not_deleted_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(os, "replace", fail_with(errno.EACCES))
+    if platform == "win32":
+        assert DISK.delete_unless_in_use(tmp_path / "a") is False
+    else:
+        with pytest.raises(PermissionError):
+            DISK.delete_unless_in_use(tmp_path / "a")
+    monkeypatch.undo()
+    assert DISK.delete_unless_in_use(tmp_path / "a") is True
     assert list(tmp_path.iterdir()) == []
 
 

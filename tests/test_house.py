@@ -249,3 +249,11 @@ def test_the_readme_names_every_preset_with_its_true_size() -> None:
     for name in preset_names():
         model, _ = load_preset(name)
         assert re.search(rf"\| `{name}` \|.*\| {model.num_parameters():,} \|", readme), name
+
+
+def test_the_readme_has_its_picture_and_its_figures() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", readme)
+    assert pictures
+    assert [picture for picture in pictures if not (ROOT / picture).is_file()] == []
+    assert re.search(r"## Measured\n\n(?!MEASURED)\S", readme)

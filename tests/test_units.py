@@ -30,9 +30,9 @@ def test_sizes_tell_decimal_from_binary(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "many", "12 parsecs", "-3", "1e", "5G5"])
-def test_what_is_no_count_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match="write it like"):
+@pytest.mark.parametrize("text", ["", "many", "12 parsecs", "-3", "1e", "5G5", "1e999", "1e300T", float("inf")])
+def test_what_is_no_count_is_refused_with_an_example(text: str | float) -> None:
+    with pytest.raises(ValueError, match="is not a count; write it like"):
         parse_count(text)
 
 

@@ -45,8 +45,11 @@ def gated_product_backward(d_product: Tensor, gate_up: Tensor) -> tuple[Tensor, 
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)
     torch.mul(d_product, silu, out=d_up)
-    torch.mul(d_product, up, out=d_gate)
-    torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    if d_gate_up.device.type == "mps":  # its graphs do not promise that output may be input
+        d_gate.copy_(torch.ops.aten.silu_backward(d_product * up, gate))
+    else:
+        torch.mul(d_product, up, out=d_gate)
+        torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
     return d_gate_up, silu.mul_(up)
 
 

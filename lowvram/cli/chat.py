@@ -7,7 +7,7 @@ import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.train import DEVICES
+from lowvram.cli.options import add_device, count
 
 if TYPE_CHECKING:
     from lowvram.generate.engine import Engine
@@ -24,14 +24,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="longest answer (default: %(default)s)")
+    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0 is all (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="(default: %(default)s)")
     parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="R", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: the best one here)")
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -74,17 +74,20 @@ def build_sampler(arguments: argparse.Namespace) -> Sampler:
 
 def answer(engine: Engine, text: str, sampler: Sampler, tokens: int, shown: str | None = None) -> None:
     """Stream the continuation of `text`, the text itself first; Ctrl-C ends the answer only."""
-    from lowvram.cli.show import result, stream
+    from lowvram.cli.show import notice, result, stream
 
     pieces = engine.generate(unicodedata.normalize("NFC", text), sampler, tokens)
+    stream(text if shown is None else shown)
     try:
-        for number, piece in enumerate(pieces):
-            if number == 0:
-                stream(text if shown is None else shown)
+        for piece in pieces:
             stream(piece)
     except KeyboardInterrupt:
         pass
     result()
+    if engine.ended == "context":
+        notice(f"(The context of {engine.max_context} tokens is full; a next turn keeps its newest half.)", "dim")
+    elif engine.ended == "text":
+        notice("(The model ended the text here.)", "dim")
 
 
 def _ask() -> str:

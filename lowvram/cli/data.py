@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.cli.options import add_texts, count
+
 if TYPE_CHECKING:
     from lowvram.data.shards import ShardSet
     from lowvram.data.tokenizer import Tokenizer
@@ -22,11 +24,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Tokenize text into memory-mapped shards.  Documents end at a blank line, or are one field of "
         "a .jsonl or .parquet row.  Interrupted, it goes on where it stopped when typed again.",
     )
-    pack.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
+    add_texts(pack)
     pack.add_argument("--tokenizer", type=Path, default=Path("tok"), metavar="DIR", help="(default: %(default)s)")
     pack.add_argument("--out", type=Path, default=Path("shards"), metavar="DIR", help="(default: %(default)s)")
-    pack.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")
-    pack.add_argument("--processes", type=int, metavar="N", help="encoders at work at once (default: one a core)")
+    pack.add_argument("--processes", type=count, metavar="N", help="encoders at work at once (default: one a core)")
     pack.set_defaults(run=run_pack)
 
 

@@ -7,15 +7,19 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from lowvram.cli.options import add_device
+
 SEED = 1
 HELD_OUT_SEED = 2
 SAMPLE_CHARACTERS = 2_000_000
 HELD_OUT_CHARACTERS = 60_000
+LEAST_USER_CHARACTERS = 20_000
 MOST_USER_CHARACTERS = 20_000_000
 HELD_OUT_SHARE = 0.03
 VOCABULARY = 4096
 PROMPTS = ("Ayşe", "Bu sabah", "Ankara'da")
 _MARKER = ".lowvram-demo"
+_MADE = ("text", "tok", "shards", "run", "run.toml")
 # Chosen so that the whole takes under five minutes on two processor cores.
 _RUN_FILE = """\
 [model]
@@ -55,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="your own files instead of generated Turkish text")
     parser.add_argument("--dir", type=Path, default=Path("lowvram-demo"), help="where to work (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: auto)")
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -67,10 +71,10 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.runfile import load_run
     from lowvram.units import show_bytes
 
-    home = _claim(arguments.dir)
+    home = _claim(arguments.dir.resolve(), arguments.text)
     train_file, valid_file = home / "text/train.txt", home / "text/valid.txt"
 
-    _say(1, "Text", f"lowvram demo --text FOLDER   (this folder: {home})")
+    _say(1, f"Text, in {home}", "lowvram demo --text FOLDER")
     source = "your files" if arguments.text else "generated Turkish, the project's own"
     _write_text(arguments.text, train_file, valid_file)
     learnt, held_out = (show_bytes(file.stat().st_size) for file in (train_file, valid_file))
@@ -91,10 +95,15 @@ def run(arguments: argparse.Namespace) -> None:
     run_file = home / "run.toml"
     run_file.write_text(_RUN_FILE, encoding="utf-8")
     what = load_run(run_file, [], lambda _: tokenizer.size)
-    train(what, device=arguments.device, stop_at=what.train.steps // 2)
+    half = what.train.steps // 2
+    if train(what, device=arguments.device, stop_at=half).step != half:
+        _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
+        return
 
     _say(5, "Interrupted half-way, as by Ctrl-C; now on", "lowvram train run.toml   (the same command)")
-    train(what, device=arguments.device)
+    if not train(what, device=arguments.device).is_finished:
+        _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
+        return
 
     _say(6, "Bits per byte of held-out text", "lowvram evaluate run")
     _evaluate(home / "run", arguments.device)
@@ -105,10 +114,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _say(number: int, what: str, command: str) -> None:
+    from rich.text import Text
+
     from lowvram.cli.show import out
 
-    out.print(f"\n[bold]{number}/7 {what}[/]")
-    out.print(f"    [dim]$[/] [green]{command}[/]", markup=True)
+    out.print(Text(f"\n{number}/7 {what}", "bold"))
+    out.print(Text.assemble(("    $ ", "dim"), (command, "green")))
 
 
 def _tell(text: str) -> None:
@@ -117,17 +128,24 @@ def _tell(text: str) -> None:
     result(f"    {text}")
 
 
-def _claim(home: Path) -> Path:
-    """Return an empty demo directory; only one that an earlier demo made is ever emptied."""
+def _claim(home: Path, folder: Path | None) -> Path:
+    """Return the demo's directory without what an earlier demo left there; nothing else in it is ever deleted."""
+    from lowvram.data.text import find_files
     from lowvram.errors import ConfigError
     from lowvram.files import DISK
 
-    if home.exists() and any(home.iterdir()):
-        if not (home / _MARKER).exists():
-            raise ConfigError(
-                f"--dir {home} is not empty.", "No earlier demo made it, so nothing is deleted.", "Name another --dir."
-            )
-        DISK.delete(home)
+    if folder is not None:
+        find_files([folder])
+        if home in (folder.resolve(), *folder.resolve().parents) or folder.resolve() in home.parents:
+            what = f"--text {folder} and --dir {home} lie in one another."
+            raise ConfigError(what, "The demo would read what it writes.", "Name another --dir.")
+    if home.exists() and any(home.iterdir()) and not (home / _MARKER).exists():
+        raise ConfigError(
+            f"--dir {home} is not empty.", "No earlier demo made it, so nothing is deleted.", "Name another --dir."
+        )
+    for name in _MADE:
+        if (home / name).exists():
+            DISK.delete(home / name)
     (home / "text").mkdir(parents=True, exist_ok=True)
     (home / _MARKER).touch()
     return home
@@ -163,11 +181,11 @@ def _split(folder: Path) -> tuple[list[str], list[str]]:
             break
     if not valid and len(train) > 1:
         valid.append(train.pop())
-    if not train or not valid:
+    if not train or not valid or read < LEAST_USER_CHARACTERS:
         raise DataError(
-            f"{folder} has {len(train) + len(valid)} documents.",
-            "One part is learnt and another held out, so at least two are needed.",
-            "Separate documents by blank lines.",
+            f"{folder} has {len(train) + len(valid)} documents of {read:,} characters together.",
+            f"One part is learnt and another held out: {LEAST_USER_CHARACTERS:,} characters in two documents at least.",
+            "Add text, or separate documents by blank lines.",
         )
     return train, valid
 

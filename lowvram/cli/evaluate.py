@@ -8,11 +8,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.train import DEVICES
+from lowvram.cli.options import add_device, count
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.data.shards import ShardSet
+    from lowvram.evaluate.bits_per_byte import Score
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,9 +27,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="shards to measure on (default: the run's own)")
-    parser.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens (default: all)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="only the first N tokens (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: the best one here)")
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -37,11 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.load import load_model
     from lowvram.cli.show import bar, result
     from lowvram.data.shards import ShardSet
-    from lowvram.errors import ConfigError, DataError
+    from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score
 
-    if arguments.tokens is not None and arguments.tokens < 1:
-        raise ConfigError(f"--tokens is {arguments.tokens}.", "That is no token at all.", "Leave it out for all.")
     loaded = load_model(arguments.checkpoint, arguments.device)
     place = arguments.data or loaded.what.data.valid
     if place is None:
@@ -61,18 +60,18 @@ def run(arguments: argparse.Namespace) -> None:
             "bits_per_byte": found.bits_per_byte if math.isfinite(found.nats) else None,
             "loss": found.loss if math.isfinite(found.nats) else None,
             "targets": found.targets,
-            "bigram_bits_per_byte": baseline,
+            "bigram_bits_per_byte": baseline.bits_per_byte if baseline else None,
         }
         result(json.dumps(values))
         return
     result(f"{loaded.checkpoint.directory} on {place}: {found.targets:,} tokens in windows of {seq_len}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
     if baseline is not None:
-        result(f"  bigram model   {baseline:.4f}   (counted on {loaded.what.data.train[0].path})")
+        result(f"  bigram model   {baseline.bits_per_byte:.4f}   (counted on {_counted(loaded)})")
 
 
-def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> float | None:
-    """Return the bigram model's bits per byte on the same tokens, or None where the run's training shards are gone."""
+def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> Score | None:
+    """Return the bigram model's score on the same tokens, or None where the run's training shards are gone."""
     from lowvram.cli.show import notice
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
@@ -83,4 +82,15 @@ def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> float
     except DataError as error:
         notice(f"No bigram model to compare with: {error}")
         return None
-    return bigram_score(train, valid, loaded.tokenizer.bos_id, loaded.tokenizer.size, most_tokens).bits_per_byte
+    return bigram_score(train, valid, loaded.tokenizer.bos_id, loaded.tokenizer.size, most_tokens)
+
+
+def _counted(loaded: Loaded) -> str:
+    """Say what the bigrams were counted on."""
+    from lowvram.data.shards import ShardSet
+    from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS
+    from lowvram.units import show_count
+
+    path = loaded.what.data.train[0].path
+    part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if ShardSet.open(path).tokens > BIGRAM_TOKENS else ""
+    return f"{part}{path}"

@@ -31,17 +31,18 @@ def load_model(path: Path, device: str) -> Loaded:
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
-    from lowvram.config import RunConfig
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.model.transformer import Transformer
+    from lowvram.model.transformer import Transformer, cast_for_reading
     from lowvram.objective import DTYPES
+    from lowvram.runfile import from_portable
     from lowvram.train.state import load_weights
 
-    checkpoint, passed_over = find_checkpoint(path)
+    checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = RunConfig.model_validate(checkpoint.config())
-    model = Transformer(what.model, device=choose_device(device)).eval()
+    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
+    dtype = DTYPES[what.train.precision]
+    model = Transformer(what.model, seed=None, device=choose_device(device)).eval()
     load_weights(model, checkpoint)
     tokenizer = Tokenizer.load(checkpoint.directory)
-    return Loaded(checkpoint, what, tokenizer, model, DTYPES[what.train.precision])
+    return Loaded(checkpoint, what, tokenizer, cast_for_reading(model, dtype), dtype)

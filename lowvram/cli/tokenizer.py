@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.cli.options import add_texts, count
+
 if TYPE_CHECKING:
     from lowvram.data.tokenizer import Tokenizer
 
@@ -21,10 +23,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Learn a byte-level BPE vocabulary from text.  The result is a plain tokenizer.json that "
         "transformers and tokenizers load too; every string survives encoding and decoding unchanged.",
     )
-    train.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
-    train.add_argument("--vocab", type=int, default=32768, metavar="N", help="number of ids (default: %(default)s)")
+    add_texts(train)
+    train.add_argument("--vocab", type=count, default=32768, metavar="N", help="number of ids (default: %(default)s)")
     train.add_argument("--out", type=Path, default=Path("tok"), metavar="DIR", help="where to (default: %(default)s)")
-    train.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")
     train.set_defaults(run=run_train)
 
 

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.cli.options import add_device, count
+
 if TYPE_CHECKING:
     from lowvram.config import RunConfig
-    from lowvram.train.trainer import Trainer
-
-DEVICES = ("auto", "cuda", "mps", "cpu")
+    from lowvram.train.trainer import Stopped, Trainer
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,8 +29,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value: --set optimizer.lr=3e-4"
     )
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="sequences at a time (default: chosen, then kept)")
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: the best one here)")
+    parser.add_argument("--micro-batch", type=count, metavar="N", help="sequences at once (default: chosen, then kept)")
+    add_device(parser)
     parser.set_defaults(run=run)
 
 
@@ -43,23 +43,24 @@ def run(arguments: argparse.Namespace) -> None:
     train(what, arguments.micro_batch, arguments.device)
 
 
-def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto", stop_at: int | None = None) -> bool:
-    """Train and show it; returns whether all tokens were seen.  stop_at: interrupt after this step, as Ctrl-C would."""
+def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto", stop_at: int | None = None) -> Stopped:
+    """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.cli.machine import choose_device
-    from lowvram.cli.show import TrainingScreen, notice
+    from lowvram.cli.screen import TrainingScreen
+    from lowvram.cli.show import notice
+    from lowvram.profile import describe_machine
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
-    from lowvram.train.start import lock_run, settle_plan
-    from lowvram.train.trainer import StepDone, Stopped
+    from lowvram.train.start import keep_plan, lock_run, settle_plan
+    from lowvram.train.trainer import Started, StepDone, Stopped
 
     place = choose_device(device)
     with ExitStack() as stack:
         stack.enter_context(lock_run(what.run.dir))
         plan, reason = settle_plan(what.run.dir, what.train, micro_batch)
-        notice(
-            f"{what.model.num_parameters():,} parameters in {what.train.precision} on {place}; plan: "
-            f"{plan.micro_batch} sequences × {plan.accumulate} a step ({reason})."
-        )
+        size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
+        notice(f"{describe_machine()}: {size} on {place}.")
+        notice(f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step ({reason}).")
         trainer = prepare(what, plan, place)
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
@@ -70,17 +71,17 @@ def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto",
             for log in logs:
                 log.write(event)
             screen.show(event)
+            if isinstance(event, Started):
+                keep_plan(what.run.dir, plan)
             if isinstance(event, StepDone) and event.step == stop_at:
                 trainer.stop()
         assert isinstance(event, Stopped), "a run's last event is Stopped"
-        return event.is_finished
+        return event
 
 
 @contextmanager
 def _stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
     """The first signal asks the trainer to save and end; the second ends the process without touching a file."""
-    from lowvram.cli.show import notice
-
     asked = False
 
     def ask(_number: int, _frame: object) -> None:
@@ -90,8 +91,9 @@ def _stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
                 os.write(2, b"\x1b[?25h")  # the live line has hidden the cursor
             os._exit(130)
         asked = True
-        notice("Stopping: this step is finished and saved first.  Once more stops at once, unsaved.", "yellow")
         trainer.stop()
+        # Not through rich, which the signal may have interrupted in the middle of a line.
+        os.write(2, b"\nStopping: this step is finished and saved first.  Once more stops at once, unsaved.\n")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

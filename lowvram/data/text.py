@@ -134,15 +134,13 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def _need(package: str) -> Any:
+def _need(module: str) -> Any:
     try:
-        return importlib.import_module(package)
+        return importlib.import_module(module)
     except ImportError as error:
-        raise MachineError(
-            f"Reading this file needs the package {package.partition('.')[0]}.",
-            "It is not installed.",
-            "Type: pip install 'lowvram[data]'",
-        ) from error
+        package = module.partition(".")[0]
+        what = f"Reading this file needs the package {package}."
+        raise MachineError(what, "It is not installed.", f"Type: pip install {package}") from error
 
 
 def _lines(file: Path, stream: IO[bytes]) -> Iterator[str]:

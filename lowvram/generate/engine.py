@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,18 +40,14 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.max_context, self.dtype = model, tokenizer, max_context, dtype
         self.ids: list[int] = []
+        self.ended: Literal["text", "tokens", "context"] = "tokens"
         self.cache = Cache(model.config, 1, max_context, dtype, model.embedding.device)
 
-    def reset(self) -> None:
-        """Forget the text."""
-        self.ids = []
-        self.cache.rewind(0)
-
     def generate(self, text: str, sampler: Sampler, max_tokens: int) -> Iterator[str]:
-        """Append `text`, then yield pieces of what the model writes behind it, whole characters only.
+        """Append `text`; return pieces of what the model writes behind it, as it writes, whole characters only.
 
-        Stops at a document's end, after max_tokens, or when the context is full.  A text that has outgrown the
-        context keeps its newest half.  Raises PromptError where `text` alone does not fit.
+        Stops at a document's end, after max_tokens, or when the context is full; `ended` then says which.  A text that
+        has outgrown the context keeps its newest half.  Raises PromptError, at once, where `text` alone does not fit.
         """
         new = self.tokenizer.encode(text)
         if not self.ids:
@@ -68,15 +65,17 @@ class Engine:
         self.ids += new
         # The last token is read again where all were read before, as after an empty text: its logits were not kept.
         self.cache.rewind(len(self.ids) - 1)
-        yield from self._write(sampler, max_tokens)
+        return self._write(sampler, max_tokens)
 
     def _write(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
         stops = {self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}
         stream = TokenStream(self.tokenizer)
+        self.ended = "tokens"
         logit_V = prefill(self.model, self.ids[self.cache.length :], self.cache, self.dtype)
         for _ in range(max_tokens):
             token = sample(logit_V, sampler, torch.tensor(self.ids), len(self.ids))
             if token in stops or len(self.ids) >= self.max_context:
+                self.ended = "text" if token in stops else "context"
                 break
             self.ids.append(token)
             if piece := stream.push(token):

@@ -43,9 +43,22 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, window:
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and not _takes_groups(q, mask):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        is_grouped = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)
+
+
+def _takes_groups(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key/value heads than query heads: on CUDA only FlashAttention does.
+
+    It wants 16-bit numbers, no mask and compute capability 8.0; without it, grouped heads fall to the kernel that
+    writes out every score, so the heads are repeated instead (torch, aten/native/transformers/cuda/sdp_utils.cpp).
+    """
+    if q.device.type == "cuda":
+        return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.device.type == "cpu"
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

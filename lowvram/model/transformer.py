@@ -69,9 +69,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder built from a ModelConfig, with weights drawn from `seed`."""
+    """A decoder built from a ModelConfig, with weights drawn from `seed`; None leaves them for a load to fill."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0, device: torch.device | str | None = None) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocabulary, config.dim, device=device))
@@ -82,7 +82,8 @@ class Transformer(nn.Module):
         self.table = None
         if config.positions.kind == "rope":
             self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
-        initialise(self, seed)
+        if seed is not None:
+            initialise(self, seed)
 
     @property
     def head_VD(self) -> Tensor:
@@ -122,6 +123,18 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoeFfn]:
         """Return the layers that have experts, in the order of the rows of `forward`'s loads."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoeFfn)]
+
+
+@torch.no_grad()
+def cast_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """Keep the model's matrices in `dtype`, in place, where they would be cast at every use: nothing is learnt then.
+
+    Norms and routers, which compute in fp32, keep their precision, so every answer stays the same to the bit.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and not name.endswith("router.weight"):
+            weight.data = weight.data.to(dtype)
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()

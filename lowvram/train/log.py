@@ -113,7 +113,7 @@ def _require(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MachineError(
-            f'run.log names "{extra}", which is not installed.', fix=f"Install it: pip install 'lowvram[{extra}]'."
+            f'run.log names "{extra}", which is not installed.', fix=f"Install it: pip install {extra}."
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 
@@ -23,12 +24,12 @@ from lowvram.train.trainer import Trainer
 def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK) -> Trainer:
     """Return a Trainer at step 0; `run()` then resumes, or takes `start_from`'s weights.
 
-    Raises DataError for shards that are truncated or of another tokenizer, PromptError for a sample prompt too long.
+    Raises DataError for shards that are damaged or of another tokenizer, PromptError for a sample prompt too long.
     """
     tokenizer = Tokenizer.load(what.data.tokenizer)
     _check_prompts(what, tokenizer)
-    corpora = [(ShardSet.open(c.path, tokenizer.hash), c.weight) for c in what.data.train]
-    valid = ShardSet.open(what.data.valid, tokenizer.hash) if what.data.valid else None
+    corpora = [(_open(c.path, tokenizer), c.weight) for c in what.data.train]
+    valid = _open(what.data.valid, tokenizer) if what.data.valid else None
     model = Transformer(what.model, what.train.seed, device)
     run = what.run
     return Trainer(
@@ -41,6 +42,13 @@ def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
         valid=valid,
     )
+
+
+def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
+    """Open shards and compare them with their SHA-256: a flipped bit costs seconds now, and weeks later."""
+    shards = ShardSet.open(directory, tokenizer.hash)
+    shards.verify()
+    return shards
 
 
 def _check_prompts(what: RunConfig, tokenizer: Tokenizer) -> None:

@@ -15,7 +15,11 @@ from lowvram.config import RunConfig, TrainConfig, differences
 from lowvram.errors import BusyError, ConfigError
 from lowvram.files import DISK, Disk
 from lowvram.plan import Plan, choose_plan
+from lowvram.runfile import from_portable
 
+_PLAN = "plan.json"
+# What a further stage may change about a model whose weights it takes over.
+_ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # May differ between two starts: where things lie (a run that goes on needs its origin no more), what is kept and
 # told, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
@@ -46,7 +50,7 @@ def lock_run(directory: Path) -> Iterator[None]:
 
 def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
     """Raise ConfigError if a checkpoint was learnt from another model, recipe, data or tokenizer than `what` says."""
-    was = RunConfig.model_validate(checkpoint.config())
+    was = from_portable(checkpoint.config(), checkpoint.directory.parent)
     changed = [
         f"{key} was {before!r} and is now {now!r}"
         for key, before, now in differences(was, what)
@@ -65,9 +69,30 @@ def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoi
         )
 
 
-def settle_plan(directory: Path, train: TrainConfig, micro_batch: int | None, disk: Disk = DISK) -> tuple[Plan, str]:
-    """Return the run's plan and why: the one asked for, the one it had, or a new one; and keep it in the directory."""
-    path = directory / "plan.json"
+def refuse_other_model(what: RunConfig, hashes: dict[str, str], origin: Checkpoint) -> None:
+    """Raise ConfigError if start_from's weights mean something else in `what`: another form, or another tokenizer.
+
+    Equal shapes are not enough: the same matrices cut into other heads, or rows of other tokens, are no beginning.
+    """
+    was = from_portable(origin.config(), origin.directory.parent)
+    changed = [
+        f"model.{key} was {before!r} and is now {now!r}"
+        for key, before, now in differences(was.model, what.model)
+        if not key.startswith(_ADJUSTABLE)
+    ]
+    if origin.manifest.get("hashes", {}).get("tokenizer", hashes["tokenizer"]) != hashes["tokenizer"]:
+        changed.append("its tokenizer is another one")
+    if changed:
+        raise ConfigError(
+            f"train.start_from names {origin.directory}, which is another model:",
+            "; ".join(changed) + ".",
+            "Make [model] and data.tokenizer equal to that run's; only yarn, window and balance_rate may differ.",
+        )
+
+
+def settle_plan(directory: Path, train: TrainConfig, micro_batch: int | None) -> tuple[Plan, str]:
+    """Return the run's plan and why: the one asked for, the one it had, or a new one."""
+    path = directory / _PLAN
     if micro_batch is None and path.exists():
         try:
             plan = Plan.model_validate_json(path.read_bytes())
@@ -76,6 +101,9 @@ def settle_plan(directory: Path, train: TrainConfig, micro_batch: int | None, di
             raise ConfigError(f"{path} is no plan.", why, "Delete it: a new one is then chosen.") from error
         if plan.micro_batch * plan.accumulate == train.batch_samples:
             return plan, "this run's plan so far"
-    plan, reason = choose_plan(train, micro_batch)
-    disk.write(path, plan.model_dump_json(indent=1).encode())
-    return plan, reason
+    return choose_plan(train, micro_batch)
+
+
+def keep_plan(directory: Path, plan: Plan, disk: Disk = DISK) -> None:
+    """Keep the plan of a run that has really begun, so that it goes on with the same one."""
+    disk.write(directory / _PLAN, plan.model_dump_json(indent=1).encode())

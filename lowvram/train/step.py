@@ -1,6 +1,6 @@
 """One optimizer step in two halves, with the trainer's only look at the device between them.
 
-`gradients` and `update` never read a device value on the host; `fit` rehearses these same functions on paper.
+Neither half reads a device value on the host, except that a MoE layer learns its experts' slices.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def gradients(
             loads = loss.loads if loads is None else loads + loss.loads
     assert total is not None, "a step has at least one micro-batch"
     grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads, foreach=True).float() / loss_scale
+    # foreach is left to torch: it refuses to be asked for on MPS.
+    norm = torch.nn.utils.get_total_norm(grads).float() / loss_scale
     mean = total / targets
     return Found(torch.stack([mean, norm, (mean + norm).isfinite().float()]), loads)
 

@@ -20,10 +20,12 @@ from lowvram.errors import CheckpointError, TrainingError
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from lowvram.objective import DTYPES, Batch, causal_loss
+from lowvram.objective import DTYPES, Batch, causal_loss, count_targets
 from lowvram.plan import Plan
+from lowvram.runfile import to_portable
+from lowvram.train.guard import explain_out_of_memory, is_out_of_memory
 from lowvram.train.optim import learning_rate
-from lowvram.train.start import refuse_changes
+from lowvram.train.start import refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, load_weights
 from lowvram.train.step import Found, discard, gradients, update
 
@@ -36,12 +38,16 @@ LEAST_SAVE_INTERVAL_S = 600.0
 
 @dataclass(frozen=True)
 class Started:
-    """The run begins, or goes on from `step`; `passed_over` are newer checkpoints that were corrupt."""
+    """The run begins, with the weights of `began_from` if it names an origin, or goes on from `step`.
+
+    passed_over: newer checkpoints that were corrupt.
+    """
 
     step: int
     steps: int
     resumed_from: Path | None
     passed_over: tuple[CheckpointError, ...]
+    began_from: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,9 @@ class Trainer:
         yield Stopped(self.state.step, self.state.step >= self.what.train.steps)
 
     def _begin(self) -> Started:
+        self.store.clear_leftovers()
         checkpoint, passed_over = self.store.latest()
+        began_from: Path | None = None
         if self.what.train.precision == "fp16":
             self.state.loss_scale = FIRST_LOSS_SCALE
         if checkpoint is not None:
@@ -143,10 +151,12 @@ class Trainer:
             self.state.restore(checkpoint)
             self._saved_step = checkpoint.step
         elif self.what.train.start_from is not None:
-            origin, passed_over = find_checkpoint(self.what.train.start_from)
+            origin, passed_over = find_checkpoint(self.what.train.start_from, needs_state=False)
+            refuse_other_model(self.what, self.hashes, origin)
             load_weights(self.state.model, origin)
+            began_from = origin.directory
         resumed_from = checkpoint.directory if checkpoint else None
-        return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over))
+        return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from)
 
     def _start_clock(self) -> None:
         self._saved_at = time.monotonic()
@@ -154,7 +164,12 @@ class Trainer:
 
     def _advance(self) -> StepDone:
         train, state = self.what.train, self.state
-        found = self._gradients()
+        try:
+            found = self._gradients()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain_out_of_memory(self.plan, state.step, train.seq_len) from error
         loss, norm, finite = found.stats.tolist()
         rate = learning_rate(train, state.step)
         if finite:
@@ -181,7 +196,9 @@ class Trainer:
             seed=train.seed,
             loss_chunk=self.plan.loss_chunk,
         )
-        return gradients(self.state.model, loss_of, self._micro_batches(), train.batch_tokens, self.state.loss_scale)
+        batches = self._micro_batches()
+        targets = sum(count_targets(batch) for batch in batches)
+        return gradients(self.state.model, loss_of, batches, targets, self.state.loss_scale)
 
     def _micro_batches(self) -> list[Batch]:
         device = self.state.model.embedding.device
@@ -244,7 +261,7 @@ class Trainer:
         checkpoint = self.store.save(
             *self.state.tensors(),
             self.state.numbers(),
-            self.what.model_dump(mode="json"),
+            to_portable(self.what, self.what.run.dir),
             self.tokenizer.directory,
             self.hashes,
         )

@@ -1,7 +1,8 @@
-"""A ShardSet reads across its shards what was packed, through one mapping each."""
+"""A ShardSet reads across its shards what was packed, through one mapping each, and refuses what is not whole."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from lowvram.data import shards
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,46 @@ def test_a_shard_is_mapped_once_however_often_it_is_read(many: ShardSet, monkeyp
 def test_a_copied_folder_is_the_same_data(many: ShardSet, tmp_path: Path) -> None:
     copy = ShardSet.open(shutil.copytree(many.directory, tmp_path / "copy"))
     assert (copy.hash, copy.tokens) == (many.hash, many.tokens)
+
+
+@pytest.mark.covers("data")
+@pytest.mark.parametrize("change_bytes, word", [(-2, "damaged"), (2, "damaged"), (None, "missing")])
+def test_a_truncated_shard_is_named(packed: ShardSet, change_bytes: int | None, word: str) -> None:
+    path = packed.directory / "00001.bin"
+    data = path.read_bytes()
+    path.unlink()
+    if change_bytes is not None:
+        path.write_bytes((data + b"\0\0")[: len(data) + change_bytes])
+    size = 0 if change_bytes is None else len(data) + change_bytes
+    with pytest.raises(DataError, match=rf"00001\.bin is {word}\. It has {size} bytes of {len(data)}"):
+        ShardSet.open(packed.directory)
+
+
+def test_opening_with_another_tokenizer_is_refused(packed: ShardSet, small_tokenizer: Tokenizer) -> None:
+    assert ShardSet.open(packed.directory, small_tokenizer.hash).hash == packed.hash
+    with pytest.raises(DataError, match=r"shards of another tokenizer.*0123456789ab…"):
+        ShardSet.open(packed.directory, "0123456789abcdef")
+
+
+def test_a_folder_that_was_never_packed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no shards.*interrupted"):
+        ShardSet.open(tmp_path)
+    with pytest.raises(DataError, match=r"missing does not exist\.(?!.*interrupted)"):
+        ShardSet.open(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 2}', '{"format": 1, "tokenizer": "x"}'])
+def test_an_index_that_is_torn_or_of_another_format_is_refused(packed: ShardSet, text: str) -> None:
+    (packed.directory / "shards.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"shards\.json cannot be read"):
+        ShardSet.open(packed.directory)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_fewer_than_two_tokens_are_refused(packed: ShardSet, tokens: int) -> None:
+    index = json.loads((packed.directory / "shards.json").read_text(encoding="utf-8"))
+    index["shards"] = [index["shards"][0] | {"tokens": tokens}]
+    (packed.directory / "00000.bin").write_bytes(b"\0" * 2 * tokens)
+    (packed.directory / "shards.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(DataError, match=f"holds {tokens} token"):
+        ShardSet.open(packed.directory)

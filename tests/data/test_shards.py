@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -22,8 +23,8 @@ from lowvram.data.shards import PackProgress, ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import BusyError, DataError, DiskFullError, MachineError, TokenizerError
 from lowvram.files import Disk
+from tests.data.conftest import PART_BYTES
 
-PART_BYTES = 1_000
 # Packs in a process of its own: TEXT TOKENIZER OUT PROCESSES DIE_AT.  It kills itself when it comes to touch the disk
 # for the DIE_AT-th time, and else waits a little after each shard so that it can be killed from outside.
 SCRIPT = f"""
@@ -70,32 +71,6 @@ class FatalDisk(Disk):
 
     def preallocate(self, file, size_bytes: int) -> None:
         os._exit(9)
-
-
-@pytest.fixture
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "PART_BYTES", PART_BYTES)
-
-
-@pytest.fixture
-def texts(turkish: tuple[str, ...]) -> list[str]:
-    """Sixty documents, no two alike, one of them in NFD and one with what looks like a special token."""
-    made = [f"{n}. {turkish[n % 16]} {turkish[n * 7 % 16]}" for n in range(58)]
-    return [*made, unicodedata.normalize("NFD", turkish[4]), "<|bos|> " + turkish[5]]
-
-
-@pytest.fixture
-def folder(tmp_path: Path, texts: list[str]) -> Path:
-    """The documents in two files."""
-    (tmp_path / "text").mkdir()
-    for name, part in (("a.txt", texts[:40]), ("b.txt", texts[40:])):
-        (tmp_path / "text" / name).write_text("\n\n".join(part), encoding="utf-8", newline="")
-    return tmp_path / "text"
-
-
-@pytest.fixture
-def packed(folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None) -> ShardSet:
-    return pack([folder], small_tokenizer, tmp_path / "out", processes=1)
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
@@ -232,13 +207,73 @@ def test_the_same_letters_parted_otherwise_are_another_text(small_tokenizer: Tok
 def test_what_an_older_longer_packing_left_is_deleted_and_other_files_stay(
     packed: ShardSet, folder: Path, small_tokenizer: Tokenizer
 ) -> None:
-    for name in ("00001.bin.77.tmp", "00123.json.77.tmp", "shards.json.77.tmp", "notes.txt", "12345.bin"):
-        (packed.directory / name).write_bytes(b"x")
+    theirs = ("notes.txt", "12345.bin", "123456.bin", "123456.json", "20240115.jsonl", "00001.bin.old", "00001.tmp")
+    for name in ("00001.bin.77.tmp", "00123.json.77.tmp", "shards.json.77.tmp", *theirs):
+        (packed.directory / name).write_bytes(b'{"text": "x"}')
     (folder / "a.txt").unlink()
+    assert (packed.directory / "00004.json").exists()
+    (packed.directory / "00004.json").unlink()  # the index alone still says that 00004.bin is ours
     short = pack([folder / "b.txt"], small_tokenizer, packed.directory, processes=1)
     numbers = range(len(json.loads((short.directory / "shards.json").read_text(encoding="utf-8"))["shards"]))
-    expected = {"shards.json", "notes.txt", *(f"{n:05d}.{kind}" for n in numbers for kind in ("bin", "json"))}
+    expected = {"shards.json", *theirs, *(f"{n:05d}.{kind}" for n in numbers for kind in ("bin", "json"))}
     assert set(bytes_of(short.directory)) == expected
+
+
+@pytest.mark.parametrize("name", ["00001.bin", "00001.json"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_of_somebody_else_is_not_overwritten(
+    folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None, name: str, processes: int
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b'{"text": "x"}')
+    with pytest.raises(DataError, match=rf"{name} is in the way.*--out, or move"):
+        pack([folder], small_tokenizer, tmp_path / "out", processes=processes)
+    assert (tmp_path / "out" / name).read_bytes() == b'{"text": "x"}'
+    (tmp_path / "out" / name).unlink()
+    pack([folder], small_tokenizer, tmp_path / "out", processes=1).verify()
+
+
+def test_without_an_index_a_shard_is_known_by_its_sidecar(
+    packed: ShardSet, folder: Path, small_tokenizer: Tokenizer
+) -> None:
+    (packed.directory / "shards.json").unlink()
+    (folder / "a.txt").unlink()
+    short = pack([folder], small_tokenizer, packed.directory, processes=1)
+    count = len(json.loads((short.directory / "shards.json").read_text(encoding="utf-8"))["shards"])
+    assert sorted(path.stem for path in short.directory.glob("*.bin")) == [f"{n:05d}" for n in range(count)]
+    assert len(list(short.directory.glob("*.json"))) == count + 1
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/still"])
+def test_text_is_not_packed_into_the_folder_that_holds_it(
+    small_tokenizer: Tokenizer, tmp_path: Path, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / inside).mkdir(parents=True)
+    text = tmp_path / "out" / inside / "20240115.jsonl"
+    text.write_text('{"text": "bir iki"}', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path / "out", Path("out")):
+        with pytest.raises(DataError, match=r"out holds text that is to be packed.*20240115\.jsonl lies in it.*--out"):
+            pack([text], small_tokenizer, out)
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [text]
+    assert pack([text], small_tokenizer, text.parent / "shards").documents == 1
+
+
+@pytest.mark.parametrize(
+    "name, documents, starts", [("a.txt.gz", 60, True), ("a.txt.gz", 1, False), ("a.txt", 1, False)]
+)
+def test_processes_are_started_for_more_than_one_part_however_small_its_file(
+    texts: list[str], small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch,
+    name: str, documents: int, starts: bool,
+) -> None:  # fmt: skip
+    data = "\n\n".join(["merhaba " * 50] * documents).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert (tmp_path / name).stat().st_size < PART_BYTES
+    started: list[int] = []
+    real = shards._start_pool
+    monkeypatch.setattr(shards, "_start_pool", lambda count: started.append(count) or real(count))
+    assert pack([tmp_path / name], small_tokenizer, tmp_path / "out", processes=2).documents == documents
+    assert started == [2] * starts
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -327,19 +362,6 @@ def test_a_packing_that_progress_interrupts_lets_go_of_the_folder(
     pack([folder], small_tokenizer, tmp_path / "out", processes=1).verify()
 
 
-@pytest.mark.covers("data")
-@pytest.mark.parametrize("change_bytes, word", [(-2, "damaged"), (2, "damaged"), (None, "missing")])
-def test_a_truncated_shard_is_named(packed: ShardSet, change_bytes: int | None, word: str) -> None:
-    path = packed.directory / "00001.bin"
-    data = path.read_bytes()
-    path.unlink()
-    if change_bytes is not None:
-        path.write_bytes((data + b"\0\0")[: len(data) + change_bytes])
-    size = 0 if change_bytes is None else len(data) + change_bytes
-    with pytest.raises(DataError, match=rf"00001\.bin is {word}\. It has {size} bytes of {len(data)}"):
-        ShardSet.open(packed.directory)
-
-
 def test_packing_again_mends_a_truncated_shard(packed: ShardSet, folder: Path, small_tokenizer: Tokenizer) -> None:
     before = bytes_of(packed.directory)
     (packed.directory / "00001.bin").write_bytes(before["00001.bin"][:-2])
@@ -349,40 +371,18 @@ def test_packing_again_mends_a_truncated_shard(packed: ShardSet, folder: Path, s
     assert bytes_of(packed.directory) == before
 
 
-def test_verify_finds_a_flipped_bit_that_opening_does_not(packed: ShardSet) -> None:
+def test_verify_finds_a_flipped_bit_that_opening_does_not_and_packing_again_mends_it(
+    packed: ShardSet, folder: Path, small_tokenizer: Tokenizer
+) -> None:
     packed.verify()
-    path = packed.directory / "00002.bin"
-    data = bytearray(path.read_bytes())
-    data[11] ^= 4
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=r"00002\.bin is damaged"):
+    before = bytes_of(packed.directory)
+    for name in ("00004.bin", "00002.bin"):
+        data = bytearray(before[name])
+        data[11] ^= 4
+        (packed.directory / name).write_bytes(data)
+    with pytest.raises(DataError, match=r"00002\.bin is damaged.*pack again"):
         ShardSet.open(packed.directory).verify()
-
-
-def test_opening_with_another_tokenizer_is_refused(packed: ShardSet, small_tokenizer: Tokenizer) -> None:
-    assert ShardSet.open(packed.directory, small_tokenizer.hash).hash == packed.hash
-    with pytest.raises(DataError, match=r"shards of another tokenizer.*0123456789ab…"):
-        ShardSet.open(packed.directory, "0123456789abcdef")
-
-
-def test_a_folder_that_was_never_packed_is_refused(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(DataError, match="holds no shards"):
-            ShardSet.open(folder)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 2}', '{"format": 1, "tokenizer": "x"}'])
-def test_an_index_that_is_torn_or_of_another_format_is_refused(packed: ShardSet, text: str) -> None:
-    (packed.directory / "shards.json").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"shards\.json cannot be read"):
-        ShardSet.open(packed.directory)
-
-
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_fewer_than_two_tokens_are_refused(packed: ShardSet, tokens: int) -> None:
-    index = json.loads((packed.directory / "shards.json").read_text(encoding="utf-8"))
-    index["shards"] = [index["shards"][0] | {"tokens": tokens}]
-    (packed.directory / "00000.bin").write_bytes(b"\0" * 2 * tokens)
-    (packed.directory / "shards.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(DataError, match=f"holds {tokens} token"):
-        ShardSet.open(packed.directory)
+    seen: list[PackProgress] = []
+    pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append).verify()
+    assert seen[-1].reused == seen[-1].shards - 2
+    assert bytes_of(packed.directory) == before

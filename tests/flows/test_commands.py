@@ -18,6 +18,7 @@ from lowvram.cli.app import COMMANDS, build_parser
 from lowvram.cli.train import train
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.runfile import load_run
+from lowvram.train.trainer import Stopped
 from tests.flows.typed import Answer, environment, fill_home, typed, write_home
 
 
@@ -75,11 +76,12 @@ def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(road: tuple
     home, told = road
     start, resume, finished = (told[name] for name in ("start", "resume", "finished"))
     assert start.out == resume.out == finished.out == ""
-    assert "parameters in fp32 on cpu; plan: 2 sequences × 4 a step (you asked for it)." in start.err
+    assert "parameters in fp32 on cpu." in start.err
+    assert "Plan: 2 sequences × 4 a step (you asked for it)." in start.err
     assert "Going on from" not in start.err
     assert "All tokens were seen." in start.err
     assert f"Going on from {home / 'run' / 'step-00000004'} (step 4 of 6)." in resume.err
-    assert "plan: 2 sequences × 4 a step (this run's plan so far)" in resume.err
+    assert "Plan: 2 sequences × 4 a step (this run's plan so far)" in resume.err
     assert re.search(r"step +6  valid \d\.\d{4} bits/byte", resume.err)
     assert "Kış│" in resume.err
     assert "All tokens were seen." in finished.err
@@ -189,10 +191,10 @@ def test_an_interrupted_run_says_how_to_go_on_and_puts_signals_back(tmp_path: Pa
     fill_home(tmp_path)
     what = load_run(tmp_path / "run.toml", [], lambda folder: Tokenizer.load(folder).size)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert train(what, device="cpu", stop_at=2) is False
+    assert train(what, device="cpu", stop_at=2) == Stopped(2, is_finished=False)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert find_checkpoint(tmp_path / "run")[0].step == 2
-    assert train(what, device="cpu") is True
+    assert train(what, device="cpu") == Stopped(6, is_finished=True)
 
 
 def test_the_version_is_a_result() -> None:

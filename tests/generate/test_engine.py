@@ -233,9 +233,9 @@ def test_an_answer_that_is_broken_off_is_part_of_the_conversation(small_tokenize
     assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet")], 5)
 
 
-def test_a_reset_engine_writes_what_a_new_one_does(small_tokenizer: Tokenizer) -> None:
-    used, fresh = (engine_of(VARIANTS["gqa-moe-untied"], small_tokenizer) for _ in range(2))
-    "".join(used.generate("Pazardan domates aldık", GREEDY, 12))
-    used.reset()
-    assert list(used.generate(PROMPT, GREEDY, 12)) == list(fresh.generate(PROMPT, GREEDY, 12))
-    assert used.ids == fresh.ids
+def test_the_engine_says_why_it_ended(small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS["gqa-moe-untied"], small_tokenizer, max_context=24)
+    "".join(engine.generate("Kış", GREEDY, 3))
+    assert engine.ended == "tokens"
+    "".join(engine.generate("Evet", GREEDY, 100))
+    assert engine.ended == "context"

@@ -90,3 +90,12 @@ def test_stacked_windows_see_no_further_than_their_sum() -> None:
     difference = (model.logits(first) - model.logits(second)).abs().amax(-1)[0]
     assert difference[: reach + 1].min() > 0
     assert difference[reach + 1 :].max() == 0
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "causal"])
+def test_repeating_the_heads_equals_leaving_them_grouped(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    window = 4 if masked else None
+    grouped = attend(q, k, v, 0.3, window)
+    monkeypatch.setattr("lowvram.model.attention._takes_groups", lambda q, mask: False)
+    torch.testing.assert_close(attend(q, k, v, 0.3, window), grouped)

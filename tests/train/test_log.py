@@ -50,7 +50,7 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
     assert all(began - 1 <= row.pop("time_s") <= time.time() + 1 for row in rows)
     assert rows == [
         {"event": "Started", "step": 2, "steps": 6, "resumed_from": str(Path("runs/a/step-00000002")),
-         "passed_over": ["weights.safetensors was altered."]},
+         "passed_over": ["weights.safetensors was altered."], "began_from": None},
         {"event": "StepDone", "step": 3, "tokens": 768, "loss": 5.25, "gradient_norm": 0.5, "learning_rate": 1e-3,
          "tokens_per_second": 1234.5, "memory_bytes": 1 << 30, "left_s": 60.0, "is_skipped": False},
         {"event": "Evaluated", "step": 3, "loss": 5.5, "bits_per_byte": 2.75},
@@ -193,6 +193,6 @@ def test_a_package_that_is_not_installed_is_answered_with_the_pip_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(MachineError, match=rf"run\.log names \"{name}\".*pip install 'lowvram\[{name}\]'"):
+    with pytest.raises(MachineError, match=rf"run\.log names \"{name}\".*pip install {name}"):
         open_logs(tmp_path, (name,))
     assert list(tmp_path.iterdir()) == []

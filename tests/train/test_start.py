@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from lowvram.checkpoint import Checkpoint, find_checkpoint
-from lowvram.config import Corpus, RunConfig, TrainConfig
+from lowvram.config import Corpus, RunConfig, TrainConfig, Window, Yarn
 from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import BusyError, CheckpointError, ConfigError
+from lowvram.model.transformer import Transformer
 from lowvram.plan import Plan, choose_plan
 from lowvram.train.optim import learning_rate
 from lowvram.train.prepare import prepare
-from lowvram.train.start import lock_run, refuse_changes, settle_plan
+from lowvram.train.start import keep_plan, lock_run, refuse_changes, settle_plan
+from lowvram.train.state import load_weights
 from lowvram.train.trainer import Started, StepDone, Trainer
 from tests.tiny import prepare_home, tiny_run
 
@@ -113,7 +115,7 @@ def test_a_run_starts_from_another_runs_weights_with_a_fresh_optimizer_and_sched
     what = tiny_run(home, run="next", start_from=home / "done", optimizer={"name": "adamw", "lr": 0.5})
     trainer = trainer_of(what)
     events = trainer.run()
-    assert next(events) == Started(0, 6, None, ())
+    assert next(events) == Started(0, 6, None, (), done.directory)
     weights = trainer.state.model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in done.weights().items())
     assert trainer.state.tensors()[1] == {}
@@ -139,9 +141,46 @@ def test_a_resumed_run_no_longer_needs_what_it_started_from(home: Path) -> None:
 def test_a_run_cannot_start_from_another_model(home: Path) -> None:
     what = tiny_run(home, "gqa-alibi", "other", start_from=home / "done")
     what = changed(what, "model", dim=48)
-    with pytest.raises(CheckpointError, match=r"holds another model .*\d+ tensors differ .* first is blocks\.0"):
+    with pytest.raises(ConfigError, match=r"is another model: model\.dim was 32 and is now 48; .*was 'rope'"):
         list(trainer_of(what).run())
     assert list((home / "other").glob("step-*")) == []
+
+
+def test_equal_shapes_with_another_meaning_are_another_model(home: Path) -> None:
+    what = tiny_run(home, run="heads", start_from=home / "done")
+    heads = what.model.attention.model_copy(update={"heads": 2, "kv_heads": 1, "head_dim": 16})
+    with pytest.raises(ConfigError, match=r"model\.attention\.heads was 4 and is now 2"):
+        list(trainer_of(changed(what, "model", attention=heads)).run())
+
+
+def test_a_stage_may_stretch_positions_and_slide_windows(home: Path) -> None:
+    what = tiny_run(home, run="stretched", start_from=home / "done")
+    positions = what.model.positions.model_copy(update={"yarn": Yarn(factor=2.0, original_len=32)})
+    trainer = trainer_of(changed(what, "model", positions=positions, window=Window(size=8)))
+    assert next(trainer.run()).began_from == home / "done" / "step-00000006"
+
+
+def test_another_tokenizer_of_the_same_size_is_no_beginning(home: Path) -> None:
+    trainer = trainer_of(tiny_run(home, run="tokens", start_from=home / "done"))
+    trainer.hashes = trainer.hashes | {"tokenizer": "0" * 64}
+    with pytest.raises(ConfigError, match="its tokenizer is another one"):
+        next(trainer.run())
+
+
+def test_weights_of_other_names_or_shapes_are_refused(home: Path, done: Checkpoint) -> None:
+    model = Transformer(tiny_run(home, "gqa-alibi").model.model_copy(update={"dim": 48}))
+    with pytest.raises(CheckpointError, match=r"holds another model .*\d+ tensors differ .* first is blocks\.0"):
+        load_weights(model, done)
+
+
+def test_a_refused_start_leaves_the_plan_alone(home: Path) -> None:
+    from lowvram.cli.train import train
+
+    what = changed(tiny_run(home, run="planned"), "train", tokens=512)
+    train(what, micro_batch=2, device="cpu")
+    with pytest.raises(ConfigError, match="batch_tokens"):
+        train(changed(what, "train", batch_tokens=512), device="cpu")
+    assert settle_plan(what.run.dir, what.train, None)[0].micro_batch == 2
 
 
 def test_a_run_cannot_start_from_nothing(home: Path) -> None:
@@ -187,19 +226,21 @@ def test_a_micro_batch_that_does_not_divide_the_step_is_answered_with_those_that
 
 def test_a_run_keeps_its_plan_until_another_is_asked_for(tmp_path: Path) -> None:
     assert settle_plan(tmp_path, RECIPE, 4) == (Plan(micro_batch=4, accumulate=6), "you asked for it")
+    assert settle_plan(tmp_path, RECIPE, None)[1] != "this run's plan so far", "nothing is kept before the run begins"
+    keep_plan(tmp_path, Plan(micro_batch=4, accumulate=6))
     assert settle_plan(tmp_path, RECIPE, None) == (Plan(micro_batch=4, accumulate=6), "this run's plan so far")
     assert settle_plan(tmp_path, RECIPE, 12)[0].micro_batch == 12
-    assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 12
+    assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 4
 
 
 def test_a_plan_that_no_longer_makes_up_the_step_is_chosen_anew(tmp_path: Path) -> None:
-    settle_plan(tmp_path, RECIPE, 12)
+    keep_plan(tmp_path, Plan(micro_batch=12, accumulate=2))
     larger = RECIPE.model_copy(update={"batch_tokens": 512 * 32})
     assert settle_plan(tmp_path, larger, None)[0] == Plan(micro_batch=8, accumulate=4)
 
 
 def test_a_wrong_micro_batch_leaves_the_plan_as_it_was(tmp_path: Path) -> None:
-    settle_plan(tmp_path, RECIPE, 4)
+    keep_plan(tmp_path, Plan(micro_batch=4, accumulate=6))
     with pytest.raises(ConfigError):
         settle_plan(tmp_path, RECIPE, 5)
     assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 4

@@ -1,0 +1,27 @@
+"""Options that several commands share, and the kinds of value that argparse does not know."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def count(text: str) -> int:
+    """Read a whole number of at least one; argparse turns the error into a usage message."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: the best one here)"
+    )
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the texts to read, and --field."""
+    parser.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
+    parser.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")

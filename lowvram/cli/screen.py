@@ -1,0 +1,81 @@
+"""A run on the screen: one live line for its steps, and a lasting line for everything else that happens."""
+
+from __future__ import annotations
+
+import time
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lowvram.cli.show import err, notice
+from lowvram.train.trainer import Evaluated, Event, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.units import show_bytes, show_count, show_duration
+
+# Without a terminal a progress line would fill a log file; one of them every so often is enough.
+QUIET_INTERVAL_S = 30.0
+
+
+class TrainingScreen:
+    """Turns a trainer's events into lines: one live line for steps, and a lasting one for everything else."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._told_at = steps, 0.0
+        columns = (BarColumn(bar_width=24), TextColumn("{task.fields[said]}"))
+        self._progress = Progress(
+            *columns, console=err, transient=True, refresh_per_second=4, disable=not err.is_terminal
+        )
+        self._task = self._progress.add_task("", total=steps, said="")
+        self._last: StepDone | None = None
+
+    def __enter__(self) -> TrainingScreen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, StepDone):
+            self._show_step(event)
+        elif isinstance(event, Started):
+            for problem in event.passed_over:
+                notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+            if event.began_from:
+                notice(f"Beginning with the weights of {event.began_from}.")
+            if event.resumed_from:
+                notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+        elif isinstance(event, Evaluated):
+            notice(f"step {event.step:>6}  valid {event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f})", "cyan")
+        elif isinstance(event, Sampled):
+            text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
+            notice(f"step {event.step:>6}  {text}", "dim")
+        elif isinstance(event, Saved):
+            notice(f"step {event.step:>6}  saved {event.directory} ({event.took_s:.1f} s)", "dim")
+        elif isinstance(event, Stopped):
+            self._show_end(event)
+
+    def _show_step(self, event: StepDone) -> None:
+        if event.is_skipped:
+            notice(f"step {event.step:>6}  skipped: its gradients were not finite", "yellow")
+        self._last = event
+        self._progress.update(self._task, completed=event.step, said=step_line(event, self._steps))
+        if not err.is_terminal and time.monotonic() - self._told_at > QUIET_INTERVAL_S:
+            self._told_at = time.monotonic()
+            notice(step_line(event, self._steps))
+
+    def _show_end(self, event: Stopped) -> None:
+        self._progress.update(self._task, visible=False)
+        if self._last is not None:
+            notice(step_line(self._last, self._steps))
+        if event.is_finished:
+            notice("All tokens were seen.", "green")
+        else:
+            notice(f"Stopped after step {event.step}; the same command goes on from here.", "green")
+
+
+def step_line(event: StepDone, steps: int) -> str:
+    """Return the live line of a step."""
+    return (
+        f"step {event.step}/{steps}  loss {event.loss:.3f}  {show_count(event.tokens_per_second)} tok/s  "
+        f"{show_bytes(event.memory_bytes)}  {show_duration(event.left_s)} left"
+    )

@@ -1,0 +1,146 @@
+"""The format of packed directories, and those read back as one sequence of tokens; knows no text, batch or model.
+
+A packed directory: 00000.bin (ids, little-endian), 00000.json (its sidecar), … and shards.json, written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowvram.errors import DataError
+from lowvram.files import sha256
+
+FORMAT = 1
+INDEX = "shards.json"
+COUNTS = ("tokens", "documents", "text_bytes")
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a file; an empty one where it is missing or torn, which counts as not done."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def add_up(shards: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the totals of what the shards' records count."""
+    return {key: sum(shard[key] for shard in shards) for key in COUNTS}
+
+
+def other_tokenizer(directory: Path, found: str, wanted: str, fix: str) -> DataError:
+    """Return the error for shards that were made with another tokenizer."""
+    why = f"They were made with tokenizer {found[:12]}…, not with {wanted[:12]}…."
+    return DataError(f"{directory} holds shards of another tokenizer.", why, fix)
+
+
+class ShardSet:
+    """The tokens of a packed directory as one sequence, mapped and never wholly in memory.
+
+    hash: over the shards' own SHA-256, so that it names the data.  text_bytes: UTF-8 bytes of the documents.
+    """
+
+    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
+        self.directory = directory
+        if index["format"] != FORMAT:
+            raise KeyError("format")
+        self.tokenizer_hash: str = index["tokenizer"]
+        self.dtype = DTYPES[index["dtype"]]
+        self._shards: list[dict[str, Any]] = index["shards"]
+        totals = add_up(self._shards)
+        self.tokens, self.documents, self.text_bytes = (totals[key] for key in COUNTS)
+        self.hash = hashlib.sha256("\n".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
+        self._starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
+        self._maps: list[np.ndarray | None] = [None] * len(self._shards)
+
+    @staticmethod
+    def open(directory: Path, tokenizer_hash: str | None = None) -> ShardSet:
+        """Open a packed directory; every file's size is checked, its content by `verify` alone.
+
+        Raises DataError: not (wholly) packed, a file missing or of another size, shards of another tokenizer.
+        """
+        index = Path(directory) / INDEX
+        if not Path(directory).is_dir():
+            fix = "Name the folder that was the --out of `lowvram data pack`."
+            raise DataError(f"The folder {directory} does not exist.", "Shards were to be read from it.", fix)
+        if not index.exists():
+            why = f"It has no {INDEX}: nothing was packed there, or a packing was interrupted."
+            raise DataError(f"{directory} holds no shards.", why, "Type `lowvram data pack`, again if need be.")
+        try:
+            shards = ShardSet(Path(directory), read_json(index))
+        except (KeyError, TypeError, AttributeError) as error:
+            why = f"It is damaged, or of another format than {FORMAT}."
+            raise DataError(f"{index} cannot be read.", why, "Pack the text again.") from error
+        if tokenizer_hash not in (None, shards.tokenizer_hash):
+            fix = "Name the tokenizer that they were packed with, or pack the text again."
+            raise other_tokenizer(directory, shards.tokenizer_hash, str(tokenizer_hash), fix)
+        shards._check_sizes()
+        return shards
+
+    def _check_sizes(self) -> None:
+        # A mapped file that is too short ends in SIGBUS at the first read, not in an error.
+        for shard in self._shards:
+            path, expected = self.directory / shard["file"], shard["tokens"] * self.dtype.itemsize
+            size = path.stat().st_size if path.exists() else None
+            if size != expected:
+                what = f"The shard {path} is {'missing' if size is None else 'damaged'}."
+                why = f"It has {size or 0} bytes of {expected}."
+                raise DataError(what, why, "Pack the text again into this folder.")
+        if self.tokens < 2:
+            why = "To learn a next token takes two."
+            raise DataError(f"{self.directory} holds {self.tokens} token(s).", why, "Pack more text.")
+
+    def verify(self) -> None:
+        """Read every byte, several shards at once; raises DataError naming the first that is not as it was written."""
+        paths = [self.directory / shard["file"] for shard in self._shards]
+        # Hashing lets go of the interpreter's lock; more than four at once make a spinning disk seek.
+        pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        try:
+            for path, shard, found in zip(paths, self._shards, pool.map(sha256, paths), strict=True):
+                if found != shard["sha256"]:
+                    why = "Its SHA-256 is not the one of the packed bytes."
+                    raise DataError(
+                        f"The shard {path} is damaged.", why, "To mend it, pack again into the same folder."
+                    )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _map(self, number: int) -> np.ndarray:
+        found = self._maps[number]
+        if found is None:
+            path = self.directory / self._shards[number]["file"]
+            found = self._maps[number] = np.memmap(path, self.dtype, "r").view(np.ndarray)
+        return found
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return tokens [count] from position `start` on, read-only where one shard holds them all."""
+        assert 0 <= start < start + count <= self.tokens
+        number = bisect_right(self._starts, start) - 1
+        pieces = []
+        while count:
+            at = start - int(self._starts[number])
+            pieces.append(self._map(number)[at : at + count])
+            start, count, number = start + len(pieces[-1]), count - len(pieces[-1]), number + 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def spans(self, starts: np.ndarray, count: int) -> list[tuple[np.ndarray, int]]:
+        """Return for each start the array, and the place in it, where its `count` tokens lie in one piece."""
+        numbers = np.searchsorted(self._starts, starts, "right") - 1
+        places = starts - self._starts[numbers]
+        is_whole = starts + count <= self._starts[numbers + 1]
+        return [
+            (self._map(number), place) if whole else (self.read(start, count), 0)
+            for number, place, whole, start in zip(
+                numbers.tolist(), places.tolist(), is_whole.tolist(), starts.tolist(), strict=True
+            )
+        ]
