@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, count
+from lowvram.units import show_count
 
 if TYPE_CHECKING:
     from lowvram.config import RunConfig
@@ -62,6 +63,7 @@ def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto",
         notice(f"{describe_machine()}: {size} on {place}.")
         notice(f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step ({reason}).")
         trainer = prepare(what, plan, place)
+        notice(_describe_reading(what, trainer))
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
             stack.callback(log.close)
@@ -77,6 +79,15 @@ def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto",
                 trainer.stop()
         assert isinstance(event, Stopped), "a run's last event is Stopped"
         return event
+
+
+def _describe_reading(what: RunConfig, trainer: Trainer) -> str:
+    """Say how often each corpus is read, which decides more than anything else what can be learnt from it."""
+    epochs = trainer.loader.epochs(what.train.steps * what.train.batch_samples)
+    read = ", ".join(
+        f"{corpus.path.name} {times:.2f} times" for corpus, times in zip(what.data.train, epochs, strict=True)
+    )
+    return f"{show_count(what.train.tokens)} tokens in {what.train.steps:,} steps: {read}."
 
 
 @contextmanager
