@@ -12,6 +12,13 @@ import lowvram
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
 COMMANDS = ("demo", "tokenizer", "data", "train", "evaluate", "chat")
+# Read by torch's CPU libraries when they are first loaded; whoever sets them otherwise is obeyed.
+CPU_MANNERS = {
+    # Threads that wait sleep.  By default they spin, and one other busy program makes a step 15 times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Experts see another number of rows at every step, and oneDNN keeps code for 1,024 shapes: half a gigabyte.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+}
 _DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
 _EPILOG = "Begin with `lowvram demo`: the whole road in a few minutes.  `lowvram COMMAND --help` explains each."
 
@@ -29,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 done, 1 an error that the user can mend, 2 wrong usage, 130 interrupted."""
     _speak_utf8()
+    for name, value in CPU_MANNERS.items():
+        os.environ.setdefault(name, value)
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.run(arguments) or 0)

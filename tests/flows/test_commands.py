@@ -255,3 +255,18 @@ def test_help_and_version_answer_without_loading_torch() -> None:
     code = "import sys; from lowvram.cli.app import build_parser; build_parser().format_help(); print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment())
     assert not {"torch", "numpy", "pydantic", "rich", "tokenizers"} & set(found.stdout.split())
+
+
+@pytest.mark.parametrize("said", [None, "ACTIVE"], ids=["by default", "as told"])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(said: str | None) -> None:
+    script = (
+        "import os, contextlib; from lowvram.cli.app import main\n"
+        "with contextlib.suppress(SystemExit): main(['--version'])\n"
+        "print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    chosen = {} if said is None else {"OMP_WAIT_POLICY": said}
+    bare = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
+    found = subprocess.run(
+        [sys.executable, "-c", script], env=bare | chosen, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split()[-1] == (said or "PASSIVE")
