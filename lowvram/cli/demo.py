@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         shards = pack_with_progress([file], tokenizer, home / "shards" / name)
         _tell(f"{name}: {shards.tokens:,} tokens of {shards.documents:,} documents")
 
-    _say(4, "Plan and training", "lowvram train run.toml")
+    _say(4, "Plan and training", f"lowvram train {arguments.dir / 'run.toml'}")
     run_file = home / "run.toml"
     run_file.write_text(_RUN_FILE, encoding="utf-8")
     what = load_run(run_file, [], lambda _: tokenizer.size)
@@ -100,15 +100,17 @@ def run(arguments: argparse.Namespace) -> None:
         _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
         return
 
-    _say(5, "Interrupted half-way, as by Ctrl-C; now on", "lowvram train run.toml   (the same command)")
+    _say(
+        5, "Interrupted half-way, as by Ctrl-C; the same command goes on", f"lowvram train {arguments.dir / 'run.toml'}"
+    )
     if not train(what, device=arguments.device).is_finished:
         _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
         return
 
-    _say(6, "Bits per byte of held-out text", "lowvram evaluate run")
+    _say(6, "Bits per byte of held-out text", f"lowvram evaluate {arguments.dir / 'run'}")
     _evaluate(home / "run", arguments.device)
 
-    _say(7, "Three prompts", 'lowvram chat run --prompt "Bir gün"')
+    _say(7, "Three prompts", f'lowvram chat {arguments.dir / "run"} --prompt "{PROMPTS[0]}"')
     _answer(home / "run", arguments.device)
     _tell(f"Done.  Everything is in {home}; delete it when you like.")
 
