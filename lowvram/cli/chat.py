@@ -91,7 +91,10 @@ def answer(engine: Engine, text: str, sampler: Sampler, tokens: int, shown: str 
 
 
 def _ask() -> str:
+    from lowvram.cli.show import notice
+
     try:
         return input("› ").strip()
     except (EOFError, KeyboardInterrupt):
+        notice("")  # the prompt's line is still open
         return ""
