@@ -29,7 +29,7 @@ CPU_BUILD = TorchBuild("2.12.0+cpu", None)
 
 
 def index_of(sentence: str | None) -> str:
-    found = re.search(r"pip install --force-reinstall 'torch>=[^']+' --index-url (\S+)$", sentence or "")
+    found = re.search(r'pip install --force-reinstall "torch>=[^"]+" --index-url (\S+)$', sentence or "")
     assert found, sentence
     return found[1]
 

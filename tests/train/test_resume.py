@@ -58,9 +58,14 @@ def train_slowly(what: RunConfig) -> None:
 
 def is_signed(run: Path, sign: str, pid: int | None) -> bool:
     """Whether the child holds the run and, where the sign is a draft's file, is writing one now."""
-    owner = run / "owner"
-    holds = owner.exists() and owner.read_text().strip() == str(pid)
-    return holds and (sign == "owner" or any(path.stat().st_mtime > owner.stat().st_mtime for path in run.glob(sign)))
+    try:
+        owner = run / "owner"
+        holds = owner.read_text().strip() == str(pid)
+        return holds and (
+            sign == "owner" or any(path.stat().st_mtime > owner.stat().st_mtime for path in run.glob(sign))
+        )
+    except FileNotFoundError:  # not begun, or the draft was given its name between two looks
+        return False
 
 
 def tensors_at_the_end(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
