@@ -60,37 +60,30 @@ def run(arguments: argparse.Namespace) -> None:
             "bits_per_byte": found.bits_per_byte if math.isfinite(found.nats) else None,
             "loss": found.loss if math.isfinite(found.nats) else None,
             "targets": found.targets,
-            "bigram_bits_per_byte": baseline.bits_per_byte if baseline else None,
+            "bigram_bits_per_byte": baseline[0].bits_per_byte if baseline else None,
         }
         result(json.dumps(values))
         return
     result(f"{loaded.checkpoint.directory} on {place}: {found.targets:,} tokens in windows of {seq_len}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
     if baseline is not None:
-        result(f"  bigram model   {baseline.bits_per_byte:.4f}   (counted on {_counted(loaded)})")
+        bigram, counted = baseline
+        result(f"  bigram model   {bigram.bits_per_byte:.4f}   (counted on {counted})")
 
 
-def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> Score | None:
-    """Return the bigram model's score on the same tokens, or None where the run's training shards are gone."""
+def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> tuple[Score, str] | None:
+    """Return the bigram model's score on the same tokens and what it was counted on; None without training shards."""
     from lowvram.cli.show import notice
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
-    from lowvram.evaluate.bits_per_byte import bigram_score
+    from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS, bigram_score
+    from lowvram.units import show_count
 
+    path, tokenizer = loaded.what.data.train[0].path, loaded.tokenizer
     try:
-        train = ShardSet.open(loaded.what.data.train[0].path, loaded.tokenizer.hash)
+        train = ShardSet.open(path, tokenizer.hash)
     except DataError as error:
         notice(f"No bigram model to compare with: {error}")
         return None
-    return bigram_score(train, valid, loaded.tokenizer.bos_id, loaded.tokenizer.size, most_tokens)
-
-
-def _counted(loaded: Loaded) -> str:
-    """Say what the bigrams were counted on."""
-    from lowvram.data.shards import ShardSet
-    from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS
-    from lowvram.units import show_count
-
-    path = loaded.what.data.train[0].path
-    part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if ShardSet.open(path).tokens > BIGRAM_TOKENS else ""
-    return f"{part}{path}"
+    part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if train.tokens > BIGRAM_TOKENS else ""
+    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.size, most_tokens), f"{part}{path}"

@@ -247,7 +247,10 @@ class Trainer:
             yield Sampled(self.state.step, prompt, "".join(pieces))
 
     def _save_is_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= self._save_interval_s()
+        waited_s = time.monotonic() - self._saved_at
+        if self.what.run.save_every_minutes is None and waited_s < LEAST_SAVE_INTERVAL_S:
+            return False  # known without measuring the state, which is no work for every step
+        return waited_s >= self._save_interval_s()
 
     def _save_interval_s(self) -> float:
         if self.what.run.save_every_minutes is not None:
