@@ -207,9 +207,14 @@ class ModelConfig(Words):
 
 
 class AdamW(Words):
-    """AdamW (Loshchilov & Hutter 2019); decay acts on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019); decay acts on matrices only.
+
+    bits: 8 keeps both moments of every large weight in 8 bits; `embeddings = "fp32"` exempts embedding and head.
+    """
 
     name: Literal["adamw"] = "adamw"
+    bits: Literal[32, 8] = 32
+    embeddings: Literal["same", "fp32"] = "same"
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     beta1: Share = 0.9
     beta2: Share = 0.95

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 from pydantic import PositiveInt
 
 from lowvram.config import TrainConfig, Words
@@ -11,15 +13,52 @@ from lowvram.errors import ConfigError
 DEFAULT_MICRO_TOKENS = 4_096
 
 
+Recompute = Literal["none", "attention", "block"]
+
+
 class Plan(Words):
     """How a step is cut: micro_batch × accumulate = its sequences.
 
-    loss_chunk: rows of logits that exist at a time (None: the op's own choice).
+    recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.
+    2016).  loss_chunk: rows of logits that exist at a time (None: the op's own choice).  compile: blocks go through
+    torch.compile.
     """
 
     micro_batch: PositiveInt
     accumulate: PositiveInt
+    recompute: Recompute = "none"
     loss_chunk: PositiveInt | None = None
+    compile: bool = False
+
+
+class Ledger(NamedTuple):
+    """Bytes of tensors alive at a step's peak, by birthplace; what the allocator rounds up is in them.
+
+    weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
+    temporaries: everything else, the batch included.  moment: when the peak is: forward, loss, backward or update.
+    host_bytes: what this process holds in host memory beside the card.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    temporaries: int
+    moment: str
+    host_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once on the card."""
+        return sum(self.lines().values())
+
+    def lines(self) -> dict[str, int]:
+        """Return the card's lines by name, whose sum is the peak."""
+        return {name: getattr(self, name) for name in LEDGER_LINES}
+
+
+LEDGER_LINES = ("weights", "gradients", "optimizer", "activations", "loss", "temporaries")
 
 
 def choose_plan(train: TrainConfig, micro_batch: int | None = None) -> tuple[Plan, str]:
