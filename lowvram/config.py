@@ -11,6 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from lowvram.errors import ConfigError
 from lowvram.units import parse_bytes, parse_count
 
+# Automatic saving: at most this much written a day, and never more often than this.
+WRITTEN_PER_DAY_BYTES = 50e9
+LEAST_SAVE_INTERVAL_S = 600.0
+
 Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
 Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -305,6 +309,12 @@ class RunOptions(Words):
     sample_tokens: PositiveInt = 40
     prompts: tuple[str, ...] = ("Bir gün", "Türkiye'nin", "Bu yüzden")
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def save_interval_s(self, state_bytes: float) -> float:
+        """Return the seconds between two saves of a state of this size: as told, or so that a disk lasts."""
+        if self.save_every_minutes is not None:
+            return 60.0 * self.save_every_minutes
+        return max(LEAST_SAVE_INTERVAL_S, state_bytes / WRITTEN_PER_DAY_BYTES * 86_400)
 
 
 class RunConfig(Words):

@@ -13,6 +13,7 @@ from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
 from torch import Tensor
 
 from lowvram.model.transformer import Dropout, Transformer
+from lowvram.plan import Recompute
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,9 +44,10 @@ def causal_loss(
     dropout: float = 0.0,
     seed: int = 0,
     loss_chunk: int | None = None,
+    recompute: Recompute = "none",
 ) -> Loss:
     """Predict each next token; return the summed cross-entropy.  Dropout depends on seed and sample index alone."""
     drop = Dropout(dropout, hash_keys(seed, batch.sample_B)) if dropout else None
-    stream_BTD, loads = model(batch.token_BT[:, :-1], dtype, drop)
+    stream_BTD, loads = model(batch.token_BT[:, :-1], dtype, drop, recompute=recompute)
     target_N = batch.token_BT[:, 1:].reshape(-1)
     return Loss(linear_cross_entropy(stream_BTD.flatten(0, 1), model.head_VD, target_N, loss_chunk), loads)

@@ -1,100 +1,200 @@
-"""WHERE it runs: what this machine has, and whether its torch can use it; never imports torch."""
+"""WHERE it runs: the cards that are known, what tensors may take on them, and the names people give them; no torch.
+
+Every field is explained, with unit and source, in profiles/README.md.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import platform
 import re
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
-import psutil
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lowvram.units import show_bytes
+from lowvram.config import Share, Size, Words
+from lowvram.errors import ConfigError, name_nearest
+from lowvram.units import parse_bytes, parse_memory, show_bytes
 
+Fixed = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
+Number = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+Desktop = Literal["none", "linux", "windows"]
+Capability = tuple[int, int]
 
-@dataclass(frozen=True)
-class Driver:
-    """An NVIDIA driver: the first card's name, and the newest CUDA that the driver can run, as (major, minor)."""
-
-    card: str
-    cuda: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class TorchBuild:
-    """The installed torch: its version, and the CUDA that it was built for, None for a CPU-only build."""
-
-    version: str
-    cuda: tuple[int, int] | None
+_GIB = 2**30
+# Up to here Metal lends the smaller share of memory (measured: 16 of 24 GiB, 21.3 of 32, but 48 of 64).
+_SMALL_RAM_BYTES = 32 * _GIB
 
 
-def find_driver() -> Driver | None:
-    """Return the NVIDIA driver of this machine, or None where there is none."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        number = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-    return Driver(name if isinstance(name, str) else name.decode(), (number // 1000, number % 1000 // 10))
+class Profile(Words):
+    """One card, or one kind of machine; the defaults of its fixed bytes are those of a GeForce."""
+
+    id: str
+    name: str
+    platform: Literal["cuda", "mps", "cpu"]
+    capability: Capability | None = None
+
+    memory_bytes: Size
+    memory_range_bytes: tuple[Size, Size] | None = None
+    unified: bool = False
+    unified_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    unified_share_small: Annotated[float, Field(gt=0.0, le=1.0)] = 0.66
+    reserved_bytes: Fixed = int(0.1 * _GIB)
+    context_bytes: Fixed = int(0.45 * _GIB)
+    workspace_bytes: Fixed = 8_519_680
+    desktop_linux_bytes: Fixed = int(0.6 * _GIB)
+    desktop_windows_bytes: Fixed = int(0.9 * _GIB)
+    fragmentation: Share = 0.06
+    host_process_bytes: Fixed = _GIB
+
+    shared_memory_bytes: PositiveInt | None = None
+    fp8: Literal["mxfp8", "tensor", "storage"]
+    attention: Literal["flash", "efficient", "math"]
+
+    bandwidth_bytes_per_s: PositiveFloat | None = None
+    watts: PositiveFloat | None = None
+    tflops: dict[Number, PositiveFloat] = Field(default_factory=dict)
+    tflops_source: Literal["measured", "theory"] | None = None
+    theory_tflops: PositiveFloat | None = None
+    multiprocessors: PositiveInt | None = None
+    boost_mhz: PositiveInt | None = None
+    ai_tops: PositiveFloat | None = None
+    uncertainty: Share
+    sources: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> Literal["fp16", "bf16"]:
+        """The 16-bit numbers to train in: before capability 8.0 bf16 has no tensor cores and is 8 times slower."""
+        return "fp16" if self.capability is not None and self.capability < (8, 0) else "bf16"
+
+    def limit_bytes(
+        self, desktop: Desktop = "none", ram_bytes: int | None = None, free_bytes: int | None = None
+    ) -> int:
+        """Return the bytes that tensors may take.
+
+        desktop: which desktop is drawn by the same card.  ram_bytes: this machine's memory, where it is the card's
+        too.  free_bytes: what is free now; the smaller of both counts.
+        """
+        shown = ram_bytes if self.unified and ram_bytes is not None else self.memory_bytes
+        if self.unified:
+            shown = int(shown * (self.unified_share if shown > _SMALL_RAM_BYTES else self.unified_share_small))
+        shown -= self.reserved_bytes
+        if desktop != "none":
+            shown -= self.desktop_linux_bytes if desktop == "linux" else self.desktop_windows_bytes
+        if free_bytes is not None:
+            shown = min(shown, free_bytes)
+        if self.platform == "cpu":
+            shown -= self.host_process_bytes
+        return max(0, int((shown - self.context_bytes) * (1 - self.fragmentation)) - self.workspace_bytes)
 
 
-def find_torch() -> TorchBuild | None:
-    """Return what is installed as torch, read from its version file: importing it would take seconds."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    version = re.search(r"__version__ = '([^']+)'", text)
-    cuda = re.search(r"^cuda[^=]*= '(\d+)\.(\d+)'", text, re.MULTILINE)
-    return TorchBuild(version[1] if version else "unknown", (int(cuda[1]), int(cuda[2])) if cuda else None)
+def profile_names() -> list[str]:
+    """Return the ids of the catalogue: `rtx5070`, `m3-max`, `cpu`."""
+    return sorted(path.stem for path in _find_folder().glob("*.toml"))
 
 
-def explain_mismatch(driver: Driver | None, build: TorchBuild | None) -> str | None:
-    """Return one sentence with the exact command where torch leaves the NVIDIA card idle; None where all is well."""
-    if driver is None or build is None:
-        return None
-    # Within a major version a driver also runs what was built for a newer minor one (NVIDIA, minor compatibility).
-    same_major = [cuda for cuda in reversed(_WHEELS) if cuda[0] == driver.cuda[0]]
-    newest = next((cuda for cuda in _WHEELS if cuda <= driver.cuda), next(iter(same_major), None))
-    if newest is None:
-        command = "update the NVIDIA driver, since none of torch's builds runs on it"
-    else:
-        index = f"https://download.pytorch.org/whl/cu{newest[0]}{newest[1]}"
-        command = f'type: pip install --force-reinstall "torch>=2.10,<2.14" --index-url {index}'
-    if build.cuda is None:
-        idle = f"torch {build.version} is a CPU-only build, so training would not use it"
-        return f"{driver.card} is here, but {idle}; {command}"
-    if build.cuda[0] > driver.cuda[0]:
-        had, needed = (".".join(map(str, version)) for version in (driver.cuda, build.cuda))
-        idle = f"its driver runs CUDA {had} at most and torch {build.version} needs {needed}"
-        return f"{driver.card} is here, but {idle}; {'update the driver, or ' if newest else ''}{command}"
-    return None
+def load_profile(profile_id: str) -> Profile:
+    """Return the profile with exactly this id; raises ConfigError that names the nearest."""
+    if profile_id not in profile_names():
+        raise ConfigError(f'There is no profile "{profile_id}".', fix=name_nearest(profile_id, profile_names()))
+    text = (_find_folder() / f"{profile_id}.toml").read_text(encoding="utf-8")
+    return Profile.model_validate(tomllib.loads(text) | {"id": profile_id})
 
 
-# CUDA versions that PyTorch's own index holds wheels for, newest first (pytorch.org/get-started/previous-versions).
-_WHEELS = ((13, 0), (12, 8), (12, 6))
+def find_profile(text: str, memory_bytes: int | None = None) -> tuple[Profile, str]:
+    """Return the profile that a person or a driver means, and a sentence about what had to be assumed, or "".
+
+    text: `rtx5070`, `5070 ti`, `NVIDIA GeForce RTX 4070 Laptop GPU`, `rtx 5060 ti 16gb`, `m3 max`.  memory_bytes: what
+    the card (or the machine, where they share it) is known to have; without it the smallest card of that name is taken.
+    Raises ConfigError that names the nearest ids.
+    """
+    words, typed_bytes = _split_name(text)
+    family = [load_profile(name) for name in profile_names() if _split_name(name)[0] == words]
+    if not family:
+        spelt = re.sub(r"nvidia|geforce|apple|gpu|\s", "", text.lower())
+        fix = "Without a name, --memory 8GB works for any NVIDIA card."
+        raise ConfigError(f'The catalogue has no card "{text}".', name_nearest(spelt, profile_names()), fix)
+    known_bytes = typed_bytes if memory_bytes is None else memory_bytes
+    family.sort(key=lambda profile: profile.memory_bytes)
+    if known_bytes is None:
+        return family[0], _explain_assumed(family)
+    return _fit_memory(min(family, key=lambda profile: abs(profile.memory_bytes - known_bytes)), known_bytes)
 
 
-def machine_memory_bytes() -> int:
-    """Return the host's memory."""
-    return int(psutil.virtual_memory().total)
+def generic_profile(memory_bytes: int, name: str = "", capability: Capability = (8, 6)) -> Profile:
+    """Return an NVIDIA card that is known by its memory alone: nothing is said about its speed.
+
+    capability: the driver's answer; without one that of RTX 30, whose paths every later card has too.
+    """
+    is_modern = capability >= (8, 0)
+    return Profile(
+        id="generic",
+        name=name or f"NVIDIA card with {show_bytes(memory_bytes)}",
+        platform="cuda",
+        capability=capability,
+        memory_bytes=memory_bytes,
+        shared_memory_bytes=_SHARED_BYTES.get(capability, 49_152 if capability < (7, 5) else 65_536),
+        fp8="mxfp8" if capability >= (10, 0) else "tensor" if capability >= (8, 9) else "storage",
+        attention="flash" if is_modern else "efficient",
+        uncertainty=0.5,
+    )
 
 
-def describe_machine() -> str:
-    """Return the machine in a few words: system, processors, memory, card."""
-    driver = find_driver()
-    card = f", {driver.card}" if driver else ""
-    processors = f"{psutil.cpu_count(logical=True)} processors"
-    memory = show_bytes(machine_memory_bytes())
-    return f"{platform.system()} {platform.machine()}, {processors}, {memory}{card}"
+# Shared memory of a block by compute capability: CUDA C++ Programming Guide, technical specifications.
+_SHARED_BYTES = {
+    (7, 5): 65_536,
+    (8, 0): 166_912,
+    (8, 6): 101_376,
+    (8, 9): 101_376,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (12, 0): 101_376,
+}
+
+# Words that say nothing about which card it is; what is left tells one from another: "pcie", "laptop", "super".
+_SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card"}
+_MEMORY = re.compile(r"(?<!\d)[1-9]\d{0,3}(\.\d+)?\s*g(i?b)?\b")
+_SOCKET = re.compile(r"\b(hbm|sxm)\d*e?\b")
+_WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
+
+
+def _split_name(text: str) -> tuple[frozenset[str], int | None]:
+    """Return the words that tell a card from others, and the memory that was written beside them."""
+    lower = _SOCKET.sub(" ", text.lower().replace("mobile", "laptop"))
+    memory = _MEMORY.search(lower)
+    apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
+    return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None
+
+
+def _explain_assumed(family: Sequence[Profile]) -> str:
+    smallest, *larger = family
+    taken = f"{show_bytes(smallest.memory_bytes)} is taken"
+    if larger:
+        return f"There are {_list_ids(family)}; the smallest is taken."
+    if smallest.memory_range_bytes is not None:
+        least, most = smallest.memory_range_bytes
+        return f"{smallest.name} is sold with {show_bytes(least)} to {show_bytes(most)}; {taken}."
+    return f"{taken} as the memory of the computer." if smallest.unified else ""
+
+
+def _list_ids(family: Sequence[Profile]) -> str:
+    *first, last = (profile.id for profile in family)
+    return f"{', '.join(first)} and {last}"
+
+
+def _fit_memory(profile: Profile, known_bytes: int) -> tuple[Profile, str]:
+    """Give a profile the memory that is really there; that a driver shows up to 10 % less than is sold is no news."""
+    fitted = profile.model_copy(update={"memory_bytes": known_bytes})
+    if profile.unified:
+        return fitted, ""
+    if abs(known_bytes - profile.memory_bytes) <= 0.1 * profile.memory_bytes:
+        return profile, ""
+    had = f"The catalogue knows {profile.name} with {show_bytes(profile.memory_bytes)}"
+    return fitted, f"{had}; with {show_bytes(known_bytes)} its speed may be another."
+
+
+def _find_folder() -> Path:
+    """Return where the catalogue lies: inside the package of a wheel, or at the root of a checkout."""
+    inside = Path(__file__).with_name("profiles")
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "profiles"

@@ -18,6 +18,10 @@ _BYTES = {
     "gib": 2**30,
     "tib": 2**40,
 }
+# Cards and memory modules are sold in powers of two whatever the label says.
+_MEMORY = {"": 2**30} | {
+    unit: 2**power for power, m in ((20, "m"), (30, "g"), (40, "t")) for unit in (m, f"{m}b", f"{m}ib")
+}
 _NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -38,6 +42,15 @@ def parse_count(text: str | int | float) -> int:
 def parse_bytes(text: str | int | float) -> int:
     """Return bytes from `"12GB"` (10⁹), `"8 GiB"` (2³⁰) or a plain number."""
     return _parse(text, _BYTES, "a size", '"12GB" or "8GiB"')
+
+
+def parse_memory(text: str | int | float) -> int:
+    """Return the bytes of a card or of RAM: `"8GB"`, `"8 GiB"`, `"8192MiB"` and `8` are all 2³³."""
+    example = '"8GB", "8 GiB" or "8192MiB"'
+    size = _parse(text, _MEMORY, "a card's memory", example)
+    if size == 0:
+        raise ValueError(f"{text!r} is not a card's memory; write it like {example}")
+    return size
 
 
 def show_bytes(count: int | float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.units import parse_bytes, parse_count, show_bytes, show_count, show_duration
+from lowvram.units import parse_bytes, parse_count, parse_memory, show_bytes, show_count, show_duration
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,19 @@ def test_counts_are_read_in_every_spelling(text: str | int, count: int) -> None:
 )
 def test_sizes_tell_decimal_from_binary(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["8GB", "8 GiB", "8", 8, 8.0, "8192MiB", "8192 mb", "8g", " 8.0gb ", "0.0078125TB"], ids=repr
+)
+def test_memory_is_sold_in_powers_of_two_whatever_the_label(text: str | float) -> None:
+    assert parse_memory(text) == 2**33
+
+
+@pytest.mark.parametrize("text", ["", "much", "8 kB", "0", "0GB", "-8GB", "8 GB RAM", "1e999"], ids=repr)
+def test_what_is_no_memory_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a card's memory; write it like \"8GB\", \"8 GiB\" or"):
+        parse_memory(text)
 
 
 @pytest.mark.parametrize("text", ["", "many", "12 parsecs", "-3", "1e", "5G5", "1e999", "1e300T", float("inf")])

@@ -5,7 +5,7 @@
 No state is carried, so none can be lost on resume; a sample's mask depends on no other sample, so it is the same
 in every micro-batch, on every device and in the recomputed forward pass.
 Saved for backward: the keys; the mask is made again.
-Source: Srivastava et al. 2014; the mixer's two multipliers are TheIronBorn's (hash-prospector, bias 0.107).
+Source: Srivastava et al. 2014.
 
 Shapes: B samples, T positions, D width.
 """
@@ -19,24 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowvram_kernels.errors import ShapeError
-
-_LOW_32 = 0xFFFFFFFF
-
-
-def _mix_(value: Tensor) -> Tensor:
-    """Scramble int64 values in [0, 2³²) in place, one to one.  Both multipliers are below 2³¹: no overflow."""
-    value.bitwise_xor_(value >> 16).mul_(0x21F0AAAD).bitwise_and_(_LOW_32)
-    value.bitwise_xor_(value >> 15).mul_(0x735A2D97).bitwise_and_(_LOW_32)
-    return value.bitwise_xor_(value >> 15)
-
-
-def _chain(start: Tensor, *words: Tensor | int) -> Tensor:
-    """Fold 64-bit words into one 32-bit hash, low half then high half of each."""
-    value = _mix_(start & _LOW_32)
-    for word in words:
-        value = _mix_(value ^ (word & _LOW_32))
-        value = _mix_((value + 0x9E3779B9 & _LOW_32) ^ (word >> 32 & _LOW_32))
-    return value
+from lowvram_kernels.keyed import chain, mix_
 
 
 def hash_keys(seed: int, samples: Tensor) -> Tensor:
@@ -47,16 +30,16 @@ def hash_keys(seed: int, samples: Tensor) -> Tensor:
     """
     if samples.dtype != torch.int64:
         raise ShapeError(f"hash_keys: samples is {samples.dtype}; it needs int64.")
-    low, high = (_chain(torch.full_like(samples, half), seed, samples) for half in (1, 2))
+    low, high = (chain(torch.full_like(samples, half), seed, samples) for half in (1, 2))
     return (high >> 1) << 32 | low
 
 
 def _dropped(key: Tensor, purpose: int, positions: int, width: int, p: float) -> Tensor:
     """Say which places of one sample are dropped: bool [T, D]."""
     place_T, place_D = (torch.arange(size, device=key.device) for size in (positions, width))
-    row_T1 = _chain(key.expand(positions), key, purpose, place_T)[:, None]
-    column_D = _chain(torch.zeros_like(place_D), place_D)
-    return _mix_(row_T1 ^ column_D) < round(p * 2**32)
+    row_T1 = chain(key.expand(positions), key, purpose, place_T)[:, None]
+    column_D = chain(torch.zeros_like(place_D), place_D)
+    return mix_(row_T1 ^ column_D) < round(p * 2**32)
 
 
 def _drop(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
@@ -66,18 +49,31 @@ def _drop(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
     return out_BTD
 
 
+# A compiler would write the loop's hashes out sample by sample, thousands of integer instructions that take minutes to
+# compile: to it the whole is one op.
+@torch.library.custom_op("lowvram_kernels::drop", mutates_args=())
+def _drop_as_op(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
+    return _drop(x, p, keys, purpose)
+
+
+@_drop_as_op.register_fake
+def _(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
+    return torch.empty_like(x)
+
+
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
         ctx.p, ctx.purpose = p, purpose
         ctx.save_for_backward(keys)
-        return _drop(x, p, keys, purpose)
+        return (_drop_as_op if torch.compiler.is_compiling() else _drop)(x, p, keys, purpose)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (keys,) = ctx.saved_tensors
-        return _drop(dy, ctx.p, keys, ctx.purpose), None, None, None
+        drop = _drop_as_op if torch.compiler.is_compiling() else _drop
+        return drop(dy, ctx.p, keys, ctx.purpose), None, None, None
 
 
 def dropout(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:

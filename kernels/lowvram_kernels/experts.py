@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowvram_kernels.dispatch import is_on_paper
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.swiglu import gated_product, gated_product_backward
 
@@ -81,7 +82,8 @@ def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     flat_M = ids_NK.reshape(-1)
     count_E = torch.zeros(experts, dtype=torch.int64, device=ids_NK.device)
     count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
-    return torch.argsort(flat_M, stable=True), count_E.cumsum(0).to("cpu")
+    ends_E = count_E.cumsum(0)
+    return torch.argsort(flat_M, stable=True), ends_E if is_on_paper() else ends_E.to("cpu")
 
 
 def _combine(sorted_MD: Tensor, order_M: Tensor, choices: int) -> Tensor:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
 
 # Each chunk adds a whole dW to its accumulator, some 10·V·D bytes of traffic: from about 1,024 rows on that
@@ -58,14 +59,14 @@ def chunk_rows(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
 def _probabilities(logits_CV: Tensor) -> Tensor:
     """Softmax in the logits' own memory where one pass may read and write it; fp16's in an fp32 copy."""
     logits_CV = logits_CV.float() if logits_CV.dtype == torch.float16 else logits_CV
-    if logits_CV.device.type == "mps":  # its graphs do not promise that output may be input
+    if card_of(logits_CV.device).platform == "mps":  # its graphs do not promise that output may be input
         return torch.softmax(logits_CV, -1)
     return torch.softmax(logits_CV, -1, out=logits_CV)
 
 
 def _sum_rows(p_CV: Tensor) -> Tensor:
     # On CPU dtype= would copy the chunk to fp32 first; its own sum adds bf16 in fp32 anyway.
-    return p_CV.sum(-1).float() if p_CV.device.type == "cpu" else p_CV.sum(-1, dtype=torch.float32)
+    return p_CV.sum(-1).float() if card_of(p_CV.device).platform == "cpu" else p_CV.sum(-1, dtype=torch.float32)
 
 
 def _loss_and_slope_(logits_CV: Tensor, z_C: Tensor, target_C: Tensor, keep_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
 
 
@@ -41,11 +42,14 @@ def gated_product_backward(d_product: Tensor, gate_up: Tensor) -> tuple[Tensor, 
     Returns the gradient of gate_up and the product itself, which comes for one multiplication more.
     """
     gate, up = gate_up.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # Dynamo takes no view as `out`; the compiler makes this one pass by itself
+        silu = F.silu(gate)
+        return torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * silu], dim=-1), silu * up
     d_gate_up = torch.empty_like(gate_up)
     d_gate, d_up = d_gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)
     torch.mul(d_product, silu, out=d_up)
-    if d_gate_up.device.type == "mps":  # its graphs do not promise that output may be input
+    if card_of(d_gate_up.device).platform == "mps":  # its graphs do not promise that output may be input
         d_gate.copy_(torch.ops.aten.silu_backward(d_product * up, gate))
     else:
         torch.mul(d_product, up, out=d_gate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowvram.errors import MachineError
-from lowvram.profile import explain_mismatch, find_driver, find_torch
+from lowvram.machine import explain_mismatch, find_driver, find_torch
 
 if TYPE_CHECKING:
     import torch

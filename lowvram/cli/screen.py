@@ -7,7 +7,7 @@ import time
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lowvram.cli.show import err, notice
-from lowvram.train.trainer import Evaluated, Event, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.units import show_bytes, show_count, show_duration
 
 # Without a terminal a progress line would fill a log file; one of them every so often is enough.
@@ -44,6 +44,9 @@ class TrainingScreen:
                 notice(f"Beginning with the weights of {event.began_from}.")
             if event.resumed_from:
                 notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+        elif isinstance(event, Halved):
+            now = f"{event.micro_batch} sequences × {event.accumulate} a step"
+            notice(f"step {event.step + 1:>6}  memory ran out: tried again, and on from here, with {now}", "yellow")
         elif isinstance(event, Evaluated):
             notice(f"step {event.step:>6}  valid {event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f})", "cyan")
         elif isinstance(event, Sampled):

@@ -15,7 +15,9 @@ from lowvram.units import show_count
 
 if TYPE_CHECKING:
     from lowvram.config import RunConfig
-    from lowvram.train.trainer import Stopped, Trainer
+    from lowvram.plan import Plan, Recompute
+    from lowvram.train.events import Stopped
+    from lowvram.train.trainer import Trainer
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,6 +33,17 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value: --set optimizer.lr=3e-4"
     )
     parser.add_argument("--micro-batch", type=count, metavar="N", help="sequences at once (default: chosen, then kept)")
+    parser.add_argument(
+        "--recompute",
+        choices=("none", "attention", "block"),
+        help="what backward computes again instead of keeping it (default: chosen, then kept)",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compile the blocks (default: tried where a new run is on CUDA, then kept)",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -41,44 +54,61 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.runfile import load_run
 
     what = load_run(arguments.run_file, arguments.set, lambda directory: Tokenizer.load(directory).size)
-    train(what, arguments.micro_batch, arguments.device)
+    compiled = {"auto": None, "on": True, "off": False}[arguments.compile]
+    train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled)
 
 
-def train(what: RunConfig, micro_batch: int | None = None, device: str = "auto", stop_at: int | None = None) -> Stopped:
+def train(
+    what: RunConfig,
+    micro_batch: int | None = None,
+    device: str = "auto",
+    stop_at: int | None = None,
+    recompute: Recompute | None = None,
+    compiled: bool | None = None,
+) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.cli.machine import choose_device
     from lowvram.cli.screen import TrainingScreen
     from lowvram.cli.show import notice
-    from lowvram.profile import describe_machine
+    from lowvram.machine import describe_machine
+    from lowvram.train.events import Halved, Started, StepDone, Stopped
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import keep_plan, lock_run, settle_plan
-    from lowvram.train.trainer import Started, StepDone, Stopped
+    from lowvram.train.trial import settle_compilation
 
     place = choose_device(device)
     with ExitStack() as stack:
         stack.enter_context(lock_run(what.run.dir))
-        plan, reason = settle_plan(what.run.dir, what.train, micro_batch)
+        plan, reason, is_kept = settle_plan(what.run.dir, what.train, micro_batch, recompute, compiled)
         size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
         notice(f"{describe_machine()}: {size} on {place}.")
-        notice(f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step ({reason}).")
+        notice(_describe_plan(plan, reason))
         trainer = prepare(what, plan, place)
         notice(_describe_reading(what, trainer))
+        for sentence in settle_compilation(trainer, compiled, is_new=not is_kept):
+            notice(sentence)
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
             stack.callback(log.close)
         stack.enter_context(_stop_on_ctrl_c(trainer))
         screen = stack.enter_context(TrainingScreen(what.train.steps))
         for event in trainer.run():
+            if isinstance(event, Started | Halved):
+                keep_plan(what.run.dir, trainer.plan)
             for log in logs:
                 log.write(event)
             screen.show(event)
-            if isinstance(event, Started):
-                keep_plan(what.run.dir, plan)
             if isinstance(event, StepDone) and event.step == stop_at:
                 trainer.stop()
         assert isinstance(event, Stopped), "a run's last event is Stopped"
         return event
+
+
+def _describe_plan(plan: Plan, reason: str) -> str:
+    again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
+    compiled = ", blocks compiled" if plan.compile else ""
+    return f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step{again}{compiled} ({reason})."
 
 
 def _describe_reading(what: RunConfig, trainer: Trainer) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from lowvram_kernels.attention import attention
 from torch import Tensor, nn
 
 from lowvram.config import Gqa, Mla, ModelConfig
@@ -28,37 +29,16 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, window:
     v_BGSK = F.pad(v_BGSV, (0, k_BGSK.shape[3] - value_width)) if value_width != k_BGSK.shape[3] else v_BGSV
     if queries == keys:
         if window is None or window >= keys:
-            out = _attention(q_BHTK, k_BGSK, v_BGSK, scale, causal=True)
+            out = attention(q_BHTK, k_BGSK, v_BGSK, scale, causal=True)
         else:
             out = _slide(q_BHTK, k_BGSK, v_BGSK, scale, window)
     elif queries == 1:
         first = max(0, keys - window) if window is not None else 0
-        out = _attention(q_BHTK, k_BGSK[:, :, first:], v_BGSK[:, :, first:], scale)
+        out = attention(q_BHTK, k_BGSK[:, :, first:], v_BGSK[:, :, first:], scale)
     else:
         mask_TS = _visible(queries, keys, window, q_BHTK.device)
-        out = _attention(q_BHTK, k_BGSK, v_BGSK, scale, mask=mask_TS)
+        out = attention(q_BHTK, k_BGSK, v_BGSK, scale, mask=mask_TS)
     return out[..., :value_width]
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None
-) -> Tensor:
-    is_grouped = q.shape[1] != k.shape[1]
-    if is_grouped and not _takes_groups(q, mask):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        is_grouped = False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)
-
-
-def _takes_groups(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether a fused kernel takes fewer key/value heads than query heads: on CUDA only FlashAttention does.
-
-    It wants 16-bit numbers, no mask and compute capability 8.0; without it, grouped heads fall to the kernel that
-    writes out every score, so the heads are repeated instead (torch, aten/native/transformers/cuda/sdp_utils.cpp).
-    """
-    if q.device.type == "cuda":
-        return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    return q.device.type == "cpu"
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
@@ -81,9 +61,9 @@ def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window:
         x_BNGWK = x.unflatten(2, (blocks, window)).transpose(1, 2)
         return torch.cat([x_BNGWK[:, :-1], x_BNGWK[:, 1:]], dim=3).flatten(0, 1)
 
-    first = _attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, causal=True)
+    first = attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, causal=True)
     mask = _visible(window, 2 * window, window, q.device)
-    rest = _attention(fold(q[:, :, window:]), with_previous(k), with_previous(v), scale, mask=mask)
+    rest = attention(fold(q[:, :, window:]), with_previous(k), with_previous(v), scale, mask=mask)
     rest = rest.unflatten(0, (q.shape[0], blocks - 1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest], dim=2)[:, :, :length]
 

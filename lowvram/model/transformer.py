@@ -5,15 +5,18 @@ Legend: B batch, T tokens, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.dropout import dropout
 from lowvram_kernels.linear import linear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lowvram.config import ModelConfig
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
@@ -21,6 +24,7 @@ from lowvram.model.cache import Cache
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
 from lowvram.model.linear import RmsNorm
 from lowvram.model.positions import RotaryTable
+from lowvram.plan import Recompute
 
 INIT_STD = 0.02  # GPT-2's; the seed report uses it too
 _SITES = 2  # places in a block that drop: after attention, after the feed-forward layer
@@ -51,10 +55,11 @@ class Block(nn.Module):
             self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, device)
 
     def forward(
-        self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None
+        self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None, recompute: Recompute = "none"
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
-        x_BTD = x_BTD + self._dropped(self.attention(x_BTD, table, cache), drop, site=0)
+        attention = _again(self.attention) if recompute == "attention" else self.attention
+        x_BTD = x_BTD + self._dropped(attention(x_BTD, table, cache), drop, site=0)
         load_E = None
         if isinstance(self.ffn, MoeFfn):
             out_BTD, load_E = self.ffn(x_BTD)
@@ -96,10 +101,11 @@ class Transformer(nn.Module):
         dtype: torch.dtype | None = None,
         drop: Dropout | None = None,
         cache: Cache | None = None,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normed stream [B, T, D] in `dtype` (the weights' own if None) and all loads [MoE layers, E].
 
-        With a cache the tokens continue what it holds, and are stored in it.
+        With a cache the tokens continue what it holds, and are stored in it.  recompute: what backward computes again.
         """
         x_BTD = F.embedding(token_BT, self.embedding).to(dtype or self.embedding.dtype)
         if drop is not None and drop.rate > 0.0:
@@ -108,7 +114,8 @@ class Transformer(nn.Module):
         table = self.table(start, token_BT.shape[1]) if self.table is not None else None
         loads = []
         for block in self.blocks:
-            x_BTD, load_E = block(x_BTD, table, drop, cache)
+            run = _again(block) if recompute == "block" else block
+            x_BTD, load_E = run(x_BTD, table, drop, cache, recompute)
             if load_E is not None:
                 loads.append(load_E)
         if cache is not None:
@@ -123,6 +130,14 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoeFfn]:
         """Return the layers that have experts, in the order of the rows of `forward`'s loads."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoeFfn)]
+
+
+def _again(layer: nn.Module) -> Callable[..., Any]:
+    """Keep only what goes into the layer, and run it once more in backward (Chen et al. 2016).
+
+    No generator's state is kept: dropout is keyed, and routing depends on nothing that a step changes.
+    """
+    return functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

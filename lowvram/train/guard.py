@@ -1,30 +1,107 @@
-"""What to make of an error that ends a step: is it the card's memory, in whichever words it comes."""
+"""What to make of memory that runs out, is exceeded in secret, or was reckoned wrongly; knows no loop."""
 
 from __future__ import annotations
 
+import gc
+
 import torch
 
+from lowvram.config import TrainConfig
 from lowvram.errors import TrainingError
 from lowvram.plan import Plan
+from lowvram.units import show_bytes, show_count
 
-# How CUDA, MPS and the CPU allocator say it when they do not raise torch.OutOfMemoryError.
-_SPELLINGS = ("out of memory", "can't allocate memory", "cannot allocate memory")
+# How CUDA, its libraries, MPS and the CPU allocators say it when they do not raise torch.OutOfMemoryError.  MPS calls a
+# tensor larger than its largest buffer invalid; Windows has "not enough memory".
+_SPELLINGS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "invalid buffer size",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+)
+# A ledger that is off by more is wrong about the step, not about rounding.
+_LEDGER_TOLERANCE = 0.05
+# Spilling into host memory slows a step by far more than this (12 × on an 8 GB card), a hot card by far less.
+_SPILL_SLOWDOWN = 3.0
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Say whether an error means that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in _SPELLINGS)
 
 
-def explain_out_of_memory(plan: Plan, step: int, seq_len: int) -> TrainingError:
-    """Return the error that tells how to make the same run fit."""
-    if plan.micro_batch > 1:
-        smaller = max(n for n in range(1, plan.micro_batch) if (plan.micro_batch * plan.accumulate) % n == 0)
-        fix = f"Type the same command with --micro-batch {smaller}: the run learns the same, a little slower."
-    else:
-        fix = f"Lower train.seq_len (now {seq_len}) or choose a smaller model."
+def halve(plan: Plan) -> Plan | None:
+    """Return the plan with the largest micro-batch that is at most half and divides the step; None below one."""
+    samples = plan.micro_batch * plan.accumulate
+    smaller = [n for n in range(1, plan.micro_batch // 2 + 1) if samples % n == 0]
+    return (
+        plan.model_copy(update={"micro_batch": smaller[-1], "accumulate": samples // smaller[-1]}) if smaller else None
+    )
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds any more: tensors in cycles of dead frames, then the allocator's empty blocks."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> TrainingError:
+    """Return the error of a step that does not fit with one sequence at a time: what would make it fit."""
+    same_run = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
+    fix = f"{same_run}{_suggest_run(train)}"
     return TrainingError(
-        f"Memory ran out in step {step + 1}, with {plan.micro_batch} sequences at a time.",
-        "Nothing is lost: the last checkpoint stands.",
-        fix,
+        f"Memory ran out in step {step + 1}, with one sequence at a time.",
+        "It cannot be cut further.  Nothing is lost: the last checkpoint stands.",
+        f"{fix[0].upper()}{fix[1:]}",
+    )
+
+
+def explain_out_of_memory_in_update(step: int, train: TrainConfig) -> TrainingError:
+    """Return the error of an optimizer step that ran out of memory, after which nobody knows what was updated."""
+    fix = _suggest_run(train)
+    return TrainingError(
+        f"Memory ran out in the update of step {step + 1}.",
+        "Some weights may have moved and others not, so it is not tried again: the last checkpoint stands.",
+        f"{fix[0].upper()}{fix[1:]}",
+    )
+
+
+def _suggest_run(train: TrainConfig) -> str:
+    """Say what another run could do with less; the recipe of this one is settled."""
+    bits = "optimizer.bits = 8, " if train.optimizer.bits == 32 else ""
+    return f"begin a new run.dir with {bits}a shorter train.seq_len (now {train.seq_len}) or a smaller model."
+
+
+def cap_memory(device: torch.device, limit_bytes: int) -> None:
+    """Let a CUDA allocator raise at limit_bytes, instead of Windows moving the rest into host memory unasked."""
+    if device.type == "cuda":
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total_bytes), device)
+
+
+def compare_with_ledger(measured_bytes: int, ledger_bytes: int) -> str | None:
+    """Return a sentence where the card's peak is not what the rehearsal said; None where they agree."""
+    difference = measured_bytes / ledger_bytes - 1.0
+    if abs(difference) <= _LEDGER_TOLERANCE:
+        return None
+    than = "more" if difference > 0 else "less"
+    return (
+        f"A step takes {show_bytes(measured_bytes)}, {abs(difference):.0%} {than} than the {show_bytes(ledger_bytes)} "
+        "that were reckoned."
+    )
+
+
+def looks_spilled(tokens_per_second: float, expected: float) -> str | None:
+    """Return a sentence where a run is so slow that it must be using host memory; None where it is not."""
+    if tokens_per_second * _SPILL_SLOWDOWN >= expected:
+        return None
+    return (
+        f"Only {show_count(tokens_per_second)} tokens/s where {show_count(expected)} were expected: the card's memory "
+        "may be spilling into the computer's.  Close what else uses the card, or lower --micro-batch."
     )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from lowvram.errors import MachineError
 from lowvram.files import explain_full_disk
-from lowvram.train.trainer import Evaluated, Event, Sampled, StepDone
+from lowvram.train.events import Evaluated, Event, Sampled, StepDone
 
 
 class Log(Protocol):

@@ -35,7 +35,7 @@ def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK
     return Trainer(
         what=what,
         plan=plan,
-        state=TrainState(model, build_optimizer(model, what.train.optimizer)),
+        state=TrainState(model, build_optimizer(model, what.train.optimizer, what.train.seed)),
         loader=Loader(corpora, what.train.seq_len, what.train.seed),
         tokenizer=tokenizer,
         store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),

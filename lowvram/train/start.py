@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from lowvram.checkpoint import Checkpoint
+from lowvram.checkpoint import Checkpoint, find_checkpoint
 from lowvram.config import RunConfig, TrainConfig, differences
-from lowvram.errors import BusyError, ConfigError
+from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.files import DISK, Disk
-from lowvram.plan import Plan, choose_plan
+from lowvram.plan import Plan, Recompute, choose_plan
 from lowvram.runfile import from_portable
 
 _PLAN = "plan.json"
@@ -90,18 +91,64 @@ def refuse_other_model(what: RunConfig, hashes: dict[str, str], origin: Checkpoi
         )
 
 
-def settle_plan(directory: Path, train: TrainConfig, micro_batch: int | None) -> tuple[Plan, str]:
-    """Return the run's plan and why: the one asked for, the one it had, or a new one."""
+class Settled(NamedTuple):
+    """A plan and why it is this one.  is_kept: it is the run's own so far, but for what was asked."""
+
+    plan: Plan
+    reason: str
+    is_kept: bool
+
+
+def settle_plan(
+    directory: Path,
+    train: TrainConfig,
+    micro_batch: int | None = None,
+    recompute: Recompute | None = None,
+    compiled: bool | None = None,
+    choose: Callable[[], tuple[Plan, str]] | None = None,
+) -> Settled:
+    """Return the run's plan: the one that it had or a new one, changed by what was asked for (what is not None).
+
+    choose: makes a new run's plan where neither micro_batch nor recompute was asked for (default: `choose_plan`).
+    Raises ConfigError for a micro_batch that does not divide the step, or a kept plan that cannot be read.
+    """
+    kept = _plan_so_far(directory, train)
+    is_asked = micro_batch is not None or recompute is not None
+    if kept is not None:
+        plan, reason = kept, "this run's plan so far"
+    elif choose is None or is_asked:
+        plan, reason = choose_plan(train)
+    else:
+        plan, reason = choose()
+    if micro_batch is not None:
+        asked, reason = choose_plan(train, micro_batch)
+        plan = plan.model_copy(update={"micro_batch": asked.micro_batch, "accumulate": asked.accumulate})
+    asked_for = {"recompute": recompute, "compile": compiled}
+    plan = plan.model_copy(update={name: value for name, value in asked_for.items() if value is not None})
+    return Settled(plan, reason, kept is not None)
+
+
+def _plan_so_far(directory: Path, train: TrainConfig) -> Plan | None:
+    """Return the plan in the run directory, or that of its newest checkpoint; None where neither makes up the step.
+
+    The file is written when the run begins and whenever its micro-batch is halved, so it is never older than a
+    checkpoint's plan; that one counts where the file was lost.
+    """
     path = directory / _PLAN
-    if micro_batch is None and path.exists():
-        try:
-            plan = Plan.model_validate_json(path.read_bytes())
-        except ValidationError as error:
-            why = "It is torn, or was written by another version."
-            raise ConfigError(f"{path} is no plan.", why, "Delete it: a new one is then chosen.") from error
-        if plan.micro_batch * plan.accumulate == train.batch_samples:
-            return plan, "this run's plan so far"
-    return choose_plan(train, micro_batch)
+    try:
+        plan = Plan.model_validate_json(path.read_bytes()) if path.exists() else _saved_plan(directory)
+    except ValidationError as error:
+        why = "It is torn, or was written by another version."
+        raise ConfigError(f"{path} is no plan.", why, "Delete it: the last checkpoint's is then taken.") from error
+    return plan if plan and plan.micro_batch * plan.accumulate == train.batch_samples else None
+
+
+def _saved_plan(directory: Path) -> Plan | None:
+    try:
+        checkpoint, _ = find_checkpoint(directory)
+        return Plan.model_validate(checkpoint.numbers()["plan"])
+    except (CheckpointError, KeyError, ValidationError):
+        return None  # nothing was saved yet, or by another version; what is corrupt is said when the run resumes
 
 
 def keep_plan(directory: Path, plan: Plan, disk: Disk = DISK) -> None:

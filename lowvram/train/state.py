@@ -27,7 +27,7 @@ class TrainState:
     """
 
     model: Transformer
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     step: int = 0
     tokens: int = 0
     loss_scale: float = 1.0
@@ -47,8 +47,9 @@ class TrainState:
         """Take over what a checkpoint holds; raises CheckpointError if it is of another model."""
         load_weights(self.model, checkpoint)
         load_optimizer_tensors(self.model, self.optimizer, checkpoint.state())
-        for name, value in checkpoint.numbers().items():
-            setattr(self, name, value)
+        numbers = checkpoint.numbers()
+        for name in self.numbers().keys() & numbers.keys():
+            setattr(self, name, numbers[name])
 
     def judge_scale(self, finite: bool, is_scaled: bool) -> None:
         """Count a step as finite or skipped, and move the loss scale of an fp16 run."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,14 +17,22 @@ from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import CheckpointError, TrainingError
+from lowvram.errors import TrainingError
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.objective import DTYPES, Batch, causal_loss, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
-from lowvram.train.guard import explain_out_of_memory, is_out_of_memory
+from lowvram.train.compilation import compiled, forget_compiled
+from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.guard import (
+    explain_out_of_memory,
+    explain_out_of_memory_in_update,
+    free_memory,
+    halve,
+    is_out_of_memory,
+)
 from lowvram.train.optim import learning_rate
 from lowvram.train.start import refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, load_weights
@@ -34,73 +43,6 @@ MOST_SKIPPED = 25
 # Automatic saving: at most this much written a day, and never more often than this.
 WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
-
-
-@dataclass(frozen=True)
-class Started:
-    """The run begins, with the weights of `began_from` if it names an origin, or goes on from `step`.
-
-    passed_over: newer checkpoints that were corrupt.
-    """
-
-    step: int
-    steps: int
-    resumed_from: Path | None
-    passed_over: tuple[CheckpointError, ...]
-    began_from: Path | None = None
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU."""
-
-    step: int
-    tokens: int
-    loss: float
-    gradient_norm: float
-    learning_rate: float
-    tokens_per_second: float
-    memory_bytes: int
-    left_s: float
-    is_skipped: bool
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Validation after a step."""
-
-    step: int
-    loss: float
-    bits_per_byte: float
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """What the model writes after a fixed prompt."""
-
-    step: int
-    prompt: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint is on the drive."""
-
-    step: int
-    directory: Path
-    took_s: float
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """The end of this start of the run.  is_finished: all tokens were seen."""
-
-    step: int
-    is_finished: bool
-
-
-Event = Started | StepDone | Evaluated | Sampled | Saved | Stopped
 
 
 @dataclass
@@ -132,7 +74,7 @@ class Trainer:
         yield self._begin()
         self._start_clock()
         while self.state.step < self.what.train.steps and not self._stopping:
-            yield self._advance()
+            yield from self._advance()
             yield from self._look()
             if self._save_is_due():
                 yield self._save()
@@ -162,19 +104,15 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._pace = [(time.monotonic(), self.state.tokens)]
 
-    def _advance(self) -> StepDone:
+    def _advance(self) -> Iterator[Halved | StepDone]:
         train, state = self.what.train, self.state
-        try:
-            found = self._gradients()
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise explain_out_of_memory(self.plan, state.step, train.seq_len) from error
+        while (found := self._try_gradients()) is None:
+            yield self._halve()
+            self._pace = [(time.monotonic(), state.tokens)]  # what was lost says nothing about the speed to come
         loss, norm, finite = found.stats.tolist()
         rate = learning_rate(train, state.step)
         if finite:
-            factor = min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale
-            update(state.model, state.optimizer, found.loads, rate, factor)
+            self._update(found, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
         else:
             discard(state.optimizer)
         state.judge_scale(bool(finite), train.precision == "fp16")
@@ -184,9 +122,40 @@ class Trainer:
         speed = self._measure_pace()
         left_s = (train.steps - state.step) * train.batch_tokens / speed
         memory = memory_in_use(state.model.embedding.device)
-        return StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, not finite)
+        yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, not finite)
 
-    def _gradients(self) -> Found:
+    def _try_gradients(self) -> Found | None:
+        """Return None where memory ran out: the error, whose frames hold the failed try's tensors, ends in here."""
+        try:
+            return self.accumulate()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.plan.micro_batch == 1:
+                raise explain_out_of_memory(self.plan, self.state.step, self.what.train) from error
+        return None
+
+    def _halve(self) -> Halved:
+        """Leave nothing of the failed try behind; the same sequences come again, fewer at a time."""
+        discard(self.state.optimizer)
+        if self.plan.compile:
+            forget_compiled()
+        free_memory(self.state.model.embedding.device)
+        smaller = halve(self.plan)
+        assert smaller is not None, "a micro-batch of 1 has ended the run before"
+        self.plan = smaller
+        return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
+
+    def _update(self, found: Found, rate: float, factor: float) -> None:
+        try:
+            update(self.state.model, self.state.optimizer, found.loads, rate, factor)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain_out_of_memory_in_update(self.state.step, self.what.train) from error
+
+    def accumulate(self, numbers: Sequence[int] | None = None) -> Found:
+        """Leave the gradients of the next step in `.grad`, or only those of its micro-batches of these numbers."""
         train = self.what.train
         loss_of = functools.partial(
             causal_loss,
@@ -195,15 +164,17 @@ class Trainer:
             dropout=train.dropout,
             seed=train.seed,
             loss_chunk=self.plan.loss_chunk,
+            recompute=self.plan.recompute,
         )
-        batches = self._micro_batches()
+        batches = self._micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
         targets = sum(count_targets(batch) for batch in batches)
-        return gradients(self.state.model, loss_of, batches, targets, self.state.loss_scale)
+        with compiled(self.state.model) if self.plan.compile else nullcontext():
+            return gradients(self.state.model, loss_of, batches, targets, self.state.loss_scale)
 
-    def _micro_batches(self) -> list[Batch]:
+    def _micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
         device = self.state.model.embedding.device
         first, count = self.state.step * self.what.train.batch_samples, self.plan.micro_batch
-        starts = range(first, first + self.what.train.batch_samples, count)
+        starts = [first + number * count for number in numbers]
         return [
             Batch(
                 self.loader.batch(start, count).to(device),
@@ -263,7 +234,7 @@ class Trainer:
         began = time.monotonic()
         checkpoint = self.store.save(
             *self.state.tensors(),
-            self.state.numbers(),
+            self.state.numbers() | {"plan": self.plan.model_dump()},
             to_portable(self.what, self.what.run.dir),
             self.tokenizer.directory,
             self.hashes,

@@ -18,7 +18,7 @@ from lowvram.cli.app import COMMANDS, build_parser
 from lowvram.cli.train import train
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.runfile import load_run
-from lowvram.train.trainer import Stopped
+from lowvram.train.events import Stopped
 from tests.flows.typed import Answer, environment, fill_home, typed, write_home
 
 

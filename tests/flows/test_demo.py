@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.cli import demo
-from lowvram.train.trainer import Stopped
+from lowvram.train.events import Stopped
 from tests.conftest import TURKISH
 from tests.flows.typed import typed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lowvram_kernels.dispatch import Choice
 
 from lowvram.config import ModelConfig
 from lowvram.model.attention import attend
@@ -97,5 +98,6 @@ def test_repeating_the_heads_equals_leaving_them_grouped(masked: bool, monkeypat
     q, k, v = torch.randn(2, 6, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     window = 4 if masked else None
     grouped = attend(q, k, v, 0.3, window)
-    monkeypatch.setattr("lowvram.model.attention._takes_groups", lambda q, mask: False)
+    choice = Choice("efficient", "as on a card without FlashAttention")
+    monkeypatch.setattr("lowvram_kernels.attention.choose_attention", lambda *_: choice)
     torch.testing.assert_close(attend(q, k, v, 0.3, window), grouped)

@@ -1,18 +1,28 @@
-"""Memory that runs out is recognised in every spelling, and answered with what would fit."""
+"""Memory that runs out is recognised in every spelling, answered with what would fit, and told when it hides."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lowvram.errors import TrainingError
+from lowvram.config import TrainConfig
 from lowvram.plan import Plan
-from lowvram.train.guard import explain_out_of_memory, is_out_of_memory
-from lowvram.train.prepare import prepare
-from lowvram.train.trainer import StepDone
-from tests.tiny import prepare_home, tiny_run
+from lowvram.train.guard import (
+    cap_memory,
+    compare_with_ledger,
+    explain_out_of_memory,
+    explain_out_of_memory_in_update,
+    free_memory,
+    halve,
+    is_out_of_memory,
+    looks_spilled,
+)
+
+GIB = 1 << 30
+RECIPE = TrainConfig(tokens=10**6, seq_len=512, batch_tokens=512 * 24)
+SMALL_STATES = RECIPE.model_copy(update={"optimizer": RECIPE.optimizer.model_copy(update={"bits": 8})})
 
 
 @pytest.mark.parametrize(
@@ -20,52 +30,129 @@ from tests.tiny import prepare_home, tiny_run
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("Invalid buffer size: 12.00 GiB"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:83] data. DefaultCPUAllocator: not enough memory"),
     ],
-    ids=["cuda", "mps", "cuda driver", "cpu"],
+    ids=["cuda", "mps", "mps buffer", "cuda driver", "cublas", "cudnn", "cpu", "cpu on Windows"],
 )
 def test_every_spelling_is_recognised(error: RuntimeError) -> None:
     assert is_out_of_memory(error)
 
 
-def test_other_errors_are_not_taken_for_it() -> None:
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"))
+@pytest.mark.parametrize(
+    "text",
+    [
+        "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "out of resource: shared memory, Required: 131072, Hardware limit: 101376",
+    ],
+    ids=["shapes", "cublas", "triton"],
+)
+def test_other_errors_are_not_taken_for_it(text: str) -> None:
+    assert not is_out_of_memory(RuntimeError(text))
+
+
+def test_memory_that_really_runs_out_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 62, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize(
-    "micro_batch, accumulate, said",
-    [(8, 3, "--micro-batch 6"), (5, 1, "--micro-batch 1"), (1, 24, "Lower train.seq_len")],
+    "micro_batch, accumulate, halved",
+    [(8, 3, (4, 6)), (5, 1, (1, 5)), (12, 5, (6, 10)), (9, 4, (4, 9)), (7, 2, (2, 7)), (3, 1, (1, 3)), (2, 9, (1, 18))],
 )
-def test_the_answer_is_the_next_smaller_micro_batch_that_divides_the_step(
-    micro_batch: int, accumulate: int, said: str
+def test_half_a_micro_batch_is_the_most_that_divides_the_step(
+    micro_batch: int, accumulate: int, halved: tuple[int, int]
 ) -> None:
-    error = explain_out_of_memory(Plan(micro_batch=micro_batch, accumulate=accumulate), 6, 512)
-    assert "in step 7" in str(error)
-    assert said in str(error)
+    plan = Plan(micro_batch=micro_batch, accumulate=accumulate, recompute="attention", loss_chunk=7, compile=True)
+    smaller = halve(plan)
+    assert smaller is not None
+    assert (smaller.micro_batch, smaller.accumulate) == halved
+    assert smaller.model_copy(update={"micro_batch": micro_batch, "accumulate": accumulate}) == plan, "nothing else"
 
 
-@pytest.mark.parametrize("text, expected", [("out of memory", TrainingError), ("another fault", RuntimeError)])
-def test_a_step_that_runs_out_of_memory_ends_the_run_and_loses_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: type[Exception]
+def test_one_sequence_has_no_half() -> None:
+    assert halve(Plan(micro_batch=1, accumulate=24)) is None
+
+
+@pytest.mark.parametrize(
+    "recompute, train, fix",
+    [
+        (
+            "none",
+            RECIPE,
+            "Type the same command with --recompute block, or begin a new run.dir with optimizer.bits = 8, ",
+        ),
+        (
+            "attention",
+            SMALL_STATES,
+            "Type the same command with --recompute block, or begin a new run.dir with a shorter ",
+        ),
+        (
+            "block",
+            RECIPE,
+            "Begin a new run.dir with optimizer.bits = 8, a shorter train.seq_len (now 512) or a smaller ",
+        ),
+        ("block", SMALL_STATES, "Begin a new run.dir with a shorter train.seq_len (now 512) or a smaller model."),
+    ],
+    ids=["all", "8 bits already", "recomputed already", "both already"],
+)
+def test_a_step_that_cannot_be_cut_is_answered_with_what_would_still_help(
+    recompute: str, train: TrainConfig, fix: str
 ) -> None:
-    prepare_home(tmp_path)
-    what = tiny_run(tmp_path)
-    what = what.model_copy(update={"run": what.run.model_copy(update={"save_every_minutes": 1e-9})})
-    trainer = prepare(what, Plan(micro_batch=4, accumulate=2), torch.device("cpu"))
-    done = []
+    error = explain_out_of_memory(Plan(micro_batch=1, accumulate=24, recompute=recompute), 6, train)
+    assert str(error).startswith("Memory ran out in step 7, with one sequence at a time.")
+    assert error.fix.startswith(fix)
 
-    def run() -> None:
-        for event in trainer.run():
-            if isinstance(event, StepDone):
-                done.append(event.step)
-                if event.step == 2:
-                    monkeypatch.setattr("lowvram.train.trainer.gradients", fail)
 
-    def fail(*_: object) -> None:
-        raise RuntimeError(text)
+def test_an_update_that_runs_out_of_memory_is_answered_with_what_makes_states_smaller() -> None:
+    error = explain_out_of_memory_in_update(6, RECIPE)
+    assert str(error).startswith("Memory ran out in the update of step 7.")
+    assert "the last checkpoint stands" in error.why
+    assert error.fix.startswith("Begin a new run.dir with optimizer.bits = 8, ")
+    assert "bits" not in explain_out_of_memory_in_update(6, SMALL_STATES).fix
 
-    with pytest.raises(expected, match="in step 3, with 4 sequences" if expected is TrainingError else text):
-        run()
-    assert done == [1, 2]
-    assert trainer.store.latest()[0].step == 2
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "cpu"])
+def test_memory_is_given_back_by_the_devices_own_allocator(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("cuda"))
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: emptied.append("mps"))
+    free_memory(torch.device(kind))
+    assert emptied == [kind] * (kind != "cpu")
+
+
+@pytest.mark.parametrize("limit, fraction", [(6 * GIB, 0.75), (8 * GIB, 1.0), (9 * GIB, 1.0)], ids=str)
+def test_a_card_raises_at_its_limit(limit: int, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *words: told.append(words))
+    cap_memory(torch.device("cuda"), limit)
+    cap_memory(torch.device("cpu"), limit)
+    assert told == [(fraction, torch.device("cuda"))]
+
+
+@pytest.mark.parametrize(
+    "measured, said",
+    [
+        (100, None),
+        (105, None),
+        (95, None),
+        (106, "A step takes 106.0 GiB, 6% more than the 100.0 GiB that were reckoned."),
+        (90, "A step takes 90.0 GiB, 10% less than the 100.0 GiB that were reckoned."),
+    ],
+)
+def test_a_ledger_that_is_off_by_more_than_a_twentieth_is_told(measured: int, said: str | None) -> None:
+    assert compare_with_ledger(measured * GIB, 100 * GIB) == said
+
+
+def test_a_run_below_a_third_of_its_speed_is_told() -> None:
+    assert looks_spilled(3_400, expected=10_000) is None
+    said = looks_spilled(3_300, expected=10_000)
+    assert said is not None
+    assert said.startswith("Only 3.3k tokens/s where 10.0k were expected")

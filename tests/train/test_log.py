@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lowvram.errors import CheckpointError, DiskFullError, MachineError
+from lowvram.train.events import Evaluated, Event, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.log import JsonlLog, open_logs, scalars
-from lowvram.train.trainer import Evaluated, Event, Sampled, Saved, Started, StepDone, Stopped
 
 STEP = StepDone(3, 768, 5.25, 0.5, 1e-3, 1234.5, 1 << 30, 60.0, is_skipped=False)
 EVENTS: tuple[Event, ...] = (

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.config import AdamW, TrainConfig
 from lowvram.model.transformer import Transformer
-from lowvram.train.optim import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
+from lowvram.runfile import load_preset, preset_names
+from lowvram.train.optim import (
+    LEAST_8BIT,
+    AdamW8,
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
+from lowvram.train.step import update
 from tests.model.variants import VARIANTS
 
 
@@ -78,10 +88,11 @@ def test_the_number_of_steps_is_rounded_up() -> None:
     assert TrainConfig(tokens=129, seq_len=32, batch_tokens=64).steps == 3
 
 
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("kind", ["gqa-qk_norm", "gqa-moe-untied", "mla-yarn-q_lora"])
-def test_matrices_decay_and_norms_do_not(kind: str) -> None:
+def test_matrices_decay_and_norms_do_not(kind: str, bits: int) -> None:
     model = Transformer(VARIANTS[kind])
-    optimizer = build_optimizer(model, AdamW(decay=0.3))
+    optimizer = build_optimizer(model, AdamW(decay=0.3, bits=bits))  # type: ignore[arg-type]
     decays = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     for name, weight in model.named_parameters():
         assert decays.pop(id(weight)) == (0.0 if "norm" in name else 0.3), name
@@ -118,3 +129,84 @@ def test_what_the_optimizer_remembers_is_put_back_as_copies_under_the_weights_na
     assert all(torch.equal(again[name], told[name]) for name in told)
     told["exp_avg.embedding"].zero_()
     assert again["exp_avg.embedding"].abs().max() > 0
+
+
+def with_gradients(model: Transformer, seed: int) -> Transformer:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    return model
+
+
+def remembered(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    told = {**optimizer_tensors(model, optimizer), **model.state_dict()}
+    return {name: tensor.clone() for name, tensor in told.items()}
+
+
+@pytest.mark.parametrize("embeddings", ["same", "fp32"])
+@pytest.mark.parametrize("kind", ["gqa-moe-untied", "mla-moe"])
+def test_8_bits_are_for_large_matrices_and_the_rest_steps_as_with_32(kind: str, embeddings: str) -> None:
+    one, other = (with_gradients(Transformer(VARIANTS[kind]), 1) for _ in range(2))
+    config = AdamW(bits=8, embeddings=embeddings, decay=0.2)  # type: ignore[arg-type]
+    small, plain = build_optimizer(one, config), build_optimizer(other, AdamW(decay=0.2))
+    assert isinstance(small, AdamW8)
+    for _ in range(3):
+        small.step()
+        plain.step()
+    eight_bit = {name.partition(".")[2] for name in optimizer_tensors(one, small) if name.startswith("code_m.")}
+    exempt = {"embedding", "head"} if embeddings == "fp32" else set()
+    large = {n for n, w in one.named_parameters() if w.dim() > 1 and w.numel() >= LEAST_8BIT}
+    assert eight_bit == large - exempt
+    assert eight_bit
+    start = Transformer(VARIANTS[kind])
+    for name, weight in one.named_parameters():
+        exact, before = other.get_parameter(name), start.get_parameter(name)
+        assert torch.equal(weight, exact) == (name not in eight_bit), name
+        assert (weight - exact).norm() < 0.03 * (exact - before).norm(), name
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_8_bit_states_of_every_preset_take_at_most_2_1_bytes_a_parameter(preset: str) -> None:
+    with FakeTensorMode():
+        model = Transformer(load_preset(preset)[0], seed=None)
+        for weight in model.parameters():
+            weight.grad = torch.empty_like(weight)
+        optimizer = build_optimizer(model, AdamW(bits=8))
+        update(model, optimizer, None, 1e-3, 0.5)
+        states = optimizer_tensors(model, optimizer)
+    parameters = sum(weight.numel() for weight in model.parameters())
+    assert {name.partition(".")[2] for name in states} == {name for name, _ in model.named_parameters()}
+    assert 2.0 < sum(tensor.nbytes for tensor in states.values()) / parameters <= 2.1
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_optimizer_that_was_put_back_goes_on_bit_for_bit(bits: int) -> None:
+    config = AdamW(bits=bits)  # type: ignore[arg-type]
+    whole, second = Transformer(VARIANTS["gqa-moe-untied"]), Transformer(VARIANTS["gqa-moe-untied"])
+    first_half, second_half = (build_optimizer(model, config, seed=3) for model in (whole, second))
+    for seed in (1, 2):
+        update(with_gradients(whole, seed), first_half, None, 1e-3, 1.0)
+    load_optimizer_tensors(second, second_half, optimizer_tensors(whole, first_half))
+    second.load_state_dict(whole.state_dict())
+    for model, optimizer in ((whole, first_half), (second, second_half)):
+        update(with_gradients(model, 3), optimizer, None, 1e-3, 1.0)
+    truth, found = remembered(whole, first_half), remembered(second, second_half)
+    assert truth.keys() == found.keys()
+    assert all(torch.equal(truth[name], found[name]) for name in truth)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_where_gradients_are_not_finite_the_device_alone_leaves_every_bit(bits: int) -> None:
+    model = Transformer(VARIANTS["gqa-moe-untied"])
+    optimizer = build_optimizer(model, AdamW(bits=bits))  # type: ignore[arg-type]
+    update(with_gradients(model, 1), optimizer, None, 1e-3, 1.0)
+    before = remembered(model, optimizer)
+    with_gradients(model, 2).embedding.grad[3, 4] = float("nan")
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()])
+    optimizer.found_inf = (~norm.isfinite()).float()
+    update(model, optimizer, None, 1e-3, 1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in remembered(model, optimizer).items())
+    optimizer.found_inf = torch.zeros(())
+    update(with_gradients(model, 2), optimizer, None, 1e-3, 1.0)
+    assert optimizer_tensors(model, optimizer)["step.embedding"].item() == 2.0
+    assert not torch.equal(model.embedding, before["embedding"])

@@ -15,9 +15,10 @@ from lowvram.checkpoint import find_checkpoint
 from lowvram.config import RunConfig
 from lowvram.files import Disk
 from lowvram.plan import choose_plan
+from lowvram.train.events import Saved, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.start import lock_run
-from lowvram.train.trainer import Saved, StepDone, Stopped, Trainer
+from lowvram.train.trainer import Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
 
 EVERY_STEP = 1e-9  # minutes between saves
@@ -105,9 +106,11 @@ def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str) -> Non
     assert [name for name in truth if not torch.equal(truth[name], found[name])] == []
 
 
+@pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("kind", KINDS)
-def test_six_steps_equal_three_and_three(home: Path, kind: str) -> None:
-    whole, halves = tiny_run(home, kind, f"six-{kind}"), tiny_run(home, kind, f"halves-{kind}")
+def test_six_steps_equal_three_and_three(home: Path, kind: str, bits: int) -> None:
+    recipe = {"optimizer": {"name": "adamw", "bits": bits}}
+    whole, halves = (tiny_run(home, kind, f"{name}-{kind}-{bits}", **recipe) for name in ("six", "halves"))
     losses = [event.loss for event in trainer_of(whole).run() if isinstance(event, StepDone)]
     first = trainer_of(halves)
     found = []
@@ -121,6 +124,7 @@ def test_six_steps_equal_three_and_three(home: Path, kind: str) -> None:
     found += [event.loss for event in trainer_of(halves).run() if isinstance(event, StepDone)]
     assert found == losses
     truth, ours = tensors_at_the_end(whole.run.dir), tensors_at_the_end(halves.run.dir)
+    assert any(name.startswith("code_m.") for name in truth) == (bits == 8)
     assert all(torch.equal(truth[name], ours[name]) for name in truth)
 
 

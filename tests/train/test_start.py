@@ -16,11 +16,12 @@ from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.model.transformer import Transformer
 from lowvram.plan import Plan, choose_plan
+from lowvram.train.events import Started, StepDone
 from lowvram.train.optim import learning_rate
 from lowvram.train.prepare import prepare
 from lowvram.train.start import keep_plan, lock_run, refuse_changes, settle_plan
 from lowvram.train.state import load_weights
-from lowvram.train.trainer import Started, StepDone, Trainer
+from lowvram.train.trainer import Trainer
 from tests.tiny import prepare_home, tiny_run
 
 

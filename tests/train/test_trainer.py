@@ -19,10 +19,11 @@ from lowvram.errors import PromptError, TrainingError
 from lowvram.model.ffn import Router
 from lowvram.objective import Batch, Loss, causal_loss
 from lowvram.plan import choose_plan
+from lowvram.train.events import Event, Saved, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.state import FIRST_LOSS_SCALE, QUIET_STEPS, TrainState
 from lowvram.train.step import gradients, update
-from lowvram.train.trainer import MOST_SKIPPED, Event, Saved, StepDone, Stopped, Trainer
+from lowvram.train.trainer import MOST_SKIPPED, Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
 
 RELATIVE = 1e-5

@@ -1,0 +1,94 @@
+"""Which card an op works for, and which backend it takes there; knows no tensor's values and no run.
+
+On paper (inside `on_paper(card)`) tensors lie on a fake CPU, but every op takes the card's own path and makes the
+card's own allocations: so what is counted there is what the card will hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+
+class Card(NamedTuple):
+    """What ops ask of a device.  platform: "cuda", "mps" or "cpu".  capability: CUDA's, (major, minor)."""
+
+    platform: str
+    capability: tuple[int, int] | None = None
+
+
+class Choice(NamedTuple):
+    """A backend, and one sentence why."""
+
+    backend: str
+    reason: str
+
+
+class HiddenWork(NamedTuple):
+    """What a part of a step costs that does not run on paper, where no dispatcher can see it.  flops: of attention."""
+
+    flops: float = 0.0
+    moved_bytes: float = 0.0
+    ops: float = 0.0
+
+
+def _forget(work: HiddenWork) -> None:
+    """Off paper nobody asks."""
+
+
+# Plain names, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
+_paper: Card | None = None
+_note: Callable[[HiddenWork], None] = _forget
+
+
+@contextmanager
+def on_paper(card: Card, note: Callable[[HiddenWork], None] = _forget) -> Iterator[None]:
+    """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
+
+    note: is told of the work that paper replaces by its allocations.
+    """
+    global _paper, _note
+    before = _paper, _note
+    _paper, _note = card, note
+    try:
+        yield
+    finally:
+        _paper, _note = before
+
+
+def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) -> None:
+    """Tell of work that paper replaces by its allocations."""
+    _note(HiddenWork(flops, moved_bytes, ops))
+
+
+def is_on_paper() -> bool:
+    """Say whether this runs inside `on_paper`."""
+    return _paper is not None
+
+
+def card_of(device: torch.device) -> Card:
+    """Return the card that a tensor on `device` is computed by: the imagined one on paper."""
+    if _paper is not None:
+        return _paper
+    return Card(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+
+
+def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
+    """Choose the attention kernel: "flash", "efficient" or "math", which writes out every score.
+
+    Source: torch, aten/native/transformers/cuda/sdp_utils.cpp and aten/native/mps.
+    """
+    if card.platform == "cpu":
+        return Choice("flash", "torch's CPU kernel is fused")
+    if card.platform != "cuda":
+        return Choice("math", "torch's attention on MPS writes out every score while it learns")
+    if card.capability is None or card.capability < (8, 0):
+        return Choice("efficient", "FlashAttention 2 needs compute capability 8.0")
+    if dtype == torch.float32:
+        return Choice("efficient", "FlashAttention 2 takes 16-bit numbers only")
+    if is_masked:
+        return Choice("efficient", "FlashAttention 2 takes no mask")
+    return Choice("flash", "16-bit numbers, no mask, compute capability 8.0 or more")

@@ -1,0 +1,109 @@
+"""What a person learns about one model on one card: does it fit, how, how fast, at what cost; never imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lowvram.config import ModelConfig, RunOptions, TrainConfig
+from lowvram.fit.search import Found, search
+from lowvram.fit.sketch import Rehearsal, Sketch
+from lowvram.fit.speed import Measured, Speed, estimate, step_seconds
+from lowvram.plan import Plan
+from lowvram.profile import Profile
+
+# A person waits a few weeks at most: what is recommended ends within them.
+PATIENCE_DAYS = 21.0
+_TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
+
+
+class Place(NamedTuple):
+    """A card, and what tensors may take on it: beside a desktop, and with the card to themselves."""
+
+    profile: Profile
+    limit_bytes: int
+    headless_bytes: int
+    ram_bytes: int
+    measured: Measured | None = None
+
+
+class Answer(NamedTuple):
+    """Everything that is said about one model on one card.
+
+    host_bytes: this process in the computer's memory.  state_bytes: one checkpoint.  written_bytes_per_day and
+    disk_bytes: what saving writes, and what must be free for the checkpoints kept and the tokens.
+    """
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    found: Found
+    speed: Speed | None
+    days: float | None
+    kwh: float | None
+    host_bytes: int
+    state_bytes: int
+    written_bytes_per_day: int
+    disk_bytes: int
+    fits_headless: bool
+
+
+def judge(
+    name: str, model: ModelConfig, train: TrainConfig, sketch: Sketch, place: Place, exact: bool = False
+) -> Answer:
+    """Search a model's plan on a card and say what it costs.  exact: see `search`."""
+
+    def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
+        return step_seconds(rehearsal, plan, train, place.profile, place.measured)
+
+    found = search(sketch, train.seq_len, place.limit_bytes, seconds, exact)
+    fits_headless = found.fits
+    if not found.fits and found.peak_bytes <= place.headless_bytes:
+        found = search(sketch, train.seq_len, place.headless_bytes, seconds, exact)._replace(fits=False)
+        fits_headless = True
+    ledger = found.rehearsal.ledger
+    state = ledger.weights + ledger.optimizer
+    options = RunOptions.model_construct()
+    host = place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes)
+    is_possible = found.fits or fits_headless
+    speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if is_possible else None
+    seconds_left = train.tokens / speed.tokens_per_second if speed else None
+    return Answer(
+        name,
+        model,
+        train,
+        found,
+        speed,
+        days=seconds_left / 86_400 if seconds_left else None,
+        kwh=_kwh(seconds_left, place.profile),
+        host_bytes=host,
+        state_bytes=state,
+        written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
+        # One more than are kept: the new one is whole before the oldest goes.
+        disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
+        fits_headless=fits_headless,
+    )
+
+
+def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -> tuple[Answer, str] | None:
+    """Return the model to train and why, or None where none fits.
+
+    The largest whose tokens are seen in time, by √(parameters · active parameters): what a mixture of experts is worth
+    lies between the two.
+    """
+    fitting = [answer for answer in answers if answer.found.fits]
+    if not fitting:
+        return None
+
+    def worth(answer: Answer) -> float:
+        return math.sqrt(answer.model.num_parameters() * answer.model.active_parameters())
+
+    if all(answer.days is None for answer in fitting):
+        return max(fitting, key=worth), "the largest that fits; how fast this card is, is not known"
+    timed = [answer for answer in fitting if answer.days is not None]
+    soon = [answer for answer in timed if answer.days is not None and answer.days <= patience_days]
+    if not soon:
+        quickest = min(timed, key=lambda answer: answer.days or math.inf)
+        return quickest, f"none sees its tokens within {patience_days:g} days; this one comes nearest"
+    return max(soon, key=worth), f"the largest of those that see all their tokens within {patience_days:g} days"

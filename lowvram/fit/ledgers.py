@@ -1,0 +1,102 @@
+"""The presets' rehearsals, made beforehand, so that an answer needs no torch; knows no limit and no speed.
+
+`presets/ledgers.json` is written by `tools/write_ledgers.py`: per preset and card path one rehearsal per technique and
+anchor, beside the hash of the configuration that was rehearsed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import lowvram
+from lowvram.config import ModelConfig, TrainConfig
+from lowvram.fit.sketch import Rehearsal, Sketch, Work
+from lowvram.plan import LEDGER_LINES, Ledger, Plan
+from lowvram.profile import Profile
+from lowvram.runfile import PRESETS
+
+PATH = PRESETS / "ledgers.json"
+# What decides a step's memory beside the model: the rest of the recipe is schedule and numbers.
+_DECIDING = ("seq_len", "batch_tokens", "precision", "dropout")
+
+
+class CardPath(NamedTuple):
+    """What of a card decides the ledger.  capability: that of one card which takes this path."""
+
+    platform: str
+    capability: tuple[int, int] | None
+    attention: str
+    precision: str
+
+    @property
+    def key(self) -> str:
+        """Return `cuda-flash-bf16`."""
+        return f"{self.platform}-{self.attention}-{self.precision}"
+
+
+# Every path that a card of the catalogue takes with a preset.
+PATHS = (
+    CardPath("cuda", (8, 6), "flash", "bf16"),
+    CardPath("cuda", (7, 5), "efficient", "fp16"),
+    CardPath("mps", None, "math", "bf16"),
+    CardPath("cpu", None, "flash", "bf16"),
+)
+
+
+def path_of(profile: Profile, train: TrainConfig) -> CardPath:
+    """Return the path that a run takes on a card."""
+    return CardPath(profile.platform, profile.capability, profile.attention, train.precision)
+
+
+def hash_of(model: ModelConfig, train: TrainConfig) -> str:
+    """Return a SHA-256 over everything that decides the ledger; precision is the path's."""
+    deciding = {name: getattr(train, name) for name in _DECIDING if name != "precision"}
+    said = {"model": model.model_dump(mode="json"), "train": deciding, "optimizer": train.optimizer.model_dump()}
+    del said["optimizer"]["lr"]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def read_ledgers() -> dict[str, Any]:
+    """Return the file's tables; empty where it is missing or was written by another version of lowvram."""
+    if not PATH.exists():
+        return {}
+    tables = json.loads(PATH.read_text(encoding="utf-8"))
+    return tables if tables["versions"]["lowvram"] == lowvram.__version__ else {}
+
+
+def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPath) -> Sketch | None:
+    """Return a preset's sketch from the file, or None where it knows none of this configuration on this path."""
+    entry = read_ledgers().get("presets", {}).get(name)
+    if entry is None or entry["hash"] != hash_of(model, train) or path.key not in entry["paths"]:
+        return None
+    rows = entry["paths"][path.key]
+
+    def look_up(plan: Plan) -> Rehearsal:
+        return unpack(rows[name_plan(plan)])
+
+    return Sketch(train.batch_samples, look_up)
+
+
+def name_plan(plan: Plan) -> str:
+    """Return the name under which a plan's rehearsal stands: `block 8`, and `block 64 at once` without accumulation."""
+    return f"{plan.recompute} {plan.micro_batch}{'' if plan.accumulate > 1 else ' at once'}"
+
+
+def pack(rehearsal: Rehearsal) -> list[Any]:
+    """Return a rehearsal as one flat row: the ledger's lines, moment, host bytes, then both works."""
+    ledger = rehearsal.ledger
+    lines = [getattr(ledger, name) for name in LEDGER_LINES]
+    works = [round(value) for work in (rehearsal.micro, rehearsal.update) for value in work]
+    return [*lines, ledger.moment, ledger.host_bytes, *works]
+
+
+def unpack(row: list[Any]) -> Rehearsal:
+    """Return what `pack` was given."""
+    count, fields = len(LEDGER_LINES), len(Work._fields)
+    ledger = Ledger(**dict(zip(LEDGER_LINES, row, strict=False)), moment=row[count], host_bytes=row[count + 1])
+    works = row[count + 2 :]
+    return Rehearsal(ledger, Work(*works[:fields]), Work(*works[fields:]))

@@ -1,0 +1,242 @@
+"""The trainer's own step on paper: what it holds at its peak and how much work it is; knows no limit.
+
+Nothing is estimated: every tensor of the step exists, as a meta tensor without bytes (fake tensors tell the same and
+take 2.7 times as long).  Only what PyTorch cannot know (context, workspace, fragmentation) is missing here, and stands
+in the card's profile.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lowvram_kernels.dispatch import Card, on_paper
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowvram.config import ModelConfig, TrainConfig
+from lowvram.fit.sketch import Rehearsal, Work
+from lowvram.model.transformer import Transformer
+from lowvram.objective import DTYPES, Batch, Loss, causal_loss, count_targets
+from lowvram.plan import LEDGER_LINES, Ledger, Plan
+from lowvram.train.optim import build_optimizer
+from lowvram.train.step import gradients, update
+
+# What torch's caching allocator rounds every block up to (c10/cuda/CUDACachingAllocator, kMinBlockSize); the CPU's
+# takes what it is asked for.
+_BLOCK_BYTES = {"cuda": 512, "mps": 512, "cpu": 1}
+_PAPER = torch.device("meta")
+# Keys that torch's CPU attention takes at a time; of these blocks it skips those that lie wholly in the future
+# (aten/native/cpu/FlashAttentionKernel.cpp).
+_CPU_KEY_BLOCK = 512
+
+
+class _Storage:
+    """One storage's life: bytes, the phase of its birth, and the moments between which it lived."""
+
+    __slots__ = ("born", "died", "phase", "size")
+
+    def __init__(self, size: int, phase: str, born: int) -> None:
+        self.size, self.phase, self.born = size, phase, born
+        self.died: int | None = None
+
+
+class LiveStorage(TorchDispatchMode):
+    """Writes down every storage's birth and death and every op's work, in the phase that is named at the time."""
+
+    def __init__(self, block_bytes: int) -> None:
+        super().__init__()
+        self.phase, self._block_bytes = "weights", block_bytes
+        self.moment = 0
+        self.phase_of_moment: list[str] = []
+        self.lives: list[_Storage] = []
+        self.work: dict[str, list[float]] = {}
+        self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self._add_work(func, inputs, outputs)
+        for tensor in outputs:
+            self._see(tensor.untyped_storage())
+        return result
+
+    def life_of(self, tensor: Tensor) -> _Storage:
+        """Return the life of a tensor's storage."""
+        return self._alive[tensor.untyped_storage()._cdata][1]
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        address = storage._cdata
+        if address in self._alive:
+            return
+        size = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
+        life = _Storage(size, self.phase, self._tick())
+        self.lives.append(life)
+
+        def died(_: object) -> None:
+            del self._alive[address]
+            life.died = self._tick()
+
+        self._alive[address] = (weakref.ref(storage, died), life)
+
+    def _tick(self) -> int:
+        self.phase_of_moment.append(self.phase)
+        self.moment += 1
+        return self.moment - 1
+
+    def _add_work(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        own = {tensor.untyped_storage()._cdata for tensor in inputs}
+        is_view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in own for t in outputs)
+        if is_view or "empty" in func._schema.name:
+            return
+        name = func._schema.name.partition("::")[2]
+        flops, launches = _products_of(name, inputs)
+        moved = (min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
+        self._add(Work(flops, sum(moved), launches, _attention_of(name, inputs)))
+
+    def add_hidden(self, work: HiddenWork) -> None:
+        """Count what does not run on paper."""
+        self._add(Work(0.0, work.moved_bytes, work.ops, work.flops))
+
+    def _add(self, part: Work) -> None:
+        total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
+        self.work[self.phase] = [old + new for old, new in zip(total, part, strict=True)]
+
+
+def _products_of(name: str, inputs: list[Tensor]) -> tuple[float, int]:
+    """Return the FLOPs of an op's matrix products, 0 where it has none, and its launches."""
+    if name in ("mm", "bmm"):
+        return 2.0 * inputs[0].numel() * inputs[1].shape[-1], 1
+    if name in ("addmm", "addmm_", "baddbmm"):
+        return 2.0 * inputs[1].numel() * inputs[2].shape[-1], 1
+    if name == "multiply_slices":
+        return 2.0 * inputs[0].numel() * inputs[1].shape[2], inputs[1].shape[0]
+    if name == "sum_outer_slices":
+        return 2.0 * inputs[0].numel() * inputs[1].shape[1], inputs[2].shape[0]
+    return 0.0, 1
+
+
+def _attention_of(name: str, inputs: list[Tensor]) -> float:
+    """Return the FLOPs that torch's fused attention really does on a CPU, 0 for every other op."""
+    forward = "_scaled_dot_product_flash_attention_for_cpu"
+    if name not in (forward, f"{forward}_backward"):
+        return 0.0
+    # Backward has the result's gradient before q and k, and five products instead of two.  A mask is the last input.
+    (q, k), products = (inputs[:2], 2.0) if name == forward else (inputs[1:3], 5.0)
+    rows, keys = q.shape[2], k.shape[2]
+    seen = rows * keys
+    if len(inputs) == (3 if name == forward else 6):
+        ends = range(_CPU_KEY_BLOCK, rows + _CPU_KEY_BLOCK, _CPU_KEY_BLOCK)
+        seen = sum((min(end, rows) - (end - _CPU_KEY_BLOCK)) * min(end, keys) for end in ends)
+    return products * 2.0 * q.shape[0] * q.shape[1] * q.shape[3] * seen
+
+
+def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> Rehearsal:
+    """Run one step of the trainer on paper and return its ledger and its work.
+
+    One micro-batch stands for all: with accumulation its gradients are added to some that exist already, as they do
+    from the second one on.  What the first update leaves (the optimizer's states) is counted from the beginning, as
+    in every later step.
+    """
+    dtype = DTYPES[train.precision]
+    counter = LiveStorage(_BLOCK_BYTES[card.platform])
+    with on_paper(card, counter.add_hidden), counter:
+        network = Transformer(model, None, _PAPER)
+        optimizer = build_optimizer(network, train.optimizer)
+        counter.phase = "gradients"
+        if plan.accumulate > 1:
+            for weight in network.parameters():
+                weight.grad = torch.empty_like(weight)
+        counter.phase = "batch"
+        shape = (plan.micro_batch, train.seq_len + 1)
+        token_BT = torch.empty(shape, dtype=torch.int64, device=_PAPER)
+        batch = Batch(token_BT, torch.arange(plan.micro_batch, device=_PAPER))
+        forward_end = [0]
+        with _phases(network, counter, forward_end):
+            loss_of = functools.partial(
+                causal_loss,
+                network,
+                dtype=dtype,
+                dropout=train.dropout,
+                seed=train.seed,
+                loss_chunk=plan.loss_chunk,
+                recompute=plan.recompute,
+            )
+            found = gradients(network, _noting_backward(loss_of, counter), [batch], count_targets(batch))
+        grads = {id(counter.life_of(w.grad)) for w in network.parameters() if w.grad is not None}
+        counter.phase = "update"
+        update(network, optimizer, found.loads, train.optimizer.lr, 0.5)
+        # Whatever the update has left is the optimizer's; it is held until the ledger is drawn up.
+        ledger = _draw_up(counter, grads, forward_end[0])
+    parts = [counter.work[phase] for phase in ("forward", "loss", "backward")]
+    micro = Work(*(sum(values) for values in zip(*parts, strict=True)))
+    return Rehearsal(ledger, micro, Work(*counter.work["update"]))
+
+
+@contextmanager
+def _phases(network: Transformer, counter: LiveStorage, forward_end: list[int]) -> Iterator[None]:
+    def begin(*_: Any) -> None:
+        counter.phase = "forward"
+
+    def end(*_: Any) -> None:
+        counter.phase = "loss"
+        forward_end[0] = counter.moment
+
+    hooks = [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _noting_backward(loss_of: Callable[[Batch], Loss], counter: LiveStorage) -> Callable[[Batch], Loss]:
+    def noted(batch: Batch) -> Loss:
+        loss = loss_of(batch)
+        counter.phase = "backward"
+        return loss
+
+    return noted
+
+
+def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int) -> Ledger:
+    """Find the moment with the most bytes alive, and sort what lives then by birthplace."""
+    end = counter.moment
+    states = {id(life) for life in counter.lives if life.phase == "update" and life.died is None}
+    change = [0] * (end + 2)
+    for life in counter.lives:
+        change[0 if id(life) in states else life.born] += life.size
+        change[end + 1 if life.died is None else life.died] -= life.size
+    now = peak = moment = 0
+    for index in range(end + 1):
+        now += change[index]
+        if now > peak:
+            peak, moment = now, index
+    lines = dict.fromkeys(LEDGER_LINES, 0)
+    for life in counter.lives:
+        is_state = id(life) in states
+        if not is_state and not life.born <= moment < (end + 1 if life.died is None else life.died):
+            continue
+        lines[_birthplace(life, is_state, id(life) in grads, forward_end)] += life.size
+    assert sum(lines.values()) == peak, "every byte of the peak has one birthplace"
+    phase = counter.phase_of_moment[moment] if moment < end else "update"
+    return Ledger(**lines, moment=phase)
+
+
+def _birthplace(life: _Storage, is_state: bool, is_gradient: bool, forward_end: int) -> str:
+    if is_state:
+        return "optimizer"
+    if life.phase == "weights":
+        return "weights"
+    if is_gradient or life.phase == "gradients":
+        return "gradients"
+    if life.phase == "loss":
+        return "loss"
+    is_kept = life.phase == "forward" and (life.died is None or life.died >= forward_end)
+    return "activations" if is_kept else "temporaries"

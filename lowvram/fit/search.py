@@ -1,0 +1,100 @@
+"""Which plan carries a step out on a card: the fastest of those that fit; plain numbers, never imports torch.
+
+Only what leaves the mathematics alone is searched: the micro-batch and what backward computes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, get_args
+
+from lowvram.fit.sketch import Rehearsal, Sketch, divisors
+from lowvram.plan import Plan, Recompute
+
+TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
+# Tokens of a micro-batch from which on a card's matrix units are full: beyond, nothing gets faster.
+ENOUGH_TOKENS = 16_384
+# Plans whose times differ by less are equally fast: the smaller one leaves room.
+EQUALLY_FAST = 0.02
+
+
+class Found(NamedTuple):
+    """The plan that was chosen, or, where none fits, the one that needs least.  reason: why this one, a sentence."""
+
+    plan: Plan
+    rehearsal: Rehearsal
+    fits: bool
+    reason: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the step's tensors take at their peak."""
+        return self.rehearsal.ledger.peak_bytes
+
+
+def search(
+    sketch: Sketch,
+    seq_len: int,
+    limit_bytes: int,
+    step_seconds: Callable[[Rehearsal, Plan], float],
+    exact: bool = False,
+) -> Found:
+    """Return the fastest plan within limit_bytes.
+
+    step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
+    where straight lines between rehearsals do not do (they never promise too little, sometimes too much).
+    """
+    fitting: list[Found] = []
+    for technique in TECHNIQUES:
+        here = list(_fitting(sketch, technique, limit_bytes))
+        fitting += [Found(_plan(sketch, technique, n), rehearsal, True, "") for n, rehearsal in here]
+        if here and (here[-1][0] == sketch.samples or here[-1][0] * seq_len >= ENOUGH_TOKENS):
+            break  # the card is full with less to compute: more recomputation can only cost time
+    if not fitting:
+        least = sketch.at("block", 1)
+        return Found(_plan(sketch, "block", 1), least, False, "nothing smaller exists: one sequence, blocks recomputed")
+    seconds = {id(found): step_seconds(found.rehearsal, found.plan) for found in fitting}
+    fastest = min(seconds.values())
+    level = [found for found in fitting if seconds[id(found)] <= fastest * (1 + EQUALLY_FAST)]
+    chosen = min(level, key=lambda found: found.peak_bytes)
+    if exact:
+        chosen = chosen._replace(rehearsal=sketch.exactly(chosen.plan.recompute, chosen.plan.micro_batch))
+    return chosen._replace(reason=_explain(chosen, fitting, seconds, sketch))
+
+
+def _plan(sketch: Sketch, technique: Recompute, micro_batch: int) -> Plan:
+    return Plan(micro_batch=micro_batch, accumulate=sketch.samples // micro_batch, recompute=technique)
+
+
+def _fitting(sketch: Sketch, technique: Recompute, limit_bytes: int) -> Iterator[tuple[int, Rehearsal]]:
+    """Yield the micro-batches that fit, smallest first; after one that does not, most larger ones are not rehearsed.
+
+    The whole step at once is always tried beside its half: it needs no gradients to add to, and may take less.
+    """
+    for micro_batch in divisors(sketch.samples):
+        rehearsal = sketch.at(technique, micro_batch)
+        if rehearsal.ledger.peak_bytes <= limit_bytes:
+            yield micro_batch, rehearsal
+        elif micro_batch * 2 < sketch.samples:
+            return
+
+
+def _explain(chosen: Found, fitting: list[Found], seconds: dict[int, float], sketch: Sketch) -> str:
+    plan = chosen.plan
+    same = [found for found in fitting if found.plan.recompute == plan.recompute]
+    largest = max(found.plan.micro_batch for found in same)
+    if plan.micro_batch == sketch.samples:
+        size = "the whole step fits at once"
+    elif plan.micro_batch == largest:
+        size = f"{plan.micro_batch} sequences are the most that fit"
+    else:
+        size = f"more than {plan.micro_batch} sequences at a time would be no faster"
+    kept = [found for found in fitting if found.plan.recompute == "none"]
+    if plan.recompute == "none":
+        return f"{size}, with nothing computed twice"
+    if not kept:
+        return f"{size}; without recomputation not even one fits"
+    most = max(found.plan.micro_batch for found in kept)
+    slower = min(seconds[id(found)] for found in kept) / seconds[id(chosen)] if id(chosen) in seconds else 0.0
+    times = f", {slower:.2f} times as slow" if slower else ""
+    return f"{size}; without recomputation at most {most} would{times}"

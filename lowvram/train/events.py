@@ -1,0 +1,84 @@
+"""What happens in a run, as frozen values; knows neither who makes them nor who shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowvram.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run begins, with the weights of `began_from` if it names an origin, or goes on from `step`.
+
+    passed_over: newer checkpoints that were corrupt.
+    """
+
+    step: int
+    steps: int
+    resumed_from: Path | None
+    passed_over: tuple[CheckpointError, ...]
+    began_from: Path | None = None
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU."""
+
+    step: int
+    tokens: int
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    tokens_per_second: float
+    memory_bytes: int
+    left_s: float
+    is_skipped: bool
+
+
+@dataclass(frozen=True)
+class Halved:
+    """Memory ran out after `step`: the next step is tried again, and all that follow made, with this micro-batch."""
+
+    step: int
+    micro_batch: int
+    accumulate: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Validation after a step."""
+
+    step: int
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What the model writes after a fixed prompt."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is on the drive."""
+
+    step: int
+    directory: Path
+    took_s: float
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The end of this start of the run.  is_finished: all tokens were seen."""
+
+    step: int
+    is_finished: bool
+
+
+Event = Started | StepDone | Halved | Evaluated | Sampled | Saved | Stopped

@@ -1,0 +1,113 @@
+"""Whether compiled blocks pay on this machine: measured on the run's first step, whose gradients are thrown away."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from lowvram.errors import MachineError
+from lowvram.plan import Plan
+from lowvram.train.guard import free_memory, is_out_of_memory
+from lowvram.train.step import discard
+from lowvram.train.trainer import Trainer
+from lowvram.units import show_bytes
+
+# Micro-batches before the clock runs (the first compiles, the second lets the allocator settle), and while it runs.
+_UNTIMED, _TIMED = 2, 5
+# Compiling must gain more than two measurements of the same thing differ by.
+_LEAST_GAIN = 1.03
+
+
+class _Pace(NamedTuple):
+    """The median time of a micro-batch, and the card's peak in a CUDA run (0 elsewhere)."""
+
+    micro_batch_s: float
+    peak_bytes: int
+
+
+def settle_compilation(
+    trainer: Trainer, asked: bool | None, is_new: bool, limit_bytes: int | None = None
+) -> Iterator[str]:
+    """Decide on `trainer.plan.compile` before the run begins; yields what is being done, and why it came out so.
+
+    What was asked for stays.  Else a new run on CUDA tries both (elsewhere it stays eager: reproducible, and without a
+    C++ compiler), and a run that is compiled so far goes on so if this machine still can.  limit_bytes: see
+    `try_compilation`.
+    """
+    if asked is not None:
+        return
+    if trainer.plan.compile:
+        problem = _find_problem(trainer)
+        if problem is not None:
+            trainer.plan = trainer.plan.model_copy(update={"compile": False})
+            yield f"Blocks are no longer compiled: {problem}"
+    elif is_new and trainer.state.model.embedding.device.type == "cuda":
+        yield "Trying whether compiled blocks are faster; compiling takes a minute or so the first time."
+        trainer.plan, reason = try_compilation(trainer, limit_bytes)
+        yield reason
+
+
+def try_compilation(trainer: Trainer, limit_bytes: int | None = None) -> tuple[Plan, str]:
+    """Return the trainer's plan with `compile` set to what a trial found, and one sentence why.
+
+    Runs micro-batches of the next step, eager and compiled.  No state changes: weights, optimizer and counters are as
+    before, and the gradients are dropped.  limit_bytes: what the card may hold then, on CUDA; the optimizer's states,
+    which do not exist before the first update, must be taken off it.
+    """
+    eager = trainer.plan.model_copy(update={"compile": False})
+    both = eager.model_copy(update={"compile": True})
+    try:
+        slow, fast = _measure(trainer, eager), _measure(trainer, both)
+    except MachineError as error:
+        return eager, f"Blocks are not compiled: {error.why}"
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return eager, "Blocks are not compiled: memory ran out in the trial."
+    finally:
+        free_memory(trainer.state.model.embedding.device)
+    gain = slow.micro_batch_s / fast.micro_batch_s
+    times = f"{1e3 * fast.micro_batch_s:,.0f} against {1e3 * slow.micro_batch_s:,.0f} ms for a micro-batch"
+    if limit_bytes is not None and fast.peak_bytes > max(limit_bytes, slow.peak_bytes):
+        took = f"{show_bytes(fast.peak_bytes)} of {show_bytes(limit_bytes)}."
+        return eager, f"Blocks are not compiled: they would take {took}"
+    if gain < _LEAST_GAIN:
+        return eager, f"Blocks are not compiled, which would be {gain:.2f} times as fast: {times}."
+    return both, f"Compiled blocks are {gain:.2f} times as fast: {times}."
+
+
+def _find_problem(trainer: Trainer) -> str | None:
+    """Return why a micro-batch does not run compiled; None if it does, and the first step need not compile it again."""
+    try:
+        _measure(trainer, trainer.plan, untimed=0, timed=1)
+    except MachineError as error:
+        return error.why
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    return None  # memory that ran out is the step's to answer, by a smaller micro-batch
+
+
+def _measure(trainer: Trainer, plan: Plan, untimed: int = _UNTIMED, timed: int = _TIMED) -> _Pace:
+    """Time micro-batches as the step makes them: where it has several, upon the gradients of those before."""
+    device, optimizer, own = trainer.state.model.embedding.device, trainer.state.optimizer, trainer.plan
+    trainer.plan = plan
+    took_s = []
+    try:
+        for turn in range(untimed + timed):
+            if device.type == "cuda" and turn == untimed:
+                torch.cuda.reset_peak_memory_stats(device)
+            if plan.accumulate == 1:
+                discard(optimizer)
+            began = time.perf_counter()
+            trainer.accumulate([turn % plan.accumulate]).stats.tolist()  # reading waits for the device
+            took_s.append(time.perf_counter() - began)
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    finally:
+        trainer.plan = own
+        discard(optimizer)
+    return _Pace(statistics.median(took_s[untimed:]), int(peak))

@@ -1,0 +1,218 @@
+"""A step that runs out of memory is made again with half the micro-batch, and nothing tells the two apart."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowvram.checkpoint import find_checkpoint
+from lowvram.config import RunConfig
+from lowvram.errors import TrainingError
+from lowvram.objective import Batch, Loss, causal_loss
+from lowvram.plan import Plan
+from lowvram.train.events import Event, Halved, Saved, StepDone
+from lowvram.train.prepare import prepare
+from lowvram.train.start import settle_plan
+from lowvram.train.trainer import Trainer
+from tests.tiny import prepare_home, tiny_run
+
+NO_MEMORY = torch.OutOfMemoryError
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("home")
+    prepare_home(place)
+    return place
+
+
+def run_of(home: Path, name: str, tokens: int = 6 * 256, **run: Any) -> RunConfig:
+    """A mixture of experts with dropout: loads, balancing biases and masks could all betray a failed try."""
+    what = tiny_run(home, "mla-moe", name, dropout=0.1, tokens=tokens)
+    return what.model_copy(update={"run": what.run.model_copy(update={"prompts": (), **run})})
+
+
+def trainer_of(what: RunConfig, micro_batch: int) -> Trainer:
+    return prepare(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device("cpu"))
+
+
+def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
+    weights, memory = trainer.state.tensors()
+    return {name: tensor.clone() for name, tensor in (weights | memory).items()}
+
+
+def unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, place: str, is_hit: Callable[[Batch], bool], times: int = 1) -> list[Any]:
+    """Run out of memory in the first `times` micro-batches that are hit; returns weak references to what they held."""
+    held: list[weakref.ref[Any]] = []
+    failures = 0
+
+    def loss_of(model: Any, batch: Batch, **options: Any) -> Loss:
+        nonlocal failures
+        gc.disable()  # what dies, dies because nobody holds it
+        assert [ref for ref in held if ref() is not None] == [], "the failed try's tensors are still alive"
+        found = causal_loss(model, batch, **options)
+        if failures == times or not is_hit(batch):
+            return found
+        failures += 1
+        held.extend(weakref.ref(tensor) for tensor in (batch.token_BT, found.total, found.loads))
+        if place == "forward":
+            raise NO_MEMORY("CUDA out of memory. Tried to allocate 2.00 GiB")
+        # The first layer's gradient is the last: by then all other weights have theirs.
+        handle = model.blocks[0].attention.norm.weight.register_hook(lambda _: fail())
+
+        def fail() -> None:
+            handle.remove()
+            assert model.blocks[1].ffn.router.weight.grad is not None
+            raise NO_MEMORY("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        return found
+
+    monkeypatch.setattr("lowvram.train.trainer.causal_loss", loss_of)
+    return held
+
+
+@pytest.fixture(autouse=True)
+def collecting() -> Any:
+    yield
+    gc.enable()
+
+
+def steps_of(events: list[Event]) -> list[tuple[float, float]]:
+    return [(event.loss, event.gradient_norm) for event in events if isinstance(event, StepDone)]
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("number", [0, 1], ids=["first micro-batch", "second micro-batch"])
+def test_a_step_made_again_equals_one_that_never_failed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int
+) -> None:
+    truth = trainer_of(run_of(home, f"truth-{place}-{number}"), 2)
+    expected = list(truth.run())
+    held = fail_at(monkeypatch, place, lambda batch: int(batch.sample_B[0]) == 4 * number)
+    ours = trainer_of(run_of(home, f"ours-{place}-{number}"), 4)
+    events = list(ours.run())
+    assert len(held) == 3
+    assert [event for event in events if isinstance(event, Halved)] == [Halved(0, 2, 4)]
+    assert ours.plan == Plan(micro_batch=2, accumulate=4)
+    assert steps_of(events) == steps_of(expected)
+    assert unequal(tensors_of(truth), tensors_of(ours)) == []
+
+
+def test_memory_that_runs_out_in_the_middle_leaves_the_steps_before_as_they_were(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = run_of(home, "truth-middle")
+    begun = trainer_of(truth, 8)
+    for event in begun.run():
+        if isinstance(event, StepDone) and event.step == 3:
+            begun.stop()
+    goes_on = trainer_of(truth, 4)
+    list(goes_on.run())
+    fail_at(monkeypatch, "backward", lambda batch: int(batch.sample_B[0]) == 24)
+    ours = trainer_of(run_of(home, "ours-middle"), 8)
+    names = [type(event).__name__ for event in ours.run()]
+    assert names[:6] == ["Started", "StepDone", "StepDone", "StepDone", "Halved", "StepDone"]
+    assert unequal(tensors_of(goes_on), tensors_of(ours)) == []
+
+
+def test_a_micro_batch_is_halved_until_it_fits(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, "forward", lambda batch: len(batch.sample_B) > 1, times=99)
+    ours = trainer_of(run_of(home, "until"), 8)
+    events = list(ours.run())
+    halved = [event for event in events if isinstance(event, Halved)]
+    assert halved == [Halved(0, 4, 2), Halved(0, 2, 4), Halved(0, 1, 8)]
+    assert len(steps_of(events)) == 6
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("CUDA error: out of memory", TrainingError), ("another fault", RuntimeError)]
+)
+def test_what_cannot_be_halved_ends_the_run_and_loses_no_checkpoint(
+    home: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: type[Exception]
+) -> None:
+    trainer, done = trainer_of(run_of(home, f"ends-{text}", save_every_minutes=1e-9), 1), []
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(text)
+
+    def run() -> None:
+        for event in trainer.run():
+            if isinstance(event, StepDone):
+                done.append(event.step)
+                if event.step == 2:
+                    monkeypatch.setattr("lowvram.train.trainer.gradients", fail)
+
+    with pytest.raises(expected, match="in step 3, with one sequence" if expected is TrainingError else text):
+        run()
+    assert done == [1, 2]
+    assert trainer.store.latest()[0].step == 2
+
+
+@pytest.mark.parametrize(
+    "text, expected", [("CUDA error: out of memory", TrainingError), ("another fault", RuntimeError)]
+)
+def test_an_update_is_never_tried_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: type[Exception]
+) -> None:
+    trainer, calls = trainer_of(run_of(home, f"update-{text}", save_every_minutes=1e-9), 4), []
+
+    def fail(*_: object) -> None:
+        calls.append(trainer.state.step)
+        if len(calls) == 3:
+            raise RuntimeError(text)
+
+    trainer.state.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(expected, match=r"in the update of step 3\." if expected is TrainingError else text):
+        list(trainer.run())
+    assert calls == [0, 1, 2]
+    assert trainer.store.latest()[0].step == 2
+
+
+def test_a_halved_micro_batch_is_saved_with_the_checkpoint_and_found_where_the_plan_was_lost(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, "forward", lambda batch: len(batch.sample_B) == 4)
+    what = run_of(home, "saved")
+    assert settle_plan(what.run.dir, what.train).plan.micro_batch == 8
+    trainer = trainer_of(what, 4)
+    assert any(isinstance(event, Saved) for event in trainer.run())
+    plan, reason, is_kept = settle_plan(what.run.dir, what.train)
+    assert (plan, reason, is_kept) == (trainer.plan, "this run's plan so far", True)
+    assert plan == Plan(micro_batch=2, accumulate=4)
+    assert not hasattr(trainer_of(what, 2).state, "plan")
+    resumed = trainer_of(run_of(home, "saved", tokens=7 * 256), 2)
+    list(resumed.run())
+    assert not hasattr(resumed.state, "plan"), "a plan is no training state"
+    assert find_checkpoint(what.run.dir)[0].step == 7
+
+
+def test_the_command_says_so_writes_it_down_and_goes_on_with_it(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowvram.cli.train import train
+
+    fail_at(monkeypatch, "backward", lambda batch: int(batch.sample_B[0]) == 8)
+    what = run_of(home, "typed")
+    train(what, micro_batch=4, device="cpu", stop_at=3)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "step 2 memory ran out: tried again, and on from here, with 2 sequences × 4 a step" in told
+    kept = json.loads((what.run.dir / "plan.json").read_bytes())
+    assert (kept["micro_batch"], kept["accumulate"]) == (2, 4)
+    rows = [json.loads(line) for line in (what.run.dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    (row,) = [row for row in rows if row["event"] == "Halved"]
+    assert (row["step"], row["micro_batch"], row["accumulate"]) == (1, 2, 4)
+    train(what, device="cpu")
+    assert "Plan: 2 sequences × 4 a step (this run's plan so far)." in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""Rehearses every preset on every card path and writes `lowvram/presets/ledgers.json`, from which `fit` answers.
+
+python tools/write_ledgers.py [PRESET ...]        only these presets anew; the others' rows stay
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nothing is computed: threads would only wait
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lowvram_kernels.dispatch import Card
+
+import lowvram
+from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack
+from lowvram.fit.rehearse import rehearse
+from lowvram.fit.search import TECHNIQUES
+from lowvram.fit.sketch import Sketch
+from lowvram.plan import Plan
+from lowvram.runfile import load_preset, preset_names
+
+
+def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:
+    """Rehearse one preset on one path, at every anchor of every technique."""
+    model, train = load_preset(name)
+    train = train.model_copy(update={"precision": path.precision})
+    rows = {}
+
+    def note(plan: Plan) -> Any:
+        found = rehearse(model, train, plan, Card(path.platform, path.capability))
+        rows[name_plan(plan)] = pack(found)
+        return found
+
+    sketch = Sketch(train.batch_samples, note)
+    for technique in TECHNIQUES:
+        for micro_batch in (*sketch.anchors(), sketch.samples):
+            sketch.exactly(technique, micro_batch)
+    return rows
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("presets", nargs="*", help="(default: all)")
+    asked = parser.parse_args().presets or preset_names()
+    before = json.loads(PATH.read_text(encoding="utf-8"))["presets"] if PATH.exists() else {}
+    presets = {name: rows for name, rows in before.items() if name in preset_names()}
+    for name in asked:
+        began = time.perf_counter()
+        paths = {path.key: rows_of(name, path) for path in PATHS}
+        presets[name] = {"hash": hash_of(*load_preset(name)), "paths": paths}
+        print(f"{name}: {sum(map(len, paths.values()))} rehearsals in {time.perf_counter() - began:.0f} s")
+    versions = {"lowvram": lowvram.__version__, "torch": torch.__version__.partition("+")[0]}
+    tables = {"versions": versions, "presets": dict(sorted(presets.items()))}
+    text = json.dumps(tables, indent=1)
+    # One row a line: a change of one rehearsal is one line of a diff.
+    for opening, closing in (("[", "]"),):
+        parts = text.split(opening)
+        text = parts[0] + "".join(
+            opening + " ".join(inner.split()) + closing + rest
+            for inner, _, rest in (part.partition(closing) for part in parts[1:])
+        )
+    PATH.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
