@@ -36,7 +36,7 @@ class Ledger(NamedTuple):
 
     weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
     temporaries: everything else, the batch included.  moment: when the peak is: forward, loss, backward or update.
-    host_bytes: what this process holds in host memory beside the card.
+    host_bytes: what a card's step brings to the computer's memory, at most: one file of a save.
     """
 
     weights: int

@@ -12,9 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_vocabulary
+from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_vocabulary, differences
 from lowvram.errors import ConfigError, name_nearest
+from lowvram.files import DISK
 
+# What `fit --out` writes where it was not told a folder.
+_GAP = "PUT A FOLDER HERE"
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
 Config = typing.TypeVar("Config", bound=BaseModel)
@@ -39,15 +42,18 @@ def load_preset(name: str) -> tuple[ModelConfig, TrainConfig]:
     return _check(ModelConfig, tables["model"], where, "model"), _check(TrainConfig, tables["train"], where, "train")
 
 
-def load_run(path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], int]) -> RunConfig:
+def load_run(
+    path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], int], with_gaps: bool = False
+) -> RunConfig:
     """Read a run file, lay it over its preset, apply `--set a.b=c`, and check every value.
 
     Paths in it are relative to the file.  vocabulary_of: maps the tokenizer's directory to its number of ids.
+    with_gaps: take folders that `write_run` has left open.
     Raises ConfigError naming file, key, value, and the known keys nearest to an unknown one.
     """
-    tables = _read_toml(path)
-    for assignment in sets:
-        _assign(tables, assignment)
+    tables = _read_tables(path, sets)
+    if not with_gaps:
+        _refuse_gaps(path, tables)
     for home in RunConfig.model_fields:
         if not isinstance(tables.get(home, {}), dict):
             fix = f"Write its values below a line [{home}]."
@@ -68,6 +74,66 @@ def load_run(path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], in
     check_vocabulary(said, size, Path(tokenizer))
     tables.setdefault("model", {})["vocabulary"] = size
     return _check(RunConfig, tables, str(path))
+
+
+def _read_tables(path: Path, sets: Sequence[str]) -> Table:
+    tables = _read_toml(path)
+    for assignment in sets:
+        _assign(tables, assignment)
+    return tables
+
+
+def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
+    """Return the vocabulary that a run file or its preset states, None where neither does."""
+    model = _read_tables(path, sets).get("model", {})
+    if "vocabulary" in model or "preset" not in model:
+        return model.get("vocabulary")
+    return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
+
+
+def write_run(path: Path, preset: str, train: TrainConfig, data: Path | None) -> None:
+    """Write the run file of a preset.
+
+    data: a folder that holds the shards `train` and, if there is one, `valid`, with the tokenizer `tok` in it or beside
+    it; None leaves gaps, which `load_run` names.  Raises ConfigError where `path` exists or data lacks something.
+    """
+    if path.exists():
+        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+    folders = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if data is None else _find_folders(data)
+    lines = ["[model]", f'preset = "{preset}"', "[data]"]
+    lines += [f"{key} = {_quote(_relate(folder, path.parent) if data else folder)}" for key, folder in folders.items()]
+    _, before = load_preset(preset)
+    changed = {key: value for key, _, value in differences(before, train)}
+    lines += ["[train]", *(f"{key} = {_quote(value)}" for key, value in changed.items())] if changed else []
+    lines += ["[run]", f'dir = "runs/{preset}"', ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    DISK.write(path, "\n".join(lines).encode())
+
+
+def _find_folders(data: Path) -> dict[str, str]:
+    tokenizer = next((place for place in (data / "tok", data.parent / "tok") if place.is_dir()), None)
+    if not (data / "train").is_dir() or tokenizer is None:
+        lacks = "no folder train" if tokenizer else "no folder tok, in it or beside it"
+        fix = f"Pack your texts: lowvram data pack TEXTS --tokenizer tok --out {data / 'train'}."
+        raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
+    folders = {"train": data / "train", "valid": data / "valid", "tokenizer": tokenizer}
+    return {key: str(folder.resolve()) for key, folder in folders.items() if folder.is_dir()}
+
+
+def _quote(value: object) -> str:
+    """Return a value as TOML writes it: a literal string takes a Windows path as it is."""
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _refuse_gaps(path: Path, tables: Table) -> None:
+    data = tables.get("data", {})
+    gaps = [f"data.{key}" for key, value in data.items() if value == _GAP] if isinstance(data, dict) else []
+    if gaps:
+        raise ConfigError(
+            f"{path} leaves {', '.join(gaps)} open.",
+            "A run needs packed shards and the tokenizer that packed them.",
+            "Write their folders there: lowvram tokenizer train and lowvram data pack make them.",
+        )
 
 
 def overlay(base: Table, top: Mapping[str, Any]) -> Table:

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from lowvram.cli.app import main as lowvram
 
-COMMANDS = ("demo", "tokenizer train", "data pack", "train", "evaluate", "chat")
+COMMANDS = ("demo", "fit", "tokenizer train", "data pack", "train", "evaluate", "chat")
 BLOCK = re.compile(r"(<!-- help -->\n).*?(<!-- /help -->)", re.DOTALL)
 
 

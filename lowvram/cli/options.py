@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lowvram.units import parse_memory
+
 
 def count(text: str) -> int:
     """Read a whole number of at least one; argparse turns the error into a usage message."""
@@ -12,6 +14,14 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
+
+
+def memory(text: str) -> int:
+    """Read a size of memory, in the units in which it is sold: 8GB is 8 GiB."""
+    try:
+        return parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lowvram.config import ModelConfig, RunOptions, TrainConfig
 from lowvram.fit.search import Found, search
 from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.fit.speed import Measured, Speed, estimate, step_seconds
+from lowvram.fit.speed import Measured, Speed, days, estimate, kwh, step_seconds
 from lowvram.plan import Plan
 from lowvram.profile import Profile
 
@@ -19,12 +19,15 @@ _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 
 
 class Place(NamedTuple):
-    """A card, and what tensors may take on it: beside a desktop, and with the card to themselves."""
+    """A card, and what tensors may take on it: beside a desktop, and with the card to themselves.
+
+    ram_bytes: the computer's memory, None where nobody said.
+    """
 
     profile: Profile
     limit_bytes: int
     headless_bytes: int
-    ram_bytes: int
+    ram_bytes: int | None = None
     measured: Measured | None = None
 
 
@@ -48,6 +51,10 @@ class Answer(NamedTuple):
     disk_bytes: int
     fits_headless: bool
 
+    def lacks_host_bytes(self, place: Place) -> int:
+        """Return how much memory the computer lacks for this run, 0 where it has enough or nobody said how much."""
+        return max(0, self.host_bytes - place.ram_bytes) if place.ram_bytes is not None else 0
+
 
 def judge(
     name: str, model: ModelConfig, train: TrainConfig, sketch: Sketch, place: Place, exact: bool = False
@@ -65,19 +72,18 @@ def judge(
     ledger = found.rehearsal.ledger
     state = ledger.weights + ledger.optimizer
     options = RunOptions.model_construct()
-    host = place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes)
     is_possible = found.fits or fits_headless
     speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if is_possible else None
-    seconds_left = train.tokens / speed.tokens_per_second if speed else None
+    waiting = days(train.tokens, speed) if speed else None
     return Answer(
         name,
         model,
         train,
         found,
         speed,
-        days=seconds_left / 86_400 if seconds_left else None,
-        kwh=_kwh(seconds_left, place.profile),
-        host_bytes=host,
+        days=waiting,
+        kwh=kwh(waiting, place.profile) if waiting is not None else None,
+        host_bytes=place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes),
         state_bytes=state,
         written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
         # One more than are kept: the new one is whole before the oldest goes.

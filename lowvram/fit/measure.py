@@ -1,7 +1,7 @@
 """Real micro-batches, timed on this machine, that tell how much of its rates a step reaches; stores nothing.
 
-Three small loads give the rates (a product, attention, an elementwise pass, in the model's shapes and precision), a
-real step gives the ratio between what they promise and what happens: so the step that was timed is predicted exactly.
+Small loads in the model's shapes and precision give the rates of products and of attention; what a real micro-batch
+takes beside these is its bytes'.  What is left over becomes a ratio, so the step that was timed is predicted exactly.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ _LEAST_REPEATS, _MOST_REPEATS = 3, 10
 _BUDGET_S = 4.0  # in which a run is repeated
 _LOAD_S = 0.05  # a load is run so often that a clock of 1 µs and a synchronisation do not show
 _TINY_TOKENS = 8  # a sequence whose work is nothing, so that only its launches take time
+_LOAD_LENGTH = 1_024  # tokens from which on attention's rate hardly rises: on CPU 512 reach 0.75 of it
+_SLOWEST_BYTES = 0.2  # of an elementwise load's rate: what explains more is no memory traffic
+_HIDDEN = 1.1  # a micro-batch that takes less than this many times its launches is bound by them
 _GRADIENT = 1e-4  # of every weight, where only an update is timed
 
 
@@ -113,7 +116,8 @@ def measure(
         launch_s = bench.micro_seconds(bench.batch(1, min(_TINY_TOKENS, train.seq_len))) / on_card.micro.ops
     del bench, batch
     _free(device)
-    rates = _find_rates(model, train, count, card, device, clock, launch_s)
+    loads = _time_loads(model, train, count, card, device, clock)._replace(launch_s=launch_s)
+    rates = _explain_rest(on_card.micro, micro_s, loads, card.platform)
     return Measured(
         profile_id=profile.id,
         precision=train.precision,
@@ -155,14 +159,28 @@ def _compiled_seconds(bench: _Bench, batch: Batch) -> float | None:
         return None  # train's own trial says why
 
 
-def _find_rates(
+def _explain_rest(work: Work, seconds: float, rates: Rates, platform: str) -> Rates:
+    """Return the rates with that of the bytes which explains the seconds of a real micro-batch, within bounds.
+
+    An elementwise load alone is faster than the passes of a step, which allocate, stride and add up.
+    """
+    launching_s = work.ops * rates.launch_s
+    if platform != "cpu" and seconds < _HIDDEN * launching_s:
+        return rates  # the card waits for its host, and says nothing about itself
+    products_s = work.flops / rates.product_flops_per_s + work.attention_flops / rates.attention_flops_per_s
+    rest_s = seconds - products_s - (launching_s if platform == "cpu" else 0.0)
+    slowest, fastest = rates.bytes_per_s * _SLOWEST_BYTES, rates.bytes_per_s
+    explaining = work.moved_bytes / rest_s if rest_s > 0.0 else fastest
+    return rates._replace(bytes_per_s=min(fastest, max(slowest, explaining)))
+
+
+def _time_loads(
     model: ModelConfig,
     train: TrainConfig,
     sequences: int,
     card: Card,
     device: torch.device,
     clock: Clock,
-    launch_s: float,
 ) -> Rates:
     dtype, tokens = DTYPES[train.precision], sequences * train.seq_len
     heads, head_dim = model.attention.heads, _head_dim(model)
@@ -189,13 +207,15 @@ def _find_rates(
     bytes_per_s = work.moved_bytes / seconds
     work, seconds = time_load(product, (tokens, model.dim), (hidden, model.dim))
     product_flops_per_s = work.flops / _beyond(work, bytes_per_s, seconds)
-    shape = (sequences, heads, train.seq_len, head_dim)
-    work, seconds = time_load(attend, shape, *[(sequences, kv_heads, train.seq_len, head_dim)] * 2, shape)
+    length = max(train.seq_len, _LOAD_LENGTH)
+    count = max(1, tokens // length)
+    keys = (count, kv_heads, length, head_dim)
+    work, seconds = time_load(attend, (count, heads, length, head_dim), keys, keys, (count, heads, length, head_dim))
     attention_flops_per_s = product_flops_per_s
     if work.attention_flops:
         attention_flops_per_s = work.attention_flops / _beyond(work, bytes_per_s, seconds)
     _free(device)
-    return Rates(product_flops_per_s, attention_flops_per_s, bytes_per_s, launch_s)
+    return Rates(product_flops_per_s, attention_flops_per_s, bytes_per_s, launch_s=0.0)
 
 
 def _head_dim(model: ModelConfig) -> int:

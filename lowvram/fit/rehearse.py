@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, on_paper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -226,7 +226,10 @@ def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int) -> Ledger:
         lines[_birthplace(life, is_state, id(life) in grads, forward_end)] += life.size
     assert sum(lines.values()) == peak, "every byte of the peak has one birthplace"
     phase = counter.phase_of_moment[moment] if moment < end else "update"
-    return Ledger(**lines, moment=phase)
+    # A save brings one file's tensors to the host at a time.
+    weights = sum(life.size for life in counter.lives if life.phase == "weights" and life.died is None)
+    saved = max(weights, sum(life.size for life in counter.lives if id(life) in states))
+    return Ledger(**lines, moment=phase, host_bytes=saved)
 
 
 def _birthplace(life: _Storage, is_state: bool, is_gradient: bool, forward_end: int) -> str:

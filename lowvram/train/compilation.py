@@ -52,6 +52,6 @@ def forget_compiled() -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line that says something: some errors begin with their class alone."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if line), type(error).__name__)
+    """Return what a compiler said first; around its own error stands one that only names the compiler."""
+    cause = getattr(error, "inner_exception", error)
+    return f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]

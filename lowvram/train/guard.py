@@ -43,7 +43,10 @@ def halve(plan: Plan) -> Plan | None:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what nobody holds any more: tensors in cycles of dead frames, then the allocator's empty blocks."""
+    """Give back what a failed try has left: tensors in cycles of dead frames, then the allocator's empty blocks."""
+    # A backward pass that failed leaves its next node in this thread's queue, and with it the activations of all layers
+    # that were still to come, until another pass empties the queue.
+    torch.autograd.backward(torch.zeros((), requires_grad=True).sum())
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -88,7 +91,7 @@ def cap_memory(device: torch.device, limit_bytes: int) -> None:
 def compare_with_ledger(measured_bytes: int, ledger_bytes: int) -> str | None:
     """Return a sentence where the card's peak is not what the rehearsal said; None where they agree."""
     difference = measured_bytes / ledger_bytes - 1.0
-    if abs(difference) <= _LEDGER_TOLERANCE:
+    if abs(measured_bytes - ledger_bytes) <= _LEDGER_TOLERANCE * ledger_bytes:
         return None
     than = "more" if difference > 0 else "less"
     return (

@@ -80,25 +80,17 @@ def test_one_sequence_has_no_half() -> None:
     assert halve(Plan(micro_batch=1, accumulate=24)) is None
 
 
+SAME_RUN = "Type the same command with --recompute block, or begin a new run.dir with "
+SHORTER = "a shorter train.seq_len (now 512) or a smaller model."
+
+
 @pytest.mark.parametrize(
     "recompute, train, fix",
     [
-        (
-            "none",
-            RECIPE,
-            "Type the same command with --recompute block, or begin a new run.dir with optimizer.bits = 8, ",
-        ),
-        (
-            "attention",
-            SMALL_STATES,
-            "Type the same command with --recompute block, or begin a new run.dir with a shorter ",
-        ),
-        (
-            "block",
-            RECIPE,
-            "Begin a new run.dir with optimizer.bits = 8, a shorter train.seq_len (now 512) or a smaller ",
-        ),
-        ("block", SMALL_STATES, "Begin a new run.dir with a shorter train.seq_len (now 512) or a smaller model."),
+        ("none", RECIPE, f"{SAME_RUN}optimizer.bits = 8, {SHORTER}"),
+        ("attention", SMALL_STATES, f"{SAME_RUN}{SHORTER}"),
+        ("block", RECIPE, f"Begin a new run.dir with optimizer.bits = 8, {SHORTER}"),
+        ("block", SMALL_STATES, f"Begin a new run.dir with {SHORTER}"),
     ],
     ids=["all", "8 bits already", "recomputed already", "both already"],
 )
@@ -107,7 +99,7 @@ def test_a_step_that_cannot_be_cut_is_answered_with_what_would_still_help(
 ) -> None:
     error = explain_out_of_memory(Plan(micro_batch=1, accumulate=24, recompute=recompute), 6, train)
     assert str(error).startswith("Memory ran out in step 7, with one sequence at a time.")
-    assert error.fix.startswith(fix)
+    assert error.fix == fix
 
 
 def test_an_update_that_runs_out_of_memory_is_answered_with_what_makes_states_smaller() -> None:

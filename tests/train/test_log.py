@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lowvram.errors import CheckpointError, DiskFullError, MachineError
-from lowvram.train.events import Evaluated, Event, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.log import JsonlLog, open_logs, scalars
 
 STEP = StepDone(3, 768, 5.25, 0.5, 1e-3, 1234.5, 1 << 30, 60.0, is_skipped=False)
@@ -23,6 +23,7 @@ EVENTS: tuple[Event, ...] = (
     Evaluated(3, 5.5, 2.75),
     Sampled(3, "Kış", " geldi; “ğüş”\n\x1b[31m\u2028"),
     Saved(3, Path("runs/a/step-00000003"), 0.25),
+    Halved(3, 4, 16),
     Stopped(3, is_finished=False),
 )
 
@@ -56,6 +57,7 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
         {"event": "Evaluated", "step": 3, "loss": 5.5, "bits_per_byte": 2.75},
         {"event": "Sampled", "step": 3, "prompt": "Kış", "text": " geldi; “ğüş”\n\x1b[31m\u2028"},
         {"event": "Saved", "step": 3, "directory": str(Path("runs/a/step-00000003")), "took_s": 0.25},
+        {"event": "Halved", "step": 3, "micro_batch": 4, "accumulate": 16},
         {"event": "Stopped", "step": 3, "is_finished": False},
     ]  # fmt: skip
 
@@ -72,7 +74,7 @@ def test_a_second_start_goes_on_below_the_first(tmp_path: Path) -> None:
     write_all(tmp_path / "log.jsonl", *EVENTS)
     write_all(tmp_path / "log.jsonl", *EVENTS[:2])
     names = [row["event"] for row in rows_of(tmp_path / "log.jsonl")]
-    assert names == ["Started", "StepDone", "Evaluated", "Sampled", "Saved", "Stopped", "Started", "StepDone"]
+    assert names == ["Started", "StepDone", "Evaluated", "Sampled", "Saved", "Halved", "Stopped", "Started", "StepDone"]
 
 
 def test_a_torn_last_row_does_not_swallow_the_next_one(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_steps_and_validation_have_numbers_for_charts_and_nothing_else_has() -> 
         "train/tokens_per_second": 1234.5,
     }
     assert scalars(EVENTS[2]) == {"valid/loss": 5.5, "valid/bits_per_byte": 2.75}
-    assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:])] == [{}] * 4
+    assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:])] == [{}] * 5
 
 
 def test_jsonl_is_always_written_and_the_rest_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ def test_a_refused_start_leaves_the_plan_alone(home: Path) -> None:
     train(what, micro_batch=2, device="cpu")
     with pytest.raises(ConfigError, match="batch_tokens"):
         train(changed(what, "train", batch_tokens=512), device="cpu")
-    assert settle_plan(what.run.dir, what.train, None)[0].micro_batch == 2
+    assert settle_plan(what.run.dir, what.train)[0].micro_batch == 2
 
 
 def test_a_run_cannot_start_from_nothing(home: Path) -> None:
@@ -226,29 +226,61 @@ def test_a_micro_batch_that_does_not_divide_the_step_is_answered_with_those_that
 
 
 def test_a_run_keeps_its_plan_until_another_is_asked_for(tmp_path: Path) -> None:
-    assert settle_plan(tmp_path, RECIPE, 4) == (Plan(micro_batch=4, accumulate=6), "you asked for it")
-    assert settle_plan(tmp_path, RECIPE, None)[1] != "this run's plan so far", "nothing is kept before the run begins"
-    keep_plan(tmp_path, Plan(micro_batch=4, accumulate=6))
-    assert settle_plan(tmp_path, RECIPE, None) == (Plan(micro_batch=4, accumulate=6), "this run's plan so far")
+    four = Plan(micro_batch=4, accumulate=6)
+    assert settle_plan(tmp_path, RECIPE, 4) == (four, "you asked for it", False)
+    assert not settle_plan(tmp_path, RECIPE).is_kept, "nothing is kept before the run begins"
+    keep_plan(tmp_path, four)
+    assert settle_plan(tmp_path, RECIPE) == (four, "this run's plan so far", True)
     assert settle_plan(tmp_path, RECIPE, 12)[0].micro_batch == 12
-    assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 4
+    assert settle_plan(tmp_path, RECIPE)[0].micro_batch == 4
+
+
+def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
+    kept = Plan(micro_batch=4, accumulate=6, recompute="attention", loss_chunk=700, compile=True)
+    keep_plan(tmp_path, kept)
+    assert settle_plan(tmp_path, RECIPE, 8).plan == kept.model_copy(update={"micro_batch": 8, "accumulate": 3})
+    assert settle_plan(tmp_path, RECIPE, recompute="block").plan == kept.model_copy(update={"recompute": "block"})
+    assert settle_plan(tmp_path, RECIPE, recompute="none").plan == kept.model_copy(update={"recompute": "none"})
+    assert settle_plan(tmp_path, RECIPE, compiled=False).plan == kept.model_copy(update={"compile": False})
+
+
+def test_a_new_run_is_planned_by_whom_it_is_told_unless_something_was_asked_for(tmp_path: Path) -> None:
+    fitted = Plan(micro_batch=2, accumulate=12, recompute="block"), "the fastest that fits"
+    assert settle_plan(tmp_path, RECIPE, choose=lambda: fitted) == (*fitted, False)
+    compiled = fitted[0].model_copy(update={"compile": True})
+    assert settle_plan(tmp_path, RECIPE, compiled=True, choose=lambda: fitted).plan == compiled
+    plain = choose_plan(RECIPE)[0].model_copy(update={"recompute": "attention"})
+    assert settle_plan(tmp_path, RECIPE, recompute="attention", choose=lambda: fitted).plan == plain
+    assert settle_plan(tmp_path, RECIPE, 6, choose=lambda: fitted).plan == Plan(micro_batch=6, accumulate=4)
+    keep_plan(tmp_path, plain)
+    assert settle_plan(tmp_path, RECIPE, choose=lambda: fitted).plan == plain
+
+
+@pytest.mark.parametrize("numbers", [{}, {"plan": {"micro_batch": 8, "mood": "good"}}], ids=["older", "newer"])
+def test_a_checkpoint_of_another_version_names_no_plan(
+    home: Path, monkeypatch: pytest.MonkeyPatch, numbers: dict[str, Any]
+) -> None:
+    what = tiny_run(home, run="done")
+    assert settle_plan(what.run.dir, what.train).is_kept
+    monkeypatch.setattr(Checkpoint, "numbers", lambda _: numbers)
+    assert not settle_plan(what.run.dir, what.train).is_kept
 
 
 def test_a_plan_that_no_longer_makes_up_the_step_is_chosen_anew(tmp_path: Path) -> None:
     keep_plan(tmp_path, Plan(micro_batch=12, accumulate=2))
     larger = RECIPE.model_copy(update={"batch_tokens": 512 * 32})
-    assert settle_plan(tmp_path, larger, None)[0] == Plan(micro_batch=8, accumulate=4)
+    assert settle_plan(tmp_path, larger)[0] == Plan(micro_batch=8, accumulate=4)
 
 
 def test_a_wrong_micro_batch_leaves_the_plan_as_it_was(tmp_path: Path) -> None:
     keep_plan(tmp_path, Plan(micro_batch=4, accumulate=6))
     with pytest.raises(ConfigError):
         settle_plan(tmp_path, RECIPE, 5)
-    assert settle_plan(tmp_path, RECIPE, None)[0].micro_batch == 4
+    assert settle_plan(tmp_path, RECIPE)[0].micro_batch == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"micro_batch": 4}', "[]"], ids=["empty", "torn", "incomplete", "list"])
 def test_a_plan_that_cannot_be_read_is_answered_with_its_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"plan\.json is no plan.*Delete it"):
-        settle_plan(tmp_path, RECIPE, None)
+        settle_plan(tmp_path, RECIPE)

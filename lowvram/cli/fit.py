@@ -1,0 +1,198 @@
+"""`lowvram fit`: which models a card can pretrain, and how; or what one run needs, line by line."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.cli.options import memory
+
+if TYPE_CHECKING:
+    from lowvram.cli.place import Card
+    from lowvram.config import ModelConfig, TrainConfig
+    from lowvram.fit.answer import Answer, Place
+    from lowvram.fit.changes import Change
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "fit",
+        help="what fits on a card, how fast it trains, what it costs",
+        description="Say which presets a card can pretrain, with which plan and in how many days, or what one run "
+        "needs, line by line.  The bytes come from the trainer's own step, rehearsed on paper; nothing is trained, and "
+        "the card need not be here.  Without --gpu and --memory it is this machine's.",
+    )
+    parser.add_argument("run_file", nargs="?", type=Path, metavar="RUN.toml", help="judge this run (default: presets)")
+    parser.add_argument("--gpu", metavar="CARD", help='rtx5070, "RTX 4060 Laptop", m3-max, cpu, …')
+    parser.add_argument("--memory", type=memory, metavar="SIZE", help="the card's memory, with or without a name: 8GB")
+    parser.add_argument("--ram", type=memory, metavar="SIZE", help="the computer's memory: 16GB")
+    parser.add_argument(
+        "--desktop",
+        choices=("none", "linux", "windows"),
+        help="which desktop the card draws (default: this system's; of a card that is here, what is free counts)",
+    )
+    parser.add_argument("--model", metavar="PRESET", help="judge this preset alone, line by line")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of RUN.toml")
+    parser.add_argument("--days", type=float, default=21.0, metavar="N", help="longest run to recommend (default: 21)")
+    parser.add_argument("--measure", action="store_true", help="time real steps here first, and remember the result")
+    parser.add_argument("--explain", action="store_true", help="say why each choice was made")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --out: the folder of train, valid and tok")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Judge and print."""
+    from lowvram.cli.place import find_card, name_card
+    from lowvram.cli.show import notice
+    from lowvram.cli.verdict import explain, show_json
+    from lowvram.fit.answer import recommend
+
+    if arguments.gpu is None and arguments.memory is None:
+        card = find_card(ram_bytes=arguments.ram)
+    else:
+        card = name_card(arguments.gpu, arguments.memory, arguments.ram, arguments.desktop)
+    notice(card.sentence)
+    if arguments.measure:
+        _measure(arguments, card)
+    answers, place = _judge(arguments, card)
+    advice = recommend(answers, arguments.days)
+    is_alone = arguments.run_file is not None or arguments.model is not None
+    if arguments.json:
+        show_json(answers, place, advice[0].name if advice else None)
+    elif is_alone:
+        _show_alone(answers[0], place)
+    else:
+        _show_presets(answers, place, advice)
+    if arguments.explain:
+        for answer in answers:
+            explain(answer, place)
+    if arguments.out is not None:
+        _write(arguments, answers[0] if is_alone else advice[0] if advice else None)
+
+
+def _judge(arguments: argparse.Namespace, card: Card) -> tuple[list[Answer], Place]:
+    """Judge the run file, the preset that was named, or every preset."""
+    from lowvram.cli.place import judge_here
+    from lowvram.fit.answer import judge
+    from lowvram.fit.ledgers import find_sketch, path_of
+    from lowvram.runfile import load_preset, preset_names
+
+    if arguments.run_file is not None:
+        name, model, train = _read_run(arguments)
+        place = card.place(train.precision)
+        return [judge_here(name, model, train, place)], place
+    place = card.place(card.profile.dtype)
+    answers = []
+    for name in [arguments.model] if arguments.model else preset_names():
+        model, train = load_preset(name)
+        # Which 16-bit numbers a card computes with is the one thing that a preset leaves to it.
+        train = train.model_copy(update={"precision": card.profile.dtype})
+        sketch = find_sketch(name, model, train, path_of(card.profile, train))
+        answers.append(judge(name, model, train, sketch, place) if sketch else judge_here(name, model, train, place))
+    return answers, place
+
+
+def _read_run(arguments: argparse.Namespace) -> tuple[str, ModelConfig, TrainConfig]:
+    """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
+    from lowvram.cli.show import notice
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.errors import TokenizerError
+    from lowvram.runfile import load_run, name_vocabulary
+
+    def count_ids(directory: Path) -> int:
+        try:
+            return Tokenizer.load(directory).size
+        except TokenizerError:
+            said = name_vocabulary(arguments.run_file, arguments.set)
+            if said is None:
+                raise
+            notice(f"There is no tokenizer in {directory} yet: {said:,} ids, as the preset has, are taken.", "yellow")
+            return said
+
+    what = load_run(arguments.run_file, arguments.set, count_ids, with_gaps=True)
+    return arguments.run_file.stem, what.model, what.train
+
+
+def _show_presets(answers: list[Answer], place: Place, advice: tuple[Answer, str] | None) -> None:
+    from lowvram.cli.show import result
+    from lowvram.cli.verdict import show_table
+
+    show_table(answers, place)
+    result()
+    if advice is None:
+        result("None of them fits here; `lowvram fit --model tr-25m` shows what the smallest needs.")
+        return
+    answer, reason = advice
+    result(f"Recommended: {answer.name}, {reason}.")
+    result(f"  lowvram fit --model {answer.name} shows its ledger; with --out run.toml it becomes a run.")
+
+
+def _show_alone(answer: Answer, place: Place) -> None:
+    from lowvram.cli.verdict import show_one
+
+    show_one(answer, place, _find_changes(answer, place) if not answer.fits_headless else [])
+
+
+def _find_changes(answer: Answer, place: Place) -> list[Change]:
+    from lowvram.cli.place import sketch_run
+    from lowvram.fit.changes import propose
+    from lowvram.plan import Ledger
+
+    def smallest(model: ModelConfig, train: TrainConfig) -> Ledger:
+        return sketch_run(model, train, place.profile).at("block", 1).ledger
+
+    return list(propose(answer.model, answer.train, place.limit_bytes, smallest))
+
+
+def _measure(arguments: argparse.Namespace, card: Card) -> None:
+    """Time one preset, or the run that was named, on this machine, and keep what that says about its speed."""
+    from lowvram.cli.machine import choose_device
+    from lowvram.cli.place import judge_here
+    from lowvram.cli.show import notice
+    from lowvram.errors import MachineError
+    from lowvram.fit.measure import measure
+    from lowvram.fit.measured import store_measured
+    from lowvram.runfile import load_preset
+
+    if arguments.gpu is not None or arguments.memory is not None:
+        fix = "Leave --gpu and --memory out to measure this machine."
+        raise MachineError("--measure times this machine.", "A card that is not here cannot be timed.", fix)
+    device = choose_device("auto")
+    if arguments.run_file is not None:
+        name, model, train = _read_run(arguments)
+    else:
+        name = arguments.model or "tr-25m"
+        model, train = load_preset(name)
+        train = train.model_copy(update={"precision": card.profile.dtype})
+    answer = judge_here(name, model, train, card.place(train.precision))
+    if not answer.found.fits:
+        raise MachineError(
+            f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller preset: --model."
+        )
+    notice(f"Timing {name} on {device}: half a minute or so …")
+    measured = measure(name, model, train, answer.found.plan, device, card.profile)
+    path = store_measured(measured)
+    notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
+
+
+def _write(arguments: argparse.Namespace, answer: Answer | None) -> None:
+    """Write a run file for an answer, with gaps that `lowvram train` names where --data was not given."""
+    from lowvram.cli.show import notice
+    from lowvram.errors import ConfigError
+    from lowvram.runfile import write_run
+
+    if arguments.run_file is not None:
+        raise ConfigError(
+            f"--out has nothing to write: {arguments.run_file} is a run file.", fix="Leave one of them out."
+        )
+    if answer is None:
+        raise ConfigError(
+            "--out has nothing to write: no preset fits.", fix="Name one with --model to write it anyway."
+        )
+    write_run(arguments.out, answer.name, answer.train, arguments.data)
+    begin = "" if arguments.data else "put your folders into it, then "
+    notice(f"Wrote {arguments.out}: {begin}lowvram train {arguments.out}", "green")

@@ -1,0 +1,89 @@
+"""The work that a rehearsal counts is what the formulas say: products, attention, and what recomputation adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lowvram_kernels.attention import attention
+from lowvram_kernels.dispatch import Card, on_paper
+
+from lowvram.config import ModelConfig, TrainConfig
+from lowvram.fit.rehearse import LiveStorage, rehearse
+from lowvram.fit.sketch import Work
+from lowvram.plan import Plan
+
+CPU, AMPERE, TURING, APPLE = Card("cpu"), Card("cuda", (8, 6)), Card("cuda", (7, 5)), Card("mps")
+SEQ_LEN, MICRO_BATCH = 72, 3
+LAYERS, HEADS, HEAD_DIM = 2, 4, 24
+MODEL = ModelConfig.model_validate(
+    {
+        "layers": LAYERS,
+        "dim": 88,
+        "vocabulary": 500,
+        "attention": {"kind": "gqa", "heads": HEADS, "kv_heads": 2, "head_dim": HEAD_DIM},
+        "ffn": {"kind": "swiglu", "hidden": 200},
+    }
+)
+
+
+def work_of(card: Card, recompute: Any = "none", precision: str = "bf16") -> Work:
+    tokens = 2 * MICRO_BATCH * SEQ_LEN
+    given = {"tokens": tokens, "seq_len": SEQ_LEN, "batch_tokens": tokens, "precision": precision}
+    plan = Plan(micro_batch=MICRO_BATCH, accumulate=2, recompute=recompute)
+    return rehearse(MODEL, TrainConfig.model_validate(given), plan, card).micro
+
+
+@pytest.mark.parametrize("card", [CPU, AMPERE, TURING], ids=["cpu", "ampere", "turing"])
+def test_a_matrix_costs_six_flops_a_weight_and_token_and_a_norm_two(card: Card) -> None:
+    norms = (2 * LAYERS + 1) * MODEL.dim
+    matrices = MODEL.num_parameters() - norms
+    assert work_of(card).flops == (6 * matrices + 2 * norms) * MICRO_BATCH * SEQ_LEN
+
+
+@pytest.mark.parametrize("card", [AMPERE, TURING], ids=["flash", "efficient"])
+def test_a_cards_attention_is_seven_products_over_half_of_the_scores(card: Card) -> None:
+    scores = LAYERS * MICRO_BATCH * HEADS * SEQ_LEN**2
+    assert work_of(card).attention_flops == 7 * scores * HEAD_DIM
+
+
+def test_attention_that_writes_out_its_scores_is_made_of_products() -> None:
+    apple = work_of(APPLE)
+    assert apple.attention_flops == 0.0
+    scores = LAYERS * MICRO_BATCH * HEADS * SEQ_LEN**2
+    assert apple.flops == work_of(CPU).flops + 6 * 2 * scores * HEAD_DIM
+    assert apple.moved_bytes > work_of(AMPERE).moved_bytes
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seen"),
+    [(200, 200 * 200), (512, 512 * 512), (1_024, 512 * 512 + 512 * 1_024), (700, 512 * 512 + 188 * 700)],
+    ids=["short", "one-block", "two-blocks", "part-of-a-block"],
+)
+def test_a_processor_attends_to_whole_blocks_of_keys(tokens: int, seen: int) -> None:
+    counter = LiveStorage(1)
+    q, k, v = (torch.empty(2, 3, tokens, 40, device="meta", requires_grad=True) for _ in range(3))
+    with on_paper(CPU), counter:
+        out = attention(q, k, v, 0.1, causal=True)
+        out.backward(torch.empty_like(out))
+    (values,) = counter.work.values()
+    assert Work(*values).attention_flops == (2 + 5) * 2 * 2 * 3 * 40 * seen
+
+
+def test_recomputing_attention_adds_its_forward_products_once_more() -> None:
+    kept, again = work_of(AMPERE), work_of(AMPERE, recompute="attention")
+    matrices = LAYERS * MODEL.attention.num_parameters(MODEL.dim)
+    assert again.flops - kept.flops <= 2 * matrices * MICRO_BATCH * SEQ_LEN
+    assert again.flops > kept.flops
+    assert again.attention_flops == kept.attention_flops * 9 / 7
+    assert again.ops > kept.ops
+
+
+def test_a_product_moves_its_operands_too() -> None:
+    counter = LiveStorage(1)
+    x, weight = torch.empty(30, 50, device="meta"), torch.empty(50, 70, device="meta")
+    with on_paper(CPU), counter:
+        x @ weight
+    (values,) = counter.work.values()
+    assert Work(*values) == Work(2.0 * 30 * 50 * 70, 4 * (30 * 50 + 50 * 70 + 30 * 70), 1, 0.0)
