@@ -2,7 +2,7 @@
 
     step-00000120/  weights.safetensors   the model, fp32; opens without the rest
                     state.safetensors     optimizer
-                    state.json            step, tokens, loss scale
+                    state.json            step, tokens, loss scale, plan
                     config.json           the whole run configuration
                     tokenizer.json, tokenizer_config.json
                     manifest.json         written last: format, versions, SHA-256 of every other file

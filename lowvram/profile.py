@@ -88,6 +88,10 @@ class Profile(Words):
             shown -= self.host_process_bytes
         return max(0, int((shown - self.context_bytes) * (1 - self.fragmentation)) - self.workspace_bytes)
 
+    def allocator_bytes(self, limit_bytes: int) -> int:
+        """Return what the allocator may take where tensors may take limit_bytes: its losses and workspace included."""
+        return int((limit_bytes + self.workspace_bytes) / (1 - self.fragmentation))
+
 
 def profile_names() -> list[str]:
     """Return the ids of the catalogue: `rtx5070`, `m3-max`, `cpu`."""

@@ -6,8 +6,12 @@ import argparse
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device
+
+if TYPE_CHECKING:
+    from lowvram.config import RunConfig
 
 SEED = 1
 HELD_OUT_SEED = 2
@@ -54,7 +58,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "demo",
         help="the whole road in a few minutes, on any machine",
         description="From text to a model that answers, in a few minutes and without network or GPU: tokenizer, "
-        "shards, plan, training, an interruption and a resume, bits per byte, three prompts.  Each step names the "
+        "shards, what fits, training, an interruption and a resume, bits per byte, three prompts.  Each step names the "
         "command that does it on your own text.",
     )
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="your own files instead of generated Turkish text")
@@ -91,28 +95,44 @@ def run(arguments: argparse.Namespace) -> None:
         shards = pack_with_progress([file], tokenizer, home / "shards" / name)
         _tell(f"{name}: {shards.tokens:,} tokens of {shards.documents:,} documents")
 
-    _say(4, "Plan and training", f"lowvram train {arguments.dir / 'run.toml'}")
+    _say(4, "What fits", f"lowvram fit {arguments.dir / 'run.toml'}")
     run_file = home / "run.toml"
     run_file.write_text(_RUN_FILE, encoding="utf-8")
     what = load_run(run_file, [], lambda _: tokenizer.size)
+    _tell(_describe_fit(what, arguments.device))
+
+    _say(5, "Training", f"lowvram train {arguments.dir / 'run.toml'}")
     half = what.train.steps // 2
     if train(what, device=arguments.device, stop_at=half).step != half:
         _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
         return
 
-    _say(
-        5, "Interrupted half-way, as by Ctrl-C; the same command goes on", f"lowvram train {arguments.dir / 'run.toml'}"
-    )
+    command = f"lowvram train {arguments.dir / 'run.toml'}"
+    _say(6, "Interrupted half-way, as by Ctrl-C; the same command goes on", command)
     if not train(what, device=arguments.device).is_finished:
         _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
         return
 
-    _say(6, "Bits per byte of held-out text", f"lowvram evaluate {arguments.dir / 'run'}")
+    _say(7, "Bits per byte of held-out text", f"lowvram evaluate {arguments.dir / 'run'}")
     _evaluate(home / "run", arguments.device)
 
-    _say(7, "Three prompts", f'lowvram chat {arguments.dir / "run"} --prompt "{PROMPTS[0]}"')
+    _say(8, "Three prompts", f'lowvram chat {arguments.dir / "run"} --prompt "{PROMPTS[0]}"')
     _answer(home / "run", arguments.device)
     _tell(f"Done.  Everything is in {home}; delete it when you like.")
+
+
+def _describe_fit(what: RunConfig, device: str) -> str:
+    """Say what the run's plan takes of this machine, and how long it will take."""
+    from lowvram.cli.machine import choose_device
+    from lowvram.cli.promise import Promise
+    from lowvram.units import show_bytes, show_duration
+
+    promise = Promise(what, choose_device(device))
+    answer = promise.judge()
+    plan, limit = answer.found.plan, show_bytes(promise.place.limit_bytes)
+    days = f", about {show_duration(answer.days * 86_400)}" if answer.days is not None else ""
+    cut = f"{plan.micro_batch} × {plan.accumulate} sequences a step"
+    return f"{cut}: tensors take {show_bytes(answer.found.peak_bytes)} of {limit}{days}"
 
 
 def _say(number: int, what: str, command: str) -> None:
@@ -120,7 +140,7 @@ def _say(number: int, what: str, command: str) -> None:
 
     from lowvram.cli.show import out
 
-    out.print(Text(f"\n{number}/7 {what}", "bold"))
+    out.print(Text(f"\n{number}/8 {what}", "bold"))
     out.print(Text.assemble(("    $ ", "dim"), (command, "green")))
 
 

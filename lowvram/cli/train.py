@@ -68,6 +68,7 @@ def train(
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.cli.machine import choose_device
+    from lowvram.cli.promise import Promise
     from lowvram.cli.screen import TrainingScreen
     from lowvram.cli.show import notice
     from lowvram.machine import describe_machine
@@ -80,13 +81,15 @@ def train(
     place = choose_device(device)
     with ExitStack() as stack:
         stack.enter_context(lock_run(what.run.dir))
-        plan, reason, is_kept = settle_plan(what.run.dir, what.train, micro_batch, recompute, compiled)
+        promise = Promise(what, place)
+        plan, reason, is_kept = settle_plan(what.run.dir, what.train, micro_batch, recompute, compiled, promise.choose)
         size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
         notice(f"{describe_machine()}: {size} on {place}.")
         notice(_describe_plan(plan, reason))
         trainer = prepare(what, plan, place)
         notice(_describe_reading(what, trainer))
-        for sentence in settle_compilation(trainer, compiled, is_new=not is_kept):
+        promise.bind(plan)
+        for sentence in settle_compilation(trainer, compiled, not is_kept, promise.room_to_compile()):
             notice(sentence)
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
@@ -96,11 +99,15 @@ def train(
         for event in trainer.run():
             if isinstance(event, Started | Halved):
                 keep_plan(what.run.dir, trainer.plan)
+                promise.bind(trainer.plan)
             for log in logs:
                 log.write(event)
             screen.show(event)
-            if isinstance(event, StepDone) and event.step == stop_at:
-                trainer.stop()
+            if isinstance(event, StepDone):
+                if surprise := promise.look(event):
+                    notice(surprise, "yellow")
+                if event.step == stop_at:
+                    trainer.stop()
         assert isinstance(event, Stopped), "a run's last event is Stopped"
         return event
 

@@ -32,10 +32,12 @@ def write_user_text(folder: Path, documents: int = 120) -> Path:
 def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(tmp_path: Path) -> None:
     answer = typed("demo", "--dir", tmp_path / "d", "--device", "cpu")
     assert answer.code == 0, answer.err
-    titles = [line for line in answer.out.splitlines() if line[1:3] == "/7"]
-    assert [title[0] for title in titles] == list("1234567")
+    titles = [line for line in answer.out.splitlines() if line[1:3] == "/8"]
+    assert [title[0] for title in titles] == list("12345678")
     commands = [line.split() for line in answer.out.splitlines() if line.strip().startswith("$ ")]
-    assert [words[2] for words in commands] == ["demo", "tokenizer", "data", "train", "train", "evaluate", "chat"]
+    assert [words[2] for words in commands] == [
+        *["demo", "tokenizer", "data", "fit", "train", "train", "evaluate", "chat"]
+    ]
     assert "Going on from" in answer.err
     assert "step 2/4" in answer.err
     assert "step 4/4" in answer.err

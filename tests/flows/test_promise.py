@@ -1,0 +1,148 @@
+"""What fit promised a run: the plan it begins with, and what is said when its first steps are not as reckoned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.cli import place
+from lowvram.cli.promise import Promise
+from lowvram.config import RunConfig
+from lowvram.errors import MachineError
+from lowvram.machine import Detected
+from lowvram.plan import Plan
+from lowvram.profile import generic_profile, load_profile
+from lowvram.train.events import StepDone
+from tests.flows.typed import typed
+from tests.tiny import prepare_home, tiny_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    prepare_home(folder)
+    return folder
+
+
+@pytest.fixture
+def what(home: Path) -> RunConfig:
+    return tiny_run(home, run="promised")
+
+
+def stand_on(monkeypatch: pytest.MonkeyPatch, free_bytes: int, gpu: str | None = None) -> None:
+    """Let this machine be one with a card, or with a processor, that has so much memory free."""
+    profile = load_profile(gpu) if gpu else load_profile("cpu")
+    monkeypatch.setattr(place, "detect", lambda: Detected(profile, free_bytes, "invented"))
+
+
+def done(step: int, memory_bytes: int, speed: float = 1e9) -> StepDone:
+    return StepDone(step, step * 256, 5.0, 1.0, 1e-3, speed, memory_bytes, 1.0, False)
+
+
+def test_a_new_run_begins_with_the_plan_that_fits_and_keeps_it(home: Path) -> None:
+    run_file = home / "run.toml"
+    model = "layers = 2\ndim = 32\nattention = { kind = 'gqa', heads = 4, kv_heads = 2, head_dim = 8 }\n"
+    model += "ffn = { kind = 'swiglu', hidden = 64 }\n"
+    data = "train = 'shards/train'\nvalid = 'shards/valid'\ntokenizer = 'tok'\n"
+    train = "tokens = 1024\nseq_len = 32\nbatch_tokens = 256\nprecision = 'fp32'\n"
+    run_file.write_text(f"[model]\n{model}[data]\n{data}[train]\n{train}[run]\ndir = 'new'\nprompts = []\n")
+    answer = typed("train", run_file, "--device", "cpu")
+    assert answer.code == 0, answer.err
+    kept = Plan.model_validate_json((home / "new/plan.json").read_bytes())
+    assert f"Plan: {kept.micro_batch} sequence" in answer.err
+    assert kept.micro_batch * kept.accumulate == 8
+    assert not kept.compile, "on a processor runs stay reproducible"
+
+
+def test_less_room_makes_the_plan_smaller_and_none_at_all_is_an_error_with_a_way_out(
+    what: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = load_profile("cpu").host_process_bytes
+    stand_on(monkeypatch, fixed + 2**29)
+    roomy = Promise(what, CPU).judge()
+    stand_on(monkeypatch, fixed + int(roomy.found.peak_bytes * 0.9))
+    tight = Promise(what, CPU).judge()
+    assert roomy.found.fits
+    assert tight.found.fits
+    assert tight.found.peak_bytes < 0.9 * roomy.found.peak_bytes
+    assert tight.found.plan != roomy.found.plan
+    assert Promise(what, CPU).choose() == (tight.found.plan, tight.found.reason)
+    stand_on(monkeypatch, fixed + 1_000)
+    with pytest.raises(MachineError, match="does not fit") as refused:
+        Promise(what, CPU).choose()
+    assert "lowvram fit" in str(refused.value)
+    assert "--micro-batch 1" in str(refused.value)
+
+
+def test_the_processor_is_judged_where_it_was_asked_for_whatever_card_there_is(
+    what: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_on(monkeypatch, 8 * 2**30, "rtx5070")
+    assert Promise(what, CPU).place.profile.id == "cpu"
+
+
+@pytest.fixture
+def on_card(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Promise, list[Any]]:
+    """A promise for a run on a card that is not here, bound to its plan; the caps that were asked for."""
+    caps: list[Any] = []
+    stand_on(monkeypatch, 10 * 2**30, "rtx5070")
+    monkeypatch.setattr("lowvram.cli.promise.cap_memory", lambda device, size: caps.append((device.type, size)))
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    promise = Promise(what.model_copy(update={"train": what.train.model_copy(update={"precision": "bf16"})}),
+                      torch.device("cuda"))  # fmt: skip
+    promise.bind(Plan(micro_batch=2, accumulate=4, recompute="block"))
+    return promise, caps
+
+
+def test_the_allocator_is_capped_at_what_tensors_and_its_losses_may_take(on_card: tuple[Promise, list[Any]]) -> None:
+    promise, caps = on_card
+    limit = promise.place.limit_bytes
+    profile = load_profile("rtx5070")
+    assert limit == profile.limit_bytes(free_bytes=10 * 2**30)
+    assert caps == [("cuda", profile.allocator_bytes(limit))]
+    assert limit < caps[0][1] <= 10 * 2**30 - profile.context_bytes
+    room = promise.room_to_compile()
+    assert room is not None
+    assert 0 < limit - room < 2**20, "less by the optimizer's states, which do not exist yet"
+
+
+def test_the_third_step_is_held_against_the_ledger(on_card: tuple[Promise, list[Any]]) -> None:
+    promise, _ = on_card
+    ledger = limit_of(promise)
+    assert [promise.look(done(step, ledger * 2)) for step in (1, 2)] == [None, None]
+    assert "more" in (promise.look(done(3, int(ledger * 1.2))) or "")
+    promise.bind(Plan(micro_batch=2, accumulate=4, recompute="block"))
+    assert [promise.look(done(step, ledger)) for step in (4, 5, 6)] == [None, None, None]
+
+
+def limit_of(promise: Promise) -> int:
+    assert promise._rehearsal is not None
+    return promise._rehearsal.ledger.peak_bytes
+
+
+def test_the_tenth_step_is_held_against_the_speed(on_card: tuple[Promise, list[Any]]) -> None:
+    promise, _ = on_card
+    ledger = limit_of(promise)
+    told = [promise.look(done(step, ledger, speed=1.0)) for step in range(1, 12)]
+    assert [step for step, said in enumerate(told, 1) if said] == [10]
+    assert "spilling" in told[9]
+
+
+def test_a_card_without_figures_promises_no_speed(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(place, "detect", lambda: Detected(generic_profile(8 * 2**30), None, "invented"))
+    answer = Promise(what, torch.device("cuda")).judge()
+    assert answer.found.fits
+    assert answer.speed is None
+    assert answer.days is None
+
+
+def test_on_a_processor_nothing_is_capped_and_nothing_compared(what: RunConfig) -> None:
+    promise = Promise(what, CPU)
+    promise.bind(Plan(micro_batch=2, accumulate=4))
+    assert promise.room_to_compile() is None
+    assert [promise.look(done(step, 1, speed=1e-9)) for step in range(1, 12)] == [None] * 11
