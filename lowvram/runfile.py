@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 import types
@@ -35,9 +36,18 @@ def read_preset(name: str) -> Table:
     return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
 
 
-def load_preset(name: str) -> tuple[ModelConfig, TrainConfig]:
-    """Return a preset's model and training configuration."""
+def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, TrainConfig]:
+    """Return a preset's model and training configuration, with `--set a.b=c` laid over it.
+
+    Raises ConfigError naming the nearest presets, or the key that is not known.
+    """
     tables = read_preset(name)
+    for assignment in sets:
+        _assign(tables, assignment)
+    strange = sorted(set(tables) - {"model", "train"})
+    if strange:
+        raise ConfigError(f"--set names {strange[0]}, which a preset has not.", fix="Set values of model and train.")
+    _switch_off(tables["model"])
     where = f"preset {name}"
     return _check(ModelConfig, tables["model"], where, "model"), _check(TrainConfig, tables["train"], where, "train")
 
@@ -97,11 +107,11 @@ def write_run(path: Path, preset: str, train: TrainConfig, data: Path | None) ->
     data: a folder that holds the shards `train` and, if there is one, `valid`, with the tokenizer `tok` in it or beside
     it; None leaves gaps, which `load_run` names.  Raises ConfigError where `path` exists or data lacks something.
     """
-    if path.exists():
-        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+    refuse_overwriting(path)
     folders = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if data is None else _find_folders(data)
     lines = ["[model]", f'preset = "{preset}"', "[data]"]
-    lines += [f"{key} = {_quote(_relate(folder, path.parent) if data else folder)}" for key, folder in folders.items()]
+    home = path.resolve().parent
+    lines += [f"{key} = {_quote(_relate(folder, home) if data else folder)}" for key, folder in folders.items()]
     _, before = load_preset(preset)
     changed = {key: value for key, _, value in differences(before, train)}
     lines += ["[train]", *(f"{key} = {_quote(value)}" for key, value in changed.items())] if changed else []
@@ -110,19 +120,26 @@ def write_run(path: Path, preset: str, train: TrainConfig, data: Path | None) ->
     DISK.write(path, "\n".join(lines).encode())
 
 
+def refuse_overwriting(path: Path) -> None:
+    """Raise ConfigError where a run file would be written over something."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+
+
 def _find_folders(data: Path) -> dict[str, str]:
     tokenizer = next((place for place in (data / "tok", data.parent / "tok") if place.is_dir()), None)
     if not (data / "train").is_dir() or tokenizer is None:
         lacks = "no folder train" if tokenizer else "no folder tok, in it or beside it"
-        fix = f"Pack your texts: lowvram data pack TEXTS --tokenizer tok --out {data / 'train'}."
+        pack = f"data pack TEXTS --tokenizer {tokenizer} --out {data / 'train'}"
+        fix = f"Make it: lowvram {pack if tokenizer else f'tokenizer train TEXTS --out {data}/tok'}"
         raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
     folders = {"train": data / "train", "valid": data / "valid", "tokenizer": tokenizer}
     return {key: str(folder.resolve()) for key, folder in folders.items() if folder.is_dir()}
 
 
 def _quote(value: object) -> str:
-    """Return a value as TOML writes it: a literal string takes a Windows path as it is."""
-    return f"'{value}'" if isinstance(value, str) else str(value)
+    """Return a value as TOML writes it; JSON writes text, numbers and truths alike."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _refuse_gaps(path: Path, tables: Table) -> None:

@@ -6,11 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import memory
+from lowvram.cli.options import days, memory
 
 if TYPE_CHECKING:
     from lowvram.cli.place import Card
-    from lowvram.config import ModelConfig, TrainConfig
+    from lowvram.config import ModelConfig, RunConfig, TrainConfig
     from lowvram.fit.answer import Answer, Place
     from lowvram.fit.changes import Change
 
@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--model", metavar="PRESET", help="judge this preset alone, line by line")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of RUN.toml")
-    parser.add_argument("--days", type=float, default=21.0, metavar="N", help="longest run to recommend (default: 21)")
+    parser.add_argument("--days", type=days, default=21.0, metavar="N", help="longest run to recommend (default: 21)")
     parser.add_argument("--measure", action="store_true", help="time real steps here first, and remember the result")
     parser.add_argument("--explain", action="store_true", help="say why each choice was made")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
@@ -47,44 +47,71 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
     from lowvram.cli.place import find_card, name_card
-    from lowvram.cli.show import notice
-    from lowvram.cli.verdict import explain, show_json
+    from lowvram.cli.show import notice, result
+    from lowvram.cli.verdict import explain, show_json, show_one, show_table
     from lowvram.fit.answer import recommend
 
+    _refuse_contradictions(arguments)
     if arguments.gpu is None and arguments.memory is None:
         card = find_card(ram_bytes=arguments.ram)
     else:
         card = name_card(arguments.gpu, arguments.memory, arguments.ram, arguments.desktop)
     notice(card.sentence)
+    what = _read_run(arguments) if arguments.run_file is not None else None
     if arguments.measure:
-        _measure(arguments, card)
-    answers, place = _judge(arguments, card)
+        _measure(arguments, card, what)
+    answers, place = _judge(arguments, card, what)
     advice = recommend(answers, arguments.days)
     is_alone = arguments.run_file is not None or arguments.model is not None
+    changes = _find_changes(answers[0], place) if is_alone and not answers[0].fits_headless else []
     if arguments.json:
-        show_json(answers, place, advice[0].name if advice else None)
+        show_json(answers, place, advice[0].name if advice else None, changes)
     elif is_alone:
-        _show_alone(answers[0], place)
+        show_one(answers[0], place, changes, is_preset=arguments.run_file is None)
     else:
-        _show_presets(answers, place, advice)
-    if arguments.explain:
-        for answer in answers:
-            explain(answer, place)
+        show_table(answers, place, advice)
+    for line in explain(answers, place) if arguments.explain else ():
+        (notice if arguments.json else result)(line)
     if arguments.out is not None:
         _write(arguments, answers[0] if is_alone else advice[0] if advice else None)
 
 
-def _judge(arguments: argparse.Namespace, card: Card) -> tuple[list[Answer], Place]:
+def _refuse_contradictions(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError where options say nothing together, before anything takes time."""
+    from lowvram.errors import ConfigError
+    from lowvram.runfile import refuse_overwriting
+
+    here = arguments.gpu is None and arguments.memory is None
+    run_file = arguments.run_file
+    if run_file is not None and arguments.gpu and not run_file.exists() and run_file.suffix != ".toml":
+        words = f"{arguments.gpu} {run_file}"
+        raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
+    for is_wrong, what, fix in (
+        (run_file and arguments.model, "A run file and --model were both given.", "Leave one of them out."),
+        (run_file and arguments.out, f"--out has nothing to write: {run_file} is a run file.", "Leave it out."),
+        (arguments.set and not run_file, "--set changes a run file.", "Name it: lowvram fit RUN.toml --set …"),
+        (arguments.data and not arguments.out, "--data says what a new run file holds.", "Add --out run.toml."),
+        (arguments.desktop and here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
+        (arguments.measure and not here, "--measure times this machine.", "Leave --gpu and --memory out."),
+    ):
+        if is_wrong:
+            raise ConfigError(what, fix=fix)
+    if arguments.out is not None:
+        refuse_overwriting(arguments.out)
+
+
+def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[Answer], Place]:
     """Judge the run file, the preset that was named, or every preset."""
     from lowvram.cli.place import judge_here
+    from lowvram.cli.show import bar
     from lowvram.fit.answer import judge
     from lowvram.fit.ledgers import find_sketch, path_of
     from lowvram.runfile import load_preset, preset_names
 
-    if arguments.run_file is not None:
-        name, model, train = _read_run(arguments)
-        place = card.place(train.precision)
-        return [judge_here(name, model, train, place)], place
+    if what is not None:
+        name, place = arguments.run_file.stem, card.place(what.train.precision)
+        with bar(f"Rehearsing {name} on paper"):
+            return [judge_here(name, what.model, what.train, place, what.run)], place
     place = card.place(card.profile.dtype)
     answers = []
     for name in [arguments.model] if arguments.model else preset_names():
@@ -92,63 +119,44 @@ def _judge(arguments: argparse.Namespace, card: Card) -> tuple[list[Answer], Pla
         # Which 16-bit numbers a card computes with is the one thing that a preset leaves to it.
         train = train.model_copy(update={"precision": card.profile.dtype})
         sketch = find_sketch(name, model, train, path_of(card.profile, train))
-        answers.append(judge(name, model, train, sketch, place) if sketch else judge_here(name, model, train, place))
-    return answers, place
+        if sketch is not None:
+            answers.append(judge(name, model, train, sketch, place))
+            continue
+        with bar(f"Rehearsing {name} on paper"):
+            answers.append(judge_here(name, model, train, place))
+    return sorted(answers, key=lambda answer: answer.model.num_parameters()), place
 
 
-def _read_run(arguments: argparse.Namespace) -> tuple[str, ModelConfig, TrainConfig]:
+def _read_run(arguments: argparse.Namespace) -> RunConfig:
     """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.errors import TokenizerError
     from lowvram.runfile import load_run, name_vocabulary
 
     def count_ids(directory: Path) -> int:
-        try:
+        said = None if directory.exists() else name_vocabulary(arguments.run_file, arguments.set)
+        if said is None:
             return Tokenizer.load(directory).size
-        except TokenizerError:
-            said = name_vocabulary(arguments.run_file, arguments.set)
-            if said is None:
-                raise
-            notice(f"There is no tokenizer in {directory} yet: {said:,} ids, as the preset has, are taken.", "yellow")
-            return said
+        notice(f"There is no tokenizer yet: {said:,} ids are taken, as the run file or its preset says.", "yellow")
+        return said
 
-    what = load_run(arguments.run_file, arguments.set, count_ids, with_gaps=True)
-    return arguments.run_file.stem, what.model, what.train
-
-
-def _show_presets(answers: list[Answer], place: Place, advice: tuple[Answer, str] | None) -> None:
-    from lowvram.cli.show import result
-    from lowvram.cli.verdict import show_table
-
-    show_table(answers, place)
-    result()
-    if advice is None:
-        result("None of them fits here; `lowvram fit --model tr-25m` shows what the smallest needs.")
-        return
-    answer, reason = advice
-    result(f"Recommended: {answer.name}, {reason}.")
-    result(f"  lowvram fit --model {answer.name} shows its ledger; with --out run.toml it becomes a run.")
-
-
-def _show_alone(answer: Answer, place: Place) -> None:
-    from lowvram.cli.verdict import show_one
-
-    show_one(answer, place, _find_changes(answer, place) if not answer.fits_headless else [])
+    return load_run(arguments.run_file, arguments.set, count_ids, with_gaps=True)
 
 
 def _find_changes(answer: Answer, place: Place) -> list[Change]:
     from lowvram.cli.place import sketch_run
+    from lowvram.cli.show import bar
     from lowvram.fit.changes import propose
     from lowvram.plan import Ledger
 
     def smallest(model: ModelConfig, train: TrainConfig) -> Ledger:
         return sketch_run(model, train, place.profile).at("block", 1).ledger
 
-    return list(propose(answer.model, answer.train, place.limit_bytes, smallest))
+    with bar("Looking for changes that would fit"):
+        return list(propose(answer.model, answer.train, place.limit_bytes, smallest))
 
 
-def _measure(arguments: argparse.Namespace, card: Card) -> None:
+def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> None:
     """Time one preset, or the run that was named, on this machine, and keep what that says about its speed."""
     from lowvram.cli.machine import choose_device
     from lowvram.cli.place import judge_here
@@ -158,12 +166,12 @@ def _measure(arguments: argparse.Namespace, card: Card) -> None:
     from lowvram.fit.measured import store_measured
     from lowvram.runfile import load_preset
 
-    if arguments.gpu is not None or arguments.memory is not None:
-        fix = "Leave --gpu and --memory out to measure this machine."
-        raise MachineError("--measure times this machine.", "A card that is not here cannot be timed.", fix)
     device = choose_device("auto")
-    if arguments.run_file is not None:
-        name, model, train = _read_run(arguments)
+    if device.type != card.profile.platform:
+        fix = "Install a torch for it, or leave --measure out."
+        raise MachineError(f"{card.profile.name} cannot be timed.", f"torch trains on {device} here.", fix)
+    if what is not None:
+        name, model, train = arguments.run_file.stem, what.model, what.train
     else:
         name = arguments.model or "tr-25m"
         model, train = load_preset(name)
@@ -185,14 +193,9 @@ def _write(arguments: argparse.Namespace, answer: Answer | None) -> None:
     from lowvram.errors import ConfigError
     from lowvram.runfile import write_run
 
-    if arguments.run_file is not None:
-        raise ConfigError(
-            f"--out has nothing to write: {arguments.run_file} is a run file.", fix="Leave one of them out."
-        )
     if answer is None:
-        raise ConfigError(
-            "--out has nothing to write: no preset fits.", fix="Name one with --model to write it anyway."
-        )
+        fix = "Name one with --model to write it all the same."
+        raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
     write_run(arguments.out, answer.name, answer.train, arguments.data)
     begin = "" if arguments.data else "put your folders into it, then "
     notice(f"Wrote {arguments.out}: {begin}lowvram train {arguments.out}", "green")

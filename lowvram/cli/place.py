@@ -14,7 +14,7 @@ from lowvram.plan import Plan
 from lowvram.profile import Desktop, Profile, find_profile, generic_profile
 
 if TYPE_CHECKING:
-    from lowvram.config import ModelConfig, TrainConfig
+    from lowvram.config import ModelConfig, RunOptions, TrainConfig
 
 
 class Card(NamedTuple):
@@ -25,6 +25,7 @@ class Card(NamedTuple):
     ram_bytes: int | None
     free_bytes: int | None
     desktop: Desktop
+    beside: str = "a desktop"
 
     def place(self, precision: str) -> Place:
         """Return the limits, and the measurement that was made here in this precision, if any."""
@@ -33,7 +34,7 @@ class Card(NamedTuple):
             notice(problem, "yellow")
         beside = self.profile.limit_bytes(self.desktop, self.ram_bytes, self.free_bytes)
         alone = self.profile.limit_bytes("none", self.ram_bytes)
-        return Place(self.profile, beside, max(beside, alone), self.ram_bytes, measured)
+        return Place(self.profile, beside, max(beside, alone), self.ram_bytes, measured, self.beside)
 
 
 def name_card(gpu: str | None, memory_bytes: int | None, ram_bytes: int | None, desktop: Desktop | None) -> Card:
@@ -57,7 +58,7 @@ def find_card(device: str | None = None, ram_bytes: int | None = None) -> Card:
     if device == "cpu" and found.profile.platform != "cpu":
         return Card(find_profile("cpu", ram_bytes)[0], "The processor.", ram_bytes, None, "none")
     # What a desktop takes is not free any more.
-    return Card(found.profile, found.sentence, ram_bytes, found.free_bytes, "none")
+    return Card(found.profile, found.sentence, ram_bytes, found.free_bytes, "none", "other programs")
 
 
 def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
@@ -73,6 +74,8 @@ def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sket
     return Sketch(train.batch_samples, make)
 
 
-def judge_here(name: str, model: ModelConfig, train: TrainConfig, place: Place) -> Answer:
+def judge_here(
+    name: str, model: ModelConfig, train: TrainConfig, place: Place, options: RunOptions | None = None
+) -> Answer:
     """Rehearse a run on a card and judge it."""
-    return judge(name, model, train, sketch_run(model, train, place.profile), place, exact=True)
+    return judge(name, model, train, sketch_run(model, train, place.profile), place, exact=True, options=options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from lowvram.config import ModelConfig, RunOptions, TrainConfig
@@ -21,7 +22,7 @@ _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 class Place(NamedTuple):
     """A card, and what tensors may take on it: beside a desktop, and with the card to themselves.
 
-    ram_bytes: the computer's memory, None where nobody said.
+    ram_bytes: the computer's memory, None where nobody said.  beside: what else takes memory of the card.
     """
 
     profile: Profile
@@ -29,13 +30,15 @@ class Place(NamedTuple):
     headless_bytes: int
     ram_bytes: int | None = None
     measured: Measured | None = None
+    beside: str = "a desktop"
 
 
 class Answer(NamedTuple):
     """Everything that is said about one model on one card.
 
     host_bytes: this process in the computer's memory.  state_bytes: one checkpoint.  written_bytes_per_day and
-    disk_bytes: what saving writes, and what must be free for the checkpoints kept and the tokens.
+    disk_bytes: what saving writes, and what must be free for the checkpoints kept and the tokens.  fits_headless: on
+    the card with nothing beside.  lacks_host_bytes: memory that the computer has too little, 0 where nobody knows.
     """
 
     name: str
@@ -50,16 +53,24 @@ class Answer(NamedTuple):
     written_bytes_per_day: int
     disk_bytes: int
     fits_headless: bool
+    lacks_host_bytes: int
 
-    def lacks_host_bytes(self, place: Place) -> int:
-        """Return how much memory the computer lacks for this run, 0 where it has enough or nobody said how much."""
-        return max(0, self.host_bytes - place.ram_bytes) if place.ram_bytes is not None else 0
+    @property
+    def fits(self) -> bool:
+        """Say whether card and computer both have room."""
+        return self.found.fits and not self.lacks_host_bytes
 
 
 def judge(
-    name: str, model: ModelConfig, train: TrainConfig, sketch: Sketch, place: Place, exact: bool = False
+    name: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    sketch: Sketch,
+    place: Place,
+    exact: bool = False,
+    options: RunOptions | None = None,
 ) -> Answer:
-    """Search a model's plan on a card and say what it costs.  exact: see `search`."""
+    """Search a model's plan on a card and say what it costs.  exact: see `search`.  options: how often it saves."""
 
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
         return step_seconds(rehearsal, plan, train, place.profile, place.measured)
@@ -71,10 +82,11 @@ def judge(
         fits_headless = True
     ledger = found.rehearsal.ledger
     state = ledger.weights + ledger.optimizer
-    options = RunOptions.model_construct()
+    options = options or RunOptions(dir=Path("run"))
     is_possible = found.fits or fits_headless
     speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if is_possible else None
     waiting = days(train.tokens, speed) if speed else None
+    host_bytes = place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes)
     return Answer(
         name,
         model,
@@ -83,12 +95,13 @@ def judge(
         speed,
         days=waiting,
         kwh=kwh(waiting, place.profile) if waiting is not None else None,
-        host_bytes=place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes),
+        host_bytes=host_bytes,
         state_bytes=state,
         written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
         # One more than are kept: the new one is whole before the oldest goes.
         disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
         fits_headless=fits_headless,
+        lacks_host_bytes=0 if place.ram_bytes is None else max(0, host_bytes - place.ram_bytes),
     )
 
 
@@ -98,7 +111,7 @@ def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -
     The largest whose tokens are seen in time, by √(parameters · active parameters): what a mixture of experts is worth
     lies between the two.
     """
-    fitting = [answer for answer in answers if answer.found.fits]
+    fitting = [answer for answer in answers if answer.fits]
     if not fitting:
         return None
 
@@ -111,5 +124,5 @@ def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -
     soon = [answer for answer in timed if answer.days is not None and answer.days <= patience_days]
     if not soon:
         quickest = min(timed, key=lambda answer: answer.days or math.inf)
-        return quickest, f"none sees its tokens within {patience_days:g} days; this one comes nearest"
-    return max(soon, key=worth), f"the largest of those that see all their tokens within {patience_days:g} days"
+        return quickest, f"the quickest; none sees all of its tokens within {patience_days:g} days"
+    return max(soon, key=worth), f"the largest that sees all of its tokens within {patience_days:g} days"

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from lowvram.config import ModelConfig, TrainConfig
-from lowvram.plan import Ledger, Plan
+from lowvram.plan import Ledger
 
 # Shorter contexts than this teach a model little about texts.
 _SHORTEST = 256
+_EIGHT = ("optimizer.bits=8",)
 
 
 class Change(NamedTuple):
@@ -27,23 +28,34 @@ def propose(
 
     smallest: rehearses the plan that needs least for a model and a recipe.
     """
-    eight = train.model_copy(update={"optimizer": train.optimizer.model_copy(update={"bits": 8})})
-    recipes = [((), train)]
+    recipes: list[tuple[tuple[str, ...], TrainConfig]] = [((), train)]
     if train.optimizer.bits == 32:
-        recipes.append((("optimizer.bits=8",), eight))
+        eight = train.model_copy(update={"optimizer": train.optimizer.model_copy(update={"bits": 8})})
         peak = smallest(model, eight).peak_bytes
         if peak <= limit_bytes:
-            yield Change(("optimizer.bits=8",), "both moments in 8 bits", peak)
+            yield Change(_EIGHT, "the optimizer's memory in 8 bits", peak)
+        else:  # where 8 bits do it alone, nobody needs them with something else
+            recipes.append((_EIGHT, eight))
     for sets, recipe in recipes:
-        length = recipe.seq_len
-        while length // 2 >= _SHORTEST:
-            length //= 2
+        for length in _shorter(recipe):
             peak = smallest(model, recipe.model_copy(update={"seq_len": length})).peak_bytes
             if peak <= limit_bytes:
-                yield Change((*sets, f"train.seq_len={length}"), "a shorter context", peak)
+                yield Change((*sets, f"train.seq_len={length}"), _say("a shorter context", sets), peak)
                 break
     sets, recipe = recipes[-1]
     yield from _fewer_layers(model, recipe, sets, limit_bytes, smallest)
+
+
+def _say(what: str, sets: tuple[str, ...]) -> str:
+    return f"{what}, and the optimizer's memory in 8 bits" if sets else what
+
+
+def _shorter(train: TrainConfig) -> Iterator[int]:
+    """Yield half the context, a quarter, and so on, as long as a step still has whole sequences."""
+    length = train.seq_len
+    while length % 2 == 0 and length // 2 >= _SHORTEST:
+        length //= 2
+        yield length
 
 
 def _fewer_layers(
@@ -61,13 +73,13 @@ def _fewer_layers(
     def peak_of(layers: int) -> int:
         return smallest(model.model_copy(update={"layers": layers}), train).peak_bytes
 
-    full, half = peak_of(model.layers), peak_of(max(least, model.layers // 2))
-    each = (full - half) / (model.layers - max(least, model.layers // 2))
-    layers = min(model.layers - 1, int(model.layers - (full - limit_bytes) / each))
-    if layers >= least and (peak := peak_of(layers)) <= limit_bytes:
-        yield Change((*sets, f"model.layers={layers}"), "fewer layers", peak)
-
-
-def smallest_plan(train: TrainConfig) -> Plan:
-    """Return the plan that needs least: one sequence at a time, blocks recomputed."""
-    return Plan(micro_batch=1, accumulate=train.batch_samples, recompute="block")
+    few, peak = max(least, model.layers // 2), peak_of(model.layers)
+    each = max(1.0, (peak - peak_of(few)) / (model.layers - few))
+    layers = model.layers
+    while peak > limit_bytes:
+        # Of a smaller model another moment may be the greatest: then the line says too little, and leads on.
+        layers = min(layers - 1, int(layers - (peak - limit_bytes) / each))
+        if layers < least:
+            return
+        peak = peak_of(layers)
+    yield Change((*sets, f"model.layers={layers}"), _say("fewer layers", sets), peak)

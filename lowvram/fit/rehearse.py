@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, ValuesView
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,6 @@ import torch
 from lowvram_kernels.dispatch import Card, HiddenWork, on_paper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.sketch import Rehearsal, Work
@@ -60,9 +59,8 @@ class LiveStorage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        self._add_work(func, inputs, outputs)
+        outputs = list(_tensors(result))
+        self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
         for tensor in outputs:
             self._see(tensor.untyped_storage())
         return result
@@ -107,6 +105,15 @@ class LiveStorage(TorchDispatchMode):
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
         self.work[self.phase] = [old + new for old, new in zip(total, part, strict=True)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an op's arguments or results, which nest in tuples and lists at most."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | ValuesView):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _products_of(name: str, inputs: list[Tensor]) -> tuple[float, int]:

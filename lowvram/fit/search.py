@@ -42,7 +42,7 @@ def search(
     """Return the fastest plan within limit_bytes.
 
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
-    where straight lines between rehearsals do not do (they never promise too little, sometimes too much).
+    where a straight line between two of them does not do (it never says too few bytes, sometimes 1 % too many).
     """
     fitting: list[Found] = []
     for technique in TECHNIQUES:
@@ -51,15 +51,16 @@ def search(
         if here and (here[-1][0] == sketch.samples or here[-1][0] * seq_len >= ENOUGH_TOKENS):
             break  # the card is full with less to compute: more recomputation can only cost time
     if not fitting:
-        least = sketch.at("block", 1)
-        return Found(_plan(sketch, "block", 1), least, False, "nothing smaller exists: one sequence, blocks recomputed")
-    seconds = {id(found): step_seconds(found.rehearsal, found.plan) for found in fitting}
-    fastest = min(seconds.values())
-    level = [found for found in fitting if seconds[id(found)] <= fastest * (1 + EQUALLY_FAST)]
-    chosen = min(level, key=lambda found: found.peak_bytes)
+        reason = "this is the smallest plan: one sequence at a time, every block computed again in backward"
+        return Found(_plan(sketch, "block", 1), sketch.at("block", 1), False, reason)
+    timed = [(step_seconds(found.rehearsal, found.plan), found) for found in fitting]
+    fastest = min(seconds for seconds, _ in timed)
+    level = [(seconds, found) for seconds, found in timed if seconds <= fastest * (1 + EQUALLY_FAST)]
+    seconds, chosen = min(level, key=lambda one: one[1].peak_bytes)
+    chosen = chosen._replace(reason=_explain(chosen.plan, seconds, timed, sketch.samples))
     if exact:
         chosen = chosen._replace(rehearsal=sketch.exactly(chosen.plan.recompute, chosen.plan.micro_batch))
-    return chosen._replace(reason=_explain(chosen, fitting, seconds, sketch))
+    return chosen
 
 
 def _plan(sketch: Sketch, technique: Recompute, micro_batch: int) -> Plan:
@@ -79,22 +80,21 @@ def _fitting(sketch: Sketch, technique: Recompute, limit_bytes: int) -> Iterator
             return
 
 
-def _explain(chosen: Found, fitting: list[Found], seconds: dict[int, float], sketch: Sketch) -> str:
-    plan = chosen.plan
-    same = [found for found in fitting if found.plan.recompute == plan.recompute]
-    largest = max(found.plan.micro_batch for found in same)
-    if plan.micro_batch == sketch.samples:
+def _explain(plan: Plan, seconds: float, timed: list[tuple[float, Found]], samples: int) -> str:
+    largest = max(found.plan.micro_batch for _, found in timed if found.plan.recompute == plan.recompute)
+    is_one = plan.micro_batch == 1
+    sequences = "1 sequence at a time" if is_one else f"{plan.micro_batch} sequences at a time"
+    if plan.micro_batch == samples:
         size = "the whole step fits at once"
     elif plan.micro_batch == largest:
-        size = f"{plan.micro_batch} sequences are the most that fit"
+        size = f"{sequences} is the most that fits" if is_one else f"{sequences} are the most that fit"
     else:
-        size = f"more than {plan.micro_batch} sequences at a time would be no faster"
-    kept = [found for found in fitting if found.plan.recompute == "none"]
+        size = f"more than {sequences} would be no faster"
     if plan.recompute == "none":
-        return f"{size}, with nothing computed twice"
+        return f"{size}, and nothing is computed twice"
+    kept = [(took, found.plan.micro_batch) for took, found in timed if found.plan.recompute == "none"]
     if not kept:
-        return f"{size}; without recomputation not even one fits"
-    most = max(found.plan.micro_batch for found in kept)
-    slower = min(seconds[id(found)] for found in kept) / seconds[id(chosen)] if id(chosen) in seconds else 0.0
-    times = f", {slower:.2f} times as slow" if slower else ""
-    return f"{size}; without recomputation at most {most} would{times}"
+        return f"{size}; without recomputation not even one would"
+    slower = min(took for took, _ in kept) / seconds
+    times = f"and a step would take {slower:.2f} times as long" if slower > 1.005 else "and be no faster"
+    return f"{size}; without recomputation at most {max(most for _, most in kept)} would, {times}"

@@ -1,0 +1,152 @@
+"""What is said about a model on a card, in numbers that can be checked by hand; and which model is recommended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowvram.config import RunOptions
+from lowvram.fit.answer import Answer, Place, judge, recommend
+from lowvram.fit.sketch import Rehearsal, Sketch, Work
+from lowvram.fit.speed import step_seconds
+from lowvram.plan import Ledger, Plan
+from lowvram.profile import generic_profile, load_profile
+from lowvram.runfile import load_preset
+
+MODEL, TRAIN = load_preset("tr-25m")
+CARD = load_profile("rtx5070")
+GIB = 2**30
+WEIGHTS, OPTIMIZER, EACH, HOST = 100_000_000, 200_000_000, 10_000_000, 123_456_789
+
+
+def rehearse(plan: Plan) -> Rehearsal:
+    ledger = Ledger(WEIGHTS, 0, OPTIMIZER, EACH * plan.micro_batch, 0, 0, "backward", host_bytes=HOST)
+    n = plan.micro_batch
+    return Rehearsal(ledger, Work(1e12 * n, 1e9 * n, 1000.0), Work(0.0, 5e8, 100.0))
+
+
+def answer_on(place: Place, name: str = "tr-25m", **changes: object) -> Answer:
+    train = TRAIN.model_copy(update=changes)
+    return judge(name, MODEL, train, Sketch(train.batch_samples, rehearse), place)
+
+
+ROOMY = Place(CARD, 8 * GIB, 9 * GIB)
+
+
+def test_days_and_electricity_follow_from_the_speed_of_the_plan() -> None:
+    answer = answer_on(ROOMY)
+    seconds = step_seconds(answer.found.rehearsal, answer.found.plan, TRAIN, CARD)
+    assert answer.fits
+    assert answer.speed.tokens_per_second == pytest.approx(TRAIN.batch_tokens / seconds)
+    assert answer.days == pytest.approx(TRAIN.tokens / TRAIN.batch_tokens * seconds / 86_400)
+    assert answer.kwh == pytest.approx((CARD.watts + 60) * answer.days * 24 / 1000)
+
+
+def test_a_checkpoint_is_weights_and_optimizer_and_one_more_than_are_kept_must_have_room() -> None:
+    answer = answer_on(ROOMY)
+    state = WEIGHTS + OPTIMIZER
+    assert answer.state_bytes == state
+    assert answer.disk_bytes == 3 * state + 2 * TRAIN.tokens
+    assert answer.written_bytes_per_day == state * 144, "every ten minutes"
+
+
+def test_a_large_state_is_saved_so_seldom_that_a_disk_lasts() -> None:
+    def large(plan: Plan) -> Rehearsal:
+        found = rehearse(plan)
+        return found._replace(ledger=found.ledger._replace(weights=4 * GIB))
+
+    answer = judge("large", MODEL, TRAIN, Sketch(64, large), ROOMY)
+    assert answer.written_bytes_per_day == 50_000_000_000
+
+
+def test_a_run_that_says_how_often_it_saves_and_how_many_it_keeps_is_believed() -> None:
+    options = RunOptions(dir=Path("run"), keep=5, save_every_minutes=60)
+    answer = judge("mine", MODEL, TRAIN, Sketch(64, rehearse), ROOMY, options=options)
+    assert answer.written_bytes_per_day == answer.state_bytes * 24
+    assert answer.disk_bytes == 6 * answer.state_bytes + 2 * TRAIN.tokens
+
+
+def test_what_fits_only_without_a_desktop_says_so_and_is_planned_for_that() -> None:
+    least = WEIGHTS + OPTIMIZER + EACH
+    answer = answer_on(Place(CARD, least - 1, least + EACH))
+    assert (answer.fits, answer.found.fits, answer.fits_headless) == (False, False, True)
+    assert least <= answer.found.peak_bytes <= least + EACH
+    assert answer.speed is not None
+    assert answer.days is not None
+
+
+def test_what_fits_nowhere_has_no_speed_and_shows_the_smallest_plan() -> None:
+    least = WEIGHTS + OPTIMIZER + EACH
+    answer = answer_on(Place(CARD, 10, least - 1))
+    assert (answer.fits, answer.fits_headless) == (False, False)
+    assert (answer.found.plan.micro_batch, answer.found.plan.recompute) == (1, "block")
+    assert (answer.speed, answer.days, answer.kwh) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "ram_bytes, lacks", [(None, 0), (16 * GIB, 0), (GIB + HOST, 0), (GIB + HOST - 1, 1), (GIB // 2, HOST + GIB // 2)]
+)
+def test_a_computer_with_too_little_memory_is_told_how_much_it_lacks(ram_bytes: int | None, lacks: int) -> None:
+    answer = answer_on(ROOMY._replace(ram_bytes=ram_bytes))
+    assert answer.host_bytes == GIB + HOST
+    assert answer.lacks_host_bytes == lacks
+    assert answer.fits == (lacks == 0)
+    assert answer.found.fits, "the card has room"
+
+
+def test_where_memory_is_shared_nothing_is_counted_twice() -> None:
+    answer = answer_on(Place(load_profile("m3-max"), 8 * GIB, 8 * GIB, ram_bytes=36 * GIB))
+    assert answer.host_bytes == GIB // 2
+
+
+def test_of_a_card_without_figures_the_plan_is_known_and_the_speed_is_not() -> None:
+    answer = answer_on(Place(generic_profile(8 * GIB), 6 * GIB, 7 * GIB))
+    assert answer.fits
+    assert (answer.speed, answer.days, answer.kwh) == (None, None, None)
+
+
+def invented(name: str, parameters_of: str, days: float | None, lacks: int = 0, fits: bool = True) -> Answer:
+    model, train = load_preset(parameters_of)
+    answer = answer_on(ROOMY)
+    return answer._replace(
+        name=name,
+        model=model,
+        train=train,
+        found=answer.found._replace(fits=fits),
+        days=days,
+        lacks_host_bytes=lacks,
+    )
+
+
+def test_the_largest_that_ends_in_time_is_recommended() -> None:
+    answers = [invented("s", "tr-25m", 0.1), invented("m", "tr-125m", 5.0), invented("l", "tr-350m", 30.0)]
+    assert recommend(answers) == (answers[1], "the largest that sees all of its tokens within 21 days")
+    assert recommend(answers, 40.0) == (answers[2], "the largest that sees all of its tokens within 40 days")
+    assert recommend(answers, 0.5)[0].name == "s"
+
+
+def test_a_mixture_of_experts_is_worth_what_lies_between_all_and_active_parameters() -> None:
+    dense, moe = invented("dense", "tr-125m", 1.0), invented("moe", "tr-130m-moe", 1.0)
+    assert moe.model.num_parameters() > dense.model.num_parameters()
+    assert recommend([dense, moe])[0].name == "dense"
+
+
+def test_where_none_ends_in_time_the_quickest_is_recommended() -> None:
+    answers = [invented("s", "tr-25m", 33.0), invented("m", "tr-125m", 90.0)]
+    assert recommend(answers) == (answers[0], "the quickest; none sees all of its tokens within 21 days")
+
+
+def test_where_no_speed_is_known_the_largest_that_fits_is_recommended() -> None:
+    answers = [invented("s", "tr-25m", None), invented("m", "tr-125m", None)]
+    assert recommend(answers) == (answers[1], "the largest that fits; how fast this card is, is not known")
+
+
+def test_what_does_not_fit_card_or_computer_is_never_recommended() -> None:
+    answers = [
+        invented("s", "tr-25m", 1.0),
+        invented("m", "tr-125m", 1.0, lacks=1),
+        invented("l", "tr-350m", 1.0, fits=False),
+    ]
+    assert recommend(answers)[0].name == "s"
+    assert recommend(answers[1:]) is None

@@ -1,0 +1,124 @@
+"""Which plan is chosen, and the sentence that says why: on invented cards of a few thousand bytes."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowvram.fit.search import ENOUGH_TOKENS, Found, search
+from lowvram.fit.sketch import Rehearsal, Sketch, Work
+from lowvram.plan import Ledger, Plan, Recompute
+
+# Bytes of a sequence: what is computed again need not be kept.
+KEPT = {"none": 400, "attention": 200, "block": 100}
+# Computing again takes longer; a micro-batch has a fixed cost, so that larger ones are faster.
+SLOWER = {"none": 1.0, "attention": 1.1, "block": 1.3}
+FIXED = 1_000
+NOTHING = Work(0.0, 0.0, 0.0)
+
+
+class Model:
+    """An invented model whose step has 16 sequences; remembers what was rehearsed."""
+
+    def __init__(self, samples: int = 16, overhead: float = 1.0, accumulating: int = 0) -> None:
+        self.sketch = Sketch(samples, self._rehearse)
+        self.rehearsed: list[tuple[Recompute, int]] = []
+        self._overhead, self._accumulating = overhead, accumulating
+
+    def _rehearse(self, plan: Plan) -> Rehearsal:
+        self.rehearsed.append((plan.recompute, plan.micro_batch))
+        gradients = self._accumulating if plan.accumulate > 1 else 0
+        ledger = Ledger(FIXED, gradients, 0, KEPT[plan.recompute] * plan.micro_batch, 0, 0, "backward")
+        return Rehearsal(ledger, NOTHING, NOTHING)
+
+    def seconds(self, _: Rehearsal, plan: Plan) -> float:
+        return plan.accumulate * (self._overhead + plan.micro_batch * SLOWER[plan.recompute])
+
+    def search(self, limit_bytes: int, seq_len: int = 1024, exact: bool = False) -> Found:
+        return search(self.sketch, seq_len, limit_bytes, self.seconds, exact)
+
+
+def test_with_much_room_the_whole_step_is_taken_at_once_and_nothing_else_is_tried() -> None:
+    model = Model()
+    found = model.search(FIXED + 16 * 400)
+    assert found.fits
+    assert found.plan == Plan(micro_batch=16, accumulate=1)
+    assert found.reason == "the whole step fits at once, and nothing is computed twice"
+    assert {technique for technique, _ in model.rehearsed} == {"none"}
+
+
+def test_one_byte_less_takes_the_next_smaller_plan() -> None:
+    found = Model(overhead=4.0).search(FIXED + 4 * 400 - 1, seq_len=ENOUGH_TOKENS)
+    assert found.plan == Plan(micro_batch=2, accumulate=8)
+    assert found.reason == "2 sequences at a time are the most that fit, and nothing is computed twice"
+
+
+def test_a_card_that_is_full_is_not_given_more_to_compute() -> None:
+    model = Model()
+    found = model.search(FIXED + 2 * 400, seq_len=ENOUGH_TOKENS // 2)
+    assert found.plan.recompute == "none"
+    assert {technique for technique, _ in model.rehearsed} == {"none"}
+
+
+def test_recomputation_is_chosen_where_larger_micro_batches_pay_for_it() -> None:
+    found = Model(overhead=10.0).search(FIXED + 2 * 400)
+    # 16 sequences: none 8 · (10 + 2), attention 4 · (10 + 4.4), block 2 · (10 + 10.4).
+    assert found.plan == Plan(micro_batch=8, accumulate=2, recompute="block")
+    ratio = f"{96 / 40.8:.2f}"
+    assert found.reason == (
+        "8 sequences at a time are the most that fit; without recomputation at most 2 would, "
+        f"and a step would take {ratio} times as long"
+    )
+
+
+def test_the_reason_is_the_same_where_the_chosen_plan_is_rehearsed_again() -> None:
+    model = Model(overhead=10.0)
+    found = model.search(FIXED + 400, exact=True)
+    assert found.reason == Model(overhead=10.0).search(FIXED + 400).reason
+    assert model.rehearsed[-1] == ("block", 4), "no anchor, so the line was not enough"
+    assert "times as long" in found.reason
+
+
+def test_recomputation_is_not_chosen_where_it_only_costs_time() -> None:
+    found = Model(overhead=0.1).search(FIXED + 2 * 400)
+    assert found.plan == Plan(micro_batch=2, accumulate=8)
+
+
+def test_of_equally_fast_plans_the_smaller_one_leaves_room() -> None:
+    found = Model(overhead=0.03).search(FIXED + 16 * 400)
+    # 16 sequences a step: 16.48 s one by one, 16.24 in twos, 16.03 at once: from 2 on within 2 %.
+    assert found.plan.micro_batch == 2
+    assert found.reason == "more than 2 sequences at a time would be no faster, and nothing is computed twice"
+
+
+def test_where_one_sequence_fits_only_with_recomputation_that_is_said() -> None:
+    found = Model().search(FIXED + 100)
+    assert found.plan == Plan(micro_batch=1, accumulate=16, recompute="block")
+    assert found.reason == "1 sequence at a time is the most that fits; without recomputation not even one would"
+
+
+def test_where_nothing_fits_the_smallest_plan_is_returned() -> None:
+    found = Model().search(FIXED + 99)
+    assert not found.fits
+    assert found.plan == Plan(micro_batch=1, accumulate=16, recompute="block")
+    assert found.peak_bytes == FIXED + 100
+    assert found.reason == "this is the smallest plan: one sequence at a time, every block computed again in backward"
+
+
+def test_the_whole_step_is_tried_where_its_half_does_not_fit_since_it_accumulates_nothing() -> None:
+    # Half the step takes 1,000 + 4,000 + 8 · 400, the whole one 1,000 + 16 · 400.
+    found = Model(accumulating=4_000).search(FIXED + 16 * 400)
+    assert found.plan == Plan(micro_batch=16, accumulate=1)
+    assert found.fits
+
+
+@pytest.mark.parametrize("samples, expected", [(1, 1), (7, 1), (12, 3), (15, 3)], ids=str)
+def test_every_plan_keeps_the_tokens_of_a_step(samples: int, expected: int) -> None:
+    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, seq_len=ENOUGH_TOKENS)
+    assert found.plan.micro_batch == expected
+    assert found.plan.micro_batch * found.plan.accumulate == samples
+
+
+@pytest.mark.parametrize("limit_bytes", range(1_000, 8_000, 450))
+def test_what_is_said_to_fit_fits(limit_bytes: int) -> None:
+    found = Model(accumulating=250).search(limit_bytes)
+    assert found.fits == (found.peak_bytes <= limit_bytes)

@@ -1,0 +1,91 @@
+"""Between rehearsals lie straight lines: invented numbers, so that every sum can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowvram.fit.sketch import Rehearsal, Sketch, Work, divisors
+from lowvram.plan import Ledger, Plan
+
+WORK = Work(1.0, 2.0, 3.0, 4.0)
+
+
+def linear(plan: Plan) -> Rehearsal:
+    """100 bytes a sequence above 1,000 that do not grow; gradients only where they accumulate."""
+    n = plan.micro_batch
+    gradients = 300 if plan.accumulate > 1 else 0
+    micro = Work(10.0 * n, 20.0 * n, 7.0, 1.0 * n)
+    return Rehearsal(Ledger(700, gradients, 0, 100 * n, 0, 0, f"moment {n}", host_bytes=50 + n), micro, WORK)
+
+
+class Asked:
+    """A rehearsal that writes down for what it was asked."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+
+    def __call__(self, plan: Plan) -> Rehearsal:
+        self.plans.append(plan)
+        return linear(plan)
+
+
+@pytest.mark.parametrize(
+    "count, expected",
+    [(1, [1]), (2, [1, 2]), (7, [1, 7]), (12, [1, 2, 3, 4, 6, 12]), (15, [1, 3, 5, 15])],
+    ids=lambda value: str(value) if isinstance(value, int) else "",
+)
+def test_divisors_are_all_there_and_in_order(count: int, expected: list[int]) -> None:
+    assert divisors(count) == expected
+
+
+@pytest.mark.parametrize(
+    "samples, anchors", [(1, [1]), (2, [1]), (7, [1]), (12, [1, 6]), (15, [1, 5]), (64, [1, 32])], ids=str
+)
+def test_anchors_are_the_smallest_and_the_largest_that_accumulate(samples: int, anchors: list[int]) -> None:
+    assert Sketch(samples, linear).anchors() == anchors
+
+
+def test_a_plan_in_between_is_on_the_line_of_two_rehearsals_and_is_not_rehearsed() -> None:
+    asked = Asked()
+    sketch = Sketch(12, asked)
+    found = sketch.at("none", 3)
+    assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 12), (6, 2)]
+    assert found.ledger.peak_bytes == 1_300
+    assert found.micro == Work(30.0, 60.0, 7.0, 3.0)
+    assert found.update == WORK
+    assert found.ledger.moment == "moment 6"
+    assert found.ledger.host_bytes == 56, "the more of both"
+
+
+def test_the_whole_step_is_rehearsed_itself_since_it_accumulates_nothing() -> None:
+    asked = Asked()
+    found = Sketch(12, asked).at("block", 12)
+    assert [(plan.micro_batch, plan.accumulate, plan.recompute) for plan in asked.plans] == [(12, 1, "block")]
+    assert found.ledger.gradients == 0
+
+
+def test_a_rehearsal_is_made_once_and_then_taken_instead_of_the_line() -> None:
+    asked = Asked()
+    sketch = Sketch(12, asked)
+    first = sketch.exactly("attention", 4)
+    assert sketch.exactly("attention", 4) is sketch.at("attention", 4) is first
+    assert len(asked.plans) == 1
+    assert sketch.at("none", 4) is not first, "another technique is another rehearsal"
+
+
+def test_lines_of_two_moments_add_up_to_the_peak_between_them() -> None:
+    ledgers = {1: Ledger(100, 0, 200, 0, 0, 0, "update"), 8: Ledger(100, 0, 0, 800, 101, 7, "backward")}
+
+    def rehearse(plan: Plan) -> Rehearsal:
+        return Rehearsal(ledgers[plan.micro_batch], WORK, WORK)
+
+    ledger = Sketch(16, rehearse).at("none", 4).ledger
+    between = 300 + (1008 - 300) * 3 / 7
+    assert ledger.peak_bytes == pytest.approx(between, abs=3), "six lines are rounded"
+    assert min(ledger.weights, ledger.optimizer, ledger.activations, ledger.loss, ledger.temporaries) > 0
+
+
+def test_a_step_of_one_sequence_has_one_plan() -> None:
+    asked = Asked()
+    assert Sketch(1, asked).at("none", 1).ledger.peak_bytes == 800
+    assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 1)]
