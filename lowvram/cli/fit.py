@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import days, memory
+from lowvram.cli.options import count, days, memory
 
 if TYPE_CHECKING:
     from lowvram.cli.place import Card
     from lowvram.config import ModelConfig, RunConfig, TrainConfig
     from lowvram.fit.answer import Answer, Place
     from lowvram.fit.changes import Change
+    from lowvram.fit.search import Wish
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +35,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="which desktop the card draws (default: this system's; of a card that is here, what is free counts)",
     )
     parser.add_argument("--model", metavar="PRESET", help="judge this preset alone, line by line")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of RUN.toml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of RUN.toml or of --model"
+    )
+    parser.add_argument("--micro-batch", type=count, metavar="N", help="only plans with N sequences at a time")
+    parser.add_argument("--recompute", choices=("none", "attention", "block"), help="only plans that recompute this")
     parser.add_argument("--days", type=days, default=21.0, metavar="N", help="longest run to recommend (default: 21)")
     parser.add_argument("--measure", action="store_true", help="time real steps here first, and remember the result")
     parser.add_argument("--explain", action="store_true", help="say why each choice was made")
@@ -83,13 +88,16 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
 
     here = arguments.gpu is None and arguments.memory is None
     run_file = arguments.run_file
+    is_alone = run_file is not None or arguments.model is not None
     if run_file is not None and arguments.gpu and not run_file.exists() and run_file.suffix != ".toml":
         words = f"{arguments.gpu} {run_file}"
         raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
     for is_wrong, what, fix in (
         (run_file and arguments.model, "A run file and --model were both given.", "Leave one of them out."),
         (run_file and arguments.out, f"--out has nothing to write: {run_file} is a run file.", "Leave it out."),
-        (arguments.set and not run_file, "--set changes a run file.", "Name it: lowvram fit RUN.toml --set …"),
+        (arguments.set and not is_alone, "--set changes one run.", "Name it: RUN.toml, or --model PRESET."),
+        (arguments.set and arguments.out, "--out writes a preset as it is.", "Change values in the file it writes."),
+        (arguments.micro_batch and not is_alone, "--micro-batch is for one run.", "Name RUN.toml, or --model PRESET."),
         (arguments.data and not arguments.out, "--data says what a new run file holds.", "Add --out run.toml."),
         (arguments.desktop and here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
         (arguments.measure and not here, "--measure times this machine.", "Leave --gpu and --memory out."),
@@ -110,21 +118,32 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
 
     if what is not None:
         name, place = arguments.run_file.stem, card.place(what.train.precision)
+        wish = _wish(arguments, what.train)
         with bar(f"Rehearsing {name} on paper"):
-            return [judge_here(name, what.model, what.train, place, what.run)], place
+            return [judge_here(name, what.model, what.train, place, what.run, wish)], place
     place = card.place(card.profile.dtype)
     answers = []
     for name in [arguments.model] if arguments.model else preset_names():
-        model, train = load_preset(name)
+        model, train = load_preset(name, arguments.set)
         # Which 16-bit numbers a card computes with is the one thing that a preset leaves to it.
         train = train.model_copy(update={"precision": card.profile.dtype})
-        sketch = find_sketch(name, model, train, path_of(card.profile, train))
+        wish = _wish(arguments, train)
+        sketch = find_sketch(name, model, train, path_of(card.profile, train)) if wish.micro_batch is None else None
         if sketch is not None:
-            answers.append(judge(name, model, train, sketch, place))
+            answers.append(judge(name, model, train, sketch, place, wish=wish))
             continue
         with bar(f"Rehearsing {name} on paper"):
-            answers.append(judge_here(name, model, train, place))
+            answers.append(judge_here(name, model, train, place, wish=wish))
     return sorted(answers, key=lambda answer: answer.model.num_parameters()), place
+
+
+def _wish(arguments: argparse.Namespace, train: TrainConfig) -> Wish:
+    from lowvram.fit.search import Wish
+    from lowvram.plan import choose_plan
+
+    if arguments.micro_batch is not None:
+        choose_plan(train, arguments.micro_batch)  # refuses what does not divide the step
+    return Wish(arguments.micro_batch, arguments.recompute)
 
 
 def _read_run(arguments: argparse.Namespace) -> RunConfig:
@@ -150,6 +169,9 @@ def _find_changes(answer: Answer, place: Place) -> list[Change]:
     from lowvram.plan import Ledger
 
     def smallest(model: ModelConfig, train: TrainConfig) -> Ledger:
+        plan = answer.found.plan
+        if (model, train, plan.micro_batch, plan.recompute) == (answer.model, answer.train, 1, "block"):
+            return answer.found.rehearsal.ledger
         return sketch_run(model, train, place.profile).at("block", 1).ledger
 
     with bar("Looking for changes that would fit"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lowvram.cli.show import notice
 from lowvram.fit.answer import Answer, Place, judge
 from lowvram.fit.measured import load_measured
+from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.machine import detect, machine_memory_bytes
 from lowvram.plan import Plan
@@ -75,7 +76,12 @@ def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sket
 
 
 def judge_here(
-    name: str, model: ModelConfig, train: TrainConfig, place: Place, options: RunOptions | None = None
+    name: str,
+    model: ModelConfig,
+    train: TrainConfig,
+    place: Place,
+    options: RunOptions | None = None,
+    wish: Wish = ANY,
 ) -> Answer:
-    """Rehearse a run on a card and judge it."""
-    return judge(name, model, train, sketch_run(model, train, place.profile), place, exact=True, options=options)
+    """Rehearse a run on a card and judge it.  options, wish: see `judge`."""
+    return judge(name, model, train, sketch_run(model, train, place.profile), place, True, options, wish)

@@ -41,7 +41,14 @@ class Promise:
 
     def choose(self) -> tuple[Plan, str]:
         """Return the plan that fits and why; raises MachineError where none does, with the way to learn more."""
-        found = self.judge().found
+        answer = self.judge()
+        found = answer.found
+        if answer.lacks_host_bytes and found.fits:
+            raise MachineError(
+                f"This run needs {show_bytes(answer.lacks_host_bytes)} more of the computer's memory than there is.",
+                f"A save brings {show_bytes(found.rehearsal.ledger.host_bytes)} there from the card.",
+                "Choose a smaller model, or optimizer.bits = 8.",
+            )
         if not found.fits:
             needs, has = show_bytes(found.peak_bytes), show_bytes(self.place.limit_bytes)
             raise MachineError(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lowvram.config import ModelConfig, RunOptions, TrainConfig
-from lowvram.fit.search import Found, search
+from lowvram.fit.search import ANY, Found, Wish, search
 from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.fit.speed import Measured, Speed, days, estimate, kwh, step_seconds
 from lowvram.plan import Plan
@@ -16,6 +16,7 @@ from lowvram.profile import Profile
 
 # A person waits a few weeks at most: what is recommended ends within them.
 PATIENCE_DAYS = 21.0
+OUR_PRESETS = "tr-"
 _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 
 
@@ -69,16 +70,20 @@ def judge(
     place: Place,
     exact: bool = False,
     options: RunOptions | None = None,
+    wish: Wish = ANY,
 ) -> Answer:
-    """Search a model's plan on a card and say what it costs.  exact: see `search`.  options: how often it saves."""
+    """Search a model's plan on a card and say what it costs.
+
+    exact, wish: see `search`.  options: how often it saves.
+    """
 
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
         return step_seconds(rehearsal, plan, train, place.profile, place.measured)
 
-    found = search(sketch, train.seq_len, place.limit_bytes, seconds, exact)
+    found = search(sketch, place.limit_bytes, seconds, exact, wish)
     fits_headless = found.fits
     if not found.fits and found.peak_bytes <= place.headless_bytes:
-        found = search(sketch, train.seq_len, place.headless_bytes, seconds, exact)._replace(fits=False)
+        found = search(sketch, place.headless_bytes, seconds, exact, wish)._replace(fits=False)
         fits_headless = True
     ledger = found.rehearsal.ledger
     state = ledger.weights + ledger.optimizer
@@ -109,9 +114,10 @@ def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -
     """Return the model to train and why, or None where none fits.
 
     The largest whose tokens are seen in time, by √(parameters · active parameters): what a mixture of experts is worth
-    lies between the two.
+    lies between the two.  Other projects' models are taken only where none of ours fits.
     """
     fitting = [answer for answer in answers if answer.fits]
+    fitting = [answer for answer in fitting if answer.name.startswith(OUR_PRESETS)] or fitting
     if not fitting:
         return None
 

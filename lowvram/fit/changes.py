@@ -37,7 +37,10 @@ def propose(
         else:  # where 8 bits do it alone, nobody needs them with something else
             recipes.append((_EIGHT, eight))
     for sets, recipe in recipes:
-        for length in _shorter(recipe):
+        lengths = _shorter(recipe)
+        if lengths and smallest(model, recipe.model_copy(update={"seq_len": lengths[-1]})).peak_bytes > limit_bytes:
+            continue  # not even the shortest
+        for length in lengths:
             peak = smallest(model, recipe.model_copy(update={"seq_len": length})).peak_bytes
             if peak <= limit_bytes:
                 yield Change((*sets, f"train.seq_len={length}"), _say("a shorter context", sets), peak)
@@ -50,12 +53,12 @@ def _say(what: str, sets: tuple[str, ...]) -> str:
     return f"{what}, and the optimizer's memory in 8 bits" if sets else what
 
 
-def _shorter(train: TrainConfig) -> Iterator[int]:
-    """Yield half the context, a quarter, and so on, as long as a step still has whole sequences."""
-    length = train.seq_len
-    while length % 2 == 0 and length // 2 >= _SHORTEST:
-        length //= 2
-        yield length
+def _shorter(train: TrainConfig) -> list[int]:
+    """Return half the context, a quarter, and so on, as long as a step still has whole sequences."""
+    lengths = [train.seq_len]
+    while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST:
+        lengths.append(lengths[-1] // 2)
+    return lengths[1:]
 
 
 def _fewer_layers(

@@ -5,17 +5,27 @@ Only what leaves the mathematics alone is searched: the micro-batch and what bac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, get_args
 
 from lowvram.fit.sketch import Rehearsal, Sketch, divisors
 from lowvram.plan import Plan, Recompute
 
 TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
-# Tokens of a micro-batch from which on a card's matrix units are full: beyond, nothing gets faster.
-ENOUGH_TOKENS = 16_384
+# A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
+RECOMPUTING_COSTS = 0.05
 # Plans whose times differ by less are equally fast: the smaller one leaves room.
 EQUALLY_FAST = 0.02
+
+
+class Wish(NamedTuple):
+    """What a person insists on: a micro-batch, a technique, neither or both."""
+
+    micro_batch: int | None = None
+    recompute: Recompute | None = None
+
+
+ANY = Wish()
 
 
 class Found(NamedTuple):
@@ -34,45 +44,69 @@ class Found(NamedTuple):
 
 def search(
     sketch: Sketch,
-    seq_len: int,
     limit_bytes: int,
     step_seconds: Callable[[Rehearsal, Plan], float],
     exact: bool = False,
+    wish: Wish = ANY,
 ) -> Found:
     """Return the fastest plan within limit_bytes.
 
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
     where a straight line between two of them does not do (it never says too few bytes, sometimes 1 % too many).
+    wish: search only such plans.
     """
-    fitting: list[Found] = []
-    for technique in TECHNIQUES:
-        here = list(_fitting(sketch, technique, limit_bytes))
-        fitting += [Found(_plan(sketch, technique, n), rehearsal, True, "") for n, rehearsal in here]
-        if here and (here[-1][0] == sketch.samples or here[-1][0] * seq_len >= ENOUGH_TOKENS):
-            break  # the card is full with less to compute: more recomputation can only cost time
-    if not fitting:
+    techniques = TECHNIQUES if wish.recompute is None else (wish.recompute,)
+    sizes = divisors(sketch.samples) if wish.micro_batch is None else [wish.micro_batch]
+    timed: list[tuple[float, Found]] = []
+    for technique in techniques:
+        here = []
+        for micro_batch, rehearsal in _fitting(sketch, technique, sizes, limit_bytes):
+            plan = _plan(sketch, technique, micro_batch)
+            here.append((step_seconds(rehearsal, plan), Found(plan, rehearsal, True, "")))
+        timed += here
+        if here and _is_enough(here, sketch.samples):
+            break  # more recomputation would make room for nothing that is faster, and itself costs time
+    if not timed:
         reason = "this is the smallest plan: one sequence at a time, every block computed again in backward"
-        return Found(_plan(sketch, "block", 1), sketch.at("block", 1), False, reason)
-    timed = [(step_seconds(found.rehearsal, found.plan), found) for found in fitting]
+        if wish != ANY:
+            reason = "no plan of the kind that you asked for fits; this one comes nearest"
+        plan = _plan(sketch, techniques[-1], sizes[0])
+        return Found(plan, sketch.at(plan.recompute, plan.micro_batch), False, reason)
     fastest = min(seconds for seconds, _ in timed)
     level = [(seconds, found) for seconds, found in timed if seconds <= fastest * (1 + EQUALLY_FAST)]
     seconds, chosen = min(level, key=lambda one: one[1].peak_bytes)
-    chosen = chosen._replace(reason=_explain(chosen.plan, seconds, timed, sketch.samples))
+    reason = "you asked for it" if wish != ANY else _explain(chosen.plan, seconds, timed, sketch.samples)
+    chosen = chosen._replace(reason=reason)
     if exact:
         chosen = chosen._replace(rehearsal=sketch.exactly(chosen.plan.recompute, chosen.plan.micro_batch))
     return chosen
+
+
+def _is_enough(timed: Sequence[tuple[float, Found]], samples: int) -> bool:
+    """Say whether the whole step fits at once, or larger micro-batches could not gain what recomputation costs.
+
+    A step is work and a cost for each micro-batch, so what the last enlargement gained says what is left to gain.
+    """
+    seconds, largest = timed[-1][0], timed[-1][1].plan.micro_batch
+    if largest == samples or len(timed) == 1:
+        return largest == samples
+    smaller = timed[-2][1].plan.micro_batch
+    left = (timed[-2][0] - seconds) * smaller / (largest - smaller)
+    return left <= RECOMPUTING_COSTS * seconds
 
 
 def _plan(sketch: Sketch, technique: Recompute, micro_batch: int) -> Plan:
     return Plan(micro_batch=micro_batch, accumulate=sketch.samples // micro_batch, recompute=technique)
 
 
-def _fitting(sketch: Sketch, technique: Recompute, limit_bytes: int) -> Iterator[tuple[int, Rehearsal]]:
+def _fitting(
+    sketch: Sketch, technique: Recompute, sizes: Sequence[int], limit_bytes: int
+) -> Iterator[tuple[int, Rehearsal]]:
     """Yield the micro-batches that fit, smallest first; after one that does not, most larger ones are not rehearsed.
 
     The whole step at once is always tried beside its half: it needs no gradients to add to, and may take less.
     """
-    for micro_batch in divisors(sketch.samples):
+    for micro_batch in sizes:
         rehearsal = sketch.at(technique, micro_batch)
         if rehearsal.ledger.peak_bytes <= limit_bytes:
             yield micro_batch, rehearsal

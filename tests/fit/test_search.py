@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.fit.search import ENOUGH_TOKENS, Found, search
+from lowvram.fit.search import ANY, Found, Wish, search
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
 from lowvram.plan import Ledger, Plan, Recompute
 
@@ -33,8 +33,8 @@ class Model:
     def seconds(self, _: Rehearsal, plan: Plan) -> float:
         return plan.accumulate * (self._overhead + plan.micro_batch * SLOWER[plan.recompute])
 
-    def search(self, limit_bytes: int, seq_len: int = 1024, exact: bool = False) -> Found:
-        return search(self.sketch, seq_len, limit_bytes, self.seconds, exact)
+    def search(self, limit_bytes: int, exact: bool = False, wish: Wish = ANY) -> Found:
+        return search(self.sketch, limit_bytes, self.seconds, exact, wish)
 
 
 def test_with_much_room_the_whole_step_is_taken_at_once_and_nothing_else_is_tried() -> None:
@@ -47,14 +47,14 @@ def test_with_much_room_the_whole_step_is_taken_at_once_and_nothing_else_is_trie
 
 
 def test_one_byte_less_takes_the_next_smaller_plan() -> None:
-    found = Model(overhead=4.0).search(FIXED + 4 * 400 - 1, seq_len=ENOUGH_TOKENS)
+    found = Model(overhead=0.2).search(FIXED + 4 * 400 - 1)
     assert found.plan == Plan(micro_batch=2, accumulate=8)
     assert found.reason == "2 sequences at a time are the most that fit, and nothing is computed twice"
 
 
-def test_a_card_that_is_full_is_not_given_more_to_compute() -> None:
-    model = Model()
-    found = model.search(FIXED + 2 * 400, seq_len=ENOUGH_TOKENS // 2)
+def test_a_card_that_gains_nothing_from_more_sequences_is_not_given_more_to_compute() -> None:
+    model = Model(overhead=0.03)
+    found = model.search(FIXED + 4 * 400)
     assert found.plan.recompute == "none"
     assert {technique for technique, _ in model.rehearsed} == {"none"}
 
@@ -113,7 +113,7 @@ def test_the_whole_step_is_tried_where_its_half_does_not_fit_since_it_accumulate
 
 @pytest.mark.parametrize("samples, expected", [(1, 1), (7, 1), (12, 3), (15, 3)], ids=str)
 def test_every_plan_keeps_the_tokens_of_a_step(samples: int, expected: int) -> None:
-    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, seq_len=ENOUGH_TOKENS)
+    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, wish=Wish(recompute="none"))
     assert found.plan.micro_batch == expected
     assert found.plan.micro_batch * found.plan.accumulate == samples
 
@@ -122,3 +122,17 @@ def test_every_plan_keeps_the_tokens_of_a_step(samples: int, expected: int) -> N
 def test_what_is_said_to_fit_fits(limit_bytes: int) -> None:
     found = Model(accumulating=250).search(limit_bytes)
     assert found.fits == (found.peak_bytes <= limit_bytes)
+
+
+def test_what_a_person_insists_on_is_all_that_is_searched() -> None:
+    model = Model(overhead=10.0)
+    asked = model.search(FIXED + 16 * 400, wish=Wish(micro_batch=4, recompute="block"))
+    assert asked.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
+    assert asked.reason == "you asked for it"
+    assert {technique for technique, _ in model.rehearsed} == {"block"}
+    kept = model.search(FIXED + 2 * 400, wish=Wish(micro_batch=4))
+    assert kept.plan == Plan(micro_batch=4, accumulate=4, recompute="attention")
+    least = model.search(FIXED + 3 * 100, wish=Wish(micro_batch=4))
+    assert not least.fits
+    assert least.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
+    assert "asked for" in least.reason
