@@ -1,4 +1,4 @@
-"""Writes the help of every command into the README between its markers, or checks that it stands there.
+"""Writes the commands' help, and what fits on one card, between the README's markers, or checks that it stands there.
 
 python tools/write_help.py [--check]
 """
@@ -6,31 +6,41 @@ python tools/write_help.py [--check]
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
+import subprocess
 import sys
-from contextlib import redirect_stdout, suppress
+import tempfile
 from pathlib import Path
 
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"  # argparse colours its help from Python 3.14 on
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
-from lowvram.cli.app import main as lowvram
-
 COMMANDS = ("demo", "fit", "tokenizer train", "data pack", "train", "evaluate", "chat")
-BLOCK = re.compile(r"(<!-- help -->\n).*?(<!-- /help -->)", re.DOTALL)
+CARD = "lowvram fit --gpu rtx5070"
 
 
-def help_of(command: str) -> str:
-    """Return what `lowvram COMMAND --help` prints."""
-    printed = io.StringIO()
-    with redirect_stdout(printed), suppress(SystemExit):
-        lowvram([*command.split(), "--help"])
-    return printed.getvalue().rstrip()
+def printed_by(*words: str) -> str:
+    """Return what a command prints, on Linux and without this machine's own measurements."""
+    script = "from lowvram.cli.app import main; raise SystemExit(main())"
+    with tempfile.TemporaryDirectory() as home:
+        places = dict.fromkeys(("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"), home)
+        paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+        environment = os.environ | places | {"PYTHONPATH": paths, "PYTHONUTF8": "1"}
+        run = subprocess.run(
+            [sys.executable, "-c", script, *words], env=environment, check=True, capture_output=True, encoding="utf-8"
+        )
+    return "\n".join(line.rstrip() for line in run.stdout.splitlines()).rstrip()
+
+
+def blocks() -> dict[str, str]:
+    """Return what stands between each pair of markers."""
+    helps = [
+        f"```\n$ lowvram {command} --help\n{printed_by(*command.split(), '--help')}\n```\n" for command in COMMANDS
+    ]
+    card = printed_by(*CARD.split()[1:], "--desktop", "linux")
+    return {"help": "\n".join(helps), "fit": f"```\n$ {CARD}\n{card}\n```\n"}
 
 
 def main() -> None:
@@ -40,11 +50,15 @@ def main() -> None:
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    whole = "\n".join(f"```\n$ lowvram {command} --help\n{help_of(command)}\n```\n" for command in COMMANDS)
-    written = BLOCK.sub(lambda match: f"{match[1]}{whole}{match[2]}", text)
+    written = text
+    for name, block in blocks().items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            sys.exit(f"README.md has no markers for {name}")
+        written = pattern.sub(lambda match, block=block: f"{match[1]}{block}{match[2]}", written)
     if check:
-        if written != text or not BLOCK.search(text):
-            sys.exit("README.md shows another help than the commands print; run: python tools/write_help.py")
+        if written != text:
+            sys.exit("README.md shows something else than the commands print; run: python tools/write_help.py")
         return
     readme.write_text(written, encoding="utf-8")
 

@@ -88,9 +88,7 @@ def test_a_plan_that_fits_trains_inside_that_memory(name: str, gigabytes: int) -
     profile = generic_profile(gigabytes * GIB)
     card = card_of(torch.device("cuda"))
     sketch = Sketch(train.batch_samples, lambda plan: rehearse(model, train, plan, card))
-    found = search(
-        sketch, profile.limit_bytes(), lambda r, plan: step_seconds(r, plan, train, profile), exact=True
-    )
+    found = search(sketch, profile.limit_bytes(), lambda r, plan: step_seconds(r, plan, train, profile), exact=True)
     if not found.fits:
         pytest.skip(f"{name} does not fit {gigabytes} GB, as fit says")
     cap(profile)
