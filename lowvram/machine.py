@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import re
 import subprocess
@@ -86,14 +87,24 @@ def _read_driver(nvml: Any) -> Driver:
 
 
 def _read_card(nvml: Any) -> NvidiaCard:
-    handle = nvml.nvmlDeviceGetHandleByIndex(0)
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    """Return the card that CUDA calls its first: the one named, or the fastest, and not the one in the first slot."""
+    cards = [_read_one(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+        cards.sort(key=lambda card: (card.capability, card.total_bytes), reverse=True)
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
+    return cards[int(first)] if first.isdecimal() and int(first) < len(cards) else cards[0]
+
+
+def _read_one(nvml: Any, index: int) -> NvidiaCard:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    return NvidiaCard(_read_name(nvml), (major, minor), int(memory.total), int(memory.free))
+    capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    major, minor = capability
+    return NvidiaCard(_read_name(nvml, index), (major, minor), int(memory.total), int(memory.free))
 
 
-def _read_name(nvml: Any) -> str:
-    name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0))
+def _read_name(nvml: Any, index: int = 0) -> str:
+    name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
     return name if isinstance(name, str) else name.decode()
 
 
@@ -152,7 +163,7 @@ def detect() -> Detected:
     """Return the profile of what this machine trains on: its first NVIDIA card, its Apple chip, or its processor."""
     card = find_card()
     if card is not None:
-        return _describe_card(card)
+        return describe_card(card)
     memory = psutil.virtual_memory()
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return _describe_apple(_read_chip(), memory.total)
@@ -161,7 +172,8 @@ def detect() -> Detected:
     return Detected(profile, memory.available, f"No GPU here that PyTorch can train on; the processor has {room}.")
 
 
-def _describe_card(card: NvidiaCard) -> Detected:
+def describe_card(card: NvidiaCard) -> Detected:
+    """Return the profile of a card that is here: the catalogue's, or a generic one with the driver's own answers."""
     room = f"{card.name} with {show_bytes(card.total_bytes)}, {show_bytes(card.free_bytes)} of it free."
     try:
         profile, note = find_profile(card.name, card.total_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import PositiveInt
 
@@ -14,6 +14,7 @@ DEFAULT_MICRO_TOKENS = 4_096
 
 
 Recompute = Literal["none", "attention", "block"]
+TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 class Plan(Words):

@@ -140,6 +140,9 @@ class FakeNvml:
             raise self.NVMLError
         return 12080
 
+    def nvmlDeviceGetCount(self) -> int:
+        return 1
+
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
@@ -313,4 +316,45 @@ def test_auto_takes_what_is_here_and_says_which_card_lies_idle(
     assert command.choose_device("cpu") == torch.device("cpu")
     assert capsys.readouterr().err == "", "who asks for the processor needs no note"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command.choose_device("auto").type == "cuda"
+    assert command.choose_device("auto") == torch.device("cuda", 0), "with its number, which some calls insist on"
+
+
+class TwoCards(FakeNvml):
+    """A slow card in the first slot, a fast one in the second."""
+
+    names = ("NVIDIA GeForce GT 1030", "NVIDIA GeForce RTX 3060")
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetName(self, index: int) -> str:
+        return self.names[index]
+
+    def nvmlDeviceGetCudaComputeCapability(self, index: int) -> list[int]:
+        return [(6, 1), (8, 6)][index]
+
+
+@pytest.mark.parametrize(
+    "visible, order, expected",
+    [
+        (None, None, 1),
+        ("0", None, 1),
+        ("1", None, 0),
+        (None, "PCI_BUS_ID", 0),
+        ("1", "PCI_BUS_ID", 1),
+        ("GPU-5", None, 1),
+    ],
+    ids=str,
+)
+def test_the_card_is_the_one_that_cuda_calls_its_first(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, order: str | None, expected: int
+) -> None:
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("CUDA_DEVICE_ORDER", order)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "pynvml", TwoCards())
+    card = find_card()
+    assert card is not None
+    assert card.name == TwoCards.names[expected]

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lowvram_kernels.dispatch import Card
-
 import lowvram
 from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack
-from lowvram.fit.rehearse import rehearse
-from lowvram.fit.search import TECHNIQUES
+from lowvram.fit.rehearse import imagine, rehearse
 from lowvram.fit.sketch import Sketch
-from lowvram.plan import Plan
+from lowvram.plan import TECHNIQUES, Plan
 from lowvram.runfile import load_preset, preset_names
 
 
@@ -37,11 +36,11 @@ def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:
     rows = {}
 
     def note(plan: Plan) -> Any:
-        found = rehearse(model, train, plan, Card(path.platform, path.capability))
+        found = rehearse(model, train, plan, imagine(path))
         rows[name_plan(plan)] = pack(found)
         return found
 
-    sketch = Sketch(train.batch_samples, note)
+    sketch = Sketch(train.batch_samples, note, train.seq_len)
     for technique in TECHNIQUES:
         for micro_batch in (*sketch.anchors(), sketch.samples):
             sketch.exactly(technique, micro_batch)
@@ -55,21 +54,19 @@ def main() -> None:
     asked = parser.parse_args().presets or preset_names()
     before = json.loads(PATH.read_text(encoding="utf-8"))["presets"] if PATH.exists() else {}
     presets = {name: rows for name, rows in before.items() if name in preset_names()}
-    for name in asked:
-        began = time.perf_counter()
-        paths = {path.key: rows_of(name, path) for path in PATHS}
-        presets[name] = {"hash": hash_of(*load_preset(name)), "paths": paths}
-        print(f"{name}: {sum(map(len, paths.values()))} rehearsals in {time.perf_counter() - began:.0f} s")
+    with ProcessPoolExecutor() as pool:
+        found = {(name, path.key): pool.submit(rows_of, name, path) for name in asked for path in PATHS}
+        for name in asked:
+            began = time.perf_counter()
+            paths = {path.key: found[name, path.key].result() for path in PATHS}
+            presets[name] = {"hash": hash_of(*load_preset(name)), "paths": paths}
+            count = sum(map(len, paths.values()))
+            print(f"{name}: {count} rehearsals, {time.perf_counter() - began:.0f} s waited", flush=True)
     versions = {"lowvram": lowvram.__version__, "torch": torch.__version__.partition("+")[0]}
     tables = {"versions": versions, "presets": dict(sorted(presets.items()))}
     text = json.dumps(tables, indent=1)
     # One row a line: a change of one rehearsal is one line of a diff.
-    for opening, closing in (("[", "]"),):
-        parts = text.split(opening)
-        text = parts[0] + "".join(
-            opening + " ".join(inner.split()) + closing + rest
-            for inner, _, rest in (part.partition(closing) for part in parts[1:])
-        )
+    text = re.sub(r"\[[^]]*\]", lambda row: " ".join(row[0].split()), text)
     PATH.write_text(text + "\n", encoding="utf-8")
 
 

@@ -40,7 +40,7 @@ def causal_flops(q: Tensor, k: Tensor) -> float:
 
 
 class _CudaOnPaper(torch.autograd.Function):
-    """What torch's CUDA kernels allocate, and nothing else: for fake tensors.
+    """What torch's CUDA kernels allocate, and nothing else: for meta tensors.
 
     Flash backward adds up dq in fp32, and makes dk and dv for every query head before it sums the groups.  The
     memory-efficient one adds up dq, and at some widths dk and dv, in fp32: counted at all widths.
@@ -87,11 +87,7 @@ def _on_paper(
     if path[1] == "math":
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
-    padding = -q.shape[-1] % _WIDTH_STEP
-    if padding:
-        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    out: Tensor = _CudaOnPaper.apply(q, k, v, path[1] == "flash")  # type: ignore[no-untyped-call]
-    return out[..., : out.shape[-1] - padding] if padding else out
+    return _CudaOnPaper.apply(q, k, v, path[1] == "flash")  # type: ignore[no-untyped-call]
 
 
 def attention(
@@ -110,11 +106,21 @@ def attention(
         raise ShapeError(f"attention: {shapes}; they need [B, H, T, K] and [B, G, S, K] twice, G a divisor of H.")
     card = card_of(q.device)
     backend = choose_attention(card, q.dtype, mask is not None).backend
-    is_grouped = q.shape[1] != k.shape[1]
     # Without FlashAttention grouped heads fall to the kernel that writes out every score, so they are repeated.
-    if is_grouped and backend != "flash":
+    if q.shape[1] != k.shape[1] and backend != "flash":
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        is_grouped = False
+    width = q.shape[-1]
+    if card.platform == "cuda" and width % _WIDTH_STEP:
+        # For FlashAttention torch pads by itself; instead of the efficient kernel it takes the one that keeps scores.
+        q, k, v = (F.pad(x, (0, -width % _WIDTH_STEP)) for x in (q, k, v))
+    out = _run(q, k, v, scale, causal, mask, (card.platform, backend))
+    return out if out.shape[-1] == width else out[..., :width]
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, path: tuple[str, str]
+) -> Tensor:
     if is_on_paper():
-        return _on_paper(q, k, v, scale, causal, mask, (card.platform, backend))
+        return _on_paper(q, k, v, scale, causal, mask, path)
+    is_grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)

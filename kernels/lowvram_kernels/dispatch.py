@@ -1,7 +1,7 @@
 """Which card an op works for, and which backend it takes there; knows no tensor's values and no run.
 
-On paper (inside `on_paper(card)`) tensors lie on a fake CPU, but every op takes the card's own path and makes the
-card's own allocations: so what is counted there is what the card will hold.
+On paper (inside `on_paper(card)`) tensors are meta tensors, but every op takes the card's own path and makes the card's
+own allocations: so what is counted there is what the card will hold.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ import torch
 
 
 class Card(NamedTuple):
-    """What ops ask of a device.  platform: "cuda", "mps" or "cpu".  capability: CUDA's, (major, minor)."""
+    """What ops ask of a device and its torch.
+
+    platform: "cuda", "mps" or "cpu".  capability: CUDA's, (major, minor).  has_flash: torch was built with
+    FlashAttention, which its wheels for Windows are not.
+    """
 
     platform: str
     capability: tuple[int, int] | None = None
+    has_flash: bool = True
 
 
 class Choice(NamedTuple):
@@ -39,6 +44,8 @@ def _forget(work: HiddenWork) -> None:
     """Off paper nobody asks."""
 
 
+# A fact of the build, asked once: Dynamo cannot trace the question.
+_HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 # Plain names, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
 _paper: Card | None = None
 _note: Callable[[HiddenWork], None] = _forget
@@ -73,7 +80,9 @@ def card_of(device: torch.device) -> Card:
     """Return the card that a tensor on `device` is computed by: the imagined one on paper."""
     if _paper is not None:
         return _paper
-    return Card(device.type, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    if device.type != "cuda":
+        return Card(device.type)
+    return Card("cuda", torch.cuda.get_device_capability(device), _HAS_FLASH)
 
 
 def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
@@ -85,6 +94,8 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
         return Choice("flash", "torch's CPU kernel is fused")
     if card.platform != "cuda":
         return Choice("math", "torch's attention on MPS writes out every score while it learns")
+    if not card.has_flash:
+        return Choice("efficient", "this torch was built without FlashAttention, as those for Windows are")
     if card.capability is None or card.capability < (8, 0):
         return Choice("efficient", "FlashAttention 2 needs compute capability 8.0")
     if dtype == torch.float32:

@@ -187,6 +187,7 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
     from lowvram.fit.measure import measure
     from lowvram.fit.measured import store_measured
     from lowvram.runfile import load_preset
+    from lowvram.train.guard import cap_memory
 
     device = choose_device("auto")
     if device.type != card.profile.platform:
@@ -204,6 +205,8 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
             f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller preset: --model."
         )
     notice(f"Timing {name} on {device}: half a minute or so …")
+    # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
+    cap_memory(device, card.profile.allocator_bytes(card.place(train.precision).limit_bytes))
     measured = measure(name, model, train, answer.found.plan, device, card.profile)
     path = store_measured(measured)
     notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")

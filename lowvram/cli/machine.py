@@ -22,8 +22,18 @@ def choose_device(asked: str) -> torch.device:
     if asked == "auto":
         if mismatch:
             notice(f"Note: {mismatch}.", "yellow")
-        return torch.device(next(name for name, present in has.items() if present))
+        return _open(next(name for name, present in has.items() if present))
     if not has[asked]:
         why = f"{mismatch}." if mismatch else f"torch {torch.__version__} sees none here."
         raise MachineError(f"--device is {asked}.", why, "Leave --device out to train on what is here.")
-    return torch.device(asked)
+    return _open(asked)
+
+
+def _open(name: str) -> torch.device:
+    import torch
+
+    if name != "cuda":
+        return torch.device(name)
+    # On sm_90 torch prefers cuDNN's attention, whose scratch no ledger knows (sdp_utils.cpp): one kernel on all cards.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", 0)

@@ -10,11 +10,13 @@ from lowvram.fit.answer import Answer, Place, judge
 from lowvram.fit.measured import load_measured
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.machine import detect, machine_memory_bytes
+from lowvram.machine import Detected, NvidiaCard, describe_card, detect, machine_memory_bytes
 from lowvram.plan import Plan
 from lowvram.profile import Desktop, Profile, find_profile, generic_profile
 
 if TYPE_CHECKING:
+    import torch
+
     from lowvram.config import ModelConfig, RunOptions, TrainConfig
 
 
@@ -49,30 +51,56 @@ def name_card(gpu: str | None, memory_bytes: int | None, ram_bytes: int | None, 
             profile, note = find_profile(gpu, memory_bytes or ram_bytes)
             ram_bytes = profile.memory_bytes
     here: Desktop = "windows" if sys.platform == "win32" else "linux"
-    return Card(profile, f"{profile.name}. {note}".strip(), ram_bytes, None, desktop or here)
+    drawn = desktop or here
+    profile = _as_installed(profile, "windows" in (drawn, here))
+    return Card(profile, f"{profile.name}. {note}".strip(), ram_bytes, None, drawn)
 
 
-def find_card(device: str | None = None, ram_bytes: int | None = None) -> Card:
-    """Return what is here; device "cpu": the processor, whatever card there is."""
-    ram_bytes = ram_bytes or machine_memory_bytes()
+def find_card(ram_bytes: int | None = None) -> Card:
+    """Return what is here, as its driver says; never imports torch."""
+    return _card_of(detect(), ram_bytes)
+
+
+def find_card_of(device: torch.device) -> Card:
+    """Return the card that torch calls `device`: where there are several, or no driver's library, torch is right."""
+    import torch
+
     found = detect()
-    if device == "cpu" and found.profile.platform != "cpu":
-        return Card(find_profile("cpu", ram_bytes)[0], "The processor.", ram_bytes, None, "none")
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        # Asking makes this process's context, which the profile takes off what is free.
+        free_bytes += generic_profile(facts.total_memory).context_bytes
+        card = NvidiaCard(facts.name, (facts.major, facts.minor), facts.total_memory, free_bytes)
+        found = describe_card(card)
+    elif device.type == "cpu" and found.profile.platform != "cpu":
+        memory_bytes = machine_memory_bytes()
+        found = Detected(find_profile("cpu", memory_bytes)[0], None, "The processor.")
+    return _card_of(found, None)
+
+
+def _card_of(found: Detected, ram_bytes: int | None) -> Card:
     # What a desktop takes is not free any more.
-    return Card(found.profile, found.sentence, ram_bytes, found.free_bytes, "none", "other programs")
+    profile = _as_installed(found.profile, sys.platform == "win32")
+    return Card(profile, found.sentence, ram_bytes or machine_memory_bytes(), found.free_bytes, "none")
+
+
+def _as_installed(profile: Profile, is_windows: bool) -> Profile:
+    """Return a profile with the attention that torch has there: its wheels for Windows have no FlashAttention."""
+    if is_windows and profile.platform == "cuda" and profile.attention == "flash":
+        return profile.model_copy(update={"attention": "efficient"})
+    return profile
 
 
 def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
     """Return a sketch whose rehearsals are made when they are asked for, a second or so each."""
 
     def make(plan: Plan) -> Rehearsal:
-        from lowvram_kernels.dispatch import Card as Imagined
+        from lowvram.fit.rehearse import imagine, rehearse
 
-        from lowvram.fit.rehearse import rehearse
+        return rehearse(model, train, plan, imagine(profile))
 
-        return rehearse(model, train, plan, Imagined(profile.platform, profile.capability))
-
-    return Sketch(train.batch_samples, make)
+    return Sketch(train.batch_samples, make, train.seq_len)
 
 
 def judge_here(

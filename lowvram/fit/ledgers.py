@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import lowvram
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
-from lowvram.plan import LEDGER_LINES, Ledger, Plan
+from lowvram.plan import LEDGER_LINES, TECHNIQUES, Ledger, Plan
 from lowvram.profile import Profile
 from lowvram.runfile import PRESETS
 
@@ -40,6 +40,7 @@ class CardPath(NamedTuple):
 # Every path that a card of the catalogue takes with a preset.
 PATHS = (
     CardPath("cuda", (8, 6), "flash", "bf16"),
+    CardPath("cuda", (8, 6), "efficient", "bf16"),  # on Windows
     CardPath("cuda", (7, 5), "efficient", "fp16"),
     CardPath("mps", None, "math", "bf16"),
     CardPath("cpu", None, "flash", "bf16"),
@@ -78,7 +79,11 @@ def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPat
     def look_up(plan: Plan) -> Rehearsal:
         return unpack(rows[name_plan(plan)])
 
-    return Sketch(train.batch_samples, look_up)
+    sketch = Sketch(train.batch_samples, look_up, train.seq_len)
+    asked = {
+        name_plan(sketch.plan(recompute, n)) for recompute in TECHNIQUES for n in (*sketch.anchors(), sketch.samples)
+    }
+    return sketch if asked <= set(rows) else None
 
 
 def name_plan(plan: Plan) -> str:

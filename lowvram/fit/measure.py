@@ -30,6 +30,7 @@ from lowvram.objective import DTYPES, Batch, Loss, causal_loss, count_targets
 from lowvram.plan import Plan
 from lowvram.profile import Profile
 from lowvram.train.compilation import compiled
+from lowvram.train.guard import is_out_of_memory
 from lowvram.train.optim import build_optimizer
 from lowvram.train.step import discard, gradients, update
 
@@ -97,7 +98,7 @@ def measure(
 
     timed: the configuration's name, kept for people.  micro_batch: sequences at a time, a divisor of the step's; None
     takes the plan's, on CPU one, whose rate does not rise with it.  compiles: whether compiled blocks are timed too;
-    None does so except on CPU, where compiling takes longer than all the rest.  clock: seconds, for comparisons where
+    None does so on CUDA alone, as training does.  clock: seconds, for comparisons where
     other programs run.  Some 10 to 40 s for a small preset; all of its memory is free afterwards.
     Raises what torch raises where memory runs out.
     """
@@ -110,7 +111,8 @@ def measure(
     batch = bench.batch(count, train.seq_len)
     micro_s, update_s = bench.micro_seconds(batch), bench.update_seconds(batch)
     peak_bytes = torch.cuda.max_memory_allocated(device) - held_bytes if device.type == "cuda" else None
-    compiled_s = _compiled_seconds(bench, batch) if compiles or (compiles is None and device.type != "cpu") else None
+    compiles = device.type == "cuda" if compiles is None else compiles
+    compiled_s = _compiled_seconds(bench, batch) if compiles else None
     launch_s = launch_seconds(card.platform)
     if device.type != "cpu":
         launch_s = bench.micro_seconds(bench.batch(1, min(_TINY_TOKENS, train.seq_len))) / on_card.micro.ops
@@ -157,6 +159,10 @@ def _compiled_seconds(bench: _Bench, batch: Batch) -> float | None:
             return bench.micro_seconds(batch)
     except MachineError:
         return None  # train's own trial says why
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _explain_rest(work: Work, seconds: float, rates: Rates, platform: str) -> Rates:

@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram.config import ModelConfig, TrainConfig
+from lowvram.fit.ledgers import CardPath
 from lowvram.fit.sketch import Rehearsal, Work
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, Batch, Loss, causal_loss, count_targets
 from lowvram.plan import LEDGER_LINES, Ledger, Plan
+from lowvram.profile import Profile
 from lowvram.train.optim import build_optimizer
 from lowvram.train.step import gradients, update
 
 # What torch's caching allocator rounds every block up to (c10/cuda/CUDACachingAllocator, kMinBlockSize); the CPU's
-# takes what it is asked for.
+# takes what it is asked for.  That a large block may stay unsplit is left to the profile's fragmentation.
 _BLOCK_BYTES = {"cuda": 512, "mps": 512, "cpu": 1}
 _PAPER = torch.device("meta")
 # Keys that torch's CPU attention takes at a time; of these blocks it skips those that lie wholly in the future
@@ -144,12 +146,17 @@ def _attention_of(name: str, inputs: list[Tensor]) -> float:
     return products * 2.0 * q.shape[0] * q.shape[1] * q.shape[3] * seen
 
 
+def imagine(where: Profile | CardPath) -> Card:
+    """Return the card that ops are told of on paper."""
+    return Card(where.platform, where.capability, has_flash=where.attention == "flash")
+
+
 def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> Rehearsal:
     """Run one step of the trainer on paper and return its ledger and its work.
 
-    One micro-batch stands for all: with accumulation its gradients are added to some that exist already, as they do
-    from the second one on.  What the first update leaves (the optimizer's states) is counted from the beginning, as
-    in every later step.
+    One micro-batch stands for all: where plan.accumulate is above 1 its gradients are added to some that exist already,
+    as they do from the second one on.  What the first update leaves (the optimizer's states) is counted from the
+    beginning, as in every later step.
     """
     dtype = DTYPES[train.precision]
     counter = LiveStorage(_BLOCK_BYTES[card.platform])
@@ -163,6 +170,8 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         counter.phase = "batch"
         shape = (plan.micro_batch, train.seq_len + 1)
         token_BT = torch.empty(shape, dtype=torch.int64, device=_PAPER)
+        # A step's other sequences wait on the card too.
+        waiting = torch.empty((train.batch_samples - plan.micro_batch, shape[1]), dtype=torch.int64, device=_PAPER)
         batch = Batch(token_BT, torch.arange(plan.micro_batch, device=_PAPER))
         forward_end = [0]
         with _phases(network, counter, forward_end):
@@ -180,6 +189,7 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         counter.phase = "update"
         update(network, optimizer, found.loads, train.optimizer.lr, 0.5)
         # Whatever the update has left is the optimizer's; it is held until the ledger is drawn up.
+        del waiting
         ledger = _draw_up(counter, grads, forward_end[0])
     parts = [counter.work[phase] for phase in ("forward", "loss", "backward")]
     micro = Work(*(sum(values) for values in zip(*parts, strict=True)))

@@ -6,12 +6,11 @@ Only what leaves the mathematics alone is searched: the micro-batch and what bac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 from lowvram.fit.sketch import Rehearsal, Sketch, divisors
-from lowvram.plan import Plan, Recompute
+from lowvram.plan import TECHNIQUES, Plan, Recompute
 
-TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
 RECOMPUTING_COSTS = 0.05
 # Plans whose times differ by less are equally fast: the smaller one leaves room.
@@ -61,7 +60,7 @@ def search(
     for technique in techniques:
         here = []
         for micro_batch, rehearsal in _fitting(sketch, technique, sizes, limit_bytes):
-            plan = _plan(sketch, technique, micro_batch)
+            plan = sketch.plan(technique, micro_batch)
             here.append((step_seconds(rehearsal, plan), Found(plan, rehearsal, True, "")))
         timed += here
         if here and _is_enough(here, sketch.samples):
@@ -70,7 +69,7 @@ def search(
         reason = "this is the smallest plan: one sequence at a time, every block computed again in backward"
         if wish != ANY:
             reason = "no plan of the kind that you asked for fits; this one comes nearest"
-        plan = _plan(sketch, techniques[-1], sizes[0])
+        plan = sketch.plan(techniques[-1], sizes[0])
         return Found(plan, sketch.at(plan.recompute, plan.micro_batch), False, reason)
     fastest = min(seconds for seconds, _ in timed)
     level = [(seconds, found) for seconds, found in timed if seconds <= fastest * (1 + EQUALLY_FAST)]
@@ -93,10 +92,6 @@ def _is_enough(timed: Sequence[tuple[float, Found]], samples: int) -> bool:
     smaller = timed[-2][1].plan.micro_batch
     left = (timed[-2][0] - seconds) * smaller / (largest - smaller)
     return left <= RECOMPUTING_COSTS * seconds
-
-
-def _plan(sketch: Sketch, technique: Recompute, micro_batch: int) -> Plan:
-    return Plan(micro_batch=micro_batch, accumulate=sketch.samples // micro_batch, recompute=technique)
 
 
 def _fitting(

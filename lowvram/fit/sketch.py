@@ -1,7 +1,8 @@
 """What rehearsals found, and what lies between them; plain numbers, never imports torch.
 
 The peak of a step is the greatest of many moments, each affine in the micro-batch: so it is convex in it, and a
-straight line between two rehearsals never promises too much room; for the presets it takes 1 % too much at most.
+straight line between two rehearsals never promises too much room.  One step interrupts that: where the loss needs more
+than one chunk it adds its gradients up in fp32.
 """
 
 from __future__ import annotations
@@ -10,6 +11,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lowvram.plan import LEDGER_LINES, Ledger, Plan, Recompute
+
+# The most rows of one chunk of the loss (lowvram_kernels/linear_cross_entropy.py).
+_ONE_CHUNK_TOKENS = 1_024
+# Somewhere above it another moment becomes the peak: a rehearsal in the middle keeps the line within some percent.
+_MIDDLE_TOKENS = 16_384
 
 
 class Work(NamedTuple):
@@ -36,11 +42,11 @@ class Rehearsal(NamedTuple):
 class Sketch:
     """The rehearsals of one model on one card's path, made when they are asked for and kept.
 
-    rehearse: makes one for a plan.  samples: sequences in a step.
+    rehearse: makes one for a plan.  samples: sequences in a step.  seq_len: tokens of each.
     """
 
-    def __init__(self, samples: int, rehearse: Callable[[Plan], Rehearsal]) -> None:
-        self.samples, self._rehearse = samples, rehearse
+    def __init__(self, samples: int, rehearse: Callable[[Plan], Rehearsal], seq_len: int) -> None:
+        self.samples, self._rehearse, self._seq_len = samples, rehearse, seq_len
         self.found: dict[tuple[Recompute, int, bool], Rehearsal] = {}
 
     def exactly(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
@@ -48,9 +54,12 @@ class Sketch:
         accumulates = micro_batch < self.samples
         key = (recompute, micro_batch, accumulates)
         if key not in self.found:
-            accumulate = self.samples // micro_batch if accumulates else 1
-            self.found[key] = self._rehearse(Plan(micro_batch=micro_batch, accumulate=accumulate, recompute=recompute))
+            self.found[key] = self._rehearse(self.plan(recompute, micro_batch))
         return self.found[key]
+
+    def plan(self, recompute: Recompute, micro_batch: int) -> Plan:
+        """Return the plan that makes up a step with so many sequences at a time."""
+        return Plan(micro_batch=micro_batch, accumulate=self.samples // micro_batch, recompute=recompute)
 
     def at(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of a plan, or the straight line between the two nearest anchors."""
@@ -65,9 +74,15 @@ class Sketch:
         return _between(self.exactly(recompute, below), self.exactly(recompute, above), share)
 
     def anchors(self) -> list[int]:
-        """Return the micro-batches that are rehearsed while gradients accumulate: the smallest and the largest."""
+        """Return the micro-batches that are rehearsed while gradients accumulate.
+
+        Every one whose loss may be one chunk and the next, one in the middle, and the largest.
+        """
         below = [n for n in divisors(self.samples) if n < self.samples]
-        return sorted({below[0], below[-1]}) if below else [self.samples]
+        small = [n for n in below if n * self._seq_len <= _ONE_CHUNK_TOKENS]
+        next_ones = [n for n in below if n not in small]
+        middle = [n for n in below if n * self._seq_len >= _MIDDLE_TOKENS]
+        return sorted({*small, *next_ones[:1], *middle[:1], below[-1]}) if below else [self.samples]
 
 
 def divisors(count: int) -> list[int]:

@@ -60,7 +60,7 @@ _EFFICIENCIES = {
 }
 # From capability 8.9 on a GeForce has 12 to 96 MiB of L2, up to 8.6 two to six: as much as an activation of a
 # micro-batch, so an op finds there what the one before it wrote.
-_LARGE_CACHE = (8, 9)
+_LARGE_CACHE = ((8, 9), (12, 0))
 _LARGE_CACHE_MEMORY = 1.2
 
 
@@ -175,7 +175,7 @@ def published_rates(profile: Profile, precision: Number) -> Rates | None:
     if tflops is None or profile.bandwidth_bytes_per_s is None:
         return None
     efficiency = _EFFICIENCIES[profile.platform]
-    has_large_cache = profile.capability is not None and profile.capability >= _LARGE_CACHE
+    has_large_cache = profile.capability in _LARGE_CACHE
     memory = _LARGE_CACHE_MEMORY if has_large_cache else efficiency.memory
     product = tflops * 1e12 * efficiency.product
     bytes_per_s = profile.bandwidth_bytes_per_s * memory

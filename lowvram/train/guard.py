@@ -20,6 +20,7 @@ _SPELLINGS = (
     "not enough memory",
     "invalid buffer size",
     "cublas_status_alloc_failed",
+    "cublas_status_not_initialized when calling `cublascreate",  # what a full card answers before its first product
     "cudnn_status_alloc_failed",
 )
 # A ledger that is off by more is wrong about the step, not about rounding.
@@ -60,8 +61,17 @@ def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> Training
     fix = f"{same_run}{_suggest_run(train)}"
     return TrainingError(
         f"Memory ran out in step {step + 1}, with one sequence at a time.",
-        "It cannot be cut further.  Nothing is lost: the last checkpoint stands.",
+        "It cannot be cut further.  Nothing is lost: what was learnt is saved.",
         f"{fix[0].upper()}{fix[1:]}",
+    )
+
+
+def explain_out_of_memory_in_look(step: int) -> TrainingError:
+    """Return the error of a validation or a sample that ran out of memory."""
+    return TrainingError(
+        f"Memory ran out after step {step}, while the model was validated or wrote its samples.",
+        "Nothing is lost: what was learnt is saved.",
+        "Close what else uses the memory or give a smaller --micro-batch, and type the same command again.",
     )
 
 

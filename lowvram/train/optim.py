@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowvram.config import AdamW, TrainConfig
+from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
 
 # As in bitsandbytes: what is smaller weighs nothing.
@@ -143,10 +144,15 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back copies of what `optimizer_tensors` returned: loaded tensors are views of the checkpoint's file."""
+    """Put back copies of what `optimizer_tensors` returned: loaded tensors are views of the checkpoint's file.
+
+    Raises CheckpointError where a tensor belongs to no weight.
+    """
     weights = dict(model.named_parameters())
     for key, tensor in tensors.items():
         what, _, name = key.partition(".")
+        if name not in weights:
+            raise CheckpointError(f"The optimizer remembers {key}.", f"The model has no weight {name}.")
         weight = weights[name]
         shape = () if what == "step" else tensor.shape
         optimizer.state[weight][what] = tensor.reshape(shape).to(weight.device, copy=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from lowvram.train.compilation import compiled, forget_compiled
 from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.guard import (
     explain_out_of_memory,
+    explain_out_of_memory_in_look,
     explain_out_of_memory_in_update,
     free_memory,
     halve,
@@ -40,9 +41,6 @@ from lowvram.train.step import Found, discard, gradients, update
 
 # Consecutive steps without a finite gradient after which going on only burns electricity.
 MOST_SKIPPED = 25
-# Automatic saving: at most this much written a day, and never more often than this.
-WRITTEN_PER_DAY_BYTES = 50e9
-LEAST_SAVE_INTERVAL_S = 600.0
 
 
 @dataclass
@@ -75,7 +73,9 @@ class Trainer:
         self._start_clock()
         while self.state.step < self.what.train.steps and not self._stopping:
             yield from self._advance()
-            yield from self._look()
+            if (yield from self._try_look()):
+                yield from self._rescue()
+                raise explain_out_of_memory_in_look(self.state.step)
             if self._save_is_due():
                 yield self._save()
         if self._saved_step != self.state.step:
@@ -107,6 +107,9 @@ class Trainer:
     def _advance(self) -> Iterator[Halved | StepDone]:
         train, state = self.what.train, self.state
         while (found := self._try_gradients()) is None:
+            if self.plan.micro_batch == 1:
+                yield from self._rescue()
+                raise explain_out_of_memory(self.plan, state.step, train)
             yield self._halve()
             self._pace = [(time.monotonic(), state.tokens)]  # what was lost says nothing about the speed to come
         loss, norm, finite = found.stats.tolist()
@@ -131,9 +134,14 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if self.plan.micro_batch == 1:
-                raise explain_out_of_memory(self.plan, self.state.step, self.what.train) from error
         return None
+
+    def _rescue(self) -> Iterator[Saved]:
+        """Save what was learnt before an error that left weights and optimizer whole ends the run."""
+        discard(self.state.optimizer)
+        free_memory(self.state.model.embedding.device)
+        if self.state.step not in (0, self._saved_step):
+            yield self._save()
 
     def _halve(self) -> Halved:
         """Leave nothing of the failed try behind; the same sequences come again, fewer at a time."""
@@ -192,6 +200,16 @@ class Trainer:
                 "checkpoint if you like.",
             )
 
+    def _try_look(self) -> Generator[Event, None, bool]:
+        """Look at the model where it is due; return whether memory ran out there."""
+        try:
+            yield from self._look()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return True
+        return False
+
     def _look(self) -> Iterator[Event]:
         run, step = self.what.run, self.state.step
         is_last = step == self.what.train.steps
@@ -218,17 +236,12 @@ class Trainer:
             yield Sampled(self.state.step, prompt, "".join(pieces))
 
     def _save_is_due(self) -> bool:
-        waited_s = time.monotonic() - self._saved_at
-        if self.what.run.save_every_minutes is None and waited_s < LEAST_SAVE_INTERVAL_S:
+        run, waited_s = self.what.run, time.monotonic() - self._saved_at
+        if waited_s < run.save_interval_s(0):
             return False  # known without measuring the state, which is no work for every step
-        return waited_s >= self._save_interval_s()
-
-    def _save_interval_s(self) -> float:
-        if self.what.run.save_every_minutes is not None:
-            return 60.0 * self.what.run.save_every_minutes
         weights, memory = self.state.tensors()
         size = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
-        return max(LEAST_SAVE_INTERVAL_S, size / WRITTEN_PER_DAY_BYTES * 86_400)
+        return waited_s >= run.save_interval_s(size)
 
     def _save(self) -> Saved:
         began = time.monotonic()

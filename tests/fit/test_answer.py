@@ -28,7 +28,7 @@ def rehearse(plan: Plan) -> Rehearsal:
 
 def answer_on(place: Place, name: str = "tr-25m", **changes: object) -> Answer:
     train = TRAIN.model_copy(update=changes)
-    return judge(name, MODEL, train, Sketch(train.batch_samples, rehearse), place)
+    return judge(name, MODEL, train, Sketch(train.batch_samples, rehearse, 2_000), place)
 
 
 ROOMY = Place(CARD, 8 * GIB, 9 * GIB)
@@ -56,13 +56,13 @@ def test_a_large_state_is_saved_so_seldom_that_a_disk_lasts() -> None:
         found = rehearse(plan)
         return found._replace(ledger=found.ledger._replace(weights=4 * GIB))
 
-    answer = judge("large", MODEL, TRAIN, Sketch(64, large), ROOMY)
+    answer = judge("large", MODEL, TRAIN, Sketch(64, large, 2_000), ROOMY)
     assert answer.written_bytes_per_day == 50_000_000_000
 
 
 def test_a_run_that_says_how_often_it_saves_and_how_many_it_keeps_is_believed() -> None:
     options = RunOptions(dir=Path("run"), keep=5, save_every_minutes=60)
-    answer = judge("mine", MODEL, TRAIN, Sketch(64, rehearse), ROOMY, options=options)
+    answer = judge("mine", MODEL, TRAIN, Sketch(64, rehearse, 2_000), ROOMY, options=options)
     assert answer.written_bytes_per_day == answer.state_bytes * 24
     assert answer.disk_bytes == 6 * answer.state_bytes + 2 * TRAIN.tokens
 

@@ -9,19 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card
 
 from lowvram.fit import ledgers
 from lowvram.fit.ledgers import PATHS, CardPath, find_sketch, hash_of, name_plan, pack, path_of, read_ledgers, unpack
-from lowvram.fit.rehearse import rehearse
-from lowvram.fit.search import TECHNIQUES
-from lowvram.plan import Plan
+from lowvram.fit.rehearse import imagine, rehearse
+from lowvram.plan import TECHNIQUES, Plan
 from lowvram.profile import load_profile, profile_names
 from lowvram.runfile import load_preset, preset_names
 
 TURNS = 3
-# Beyond a straight line between two rehearsals the truth lies lower, never higher.
-MOST_OVER = 0.012
+# Below a straight line between two rehearsals lies the truth, above it never.
+MOST_OVER = 0.06
 
 
 def rows() -> list[tuple[str, CardPath, str]]:
@@ -67,7 +65,7 @@ def test_a_third_of_the_file_is_rehearsed_again_and_is_the_same() -> None:
     for name, path, row in mine:
         model, train = load_preset(name)
         train = train.model_copy(update={"precision": path.precision})
-        made = pack(rehearse(model, train, plan_of(name, row), Card(path.platform, path.capability)))
+        made = pack(rehearse(model, train, plan_of(name, row), imagine(path)))
         kept = read_ledgers()["presets"][name]["paths"][path.key][row]
         # Another torch may take other scratch; the version that wrote the file is held to the byte.
         same = made == kept if is_same_torch else unpack(made).ledger.peak_bytes == pytest.approx(
@@ -77,7 +75,7 @@ def test_a_third_of_the_file_is_rehearsed_again_and_is_the_same() -> None:
     assert wrong == [], "run: python tools/write_ledgers.py"
 
 
-@pytest.mark.parametrize("name, micro_batch", [("tr-25m", 4), ("tiny-llm-v1", 16), ("ismail-512", 8)])
+@pytest.mark.parametrize("name, micro_batch", [("tr-25m", 8), ("tiny-llm-v1", 16), ("ismail-512", 8), ("tr-350m", 4)])
 @pytest.mark.parametrize("recompute", TECHNIQUES)
 def test_between_two_rehearsals_the_line_never_promises_too_much_room(
     name: str, micro_batch: int, recompute: Any
@@ -87,8 +85,8 @@ def test_between_two_rehearsals_the_line_never_promises_too_much_room(
     sketch = find_sketch(name, model, train, path)
     line = sketch.at(recompute, micro_batch).ledger.peak_bytes
     plan = Plan(micro_batch=micro_batch, accumulate=train.batch_samples // micro_batch, recompute=recompute)
-    truth = rehearse(model, train, plan, Card(path.platform, path.capability)).ledger.peak_bytes
-    assert truth <= line * 1.001, "chunks of the loss are whole rows"
+    truth = rehearse(model, train, plan, imagine(path)).ledger.peak_bytes
+    assert truth <= line * 1.0002, "blocks of the allocator are whole"
     assert line <= truth * (1 + MOST_OVER)
 
 

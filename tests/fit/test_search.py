@@ -20,7 +20,7 @@ class Model:
     """An invented model whose step has 16 sequences; remembers what was rehearsed."""
 
     def __init__(self, samples: int = 16, overhead: float = 1.0, accumulating: int = 0) -> None:
-        self.sketch = Sketch(samples, self._rehearse)
+        self.sketch = Sketch(samples, self._rehearse, 2_000)
         self.rehearsed: list[tuple[Recompute, int]] = []
         self._overhead, self._accumulating = overhead, accumulating
 

@@ -39,15 +39,21 @@ def test_divisors_are_all_there_and_in_order(count: int, expected: list[int]) ->
 
 
 @pytest.mark.parametrize(
-    "samples, anchors", [(1, [1]), (2, [1]), (7, [1]), (12, [1, 6]), (15, [1, 5]), (64, [1, 32])], ids=str
+    "samples, seq_len, anchors",
+    [
+        *[(1, 2_048, [1]), (2, 2_048, [1]), (7, 2_048, [1]), (12, 2_048, [1, 6]), (15, 4_096, [1, 5])],
+        # All whose loss may be one chunk of 1,024 rows and the next; the first with 16,384 tokens; the largest.
+        *[(64, 2_048, [1, 8, 32]), (64, 1_024, [1, 2, 16, 32]), (128, 512, [1, 2, 4, 32, 64]), (9, 100, [1, 3])],
+    ],
+    ids=str,
 )
-def test_anchors_are_the_smallest_and_the_largest_that_accumulate(samples: int, anchors: list[int]) -> None:
-    assert Sketch(samples, linear).anchors() == anchors
+def test_anchors_are_where_the_line_may_bend(samples: int, seq_len: int, anchors: list[int]) -> None:
+    assert Sketch(samples, linear, seq_len).anchors() == anchors
 
 
 def test_a_plan_in_between_is_on_the_line_of_two_rehearsals_and_is_not_rehearsed() -> None:
     asked = Asked()
-    sketch = Sketch(12, asked)
+    sketch = Sketch(12, asked, 2_000)
     found = sketch.at("none", 3)
     assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 12), (6, 2)]
     assert found.ledger.peak_bytes == 1_300
@@ -59,14 +65,14 @@ def test_a_plan_in_between_is_on_the_line_of_two_rehearsals_and_is_not_rehearsed
 
 def test_the_whole_step_is_rehearsed_itself_since_it_accumulates_nothing() -> None:
     asked = Asked()
-    found = Sketch(12, asked).at("block", 12)
+    found = Sketch(12, asked, 2_000).at("block", 12)
     assert [(plan.micro_batch, plan.accumulate, plan.recompute) for plan in asked.plans] == [(12, 1, "block")]
     assert found.ledger.gradients == 0
 
 
 def test_a_rehearsal_is_made_once_and_then_taken_instead_of_the_line() -> None:
     asked = Asked()
-    sketch = Sketch(12, asked)
+    sketch = Sketch(12, asked, 2_000)
     first = sketch.exactly("attention", 4)
     assert sketch.exactly("attention", 4) is sketch.at("attention", 4) is first
     assert len(asked.plans) == 1
@@ -79,7 +85,7 @@ def test_lines_of_two_moments_add_up_to_the_peak_between_them() -> None:
     def rehearse(plan: Plan) -> Rehearsal:
         return Rehearsal(ledgers[plan.micro_batch], WORK, WORK)
 
-    ledger = Sketch(16, rehearse).at("none", 4).ledger
+    ledger = Sketch(16, rehearse, 2_000).at("none", 4).ledger
     between = 300 + (1008 - 300) * 3 / 7
     assert ledger.peak_bytes == pytest.approx(between, abs=3), "six lines are rounded"
     assert min(ledger.weights, ledger.optimizer, ledger.activations, ledger.loss, ledger.temporaries) > 0
@@ -87,5 +93,5 @@ def test_lines_of_two_moments_add_up_to_the_peak_between_them() -> None:
 
 def test_a_step_of_one_sequence_has_one_plan() -> None:
     asked = Asked()
-    assert Sketch(1, asked).at("none", 1).ledger.peak_bytes == 800
+    assert Sketch(1, asked, 2_000).at("none", 1).ledger.peak_bytes == 800
     assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 1)]

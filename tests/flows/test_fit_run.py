@@ -32,7 +32,7 @@ CONTRADICTIONS = {
     "two models": ("{run} --model tr-25m", r"A run file and --model were both given\. Leave one"),
     "set without a run file": (
         "--gpu rtx5070 --set optimizer.bits=8",
-        r"--set changes a run file\. Name it: lowvram fit RUN\.toml",
+        r"--set changes one run\. Name it: RUN\.toml, or --model PRESET\.",
     ),
     "data without out": ("--gpu rtx5070 --data shards", r"--data says what a new run file holds\. Add --out run\.toml"),
     "out of a run file": ("{run} --out new.toml", r"--out has nothing to write: \S+large\.toml is a run file"),

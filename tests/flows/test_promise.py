@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from lowvram.config import RunConfig
 from lowvram.errors import MachineError
 from lowvram.machine import Detected
 from lowvram.plan import Plan
-from lowvram.profile import generic_profile, load_profile
+from lowvram.profile import load_profile
 from lowvram.train.events import StepDone
 from tests.flows.typed import typed
 from tests.tiny import prepare_home, tiny_run
@@ -86,15 +87,24 @@ def test_the_processor_is_judged_where_it_was_asked_for_whatever_card_there_is(
     assert Promise(what, CPU).place.profile.id == "cpu"
 
 
+def stand_on_card(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: int, free_bytes: int) -> None:
+    """Let torch have a card; what torch says of it counts, whatever the driver's library says."""
+    facts = SimpleNamespace(name=name, major=12, minor=0, total_memory=gigabytes * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: facts)
+    # Asking for it has made a context, which is not free any more.
+    free_now = free_bytes - load_profile("rtx5070").context_bytes
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free_now, facts.total_memory))
+
+
 @pytest.fixture
 def on_card(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Promise, list[Any]]:
     """A promise for a run on a card that is not here, bound to its plan; the caps that were asked for."""
     caps: list[Any] = []
-    stand_on(monkeypatch, 10 * 2**30, "rtx5070")
+    stand_on_card(monkeypatch, "NVIDIA GeForce RTX 5070", 12, 10 * 2**30)
     monkeypatch.setattr("lowvram.cli.promise.cap_memory", lambda device, size: caps.append((device.type, size)))
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
     promise = Promise(what.model_copy(update={"train": what.train.model_copy(update={"precision": "bf16"})}),
-                      torch.device("cuda"))  # fmt: skip
+                      torch.device("cuda", 0))  # fmt: skip
     promise.bind(Plan(micro_batch=2, accumulate=4, recompute="block"))
     return promise, caps
 
@@ -115,9 +125,19 @@ def test_the_third_step_is_held_against_the_ledger(on_card: tuple[Promise, list[
     promise, _ = on_card
     ledger = limit_of(promise)
     assert [promise.look(done(step, ledger * 2)) for step in (1, 2)] == [None, None]
-    assert "more" in (promise.look(done(3, int(ledger * 1.2))) or "")
+    beside = promise.place.profile.workspace_bytes
+    assert "more" in (promise.look(done(3, int(ledger * 1.2) + beside)) or "")
     promise.bind(Plan(micro_batch=2, accumulate=4, recompute="block"))
     assert [promise.look(done(step, ledger)) for step in (4, 5, 6)] == [None, None, None]
+
+
+def test_torchs_workspace_and_what_compiling_saves_are_no_surprise(on_card: tuple[Promise, list[Any]]) -> None:
+    promise, _ = on_card
+    ledger, beside = limit_of(promise), promise.place.profile.workspace_bytes
+    for compiled, measured in ((False, ledger + beside), (True, ledger // 2), (False, ledger // 2)):
+        promise.bind(Plan(micro_batch=2, accumulate=4, recompute="block", compile=compiled))
+        said = [promise.look(done(step, measured)) for step in (1, 2, 3)][-1]
+        assert (said is not None) == (not compiled and measured < ledger)
 
 
 def limit_of(promise: Promise) -> int:
@@ -125,17 +145,28 @@ def limit_of(promise: Promise) -> int:
     return promise._rehearsal.ledger.peak_bytes
 
 
-def test_the_tenth_step_is_held_against_the_speed(on_card: tuple[Promise, list[Any]]) -> None:
+def test_the_pace_after_the_first_steps_is_held_against_the_speed(
+    on_card: tuple[Promise, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     promise, _ = on_card
-    ledger = limit_of(promise)
-    told = [promise.look(done(step, ledger, speed=1.0)) for step in range(1, 12)]
-    assert [step for step, said in enumerate(told, 1) if said] == [10]
+    ledger, expected = limit_of(promise), promise._speed.tokens_per_second
+    for seconds_a_token, is_slow in ((0.5 / expected, False), (2.9 / expected, False), (3.5 / expected, True)):
+        promise.bind(Plan(micro_batch=2, accumulate=4, recompute="block"))
+        told = []
+        for step in range(1, 12):
+            # The first steps compile and load kernels: a minute that says nothing of those to come.
+            now = 60.0 * min(step, 3) + 256 * step * seconds_a_token
+            monkeypatch.setattr("lowvram.cli.promise.time", SimpleNamespace(monotonic=lambda now=now: now))
+            told.append(promise.look(done(step, ledger)))
+        assert [step for step, said in enumerate(told, 1) if said] == ([10] if is_slow else [])
     assert "spilling" in told[9]
 
 
 def test_a_card_without_figures_promises_no_speed(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "detect", lambda: Detected(generic_profile(8 * 2**30), None, "invented"))
-    answer = Promise(what, torch.device("cuda")).judge()
+    stand_on_card(monkeypatch, "AMD Radeon RX 7900 XT", 20, 19 * 2**30)
+    promise = Promise(what, torch.device("cuda", 0))
+    answer = promise.judge()
+    assert promise.place.profile.name == "AMD Radeon RX 7900 XT", "and not the processor, which NVML leaves"
     assert answer.found.fits
     assert answer.speed is None
     assert answer.days is None
@@ -146,3 +177,17 @@ def test_on_a_processor_nothing_is_capped_and_nothing_compared(what: RunConfig) 
     promise.bind(Plan(micro_batch=2, accumulate=4))
     assert promise.room_to_compile() is None
     assert [promise.look(done(step, 1, speed=1e-9)) for step in range(1, 12)] == [None] * 11
+
+
+def test_on_windows_attention_is_that_of_a_torch_without_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention_of(gpu: str, desktop: Any = None) -> str:
+        return place.name_card(gpu, None, None, desktop).profile.attention
+
+    assert attention_of("rtx5070") == "flash"
+    assert attention_of("rtx5070", "windows") == "efficient"
+    assert attention_of("m3-max", "windows") == "math"
+    monkeypatch.setattr(place.sys, "platform", "win32")
+    assert attention_of("rtx5070") == "efficient"
+    assert attention_of("rtx5070", "none") == "efficient"
+    stand_on(monkeypatch, 8 * 2**30, "rtx5070")
+    assert place.find_card().profile.attention == "efficient"

@@ -53,6 +53,7 @@ def test_a_mask_hides_what_it_says() -> None:
         (AMPERE, torch.bfloat16, False, "flash"),
         (AMPERE, torch.float32, False, "efficient"),
         (AMPERE, torch.bfloat16, True, "efficient"),
+        (AMPERE._replace(has_flash=False), torch.bfloat16, False, "efficient"),
         (Card("cuda", (12, 0)), torch.float16, False, "flash"),
     ],
     ids=str,
@@ -110,8 +111,9 @@ def test_cards_without_flash_repeat_the_heads_and_metal_keeps_every_score() -> N
     assert peak_on_paper(MPS)[0] >= BATCH * HEADS * ROWS * ROWS * 2
 
 
-def test_odd_widths_are_padded_as_the_kernel_pads_them() -> None:
-    kept, _ = peak_on_paper(AMPERE, groups=HEADS, width=20)
+@pytest.mark.parametrize("card", [AMPERE, TURING], ids=["flash", "efficient"])
+def test_odd_widths_are_padded_so_that_every_fused_kernel_takes_them(card: Card) -> None:
+    kept, _ = peak_on_paper(card, groups=HEADS, width=20)
     assert kept == 4 * TENSOR + ROW, "q, k and v in width 24, and the result"
 
 

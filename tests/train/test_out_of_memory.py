@@ -111,6 +111,24 @@ def test_a_step_made_again_equals_one_that_never_failed(
     assert unequal(tensors_of(truth), tensors_of(ours)) == []
 
 
+@pytest.mark.parametrize("recompute", ["attention", "block"])
+def test_a_failed_recomputation_leaves_nothing_behind(
+    home: Path, monkeypatch: pytest.MonkeyPatch, recompute: Any
+) -> None:
+    again = {"recompute": recompute}
+    truth = trainer_of(run_of(home, f"truth-{recompute}"), 2)
+    truth.plan = truth.plan.model_copy(update=again)
+    list(truth.run())
+    held = fail_at(monkeypatch, "late backward", lambda batch: int(batch.sample_B[0]) == 4)
+    ours = trainer_of(run_of(home, f"ours-{recompute}"), 4)
+    ours.plan = ours.plan.model_copy(update=again)
+    events = list(ours.run())
+    assert held
+    assert [event for event in events if isinstance(event, Halved)] == [Halved(0, 2, 4)]
+    assert ours.plan.recompute == recompute
+    assert unequal(tensors_of(truth), tensors_of(ours)) == []
+
+
 def test_memory_that_runs_out_in_the_middle_leaves_the_steps_before_as_they_were(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +153,33 @@ def test_a_micro_batch_is_halved_until_it_fits(home: Path, monkeypatch: pytest.M
     halved = [event for event in events if isinstance(event, Halved)]
     assert halved == [Halved(0, 4, 2), Halved(0, 2, 4), Halved(0, 1, 8)]
     assert len(steps_of(events)) == 6
+
+
+@pytest.mark.parametrize("where", ["gradients", "score"], ids=["in a step", "in a validation"])
+def test_what_was_learnt_is_saved_before_memory_ends_the_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    # Saving is due in ten minutes, and would come too late.
+    trainer = trainer_of(run_of(home, f"rescued-{where}", validate_every=3), 1)
+    events: list[Event] = []
+
+    def fail(*_: object, **__: object) -> None:
+        raise NO_MEMORY("CUDA out of memory.")
+
+    def run() -> None:
+        for event in trainer.run():
+            events.append(event)
+            if isinstance(event, StepDone) and event.step == 3 - (where == "gradients"):
+                monkeypatch.setattr(f"lowvram.train.trainer.{where}", fail)
+
+    with pytest.raises(TrainingError, match="Nothing is lost: what was learnt is saved"):
+        run()
+    step = 2 if where == "gradients" else 3
+    assert isinstance(events[-1], Saved)
+    assert trainer.store.latest()[0].step == step
+    monkeypatch.undo()
+    goes_on = list(trainer_of(run_of(home, f"rescued-{where}", validate_every=3), 1).run())
+    assert next(event.step for event in goes_on if isinstance(event, StepDone)) == step + 1
 
 
 @pytest.mark.parametrize(
