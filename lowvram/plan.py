@@ -33,7 +33,7 @@ class Plan(Words):
 
 
 class Ledger(NamedTuple):
-    """Bytes of tensors alive at a step's peak, by birthplace; what the allocator rounds up is in them.
+    """Bytes of tensors alive at a step's peak, by birthplace, each in the allocator's blocks (512 bytes on a card).
 
     weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
     temporaries: everything else, the batch included.  moment: when the peak is: forward, loss, backward or update.

@@ -19,7 +19,7 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 WIDTH = 118
 STYLES = (
-    (r"^\d/7 .*$", "bold"),
+    (r"^\d/8 .*$", "bold"),
     (r"^    \$ .*$", "green"),
     (r"^step .*$", "dim"),
     (r"^step +\d+  valid .*$", "cyan"),
