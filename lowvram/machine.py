@@ -164,9 +164,14 @@ def detect() -> Detected:
     card = find_card()
     if card is not None:
         return describe_card(card)
-    memory = psutil.virtual_memory()
     if platform.system() == "Darwin" and platform.machine() == "arm64":
-        return _describe_apple(_read_chip(), memory.total)
+        return _describe_apple(_read_chip(), machine_memory_bytes())
+    return describe_processor()
+
+
+def describe_processor() -> Detected:
+    """Return the processor's profile and what is free of this machine's memory."""
+    memory = psutil.virtual_memory()
     profile, _ = find_profile("cpu", memory.total)
     room = f"{show_bytes(memory.total)} of memory, {show_bytes(memory.available)} of it free"
     return Detected(profile, memory.available, f"No GPU here that PyTorch can train on; the processor has {room}.")

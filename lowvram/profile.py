@@ -165,7 +165,8 @@ _WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
 
 def _split_name(text: str) -> tuple[frozenset[str], int | None]:
     """Return the words that tell a card from others, and the memory that was written beside them."""
-    lower = _SOCKET.sub(" ", text.lower().replace("mobile", "laptop"))
+    # A Turkish keyboard writes ı and İ where others write i.
+    lower = _SOCKET.sub(" ", text.replace("ı", "i").replace("İ", "i").lower().replace("mobile", "laptop"))
     memory = _MEMORY.search(lower)
     apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
     return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None

@@ -97,7 +97,8 @@ def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     """Return the vocabulary that a run file or its preset states, None where neither does."""
     model = _read_tables(path, sets).get("model", {})
     if "vocabulary" in model or "preset" not in model:
-        return model.get("vocabulary")
+        said = model.get("vocabulary")
+        return said if isinstance(said, int) and said > 0 else None
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
@@ -108,10 +109,11 @@ def write_run(path: Path, preset: str, train: TrainConfig, data: Path | None) ->
     it; None leaves gaps, which `load_run` names.  Raises ConfigError where `path` exists or data lacks something.
     """
     refuse_overwriting(path)
-    folders = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if data is None else _find_folders(data)
+    folders = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if data is None else find_folders(data)
     lines = ["[model]", f'preset = "{preset}"', "[data]"]
     home = path.resolve().parent
     lines += [f"{key} = {_quote(_relate(folder, home) if data else folder)}" for key, folder in folders.items()]
+    lines += ["# valid may go: then nothing is held out"] if data is None else []
     _, before = load_preset(preset)
     changed = {key: value for key, _, value in differences(before, train)}
     lines += ["[train]", *(f"{key} = {_quote(value)}" for key, value in changed.items())] if changed else []
@@ -126,7 +128,8 @@ def refuse_overwriting(path: Path) -> None:
         raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
 
 
-def _find_folders(data: Path) -> dict[str, str]:
+def find_folders(data: Path) -> dict[str, str]:
+    """Return the folders `train`, `valid` (if there is one) and `tokenizer` of --data, as `write_run` takes them."""
     tokenizer = next((place for place in (data / "tok", data.parent / "tok") if place.is_dir()), None)
     if not (data / "train").is_dir() or tokenizer is None:
         lacks = "no folder train" if tokenizer else "no folder tok, in it or beside it"

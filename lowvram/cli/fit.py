@@ -68,9 +68,12 @@ def run(arguments: argparse.Namespace) -> None:
     answers, place = _judge(arguments, card, what)
     advice = recommend(answers, arguments.days)
     is_alone = arguments.run_file is not None or arguments.model is not None
-    changes = _find_changes(answers[0], place) if is_alone and not answers[0].fits_headless else []
+    is_asked = arguments.micro_batch is not None or arguments.recompute is not None
+    changes = None if is_asked else []
+    if is_alone and not is_asked and not answers[0].fits_headless:
+        changes = _find_changes(answers[0], place)
     if arguments.json:
-        show_json(answers, place, advice[0].name if advice else None, changes)
+        show_json(answers, place, advice[0].name if advice else None, changes or [])
     elif is_alone:
         show_one(answers[0], place, changes, is_preset=arguments.run_file is None)
     else:
@@ -84,11 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
     from lowvram.errors import ConfigError
-    from lowvram.runfile import refuse_overwriting
+    from lowvram.runfile import find_folders, refuse_overwriting
 
     here = arguments.gpu is None and arguments.memory is None
     run_file = arguments.run_file
     is_alone = run_file is not None or arguments.model is not None
+    is_asked = arguments.micro_batch is not None or arguments.recompute is not None
     if run_file is not None and arguments.gpu and not run_file.exists() and run_file.suffix != ".toml":
         words = f"{arguments.gpu} {run_file}"
         raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
@@ -97,6 +101,7 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         (run_file and arguments.out, f"--out has nothing to write: {run_file} is a run file.", "Leave it out."),
         (arguments.set and not is_alone, "--set changes one run.", "Name it: RUN.toml, or --model PRESET."),
         (arguments.set and arguments.out, "--out writes a preset as it is.", "Change values in the file it writes."),
+        (is_asked and arguments.out, "--out writes no plan.", "Give the same options to lowvram train."),
         (arguments.micro_batch and not is_alone, "--micro-batch is for one run.", "Name RUN.toml, or --model PRESET."),
         (arguments.data and not arguments.out, "--data says what a new run file holds.", "Add --out run.toml."),
         (arguments.desktop and here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
@@ -106,27 +111,29 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
             raise ConfigError(what, fix=fix)
     if arguments.out is not None:
         refuse_overwriting(arguments.out)
+    if arguments.data is not None:
+        find_folders(arguments.data)
 
 
 def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[Answer], Place]:
     """Judge the run file, the preset that was named, or every preset."""
-    from lowvram.cli.place import judge_here
-    from lowvram.cli.show import bar
+    from lowvram.cli.place import judge_here, warn_of_precision
+    from lowvram.cli.show import bar, notice
     from lowvram.fit.answer import judge
     from lowvram.fit.ledgers import find_sketch, path_of
-    from lowvram.runfile import load_preset, preset_names
+    from lowvram.runfile import preset_names
 
     if what is not None:
+        if warning := warn_of_precision(what.train, card.profile):
+            notice(warning, "yellow")
         name, place = arguments.run_file.stem, card.place(what.train.precision)
         wish = _wish(arguments, what.train)
         with bar(f"Rehearsing {name} on paper"):
             return [judge_here(name, what.model, what.train, place, what.run, wish)], place
-    place = card.place(card.profile.dtype)
+    place = card.place(_load_preset(arguments.model or "tr-25m", arguments, card)[1].precision)
     answers = []
     for name in [arguments.model] if arguments.model else preset_names():
-        model, train = load_preset(name, arguments.set)
-        # Which 16-bit numbers a card computes with is the one thing that a preset leaves to it.
-        train = train.model_copy(update={"precision": card.profile.dtype})
+        model, train = _load_preset(name, arguments, card)
         wish = _wish(arguments, train)
         sketch = find_sketch(name, model, train, path_of(card.profile, train)) if wish.micro_batch is None else None
         if sketch is not None:
@@ -135,6 +142,16 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
         with bar(f"Rehearsing {name} on paper"):
             answers.append(judge_here(name, model, train, place, wish=wish))
     return sorted(answers, key=lambda answer: answer.model.num_parameters()), place
+
+
+def _load_preset(name: str, arguments: argparse.Namespace, card: Card) -> tuple[ModelConfig, TrainConfig]:
+    """Load a preset; which 16-bit numbers it computes with is the one thing that it leaves to the card."""
+    from lowvram.runfile import load_preset
+
+    model, train = load_preset(name, arguments.set)
+    if any("precision" in assignment for assignment in arguments.set):
+        return model, train
+    return model, train.model_copy(update={"precision": card.profile.dtype})
 
 
 def _wish(arguments: argparse.Namespace, train: TrainConfig) -> Wish:
@@ -186,7 +203,6 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
     from lowvram.errors import MachineError
     from lowvram.fit.measure import measure
     from lowvram.fit.measured import store_measured
-    from lowvram.runfile import load_preset
     from lowvram.train.guard import cap_memory
 
     device = choose_device("auto")
@@ -197,8 +213,7 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
         name, model, train = arguments.run_file.stem, what.model, what.train
     else:
         name = arguments.model or "tr-25m"
-        model, train = load_preset(name)
-        train = train.model_copy(update={"precision": card.profile.dtype})
+        model, train = _load_preset(name, arguments, card)
     answer = judge_here(name, model, train, card.place(train.precision))
     if not answer.found.fits:
         raise MachineError(

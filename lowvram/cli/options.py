@@ -6,7 +6,9 @@ import argparse
 import math
 from pathlib import Path
 
-from lowvram.units import parse_memory
+from lowvram.units import parse_memory, show_bytes
+
+_MOST_BYTES = 2**42  # no computer of our users has more: a bare number was meant as something smaller
 
 
 def count(text: str) -> int:
@@ -28,9 +30,12 @@ def days(text: str) -> float:
 def memory(text: str) -> int:
     """Read a size of memory, in the units in which it is sold: 8GB is 8 GiB."""
     try:
-        return parse_memory(text)
+        size = parse_memory(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if size > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} is {show_bytes(size)}; write MiB with their unit: 6144MiB")
+    return size
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,14 @@ from lowvram.fit.answer import Answer, Place, judge
 from lowvram.fit.measured import load_measured
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.machine import Detected, NvidiaCard, describe_card, detect, machine_memory_bytes
+from lowvram.machine import (
+    Detected,
+    NvidiaCard,
+    describe_card,
+    describe_processor,
+    detect,
+    machine_memory_bytes,
+)
 from lowvram.plan import Plan
 from lowvram.profile import Desktop, Profile, find_profile, generic_profile
 
@@ -44,7 +51,10 @@ def name_card(gpu: str | None, memory_bytes: int | None, ram_bytes: int | None, 
     """Return the card that was named, or known by its memory; raises ConfigError that names the nearest ones."""
     if gpu is None:
         assert memory_bytes is not None, "asked for by name or by memory"
-        profile, note = generic_profile(memory_bytes), "Without a name its speed is not known."
+        profile, note = (
+            generic_profile(memory_bytes),
+            ("Without a name its speed is not known, and it is taken for an RTX 30 or later: name an RTX 20."),
+        )
     else:
         profile, note = find_profile(gpu, memory_bytes)
         if profile.unified:
@@ -74,15 +84,15 @@ def find_card_of(device: torch.device) -> Card:
         card = NvidiaCard(facts.name, (facts.major, facts.minor), facts.total_memory, free_bytes)
         found = describe_card(card)
     elif device.type == "cpu" and found.profile.platform != "cpu":
-        memory_bytes = machine_memory_bytes()
-        found = Detected(find_profile("cpu", memory_bytes)[0], None, "The processor.")
+        found = describe_processor()
     return _card_of(found, None)
 
 
 def _card_of(found: Detected, ram_bytes: int | None) -> Card:
     # What a desktop takes is not free any more.
     profile = _as_installed(found.profile, sys.platform == "win32")
-    return Card(profile, found.sentence, ram_bytes or machine_memory_bytes(), found.free_bytes, "none")
+    ram_bytes = ram_bytes or machine_memory_bytes()
+    return Card(profile, found.sentence, ram_bytes, found.free_bytes, "none", beside="other programs")
 
 
 def _as_installed(profile: Profile, is_windows: bool) -> Profile:
@@ -90,6 +100,13 @@ def _as_installed(profile: Profile, is_windows: bool) -> Profile:
     if is_windows and profile.platform == "cuda" and profile.attention == "flash":
         return profile.model_copy(update={"attention": "efficient"})
     return profile
+
+
+def warn_of_precision(train: TrainConfig, profile: Profile) -> str | None:
+    """Return a sentence where a run computes in numbers that the card has no tensor cores for."""
+    if train.precision != "bf16" or profile.dtype != "fp16":
+        return None
+    return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about 8 times as fast.'
 
 
 def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:

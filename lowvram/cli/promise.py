@@ -10,9 +10,10 @@ import torch
 from lowvram.cli.place import find_card_of, judge_here
 from lowvram.errors import MachineError
 from lowvram.fit.rehearse import imagine, rehearse
+from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal
 from lowvram.fit.speed import Speed, estimate
-from lowvram.plan import Plan
+from lowvram.plan import Plan, Recompute
 from lowvram.train.guard import cap_memory, compare_with_ledger, looks_spilled
 from lowvram.units import show_bytes
 
@@ -38,15 +39,21 @@ class Promise:
         self._is_compiled = False
         self._clock = (0.0, 0)
 
-    def judge(self) -> Answer:
+    def judge(self, wish: Wish = ANY) -> Answer:
         """Rehearse the run and return what is to be said about it here."""
         what = self._what
-        return judge_here(what.run.dir.name, what.model, what.train, self.place)
+        return judge_here(what.run.dir.name, what.model, what.train, self.place, wish=wish)
 
-    def choose(self) -> tuple[Plan, str]:
-        """Return the plan that fits and why; raises MachineError where none does, with the way to learn more."""
-        answer = self.judge()
+    def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:
+        """Return the plan that fits, and why, around what was asked for.
+
+        What was asked for is tried even where it is not expected to fit; else MachineError says how to learn more.
+        """
+        wish = Wish(micro_batch, recompute)
+        answer = self.judge(wish)
         found = answer.found
+        if wish != ANY:
+            return found.plan, "you asked for it" if found.fits else "you asked for it; it is not expected to fit"
         if answer.lacks_host_bytes and found.fits:
             raise MachineError(
                 f"This run needs {show_bytes(answer.lacks_host_bytes)} more of the computer's memory than there is.",
@@ -54,14 +61,28 @@ class Promise:
                 "Choose a smaller model, or optimizer.bits = 8.",
             )
         if not found.fits:
-            needs, has = show_bytes(found.peak_bytes), show_bytes(self.place.limit_bytes)
-            raise MachineError(
-                f"This run does not fit on {self.place.profile.name}.",
-                f"Its smallest plan takes {needs}, and tensors have {has} there now.",
-                fix="lowvram fit with the same run file says what would make it fit; --micro-batch 1 --recompute block "
-                "tries it all the same.",
-            )
+            raise self._explain(answer)
         return found.plan, found.reason
+
+    def _explain(self, answer: Answer) -> MachineError:
+        has, place = show_bytes(self.place.limit_bytes), self.place
+        least = self.judge(Wish(1, "block")).found.peak_bytes if answer.fits_headless else answer.found.peak_bytes
+        close = f"Without {place.beside} it would fit: close that, or " if answer.fits_headless else ""
+        fix = f"{close}ask lowvram fit with the same run file what would make it fit."
+        return MachineError(
+            f"This run does not fit on {place.profile.name} now.",
+            f"Its smallest plan takes {show_bytes(least)}, and tensors have {has} there.",
+            f"{fix[0].upper()}{fix[1:]}  --micro-batch 1 --recompute block tries it all the same.",
+        )
+
+    def doubt(self, plan: Plan) -> str | None:
+        """Return a sentence where a plan that is kept or asked for is not expected to fit now."""
+        what = self._what
+        peak = rehearse(what.model, what.train, plan, imagine(self.place.profile)).ledger.peak_bytes
+        if peak <= self.place.limit_bytes:
+            return None
+        has = show_bytes(self.place.limit_bytes)
+        return f"This plan takes {show_bytes(peak)}, and tensors have {has} here now: memory may run out."
 
     def bind(self, plan: Plan) -> None:
         """Hold the run to its plan: cap the card's memory, and reckon what the plan takes where that can be checked.

@@ -68,6 +68,7 @@ def train(
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.cli.machine import choose_device
+    from lowvram.cli.place import warn_of_precision
     from lowvram.cli.promise import Promise
     from lowvram.cli.screen import TrainingScreen
     from lowvram.cli.show import notice
@@ -86,6 +87,10 @@ def train(
         size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
         notice(f"{describe_machine()}: {size} on {place}.")
         notice(_describe_plan(plan, reason))
+        if is_kept and (doubt := promise.doubt(plan)):
+            notice(doubt, "yellow")
+        if warning := warn_of_precision(what.train, promise.place.profile):
+            notice(warning, "yellow")
         trainer = prepare(what, plan, place)
         notice(_describe_reading(what, trainer))
         promise.bind(plan)

@@ -143,7 +143,7 @@ def _mark(place: Place) -> str:
     return f"; the mark │ stands at the {show_bytes(place.limit_bytes)} that are left beside {place.beside}."
 
 
-def show_one(answer: Answer, place: Place, changes: Sequence[Change], is_preset: bool) -> None:
+def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_preset: bool) -> None:
     """Print one model's ledger line by line, what it costs, and what would make it fit."""
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
     cut = f"{plan.micro_batch} {'sequence' if plan.micro_batch == 1 else 'sequences'} × {plan.accumulate} a step"
@@ -155,6 +155,8 @@ def show_one(answer: Answer, place: Place, changes: Sequence[Change], is_preset:
         cells = round(size / ledger.peak_bytes * 40)
         result(f"  {name:<12} {show_bytes(size):>10}  {'█' * cells}".rstrip())
     result(f"  {'peak':<12} {show_bytes(ledger.peak_bytes):>10}  during {ledger.moment}")
+    if not found.is_rehearsed:
+        result("               these lines lie between two rehearsals; a run file is rehearsed itself")
     result(f"  {'limit':<12} {show_bytes(place.limit_bytes):>10}  {_headless(place)}")
     ram = "" if place.ram_bytes is None else f", which has {show_bytes(place.ram_bytes)}"
     result(f"  {'host':<12} {show_bytes(answer.host_bytes):>10}  in the computer's memory{ram}")
@@ -190,10 +192,13 @@ def _headless(place: Place) -> str:
     return f"for tensors beside {place.beside}, {show_bytes(place.headless_bytes)} without"
 
 
-def _show_changes(answer: Answer, changes: Sequence[Change], is_preset: bool) -> None:
+def _show_changes(answer: Answer, changes: Sequence[Change] | None, is_preset: bool) -> None:
     largest = sorted(answer.found.rehearsal.ledger.lines().items(), key=lambda line: -line[1])[:3]
     lines = ", ".join(f"{name} {show_bytes(size)}" for name, size in largest)
     result(f"  Its largest lines: {lines}.")
+    if changes is None:
+        result("  Another plan may fit: leave --micro-batch and --recompute out.")
+        return
     if not changes:
         result(
             "  Neither 8-bit optimizer memory nor a shorter context nor fewer layers would do: take a smaller preset."

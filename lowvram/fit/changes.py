@@ -77,6 +77,8 @@ def _fewer_layers(
         return smallest(model.model_copy(update={"layers": layers}), train).peak_bytes
 
     few, peak = max(least, model.layers // 2), peak_of(model.layers)
+    if peak <= limit_bytes:
+        return
     each = max(1.0, (peak - peak_of(few)) / (model.layers - few))
     layers = model.layers
     while peak > limit_bytes:

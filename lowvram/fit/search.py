@@ -28,12 +28,16 @@ ANY = Wish()
 
 
 class Found(NamedTuple):
-    """The plan that was chosen, or, where none fits, the one that needs least.  reason: why this one, a sentence."""
+    """The plan that was chosen, or, where none fits, the one that needs least.
+
+    reason: why this one, a sentence.  is_rehearsed: its ledger is a rehearsal, not a line between two.
+    """
 
     plan: Plan
     rehearsal: Rehearsal
     fits: bool
     reason: str
+    is_rehearsed: bool = True
 
     @property
     def peak_bytes(self) -> int:
@@ -51,7 +55,7 @@ def search(
     """Return the fastest plan within limit_bytes.
 
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
-    where a straight line between two of them does not do (it never says too few bytes, sometimes 1 % too many).
+    and another one if that is above the limit; a line between two is near, and mostly above the truth.
     wish: search only such plans.
     """
     techniques = TECHNIQUES if wish.recompute is None else (wish.recompute,)
@@ -61,24 +65,32 @@ def search(
         here = []
         for micro_batch, rehearsal in _fitting(sketch, technique, sizes, limit_bytes):
             plan = sketch.plan(technique, micro_batch)
-            here.append((step_seconds(rehearsal, plan), Found(plan, rehearsal, True, "")))
+            found = Found(plan, rehearsal, True, "", sketch.has(technique, micro_batch))
+            here.append((step_seconds(rehearsal, plan), found))
         timed += here
         if here and _is_enough(here, sketch.samples):
             break  # more recomputation would make room for nothing that is faster, and itself costs time
-    if not timed:
-        reason = "this is the smallest plan: one sequence at a time, every block computed again in backward"
-        if wish != ANY:
-            reason = "no plan of the kind that you asked for fits; this one comes nearest"
-        plan = sketch.plan(techniques[-1], sizes[0])
-        return Found(plan, sketch.at(plan.recompute, plan.micro_batch), False, reason)
+    while timed:
+        chosen = _choose(timed, wish, sketch.samples)
+        if not exact:
+            return chosen
+        rehearsal = sketch.exactly(chosen.plan.recompute, chosen.plan.micro_batch)
+        if rehearsal.ledger.peak_bytes <= limit_bytes:
+            return chosen._replace(rehearsal=rehearsal, is_rehearsed=True)
+        timed = [(seconds, found) for seconds, found in timed if found.plan != chosen.plan]
+    reason = "this is the smallest plan: one sequence at a time, every block computed again in backward"
+    if wish != ANY:
+        reason = "no plan of the kind that you asked for fits; this one comes nearest"
+    plan = sketch.plan(techniques[-1], sizes[0])
+    return Found(plan, sketch.exactly(plan.recompute, plan.micro_batch), False, reason)
+
+
+def _choose(timed: Sequence[tuple[float, Found]], wish: Wish, samples: int) -> Found:
     fastest = min(seconds for seconds, _ in timed)
     level = [(seconds, found) for seconds, found in timed if seconds <= fastest * (1 + EQUALLY_FAST)]
     seconds, chosen = min(level, key=lambda one: one[1].peak_bytes)
-    reason = "you asked for it" if wish != ANY else _explain(chosen.plan, seconds, timed, sketch.samples)
-    chosen = chosen._replace(reason=reason)
-    if exact:
-        chosen = chosen._replace(rehearsal=sketch.exactly(chosen.plan.recompute, chosen.plan.micro_batch))
-    return chosen
+    reason = "you asked for it" if wish != ANY else _explain(chosen.plan, seconds, timed, samples)
+    return chosen._replace(reason=reason)
 
 
 def _is_enough(timed: Sequence[tuple[float, Found]], samples: int) -> bool:
@@ -99,17 +111,24 @@ def _fitting(
 ) -> Iterator[tuple[int, Rehearsal]]:
     """Yield the micro-batches that fit, smallest first; after one that does not, most larger ones are not rehearsed.
 
-    The whole step at once is always tried beside its half: it needs no gradients to add to, and may take less.
+    The whole step at once needs no gradients to add to, and may take less: it is tried where the size before it was,
+    and where every block is recomputed.
     """
     for micro_batch in sizes:
+        is_far = micro_batch not in sizes[-2:]
         rehearsal = sketch.at(technique, micro_batch)
         if rehearsal.ledger.peak_bytes <= limit_bytes:
             yield micro_batch, rehearsal
-        elif micro_batch * 2 < sketch.samples:
+        elif is_far and technique == TECHNIQUES[-1]:
+            whole = sketch.at(technique, sizes[-1])
+            if whole.ledger.peak_bytes <= limit_bytes:
+                yield sizes[-1], whole
+            return
+        elif is_far:
             return
 
 
-def _explain(plan: Plan, seconds: float, timed: list[tuple[float, Found]], samples: int) -> str:
+def _explain(plan: Plan, seconds: float, timed: Sequence[tuple[float, Found]], samples: int) -> str:
     largest = max(found.plan.micro_batch for _, found in timed if found.plan.recompute == plan.recompute)
     is_one = plan.micro_batch == 1
     sequences = "1 sequence at a time" if is_one else f"{plan.micro_batch} sequences at a time"

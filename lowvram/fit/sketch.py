@@ -1,8 +1,8 @@
 """What rehearsals found, and what lies between them; plain numbers, never imports torch.
 
 The peak of a step is the greatest of many moments, each affine in the micro-batch: so it is convex in it, and a
-straight line between two rehearsals never promises too much room.  One step interrupts that: where the loss needs more
-than one chunk it adds its gradients up in fp32.
+straight line between two rehearsals promises no room that is not there.  The chunks of the loss interrupt that: from
+the second one on gradients add up in fp32, and chunks are equal, so that odd lengths err by a part of one.
 """
 
 from __future__ import annotations
@@ -57,13 +57,17 @@ class Sketch:
             self.found[key] = self._rehearse(self.plan(recompute, micro_batch))
         return self.found[key]
 
+    def has(self, recompute: Recompute, micro_batch: int) -> bool:
+        """Say whether a plan's rehearsal is there, so that it is no line."""
+        return (recompute, micro_batch, micro_batch < self.samples) in self.found
+
     def plan(self, recompute: Recompute, micro_batch: int) -> Plan:
         """Return the plan that makes up a step with so many sequences at a time."""
         return Plan(micro_batch=micro_batch, accumulate=self.samples // micro_batch, recompute=recompute)
 
     def at(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of a plan, or the straight line between the two nearest anchors."""
-        if micro_batch == self.samples or (recompute, micro_batch, True) in self.found:
+        if micro_batch == self.samples or self.has(recompute, micro_batch):
             return self.exactly(recompute, micro_batch)
         anchors = self.anchors()
         below = max(n for n in anchors if n <= micro_batch)

@@ -105,21 +105,20 @@ def settle_plan(
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
     compiled: bool | None = None,
-    choose: Callable[[], tuple[Plan, str]] | None = None,
+    choose: Callable[[int | None, Recompute | None], tuple[Plan, str]] | None = None,
 ) -> Settled:
     """Return the run's plan: the one that it had or a new one, changed by what was asked for (what is not None).
 
-    choose: makes a new run's plan where neither micro_batch nor recompute was asked for (default: `choose_plan`).
+    choose: makes a new run's plan around the micro-batch and the recomputation that were asked for (default:
+    `choose_plan`).
     Raises ConfigError for a micro_batch that does not divide the step, or a kept plan that cannot be read.
     """
     kept = _plan_so_far(directory, train)
-    is_asked = micro_batch is not None or recompute is not None
+    plan, reason = choose_plan(train, micro_batch)
     if kept is not None:
         plan, reason = kept, "this run's plan so far"
-    elif choose is None or is_asked:
-        plan, reason = choose_plan(train)
-    else:
-        plan, reason = choose()
+    elif choose is not None:
+        plan, reason = choose(micro_batch, recompute)
     if micro_batch is not None:
         asked, reason = choose_plan(train, micro_batch)
         plan = plan.model_copy(update={"micro_batch": asked.micro_batch, "accumulate": asked.accumulate})

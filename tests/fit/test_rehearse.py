@@ -46,11 +46,11 @@ FFNS: dict[str, dict[str, Any]] = {
         "expert_hidden": 256,
     },
 }
-SEQ_LEN, MICRO_BATCH = 200, 3
+SEQ_LEN, MICRO_BATCH = 150, 3
 
 
 def model_of(attention: str, ffn: str) -> ModelConfig:
-    shape = {"layers": 3, "dim": 200, "vocabulary": 2_000}
+    shape = {"layers": 2, "dim": 200, "vocabulary": 1_500}
     return ModelConfig.model_validate({**shape, **ATTENTIONS[attention], "ffn": FFNS[ffn]})
 
 

@@ -136,3 +136,30 @@ def test_what_a_person_insists_on_is_all_that_is_searched() -> None:
     assert not least.fits
     assert least.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
     assert "asked for" in least.reason
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7, 9, 16], ids=str)
+def test_the_whole_step_is_found_whatever_divides_it(samples: int) -> None:
+    model = Model(samples, accumulating=9_000)
+    found = model.search(FIXED + samples * 100)
+    assert found.fits
+    assert found.plan == Plan(micro_batch=samples, accumulate=1, recompute="block")
+
+
+def test_a_plan_whose_own_rehearsal_is_above_the_limit_is_passed_over() -> None:
+    class Bent(Model):
+        """Between its anchors it takes more than the line says."""
+
+        def _rehearse(self, plan: Plan) -> Rehearsal:
+            found = super()._rehearse(plan)
+            more = 300 if plan.micro_batch == 4 else 0
+            return found._replace(ledger=found.ledger._replace(loss=more))
+
+    limit = FIXED + 4 * 400 + 100
+    lined = Bent(overhead=0.2).search(limit)
+    assert lined.plan.micro_batch == 4
+    assert not lined.is_rehearsed
+    exact = Bent(overhead=0.2).search(limit, exact=True)
+    assert exact.plan.micro_batch == 2
+    assert exact.is_rehearsed
+    assert exact.peak_bytes <= limit

@@ -124,7 +124,11 @@ def test_a_narrow_window_is_told_which_columns_it_leaves_out(
 
 def test_a_name_is_not_needed_where_the_memory_is_said() -> None:
     answer = typed("fit", "--memory", "8GB", "--desktop", "linux")
-    assert answer.err == "NVIDIA card with 8.0 GiB. Without a name its speed is not known.\n"
+    assert (
+        answer.err
+    assumed = "Without a name its speed is not known, and it is taken for an RTX 30 or later: name an RTX 20."
+    assert answer.err == f"NVIDIA card with 8.0 GiB. {assumed}\n"
+    )
     assert table(answer)["tr-25m"][2] == "yes"
     assert "Recommended: " in answer.out
     assert "how fast this card is, is not known" in answer.out
@@ -302,3 +306,26 @@ def test_why_is_explained_once_for_the_card_and_once_for_each_model() -> None:
     quiet = typed("fit", "--gpu", "rtx5070", "--explain", "--json")
     assert json.loads(quiet.out)["gpu"] == "rtx5070"
     assert "attention: a fused kernel" in quiet.err
+
+
+def test_a_presets_values_can_be_set_its_precision_too() -> None:
+    plain = values("--gpu", "rtx5070", "--model", "tr-25m", "--micro-batch", "2", "--recompute", "none")["models"][0]
+    exact = ("--set", "precision=fp32", "--micro-batch", "2", "--recompute", "none")
+    exact = values("--gpu", "rtx5070", "--model", "tr-25m", *exact)["models"][0]
+    assert exact["plan"] == plain["plan"]
+    assert exact["peak_bytes"] > plain["peak_bytes"]
+    assert exact["tokens_per_second"] < plain["tokens_per_second"]
+
+
+def test_where_what_was_asked_for_does_not_fit_no_change_of_the_run_is_proposed() -> None:
+    answer = typed("fit", "--gpu", "rtx3060", "--model", "tr-350m", "--micro-batch", "64", "--recompute", "none")
+    assert "does not fit: 64 sequences × 2" in answer.out
+    assert "leave --micro-batch and --recompute out" in answer.out
+    assert "--set" not in answer.out
+
+
+@pytest.mark.parametrize("words, said", [(("--memory", "6144"), "6144MiB"), (("--gpu", "rtx 5070 tı"), "5070 Ti")])
+def test_what_people_type_is_understood_or_answered(words: tuple[str, ...], said: str) -> None:
+    answer = typed("fit", *words, "--model", "tr-25m")
+    assert said in answer.err
+    assert answer.code == (2 if "6144" in words else 0)

@@ -13,6 +13,7 @@ from lowvram.cli import place
 from lowvram.cli.promise import Promise
 from lowvram.config import RunConfig
 from lowvram.errors import MachineError
+from lowvram.fit.search import Wish
 from lowvram.machine import Detected
 from lowvram.plan import Plan
 from lowvram.profile import load_profile
@@ -191,3 +192,32 @@ def test_on_windows_attention_is_that_of_a_torch_without_flash(monkeypatch: pyte
     assert attention_of("rtx5070", "none") == "efficient"
     stand_on(monkeypatch, 8 * 2**30, "rtx5070")
     assert place.find_card().profile.attention == "efficient"
+
+
+def test_what_was_asked_for_is_planned_as_fit_would(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = load_profile("cpu").host_process_bytes
+    plain = Promise(what, CPU).judge(Wish(2, "none")).found.peak_bytes
+    stand_on(monkeypatch, fixed + int(plain * 1.06 / 0.94))
+    promise = Promise(what, CPU)
+    for wish in (Wish(2), Wish(None, "block"), Wish(2, "block")):
+        found = promise.judge(wish).found
+        assert promise.choose(*wish) == (found.plan, "you asked for it")
+        assert wish.micro_batch in (None, found.plan.micro_batch)
+        assert wish.recompute in (None, found.plan.recompute)
+    plan, reason = promise.choose(8, "none")
+    assert (plan.micro_batch, plan.recompute) == (8, "none")
+    assert "not expected to fit" in reason
+
+
+def test_a_plan_that_no_longer_fits_is_told(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(micro_batch=8, accumulate=1)
+    assert Promise(what, CPU).doubt(plan) is None
+    stand_on(monkeypatch, load_profile("cpu").host_process_bytes + 1_000_000)
+    assert "memory may run out" in (Promise(what, CPU).doubt(plan) or "")
+
+
+def test_bf16_on_a_card_without_tensor_cores_for_it_is_told(what: RunConfig) -> None:
+    bf16 = what.train.model_copy(update={"precision": "bf16"})
+    assert "fp16" in (place.warn_of_precision(bf16, load_profile("rtx2070")) or "")
+    assert place.warn_of_precision(bf16, load_profile("rtx3060-12gb")) is None
+    assert place.warn_of_precision(what.train, load_profile("rtx2070")) is None

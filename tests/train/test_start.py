@@ -244,16 +244,27 @@ def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
     assert settle_plan(tmp_path, RECIPE, compiled=False).plan == kept.model_copy(update={"compile": False})
 
 
-def test_a_new_run_is_planned_by_whom_it_is_told_unless_something_was_asked_for(tmp_path: Path) -> None:
+def test_a_new_run_is_planned_by_whom_it_is_told_around_what_was_asked_for(tmp_path: Path) -> None:
     fitted = Plan(micro_batch=2, accumulate=12, recompute="block"), "the fastest that fits"
-    assert settle_plan(tmp_path, RECIPE, choose=lambda: fitted) == (*fitted, False)
+    asked: list[tuple[int | None, str | None]] = []
+
+    def choose(micro_batch: int | None, recompute: Any) -> tuple[Plan, str]:
+        asked.append((micro_batch, recompute))
+        return fitted
+
+    assert settle_plan(tmp_path, RECIPE, choose=choose) == (*fitted, False)
     compiled = fitted[0].model_copy(update={"compile": True})
-    assert settle_plan(tmp_path, RECIPE, compiled=True, choose=lambda: fitted).plan == compiled
-    plain = choose_plan(RECIPE)[0].model_copy(update={"recompute": "attention"})
-    assert settle_plan(tmp_path, RECIPE, recompute="attention", choose=lambda: fitted).plan == plain
-    assert settle_plan(tmp_path, RECIPE, 6, choose=lambda: fitted).plan == Plan(micro_batch=6, accumulate=4)
-    keep_plan(tmp_path, plain)
-    assert settle_plan(tmp_path, RECIPE, choose=lambda: fitted).plan == plain
+    assert settle_plan(tmp_path, RECIPE, compiled=True, choose=choose).plan == compiled
+    again = fitted[0].model_copy(update={"recompute": "attention"})
+    assert settle_plan(tmp_path, RECIPE, recompute="attention", choose=choose).plan == again
+    six = fitted[0].model_copy(update={"micro_batch": 6, "accumulate": 4})
+    assert settle_plan(tmp_path, RECIPE, 6, choose=choose).plan == six
+    assert asked == [(None, None), (None, None), (None, "attention"), (6, None)]
+    keep_plan(tmp_path, again)
+    assert settle_plan(tmp_path, RECIPE, choose=choose).plan == again
+    assert len(asked) == 4, "a run that has a plan needs no other"
+    with pytest.raises(ConfigError, match="--micro-batch is 7"):
+        settle_plan(tmp_path / "new", RECIPE, 7, choose=choose)
 
 
 @pytest.mark.parametrize("numbers", [{}, {"plan": {"micro_batch": 8, "mood": "good"}}], ids=["older", "newer"])
