@@ -124,11 +124,8 @@ def test_a_narrow_window_is_told_which_columns_it_leaves_out(
 
 def test_a_name_is_not_needed_where_the_memory_is_said() -> None:
     answer = typed("fit", "--memory", "8GB", "--desktop", "linux")
-    assert (
-        answer.err
     assumed = "Without a name its speed is not known, and it is taken for an RTX 30 or later: name an RTX 20."
     assert answer.err == f"NVIDIA card with 8.0 GiB. {assumed}\n"
-    )
     assert table(answer)["tr-25m"][2] == "yes"
     assert "Recommended: " in answer.out
     assert "how fast this card is, is not known" in answer.out
