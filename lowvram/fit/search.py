@@ -68,7 +68,7 @@ def search(
             found = Found(plan, rehearsal, True, "", sketch.has(technique, micro_batch))
             here.append((step_seconds(rehearsal, plan), found))
         timed += here
-        if here and _is_enough(here, sketch.samples):
+        if here and (len(sizes) == 1 or _is_enough(here, sketch.samples)):
             break  # more recomputation would make room for nothing that is faster, and itself costs time
     while timed:
         chosen = _choose(timed, wish, sketch.samples)

@@ -130,6 +130,8 @@ def test_what_a_person_insists_on_is_all_that_is_searched() -> None:
     assert asked.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
     assert asked.reason == "you asked for it"
     assert {technique for technique, _ in model.rehearsed} == {"block"}
+    least_work = Model(overhead=1e6).search(FIXED + 16 * 400, wish=Wish(micro_batch=4))
+    assert least_work.plan.recompute == "none", "all are equally fast, and there is room"
     kept = model.search(FIXED + 2 * 400, wish=Wish(micro_batch=4))
     assert kept.plan == Plan(micro_batch=4, accumulate=4, recompute="attention")
     least = model.search(FIXED + 3 * 100, wish=Wish(micro_batch=4))
