@@ -98,8 +98,7 @@ def _read_card(nvml: Any) -> NvidiaCard:
 def _read_one(nvml: Any, index: int) -> NvidiaCard:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    major, minor = capability
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     return NvidiaCard(_read_name(nvml, index), (major, minor), int(memory.total), int(memory.free))
 
 

@@ -62,6 +62,11 @@ class Ledger(NamedTuple):
 LEDGER_LINES = ("weights", "gradients", "optimizer", "activations", "loss", "temporaries")
 
 
+def divisors(count: int) -> list[int]:
+    """Return what divides a number, in order: the micro-batches that a step of so many sequences can have."""
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
 def choose_plan(train: TrainConfig, micro_batch: int | None = None) -> tuple[Plan, str]:
     """Return a plan that keeps `batch_tokens`, and the reason for its micro-batch.
 
@@ -70,15 +75,14 @@ def choose_plan(train: TrainConfig, micro_batch: int | None = None) -> tuple[Pla
     samples = train.batch_samples
     if micro_batch is not None:
         if micro_batch < 1 or samples % micro_batch:
-            divisors = ", ".join(str(n) for n in range(1, samples + 1) if samples % n == 0)
             raise ConfigError(
                 f"--micro-batch is {micro_batch}.",
                 f"A step has {samples} sequences (batch_tokens / seq_len), which it must divide.",
-                f"Possible: {divisors}.",
+                f"Possible: {', '.join(map(str, divisors(samples)))}.",
             )
         return Plan(micro_batch=micro_batch, accumulate=samples // micro_batch), "you asked for it"
     most = max(1, DEFAULT_MICRO_TOKENS // train.seq_len)
-    chosen = max(n for n in range(1, samples + 1) if samples % n == 0 and n <= most)
+    chosen = max(n for n in divisors(samples) if n <= most)
     within = f"the most sequences of {train.seq_len} within {DEFAULT_MICRO_TOKENS} tokens"
     reason = f"{within} that divide the step's {samples}"
     return Plan(micro_batch=chosen, accumulate=samples // chosen), reason

@@ -67,8 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         _measure(arguments, card, what)
     answers, place = _judge(arguments, card, what)
     advice = recommend(answers, arguments.days)
-    is_alone = arguments.run_file is not None or arguments.model is not None
-    is_asked = arguments.micro_batch is not None or arguments.recompute is not None
+    is_alone, is_asked = _is_alone(arguments), _is_asked(arguments)
     changes = None if is_asked else []
     if is_alone and not is_asked and not answers[0].fits_headless:
         changes = _find_changes(answers[0], place)
@@ -84,15 +83,22 @@ def run(arguments: argparse.Namespace) -> None:
         _write(arguments, answers[0] if is_alone else advice[0] if advice else None)
 
 
+def _is_alone(arguments: argparse.Namespace) -> bool:
+    return arguments.run_file is not None or arguments.model is not None
+
+
+def _is_asked(arguments: argparse.Namespace) -> bool:
+    """Say whether a plan, or a part of one, was asked for."""
+    return arguments.micro_batch is not None or arguments.recompute is not None
+
+
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
     from lowvram.errors import ConfigError
     from lowvram.runfile import find_folders, refuse_overwriting
 
     here = arguments.gpu is None and arguments.memory is None
-    run_file = arguments.run_file
-    is_alone = run_file is not None or arguments.model is not None
-    is_asked = arguments.micro_batch is not None or arguments.recompute is not None
+    run_file, is_alone, is_asked = arguments.run_file, _is_alone(arguments), _is_asked(arguments)
     if run_file is not None and arguments.gpu and not run_file.exists() and run_file.suffix != ".toml":
         words = f"{arguments.gpu} {run_file}"
         raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
@@ -214,14 +220,15 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
     else:
         name = arguments.model or "tr-25m"
         model, train = _load_preset(name, arguments, card)
-    answer = judge_here(name, model, train, card.place(train.precision))
+    place = card.place(train.precision)
+    answer = judge_here(name, model, train, place)
     if not answer.found.fits:
         raise MachineError(
             f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller preset: --model."
         )
     notice(f"Timing {name} on {device}: half a minute or so …")
     # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
-    cap_memory(device, card.profile.allocator_bytes(card.place(train.precision).limit_bytes))
+    cap_memory(device, card.profile.allocator_bytes(place.limit_bytes))
     measured = measure(name, model, train, answer.found.plan, device, card.profile)
     path = store_measured(measured)
     notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")

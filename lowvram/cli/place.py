@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.show import notice
@@ -109,15 +111,21 @@ def warn_of_precision(train: TrainConfig, profile: Profile) -> str | None:
     return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about 8 times as fast.'
 
 
-def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
-    """Return a sketch whose rehearsals are made when they are asked for, a second or so each."""
+def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Callable[[Plan], Rehearsal]:
+    """Return what rehearses a run's plans on a card, a second or so each, and the same plan once."""
 
+    @functools.cache
     def make(plan: Plan) -> Rehearsal:
         from lowvram.fit.rehearse import imagine, rehearse
 
         return rehearse(model, train, plan, imagine(profile))
 
-    return Sketch(train.batch_samples, make, train.seq_len)
+    return make
+
+
+def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
+    """Return a sketch whose rehearsals are made when they are asked for."""
+    return Sketch(train.batch_samples, rehearse_on(profile, model, train), train.seq_len)
 
 
 def judge_here(

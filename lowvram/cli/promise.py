@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram.cli.place import find_card_of, judge_here
+from lowvram.cli.place import find_card_of, rehearse_on
 from lowvram.errors import MachineError
-from lowvram.fit.rehearse import imagine, rehearse
+from lowvram.fit.answer import Answer, judge
 from lowvram.fit.search import ANY, Wish
-from lowvram.fit.sketch import Rehearsal
+from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.fit.speed import Speed, estimate
 from lowvram.plan import Plan, Recompute
 from lowvram.train.guard import cap_memory, compare_with_ledger, looks_spilled
@@ -19,7 +19,6 @@ from lowvram.units import show_bytes
 
 if TYPE_CHECKING:
     from lowvram.config import RunConfig
-    from lowvram.fit.answer import Answer
     from lowvram.train.events import StepDone
 
 # Steps of this start after which the allocator has seen its peak and kernels are compiled; and those whose pace counts.
@@ -33,6 +32,7 @@ class Promise:
         self._what, self._device = what, device
         self.card = find_card_of(device)
         self.place = self.card.place(what.train.precision)
+        self._rehearse = rehearse_on(self.place.profile, what.model, what.train)
         self._rehearsal: Rehearsal | None = None
         self._speed: Speed | None = None
         self._steps = 0
@@ -41,8 +41,9 @@ class Promise:
 
     def judge(self, wish: Wish = ANY) -> Answer:
         """Rehearse the run and return what is to be said about it here."""
-        what = self._what
-        return judge_here(what.run.dir.name, what.model, what.train, self.place, wish=wish)
+        what, train = self._what, self._what.train
+        sketch = Sketch(train.batch_samples, self._rehearse, train.seq_len)
+        return judge(what.run.dir.name, what.model, train, sketch, self.place, exact=True, wish=wish)
 
     def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:
         """Return the plan that fits, and why, around what was asked for.
@@ -77,8 +78,7 @@ class Promise:
 
     def doubt(self, plan: Plan) -> str | None:
         """Return a sentence where a plan that is kept or asked for is not expected to fit now."""
-        what = self._what
-        peak = rehearse(what.model, what.train, plan, imagine(self.place.profile)).ledger.peak_bytes
+        peak = self._reckon(plan).ledger.peak_bytes
         if peak <= self.place.limit_bytes:
             return None
         has = show_bytes(self.place.limit_bytes)
@@ -92,11 +92,15 @@ class Promise:
         self._steps, self._is_compiled = 0, plan.compile
         if self._device.type != "cuda":
             return
-        what, profile = self._what, self.place.profile
+        profile = self.place.profile
         torch.cuda.reset_peak_memory_stats(self._device)  # what a trial or a resume took is not the step's
         cap_memory(self._device, profile.allocator_bytes(self.place.limit_bytes))
-        self._rehearsal = rehearse(what.model, what.train, plan, imagine(profile))
-        self._speed = estimate(self._rehearsal, plan, what.train, profile, self.place.measured)
+        self._rehearsal = self._reckon(plan)
+        self._speed = estimate(self._rehearsal, plan, self._what.train, profile, self.place.measured)
+
+    def _reckon(self, plan: Plan) -> Rehearsal:
+        """Rehearse a plan as it is without compilation, which paper does not know."""
+        return self._rehearse(plan.model_copy(update={"compile": False}))
 
     def room_to_compile(self) -> int | None:
         """Return what the card may hold before the optimizer's states exist; None where nobody knows."""

@@ -88,8 +88,7 @@ def judge(
     ledger = found.rehearsal.ledger
     state = ledger.weights + ledger.optimizer
     options = options or RunOptions(dir=Path("run"))
-    is_possible = found.fits or fits_headless
-    speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if is_possible else None
+    speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if fits_headless else None
     waiting = days(train.tokens, speed) if speed else None
     host_bytes = place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes)
     return Answer(

@@ -19,8 +19,8 @@ from lowvram.profile import Profile
 from lowvram.runfile import PRESETS
 
 PATH = PRESETS / "ledgers.json"
-# What decides a step's memory beside the model: the rest of the recipe is schedule and numbers.
-_DECIDING = ("seq_len", "batch_tokens", "precision", "dropout")
+# What decides a step's memory beside model, optimizer and path: the rest of the recipe is schedule and numbers.
+_DECIDING = ("seq_len", "batch_tokens", "dropout")
 
 
 class CardPath(NamedTuple):
@@ -54,7 +54,7 @@ def path_of(profile: Profile, train: TrainConfig) -> CardPath:
 
 def hash_of(model: ModelConfig, train: TrainConfig) -> str:
     """Return a SHA-256 over everything that decides the ledger; precision is the path's."""
-    deciding = {name: getattr(train, name) for name in _DECIDING if name != "precision"}
+    deciding = {name: getattr(train, name) for name in _DECIDING}
     said = {"model": model.model_dump(mode="json"), "train": deciding, "optimizer": train.optimizer.model_dump()}
     del said["optimizer"]["lr"]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
-import gc
 import math
 import statistics
 import time
@@ -26,13 +25,13 @@ from lowvram.fit.rehearse import LiveStorage, rehearse
 from lowvram.fit.sketch import Work
 from lowvram.fit.speed import Measured, Rates, launch_seconds, work_seconds
 from lowvram.model.transformer import Transformer
-from lowvram.objective import DTYPES, Batch, Loss, causal_loss, count_targets
+from lowvram.objective import DTYPES, Batch, Loss, count_targets
 from lowvram.plan import Plan
 from lowvram.profile import Profile
 from lowvram.train.compilation import compiled
-from lowvram.train.guard import is_out_of_memory
+from lowvram.train.guard import free_memory, is_out_of_memory
 from lowvram.train.optim import build_optimizer
-from lowvram.train.step import discard, gradients, update
+from lowvram.train.step import discard, gradients, loss_for, update
 
 Clock = Callable[[], float]
 _LEAST_REPEATS, _MOST_REPEATS = 3, 10
@@ -98,8 +97,8 @@ def measure(
 
     timed: the configuration's name, kept for people.  micro_batch: sequences at a time, a divisor of the step's; None
     takes the plan's, on CPU one, whose rate does not rise with it.  compiles: whether compiled blocks are timed too;
-    None does so on CUDA alone, as training does.  clock: seconds, for comparisons where
-    other programs run.  Some 10 to 40 s for a small preset; all of its memory is free afterwards.
+    None does so on CUDA alone, as training does.  clock: seconds, for comparisons where other programs run.
+    Some 10 to 40 s for a small preset; all of its memory is free afterwards.
     Raises what torch raises where memory runs out.
     """
     count = micro_batch or (1 if device.type == "cpu" else plan.micro_batch)
@@ -117,7 +116,7 @@ def measure(
     if device.type != "cpu":
         launch_s = bench.micro_seconds(bench.batch(1, min(_TINY_TOKENS, train.seq_len))) / on_card.micro.ops
     del bench, batch
-    _free(device)
+    free_memory(device)
     loads = _time_loads(model, train, count, card, device, clock)._replace(launch_s=launch_s)
     rates = _explain_rest(on_card.micro, micro_s, loads, card.platform)
     return Measured(
@@ -140,15 +139,7 @@ def measure(
 
 def _build(model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device, clock: Clock) -> _Bench:
     network = Transformer(model, train.seed, device)
-    loss_of = functools.partial(
-        causal_loss,
-        network,
-        dtype=DTYPES[train.precision],
-        dropout=train.dropout,
-        seed=train.seed,
-        loss_chunk=plan.loss_chunk,
-        recompute=plan.recompute,
-    )
+    loss_of = loss_for(network, train, plan)
     optimizer = build_optimizer(network, train.optimizer, train.seed)
     return _Bench(network, optimizer, loss_of, plan.accumulate > 1, device, clock)
 
@@ -220,7 +211,7 @@ def _time_loads(
     attention_flops_per_s = product_flops_per_s
     if work.attention_flops:
         attention_flops_per_s = work.attention_flops / _beyond(work, bytes_per_s, seconds)
-    _free(device)
+    free_memory(device)
     return Rates(product_flops_per_s, attention_flops_per_s, bytes_per_s, launch_s=0.0)
 
 
@@ -278,12 +269,3 @@ def _reset_peak(device: torch.device) -> int:
         return 0
     torch.cuda.reset_peak_memory_stats(device)
     return int(torch.cuda.memory_allocated(device))
-
-
-def _free(device: torch.device) -> None:
-    """Give back what is no longer held, so that nothing of a measurement stands in a run's way."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()

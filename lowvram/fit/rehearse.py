@@ -7,7 +7,6 @@ in the card's profile.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterator, ValuesView
 from contextlib import contextmanager
@@ -22,11 +21,11 @@ from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.ledgers import CardPath
 from lowvram.fit.sketch import Rehearsal, Work
 from lowvram.model.transformer import Transformer
-from lowvram.objective import DTYPES, Batch, Loss, causal_loss, count_targets
+from lowvram.objective import Batch, Loss, count_targets
 from lowvram.plan import LEDGER_LINES, Ledger, Plan
 from lowvram.profile import Profile
 from lowvram.train.optim import build_optimizer
-from lowvram.train.step import gradients, update
+from lowvram.train.step import gradients, loss_for, update
 
 # What torch's caching allocator rounds every block up to (c10/cuda/CUDACachingAllocator, kMinBlockSize); the CPU's
 # takes what it is asked for.  That a large block may stay unsplit is left to the profile's fragmentation.
@@ -188,7 +187,6 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     as they do from the second one on.  What the first update leaves (the optimizer's states) is counted from the
     beginning, as in every later step.
     """
-    dtype = DTYPES[train.precision]
     counter = LiveStorage(_BLOCK_BYTES[card.platform])
     with on_paper(card, counter.add_hidden), counter:
         network = Transformer(model, None, _PAPER)
@@ -205,15 +203,7 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         batch = Batch(token_BT, torch.arange(plan.micro_batch, device=_PAPER))
         forward_end = [0]
         with _phases(network, counter, forward_end):
-            loss_of = functools.partial(
-                causal_loss,
-                network,
-                dtype=dtype,
-                dropout=train.dropout,
-                seed=train.seed,
-                loss_chunk=plan.loss_chunk,
-                recompute=plan.recompute,
-            )
+            loss_of = loss_for(network, train, plan)
             found = gradients(network, _noting_backward(loss_of, counter), [batch], count_targets(batch))
         grads = {id(counter.life_of(w.grad)) for w in network.parameters() if w.grad is not None}
         counter.phase = "update"

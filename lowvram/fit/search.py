@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from lowvram.fit.sketch import Rehearsal, Sketch, divisors
-from lowvram.plan import TECHNIQUES, Plan, Recompute
+from lowvram.fit.sketch import Rehearsal, Sketch
+from lowvram.plan import TECHNIQUES, Plan, Recompute, divisors
 
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
 RECOMPUTING_COSTS = 0.05

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lowvram.plan import LEDGER_LINES, Ledger, Plan, Recompute
+from lowvram.plan import LEDGER_LINES, Ledger, Plan, Recompute, divisors
 
 # The most rows of one chunk of the loss (lowvram_kernels/linear_cross_entropy.py).
 _ONE_CHUNK_TOKENS = 1_024
@@ -47,19 +47,18 @@ class Sketch:
 
     def __init__(self, samples: int, rehearse: Callable[[Plan], Rehearsal], seq_len: int) -> None:
         self.samples, self._rehearse, self._seq_len = samples, rehearse, seq_len
-        self.found: dict[tuple[Recompute, int, bool], Rehearsal] = {}
+        self.found: dict[tuple[Recompute, int], Rehearsal] = {}
 
     def exactly(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of one plan."""
-        accumulates = micro_batch < self.samples
-        key = (recompute, micro_batch, accumulates)
+        key = (recompute, micro_batch)
         if key not in self.found:
             self.found[key] = self._rehearse(self.plan(recompute, micro_batch))
         return self.found[key]
 
     def has(self, recompute: Recompute, micro_batch: int) -> bool:
         """Say whether a plan's rehearsal is there, so that it is no line."""
-        return (recompute, micro_batch, micro_batch < self.samples) in self.found
+        return (recompute, micro_batch) in self.found
 
     def plan(self, recompute: Recompute, micro_batch: int) -> Plan:
         """Return the plan that makes up a step with so many sequences at a time."""
@@ -87,11 +86,6 @@ class Sketch:
         next_ones = [n for n in below if n not in small]
         middle = [n for n in below if n * self._seq_len >= _MIDDLE_TOKENS]
         return sorted({*small, *next_ones[:1], *middle[:1], below[-1]}) if below else [self.samples]
-
-
-def divisors(count: int) -> list[int]:
-    """Return what divides a number, in order."""
-    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 def _between(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:

@@ -8,7 +8,7 @@ import torch
 
 from lowvram.config import TrainConfig
 from lowvram.errors import TrainingError
-from lowvram.plan import Plan
+from lowvram.plan import Plan, divisors
 from lowvram.units import show_bytes, show_count
 
 # How CUDA, its libraries, MPS and the CPU allocators say it when they do not raise torch.OutOfMemoryError.  MPS calls a
@@ -37,7 +37,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def halve(plan: Plan) -> Plan | None:
     """Return the plan with the largest micro-batch that is at most half and divides the step; None below one."""
     samples = plan.micro_batch * plan.accumulate
-    smaller = [n for n in range(1, plan.micro_batch // 2 + 1) if samples % n == 0]
+    smaller = [n for n in divisors(samples) if n <= plan.micro_batch // 2]
     return (
         plan.model_copy(update={"micro_batch": smaller[-1], "accumulate": samples // smaller[-1]}) if smaller else None
     )

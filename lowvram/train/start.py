@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
@@ -115,14 +115,13 @@ def settle_plan(
     """
     kept = _plan_so_far(directory, train)
     plan, reason = choose_plan(train, micro_batch)
+    asked_for: dict[str, Any] = {"recompute": recompute, "compile": compiled}
+    if micro_batch is not None:
+        asked_for |= {"micro_batch": plan.micro_batch, "accumulate": plan.accumulate}
     if kept is not None:
-        plan, reason = kept, "this run's plan so far"
+        plan, reason = kept, reason if micro_batch is not None else "this run's plan so far"
     elif choose is not None:
         plan, reason = choose(micro_batch, recompute)
-    if micro_batch is not None:
-        asked, reason = choose_plan(train, micro_batch)
-        plan = plan.model_copy(update={"micro_batch": asked.micro_batch, "accumulate": asked.accumulate})
-    asked_for = {"recompute": recompute, "compile": compiled}
     plan = plan.model_copy(update={name: value for name, value in asked_for.items() if value is not None})
     return Settled(plan, reason, kept is not None)
 

@@ -5,14 +5,17 @@ Neither half reads a device value on the host, except that a MoE layer learns it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowvram.config import TrainConfig
 from lowvram.model.transformer import Transformer
-from lowvram.objective import Batch, Loss
+from lowvram.objective import DTYPES, Batch, Loss, causal_loss
+from lowvram.plan import Plan
 
 
 class Found(NamedTuple):
@@ -20,6 +23,19 @@ class Found(NamedTuple):
 
     stats: Tensor
     loads: Tensor | None
+
+
+def loss_for(model: Transformer, train: TrainConfig, plan: Plan) -> Callable[[Batch], Loss]:
+    """Return what maps a micro-batch to its loss: the one that is trained, rehearsed and timed."""
+    return functools.partial(
+        causal_loss,
+        model,
+        dtype=DTYPES[train.precision],
+        dropout=train.dropout,
+        seed=train.seed,
+        loss_chunk=plan.loss_chunk,
+        recompute=plan.recompute,
+    )
 
 
 def gradients(

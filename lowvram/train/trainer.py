@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from lowvram.errors import TrainingError
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from lowvram.objective import DTYPES, Batch, causal_loss, count_targets
+from lowvram.objective import DTYPES, Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
 from lowvram.train.compilation import compiled, forget_compiled
@@ -37,7 +36,7 @@ from lowvram.train.guard import (
 from lowvram.train.optim import learning_rate
 from lowvram.train.start import refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, load_weights
-from lowvram.train.step import Found, discard, gradients, update
+from lowvram.train.step import Found, discard, gradients, loss_for, update
 
 # Consecutive steps without a finite gradient after which going on only burns electricity.
 MOST_SKIPPED = 25
@@ -164,16 +163,7 @@ class Trainer:
 
     def accumulate(self, numbers: Sequence[int] | None = None) -> Found:
         """Leave the gradients of the next step in `.grad`, or only those of its micro-batches of these numbers."""
-        train = self.what.train
-        loss_of = functools.partial(
-            causal_loss,
-            self.state.model,
-            dtype=DTYPES[train.precision],
-            dropout=train.dropout,
-            seed=train.seed,
-            loss_chunk=self.plan.loss_chunk,
-            recompute=self.plan.recompute,
-        )
+        loss_of = loss_for(self.state.model, self.what.train, self.plan)
         batches = self._micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
         targets = sum(count_targets(batch) for batch in batches)
         with compiled(self.state.model) if self.plan.compile else nullcontext():

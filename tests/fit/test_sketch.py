@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.fit.sketch import Rehearsal, Sketch, Work, divisors
-from lowvram.plan import Ledger, Plan
+from lowvram.fit.sketch import Rehearsal, Sketch, Work
+from lowvram.plan import Ledger, Plan, divisors
 
 WORK = Work(1.0, 2.0, 3.0, 4.0)
 

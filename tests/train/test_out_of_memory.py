@@ -86,7 +86,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, place: str, is_hit: Callable[[Batch
     def hold(tensor: Tensor) -> None:
         held.append(weakref.ref(tensor))
 
-    monkeypatch.setattr("lowvram.train.trainer.causal_loss", loss_of)
+    monkeypatch.setattr("lowvram.train.step.causal_loss", loss_of)
     return held
 
 

@@ -176,7 +176,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool], value
         loss = causal_loss(model, batch, **options)
         return loss._replace(total=loss.total * value) if is_bad(int(batch.sample_B[0])) else loss
 
-    monkeypatch.setattr("lowvram.train.trainer.causal_loss", bad_loss)
+    monkeypatch.setattr("lowvram.train.step.causal_loss", bad_loss)
 
 
 @pytest.mark.covers("numerical stability")

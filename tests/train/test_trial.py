@@ -169,7 +169,7 @@ def test_memory_that_runs_out_halves_a_compiled_micro_batch_too(
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     if place == "step":
-        monkeypatch.setattr("lowvram.train.trainer.causal_loss", loss_of)
+        monkeypatch.setattr("lowvram.train.step.causal_loss", loss_of)
     else:
         monkeypatch.setattr("lowvram.train.compilation.BACKEND", compile_graph)
     ours = trainer_of(run_of(home, f"whole-{place}"), 4)
@@ -277,7 +277,7 @@ def test_memory_that_runs_out_in_the_trial_leaves_the_run_eager(home: Path, monk
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     trainer = trainer_of(run_of(home, "tried"), compiles=False)
-    monkeypatch.setattr("lowvram.train.trainer.causal_loss", fail)
+    monkeypatch.setattr("lowvram.train.step.causal_loss", fail)
     assert try_compilation(trainer) == (trainer.plan, "Blocks are not compiled: memory ran out in the trial.")
     monkeypatch.undo()
     assert len(steps_of(list(trainer.run()))) == 3
