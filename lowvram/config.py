@@ -226,6 +226,33 @@ class AdamW(Words):
     decay: Annotated[float, Field(ge=0.0)] = 0.1
 
 
+class Muon(Words):
+    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for embedding, head, routers and norms; one rate.
+
+    bits: of the momentum; 8 keeps AdamW's moments of embedding and head in 8 bits too, 16 keeps them in fp32.
+    adamw_lr: AdamW's own rate, where it is not lr.  iterations: with which a momentum is made orthogonal.
+    """
+
+    name: Literal["muon"] = "muon"
+    bits: Literal[16, 8] = 8
+    embeddings: Literal["same", "fp32"] = "same"
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    adamw_lr: Annotated[float, Field(gt=0.0)] | None = None
+    momentum: Share = 0.95
+    iterations: Literal[3, 4, 5] = 5
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    decay: Annotated[float, Field(ge=0.0)] = 0.1
+
+
+def _as_adamw(value: Any) -> Any:
+    return {"name": "adamw", **value} if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="name"), BeforeValidator(_as_adamw)]
+
+
 class Cosine(Words):
     """Linear warm-up over a share of the steps, then half a cosine down to `floor` of the peak."""
 
@@ -249,9 +276,10 @@ class TrainConfig(Words):
     tokens: Count
     seq_len: PositiveInt = 1024
     batch_tokens: Count = 65_536
-    optimizer: AdamW = AdamW()
+    optimizer: Optimizer = AdamW()
     schedule: Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")] = Cosine()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    weights: Literal["fp32", "bf16"] = "fp32"
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     dropout: Share = 0.0
     seed: int = 0

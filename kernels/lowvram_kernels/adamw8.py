@@ -1,4 +1,4 @@
-"""AdamW whose two moments are kept in 8 bits; knows flat ranges of elements, not parameters, groups or schedules.
+"""AdamW with moments in 8 bits, or weights in 16; knows flat ranges of elements, not parameters, groups or schedules.
 
     m ← β₁·m + (1 − β₁)·g          v ← β₂·v + (1 − β₂)·g²          g = gradient · gradient_scale
     w ← (1 − lr·decay)·w − lr · [m / (1 − β₁ᵗ)] / [√v / √(1 − β₂ᵗ) + eps]
@@ -10,7 +10,8 @@ a signed map has them negative too, and both have 0 and 1.  m takes the signed m
 is moved by the moments in fp32, before they are rounded to codes.
 
 A bf16 weight is rounded at random with unbiased mean, by 16 bits that are a function of (seed, purpose, step,
-element's index): no generator state.
+element's index): no generator state.  Its moments may also be kept exactly, in fp32: torch's own AdamW rounds the
+weight to nearest, where most steps are smaller than half of its last bit and so would be lost.
 
 Kept for the next step: 2 + 2·4/256 = 2.03 bytes a parameter.  Alive inside a step: 19 bytes for each of the `CHUNK`
 elements at work, for a bf16 weight 53; never a tensor of the weight's size.
@@ -68,12 +69,20 @@ class Maps(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What is remembered of a weight: codes in its shape (uint8) and one fp32 absmax for each block of 256."""
+    """What is remembered of a weight: codes in its shape (uint8) and one fp32 absmax for each block of 256.
+
+    Exact moments are fp32 in place of codes, and have no absmax ([0]).
+    """
 
     code_m: Tensor
     code_v: Tensor
     absmax_m: Tensor
     absmax_v: Tensor
+
+    @property
+    def is_exact(self) -> bool:
+        """Say whether the moments are kept in fp32."""
+        return self.code_m.dtype == torch.float32
 
     def part(self, first: int, end: int) -> Moments:
         """Return views of the flat elements [first, end), for example of one expert.
@@ -85,6 +94,8 @@ class Moments(NamedTuple):
             raise ShapeError(f"Moments.part: [{first}, {end}) of {count} elements cuts a block of {BLOCK}.")
         blocks = slice(first // BLOCK, -(-end // BLOCK))
         code_m, code_v = (code.view(-1)[first:end] for code in (self.code_m, self.code_v))
+        if self.is_exact:
+            return Moments(code_m, code_v, self.absmax_m, self.absmax_v)
         return Moments(code_m, code_v, self.absmax_m[blocks], self.absmax_v[blocks])
 
 
@@ -131,10 +142,11 @@ def build_maps(device: torch.device | str | None = None) -> Maps:
     return Maps(*(_code_map(map_values(is_signed), device) for is_signed in (True, False)))
 
 
-def new_moments(weight: Tensor) -> Moments:
-    """Return the moments of a weight before its first step: zeros."""
-    codes = [torch.zeros_like(weight, dtype=torch.uint8, memory_format=torch.contiguous_format) for _ in range(2)]
-    blocks = -(-weight.numel() // BLOCK)
+def new_moments(weight: Tensor, exact: bool = False) -> Moments:
+    """Return the moments of a weight before its first step: zeros.  exact: in fp32."""
+    dtype = torch.float32 if exact else torch.uint8
+    codes = [torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format) for _ in range(2)]
+    blocks = 0 if exact else -(-weight.numel() // BLOCK)
     scales = [torch.zeros(blocks, dtype=torch.float32, device=weight.device) for _ in range(2)]
     return Moments(*codes, *scales)
 
@@ -165,7 +177,7 @@ def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
 
 def _check(weight: Tensor, gradient: Tensor, moments: Moments) -> None:
     count = weight.numel()
-    blocks = -(-count // BLOCK)
+    blocks = 0 if moments.is_exact else -(-count // BLOCK)
     sizes = [gradient.numel(), *(tensor.numel() for tensor in moments)]
     if sizes != [count, count, count, blocks, blocks]:
         raise ShapeError(f"adamw8_: {count} weights with {sizes}; need as many gradients and codes, {blocks} absmax.")
@@ -175,10 +187,11 @@ def _check(weight: Tensor, gradient: Tensor, moments: Moments) -> None:
         raise ShapeError("adamw8_: weight, gradient and moments need contiguous memory.")
 
 
-def _ranges(weight: Tensor) -> Iterator[tuple[int, int]]:
+def ranges(weight: Tensor, moved_bytes: float, launches: float) -> Iterator[tuple[int, int]]:
     """Cut a weight's elements into chunks of whole blocks, and what is left over as one shorter block.
 
-    On paper the first chunk stands for all: every other one allocates the same.
+    On paper the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
+    elements and is so many launches.
     """
     count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else _CARD_CHUNK
     whole = count // BLOCK * BLOCK
@@ -186,19 +199,46 @@ def _ranges(weight: Tensor) -> Iterator[tuple[int, int]]:
     yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))
     if shown < whole:
         left = whole - shown
-        note_work(moved_bytes=left * _MOVED_BYTES[weight.dtype], ops=-(-left // chunk) * _LAUNCHES[weight.dtype])
+        note_work(moved_bytes=left * moved_bytes, ops=-(-left // chunk) * launches)
     if whole < count:
         yield whole, count
 
 
-def _store_(target: Tensor, new: Tensor, skip: Tensor | None) -> None:
+def store_(target: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    """Copy new into target, but where skip (a scalar bool on the device) says so."""
     target.copy_(new if skip is None else torch.where(skip, target, new))
 
 
-def _remember_(x_BK: Tensor, codes: CodeMap, code_N: Tensor, absmax_B: Tensor, skip: Tensor | None) -> None:
+def recall(code_N: Tensor, absmax_B: Tensor, codes: CodeMap) -> Tensor:
+    """Return a copy of a moment that is kept in codes, or in 16 or 32 bits: fp32 [B, K], [1, N] without codes."""
+    if code_N.dtype == torch.uint8:
+        return decode(code_N, absmax_B, codes)
+    return code_N.to(torch.float32, copy=True).view(1, -1)
+
+
+def remember_(x_BK: Tensor, codes: CodeMap, code_N: Tensor, absmax_B: Tensor, skip: Tensor | None) -> None:
+    """Keep a moment as what is kept of it says; x is lost."""
+    if code_N.dtype != torch.uint8:
+        store_(code_N, x_BK.view(-1), skip)
+        return
     new_code_N, new_absmax_B = encode(x_BK, codes)
-    _store_(code_N, new_code_N, skip)
-    _store_(absmax_B, new_absmax_B, skip)
+    store_(code_N, new_code_N, skip)
+    store_(absmax_B, new_absmax_B, skip)
+
+
+def store_weight_(weight_N: Tensor, new_N: Tensor, skip: Tensor | None, key: Tensor | None, first: int) -> None:
+    """Store new weights, rounded at random where a key (int64 scalar) says how; first: the first element's number."""
+    if key is not None:
+        place_N = torch.arange(first, first + new_N.numel(), device=new_N.device)
+        new_N = round_to_bf16(new_N, chain(key.expand(new_N.numel()), place_N))
+    store_(weight_N, new_N, skip)
+
+
+def rounding_key(weight: Tensor, seed: int, purpose: int, step: Tensor) -> Tensor | None:
+    """Return what decides how a bf16 weight is rounded in a step, int64 scalar; None for others, which are not."""
+    if weight.dtype != torch.bfloat16:
+        return None
+    return chain(torch.zeros_like(step, dtype=torch.int64), seed, purpose, step.long())
 
 
 @torch.no_grad()
@@ -233,15 +273,13 @@ def adamw8_(
     # 1 − βᵗ without cancellation: for β = 0.999 and t = 1 the plain form errs by 3e-5 in fp32.
     left_m, left_v = (-torch.expm1(step * (math.log(beta) if beta else -math.inf)) for beta in betas)
     rate, kept, root = learning_rate / left_m, 1.0 - learning_rate * decay, left_v.sqrt()
-    key = None
-    if weight.dtype == torch.bfloat16:
-        key = chain(torch.zeros_like(step, dtype=torch.int64), seed, purpose, step.long())
+    key = rounding_key(weight, seed, purpose, step)
     flat = [tensor.view(-1) for tensor in (weight, gradient, moments.code_m, moments.code_v)]
-    for start, end in _ranges(weight):
+    for start, end in ranges(weight, _MOVED_BYTES[weight.dtype], _LAUNCHES[weight.dtype]):
         w_N, g_N, code_m_N, code_v_N = (tensor[start:end] for tensor in flat)
         absmax_m_B, absmax_v_B = (a[start // BLOCK : -(-end // BLOCK)] for a in (moments.absmax_m, moments.absmax_v))
-        m_BK = decode(code_m_N, absmax_m_B, maps.first)
-        v_BK = decode(code_v_N, absmax_v_B, maps.second)
+        m_BK = recall(code_m_N, absmax_m_B, maps.first)
+        v_BK = recall(code_v_N, absmax_v_B, maps.second)
         g_BK = g_N.float().view(m_BK.shape) * gradient_scale
         m_BK.mul_(betas[0]).add_(g_BK, alpha=1.0 - betas[0])
         v_BK.mul_(betas[1]).addcmul_(g_BK, g_BK, value=1.0 - betas[1])
@@ -249,11 +287,8 @@ def adamw8_(
         change_N = torch.div(m_BK, change_BK, out=change_BK).mul_(rate).view(-1)
         new_N = torch.sub(w_N.float() * kept, change_N, out=change_N)
         del g_BK, change_BK, change_N
-        if key is not None:
-            place_N = torch.arange(first + start, first + end, device=weight.device)
-            new_N = round_to_bf16(new_N, chain(key.expand(end - start), place_N))
-        _store_(w_N, new_N, skip)
+        store_weight_(w_N, new_N, skip, key, first + start)
         del new_N
-        _remember_(m_BK, maps.first, code_m_N, absmax_m_B, skip)
-        _remember_(v_BK, maps.second, code_v_N, absmax_v_B, skip)
+        remember_(m_BK, maps.first, code_m_N, absmax_m_B, skip)
+        remember_(v_BK, maps.second, code_v_N, absmax_v_B, skip)
         del m_BK, v_BK

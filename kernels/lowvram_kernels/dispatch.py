@@ -6,11 +6,12 @@ own allocations: so what is counted there is what the card will hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Card(NamedTuple):
@@ -40,7 +41,7 @@ class HiddenWork(NamedTuple):
     ops: float = 0.0
 
 
-def _forget(work: HiddenWork) -> None:
+def _forget(work: HiddenWork | Tensor) -> None:
     """Off paper nobody asks."""
 
 
@@ -49,21 +50,42 @@ _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 # Plain names, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
 _paper: Card | None = None
 _note: Callable[[HiddenWork], None] = _forget
+_note_host: Callable[[Tensor], None] = _forget
 
 
 @contextmanager
-def on_paper(card: Card, note: Callable[[HiddenWork], None] = _forget) -> Iterator[None]:
+def on_paper(
+    card: Card, note: Callable[[HiddenWork], None] = _forget, note_host: Callable[[Tensor], None] = _forget
+) -> Iterator[None]:
     """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
 
-    note: is told of the work that paper replaces by its allocations.
+    note: is told of the work that paper replaces by its allocations.  note_host: of each tensor that lies in the
+    computer's memory and not on the card.
     """
-    global _paper, _note
-    before = _paper, _note
-    _paper, _note = card, note
+    global _paper, _note, _note_host
+    before = _paper, _note, _note_host
+    _paper, _note, _note_host = card, note, note_host
     try:
         yield
     finally:
-        _paper, _note = before
+        _paper, _note, _note_host = before
+
+
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory of the computer for what belongs to a card: page-locked for CUDA, so that it is copied at speed.
+
+    device: the card, "cpu" where there is none.  With `to_host` the only way off a card, so that a rehearsal sees it.
+    """
+    if is_on_paper():
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        _note_host(tensor)
+        return tensor
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Return a copy in the computer's memory, of the same shape and dtype."""
+    return empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
 def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) -> None:

@@ -1,121 +1,214 @@
-"""The optimizer and its learning rate: which weights decay, what it remembers by name; knows no loop."""
+"""The optimizer and its learning rate: which rule steps which weight, what it remembers by name; knows no loop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lowvram_kernels.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
+from lowvram_kernels.dispatch import to_host
+from lowvram_kernels.muon import Momentum, muon_, new_momentum
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowvram.config import AdamW, TrainConfig
+from lowvram.config import AdamW, Muon, TrainConfig
 from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
 
 # As in bitsandbytes: what is smaller weighs nothing.
 LEAST_8BIT = 4_096
+State = dict[str, Tensor]
 
 
-class AdamW8(torch.optim.Optimizer):
-    """AdamW whose groups with `bits` = 8 keep their moments in 8 bits; those with 32 step as torch's fused AdamW does.
+class LeanOptimizer(torch.optim.Optimizer):
+    """AdamW and Muon, group by group, with states in 8, 16 or 32 bits.
 
-    A weight's state, made at its first step: `step` (a scalar on the device) and the fields of `Moments`, or `exp_avg`
-    and `exp_avg_sq`.  seed: of a bf16 weight's rounding.
-    found_inf: None, or an fp32 scalar as torch's fused optimizers read it: where it is 1, not a bit changes.
+    A group's `rule` is "adamw" or "muon"; its `bits` are those of the states; `rows` those of one of a Muon group's
+    matrices, 0 for whole weights; `share` is its part of the learning rate.  A weight's state, made at its first step:
+    `step` (a scalar on the device; [W] for a stack of experts that rotates) and the fields of `Moments` or of
+    `Momentum`, or `exp_avg` and `exp_avg_sq`.
+    seed: of a bf16 weight's rounding.  on_host: states lie in the computer's memory, and come to the card one weight at
+    a time.
+    gradient_scale: what every gradient is multiplied by, a number or an fp32 scalar on the device.
+    found_inf: None, or an fp32 scalar: where it is 1, not a bit changes.
+    experts: of each stack that rotates, which expert lies in which slot.
     """
 
     found_inf: Tensor | None = None
+    gradient_scale: Tensor | float = 1.0
 
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, seed: int = 0
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "bits": 8})
-        self._seed = seed
+    def __init__(self, groups: Iterable[dict[str, Any]], config: AdamW | Muon, seed: int = 0, on_host: bool = False):
+        self._config, self._seed, self._is_on_host = config, seed, on_host
+        super().__init__(groups, {"lr": config.lr, "share": 1.0, "weight_decay": 0.0, "bits": 32, "rule": "adamw"})
         self._maps: dict[torch.device, Maps] = {}
+        self._group_of = {w: group for group in self.param_groups for w in group["params"]}
+        self._purpose_of = {weight: number for number, weight in enumerate(self._group_of)}
+        self.experts: dict[Tensor, list[int]] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step every weight that has a gradient; reads nothing back from the device."""
         assert closure is None, "the trainer has made the gradients already"
-        purpose_of = {w: number for number, w in enumerate(w for g in self.param_groups for w in g["params"])}
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if group["bits"] == 32:
-                self._step_32bit(group, weights)
-                continue
+            together = [weight for weight in weights if self._is_fused(group, weight) and weight not in self.experts]
+            if together and not self._is_on_host:
+                self._step_fused(group, together, [self._state_of(weight) for weight in together])
+                weights = [weight for weight in weights if not self._is_fused(group, weight) or weight in self.experts]
             for weight in weights:
-                self._step_8bit(group, weight, purpose_of[weight])
+                self.step_one(weight)
 
-    def _step_8bit(self, group: dict[str, Any], weight: Tensor, purpose: int) -> None:
-        state = self.state[weight]
+    @torch.no_grad()
+    def step_one(self, weight: Tensor) -> None:
+        """Step one weight, which has a gradient."""
+        with self._at_hand(self._state_of(weight), weight.device) as state:
+            if weight not in self.experts:
+                self._step(weight, weight, weight.grad, state)
+                return
+            size = weight[0].numel()
+            for slot, expert in enumerate(self.experts[weight]):
+                # An expert's rounding is named by its own number, so that it does not depend on its slot.
+                own = _part(state, slot, size)
+                self._step(weight, weight[slot], weight.grad[slot], own, expert * size)
+
+    def _is_fused(self, group: dict[str, Any], weight: Tensor) -> bool:
+        """Say whether torch's own AdamW steps a weight; it rounds a bf16 one to nearest, and so would lose steps."""
+        return group["rule"] == "adamw" and group["bits"] == 32 and weight.dtype == torch.float32
+
+    def _state_of(self, weight: Tensor) -> State:
+        state: State = self.state[weight]
         if not state:
-            state |= {"step": _no_steps(weight), **new_moments(weight)._asdict()}
-        if weight.device not in self._maps:
-            self._maps[weight.device] = build_maps(weight.device)
+            group = self._group_of[weight]
+            shape = (len(self.experts[weight]),) if weight in self.experts else ()
+            made = {"step": torch.zeros(shape, dtype=torch.float32, device=weight.device), **_new_state(group, weight)}
+            state |= {name: to_host(tensor) for name, tensor in made.items()} if self._is_on_host else made
+        return state
+
+    def place(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return a copy of a state where states lie: on the weights' device, or on the host."""
+        return to_host(tensor) if self._is_on_host else tensor.to(device, copy=True)
+
+    @contextmanager
+    def _at_hand(self, state: State, device: torch.device) -> Iterator[State]:
+        """Bring a state that lies on the host to the card, and back."""
+        if not self._is_on_host:
+            yield state
+            return
+        borrowed = {name: tensor.to(device, copy=True) for name, tensor in state.items()}
+        yield borrowed
+        for name, tensor in borrowed.items():
+            state[name].copy_(tensor)
+
+    def _step(self, weight: Tensor, part: Tensor, gradient: Tensor | None, state: State, first: int = 0) -> None:
+        """Step a weight, or the part of it that begins with element number `first` of all its experts."""
+        group, device = self._group_of[weight], weight.device
+        assert gradient is not None, "only weights with gradients are stepped"
+        if self._is_fused(group, weight):
+            self._step_fused(group, [part], [state], [gradient])
+            return
+        if device not in self._maps:
+            self._maps[device] = build_maps(device)
         state["step"] += 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        rounding = {"skip": self.found_inf, "seed": self._seed, "purpose": self._purpose_of[weight], "first": first}
+        common = (state["step"], group["lr"] * group["share"])
+        if group["rule"] == "muon":
+            momentum = Momentum(state["code_m"], state["absmax_m"])
+            muon = self._config
+            assert isinstance(muon, Muon), "only Muon's groups have its rule"
+            options = {"rows": group["rows"] or None, "beta": muon.momentum, "steps": muon.iterations}
+            options |= {"decay": group["weight_decay"], "gradient_scale": self.gradient_scale, **rounding}
+            muon_(part, gradient, momentum, self._maps[device].first, *common, **options)
+            return
+        betas, eps = (self._config.beta1, self._config.beta2), self._config.eps
+        moments = Moments(*(state[name] for name in Moments._fields))
+        scale = self.gradient_scale
         adamw8_(
-            weight,
-            weight.grad,
-            Moments(*(state[name] for name in Moments._fields)),
-            self._maps[weight.device],
-            state["step"],
-            group["lr"],
-            group["betas"],
-            group["eps"],
-            group["weight_decay"],
-            skip=self.found_inf,
-            seed=self._seed,
-            purpose=purpose,
+            part, gradient, moments, self._maps[device], *common, betas, eps, group["weight_decay"], scale, **rounding
         )
 
-    def _step_32bit(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        for weight in weights:
-            if not self.state[weight]:
-                zeros = {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
-                self.state[weight] |= {"step": _no_steps(weight), **zeros}
+    def _step_fused(
+        self, group: dict[str, Any], weights: list[Tensor], states: list[State], gradients: list[Tensor] | None = None
+    ) -> None:
+        gradients = gradients or [weight.grad for weight in weights if weight.grad is not None]
+        if not isinstance(self.gradient_scale, float) or self.gradient_scale != 1.0:
+            torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(
             weights,
-            [weight.grad for weight in weights],
-            *([self.state[weight][moment] for weight in weights] for moment in ("exp_avg", "exp_avg_sq")),
+            gradients,
+            *([state[moment] for state in states] for moment in ("exp_avg", "exp_avg_sq")),
             [],
-            [self.state[weight]["step"] for weight in weights],
+            [state["step"] for state in states],
             fused=True,
             found_inf=self.found_inf,
             amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
+            beta1=self._config.beta1,
+            beta2=self._config.beta2,
+            lr=group["lr"] * group["share"],
             weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            eps=self._config.eps,
             maximize=False,
         )
 
 
-def _no_steps(weight: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device=weight.device)
+def _new_state(group: dict[str, Any], weight: Tensor) -> State:
+    if group["rule"] == "muon":
+        momentum = new_momentum(weight, group["bits"])
+        return {"code_m": momentum.code, "absmax_m": momentum.absmax}
+    if group["bits"] == 32 and weight.dtype == torch.float32:
+        return {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
+    return new_moments(weight, exact=group["bits"] == 32)._asdict()
 
 
-def build_optimizer(model: Transformer, config: AdamW, seed: int = 0) -> torch.optim.Optimizer:
-    """Return AdamW over the model's weights; decay acts on matrices, not on norms.
+def _part(state: State, slot: int, size: int) -> State:
+    """Return views of what belongs to one slot's expert; size: elements of an expert."""
+    own = {"step": state["step"][slot]}
+    for name, tensor in state.items():
+        if name.startswith("absmax"):
+            blocks = size // 256 if tensor.numel() else 0
+            own[name] = tensor[slot * blocks : (slot + 1) * blocks]
+        elif name != "step":
+            own[name] = tensor[slot]
+    return own
 
-    seed: the run's; it decides how 8-bit AdamW rounds bf16 weights.
-    The fused form is stated, because torch's default differs by device and its temporaries with it.
+
+def build_optimizer(model: Transformer, config: AdamW | Muon, seed: int = 0, on_host: bool = False) -> LeanOptimizer:
+    """Return the optimizer over the model's weights; decay acts on matrices, not on norms.
+
+    seed: the run's; it decides how bf16 weights are rounded.  on_host: where the states lie.
     """
-    exempt = {id(model.embedding), id(model.head_VD)} if config.embeddings == "fp32" else set()
-
-    def bits_of(weight: Tensor) -> int:
-        is_8bit = weight.dim() > 1 and weight.numel() >= LEAST_8BIT and id(weight) not in exempt
-        return 8 if config.bits == 8 and is_8bit else 32
-
-    groups = []
-    for is_matrix, bits in ((True, 8), (True, 32), (False, 32)):
-        chosen = [w for w in model.parameters() if (w.dim() > 1, bits_of(w)) == (is_matrix, bits)]
-        if chosen:
-            groups.append({"params": chosen, "weight_decay": config.decay if is_matrix else 0.0, "bits": bits})
-    return AdamW8(groups, config.lr, (config.beta1, config.beta2), config.eps, seed)
+    tables = {id(model.embedding), id(model.head_VD)}
+    groups: dict[tuple[Any, ...], list[Tensor]] = {}
+    for name, weight in model.named_parameters():
+        is_matrix, is_table = weight.dim() > 1, id(weight) in tables
+        is_exempt = is_table and config.embeddings == "fp32"
+        is_large = is_matrix and weight.numel() >= LEAST_8BIT and not is_exempt
+        rule, rows = "adamw", 0
+        bits = 8 if config.bits == 8 and is_large else 32
+        if config.name == "muon" and is_matrix and not is_table and not name.endswith("router.weight"):
+            rule, bits = "muon", config.bits if is_large else 16
+            # Gate and up lie above each other, and are two matrices.
+            rows = weight.shape[-2] // 2 if "gate_up" in name else 0
+        groups.setdefault((rule, is_matrix, bits, rows), []).append(weight)
+    adamw_share = config.adamw_lr / config.lr if config.name == "muon" and config.adamw_lr else 1.0
+    return LeanOptimizer(
+        [
+            {
+                "params": weights,
+                "rule": rule,
+                "bits": bits,
+                "rows": rows,
+                "weight_decay": config.decay if is_matrix else 0.0,
+                "share": adamw_share if rule == "adamw" else 1.0,
+            }
+            for (rule, is_matrix, bits, rows), weights in groups.items()
+        ],
+        config,
+        seed,
+        on_host,
+    )
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -139,11 +232,11 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         for what, tensor in optimizer.state.get(weight, {}).items():
-            tensors[f"{what}.{name}"] = tensor.reshape(1) if what == "step" else tensor
+            tensors[f"{what}.{name}"] = tensor.reshape(-1) if what == "step" else tensor
     return tensors
 
 
-def load_optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(model: Transformer, optimizer: LeanOptimizer, tensors: dict[str, Tensor]) -> None:
     """Put back copies of what `optimizer_tensors` returned: loaded tensors are views of the checkpoint's file.
 
     Raises CheckpointError where a tensor belongs to no weight.
@@ -155,4 +248,4 @@ def load_optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer,
             raise CheckpointError(f"The optimizer remembers {key}.", f"The model has no weight {name}.")
         weight = weights[name]
         shape = () if what == "step" else tensor.shape
-        optimizer.state[weight][what] = tensor.reshape(shape).to(weight.device, copy=True)
+        optimizer.state[weight][what] = optimizer.place(tensor.reshape(shape), weight.device)

@@ -16,6 +16,7 @@ from lowvram.config import TrainConfig
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, Batch, Loss, causal_loss
 from lowvram.plan import Plan
+from lowvram.train.optim import LeanOptimizer
 
 
 class Found(NamedTuple):
@@ -69,14 +70,13 @@ def gradients(
 @torch.no_grad()
 def update(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: LeanOptimizer,
     loads: Tensor | None,
     learning_rate: float,
     gradient_scale: float,
 ) -> None:
     """Scale the gradients (clipping and loss scaling in one factor), step the weights, move the balancing biases."""
-    if gradient_scale != 1.0:
-        torch._foreach_mul_([w.grad for w in model.parameters() if w.grad is not None], gradient_scale)
+    optimizer.gradient_scale = gradient_scale
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

@@ -1,0 +1,198 @@
+"""Muon, which moves a matrix along its momentum with all singular values made equal; knows matrices, not parameters.
+
+    m ← μ·m + (1 − μ)·g        u = (1 − μ)·g + μ·m        o = orthogonalise(u) ≈ U Vᵀ where u = U Σ Vᵀ
+    w ← (1 − lr·decay)·w − lr · 0.2·√max(M, N) · o
+
+Orthogonalising is a few steps of x ← a·x + (b·G + c·G²)·x with G = x xᵀ, products alone, in 16 bits.  Each step's odd
+quintic is the one that comes nearest to 1 on the interval where the steps before it have brought the singular values;
+the first interval is [`least`, 1] of the Frobenius norm.  0.2·√max(M, N) gives a step the size that AdamW's have, so
+that one learning rate and one decay serve both.
+
+The momentum is kept in bf16, or in 8 bits as in `adamw8` (signed codes, blocks of 256).
+Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: beside one chunk's temporaries (`adamw8`)
+some 6 bytes for each element of the matrices at work, which are at least one and together up to `AT_ONCE` elements.
+Work: a step of the iteration on [M, N], M ≤ N, is 4·M²·N + 2·M³ FLOPs.
+Deterministic, and no matrix depends on which others are at work beside it.
+
+Sources: Jordan et al. 2024 (Muon); Liu et al. 2025, "Muon is scalable for LLM training" (decay, the factor 0.2·√max);
+Amsel et al. 2025 (a minimax quintic for each step).  The coefficients here were computed for this file by Remez's
+exchange and are held against it by a test.
+
+Shapes: B matrices of M rows and N columns.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowvram_kernels.adamw8 import (
+    BLOCK,
+    CodeMap,
+    ranges,
+    recall,
+    remember_,
+    rounding_key,
+    store_weight_,
+)
+from lowvram_kernels.dispatch import card_of
+from lowvram_kernels.errors import ShapeError
+
+# (least singular value, greatest error from 1, coefficients of each step): Remez's exchange, interval by interval.
+QUINTICS: dict[int, tuple[float, float, tuple[tuple[float, float, float], ...]]] = {
+    3: (
+        0.008,
+        0.341,
+        ((8.1743, -23.9397, 17.7000), (3.7415, -2.7974, 0.5451), (2.8273, -2.1111, 0.4675)),
+    ),
+    4: (
+        0.003,
+        0.199,
+        ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257), (2.4901, -1.8343, 0.4368)),
+    ),
+    5: (
+        0.001,
+        0.114,
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+    ),
+}
+# Rounding to 16 bits pushes a singular value past an interval's end, where the next quintic falls steeply: so each
+# step sees its matrix a little smaller.
+_ROOM = 1.01
+RMS_OF_ADAMW = 0.2
+# Elements of the matrices that are orthogonalised at once: enough to fill a card with small ones.
+AT_ONCE = 2**22
+_MOVED_BYTES = 120
+_LAUNCHES = 20
+
+
+class Momentum(NamedTuple):
+    """What is remembered of a weight: bf16 in its shape and no absmax ([0]), or uint8 codes and one for each block."""
+
+    code: Tensor
+    absmax: Tensor
+
+    def part(self, first: int, end: int) -> Momentum:
+        """Return views of the flat elements [first, end), whole blocks of 256 where there are codes."""
+        if self.code.dtype != torch.uint8:
+            return Momentum(self.code.view(-1)[first:end], self.absmax)
+        if first % BLOCK or (end % BLOCK and end != self.code.numel()):
+            raise ShapeError(f"Momentum.part: [{first}, {end}) cuts a block of {BLOCK}.")
+        return Momentum(self.code.view(-1)[first:end], self.absmax[first // BLOCK : -(-end // BLOCK)])
+
+
+def new_momentum(weight: Tensor, bits: int) -> Momentum:
+    """Return the momentum of a weight before its first step: zeros in 16 or 8 bits."""
+    dtype = torch.uint8 if bits == 8 else torch.bfloat16
+    blocks = -(-weight.numel() // BLOCK) if bits == 8 else 0
+    code = torch.zeros_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    return Momentum(code, torch.zeros(blocks, dtype=torch.float32, device=weight.device))
+
+
+def reference(matrix_MN: Tensor) -> Tensor:
+    """Return U Vᵀ by the singular value decomposition, in fp64: what `orthogonalise` comes near to."""
+    u, _, vh = torch.linalg.svd(matrix_MN.double(), full_matrices=False)
+    return u @ vh
+
+
+def orthogonalise(u_BMN: Tensor, steps: int = 5) -> Tensor:
+    """Bring every singular value near 1, the singular vectors stay.
+
+    u: [B, M, N] bf16 or fp16 (any floating dtype works).  steps: 3, 4 or 5.  Returns [B, M, N] in u's dtype.  Singular
+    values from `least` of the matrix's Frobenius norm on end within the error that QUINTICS names, smaller ones grow
+    by the product of the first coefficients.  A matrix of zeros stays one.
+    Sources: see the module.
+    """
+    is_tall = u_BMN.shape[1] > u_BMN.shape[2]
+    x = u_BMN.mT if is_tall else u_BMN
+    norm_B11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = x * (1.0 / norm_B11.clamp_min(torch.finfo(torch.float32).tiny)).to(x.dtype)
+    for a, b, c in QUINTICS[steps][2]:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b / _ROOM**3, alpha=c / _ROOM**5)
+        x = torch.baddbmm(x, polynomial, x, beta=a / _ROOM)
+        del gram, polynomial
+    return x.mT if is_tall else x
+
+
+def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int) -> tuple[int, int]:
+    """Return how many matrices there are, and their columns."""
+    columns = weight.shape[-1]
+    blocks = -(-weight.numel() // BLOCK) if momentum.code.dtype == torch.uint8 else 0
+    if weight.dim() < 2 or rows < 1 or weight.numel() % (rows * columns) or weight.shape[-2] % rows:
+        raise ShapeError(f"muon_: weight is {list(weight.shape)}; matrices of {rows} rows do not make it up.")
+    sizes = [gradient.numel(), momentum.code.numel(), momentum.absmax.numel()]
+    if sizes != [weight.numel(), weight.numel(), blocks]:
+        raise ShapeError(f"muon_: {weight.numel()} weights with {sizes} gradients, momenta and absmax.")
+    if weight.dtype not in (torch.float32, torch.bfloat16) or not gradient.dtype.is_floating_point:
+        raise ShapeError(f"muon_: weight is {weight.dtype}, gradient {gradient.dtype}; weight needs fp32 or bf16.")
+    if not all(tensor.is_contiguous() for tensor in (weight, gradient, *momentum)):
+        raise ShapeError("muon_: weight, gradient and momentum need contiguous memory.")
+    return weight.numel() // (rows * columns), columns
+
+
+@torch.no_grad()
+def muon_(
+    weight: Tensor,
+    gradient: Tensor,
+    momentum: Momentum,
+    codes: CodeMap,
+    step: Tensor,
+    learning_rate: Tensor | float,
+    rows: int | None = None,
+    beta: float = 0.95,
+    decay: float = 0.0,
+    steps: int = 5,
+    gradient_scale: Tensor | float = 1.0,
+    skip: Tensor | None = None,
+    seed: int = 0,
+    purpose: int = 0,
+    first: int = 0,
+) -> None:
+    """Make one step in place: weight and momentum change, nothing else, and the host reads nothing.
+
+    weight: [..., M, N], fp32|bf16, contiguous.  gradient: as many elements, floating.  rows: of one matrix, where the
+    weight holds several above each other (gate and up); None takes M.  codes: `build_maps(...).first`.  step, skip,
+    gradient_scale, seed, purpose, first: as for `adamw8_`.  steps: of the iteration.
+    Raises ShapeError if the tensors do not fit together.
+    Sources: see the module.
+    """
+    rows = rows or weight.shape[-2]
+    count, columns = _check(weight, gradient, momentum, rows)
+    skip = None if skip is None else skip.reshape(()) != 0
+    rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
+    kept, key = 1.0 - learning_rate * decay, rounding_key(weight, seed, purpose, step)
+    size, card = rows * columns, card_of(weight.device)
+    dtype = torch.float16 if card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0) else torch.bfloat16
+    # A slice that codes can be cut at: several matrices whose elements are whole blocks, or all of them.
+    together = max(1, AT_ONCE // size) if size % BLOCK == 0 or momentum.code.dtype != torch.uint8 else count
+    flat_w, flat_g = weight.view(-1), gradient.view(-1)
+    for start in range(0, count * size, together * size):
+        end = min(start + together * size, count * size)
+        w_N, kept_of = flat_w[start:end], momentum.part(start, end)
+        u_N = torch.empty(end - start, dtype=dtype, device=weight.device)
+        for low, high in ranges(w_N, _MOVED_BYTES, _LAUNCHES):
+            g_N = flat_g[start + low : start + high].float() * gradient_scale
+            absmax_B = kept_of.absmax[low // BLOCK : -(-high // BLOCK)]
+            m_BK = recall(kept_of.code[low:high], absmax_B, codes)
+            m_BK.mul_(beta).add_(g_N.view(m_BK.shape), alpha=1.0 - beta)
+            u_N[low:high] = g_N.mul_(1.0 - beta).add_(m_BK.view(-1), alpha=beta)
+            del g_N
+            remember_(m_BK, codes, kept_of.code[low:high], absmax_B, skip)
+            del m_BK
+        o_N = orthogonalise(u_N.view(-1, rows, columns), steps).reshape(-1)
+        del u_N
+        for low, high in ranges(w_N, _MOVED_BYTES, _LAUNCHES):
+            new_N = w_N[low:high].float() * kept
+            new_N.sub_(o_N[low:high].float().mul_(rate))
+            store_weight_(w_N[low:high], new_N, skip, key, first + start + low)
+            del new_N
+        del o_N
