@@ -6,24 +6,15 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from lowvram.errors import ConfigError
-from lowvram.units import parse_bytes, parse_count
+from lowvram.recipe import AdamW, Cosine, Optimizer, Rotation, WarmupStableDecay
+from lowvram.words import Count, Share, Size, Words
 
 # Automatic saving: at most this much written a day, and never more often than this.
 WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
-
-Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
-Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Words(BaseModel):
-    """The base of every configuration: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Gqa(Words):
@@ -210,68 +201,12 @@ class ModelConfig(Words):
         return total
 
 
-class AdamW(Words):
-    """AdamW (Loshchilov & Hutter 2019); decay acts on matrices only.
-
-    bits: 8 keeps both moments of every large weight in 8 bits; `embeddings = "fp32"` exempts embedding and head.
-    """
-
-    name: Literal["adamw"] = "adamw"
-    bits: Literal[32, 8] = 32
-    embeddings: Literal["same", "fp32"] = "same"
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    decay: Annotated[float, Field(ge=0.0)] = 0.1
-
-
-class Muon(Words):
-    """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for embedding, head, routers and norms; one rate.
-
-    bits: of the momentum; 8 keeps AdamW's moments of embedding and head in 8 bits too, 16 keeps them in fp32.
-    adamw_lr: AdamW's own rate, where it is not lr.  iterations: with which a momentum is made orthogonal.
-    """
-
-    name: Literal["muon"] = "muon"
-    bits: Literal[16, 8] = 8
-    embeddings: Literal["same", "fp32"] = "same"
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
-    adamw_lr: Annotated[float, Field(gt=0.0)] | None = None
-    momentum: Share = 0.95
-    iterations: Literal[3, 4, 5] = 5
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    decay: Annotated[float, Field(ge=0.0)] = 0.1
-
-
-def _as_adamw(value: Any) -> Any:
-    return {"name": "adamw", **value} if isinstance(value, dict) else value
-
-
-Optimizer = Annotated[AdamW | Muon, Field(discriminator="name"), BeforeValidator(_as_adamw)]
-
-
-class Cosine(Words):
-    """Linear warm-up over a share of the steps, then half a cosine down to `floor` of the peak."""
-
-    kind: Literal["cosine"] = "cosine"
-    warmup: Share = 0.02
-    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-
-
-class WarmupStableDecay(Words):
-    """Linear warm-up, a constant rate, and a linear decay over the last share of the steps (Hu et al. 2024)."""
-
-    kind: Literal["wsd"] = "wsd"
-    warmup: Share = 0.02
-    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-
-
 class TrainConfig(Words):
-    """How it is learnt; nothing here depends on the machine."""
+    """How it is learnt; nothing here depends on the machine.
+
+    weights: what matrices are kept in; bf16 is rounded at random with unbiased mean.  update_during_backward: each
+    weight is stepped as soon as its gradient is there, so that gradients never all exist; without accumulation.
+    """
 
     tokens: Count
     seq_len: PositiveInt = 1024
@@ -280,6 +215,8 @@ class TrainConfig(Words):
     schedule: Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")] = Cosine()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     weights: Literal["fp32", "bf16"] = "fp32"
+    update_during_backward: bool = False
+    rotation: Rotation | None = None
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     dropout: Share = 0.0
     seed: int = 0
@@ -292,6 +229,12 @@ class TrainConfig(Words):
             rule = f"it must be a multiple of seq_len ({self.seq_len})"
             raise ValueError(f"train.batch_tokens is {self.batch_tokens}; {rule}. Try {near}")
         return self
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """Return how many sequences a step may take at a time, in order."""
+        samples = self.batch_samples
+        return [samples] if self.update_during_backward else divisors(samples)
 
     @property
     def batch_samples(self) -> int:
@@ -352,6 +295,38 @@ class RunConfig(Words):
     data: DataConfig
     train: TrainConfig
     run: RunOptions
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        check_rotation(self.model, self.train)
+        return self
+
+
+def check_rotation(model: ModelConfig, train: TrainConfig) -> None:
+    """Raise ValueError where the experts of a model cannot rotate as the recipe says."""
+    rotation, ffn = train.rotation, model.ffn
+    if rotation is None:
+        return
+    if ffn.kind != "moe":
+        raise ValueError(
+            f'train.rotation rotates experts; ffn.kind is "{ffn.kind}", which has none. Leave train.rotation out'
+        )
+    if rotation.window >= ffn.experts:
+        why = f"a layer has {ffn.experts} experts, and some must wait for their turn"
+        raise ValueError(f"rotation.window is {rotation.window}; {why}. Try {max(1, ffn.experts // 4)}")
+    turns = math.ceil(ffn.experts / rotation.window)
+    if turns * rotation.interval > train.steps:
+        why = f"the run has {train.steps} steps, in which {turns} turns must end, or some experts never learn"
+        raise ValueError(f"rotation.interval is {rotation.interval}; {why}. Try {max(1, train.steps // turns // 8)}")
+    size = model.dim * ffn.expert_hidden
+    if size % 256 and train.optimizer.bits == 8:
+        why = f"dim · expert_hidden is {size}, and 8-bit states of experts come in blocks of 256"
+        raise ValueError(f"train.rotation and optimizer.bits = 8 need each other's blocks: {why}. Try bits = 32")
+
+
+def divisors(count: int) -> list[int]:
+    """Return what divides a number, in order."""
+    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 def differences(was: Words, now: Words) -> list[tuple[str, Any, Any]]:

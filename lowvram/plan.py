@@ -6,14 +6,16 @@ from typing import Literal, NamedTuple, get_args
 
 from pydantic import PositiveInt
 
-from lowvram.config import TrainConfig, Words
+from lowvram.config import TrainConfig
 from lowvram.errors import ConfigError
+from lowvram.words import Words
 
 # Tokens of one micro-batch while nothing has been measured: enough to fill a small card's matrix units.
 DEFAULT_MICRO_TOKENS = 4_096
 
 
 Recompute = Literal["none", "attention", "block"]
+Offload = Literal["none", "optimizer"]
 TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
 
 
@@ -21,14 +23,15 @@ class Plan(Words):
     """How a step is cut: micro_batch × accumulate = its sequences.
 
     recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.
-    2016).  loss_chunk: rows of logits that exist at a time (None: the op's own choice).  compile: blocks go through
-    torch.compile.
+    2016).  loss_chunk: rows of logits that exist at a time (None: the op's own choice).  offload: what lies in the
+    computer's memory and comes to the card for the update.  compile: blocks go through torch.compile.
     """
 
     micro_batch: PositiveInt
     accumulate: PositiveInt
     recompute: Recompute = "none"
     loss_chunk: PositiveInt | None = None
+    offload: Offload = "none"
     compile: bool = False
 
 
@@ -62,27 +65,23 @@ class Ledger(NamedTuple):
 LEDGER_LINES = ("weights", "gradients", "optimizer", "activations", "loss", "temporaries")
 
 
-def divisors(count: int) -> list[int]:
-    """Return what divides a number, in order: the micro-batches that a step of so many sequences can have."""
-    return [n for n in range(1, count + 1) if count % n == 0]
-
-
 def choose_plan(train: TrainConfig, micro_batch: int | None = None) -> tuple[Plan, str]:
     """Return a plan that keeps `batch_tokens`, and the reason for its micro-batch.
 
     micro_batch: sequences at a time, as the user asked; it must divide the step's sequences (ConfigError).
     """
-    samples = train.batch_samples
+    samples, possible = train.batch_samples, train.micro_batches
     if micro_batch is not None:
-        if micro_batch < 1 or samples % micro_batch:
-            raise ConfigError(
-                f"--micro-batch is {micro_batch}.",
-                f"A step has {samples} sequences (batch_tokens / seq_len), which it must divide.",
-                f"Possible: {', '.join(map(str, divisors(samples)))}.",
-            )
+        if micro_batch not in possible:
+            why = f"A step has {samples} sequences (batch_tokens / seq_len), which it must divide."
+            if train.update_during_backward:
+                why = f"update_during_backward excludes accumulation: the step's {samples} sequences go at once."
+            raise ConfigError(f"--micro-batch is {micro_batch}.", why, f"Possible: {', '.join(map(str, possible))}.")
         return Plan(micro_batch=micro_batch, accumulate=samples // micro_batch), "you asked for it"
     most = max(1, DEFAULT_MICRO_TOKENS // train.seq_len)
-    chosen = max(n for n in divisors(samples) if n <= most)
+    chosen = max((n for n in possible if n <= most), default=possible[0])
+    if train.update_during_backward:
+        return Plan(micro_batch=chosen, accumulate=1), "a step that updates during backward has one micro-batch"
     within = f"the most sequences of {train.seq_len} within {DEFAULT_MICRO_TOKENS} tokens"
     reason = f"{within} that divide the step's {samples}"
     return Plan(micro_batch=chosen, accumulate=samples // chosen), reason

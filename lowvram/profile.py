@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lowvram.config import Share, Size, Words
 from lowvram.errors import ConfigError, name_nearest
 from lowvram.units import parse_bytes, parse_memory, show_bytes
+from lowvram.words import Share, Size, Words
 
 Fixed = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
 Number = Literal["fp32", "fp16", "bf16", "fp8", "int8"]

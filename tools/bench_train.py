@@ -27,9 +27,10 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lowvram.config import AdamW, ModelConfig
+from lowvram.config import ModelConfig
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, causal_loss
+from lowvram.recipe import AdamW
 from lowvram.runfile import load_preset
 from lowvram.train.optim import build_optimizer
 from lowvram.train.step import gradients, update

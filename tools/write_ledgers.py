@@ -22,10 +22,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowvram
-from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack
+from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack, plans_of
 from lowvram.fit.rehearse import imagine, rehearse
 from lowvram.fit.sketch import Sketch
-from lowvram.plan import TECHNIQUES, Plan
 from lowvram.runfile import load_preset, preset_names
 
 
@@ -33,18 +32,8 @@ def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:
     """Rehearse one preset on one path, at every anchor of every technique."""
     model, train = load_preset(name)
     train = train.model_copy(update={"precision": path.precision})
-    rows = {}
-
-    def note(plan: Plan) -> Any:
-        found = rehearse(model, train, plan, imagine(path))
-        rows[name_plan(plan)] = pack(found)
-        return found
-
-    sketch = Sketch(train.batch_samples, note, train.seq_len)
-    for technique in TECHNIQUES:
-        for micro_batch in (*sketch.anchors(), sketch.samples):
-            sketch.exactly(technique, micro_batch)
-    return rows
+    sketch = Sketch(train.micro_batches, lambda _: None, train.seq_len)
+    return {name_plan(plan): pack(rehearse(model, train, plan, imagine(path))) for plan in plans_of(sketch)}
 
 
 def main() -> None:

@@ -37,13 +37,9 @@ from torch import Tensor
 from lowvram_kernels.dispatch import card_of, is_on_paper, note_work
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.keyed import chain
+from lowvram_kernels.rounding import CARD_CHUNK, CHUNK, round_to_bf16
 
 BLOCK = 256
-# Elements at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long), more gain nothing
-# from 2¹⁷ on and leave the cache: 5 MiB of temporaries, for a bf16 weight 13.  A card is launched some 50 times for
-# each chunk, so there it is longer: 38 and 106 MiB.
-CHUNK = 2**18
-_CARD_CHUNK = 2**21
 # Bytes that a chunk's ops read and write for each of its elements, and their launches, as a rehearsal counts them.
 _MOVED_BYTES = {torch.float32: 310, torch.bfloat16: 1_060}
 _LAUNCHES = {torch.float32: 50, torch.bfloat16: 185}
@@ -169,12 +165,6 @@ def encode(x_BK: Tensor, codes: CodeMap) -> tuple[Tensor, Tensor]:
     return codes.low.index_select(0, cell).add_(x > codes.bound.index_select(0, cell)), absmax_B
 
 
-def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
-    """Round fp32 to bf16, up in magnitude with the probability of the part cut off; noise: int64, 16 bits are used."""
-    bits = x.view(torch.int32) + (noise & 0xFFFF).int()
-    return bits.bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
-
-
 def _check(weight: Tensor, gradient: Tensor, moments: Moments) -> None:
     count = weight.numel()
     blocks = 0 if moments.is_exact else -(-count // BLOCK)
@@ -193,7 +183,7 @@ def ranges(weight: Tensor, moved_bytes: float, launches: float) -> Iterator[tupl
     On paper the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
     elements and is so many launches.
     """
-    count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else _CARD_CHUNK
+    count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
     whole = count // BLOCK * BLOCK
     shown = min(whole, chunk) if is_on_paper() else whole
     yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))

@@ -125,7 +125,7 @@ def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Cal
 
 def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
     """Return a sketch whose rehearsals are made when they are asked for."""
-    return Sketch(train.batch_samples, rehearse_on(profile, model, train), train.seq_len)
+    return Sketch(train.micro_batches, rehearse_on(profile, model, train), train.seq_len)
 
 
 def judge_here(

@@ -42,7 +42,7 @@ class Promise:
     def judge(self, wish: Wish = ANY) -> Answer:
         """Rehearse the run and return what is to be said about it here."""
         what, train = self._what, self._what.train
-        sketch = Sketch(train.batch_samples, self._rehearse, train.seq_len)
+        sketch = Sketch(train.micro_batches, self._rehearse, train.seq_len)
         return judge(what.run.dir.name, what.model, train, sketch, self.place, exact=True, wish=wish)
 
     def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:

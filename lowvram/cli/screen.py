@@ -7,7 +7,7 @@ import time
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lowvram.cli.show import err, notice
-from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.units import show_bytes, show_count, show_duration
 
 # Without a terminal a progress line would fill a log file; one of them every so often is enough.
@@ -48,7 +48,15 @@ class TrainingScreen:
             now = f"{event.micro_batch} sequences × {event.accumulate} a step"
             notice(f"step {event.step + 1:>6}  memory ran out: tried again, and on from here, with {now}", "yellow")
         elif isinstance(event, Evaluated):
-            notice(f"step {event.step:>6}  valid {event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f})", "cyan")
+            how = ", experts read from their masters" if event.reads_masters else ""
+            found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how})"
+            notice(f"step {event.step:>6}  valid {found}", "cyan")
+        elif isinstance(event, Rotated):
+            where = (
+                f"{show_bytes(event.card_bytes)} on the card, {show_bytes(event.host_bytes)} in the computer's memory"
+            )
+            learn = f"experts {', '.join(map(str, event.experts))} learn now"
+            notice(f"step {event.step:>6}  {learn}  ({where}; {event.took_s:.1f} s)", "dim")
         elif isinstance(event, Sampled):
             text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
             notice(f"step {event.step:>6}  {text}", "dim")
@@ -59,7 +67,8 @@ class TrainingScreen:
 
     def _show_step(self, event: StepDone) -> None:
         if event.is_skipped:
-            notice(f"step {event.step:>6}  skipped: its gradients were not finite", "yellow")
+            what = "its gradients were" if event.skipped == 1 else f"the gradients of {event.skipped} weights were"
+            notice(f"step {event.step:>6}  skipped: {what} not finite", "yellow")
         self._last = event
         self._progress.update(self._task, completed=event.step, said=step_line(event, self._steps))
         if not err.is_terminal and time.monotonic() - self._told_at > QUIET_INTERVAL_S:

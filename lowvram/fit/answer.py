@@ -80,10 +80,11 @@ def judge(
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
         return step_seconds(rehearsal, plan, train, place.profile, place.measured)
 
-    found = search(sketch, place.limit_bytes, seconds, exact, wish)
+    may_offload = not place.profile.unified
+    found = search(sketch, place.limit_bytes, seconds, exact, wish, may_offload)
     fits_headless = found.fits
     if not found.fits and found.peak_bytes <= place.headless_bytes:
-        found = search(sketch, place.headless_bytes, seconds, exact, wish)._replace(fits=False)
+        found = search(sketch, place.headless_bytes, seconds, exact, wish, may_offload)._replace(fits=False)
         fits_headless = True
     ledger = found.rehearsal.ledger
     state = ledger.weights + ledger.optimizer

@@ -20,7 +20,7 @@ from lowvram.runfile import PRESETS
 
 PATH = PRESETS / "ledgers.json"
 # What decides a step's memory beside model, optimizer and path: the rest of the recipe is schedule and numbers.
-_DECIDING = ("seq_len", "batch_tokens", "dropout")
+_DECIDING = ("seq_len", "batch_tokens", "dropout", "weights", "update_during_backward")
 
 
 class CardPath(NamedTuple):
@@ -56,6 +56,7 @@ def hash_of(model: ModelConfig, train: TrainConfig) -> str:
     """Return a SHA-256 over everything that decides the ledger; precision is the path's."""
     deciding = {name: getattr(train, name) for name in _DECIDING}
     said = {"model": model.model_dump(mode="json"), "train": deciding, "optimizer": train.optimizer.model_dump()}
+    said["rotation"] = train.rotation.model_dump() if train.rotation is not None else {}
     del said["optimizer"]["lr"]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
@@ -79,16 +80,24 @@ def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPat
     def look_up(plan: Plan) -> Rehearsal:
         return unpack(rows[name_plan(plan)])
 
-    sketch = Sketch(train.batch_samples, look_up, train.seq_len)
-    asked = {
-        name_plan(sketch.plan(recompute, n)) for recompute in TECHNIQUES for n in (*sketch.anchors(), sketch.samples)
-    }
-    return sketch if asked <= set(rows) else None
+    sketch = Sketch(train.micro_batches, look_up, train.seq_len)
+    return sketch if {name_plan(plan) for plan in plans_of(sketch)} <= set(rows) else None
+
+
+def plans_of(sketch: Sketch) -> list[Plan]:
+    """Return the plans of a preset whose rehearsals stand in the file."""
+    sizes = dict.fromkeys((*sketch.anchors(), sketch.samples))
+    plans = [sketch.plan(recompute, size) for recompute in TECHNIQUES for size in sizes]
+    return [*plans, *(sketch.offloaded().plan(TECHNIQUES[-1], size) for size in sizes)]
 
 
 def name_plan(plan: Plan) -> str:
-    """Return the name under which a plan's rehearsal stands: `block 8`, and `block 64 at once` without accumulation."""
-    return f"{plan.recompute} {plan.micro_batch}{'' if plan.accumulate > 1 else ' at once'}"
+    """Return the name under which a plan's rehearsal stands.
+
+    `block 8`, `block 64 at once` without accumulation, `block 8 offloaded` with the optimizer's states on the host.
+    """
+    once, moved = "" if plan.accumulate > 1 else " at once", "" if plan.offload == "none" else " offloaded"
+    return f"{plan.recompute} {plan.micro_batch}{once}{moved}"
 
 
 def pack(rehearsal: Rehearsal) -> list[Any]:

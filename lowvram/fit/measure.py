@@ -30,7 +30,7 @@ from lowvram.plan import Plan
 from lowvram.profile import Profile
 from lowvram.train.compilation import compiled
 from lowvram.train.guard import free_memory, is_out_of_memory
-from lowvram.train.optim import build_optimizer
+from lowvram.train.state import build_state
 from lowvram.train.step import discard, gradients, loss_for, update
 
 Clock = Callable[[], float]
@@ -49,7 +49,7 @@ class _Bench:
     """A real model on a device, and how it is timed."""
 
     network: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: LeanOptimizer
     loss_of: Callable[[Batch], Loss]
     accumulates: bool
     device: torch.device
@@ -138,10 +138,9 @@ def measure(
 
 
 def _build(model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device, clock: Clock) -> _Bench:
-    network = Transformer(model, train.seed, device)
-    loss_of = loss_for(network, train, plan)
-    optimizer = build_optimizer(network, train.optimizer, train.seed)
-    return _Bench(network, optimizer, loss_of, plan.accumulate > 1, device, clock)
+    state = build_state(model, train, plan, device, train.seed)
+    loss_of = loss_for(state.model, train, plan)
+    return _Bench(state.model, state.optimizer, loss_of, plan.accumulate > 1, device, clock)
 
 
 def _compiled_seconds(bench: _Bench, batch: Batch) -> float | None:

@@ -24,8 +24,9 @@ from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, Loss, count_targets
 from lowvram.plan import LEDGER_LINES, Ledger, Plan
 from lowvram.profile import Profile
-from lowvram.train.optim import build_optimizer
-from lowvram.train.step import gradients, loss_for, update
+from lowvram.train.optim import LeanOptimizer
+from lowvram.train.state import TrainState, build_state
+from lowvram.train.step import gradients, learn_in_backward, loss_for, update
 
 # What torch's caching allocator rounds every block up to (c10/cuda/CUDACachingAllocator, kMinBlockSize); the CPU's
 # takes what it is asked for.  That a large block may stay unsplit is left to the profile's fragmentation.
@@ -50,13 +51,14 @@ _CPU_KEY_BLOCK = 512
 
 
 class _Storage:
-    """One storage's life: bytes, the phase of its birth, and the moments between which it lived."""
+    """One storage's life: bytes, the phase of its birth, the moments between which it lived, and on which side."""
 
-    __slots__ = ("born", "died", "phase", "size")
+    __slots__ = ("born", "died", "is_on_host", "phase", "size")
 
     def __init__(self, size: int, phase: str, born: int) -> None:
         self.size, self.phase, self.born = size, phase, born
         self.died: int | None = None
+        self.is_on_host = False
 
 
 class LiveStorage(TorchDispatchMode):
@@ -96,6 +98,11 @@ class LiveStorage(TorchDispatchMode):
             return result
         return torch.empty_strided(form[0], form[1], dtype=form[2], device=_PAPER)
 
+    def mark_host(self, tensor: Tensor) -> None:
+        """Note that a tensor lies in the computer's memory."""
+        self._see(tensor.untyped_storage())
+        self.life_of(tensor).is_on_host = True
+
     def life_of(self, tensor: Tensor) -> _Storage:
         """Return the life of a tensor's storage."""
         return self._alive[tensor.untyped_storage()._cdata][1]
@@ -126,8 +133,15 @@ class LiveStorage(TorchDispatchMode):
             return
         name = func._schema.name.partition("::")[2]
         flops, launches = _products_of(name, inputs)
-        moved = (min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
-        self._add(Work(flops, sum(moved), launches, _attention_of(name, inputs)))
+        moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
+        if any(self._lies_on_host(tensor) for tensor in inputs):
+            self._add(Work(0.0, 0.0, launches, host_bytes=moved / 2))  # read on one side, written on the other
+            return
+        self._add(Work(flops, moved, launches, _attention_of(name, inputs)))
+
+    def _lies_on_host(self, tensor: Tensor) -> bool:
+        entry = self._alive.get(tensor.untyped_storage()._cdata)
+        return entry is not None and entry[1].is_on_host
 
     def add_hidden(self, work: HiddenWork) -> None:
         """Count what does not run on paper."""
@@ -184,13 +198,14 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     """Run one step of the trainer on paper and return its ledger and its work.
 
     One micro-batch stands for all: where plan.accumulate is above 1 its gradients are added to some that exist already,
-    as they do from the second one on.  What the first update leaves (the optimizer's states) is counted from the
-    beginning, as in every later step.
+    as they do from the second one on.  The optimizer's states exist from the beginning, as in every later step.
     """
     counter = LiveStorage(_BLOCK_BYTES[card.platform])
-    with on_paper(card, counter.add_hidden), counter:
-        network = Transformer(model, None, _PAPER)
-        optimizer = build_optimizer(network, train.optimizer)
+    with on_paper(card, counter.add_hidden, counter.mark_host), counter:
+        state = build_state(model, train, plan, _PAPER, None)
+        network, optimizer = state.model, state.optimizer
+        counter.phase = "optimizer"
+        optimizer.make_states()
         counter.phase = "gradients"
         if plan.accumulate > 1:
             for weight in network.parameters():
@@ -201,19 +216,68 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         # A step's other sequences wait on the card too.
         waiting = torch.empty((train.batch_samples - plan.micro_batch, shape[1]), dtype=torch.int64, device=_PAPER)
         batch = Batch(token_BT, torch.arange(plan.micro_batch, device=_PAPER))
-        forward_end = [0]
-        with _phases(network, counter, forward_end):
-            loss_of = loss_for(network, train, plan)
-            found = gradients(network, _noting_backward(loss_of, counter), [batch], count_targets(batch))
-        grads = {id(counter.life_of(w.grad)) for w in network.parameters() if w.grad is not None}
-        counter.phase = "update"
-        update(network, optimizer, found.loads, train.optimizer.lr, 0.5)
-        # Whatever the update has left is the optimizer's; it is held until the ledger is drawn up.
+        grads, forward_end = _step(state, train, plan, batch, counter)
+        counter.phase = "rotation"
+        if state.rotation is not None:
+            state.rotation.rotate_to(1)
         del waiting
-        ledger = _draw_up(counter, grads, forward_end[0])
+        ledger = _draw_up(counter, grads, forward_end, _saved_bytes(state, counter))
+    nothing = [0.0] * len(Work._fields)
     parts = [counter.work[phase] for phase in ("forward", "loss", "backward")]
     micro = Work(*(sum(values) for values in zip(*parts, strict=True)))
-    return Rehearsal(ledger, micro, Work(*counter.work["update"]))
+    every = train.rotation.interval if train.rotation is not None else 1
+    turns = (share / every for share in counter.work.get("rotation", nothing))
+    update_work = Work(*(a + b for a, b in zip(counter.work["update"], turns, strict=True)))
+    return Rehearsal(ledger, micro, update_work)
+
+
+def _step(
+    state: TrainState, train: TrainConfig, plan: Plan, batch: Batch, counter: LiveStorage
+) -> tuple[set[int], int]:
+    """Make the trainer's step; returns which lives were gradients, and the moment when forward ended."""
+    network, optimizer, rate = state.model, state.optimizer, train.optimizer.lr
+    forward_end = [0]
+    loss_of = _noting_backward(loss_for(network, train, plan), counter)
+    targets = count_targets(batch)
+    grads: set[int] = set()
+    if train.update_during_backward:
+        with _phases(network, counter, forward_end), _noting_steps(optimizer, counter, grads):
+            learn_in_backward(network, loss_of, batch, optimizer, targets, rate, train.clip)
+        return grads, forward_end[0]
+    with _phases(network, counter, forward_end):
+        found = gradients(network, loss_of, [batch], targets)
+    grads |= {id(counter.life_of(w.grad)) for w in network.parameters() if w.grad is not None}
+    counter.phase = "update"
+    update(network, optimizer, found.loads, rate, 0.5)
+    return grads, forward_end[0]
+
+
+@contextmanager
+def _noting_steps(optimizer: LeanOptimizer, counter: LiveStorage, grads: set[int]) -> Iterator[None]:
+    """Count the steps that weights make during backward as the update's, and remember which lives were gradients."""
+    step_one = optimizer.step_one
+
+    def noted(weight: Tensor) -> None:
+        assert weight.grad is not None, "it is there to be stepped with"
+        grads.add(id(counter.life_of(weight.grad)))
+        before, counter.phase = counter.phase, "update"
+        step_one(weight)
+        counter.phase = before
+
+    optimizer.step_one = noted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.step_one
+
+
+def _saved_bytes(state: TrainState, counter: LiveStorage) -> int:
+    """Return what a save brings to the host: one file's tensors at a time, but for those that lie there already."""
+
+    def brought(tensors: dict[str, Tensor]) -> int:
+        return sum(life.size for life in map(counter.life_of, tensors.values()) if not life.is_on_host)
+
+    return max(map(brought, state.tensors()))
 
 
 @contextmanager
@@ -242,13 +306,13 @@ def _noting_backward(loss_of: Callable[[Batch], Loss], counter: LiveStorage) -> 
     return noted
 
 
-def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int) -> Ledger:
-    """Find the moment with the most bytes alive, and sort what lives then by birthplace."""
+def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, saved_bytes: int) -> Ledger:
+    """Find the moment with the most bytes alive on the card, and sort what lives then by birthplace."""
     end = counter.moment
-    states = {id(life) for life in counter.lives if life.phase == "update" and life.died is None}
+    on_card = [life for life in counter.lives if not life.is_on_host]
     change = [0] * (end + 2)
-    for life in counter.lives:
-        change[0 if id(life) in states else life.born] += life.size
+    for life in on_card:
+        change[life.born] += life.size
         change[end + 1 if life.died is None else life.died] -= life.size
     now = peak = moment = 0
     for index in range(end + 1):
@@ -256,24 +320,18 @@ def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int) -> Ledger:
         if now > peak:
             peak, moment = now, index
     lines = dict.fromkeys(LEDGER_LINES, 0)
-    for life in counter.lives:
-        is_state = id(life) in states
-        if not is_state and not life.born <= moment < (end + 1 if life.died is None else life.died):
-            continue
-        lines[_birthplace(life, is_state, id(life) in grads, forward_end)] += life.size
+    for life in on_card:
+        if life.born <= moment < (end + 1 if life.died is None else life.died):
+            lines[_birthplace(life, id(life) in grads, forward_end)] += life.size
     assert sum(lines.values()) == peak, "every byte of the peak has one birthplace"
     phase = counter.phase_of_moment[moment] if moment < end else "update"
-    # A save brings one file's tensors to the host at a time.
-    weights = sum(life.size for life in counter.lives if life.phase == "weights" and life.died is None)
-    saved = max(weights, sum(life.size for life in counter.lives if id(life) in states))
-    return Ledger(**lines, moment=phase, host_bytes=saved)
+    kept = sum(life.size for life in counter.lives if life.is_on_host and life.died is None)
+    return Ledger(**lines, moment=phase, host_bytes=kept + saved_bytes)
 
 
-def _birthplace(life: _Storage, is_state: bool, is_gradient: bool, forward_end: int) -> str:
-    if is_state:
-        return "optimizer"
-    if life.phase == "weights":
-        return "weights"
+def _birthplace(life: _Storage, is_gradient: bool, forward_end: int) -> str:
+    if life.phase in ("weights", "optimizer"):
+        return life.phase
     if is_gradient or life.phase == "gradients":
         return "gradients"
     if life.phase == "loss":

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.plan import TECHNIQUES, Plan, Recompute, divisors
+from lowvram.plan import TECHNIQUES, Plan, Recompute
 
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
 RECOMPUTING_COSTS = 0.05
@@ -51,15 +51,35 @@ def search(
     step_seconds: Callable[[Rehearsal, Plan], float],
     exact: bool = False,
     wish: Wish = ANY,
+    may_offload: bool = False,
 ) -> Found:
     """Return the fastest plan within limit_bytes.
 
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
     and another one if that is above the limit; a line between two is near, and mostly above the truth.
-    wish: search only such plans.
+    wish: search only such plans.  may_offload: where nothing fits, try with the optimizer's states in the computer's
+    memory, and every block recomputed unless the wish is another: what is faster would not need it.
     """
+    found = _search(sketch, limit_bytes, step_seconds, exact, wish)
+    if found.fits or not may_offload:
+        return found
+    lighter = wish._replace(recompute=wish.recompute or TECHNIQUES[-1])
+    moved = _search(sketch.offloaded(), limit_bytes, step_seconds, exact, lighter)
+    if not moved.fits:
+        return moved if moved.peak_bytes < found.peak_bytes else found
+    why = "the optimizer's states lie in the computer's memory, since nothing fits with them on the card"
+    return moved._replace(reason=f"{why}: {moved.plan.micro_batch} sequences at a time")
+
+
+def _search(
+    sketch: Sketch,
+    limit_bytes: int,
+    step_seconds: Callable[[Rehearsal, Plan], float],
+    exact: bool,
+    wish: Wish,
+) -> Found:
     techniques = TECHNIQUES if wish.recompute is None else (wish.recompute,)
-    sizes = divisors(sketch.samples) if wish.micro_batch is None else [wish.micro_batch]
+    sizes = sketch.sizes if wish.micro_batch is None else [wish.micro_batch]
     timed: list[tuple[float, Found]] = []
     for technique in techniques:
         here = []

@@ -7,10 +7,10 @@ the second one on gradients add up in fp32, and chunks are equal, so that odd le
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lowvram.plan import LEDGER_LINES, Ledger, Plan, Recompute, divisors
+from lowvram.plan import LEDGER_LINES, Ledger, Offload, Plan, Recompute
 
 # The most rows of one chunk of the loss (lowvram_kernels/linear_cross_entropy.py).
 _ONE_CHUNK_TOKENS = 1_024
@@ -22,13 +22,15 @@ class Work(NamedTuple):
     """What a part of the step costs.
 
     flops: of matrix products.  moved_bytes: read and written by every op, products too: so narrow layers cost more
-    for each FLOP.  ops: launches.  attention_flops: of fused attention, which is slower than a product.
+    for each FLOP.  ops: launches.  attention_flops: of fused attention, which is slower than a product.  host_bytes:
+    copied between the card and the computer's memory.
     """
 
     flops: float
     moved_bytes: float
     ops: float
     attention_flops: float = 0.0
+    host_bytes: float = 0.0
 
 
 class Rehearsal(NamedTuple):
@@ -42,12 +44,20 @@ class Rehearsal(NamedTuple):
 class Sketch:
     """The rehearsals of one model on one card's path, made when they are asked for and kept.
 
-    rehearse: makes one for a plan.  samples: sequences in a step.  seq_len: tokens of each.
+    rehearse: makes one for a plan.  sizes: the micro-batches that a step can have, in order; the last is all of it.
+    seq_len: tokens of each.  offload: what these plans keep in the computer's memory.
     """
 
-    def __init__(self, samples: int, rehearse: Callable[[Plan], Rehearsal], seq_len: int) -> None:
-        self.samples, self._rehearse, self._seq_len = samples, rehearse, seq_len
+    def __init__(
+        self, sizes: Sequence[int], rehearse: Callable[[Plan], Rehearsal], seq_len: int, offload: Offload = "none"
+    ) -> None:
+        self.sizes, self.samples, self._rehearse, self._seq_len = sizes, sizes[-1], rehearse, seq_len
+        self.offload: Offload = offload
         self.found: dict[tuple[Recompute, int], Rehearsal] = {}
+
+    def offloaded(self) -> Sketch:
+        """Return the same model's plans with the optimizer's states in the computer's memory."""
+        return Sketch(self.sizes, self._rehearse, self._seq_len, "optimizer")
 
     def exactly(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of one plan."""
@@ -62,7 +72,8 @@ class Sketch:
 
     def plan(self, recompute: Recompute, micro_batch: int) -> Plan:
         """Return the plan that makes up a step with so many sequences at a time."""
-        return Plan(micro_batch=micro_batch, accumulate=self.samples // micro_batch, recompute=recompute)
+        accumulate = self.samples // micro_batch
+        return Plan(micro_batch=micro_batch, accumulate=accumulate, recompute=recompute, offload=self.offload)
 
     def at(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of a plan, or the straight line between the two nearest anchors."""
@@ -81,7 +92,7 @@ class Sketch:
 
         Every one whose loss may be one chunk and the next, one in the middle, and the largest.
         """
-        below = [n for n in divisors(self.samples) if n < self.samples]
+        below = [n for n in self.sizes if n < self.samples]
         small = [n for n in below if n * self._seq_len <= _ONE_CHUNK_TOKENS]
         next_ones = [n for n in below if n not in small]
         middle = [n for n in below if n * self._seq_len >= _MIDDLE_TOKENS]

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lowvram.config import Words
+from lowvram.words import Words
 
 
 class Sampler(Words):

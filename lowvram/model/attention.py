@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowvram.config import Gqa, Mla, ModelConfig
 from lowvram.model.cache import Cache
 from lowvram.model.exact import ExactBuffers
-from lowvram.model.linear import Linear, RmsNorm, project
+from lowvram.model.linear import Kept, Linear, RmsNorm, project
 from lowvram.model.positions import add_alibi_columns, rotate, slopes
 
 Table = tuple[Tensor, Tensor] | None
@@ -71,20 +71,20 @@ def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window:
 class GqaAttention(ExactBuffers):
     """Grouped-query attention with RoPE or ALiBi."""
 
-    def __init__(self, model: ModelConfig, config: Gqa, layer: int, device: torch.device | str | None) -> None:
+    def __init__(self, model: ModelConfig, config: Gqa, layer: int, kept: Kept) -> None:
         super().__init__()
         self.layer, self.window = layer, model.window_of(layer)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         yarn = model.positions.yarn if model.positions.kind == "rope" else None
         self.scale = self.head_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
-        self.norm = RmsNorm(model.dim, model.norm_eps, device)
-        self.q_proj = Linear(model.dim, config.heads * config.head_dim, device)
-        self.k_proj = Linear(model.dim, config.kv_heads * config.head_dim, device)
-        self.v_proj = Linear(model.dim, config.kv_heads * config.head_dim, device)
-        self.o_proj = Linear(config.heads * config.head_dim, model.dim, device)
-        self.q_norm = RmsNorm(config.head_dim, model.norm_eps, device) if config.qk_norm else None
-        self.k_norm = RmsNorm(config.head_dim, model.norm_eps, device) if config.qk_norm else None
-        slope_H = slopes(config.heads).to(device or "cpu") if model.positions.kind == "alibi" else None
+        self.norm = RmsNorm(model.dim, model.norm_eps, kept.device)
+        self.q_proj = Linear(model.dim, config.heads * config.head_dim, kept)
+        self.k_proj = Linear(model.dim, config.kv_heads * config.head_dim, kept)
+        self.v_proj = Linear(model.dim, config.kv_heads * config.head_dim, kept)
+        self.o_proj = Linear(config.heads * config.head_dim, model.dim, kept)
+        self.q_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
+        self.k_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
+        slope_H = slopes(config.heads).to(kept.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)
 
     def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
@@ -109,23 +109,23 @@ class GqaAttention(ExactBuffers):
 class MlaAttention(nn.Module):
     """Multi-head latent attention: expanded for training, absorbed over the latent cache for decoding."""
 
-    def __init__(self, model: ModelConfig, config: Mla, layer: int, device: torch.device | str | None) -> None:
+    def __init__(self, model: ModelConfig, config: Mla, layer: int, kept: Kept) -> None:
         super().__init__()
         self.layer, self.window, self.config = layer, model.window_of(layer), config
         yarn = model.positions.yarn if model.positions.kind == "rope" else None
         self.scale = config.query_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
-        self.norm = RmsNorm(model.dim, model.norm_eps, device)
+        self.norm = RmsNorm(model.dim, model.norm_eps, kept.device)
         queries = config.heads * config.query_dim
         if config.q_lora_rank is None:
-            self.q_proj = Linear(model.dim, queries, device)
+            self.q_proj = Linear(model.dim, queries, kept)
         else:
-            self.q_a_proj = Linear(model.dim, config.q_lora_rank, device)
-            self.q_a_norm = RmsNorm(config.q_lora_rank, model.norm_eps, device)
-            self.q_b_proj = Linear(config.q_lora_rank, queries, device)
-        self.kv_a_proj = Linear(model.dim, config.kv_lora_rank + config.rope_dim, device)
-        self.kv_a_norm = RmsNorm(config.kv_lora_rank, model.norm_eps, device)
-        self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), device)
-        self.o_proj = Linear(config.heads * config.value_dim, model.dim, device)
+            self.q_a_proj = Linear(model.dim, config.q_lora_rank, kept)
+            self.q_a_norm = RmsNorm(config.q_lora_rank, model.norm_eps, kept.device)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, kept)
+        self.kv_a_proj = Linear(model.dim, config.kv_lora_rank + config.rope_dim, kept)
+        self.kv_a_norm = RmsNorm(config.kv_lora_rank, model.norm_eps, kept.device)
+        self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), kept)
+        self.o_proj = Linear(config.heads * config.value_dim, model.dim, kept)
 
     def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""

@@ -5,27 +5,29 @@ Legend: B batch, T tokens, D model width, N = B·T, E experts, K experts of a to
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lowvram_kernels.experts import experts
+from lowvram_kernels.idle import IdleStack, new_idle
 from lowvram_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowvram.config import Moe
 from lowvram.model.exact import ExactBuffers
-from lowvram.model.linear import Linear, RmsNorm, project
+from lowvram.model.linear import KEPT, Kept, Linear, RmsNorm, project
 
 
 class SwiGluFfn(nn.Module):
     """A dense SwiGLU layer whose gate and up projections are one matrix."""
 
-    def __init__(self, dim: int, hidden: int, eps: float, device: torch.device | str | None = None) -> None:
+    def __init__(self, dim: int, hidden: int, eps: float, kept: Kept = KEPT) -> None:
         super().__init__()
-        self.norm = RmsNorm(dim, eps, device)
-        self.gate_up_proj = Linear(dim, 2 * hidden, device)
-        self.down_proj = Linear(hidden, dim, device)
+        self.norm = RmsNorm(dim, eps, kept.device)
+        self.gate_up_proj = Linear(dim, 2 * hidden, kept)
+        self.down_proj = Linear(hidden, dim, kept)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D].  Returns SwiGLU of norm(x), [..., D]."""
@@ -36,10 +38,10 @@ class SwiGluFfn(nn.Module):
 class SharedExpert(nn.Module):
     """The expert that every token passes through: SwiGLU of rows that are normalised already."""
 
-    def __init__(self, dim: int, hidden: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, dim: int, hidden: int, kept: Kept = KEPT) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(dim, 2 * hidden, device)
-        self.down_proj = Linear(hidden, dim, device)
+        self.gate_up_proj = Linear(dim, 2 * hidden, kept)
+        self.down_proj = Linear(hidden, dim, kept)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """x: [N, D].  Returns [N, D]."""
@@ -93,21 +95,53 @@ class Router(ExactBuffers):
         self.bias_E += self.rate * (load_E.mean() - load_E).sign()
 
 
-class MoeFfn(nn.Module):
-    """Routed experts and shared ones; no token is dropped."""
+class MoeFfn(ExactBuffers):
+    """Routed experts and shared ones; no token is dropped.
 
-    def __init__(self, dim: int, config: Moe, eps: float, device: torch.device | str | None = None) -> None:
+    Where experts rotate, the window's are weights, in the first slots; the others are low-precision copies in buffers,
+    which answer as ever and do not learn.  `slot_E` says which expert lies where; only `place_experts` changes it.
+    """
+
+    slot_E: Tensor | None
+
+    def __init__(self, dim: int, config: Moe, eps: float, kept: Kept = KEPT) -> None:
         super().__init__()
-        self.norm = RmsNorm(dim, eps, device)
-        self.router = Router(dim, config, device)
+        self.norm = RmsNorm(dim, eps, kept.device)
+        self.router = Router(dim, config, kept.device)
         hidden = config.expert_hidden
-        self.gate_up_EHD = nn.Parameter(torch.empty(config.experts, 2 * hidden, dim, device=device))
-        self.down_EDI = nn.Parameter(torch.empty(config.experts, dim, hidden, device=device))
-        self.shared = SharedExpert(dim, config.shared * hidden, device)
+        window = config.experts if kept.rotation is None else kept.rotation.window
+        self.gate_up_EHD = kept.matrix(window, 2 * hidden, dim)
+        self.down_EDI = kept.matrix(window, dim, hidden)
+        self.shared = SharedExpert(dim, config.shared * hidden, kept)
+        self.register_buffer("slot_E", None, persistent=False)
+        # Set while the masters are read in place of the copies: returns those of the idle slots, layer by layer.
+        self.read_masters: Callable[[], tuple[IdleStack, IdleStack]] | None = None
+        if kept.rotation is None:
+            return
+        self.slot_E = torch.arange(config.experts, device=kept.device)
+        idle = config.experts - window
+        for name, rows, columns in (("gate_up", 2 * hidden, dim), ("down", dim, hidden)):
+            stack = new_idle(idle, rows, columns, kept.rotation.idle, kept.device)
+            self.register_buffer(f"idle_{name}_code", stack.code, persistent=False)
+            self.register_buffer(f"idle_{name}_scale", stack.scale, persistent=False)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [B, T, D].  Returns the experts' answer to norm(x), [B, T, D], and their loads [E]."""
-        x_ND = self.norm(x_BTD).flatten(0, 1)
+        x_ND = self.norm(x).flatten(0, 1)
         weight_NK, id_NK, load_E = self.router(x_ND)
-        routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, id_NK)
-        return (routed_ND + self.shared(x_ND)).unflatten(0, x_BTD.shape[:2]), load_E
+        slot_NK, idle = id_NK, None
+        if self.slot_E is not None:
+            slot_NK = self.slot_E[id_NK]
+            idle = self.idle() if self.read_masters is None else self.read_masters()
+        routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, slot_NK, idle)
+        return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
+
+    def idle(self) -> tuple[IdleStack, IdleStack]:
+        """Return the copies of the experts that do not learn: gate and up, and down."""
+        gate_up = IdleStack(self.idle_gate_up_code, self.idle_gate_up_scale)
+        return gate_up, IdleStack(self.idle_down_code, self.idle_down_scale)
+
+    def place_experts(self, slots: Sequence[int]) -> None:
+        """Say which slot each expert lies in; the window's slots are the first."""
+        assert self.slot_E is not None, "only where experts rotate"
+        self.slot_E.copy_(torch.tensor(slots))

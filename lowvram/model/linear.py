@@ -1,6 +1,8 @@
-"""Layers that own one weight and hand it to a lean op: fp32 masters, cast where they are used."""
+"""Layers that own one weight and hand it to a lean op: masters, cast where they are used."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from lowvram_kernels.linear import linear
@@ -8,13 +10,33 @@ from lowvram_kernels.norm_linears import norm_linears
 from lowvram_kernels.rms_norm import rms_norm
 from torch import Tensor, nn
 
+from lowvram.recipe import Rotation
+
+
+class Kept(NamedTuple):
+    """How weights are kept: on which device, matrices in which numbers, and how a layer's experts take turns.
+
+    Norms and routers, which compute in fp32, are fp32 always.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype = torch.float32
+    rotation: Rotation | None = None
+
+    def matrix(self, *shape: int) -> nn.Parameter:
+        """Return a matrix, or a stack of them, for a load or a draw to fill."""
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device))
+
+
+KEPT = Kept()
+
 
 class Linear(nn.Module):
     """y = x Wᵀ without bias; computes in x's dtype whatever dtype the weight is kept in."""
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, kept: Kept = KEPT) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device))
+        self.weight = kept.matrix(outputs, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs].  Returns [..., outputs] in x's dtype."""

@@ -22,9 +22,10 @@ from lowvram.config import ModelConfig
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
 from lowvram.model.cache import Cache
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
-from lowvram.model.linear import RmsNorm
+from lowvram.model.linear import Kept, RmsNorm
 from lowvram.model.positions import RotaryTable
 from lowvram.plan import Recompute
+from lowvram.recipe import Rotation
 
 INIT_STD = 0.02  # GPT-2's; the seed report uses it too
 _SITES = 2  # places in a block that drop: after attention, after the feed-forward layer
@@ -40,19 +41,19 @@ class Dropout(NamedTuple):
 class Block(nn.Module):
     """Attention and a feed-forward layer, each reading the normed stream and adding to it."""
 
-    def __init__(self, config: ModelConfig, layer: int, device: torch.device | str | None) -> None:
+    def __init__(self, config: ModelConfig, layer: int, kept: Kept) -> None:
         super().__init__()
         self.layer = layer
         self.attention: GqaAttention | MlaAttention
         if config.attention.kind == "mla":
-            self.attention = MlaAttention(config, config.attention, layer, device)
+            self.attention = MlaAttention(config, config.attention, layer, kept)
         else:
-            self.attention = GqaAttention(config, config.attention, layer, device)
+            self.attention = GqaAttention(config, config.attention, layer, kept)
         self.ffn: SwiGluFfn | MoeFfn
         if config.ffn.kind == "moe" and config.is_moe(layer):
-            self.ffn = MoeFfn(config.dim, config.ffn, config.norm_eps, device)
+            self.ffn = MoeFfn(config.dim, config.ffn, config.norm_eps, kept)
         else:
-            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, device)
+            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, kept)
 
     def forward(
         self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None, recompute: Recompute = "none"
@@ -74,16 +75,27 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder built from a ModelConfig, with weights drawn from `seed`; None leaves them for a load to fill."""
+    """A decoder built from a ModelConfig, with weights drawn from `seed`; None leaves them for a load to fill.
 
-    def __init__(self, config: ModelConfig, seed: int | None = 0, device: torch.device | str | None = None) -> None:
+    dtype: of the matrices; norms and routers are fp32 always.  rotation: how many experts of a layer are weights, and
+    as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        seed: int | None = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        rotation: Rotation | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.embedding = nn.Parameter(torch.empty(config.vocabulary, config.dim, device=device))
-        self.blocks = nn.ModuleList(Block(config, layer, device) for layer in range(config.layers))
+        self.config, kept = config, Kept(device, dtype, rotation)
+        self.embedding = kept.matrix(config.vocabulary, config.dim)
+        self.blocks = nn.ModuleList(Block(config, layer, kept) for layer in range(config.layers))
         self.norm = RmsNorm(config.dim, config.norm_eps, device)
         if not config.tied:
-            self.head = nn.Parameter(torch.empty(config.vocabulary, config.dim, device=device))
+            self.head = kept.matrix(config.vocabulary, config.dim)
         self.table = None
         if config.positions.kind == "rope":
             self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
@@ -158,14 +170,19 @@ def initialise(model: Transformer, seed: int) -> None:
 
     Each weight has a generator keyed by seed and name, so a weight's start depends on nothing else.
     """
-    into_stream = 1.0 / math.sqrt(2 * model.config.layers)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             weight.fill_(1.0)
-            continue
-        key = hashlib.sha256(f"{seed}/initialise/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        drawn = torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, INIT_STD, generator=generator)
-        if name.endswith(("o_proj.weight", "down_proj.weight", "down_EDI")):
-            drawn *= into_stream
-        weight.copy_(drawn)
+        else:
+            draw_(weight, name, seed, model.config)
+
+
+@torch.no_grad()
+def draw_(weight: Tensor, name: str, seed: int, config: ModelConfig) -> None:
+    """Draw one matrix, or stack of matrices, as `initialise` does: what it becomes follows from its name and shape."""
+    key = hashlib.sha256(f"{seed}/initialise/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    drawn = torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, INIT_STD, generator=generator)
+    if name.endswith(("o_proj.weight", "down_proj.weight", "down_EDI")):
+        drawn *= 1.0 / math.sqrt(2 * config.layers)
+    weight.copy_(drawn)

@@ -24,7 +24,10 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU."""
+    """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU.
+
+    skipped: 1 where the step's gradients were not finite; of weights that move during backward the number of those.
+    """
 
     step: int
     tokens: int
@@ -34,7 +37,12 @@ class StepDone:
     tokens_per_second: float
     memory_bytes: int
     left_s: float
-    is_skipped: bool
+    skipped: int
+
+    @property
+    def is_skipped(self) -> bool:
+        """Say whether a weight stayed as it was because its gradient was not finite."""
+        return self.skipped > 0
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,24 @@ class Halved:
 
 
 @dataclass(frozen=True)
+class Rotated:
+    """From the step after `step` on these experts of each layer learn; what all take on the card and at home."""
+
+    step: int
+    experts: tuple[int, ...]
+    card_bytes: int
+    host_bytes: int
+    took_s: float
+
+
+@dataclass(frozen=True)
 class Evaluated:
-    """Validation after a step."""
+    """Validation after a step.  reads_masters: experts that do not learn answered from masters, not from copies."""
 
     step: int
     loss: float
     bits_per_byte: float
+    reads_masters: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,4 +101,4 @@ class Stopped:
     is_finished: bool
 
 
-Event = Started | StepDone | Halved | Evaluated | Sampled | Saved | Stopped
+Event = Started | StepDone | Halved | Rotated | Evaluated | Sampled | Saved | Stopped

@@ -6,9 +6,9 @@ import gc
 
 import torch
 
-from lowvram.config import TrainConfig
+from lowvram.config import TrainConfig, divisors
 from lowvram.errors import TrainingError
-from lowvram.plan import Plan, divisors
+from lowvram.plan import Plan
 from lowvram.units import show_bytes, show_count
 
 # How CUDA, its libraries, MPS and the CPU allocators say it when they do not raise torch.OutOfMemoryError.  MPS calls a
@@ -62,6 +62,22 @@ def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> Training
     return TrainingError(
         f"Memory ran out in step {step + 1}, with one sequence at a time.",
         "It cannot be cut further.  Nothing is lost: what was learnt is saved.",
+        f"{fix[0].upper()}{fix[1:]}",
+    )
+
+
+def explain_out_of_memory_in_backward(plan: Plan, step: int, train: TrainConfig, has_moved: bool) -> TrainingError:
+    """Return the error of a step that updates during backward, which cannot be cut and tried again.
+
+    has_moved: some weights had been stepped already.
+    """
+    moved = "Some weights had moved and others not: the last checkpoint is loaded again, and stands."
+    again = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
+    smaller = f"a smaller train.batch_tokens (now {train.batch_tokens}), which is one micro-batch here, or with "
+    fix = f"{again}begin a new run.dir with {smaller}train.update_during_backward = false."
+    return TrainingError(
+        f"Memory ran out in step {step + 1}, which updates during backward and so cannot be cut.",
+        moved if has_moved else "No weight had moved.  Nothing is lost: what was learnt is saved.",
         f"{fix[0].upper()}{fix[1:]}",
     )
 

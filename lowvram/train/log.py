@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from lowvram.errors import MachineError
 from lowvram.files import explain_full_disk
-from lowvram.train.events import Evaluated, Event, Sampled, StepDone
+from lowvram.train.events import Evaluated, Event, Rotated, Sampled, StepDone
 
 
 class Log(Protocol):
@@ -66,7 +66,10 @@ def scalars(event: Event) -> dict[str, float]:
             "train/tokens_per_second": event.tokens_per_second,
         }
     if isinstance(event, Evaluated):
-        return {"valid/loss": event.loss, "valid/bits_per_byte": event.bits_per_byte}
+        name = "valid_masters" if event.reads_masters else "valid"
+        return {f"{name}/loss": event.loss, f"{name}/bits_per_byte": event.bits_per_byte}
+    if isinstance(event, Rotated):
+        return {"rotation/card_bytes": event.card_bytes, "rotation/host_bytes": event.host_bytes}
     return {}
 
 

@@ -14,9 +14,10 @@ from lowvram_kernels.muon import Momentum, muon_, new_momentum
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowvram.config import AdamW, Muon, TrainConfig
+from lowvram.config import TrainConfig
 from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
+from lowvram.recipe import AdamW, Muon
 
 # As in bitsandbytes: what is smaller weighs nothing.
 LEAST_8BIT = 4_096
@@ -35,6 +36,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     gradient_scale: what every gradient is multiplied by, a number or an fp32 scalar on the device.
     found_inf: None, or an fp32 scalar: where it is 1, not a bit changes.
     experts: of each stack that rotates, which expert lies in which slot.
+    has_stepped: turns true with the first weight that is stepped; whoever wants to know sets it false before.
     """
 
     found_inf: Tensor | None = None
@@ -47,16 +49,23 @@ class LeanOptimizer(torch.optim.Optimizer):
         self._group_of = {w: group for group in self.param_groups for w in group["params"]}
         self._purpose_of = {weight: number for number, weight in enumerate(self._group_of)}
         self.experts: dict[Tensor, list[int]] = {}
+        self.has_stepped = False
+
+    def set_rate(self, learning_rate: float) -> None:
+        """Set the rate of the steps to come."""
+        for group in self.param_groups:
+            group["lr"] = learning_rate
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step every weight that has a gradient; reads nothing back from the device."""
         assert closure is None, "the trainer has made the gradients already"
+        self.has_stepped = True
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             together = [weight for weight in weights if self._is_fused(group, weight) and weight not in self.experts]
             if together and not self._is_on_host:
-                self._step_fused(group, together, [self._state_of(weight) for weight in together])
+                self._step_fused(group, together, [self.state_of(weight) for weight in together])
                 weights = [weight for weight in weights if not self._is_fused(group, weight) or weight in self.experts]
             for weight in weights:
                 self.step_one(weight)
@@ -64,21 +73,23 @@ class LeanOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_one(self, weight: Tensor) -> None:
         """Step one weight, which has a gradient."""
-        with self._at_hand(self._state_of(weight), weight.device) as state:
+        self.has_stepped = True
+        with self._at_hand(self.state_of(weight), weight.device) as state:
             if weight not in self.experts:
                 self._step(weight, weight, weight.grad, state)
                 return
             size = weight[0].numel()
             for slot, expert in enumerate(self.experts[weight]):
                 # An expert's rounding is named by its own number, so that it does not depend on its slot.
-                own = _part(state, slot, size)
+                own = part_of(state, slot, size)
                 self._step(weight, weight[slot], weight.grad[slot], own, expert * size)
 
     def _is_fused(self, group: dict[str, Any], weight: Tensor) -> bool:
         """Say whether torch's own AdamW steps a weight; it rounds a bf16 one to nearest, and so would lose steps."""
         return group["rule"] == "adamw" and group["bits"] == 32 and weight.dtype == torch.float32
 
-    def _state_of(self, weight: Tensor) -> State:
+    def state_of(self, weight: Tensor) -> State:
+        """Return what is remembered of a weight, made at the first call."""
         state: State = self.state[weight]
         if not state:
             group = self._group_of[weight]
@@ -86,6 +97,18 @@ class LeanOptimizer(torch.optim.Optimizer):
             made = {"step": torch.zeros(shape, dtype=torch.float32, device=weight.device), **_new_state(group, weight)}
             state |= {name: to_host(tensor) for name, tensor in made.items()} if self._is_on_host else made
         return state
+
+    def make_states(self) -> None:
+        """Make what would be made at the first step."""
+        for weight in self._group_of:
+            self.state_of(weight)
+            if not self._is_fused(self._group_of[weight], weight):
+                self._maps_on(weight.device)
+
+    def _maps_on(self, device: torch.device) -> Maps:
+        if device not in self._maps:
+            self._maps[device] = build_maps(device)
+        return self._maps[device]
 
     def place(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a copy of a state where states lie: on the weights' device, or on the host."""
@@ -104,13 +127,12 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     def _step(self, weight: Tensor, part: Tensor, gradient: Tensor | None, state: State, first: int = 0) -> None:
         """Step a weight, or the part of it that begins with element number `first` of all its experts."""
-        group, device = self._group_of[weight], weight.device
+        group = self._group_of[weight]
         assert gradient is not None, "only weights with gradients are stepped"
         if self._is_fused(group, weight):
             self._step_fused(group, [part], [state], [gradient])
             return
-        if device not in self._maps:
-            self._maps[device] = build_maps(device)
+        maps = self._maps_on(weight.device)
         state["step"] += 1.0 if self.found_inf is None else 1.0 - self.found_inf
         rounding = {"skip": self.found_inf, "seed": self._seed, "purpose": self._purpose_of[weight], "first": first}
         common = (state["step"], group["lr"] * group["share"])
@@ -120,14 +142,12 @@ class LeanOptimizer(torch.optim.Optimizer):
             assert isinstance(muon, Muon), "only Muon's groups have its rule"
             options = {"rows": group["rows"] or None, "beta": muon.momentum, "steps": muon.iterations}
             options |= {"decay": group["weight_decay"], "gradient_scale": self.gradient_scale, **rounding}
-            muon_(part, gradient, momentum, self._maps[device].first, *common, **options)
+            muon_(part, gradient, momentum, maps.first, *common, **options)
             return
         betas, eps = (self._config.beta1, self._config.beta2), self._config.eps
         moments = Moments(*(state[name] for name in Moments._fields))
         scale = self.gradient_scale
-        adamw8_(
-            part, gradient, moments, self._maps[device], *common, betas, eps, group["weight_decay"], scale, **rounding
-        )
+        adamw8_(part, gradient, moments, maps, *common, betas, eps, group["weight_decay"], scale, **rounding)
 
     def _step_fused(
         self, group: dict[str, Any], weights: list[Tensor], states: list[State], gradients: list[Tensor] | None = None
@@ -162,7 +182,7 @@ def _new_state(group: dict[str, Any], weight: Tensor) -> State:
     return new_moments(weight, exact=group["bits"] == 32)._asdict()
 
 
-def _part(state: State, slot: int, size: int) -> State:
+def part_of(state: State, slot: int, size: int) -> State:
     """Return views of what belongs to one slot's expert; size: elements of an expert."""
     own = {"step": state["step"][slot]}
     for name, tensor in state.items():

@@ -14,10 +14,8 @@ from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError
 from lowvram.files import DISK, Disk
-from lowvram.model.transformer import Transformer
 from lowvram.plan import Plan
-from lowvram.train.optim import build_optimizer
-from lowvram.train.state import TrainState
+from lowvram.train.state import build_state
 from lowvram.train.trainer import Trainer
 
 
@@ -30,12 +28,11 @@ def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK
     _check_prompts(what, tokenizer)
     corpora = [(_open(c.path, tokenizer), c.weight) for c in what.data.train]
     valid = _open(what.data.valid, tokenizer) if what.data.valid else None
-    model = Transformer(what.model, what.train.seed, device)
     run = what.run
     return Trainer(
         what=what,
         plan=plan,
-        state=TrainState(model, build_optimizer(model, what.train.optimizer, what.train.seed)),
+        state=build_state(what.model, what.train, plan, device, what.train.seed),
         loader=Loader(corpora, what.train.seq_len, what.train.seed),
         tokenizer=tokenizer,
         store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),

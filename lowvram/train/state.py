@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from lowvram.checkpoint import Checkpoint
+from lowvram.config import ModelConfig, TrainConfig
 from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
-from lowvram.train.optim import load_optimizer_tensors, optimizer_tensors
+from lowvram.objective import DTYPES
+from lowvram.plan import Plan
+from lowvram.train.optim import LeanOptimizer, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from lowvram.train.rotation import ExpertRotation
 
 # Micikevicius et al. 2018: start high, halve on overflow, double after a long quiet time.
 FIRST_LOSS_SCALE = 2.0**16
 QUIET_STEPS = 2_000
+_NUMBERS = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row")
 
 
 @dataclass
@@ -27,7 +32,8 @@ class TrainState:
     """
 
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: LeanOptimizer
+    rotation: ExpertRotation | None = None
     step: int = 0
     tokens: int = 0
     loss_scale: float = 1.0
@@ -35,21 +41,39 @@ class TrainState:
     skipped_in_row: int = 0
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weights and the optimizer's memory, by name."""
-        return dict(self.model.state_dict()), optimizer_tensors(self.model, self.optimizer)
+        """Return the weights and the optimizer's memory, by name; of experts that rotate all, in natural order."""
+        weights, memory = dict(self.model.state_dict()), optimizer_tensors(self.model, self.optimizer)
+        if self.rotation is None:
+            return weights, memory
+        self.rotation.bring_home()
+        masters, states = self.rotation.tensors()
+        return weights | masters, memory | states
 
     def numbers(self) -> dict[str, Any]:
         """Return the plain values."""
-        names = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row")
-        return {name: getattr(self, name) for name in names}
+        plain = {name: getattr(self, name) for name in _NUMBERS}
+        return plain if self.rotation is None else {**plain, "rotation": self.rotation.numbers()}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over what a checkpoint holds; raises CheckpointError if it is of another model."""
-        load_weights(self.model, checkpoint)
-        load_optimizer_tensors(self.model, self.optimizer, checkpoint.state())
-        numbers = checkpoint.numbers()
-        for name in self.numbers().keys() & numbers.keys():
+        numbers, states = checkpoint.numbers(), checkpoint.state()
+        names = set(self.rotation.tensors()[1]) if self.rotation is not None else set()
+        self.take_weights(checkpoint, {name: states[name] for name in names & set(states)}, numbers.get("rotation"))
+        own = {name: tensor for name, tensor in states.items() if name not in names}
+        load_optimizer_tensors(self.model, self.optimizer, own)
+        for name in numbers.keys() & set(_NUMBERS):
             setattr(self, name, numbers[name])
+
+    def take_weights(
+        self, checkpoint: Checkpoint, states: dict[str, Tensor] | None = None, numbers: dict[str, Any] | None = None
+    ) -> None:
+        """Take over a checkpoint's weights.  states, numbers: of experts that rotate; None begins them anew."""
+        if self.rotation is None:
+            load_weights(self.model, checkpoint)
+            return
+        masters, _ = self.rotation.tensors()
+        load_weights(self.model, checkpoint, masters)
+        self.rotation.restore({name: checkpoint.weights()[name] for name in masters}, states or {}, numbers)
 
     def judge_scale(self, finite: bool, is_scaled: bool) -> None:
         """Count a step as finite or skipped, and move the loss scale of an fp16 run."""
@@ -63,10 +87,23 @@ class TrainState:
             self.loss_scale, self.quiet = self.loss_scale * 2, 0
 
 
-def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights into a model of the same form; raises CheckpointError naming what differs."""
-    weights = checkpoint.weights()
-    own = model.state_dict()
+def build_state(
+    model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device, seed: int | None
+) -> TrainState:
+    """Return the state of a run before its first step.  seed: None leaves the weights for a load to fill."""
+    network = Transformer(model, seed, device, DTYPES[train.weights], train.rotation)
+    optimizer = build_optimizer(network, train.optimizer, train.seed, on_host=plan.offload == "optimizer")
+    rotation = ExpertRotation(network, optimizer, train.rotation, seed) if train.rotation is not None else None
+    return TrainState(network, optimizer, rotation)
+
+
+def load_weights(model: Transformer, checkpoint: Checkpoint, apart: dict[str, Tensor] | None = None) -> None:
+    """Put a checkpoint's weights into a model of the same form; raises CheckpointError naming what differs.
+
+    apart: tensors of the checkpoint that are compared like the others, and left for the caller to load.
+    """
+    weights, apart = checkpoint.weights(), apart or {}
+    own = model.state_dict() | apart
     strange = [
         name
         for name in sorted({*own, *weights})
@@ -78,4 +115,4 @@ def load_weights(model: Transformer, checkpoint: Checkpoint) -> None:
             f"{len(strange)} tensors differ in name or shape, the first is {strange[0]}.",
             "Make [model] equal to that run's, or start from another checkpoint.",
         )
-    model.load_state_dict(weights)
+    model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in apart}, strict=not apart)

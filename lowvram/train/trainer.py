@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,9 +25,10 @@ from lowvram.objective import DTYPES, Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.guard import (
     explain_out_of_memory,
+    explain_out_of_memory_in_backward,
     explain_out_of_memory_in_look,
     explain_out_of_memory_in_update,
     free_memory,
@@ -35,8 +37,8 @@ from lowvram.train.guard import (
 )
 from lowvram.train.optim import learning_rate
 from lowvram.train.start import refuse_changes, refuse_other_model
-from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, load_weights
-from lowvram.train.step import Found, discard, gradients, loss_for, update
+from lowvram.train.state import FIRST_LOSS_SCALE, TrainState
+from lowvram.train.step import Found, discard, gradients, learn_in_backward, loss_for, update
 
 # Consecutive steps without a finite gradient after which going on only burns electricity.
 MOST_SKIPPED = 25
@@ -77,6 +79,7 @@ class Trainer:
                 raise explain_out_of_memory_in_look(self.state.step)
             if self._save_is_due():
                 yield self._save()
+                yield from self._look_at_masters()
         if self._saved_step != self.state.step:
             yield self._save()
         yield Stopped(self.state.step, self.state.step >= self.what.train.steps)
@@ -94,7 +97,7 @@ class Trainer:
         elif self.what.train.start_from is not None:
             origin, passed_over = find_checkpoint(self.what.train.start_from, needs_state=False)
             refuse_other_model(self.what, self.hashes, origin)
-            load_weights(self.state.model, origin)
+            self.state.take_weights(origin)
             began_from = origin.directory
         resumed_from = checkpoint.directory if checkpoint else None
         return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from)
@@ -103,28 +106,78 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._pace = [(time.monotonic(), self.state.tokens)]
 
-    def _advance(self) -> Iterator[Halved | StepDone]:
+    def _advance(self) -> Iterator[Halved | Rotated | Saved | StepDone]:
         train, state = self.what.train, self.state
-        while (found := self._try_gradients()) is None:
-            if self.plan.micro_batch == 1:
-                yield from self._rescue()
-                raise explain_out_of_memory(self.plan, state.step, train)
-            yield self._halve()
-            self._pace = [(time.monotonic(), state.tokens)]  # what was lost says nothing about the speed to come
-        loss, norm, finite = found.stats.tolist()
+        yield from self._rotate()
         rate = learning_rate(train, state.step)
-        if finite:
-            self._update(found, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
+        if train.update_during_backward:
+            loss, norm, lost = (yield from self._learn(rate)).stats.tolist()
         else:
-            discard(state.optimizer)
-        state.judge_scale(bool(finite), train.precision == "fp16")
+            while (found := self._try_gradients()) is None:
+                if self.plan.micro_batch == 1:
+                    yield from self._rescue()
+                    raise explain_out_of_memory(self.plan, state.step, train)
+                yield self._halve()
+                self._pace = [(time.monotonic(), state.tokens)]  # what was lost says nothing about the speed to come
+            loss, norm, lost = found.stats.tolist()
+            if lost:
+                discard(state.optimizer)
+            else:
+                self._update(found, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
+        state.judge_scale(not lost, train.precision == "fp16")
         state.step += 1
         state.tokens += train.batch_tokens
         self._give_up_if_lost()
         speed = self._measure_pace()
         left_s = (train.steps - state.step) * train.batch_tokens / speed
         memory = memory_in_use(state.model.embedding.device)
-        yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, not finite)
+        yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, int(lost))
+
+    def _rotate(self) -> Iterator[Rotated]:
+        """Let the next experts learn where their turn has come."""
+        rotation = self.state.rotation
+        if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
+            return
+        began = time.monotonic()
+        rotation.rotate_to(rotation.interval_of(self.state.step))
+        card, host = rotation.bytes_on()
+        yield Rotated(self.state.step, tuple(sorted(rotation.window)), card, host, time.monotonic() - began)
+
+    def _learn(self, rate: float) -> Generator[Saved, None, Found]:
+        """Make a step whose weights move during backward; where memory runs out in it, nothing can be tried again."""
+        train, state = self.what.train, self.state
+        state.optimizer.has_stepped = False
+        loss_of = loss_for(state.model, train, self.plan)
+        (batch,) = self._micro_batches([0])
+        try:
+            with compiled(state.model) if self.plan.compile else nullcontext():
+                return learn_in_backward(
+                    state.model,
+                    loss_of,
+                    batch,
+                    state.optimizer,
+                    count_targets(batch),
+                    rate,
+                    train.clip,
+                    state.loss_scale,
+                )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = explain_out_of_memory_in_backward(self.plan, state.step, train, state.optimizer.has_stepped)
+        if state.optimizer.has_stepped:
+            self._reload()
+        else:
+            yield from self._rescue()
+        raise problem
+
+    def _reload(self) -> None:
+        """Put the last checkpoint in the place of weights of which some have moved and others not."""
+        discard(self.state.optimizer)
+        free_memory(self.state.model.embedding.device)
+        checkpoint, _ = self.store.latest()
+        if checkpoint is not None:
+            self.state.restore(checkpoint)
 
     def _try_gradients(self) -> Found | None:
         """Return None where memory ran out: the error, whose frames hold the failed try's tensors, ends in here."""
@@ -167,7 +220,7 @@ class Trainer:
         batches = self._micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
         targets = sum(count_targets(batch) for batch in batches)
         with compiled(self.state.model) if self.plan.compile else nullcontext():
-            return gradients(self.state.model, loss_of, batches, targets, self.state.loss_scale)
+            return gradients(self.state.model, loss_of, batches, targets, self.state.loss_scale, self.what.train.seed)
 
     def _micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
         device = self.state.model.embedding.device
@@ -217,6 +270,13 @@ class Trainer:
         bos_id = self.tokenizer.bos_id
         found = score(self.state.model, valid, bos_id, train.seq_len, dtype, run.validate_tokens, self.plan.micro_batch)
         return Evaluated(self.state.step, found.loss, found.bits_per_byte)
+
+    def _look_at_masters(self) -> Iterator[Evaluated]:
+        """Validate what was just saved, where that is more than the card's copies of the experts."""
+        if self.valid is None or self.state.rotation is None:
+            return
+        with self.state.rotation.reading_masters():
+            yield dataclasses.replace(self._evaluate(self.valid), reads_masters=True)
 
     def _sample(self) -> Iterator[Sampled]:
         run, train = self.what.run, self.what.train

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lowvram.config import divisors
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
-from lowvram.plan import Ledger, Plan, divisors
+from lowvram.plan import Ledger, Plan
 
 WORK = Work(1.0, 2.0, 3.0, 4.0)
 

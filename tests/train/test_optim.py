@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowvram.config import AdamW, TrainConfig
+from lowvram.config import TrainConfig
 from lowvram.model.transformer import Transformer
+from lowvram.recipe import AdamW
 from lowvram.runfile import load_preset, preset_names
 from lowvram.train.optim import (
     LEAST_8BIT,

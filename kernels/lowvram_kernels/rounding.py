@@ -1,0 +1,61 @@
+"""Rounding fp32 to bf16 at random, with the right mean; knows what is rounded, not why.
+
+    bf16(x) = x cut off, or the next number away from zero with the probability that the part cut off has of it.
+
+The 16 bits that decide are a function of names and of the element's index: no generator state.
+Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowvram_kernels.dispatch import card_of, is_on_paper, note_work
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.keyed import chain
+
+# Elements that a chunked op has at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long),
+# more gain nothing from 2¹⁷ on and leave the cache.  A card is launched some 50 times for each chunk, so there it is
+# longer.
+CHUNK, CARD_CHUNK = 2**18, 2**21
+_MOVED_BYTES, _LAUNCHES = 820, 140
+
+
+def reference(x: Tensor, uniform: Tensor) -> Tensor:
+    """Round by the formula, in fp64; uniform: numbers in [0, 1) of x's shape, the chance's outcome."""
+    low = (x.float().view(torch.int32) & -0x10000).view(torch.float32)
+    high = ((x.float().view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    share = (x.double() - low.double()) / (high.double() - low.double())
+    return torch.where(uniform < share, high, low).to(torch.bfloat16)
+
+
+def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
+    """Round fp32 to bf16, up in magnitude with the probability of the part cut off; noise: int64, 16 bits are used."""
+    bits = x.view(torch.int32) + (noise & 0xFFFF).int()
+    return bits.bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: Tensor) -> None:
+    """Add term to total in fp32 and round the sum at random, in place.
+
+    total: bf16, contiguous.  term: as many elements, floating.  seed, purpose (which weight), sample (int64 scalar on
+    the device: which micro-batch): name the rounding.
+    Raises ShapeError if the two do not fit together.
+    """
+    if total.dtype != torch.bfloat16 or not total.is_contiguous() or term.numel() != total.numel():
+        raise ShapeError(f"add_rounded_: total {list(total.shape)} {total.dtype}; needs bf16, contiguous, as term.")
+    key = chain(sample.reshape(()), seed, purpose)
+    flat, new = total.view(-1), term.reshape(-1)
+    count, chunk = flat.numel(), CHUNK if card_of(total.device).platform == "cpu" else CARD_CHUNK
+    shown = min(count, chunk) if is_on_paper() else count
+    for start in range(0, shown, chunk):
+        end = min(start + chunk, shown)
+        place = torch.arange(start, end, device=total.device)
+        noise = chain(key.expand(end - start), place)
+        flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
+        del place, noise
+    if shown < count:
+        left = count - shown
+        note_work(moved_bytes=left * _MOVED_BYTES, ops=-(-left // chunk) * _LAUNCHES)

@@ -1,0 +1,19 @@
+"""What every configuration is made of: frozen, closed tables, and numbers that people may write as "1.2e9" or "8GB"."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+from lowvram.units import parse_bytes, parse_count
+
+Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
+Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Words(BaseModel):
+    """The base of every configuration: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
