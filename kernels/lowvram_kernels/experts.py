@@ -7,11 +7,15 @@ product before `down`, so down's output is not needed again: with h = w·p, p = 
     dh = dy @ down[e]    dweights = Σ_i dh·p    dp = w·dh    ddown[e] = Σ dyᵀ h    dgate_up[e] = Σ d[g|u]ᵀ x
 Rows return to their tokens by the inverse permutation and a sum over K, which adds in one fixed order.
 
-Saved for backward: x, weights, the sort order [N·K], the slices' ends [E] on the host, [g | u] [N·K, 2I], and
-the masters; everything else is computed again.
+Of the E experts W may be resident and E − W idle: resident ones are masters and learn, idle ones lie in low precision
+(`idle.py`), answer, let dx through and get no gradient.  Slots 0 … W−1 are the resident ones.  An idle matrix that no
+product can take as it lies is decoded into a scratch of one matrix, again at each use.
+
+Saved for backward: x, weights, the sort order [N·K], the slices' ends [E] on the host, [g | u] [N·K, 2I], the
+masters and the idle copies (as they lie, nothing decoded); everything else is computed again.
 Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2; the gradient is the chain rule.
 
-Shapes: N tokens, K choices of each, M = N·K rows, E experts, D width, I inner width, O out.
+Shapes: N tokens, K choices of each, M = N·K rows, E experts, W of them resident, D width, I inner width, O out.
 """
 
 from __future__ import annotations
@@ -23,15 +27,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import is_on_paper
+from lowvram_kernels.dispatch import is_on_paper, note_work
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.idle import IdleStack, check_stack, decode, needs_decoding
 from lowvram_kernels.swiglu import gated_product, gated_product_backward
 
 
-def reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def reference(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    idle: tuple[IdleStack, IdleStack] | None = None,
+) -> Tensor:
     """Run every expert on every token and pick; autograd of it is the gradient's truth."""
-    gate, up = torch.einsum("nd,eid->nei", x, gate_up.to(x.dtype)).chunk(2, dim=-1)
-    out_NED = torch.einsum("nei,edi->ned", F.silu(gate) * up, down.to(x.dtype))
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    if idle is not None:
+        gate_up, down = (
+            torch.stack([*master, *(decode(stack, index, x.dtype) for index in range(len(stack.code)))])
+            for master, stack in zip((gate_up, down), idle, strict=True)
+        )
+    gate, up = torch.einsum("nd,eid->nei", x, gate_up).chunk(2, dim=-1)
+    out_NED = torch.einsum("nei,edi->ned", F.silu(gate) * up, down)
     chosen_NKD = out_NED.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
     return (weights[..., None].to(x.dtype) * chosen_NKD).sum(1)
 
@@ -40,41 +58,82 @@ def reference(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Te
 # in fp32 and fp16, and outside sm_90/100 is itself a loop that waits for the device at each call.  On CPU the two
 # are equally fast.  These two are ops of their own, so that on paper their host loop does not run; the ends come
 # on the host, so that a layer waits once and not six times.
-@torch.library.custom_op("lowvram_kernels::multiply_slices", mutates_args=())
-def _multiply_slices(rows_MI: Tensor, stack_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply the rows of each expert's slice by its matrix: [M, O]."""
-    out_MO = rows_MI.new_empty(rows_MI.shape[0], stack_EIO.shape[2])
-    start = 0
+@torch.library.custom_op("lowvram_kernels::multiply_slices", mutates_args=("scratch",))
+def _multiply_slices(
+    rows_MI: Tensor,
+    stack_WIO: Tensor,
+    ends_E: Tensor,
+    code: Tensor | None = None,
+    scale: Tensor | None = None,
+    scratch: Tensor | None = None,
+    is_turned: bool = False,
+) -> Tensor:
+    """Multiply the rows of each expert's slice by its matrix: [M, O].
+
+    code, scale: the idle stack of the slots from W on.  is_turned: its matrices are [O, I].  scratch: one of them
+    in rows' dtype, needed where the code must be decoded; what is left in it means nothing.
+    """
+    out_MO = rows_MI.new_empty(rows_MI.shape[0], stack_WIO.shape[2])
+    resident, start = stack_WIO.shape[0], 0
     for expert, end in enumerate(ends_E.tolist()):
-        torch.mm(rows_MI[start:end], stack_EIO[expert], out=out_MO[start:end])
+        if expert < resident:
+            torch.mm(rows_MI[start:end], stack_WIO[expert], out=out_MO[start:end])
+        elif start < end and code is not None:
+            matrix = decode(IdleStack(code, scale), expert - resident, rows_MI.dtype, scratch)
+            torch.mm(rows_MI[start:end], matrix.mT if is_turned else matrix, out=out_MO[start:end])
         start = end
     return out_MO
 
 
 @_multiply_slices.register_fake
-def _(rows_MI: Tensor, stack_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    return rows_MI.new_empty(rows_MI.shape[0], stack_EIO.shape[2])
+def _(rows_MI: Tensor, stack_WIO: Tensor, *_: Any) -> Tensor:
+    return rows_MI.new_empty(rows_MI.shape[0], stack_WIO.shape[2])
 
 
 @torch.library.custom_op("lowvram_kernels::sum_outer_slices", mutates_args=())
-def _sum_outer_slices(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum leftᵀ @ right over each expert's slice, zero where it is empty: [E, O, I] in dtype."""
-    out_EOI = left_MO.new_empty(ends_E.shape[0], left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+def _sum_outer_slices(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
+    """Sum leftᵀ @ right over each resident expert's slice, zero where it is empty: [W, O, I] in dtype."""
+    out_WOI = left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
     start = 0
-    for expert, end in enumerate(ends_E.tolist()):
+    for expert, end in enumerate(ends_E[:resident].tolist()):
         if start == end:
-            out_EOI[expert].zero_()
+            out_WOI[expert].zero_()
         elif dtype == left_MO.dtype:
-            torch.mm(left_MO[start:end].mT, right_MI[start:end], out=out_EOI[expert])
+            torch.mm(left_MO[start:end].mT, right_MI[start:end], out=out_WOI[expert])
         else:
-            out_EOI[expert].copy_(left_MO[start:end].mT @ right_MI[start:end])
+            out_WOI[expert].copy_(left_MO[start:end].mT @ right_MI[start:end])
         start = end
-    return out_EOI
+    return out_WOI
 
 
 @_sum_outer_slices.register_fake
-def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    return left_MO.new_empty(ends_E.shape[0], left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
+    return left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+
+
+def _multiply(
+    rows_MI: Tensor, master: Tensor, idle: tuple[Tensor | None, Tensor | None], ends_E: Tensor, is_turned: bool
+) -> Tensor:
+    """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I]."""
+    stack = master.to(rows_MI.dtype)
+    stack = stack.mT if is_turned else stack
+    code, scale = idle
+    if code is None:
+        return _multiply_slices(rows_MI, stack, ends_E)
+    scratch = None
+    if needs_decoding(code, rows_MI.dtype):
+        # Made here and not inside the op, which a rehearsal cannot look into.
+        scratch = rows_MI.new_empty(code.shape[1:])
+        if is_on_paper():
+            _note_decoding(code.shape[0], scratch, scale is not None)
+    return _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
+
+
+def _note_decoding(count: int, scratch: Tensor, is_scaled: bool) -> None:
+    """Tell what decoding moves besides the codes and one scratch, which a rehearsal sees: each is written and read."""
+    passes = 4 if is_scaled else 2
+    matrix_bytes = scratch.numel() * scratch.element_size()
+    note_work(moved_bytes=(count * passes - 1) * matrix_bytes, ops=count * passes // 2)
 
 
 def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -95,47 +154,70 @@ def _combine(sorted_MD: Tensor, order_M: Tensor, choices: int) -> Tensor:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-        order_M, ends_E = _sort(ids, gate_up.shape[0])
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up_code: Tensor | None,
+        gate_up_scale: Tensor | None,
+        down_code: Tensor | None,
+        down_scale: Tensor | None,
+    ) -> Tensor:
+        idle_gate_up, idle_down = (gate_up_code, gate_up_scale), (down_code, down_scale)
+        idle_count = 0 if gate_up_code is None else gate_up_code.shape[0]
+        order_M, ends_E = _sort(ids, gate_up.shape[0] + idle_count)
         rows_MD = x[order_M // ids.shape[1]]
-        gate_up_MI = _multiply_slices(rows_MD, gate_up.to(x.dtype).mT, ends_E)
-        ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI)
+        gate_up_MI = _multiply(rows_MD, gate_up, idle_gate_up, ends_E, is_turned=True)
+        ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle_gate_up, *idle_down)
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
-        out_MD = _multiply_slices(gated_product(gate_up_MI).mul_(weight_M1), down.to(x.dtype).mT, ends_E)
+        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, is_turned=True)
         return _combine(out_MD, order_M, ids.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, weights, order_M, ends_E, gate_up_MI = ctx.saved_tensors
-        needs_dx, needs_dgate_up, needs_ddown, needs_dweights, _ = ctx.needs_input_grad
-        choices = weights.shape[1]
+        x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle = ctx.saved_tensors
+        idle_gate_up, idle_down = (idle[0], idle[1]), (idle[2], idle[3])
+        needs_dx, needs_dgate_up, needs_ddown, needs_dweights = ctx.needs_input_grad[:4]
+        choices, resident = weights.shape[1], gate_up.shape[0]
         token_M = order_M // choices
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
         dx = dgate_up = ddown = dweights = None
         dy_MD = dy[token_M]
-        dh_MI = _multiply_slices(dy_MD, down.to(x.dtype), ends_E)
+        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, is_turned=False)
         d_gate_up_MI, product_MI = gated_product_backward(dh_MI * weight_M1, gate_up_MI)
         if needs_dweights:
             dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
             dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
         if needs_ddown:
-            ddown = _sum_outer_slices(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype)
+            ddown = _sum_outer_slices(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident)
         del dy_MD, dh_MI, product_MI
         if needs_dgate_up:
-            dgate_up = _sum_outer_slices(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype)
+            dgate_up = _sum_outer_slices(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident)
         if needs_dx:
-            dx = _combine(_multiply_slices(d_gate_up_MI, gate_up.to(x.dtype), ends_E), order_M, choices)
-        return dx, dgate_up, ddown, dweights, None
+            dx = _combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, is_turned=False), order_M, choices)
+        return dx, dgate_up, ddown, dweights, None, None, None, None, None
 
 
-def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    idle: tuple[IdleStack, IdleStack] | None = None,
+) -> Tensor:
     """Send each token through its chosen experts and add the answers by routing weight.
 
-    x: [N, D] fp32|bf16|fp16.  gate_up: [E, 2I, D], gate first; down: [E, D, I]: masters of any floating dtype,
-    each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64 in [0, E).  Returns [N, D] in x's
-    dtype.  Gradients come in their arguments' dtypes; an expert that nobody chose gets zeros.
-    Saved for backward: x, weights, [N·K] int64, [E] int64 on the host, [N·K, 2I] in x's dtype, the masters.
+    x: [N, D] fp32|bf16|fp16.  gate_up: [W, 2I, D], gate first; down: [W, D, I]: masters of any floating dtype,
+    each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
+    gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, each decoded alone at its use; without it
+    E = W.  Returns [N, D] in x's dtype.
+    Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
+    Saved for backward: x, weights, [N·K] int64, [E] int64 on the host, [N·K, 2I] in x's dtype, the masters, idle.
     The result and its gradients are deterministic; the device is waited for once.
     Raises ShapeError if shapes or dtypes do not fit together.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2.
@@ -145,7 +227,19 @@ def experts(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, ids: Tens
     fits = fits and down.shape == (count, width, twice_inner // 2)
     if not fits or ids.dim() != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
         shapes = [list(t.shape) for t in (x, gate_up, down, weights, ids)]
-        raise ShapeError(f"experts: got {shapes}; needs [N, D], [E, 2I, D], [E, D, I], [N, K] and [N, K].")
+        raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")
     if ids.dtype != torch.int64 or not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
         raise ShapeError(f"experts: ids is {ids.dtype}, x {x.dtype}; ids needs int64, the others floating.")
-    return _Experts.apply(x, gate_up, down, weights, ids)  # type: ignore[no-untyped-call]
+    if idle is None:
+        return _Experts.apply(x, gate_up, down, weights, ids, None, None, None, None)  # type: ignore[no-untyped-call]
+    _check_idle(gate_up, down, *idle)
+    return _Experts.apply(x, gate_up, down, weights, ids, *idle[0], *idle[1])  # type: ignore[no-untyped-call]
+
+
+def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: IdleStack, idle_down: IdleStack) -> None:
+    check_stack(idle_gate_up, "experts: idle gate_up")
+    check_stack(idle_down, "experts: idle down")
+    found = [list(stack.code.shape) for stack in (idle_gate_up, idle_down)]
+    needed = [[found[0][0], *master.shape[1:]] for master in (gate_up, down)]
+    if found != needed:
+        raise ShapeError(f"experts: idle copies are {found}; beside these masters they need to be {needed}.")

@@ -132,7 +132,7 @@ class LiveStorage(TorchDispatchMode):
         if is_view or "empty" in func._schema.name:
             return
         name = func._schema.name.partition("::")[2]
-        flops, launches = _products_of(name, inputs)
+        flops, launches = _products_of(name, inputs, outputs)
         moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
         if any(self._lies_on_host(tensor) for tensor in inputs):
             self._add(Work(0.0, 0.0, launches, host_bytes=moved / 2))  # read on one side, written on the other
@@ -161,16 +161,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _products_of(name: str, inputs: list[Tensor]) -> tuple[float, int]:
-    """Return the FLOPs of an op's matrix products, 0 where it has none, and its launches."""
+def _products_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float, int]:
+    """Return the FLOPs of an op's matrix products, 0 where it has none, and its launches.
+
+    Which experts are chosen is not known on paper: all are taken to have as many rows.
+    """
     if name in ("mm", "bmm"):
         return 2.0 * inputs[0].numel() * inputs[1].shape[-1], 1
     if name in ("addmm", "addmm_", "baddbmm"):
         return 2.0 * inputs[1].numel() * inputs[2].shape[-1], 1
     if name == "multiply_slices":
-        return 2.0 * inputs[0].numel() * inputs[1].shape[2], inputs[1].shape[0]
+        return 2.0 * inputs[0].numel() * inputs[1].shape[2], inputs[2].shape[0]
     if name == "sum_outer_slices":
-        return 2.0 * inputs[0].numel() * inputs[1].shape[1], inputs[2].shape[0]
+        learning, experts = outputs[0].shape[0], inputs[2].shape[0]
+        return 2.0 * inputs[0].numel() * inputs[1].shape[1] * learning / experts, learning
     return 0.0, 1
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from lowvram_kernels.attention import attention
 from lowvram_kernels.dispatch import Card, on_paper
+from lowvram_kernels.experts import experts
+from lowvram_kernels.idle import new_idle
 
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.rehearse import LiveStorage, rehearse
@@ -69,6 +71,38 @@ def test_a_processor_attends_to_whole_blocks_of_keys(tokens: int, seen: int) -> 
         out.backward(torch.empty_like(out))
     (values,) = counter.work.values()
     assert Work(*values).attention_flops == (2 + 5) * 2 * 2 * 3 * 40 * seen
+
+
+def experts_work(resident: int, idle_count: int, form: str) -> Work:
+    rows, width, inner = 400, 24, 16
+    counter = LiveStorage(1)
+    x, gate_up, down, weights = (
+        torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+        for shape, dtype in [
+            ((rows // 2, width), torch.bfloat16),
+            ((resident, 2 * inner, width), torch.float32),
+            ((resident, width, inner), torch.float32),
+            ((rows // 2, 2), torch.float32),
+        ]
+    )
+    ids = torch.empty(rows // 2, 2, dtype=torch.int64, device="meta")
+    idle = new_idle(idle_count, 2 * inner, width, form, "meta"), new_idle(idle_count, width, inner, form, "meta")
+    with on_paper(CPU, counter.add_hidden), counter:
+        y = experts(x, gate_up, down, weights, ids, idle if idle_count else None)
+        y.backward(torch.empty_like(y))
+    (values,) = counter.work.values()
+    return Work(*values)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "e4m3"])
+def test_idle_experts_cost_four_flops_a_weight_and_row_a_launch_a_product_and_two_to_decode(form: str) -> None:
+    full, mixed = experts_work(5, 0, form), experts_work(2, 3, form)
+    products = 2 * 400 * 3 * 24 * 16
+    assert full.flops == 3 * products
+    assert mixed.flops == pytest.approx((2 + 2 / 5) * products)
+    # Forward and dx launch once for every expert of both stacks, the masters' gradients for residents only.
+    assert mixed.ops == full.ops - 2 * 3 + (0 if form == "bf16" else 4 * 3 * 2)
+    assert form == "bf16" or mixed.moved_bytes > experts_work(2, 3, "bf16").moved_bytes
 
 
 def test_recomputing_attention_adds_its_forward_products_once_more() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,6 +34,18 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Sequence[Tensor]) -> int:
         result = run()
     del result
     return sum(kept.values())
+
+
+def hidden_bytes(run: Callable[[], object]) -> int:
+    """Count the most bytes that torch's CPU allocator had given out at once in run(), its kernels' own included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 class LiveBytes(TorchDispatchMode):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lowvram_kernels.dropout import dropout, hash_keys
 from lowvram_kernels.experts import experts
+from lowvram_kernels.idle import FORMATS, new_idle
 from lowvram_kernels.linear import linear
 from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.rms_norm import rms_norm
@@ -26,6 +27,12 @@ def whole(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
+def with_idle(dtype: torch.dtype, form: str) -> Tensor:
+    idle = new_idle(3, 32, 24, form), new_idle(3, 24, 16, form)
+    x, weights = leaf(40, 24, dtype=dtype), leaf(40, 2)
+    return experts(x, leaf(2, 32, 24), leaf(2, 24, 16), weights, whole(40, 2), idle)
+
+
 OPS: dict[str, Callable[[torch.dtype], Tensor]] = {
     "rms_norm": lambda dtype: rms_norm(leaf(40, 24, dtype=dtype), leaf(24)),
     "linear": lambda dtype: linear(leaf(40, 24, dtype=dtype), leaf(30, 24)),
@@ -34,6 +41,7 @@ OPS: dict[str, Callable[[torch.dtype], Tensor]] = {
     "experts": lambda dtype: experts(
         leaf(40, 24, dtype=dtype), leaf(4, 32, 24), leaf(4, 24, 16), leaf(40, 2), whole(40, 2)
     ),
+    **{f"experts-{form}": lambda dtype, form=form: with_idle(dtype, form) for form in FORMATS},
     "dropout": lambda dtype: dropout(leaf(4, 10, 24, dtype=dtype), 0.1, hash_keys(1, whole(4)), 0),
 }
 
