@@ -5,6 +5,9 @@ python tools/ab.py adamw8 --arm adamw32 optimizer.bits=32 --arm adamw8 optimizer
 Every arm is the yardstick under its `--set` values, trained by lowvram's own Trainer on one thread.  A finished run is
 a line of docs/ab/NAME.jsonl; the same command goes on with what is missing, in the middle of a run too.  A comparison
 says something only if every run reads held-out text better than token bigrams counted on the same shards.
+
+An arm's word rival=silent or rival=masked makes its rotation one of two others that exist: in training the experts that
+do not learn say nothing (ismail), or the router may not choose them.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -35,6 +39,8 @@ from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.evaluate.bits_per_byte import bigram_score, score
+from lowvram.model.ffn import MoeFfn
+from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES
 from lowvram.plan import choose_plan
 from lowvram.runfile import load_run
@@ -101,11 +107,48 @@ def configure(home: Path, model: str, settings: Sequence[str], seed: int, run: s
     return load_run(run_file, [*settings, f"train.seed={seed}", f"run.dir={home / run}"], lambda _: VOCABULARY)
 
 
-def train_once(what: RunConfig, valid: ShardSet) -> Row:
+def make_rival(model: Transformer, kind: str) -> None:
+    """Let a model's layers treat their idle experts in training as another scheme does; evaluation sees all of them."""
+
+    def silent(layer: MoeFfn, forward: Any, x: Tensor) -> Any:
+        router = layer.router.forward
+
+        def only_window(x_ND: Tensor) -> Any:
+            weight_NK, id_NK, load_E = router(x_ND)
+            return weight_NK * (layer.slot_E[id_NK] < layer.window), id_NK, load_E
+
+        layer.router.forward = only_window
+        try:
+            return forward(x)
+        finally:
+            layer.router.forward = router
+
+    def masked(layer: MoeFfn, forward: Any, x: Tensor) -> Any:
+        router, bias_E, top_k = layer.router, layer.router.bias_E, layer.router.top_k
+        learns_E = layer.slot_E < layer.window
+        router.bias_E = torch.where(learns_E, bias_E, -1e9)
+        router.top_k = min(top_k, layer.window)
+        try:
+            out, load_E = forward(x)
+        finally:
+            router.bias_E, router.top_k = bias_E, top_k
+        return out, torch.where(learns_E, load_E, load_E[learns_E].mean())  # balanced among those that may be chosen
+
+    def treat(layer: MoeFfn) -> Any:
+        forward, scheme = layer.forward, {"silent": silent, "masked": masked}[kind]
+        return lambda x: scheme(layer, forward, x) if torch.is_grad_enabled() else forward(x)
+
+    for layer in model.moe_layers():
+        layer.forward = treat(layer)
+
+
+def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
     """Train one run to its end, from its last checkpoint if it has one, and return what came out."""
     notes, done, began = what.run.dir / "steps.jsonl", list[Row](), 0.0
     with lock_run(what.run.dir):
         trainer = prepare(what, choose_plan(what.train)[0], torch.device("cpu"))
+        if rival is not None:
+            make_rival(trainer.state.model, rival)
         for event in trainer.run():
             if isinstance(event, Started):
                 done = read_rows(notes)[: event.step]
@@ -189,9 +232,11 @@ def main() -> None:
     bigram = bigram_score(learnt, held_out, tokenizer.bos_id, tokenizer.size).bits_per_byte
     print(f"{learnt.tokens:,} tokens to learn, {held_out.tokens:,} held out; bigrams {bigram:.4f} bits per byte")
     for arm, seed in missing(read_rows(path), arms, asked.model, asked.seeds):
-        what = configure(home, asked.model, arms[arm], seed, f"runs/{asked.name}-{arm}-{seed}")
+        rivals = [word.removeprefix("rival=") for word in arms[arm] if word.startswith("rival=")]
+        settings = [word for word in arms[arm] if not word.startswith("rival=")]
+        what = configure(home, asked.model, settings, seed, f"runs/{asked.name}-{arm}-{seed}")
         row = {"arm": arm, "seed": seed, "settings": arms[arm], "model": asked.model, "text": asked.text.name}
-        row |= {"bigram_bits_per_byte": bigram, **train_once(what, held_out)}
+        row |= {"bigram_bits_per_byte": bigram, **train_once(what, held_out, rivals[0] if rivals else None)}
         write_rows(path, [row], "a")
         shutil.rmtree(what.run.dir)
         print(f"{arm} seed {seed}: {row['bits_per_byte']:.4f} bits per byte, {row['cpu_s']} CPU s", flush=True)

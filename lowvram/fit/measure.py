@@ -30,6 +30,7 @@ from lowvram.plan import Plan
 from lowvram.profile import Profile
 from lowvram.train.compilation import compiled
 from lowvram.train.guard import free_memory, is_out_of_memory
+from lowvram.train.optim import LeanOptimizer
 from lowvram.train.state import build_state
 from lowvram.train.step import discard, gradients, loss_for, update
 

@@ -109,7 +109,7 @@ class MoeFfn(ExactBuffers):
         self.norm = RmsNorm(dim, eps, kept.device)
         self.router = Router(dim, config, kept.device)
         hidden = config.expert_hidden
-        window = config.experts if kept.rotation is None else kept.rotation.window
+        self.window = window = config.experts if kept.rotation is None else kept.rotation.window
         self.gate_up_EHD = kept.matrix(window, 2 * hidden, dim)
         self.down_EDI = kept.matrix(window, dim, hidden)
         self.shared = SharedExpert(dim, config.shared * hidden, kept)

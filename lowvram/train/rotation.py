@@ -32,6 +32,7 @@ class ExpertRotation:
     slots: where each expert lies; the window's are below W.  interval: the number of the one that is going on.
     """
 
+    @torch.no_grad()
     def __init__(self, model: Transformer, optimizer: LeanOptimizer, config: Rotation, seed: int | None) -> None:
         assert model.config.ffn.kind == "moe", "the run file was checked"
         self._model, self._optimizer, self._config = model, optimizer, config
