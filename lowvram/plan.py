@@ -40,7 +40,8 @@ class Ledger(NamedTuple):
 
     weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
     temporaries: everything else, the batch included.  moment: when the peak is: forward, loss, backward or update.
-    host_bytes: what a card's step brings to the computer's memory, at most: one file of a save.
+    kept_on_host: what lies in the computer's memory all the time: masters and states of experts that wait for their
+    turn, or states that were moved there.  host_bytes: that, and what a save brings there, one file at a time.
     """
 
     weights: int
@@ -51,6 +52,7 @@ class Ledger(NamedTuple):
     temporaries: int
     moment: str
     host_bytes: int = 0
+    kept_on_host: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -101,16 +101,16 @@ def name_plan(plan: Plan) -> str:
 
 
 def pack(rehearsal: Rehearsal) -> list[Any]:
-    """Return a rehearsal as one flat row: the ledger's lines, moment, host bytes, then both works."""
+    """Return a rehearsal as one flat row: the ledger's lines, moment, both host bytes, then both works."""
     ledger = rehearsal.ledger
     lines = [getattr(ledger, name) for name in LEDGER_LINES]
     works = [round(value) for work in (rehearsal.micro, rehearsal.update) for value in work]
-    return [*lines, ledger.moment, ledger.host_bytes, *works]
+    return [*lines, ledger.moment, ledger.host_bytes, ledger.kept_on_host, *works]
 
 
 def unpack(row: list[Any]) -> Rehearsal:
     """Return what `pack` was given."""
     count, fields = len(LEDGER_LINES), len(Work._fields)
-    ledger = Ledger(**dict(zip(LEDGER_LINES, row, strict=False)), moment=row[count], host_bytes=row[count + 1])
-    works = row[count + 2 :]
+    moment, host_bytes, kept_on_host, *works = row[count:]
+    ledger = Ledger(*row[:count], moment, host_bytes, kept_on_host)
     return Rehearsal(ledger, Work(*works[:fields]), Work(*works[fields:]))

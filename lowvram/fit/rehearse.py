@@ -330,7 +330,7 @@ def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, saved_byte
     assert sum(lines.values()) == peak, "every byte of the peak has one birthplace"
     phase = counter.phase_of_moment[moment] if moment < end else "update"
     kept = sum(life.size for life in counter.lives if life.is_on_host and life.died is None)
-    return Ledger(**lines, moment=phase, host_bytes=kept + saved_bytes)
+    return Ledger(**lines, moment=phase, host_bytes=kept + saved_bytes, kept_on_host=kept)
 
 
 def _birthplace(life: _Storage, is_gradient: bool, forward_end: int) -> str:

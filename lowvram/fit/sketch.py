@@ -109,5 +109,5 @@ def _between(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:
     scale = peak / max(1.0, sum(mixed.values()))
     lines = {name: round(value * scale) for name, value in mixed.items()}
     micro = Work(*(blend(a, b) for a, b in zip(low.micro, high.micro, strict=True)))
-    host = max(low.ledger.host_bytes, high.ledger.host_bytes)
-    return Rehearsal(Ledger(**lines, moment=high.ledger.moment, host_bytes=host), micro, high.update)
+    host, kept = (max(getattr(one.ledger, name) for one in (low, high)) for name in ("host_bytes", "kept_on_host"))
+    return Rehearsal(Ledger(**lines, moment=high.ledger.moment, host_bytes=host, kept_on_host=kept), micro, high.update)
