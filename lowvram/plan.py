@@ -42,6 +42,7 @@ class Ledger(NamedTuple):
     temporaries: everything else, the batch included.  moment: when the peak is: forward, loss, backward or update.
     kept_on_host: what lies in the computer's memory all the time: masters and states of experts that wait for their
     turn, or states that were moved there.  host_bytes: that, and what a save brings there, one file at a time.
+    checkpoint_bytes: all weights and states, as a save writes them.
     """
 
     weights: int
@@ -53,6 +54,7 @@ class Ledger(NamedTuple):
     moment: str
     host_bytes: int = 0
     kept_on_host: int = 0
+    checkpoint_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

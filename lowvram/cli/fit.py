@@ -51,8 +51,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
-    from lowvram.cli.place import find_card, name_card
-    from lowvram.cli.show import notice, result
+    from lowvram.cli.place import find_card, find_changes, name_card
+    from lowvram.cli.show import bar, notice, result
     from lowvram.cli.verdict import explain, show_json, show_one, show_table
     from lowvram.fit.answer import recommend
 
@@ -68,9 +68,10 @@ def run(arguments: argparse.Namespace) -> None:
     answers, place = _judge(arguments, card, what)
     advice = recommend(answers, arguments.days)
     is_alone, is_asked = _is_alone(arguments), _is_asked(arguments)
-    changes = None if is_asked else []
+    changes: list[Change] | None = None if is_asked else []
     if is_alone and not is_asked and not answers[0].fits_headless:
-        changes = _find_changes(answers[0], place)
+        with bar("Looking for changes that would fit"):
+            changes = find_changes(answers[0].model, answers[0].train, place)
     if arguments.json:
         show_json(answers, place, advice[0].name if advice else None, changes or [])
     elif is_alone:
@@ -183,22 +184,6 @@ def _read_run(arguments: argparse.Namespace) -> RunConfig:
         return said
 
     return load_run(arguments.run_file, arguments.set, count_ids, with_gaps=True)
-
-
-def _find_changes(answer: Answer, place: Place) -> list[Change]:
-    from lowvram.cli.place import sketch_run
-    from lowvram.cli.show import bar
-    from lowvram.fit.changes import propose
-    from lowvram.plan import Ledger
-
-    def smallest(model: ModelConfig, train: TrainConfig) -> Ledger:
-        plan = answer.found.plan
-        if (model, train, plan.micro_batch, plan.recompute) == (answer.model, answer.train, 1, "block"):
-            return answer.found.rehearsal.ledger
-        return sketch_run(model, train, place.profile).at("block", 1).ledger
-
-    with bar("Looking for changes that would fit"):
-        return list(propose(answer.model, answer.train, place.limit_bytes, smallest))
 
 
 def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> None:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.show import notice
 from lowvram.fit.answer import Answer, Place, judge
+from lowvram.fit.changes import Change, Weighed, propose
 from lowvram.fit.measured import load_measured
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
+from lowvram.fit.speed import estimate
 from lowvram.machine import (
     Detected,
     NvidiaCard,
@@ -138,3 +140,21 @@ def judge_here(
 ) -> Answer:
     """Rehearse a run on a card and judge it.  options, wish: see `judge`."""
     return judge(name, model, train, sketch_run(model, train, place.profile), place, True, options, wish)
+
+
+def find_changes(model: ModelConfig, train: TrainConfig, place: Place) -> list[Change]:
+    """Return what would make a run fit on a card that it does not fit on, each rehearsed."""
+    profile = place.profile
+
+    @functools.cache
+    def weigh(model: ModelConfig, train: TrainConfig) -> Weighed:
+        sketch = sketch_run(model, train, profile)
+        # As the search does where nothing fits: the states lie in the computer's memory, if that is another one.
+        sketch = sketch if profile.unified else sketch.offloaded()
+        rehearsal, plan = sketch.at("block", sketch.sizes[0]), sketch.plan("block", sketch.sizes[0])
+        speed = estimate(rehearsal, plan, train, profile, place.measured)
+        needed_bytes = profile.host_process_bytes + (0 if profile.unified else rehearsal.ledger.host_bytes)
+        fits_host = place.ram_bytes is None or needed_bytes <= place.ram_bytes
+        return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
+
+    return list(propose(model, train, place.limit_bytes, weigh, can_move=not profile.unified))

@@ -13,7 +13,7 @@ from lowvram.fit.answer import Answer, judge
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.fit.speed import Speed, estimate
-from lowvram.plan import Plan, Recompute
+from lowvram.plan import Ledger, Plan, Recompute
 from lowvram.train.guard import cap_memory, compare_with_ledger, looks_spilled
 from lowvram.units import show_bytes
 
@@ -58,7 +58,7 @@ class Promise:
         if answer.lacks_host_bytes and found.fits:
             raise MachineError(
                 f"This run needs {show_bytes(answer.lacks_host_bytes)} more of the computer's memory than there is.",
-                f"A save brings {show_bytes(found.rehearsal.ledger.host_bytes)} there from the card.",
+                _explain_host(found.rehearsal.ledger),
                 "Choose a smaller model, or optimizer.bits = 8.",
             )
         if not found.fits:
@@ -67,7 +67,11 @@ class Promise:
 
     def _explain(self, answer: Answer) -> MachineError:
         has, place = show_bytes(self.place.limit_bytes), self.place
-        least = self.judge(Wish(1, "block")).found.peak_bytes if answer.fits_headless else answer.found.peak_bytes
+        least = (
+            self.judge(Wish(self._what.train.micro_batches[0], "block")).found.peak_bytes
+            if answer.fits_headless
+            else answer.found.peak_bytes
+        )
         close = f"Without {place.beside} it would fit: close that, or " if answer.fits_headless else ""
         fix = f"{close}ask lowvram fit with the same run file what would make it fit."
         return MachineError(
@@ -75,6 +79,10 @@ class Promise:
             f"Its smallest plan takes {show_bytes(least)}, and tensors have {has} there.",
             f"{fix[0].upper()}{fix[1:]}  --micro-batch 1 --recompute block tries it all the same.",
         )
+
+    def keep_here(self, plan: Plan) -> Plan:
+        """Return a kept plan as it is right on this machine: one memory has no side to move anything to."""
+        return plan.model_copy(update={"offload": "none"}) if self.place.profile.unified else plan
 
     def doubt(self, plan: Plan) -> str | None:
         """Return a sentence where a plan that is kept or asked for is not expected to fit now."""
@@ -130,3 +138,10 @@ class Promise:
         if ledger_bytes <= measured_bytes <= ledger_bytes + beside:
             return None
         return compare_with_ledger(max(0, measured_bytes - beside), ledger_bytes)
+
+
+def _explain_host(ledger: Ledger) -> str:
+    saved = show_bytes(ledger.host_bytes - ledger.kept_on_host)
+    if not ledger.kept_on_host:
+        return f"A save brings {saved} there from the card."
+    return f"Experts and states that wait take {show_bytes(ledger.kept_on_host)} there, and a save brings {saved} more."

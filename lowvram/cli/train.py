@@ -84,6 +84,7 @@ def train(
         stack.enter_context(lock_run(what.run.dir))
         promise = Promise(what, place)
         plan, reason, is_kept = settle_plan(what.run.dir, what.train, micro_batch, recompute, compiled, promise.choose)
+        plan = promise.keep_here(plan)
         size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
         notice(f"{describe_machine()}: {size} on {place}.")
         notice(_describe_plan(plan, reason))
@@ -119,8 +120,9 @@ def train(
 
 def _describe_plan(plan: Plan, reason: str) -> str:
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
+    moved = ", the optimizer's states in the computer's memory" if plan.offload == "optimizer" else ""
     compiled = ", blocks compiled" if plan.compile else ""
-    return f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step{again}{compiled} ({reason})."
+    return f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step{again}{moved}{compiled} ({reason})."
 
 
 def _describe_reading(what: RunConfig, trainer: Trainer) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowvram.cli.show import out, result
+from lowvram.config import TrainConfig
 from lowvram.fit.answer import Answer, Place
 from lowvram.fit.changes import Change
 from lowvram.units import show_bytes, show_count, show_duration
@@ -118,11 +119,22 @@ def _gigabytes(count: int) -> str:
 
 
 def describe_technique(answer: Answer) -> str:
-    """Say what makes the step smaller: recomputation, 8-bit states; a dash where nothing does."""
-    again = answer.found.plan.recompute
-    words = [f"recompute {again}"] if again != "none" else []
-    words += [f"{answer.train.optimizer.bits}-bit AdamW"] if answer.train.optimizer.bits == 8 else []
+    """Say what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
+    plan, train, ffn = answer.found.plan, answer.train, answer.model.ffn
+    words = [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
+    words += ["bf16 weights"] if train.weights == "bf16" else []
+    words += [describe_optimizer(train)] if train.optimizer.bits != 32 else []
+    if train.rotation is not None and ffn.kind == "moe":
+        words += [f"{train.rotation.window} of {ffn.experts} experts learn"]
+    words += ["update during backward"] if train.update_during_backward else []
+    words += ["states in RAM"] if plan.offload == "optimizer" else []
     return ", ".join(words) or "–"
+
+
+def describe_optimizer(train: TrainConfig) -> str:
+    """Return `8-bit AdamW`, `16-bit Muon`."""
+    name = {"adamw": "AdamW", "muon": "Muon"}[train.optimizer.name]
+    return f"{train.optimizer.bits}-bit {name}"
 
 
 def _bar(peak_bytes: int, place: Place) -> Text:
@@ -159,7 +171,8 @@ def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_
         result("               these lines lie between two rehearsals; a run file is rehearsed itself")
     result(f"  {'limit':<12} {show_bytes(place.limit_bytes):>10}  {_headless(place)}")
     ram = "" if place.ram_bytes is None else f", which has {show_bytes(place.ram_bytes)}"
-    result(f"  {'host':<12} {show_bytes(answer.host_bytes):>10}  in the computer's memory{ram}")
+    kept = f", {show_bytes(ledger.kept_on_host)} of it for experts and states that wait" if ledger.kept_on_host else ""
+    result(f"  {'host':<12} {show_bytes(answer.host_bytes):>10}  in the computer's memory{ram}{kept}")
     result()
     if answer.lacks_host_bytes:
         result(f"  The computer lacks {show_bytes(answer.lacks_host_bytes)} of memory for it.")
@@ -200,15 +213,15 @@ def _show_changes(answer: Answer, changes: Sequence[Change] | None, is_preset: b
         result("  Another plan may fit: leave --micro-batch and --recompute out.")
         return
     if not changes:
-        result(
-            "  Neither 8-bit optimizer memory nor a shorter context nor fewer layers would do: take a smaller preset."
-        )
+        tried = "a lighter optimizer, bf16 weights, updates during backward, a shorter context, fewer layers"
+        result(f"  None of these would do: {tried}.  Take a smaller preset.")
         return
     where = "as a run (--out run.toml) " if is_preset else ""
     result(f"  What would fit, {where}with other results:")
     for change in changes:
         sets = " ".join(f"--set {assignment}" for assignment in change.sets)
-        result(f"    {sets}  ({change.says}; peak {show_bytes(change.peak_bytes)})")
+        result(f"    {sets}")
+        result(f"      {change.says}; peak {show_bytes(change.peak_bytes)}; {change.costs}")
 
 
 _ATTENTION = {
@@ -236,7 +249,7 @@ def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
     source = "not known" if not has_figures else "reckoned from the card's published figures; --measure times it here"
     yield f"speed: {'measured on this machine' if is_measured else source}"
     for answer in answers:
-        states = f"AdamW with {answer.train.optimizer.bits}-bit states, as the recipe says"
+        states = f"{describe_optimizer(answer.train)}, as the recipe says"
         moment = f"peak during {answer.found.rehearsal.ledger.moment}"
         yield f"{answer.name}: {answer.found.reason}; {states}; {moment}"
 
@@ -267,6 +280,7 @@ def _values(answer: Answer) -> dict[str, Any]:
         "reason": found.reason,
         "peak_bytes": found.peak_bytes,
         "host_bytes": answer.host_bytes,
+        "kept_on_host_bytes": found.rehearsal.ledger.kept_on_host,
         "lacks_host_bytes": answer.lacks_host_bytes,
         "ledger": found.rehearsal.ledger.lines() | {"moment": found.rehearsal.ledger.moment},
         "tokens_per_second": round(speed.tokens_per_second, 1) if speed else None,

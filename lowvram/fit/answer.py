@@ -87,7 +87,7 @@ def judge(
         found = search(sketch, place.headless_bytes, seconds, exact, wish, may_offload)._replace(fits=False)
         fits_headless = True
     ledger = found.rehearsal.ledger
-    state = ledger.weights + ledger.optimizer
+    state = ledger.checkpoint_bytes
     options = options or RunOptions(dir=Path("run"))
     speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if fits_headless else None
     waiting = days(train.tokens, speed) if speed else None

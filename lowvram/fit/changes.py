@@ -2,89 +2,206 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from lowvram.config import ModelConfig, TrainConfig
-from lowvram.plan import Ledger
+from lowvram.config import ModelConfig, TrainConfig, check_rotation
+from lowvram.recipe import Muon, Rotation
 
 # Shorter contexts than this teach a model little about texts.
 _SHORTEST = 256
-_EIGHT = ("optimizer.bits=8",)
+# A step that updates during backward is one micro-batch: of so many tokens, which are enough to keep a card busy.
+_DURING_TOKENS = 8_192
+
+
+class Weighed(NamedTuple):
+    """The smallest plan of a model and a recipe.  fits_host: the computer has room for what lies there."""
+
+    peak_bytes: int
+    tokens_per_second: float | None
+    fits_host: bool = True
+
+
+Weigh = Callable[[ModelConfig, TrainConfig], Weighed]
 
 
 class Change(NamedTuple):
-    """One change of WHAT that makes the smallest plan fit.  sets: as `--set` takes them.  peak_bytes: what is left."""
+    """One change of WHAT that makes the smallest plan fit.
+
+    sets: as `--set` takes them.  peak_bytes: what is left.  costs: in time and in what is learnt, a phrase.
+    """
 
     sets: tuple[str, ...]
     says: str
     peak_bytes: int
+    costs: str
+
+
+class _Recipe(NamedTuple):
+    """A recipe that takes less, how it is made from the run's own, and what it costs in what is learnt."""
+
+    sets: tuple[str, ...]
+    says: str
+    quality: str
+    train: TrainConfig
+
+    def then(self, make: _Make, model: ModelConfig) -> _Recipe:
+        """Return this recipe with one more change, or as it is where that has nothing to change."""
+        more = make(model, self.train)
+        if more is None:
+            return self
+        says, quality = (", ".join(part for part in pair if part) for pair in zip(self[1:3], more[1:3], strict=True))
+        return _Recipe((*self.sets, *more.sets), says, quality, more.train)
+
+
+_Make = Callable[[ModelConfig, TrainConfig], _Recipe | None]
 
 
 def propose(
-    model: ModelConfig, train: TrainConfig, limit_bytes: int, smallest: Callable[[ModelConfig, TrainConfig], Ledger]
+    model: ModelConfig, train: TrainConfig, limit_bytes: int, weigh: Weigh, can_move: bool = True
 ) -> Iterator[Change]:
-    """Yield the changes that make one sequence with recomputed blocks fit, the mildest first.
+    """Yield the changes that make the smallest plan fit, the mildest first.
 
-    smallest: rehearses the plan that needs least for a model and a recipe.
+    weigh: rehearses the plan that needs least for a model and a recipe.  can_move: the card's memory is not the
+    computer's, so that experts can wait there.
     """
-    recipes: list[tuple[tuple[str, ...], TrainConfig]] = [((), train)]
-    if train.optimizer.bits == 32:
-        eight = train.model_copy(update={"optimizer": train.optimizer.model_copy(update={"bits": 8})})
-        peak = smallest(model, eight).peak_bytes
-        if peak <= limit_bytes:
-            yield Change(_EIGHT, "the optimizer's memory in 8 bits", peak)
-        else:  # where 8 bits do it alone, nobody needs them with something else
-            recipes.append((_EIGHT, eight))
-    for sets, recipe in recipes:
-        lengths = _shorter(recipe)
-        if lengths and smallest(model, recipe.model_copy(update={"seq_len": lengths[-1]})).peak_bytes > limit_bytes:
-            continue  # not even the shortest
-        for length in lengths:
-            peak = smallest(model, recipe.model_copy(update={"seq_len": length})).peak_bytes
-            if peak <= limit_bytes:
-                yield Change((*sets, f"train.seq_len={length}"), _say("a shorter context", sets), peak)
-                break
-    sets, recipe = recipes[-1]
-    yield from _fewer_layers(model, recipe, sets, limit_bytes, smallest)
+    before = weigh(model, train)
+    makes = [_eight_bits, _muon, _bf16_weights, *([_rotation] if can_move else []), _during_backward]
+    found = False
+    for recipe in filter(None, (make(model, train) for make in makes)):
+        weighed = weigh(model, recipe.train)
+        if _fits(weighed, limit_bytes):
+            found = True
+            yield _change(recipe, weighed, before)
+    together = _Recipe((), "", "", train)
+    for make in () if found else makes:
+        more = together.then(make, model)
+        is_new, together = len(more.sets) > len(together.sets) > 0, more
+        if is_new and _fits(weighed := weigh(model, together.train), limit_bytes):
+            yield _change(together, weighed, before)
+            break
+    # With a smaller model or a shorter context goes what costs nothing worth naming.
+    mild = _Recipe((), "", "", train).then(_eight_bits, model).then(_bf16_weights, model)
+    for base in (_Recipe((), "", "", train), mild) if mild.sets else (mild,):
+        shorter = list(_shorter_context(model, base, limit_bytes, weigh, before))
+        fewer = list(_fewer_layers(model, base, limit_bytes, weigh, before))
+        yield from (*shorter, *fewer)
+        if shorter or fewer:
+            return
 
 
-def _say(what: str, sets: tuple[str, ...]) -> str:
-    return f"{what}, and the optimizer's memory in 8 bits" if sets else what
+def _fits(weighed: Weighed, limit_bytes: int) -> bool:
+    return weighed.peak_bytes <= limit_bytes and weighed.fits_host
 
 
-def _shorter(train: TrainConfig) -> list[int]:
-    """Return half the context, a quarter, and so on, as long as a step still has whole sequences."""
-    lengths = [train.seq_len]
+def _change(recipe: _Recipe, weighed: Weighed, before: Weighed) -> Change:
+    return Change(recipe.sets, recipe.says, weighed.peak_bytes, f"{_time(weighed, before)}; {recipe.quality}")
+
+
+def _time(weighed: Weighed, before: Weighed) -> str:
+    if weighed.tokens_per_second is None or before.tokens_per_second is None:
+        return "time not known"
+    times = before.tokens_per_second / weighed.tokens_per_second
+    return "no slower" if times < 1.02 else f"{times:.2f} times as long"
+
+
+def _with(train: TrainConfig, **values: Any) -> TrainConfig:
+    return train.model_copy(update=values)
+
+
+def _eight_bits(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    if train.optimizer.bits == 8:
+        return None
+    less = _with(train, optimizer=train.optimizer.model_copy(update={"bits": 8}))
+    return _Recipe(("optimizer.bits=8",), "the optimizer's memory in 8 bits", "learns as well", less)
+
+
+def _muon(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    if train.optimizer.name == "muon":
+        return None
+    shared = train.optimizer.model_dump(exclude={"name", "bits"})
+    less = _with(train, optimizer=Muon(**shared, bits=8))
+    return _Recipe(("optimizer.name=muon", "optimizer.bits=8"), "Muon, with one moment for AdamW's two", "", less)
+
+
+def _bf16_weights(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    if train.weights == "bf16":
+        return None
+    return _Recipe(("train.weights=bf16",), "weights and gradients in bf16", "", _with(train, weights="bf16"))
+
+
+def _rotation(model: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    if train.rotation is not None or model.ffn.kind != "moe":
+        return None
+    rotation = Rotation(window=max(1, model.ffn.experts // 4), idle="int8")
+    less = _with(train, rotation=rotation)
+    try:
+        check_rotation(model, less)
+    except ValueError:
+        return None  # too short a run, or experts that 8-bit blocks do not fit
+    sets = (f"rotation.window={rotation.window}", "rotation.idle=int8")
+    return _Recipe(sets, "experts that take turns, the others waiting in the computer's memory", "", less)
+
+
+def _during_backward(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    if train.update_during_backward:
+        return None
+    tokens = min(train.batch_tokens, max(1, _DURING_TOKENS // train.seq_len) * train.seq_len)
+    sets: tuple[str, ...] = ("train.update_during_backward=true",)
+    sets += (f"train.batch_tokens={tokens}",) if tokens != train.batch_tokens else ()
+    less = _with(train, update_during_backward=True, batch_tokens=tokens)
+    return _Recipe(sets, "weights that move during backward, without accumulation", "", less)
+
+
+def _shorter_context(
+    model: ModelConfig, base: _Recipe, limit_bytes: int, weigh: Weigh, before: Weighed
+) -> Iterator[Change]:
+    """Find the longest context that fits: half of the run's, a quarter, and so on, of which a step holds whole ones."""
+    lengths = [base.train.seq_len]
     while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST:
         lengths.append(lengths[-1] // 2)
-    return lengths[1:]
+    recipes = [
+        _Recipe(
+            (*base.sets, f"train.seq_len={length}"),
+            ", ".join(filter(None, ("a shorter context", base.says))),
+            "learns nothing of longer texts",
+            _with(base.train, seq_len=length),
+        )
+        for length in lengths[1:]
+    ]
+    if not recipes or not _fits(weigh(model, recipes[-1].train), limit_bytes):
+        return  # not even the shortest
+    for recipe in recipes:
+        weighed = weigh(model, recipe.train)
+        if _fits(weighed, limit_bytes):
+            yield _change(recipe, weighed, before)
+            return
 
 
 def _fewer_layers(
-    model: ModelConfig,
-    train: TrainConfig,
-    sets: tuple[str, ...],
-    limit_bytes: int,
-    smallest: Callable[[ModelConfig, TrainConfig], Ledger],
+    model: ModelConfig, base: _Recipe, limit_bytes: int, weigh: Weigh, before: Weighed
 ) -> Iterator[Change]:
     """Find the most layers that fit: every layer adds the same bytes, so two rehearsals say where to look."""
     least = 1 + (model.ffn.dense_layers if model.ffn.kind == "moe" else 0)
     if model.layers <= least:
         return
 
-    def peak_of(layers: int) -> int:
-        return smallest(model.model_copy(update={"layers": layers}), train).peak_bytes
+    def weigh_layers(layers: int) -> Weighed:
+        return weigh(model.model_copy(update={"layers": layers}), base.train)
 
-    few, peak = max(least, model.layers // 2), peak_of(model.layers)
-    if peak <= limit_bytes:
+    few, weighed = max(least, model.layers // 2), weigh_layers(model.layers)
+    if weighed.peak_bytes <= limit_bytes:
         return
-    each = max(1.0, (peak - peak_of(few)) / (model.layers - few))
+    each = max(1.0, (weighed.peak_bytes - weigh_layers(few).peak_bytes) / (model.layers - few))
     layers = model.layers
-    while peak > limit_bytes:
+    while weighed.peak_bytes > limit_bytes:
         # Of a smaller model another moment may be the greatest: then the line says too little, and leads on.
-        layers = min(layers - 1, int(layers - (peak - limit_bytes) / each))
+        layers = min(layers - 1, math.floor(layers - (weighed.peak_bytes - limit_bytes) / each))
         if layers < least:
             return
-        peak = peak_of(layers)
-    yield Change((*sets, f"model.layers={layers}"), _say("fewer layers", sets), peak)
+        weighed = weigh_layers(layers)
+    if weighed.fits_host:
+        says = ", ".join(filter(None, ("fewer layers", base.says)))
+        recipe = _Recipe((*base.sets, f"model.layers={layers}"), says, "a smaller model", base.train)
+        yield _change(recipe, weighed, before)

@@ -101,16 +101,16 @@ def name_plan(plan: Plan) -> str:
 
 
 def pack(rehearsal: Rehearsal) -> list[Any]:
-    """Return a rehearsal as one flat row: the ledger's lines, moment, both host bytes, then both works."""
+    """Return a rehearsal as one flat row: the ledger, then both works."""
     ledger = rehearsal.ledger
     lines = [getattr(ledger, name) for name in LEDGER_LINES]
     works = [round(value) for work in (rehearsal.micro, rehearsal.update) for value in work]
-    return [*lines, ledger.moment, ledger.host_bytes, ledger.kept_on_host, *works]
+    return [*lines, *ledger[len(lines) :], *works]
 
 
 def unpack(row: list[Any]) -> Rehearsal:
     """Return what `pack` was given."""
-    count, fields = len(LEDGER_LINES), len(Work._fields)
-    moment, host_bytes, kept_on_host, *works = row[count:]
-    ledger = Ledger(*row[:count], moment, host_bytes, kept_on_host)
+    fields = len(Work._fields)
+    works = row[len(Ledger._fields) :]
+    ledger = Ledger(*row[: len(Ledger._fields)])
     return Rehearsal(ledger, Work(*works[:fields]), Work(*works[fields:]))

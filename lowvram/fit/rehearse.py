@@ -205,7 +205,9 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     as they do from the second one on.  The optimizer's states exist from the beginning, as in every later step.
     """
     counter = LiveStorage(_BLOCK_BYTES[card.platform])
-    with on_paper(card, counter.add_hidden, counter.mark_host), counter:
+    # Apple's memory and a processor's are one for both sides: what would leave the card stays in it.
+    aside = {"note_host": counter.mark_host} if card.platform == "cuda" else {}
+    with on_paper(card, counter.add_hidden, **aside), counter:
         state = build_state(model, train, plan, _PAPER, None)
         network, optimizer = state.model, state.optimizer
         counter.phase = "optimizer"
@@ -225,7 +227,7 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         if state.rotation is not None:
             state.rotation.rotate_to(1)
         del waiting
-        ledger = _draw_up(counter, grads, forward_end, _saved_bytes(state, counter))
+        ledger = _draw_up(counter, grads, forward_end, _files(state, counter))
     nothing = [0.0] * len(Work._fields)
     parts = [counter.work[phase] for phase in ("forward", "loss", "backward")]
     micro = Work(*(sum(values) for values in zip(*parts, strict=True)))
@@ -275,13 +277,9 @@ def _noting_steps(optimizer: LeanOptimizer, counter: LiveStorage, grads: set[int
         del optimizer.step_one
 
 
-def _saved_bytes(state: TrainState, counter: LiveStorage) -> int:
-    """Return what a save brings to the host: one file's tensors at a time, but for those that lie there already."""
-
-    def brought(tensors: dict[str, Tensor]) -> int:
-        return sum(life.size for life in map(counter.life_of, tensors.values()) if not life.is_on_host)
-
-    return max(map(brought, state.tensors()))
+def _files(state: TrainState, counter: LiveStorage) -> list[list[_Storage]]:
+    """Return what the two files of a save hold."""
+    return [[counter.life_of(tensor) for tensor in tensors.values()] for tensors in state.tensors()]
 
 
 @contextmanager
@@ -310,7 +308,7 @@ def _noting_backward(loss_of: Callable[[Batch], Loss], counter: LiveStorage) -> 
     return noted
 
 
-def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, saved_bytes: int) -> Ledger:
+def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, files: list[list[_Storage]]) -> Ledger:
     """Find the moment with the most bytes alive on the card, and sort what lives then by birthplace."""
     end = counter.moment
     on_card = [life for life in counter.lives if not life.is_on_host]
@@ -330,7 +328,9 @@ def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, saved_byte
     assert sum(lines.values()) == peak, "every byte of the peak has one birthplace"
     phase = counter.phase_of_moment[moment] if moment < end else "update"
     kept = sum(life.size for life in counter.lives if life.is_on_host and life.died is None)
-    return Ledger(**lines, moment=phase, host_bytes=kept + saved_bytes, kept_on_host=kept)
+    brought = max(sum(life.size for life in file if not life.is_on_host) for file in files)
+    written = sum(life.size for file in files for life in file)
+    return Ledger(**lines, moment=phase, host_bytes=kept + brought, kept_on_host=kept, checkpoint_bytes=written)
 
 
 def _birthplace(life: _Storage, is_gradient: bool, forward_end: int) -> str:

@@ -18,6 +18,9 @@ _ONE_CHUNK_TOKENS = 1_024
 _MIDDLE_TOKENS = 16_384
 
 
+_BESIDE_THE_CARD = ("host_bytes", "kept_on_host", "checkpoint_bytes")
+
+
 class Work(NamedTuple):
     """What a part of the step costs.
 
@@ -109,5 +112,5 @@ def _between(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:
     scale = peak / max(1.0, sum(mixed.values()))
     lines = {name: round(value * scale) for name, value in mixed.items()}
     micro = Work(*(blend(a, b) for a, b in zip(low.micro, high.micro, strict=True)))
-    host, kept = (max(getattr(one.ledger, name) for one in (low, high)) for name in ("host_bytes", "kept_on_host"))
-    return Rehearsal(Ledger(**lines, moment=high.ledger.moment, host_bytes=host, kept_on_host=kept), micro, high.update)
+    rest = {name: max(getattr(one.ledger, name) for one in (low, high)) for name in _BESIDE_THE_CARD}
+    return Rehearsal(Ledger(**lines, moment=high.ledger.moment, **rest), micro, high.update)
