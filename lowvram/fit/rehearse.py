@@ -43,8 +43,14 @@ _SLOW_ON_PAPER = frozenset(
         torch.ops.aten.clamp_min.default,
         torch.ops.aten.neg.default,
         torch.ops.aten.abs.default,
+        torch.ops.aten.__rshift__.Scalar,
+        torch.ops.aten.bitwise_and.Scalar,
+        torch.ops.aten.bitwise_xor.Scalar,
+        torch.ops.aten.bitwise_xor.Tensor,
     )
 )
+# Ops in place on integers, of which there is nothing to learn on paper.
+_WITHOUT_EFFECT_ON_PAPER = frozenset((torch.ops.aten.bitwise_xor_.Tensor, torch.ops.aten.bitwise_and_.Scalar))
 # Keys that torch's CPU attention takes at a time; of these blocks it skips those that lie wholly in the future
 # (aten/native/cpu/FlashAttentionKernel.cpp).
 _CPU_KEY_BLOCK = 512
@@ -75,7 +81,12 @@ class LiveStorage(TorchDispatchMode):
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = self._made_before(func, args, kwargs) if func in _SLOW_ON_PAPER else func(*args, **(kwargs or {}))
+        if func in _WITHOUT_EFFECT_ON_PAPER and args[0].is_meta:
+            result = args[0]
+        elif func in _SLOW_ON_PAPER:
+            result = self._made_before(func, args, kwargs)
+        else:
+            result = func(*args, **(kwargs or {}))
         outputs = list(_tensors(result))
         self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
         for tensor in outputs:
@@ -212,6 +223,9 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         network, optimizer = state.model, state.optimizer
         counter.phase = "optimizer"
         optimizer.make_states()
+        for memory in optimizer.state.values():  # those of experts that rotate exist already
+            for tensor in memory.values():
+                counter.life_of(tensor).phase = "optimizer"
         counter.phase = "gradients"
         if plan.accumulate > 1:
             for weight in network.parameters():
