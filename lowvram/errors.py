@@ -15,6 +15,7 @@ __all__ = [
     "DiskFullError",
     "LowvramError",
     "MachineError",
+    "MemoryRanOutError",
     "PromptError",
     "ShapeError",
     "TokenizerError",
@@ -65,6 +66,10 @@ class PromptError(LowvramError):
 
 class TrainingError(LowvramError):
     """Training that cannot go on."""
+
+
+class MemoryRanOutError(TrainingError):
+    """A step that cannot be cut further and does not fit; another recipe may."""
 
 
 def name_nearest(word: str, known: Iterable[str]) -> str:

@@ -22,9 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowvram
-from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack, plans_of
+from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack, plans_of, sketch_of
 from lowvram.fit.rehearse import imagine, rehearse
-from lowvram.fit.sketch import Sketch
 from lowvram.runfile import load_preset, preset_names
 
 
@@ -32,8 +31,9 @@ def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:
     """Rehearse one preset on one path, at every anchor of every technique."""
     model, train = load_preset(name)
     train = train.model_copy(update={"precision": path.precision})
-    sketch = Sketch(train.micro_batches, lambda _: None, train.seq_len)
-    return {name_plan(plan): pack(rehearse(model, train, plan, imagine(path))) for plan in plans_of(sketch)}
+    card = imagine(path)
+    plans = plans_of(sketch_of(model, train, lambda plan: rehearse(model, train, plan, card)), path)
+    return {name_plan(plan): pack(rehearse(model, train, plan, card)) for plan in plans}
 
 
 def main() -> None:

@@ -51,6 +51,8 @@ _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 _paper: Card | None = None
 _note: Callable[[HiddenWork], None] = _forget
 _note_host: Callable[[Tensor], None] = _forget
+# How often what happens on paper now really happens.
+_times = 1
 
 
 @contextmanager
@@ -91,6 +93,28 @@ def to_host(tensor: Tensor) -> Tensor:
 def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) -> None:
     """Tell of work that paper replaces by its allocations."""
     _note(HiddenWork(flops, moved_bytes, ops))
+
+
+def shown(count: int) -> Iterator[int]:
+    """Yield 0 … count − 1; on paper 0 alone, whose work counts for all: for turns that allocate the same.
+
+    The caller must use each number before it asks for the next, and the last one too.
+    """
+    global _times
+    if not is_on_paper():
+        yield from range(count)
+        return
+    before, _times = _times, _times * count
+    try:
+        if count:
+            yield 0
+    finally:
+        _times = before
+
+
+def times_now() -> int:
+    """Return for how many turns the work counts that is done on paper now."""
+    return _times
 
 
 def is_on_paper() -> bool:

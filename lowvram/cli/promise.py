@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram.cli.place import find_card_of, rehearse_on
-from lowvram.errors import MachineError
+from lowvram.cli.place import find_card_of, find_changes, rehearse_on
+from lowvram.errors import MachineError, MemoryRanOutError
 from lowvram.fit.answer import Answer, judge
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # Steps of this start after which the allocator has seen its peak and kernels are compiled; and those whose pace counts.
 _PEAK_STEP, _SPEED_STEP = 3, 10
+
+# Of a plan's reckoned bytes, which were too many: what asks for less than this is another plan, and not the same again.
+_SURELY_LESS = 0.9
 
 
 class Promise:
@@ -91,6 +94,19 @@ class Promise:
             return None
         has = show_bytes(self.place.limit_bytes)
         return f"This plan takes {show_bytes(peak)}, and tensors have {has} here now: memory may run out."
+
+    def propose(self, error: MemoryRanOutError, plan: Plan) -> MemoryRanOutError:
+        """Return the error of a plan that did not fit after all, with the changes that would take a tenth less."""
+        room = min(self.place.limit_bytes, int(_SURELY_LESS * self._reckon(plan).ledger.peak_bytes))
+        what = self._what
+        found = find_changes(what.model, what.train, self.place._replace(limit_bytes=room))
+        if not found:
+            return error
+        sets = [" ".join(f"--set {assignment}" for assignment in change.sets) for change in found]
+        rows = (f"{words} ({change.says}; {change.costs})" for words, change in zip(sets, found, strict=True))
+        return MemoryRanOutError(
+            error.what, error.why, f"{error.fix}  In a new run.dir would fit: {'; or '.join(rows)}."
+        )
 
     def bind(self, plan: Plan) -> None:
         """Hold the run to its plan: cap the card's memory, and reckon what the plan takes where that can be checked.

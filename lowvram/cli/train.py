@@ -72,6 +72,7 @@ def train(
     from lowvram.cli.promise import Promise
     from lowvram.cli.screen import TrainingScreen
     from lowvram.cli.show import notice
+    from lowvram.errors import MemoryRanOutError
     from lowvram.machine import describe_machine
     from lowvram.train.events import Halved, Started, StepDone, Stopped
     from lowvram.train.log import open_logs
@@ -102,18 +103,21 @@ def train(
             stack.callback(log.close)
         stack.enter_context(_stop_on_ctrl_c(trainer))
         screen = stack.enter_context(TrainingScreen(what.train.steps))
-        for event in trainer.run():
-            if isinstance(event, Started | Halved):
-                keep_plan(what.run.dir, trainer.plan)
-                promise.bind(trainer.plan)
-            for log in logs:
-                log.write(event)
-            screen.show(event)
-            if isinstance(event, StepDone):
-                if surprise := promise.look(event):
-                    notice(surprise, "yellow")
-                if event.step == stop_at:
-                    trainer.stop()
+        try:
+            for event in trainer.run():
+                if isinstance(event, Started | Halved):
+                    keep_plan(what.run.dir, trainer.plan)
+                    promise.bind(trainer.plan)
+                for log in logs:
+                    log.write(event)
+                screen.show(event)
+                if isinstance(event, StepDone):
+                    if surprise := promise.look(event):
+                        notice(surprise, "yellow")
+                    if event.step == stop_at:
+                        trainer.stop()
+        except MemoryRanOutError as error:
+            raise promise.propose(error, trainer.plan) from error
         assert isinstance(event, Stopped), "a run's last event is Stopped"
         return event
 

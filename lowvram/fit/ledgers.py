@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lowvram
@@ -21,6 +22,10 @@ from lowvram.runfile import PRESETS
 PATH = PRESETS / "ledgers.json"
 # What decides a step's memory beside model, optimizer and path: the rest of the recipe is schedule and numbers.
 _DECIDING = ("seq_len", "batch_tokens", "dropout", "weights", "update_during_backward")
+
+
+# Parameters from which on a preset's plans are also rehearsed with the optimizer's states in the computer's memory.
+_LARGE = 500_000_000
 
 
 class CardPath(NamedTuple):
@@ -80,15 +85,25 @@ def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPat
     def look_up(plan: Plan) -> Rehearsal:
         return unpack(rows[name_plan(plan)])
 
-    sketch = Sketch(train.micro_batches, look_up, train.seq_len)
-    return sketch if {name_plan(plan) for plan in plans_of(sketch)} <= set(rows) else None
+    sketch = sketch_of(model, train, look_up)
+    return sketch if {name_plan(plan) for plan in plans_of(sketch, path)} <= set(rows) else None
 
 
-def plans_of(sketch: Sketch) -> list[Plan]:
+def sketch_of(model: ModelConfig, train: TrainConfig, rehearse: Callable[[Plan], Rehearsal]) -> Sketch:
+    """Return a preset's sketch; the states of small ones are moved nowhere, since every card has room for them."""
+    return Sketch(train.micro_batches, rehearse, train.seq_len, can_offload=_is_large(model))
+
+
+def _is_large(model: ModelConfig) -> bool:
+    return model.num_parameters() >= _LARGE
+
+
+def plans_of(sketch: Sketch, path: CardPath) -> list[Plan]:
     """Return the plans of a preset whose rehearsals stand in the file."""
     sizes = dict.fromkeys((*sketch.anchors(), sketch.samples))
     plans = [sketch.plan(recompute, size) for recompute in TECHNIQUES for size in sizes]
-    return [*plans, *(sketch.offloaded().plan(TECHNIQUES[-1], size) for size in sizes)]
+    moves = sketch.can_offload and path.platform == "cuda"
+    return [*plans, *(sketch.offloaded().plan(TECHNIQUES[-1], size) for size in sizes if moves)]
 
 
 def name_plan(plan: Plan) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, on_paper, times_now
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -160,7 +160,8 @@ class LiveStorage(TorchDispatchMode):
 
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
-        self.work[self.phase] = [old + new for old, new in zip(total, part, strict=True)]
+        times = times_now()
+        self.work[self.phase] = [old + times * new for old, new in zip(total, part, strict=True)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

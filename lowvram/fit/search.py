@@ -61,7 +61,7 @@ def search(
     memory, and every block recomputed unless the wish is another: what is faster would not need it.
     """
     found = _search(sketch, limit_bytes, step_seconds, exact, wish)
-    if found.fits or not may_offload:
+    if found.fits or not (may_offload and sketch.can_offload):
         return found
     lighter = wish._replace(recompute=wish.recompute or TECHNIQUES[-1])
     moved = _search(sketch.offloaded(), limit_bytes, step_seconds, exact, lighter)

@@ -48,14 +48,20 @@ class Sketch:
     """The rehearsals of one model on one card's path, made when they are asked for and kept.
 
     rehearse: makes one for a plan.  sizes: the micro-batches that a step can have, in order; the last is all of it.
-    seq_len: tokens of each.  offload: what these plans keep in the computer's memory.
+    seq_len: tokens of each.  offload: what these plans keep in the computer's memory; can_offload: whether others may.
     """
 
     def __init__(
-        self, sizes: Sequence[int], rehearse: Callable[[Plan], Rehearsal], seq_len: int, offload: Offload = "none"
+        self,
+        sizes: Sequence[int],
+        rehearse: Callable[[Plan], Rehearsal],
+        seq_len: int,
+        offload: Offload = "none",
+        can_offload: bool = True,
     ) -> None:
         self.sizes, self.samples, self._rehearse, self._seq_len = sizes, sizes[-1], rehearse, seq_len
         self.offload: Offload = offload
+        self.can_offload = can_offload
         self.found: dict[tuple[Recompute, int], Rehearsal] = {}
 
     def offloaded(self) -> Sketch:

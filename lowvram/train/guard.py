@@ -7,7 +7,7 @@ import gc
 import torch
 
 from lowvram.config import TrainConfig, divisors
-from lowvram.errors import TrainingError
+from lowvram.errors import MemoryRanOutError, TrainingError
 from lowvram.plan import Plan
 from lowvram.units import show_bytes, show_count
 
@@ -55,18 +55,18 @@ def free_memory(device: torch.device) -> None:
         torch.mps.empty_cache()
 
 
-def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> TrainingError:
+def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> MemoryRanOutError:
     """Return the error of a step that does not fit with one sequence at a time: what would make it fit."""
     same_run = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
     fix = f"{same_run}{_suggest_run(train)}"
-    return TrainingError(
+    return MemoryRanOutError(
         f"Memory ran out in step {step + 1}, with one sequence at a time.",
         "It cannot be cut further.  Nothing is lost: what was learnt is saved.",
         f"{fix[0].upper()}{fix[1:]}",
     )
 
 
-def explain_out_of_memory_in_backward(plan: Plan, step: int, train: TrainConfig, has_moved: bool) -> TrainingError:
+def explain_out_of_memory_in_backward(plan: Plan, step: int, train: TrainConfig, has_moved: bool) -> MemoryRanOutError:
     """Return the error of a step that updates during backward, which cannot be cut and tried again.
 
     has_moved: some weights had been stepped already.
@@ -75,7 +75,7 @@ def explain_out_of_memory_in_backward(plan: Plan, step: int, train: TrainConfig,
     again = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
     smaller = f"a smaller train.batch_tokens (now {train.batch_tokens}), which is one micro-batch here, or with "
     fix = f"{again}begin a new run.dir with {smaller}train.update_during_backward = false."
-    return TrainingError(
+    return MemoryRanOutError(
         f"Memory ran out in step {step + 1}, which updates during backward and so cannot be cut.",
         moved if has_moved else "No weight had moved.  Nothing is lost: what was learnt is saved.",
         f"{fix[0].upper()}{fix[1:]}",
@@ -91,10 +91,10 @@ def explain_out_of_memory_in_look(step: int) -> TrainingError:
     )
 
 
-def explain_out_of_memory_in_update(step: int, train: TrainConfig) -> TrainingError:
+def explain_out_of_memory_in_update(step: int, train: TrainConfig) -> MemoryRanOutError:
     """Return the error of an optimizer step that ran out of memory, after which nobody knows what was updated."""
     fix = _suggest_run(train)
-    return TrainingError(
+    return MemoryRanOutError(
         f"Memory ran out in the update of step {step + 1}.",
         "Some weights may have moved and others not, so it is not tried again: the last checkpoint stands.",
         f"{fix[0].upper()}{fix[1:]}",

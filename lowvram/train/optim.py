@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
-from lowvram_kernels.dispatch import to_host
+from lowvram_kernels.dispatch import shown, to_host
 from lowvram_kernels.muon import Momentum, muon_, new_momentum
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -78,8 +78,9 @@ class LeanOptimizer(torch.optim.Optimizer):
             if weight not in self.experts:
                 self._step(weight, weight, weight.grad, state)
                 return
-            size = weight[0].numel()
-            for slot, expert in enumerate(self.experts[weight]):
+            size, experts = weight[0].numel(), self.experts[weight]
+            for slot in shown(len(experts)):
+                expert = experts[slot]
                 # An expert's rounding is named by its own number, so that it does not depend on its slot.
                 own = part_of(state, slot, size)
                 self._step(weight, weight[slot], weight.grad[slot], own, expert * size)

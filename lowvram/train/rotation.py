@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.dispatch import empty_on_host
+from lowvram_kernels.dispatch import empty_on_host, shown
 from lowvram_kernels.idle import IdleStack, encode_
 from torch import Tensor
 
@@ -79,7 +79,8 @@ class ExpertRotation:
         coming = sorted(self.window_in(interval) - set(self.window))
         leaving = sorted(set(self.window) - self.window_in(interval))
         self.interval = interval
-        for old, new in zip(leaving, coming, strict=True):
+        for turn in shown(len(coming)):
+            old, new = leaving[turn], coming[turn]
             slot, place = self.slots[old], self.slots[new]
             for name, weight, idle in self._stacks():
                 self._send_home(name, weight, slot, old)
@@ -92,8 +93,9 @@ class ExpertRotation:
     def bring_home(self) -> None:
         """Make the masters and states in the computer's memory those of all experts, as a checkpoint holds them."""
         for name, weight in self._weights.items():
-            for slot, expert in enumerate(self.window):
-                self._send_home(name, weight, slot, expert)
+            window = self.window
+            for slot in shown(len(window)):
+                self._send_home(name, weight, slot, window[slot])
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the masters [E, …] by weight and the states by `<what>.<weight>`, after `bring_home`."""
