@@ -14,9 +14,12 @@ from lowvram.cli.options import add_device, count
 from lowvram.units import show_count
 
 if TYPE_CHECKING:
+    from lowvram.cli.promise import Promise
+    from lowvram.cli.screen import TrainingScreen
     from lowvram.config import RunConfig
     from lowvram.plan import Plan, Recompute
     from lowvram.train.events import Stopped
+    from lowvram.train.log import Log
     from lowvram.train.trainer import Trainer
 
 
@@ -74,10 +77,9 @@ def train(
     from lowvram.cli.show import notice
     from lowvram.errors import MemoryRanOutError
     from lowvram.machine import describe_machine
-    from lowvram.train.events import Halved, Started, StepDone, Stopped
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
-    from lowvram.train.start import keep_plan, lock_run, settle_plan
+    from lowvram.train.start import lock_run, settle_plan
     from lowvram.train.trial import settle_compilation
 
     place = choose_device(device)
@@ -104,22 +106,33 @@ def train(
         stack.enter_context(_stop_on_ctrl_c(trainer))
         screen = stack.enter_context(TrainingScreen(what.train.steps))
         try:
-            for event in trainer.run():
-                if isinstance(event, Started | Halved):
-                    keep_plan(what.run.dir, trainer.plan)
-                    promise.bind(trainer.plan)
-                for log in logs:
-                    log.write(event)
-                screen.show(event)
-                if isinstance(event, StepDone):
-                    if surprise := promise.look(event):
-                        notice(surprise, "yellow")
-                    if event.step == stop_at:
-                        trainer.stop()
+            return _follow(trainer, promise, logs, screen, stop_at)
         except MemoryRanOutError as error:
             raise promise.propose(error, trainer.plan) from error
-        assert isinstance(event, Stopped), "a run's last event is Stopped"
-        return event
+
+
+def _follow(
+    trainer: Trainer, promise: Promise, logs: list[Log], screen: TrainingScreen, stop_at: int | None
+) -> Stopped:
+    """Run the trainer, and write, show and compare with the promise what happens."""
+    from lowvram.cli.show import notice
+    from lowvram.train.events import Halved, Started, StepDone, Stopped
+    from lowvram.train.start import keep_plan
+
+    for event in trainer.run():
+        if isinstance(event, Started | Halved):
+            keep_plan(trainer.what.run.dir, trainer.plan)
+            promise.bind(trainer.plan)
+        for log in logs:
+            log.write(event)
+        screen.show(event)
+        if isinstance(event, StepDone):
+            if surprise := promise.look(event):
+                notice(surprise, "yellow")
+            if event.step == stop_at:
+                trainer.stop()
+    assert isinstance(event, Stopped), "a run's last event is Stopped"
+    return event
 
 
 def _describe_plan(plan: Plan, reason: str) -> str:
