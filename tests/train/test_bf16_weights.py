@@ -151,6 +151,20 @@ def test_sums_of_gradients_depend_on_seed_and_sample_alone(home: Path) -> None:
         assert (first[name] - other[name]).double().norm() <= 8 * BF16_RELATIVE * first[name].double().norm(), name
 
 
+def test_no_two_sums_of_a_step_are_rounded_under_one_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "lowvram.train.step.add_rounded_",
+        lambda total, term, seed, purpose, sample: names.append((purpose, int(sample))),
+    )
+    trainer = trainer_of(run_of(home, "names"), 2)
+    trainer.state.step = 5
+    trainer.accumulate()
+    matrices = [weight for weight in trainer.state.model.parameters() if weight.dtype == torch.bfloat16]
+    assert len(set(names)) == len(names) == 3 * len(matrices), "the first of four micro-batches has nothing to add to"
+    assert {sample for _, sample in names} == {42, 44, 46}, "as the run numbers them"
+
+
 def test_eight_bf16_sums_stay_as_near_the_truth_as_their_rounding(home: Path) -> None:
     """The truth is one backward pass of all samples, in fp32."""
     exact = trainer_of(run_of(home, "exact", weights="bf16"), 8)
