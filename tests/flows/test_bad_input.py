@@ -232,9 +232,9 @@ def test_a_recipe_that_cannot_be_trained_is_answered_with_its_key_and_harms_noth
     before = seen(home)
     words = [word for assignment in sets for word in ("--set", assignment)]
     expect_error(typed("train", home / "run.toml", *words, "--device", "cpu"), message)
-    expect_error(typed("train", home / "run.toml", *words, "--set", f"run.dir={home}/fresh"), message)
+    expect_error(typed("train", home / "run.toml", *words, "--set", f"run.dir={home}/untouched"), message)
     assert seen(home) == before
-    assert not (home / "fresh").exists()
+    assert not (home / "untouched").exists()
 
 
 def test_a_step_that_updates_during_backward_is_not_cut(home: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_prompt_that_is_no_unicode_is_an_error(home: Path) -> None:
         ('tokenizer = "tok"', "tokenizer = 5", r"names no tokenizer"),
         ('dir = "run"', "", r"run\.dir is missing"),
         ("tokens = 1536", 'tokens = "many"', r"'many' is not a count; write it like"),
-        ('"gqa"', '"mha"', r"model\.attention: .*'mha'"),
+        ('"gqa"', '"mha"', r"model\.attention\.kind is 'mha'; there are 'gqa', 'mla'\."),
     ],
     ids=["key", "section", "section twice", "value for a section", "number for a path", "missing", "count", "kind"],
 )
