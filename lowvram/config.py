@@ -317,11 +317,13 @@ def check_rotation(model: ModelConfig, train: TrainConfig) -> None:
     turns = math.ceil(ffn.experts / rotation.window)
     if turns * rotation.interval > train.steps:
         why = f"the run has {train.steps} steps, in which {turns} turns must end, or some experts never learn"
-        raise ValueError(f"rotation.interval is {rotation.interval}; {why}. Try {max(1, train.steps // turns // 8)}")
+        fix = f"Try {max(1, train.steps // turns // 8)}" if turns <= train.steps else "Train on more tokens"
+        raise ValueError(f"rotation.interval is {rotation.interval}; {why}. {fix}")
     size = model.dim * ffn.expert_hidden
     if size % 256 and train.optimizer.bits == 8:
-        why = f"dim · expert_hidden is {size}, and 8-bit states of experts come in blocks of 256"
-        raise ValueError(f"train.rotation and optimizer.bits = 8 need each other's blocks: {why}. Try bits = 32")
+        why = f"experts that rotate have dim · expert_hidden = {size}, which blocks of 256 must divide"
+        more = 16 if train.optimizer.name == "muon" else 32
+        raise ValueError(f"optimizer.bits is 8; {why}. Try bits = {more}")
 
 
 def divisors(count: int) -> list[int]:

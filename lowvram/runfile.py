@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_vocabulary, differences
+from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_rotation, check_vocabulary, differences
 from lowvram.errors import ConfigError, name_nearest
 from lowvram.files import DISK
 
@@ -49,7 +49,13 @@ def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, Train
         raise ConfigError(f"--set names {strange[0]}, which a preset has not.", fix="Set values of model and train.")
     _switch_off(tables["model"])
     where = f"preset {name}"
-    return _check(ModelConfig, tables["model"], where, "model"), _check(TrainConfig, tables["train"], where, "train")
+    model = _check(ModelConfig, tables["model"], where, "model")
+    train = _check(TrainConfig, tables["train"], where, "train")
+    try:
+        check_rotation(model, train)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}.") from error
+    return model, train
 
 
 def load_run(
@@ -241,8 +247,8 @@ def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
     """Return the keys that a configuration type takes; of a union those of the member tagged `tag`, or of all."""
     keys: list[str] = []
     for member in _configs_in(annotation):
-        field = member.model_fields.get("kind") or member.model_fields.get("name")
-        if tag is None or field is None or tag in typing.get_args(field.annotation):
+        tags = _tags_of(member)
+        if tag is None or not tags or tag in tags:
             keys += [key for key in member.model_fields if key not in keys]
     return keys
 
@@ -265,7 +271,7 @@ def _check(config: type[Config], tables: Table, where: str, prefix: str = "") ->
 def _explain(config: type[BaseModel], tables: Table, error: ValidationError, prefix: str) -> str:
     sentences = []
     for problem in error.errors():
-        keys, level, tags = [prefix] if prefix else [], [config], 0
+        keys, level = [prefix] if prefix else [], [config]
         for part in problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]:
             if isinstance(part, str):
                 inner = [f for c in level for f in [c.model_fields.get(part)] if f is not None]
@@ -273,8 +279,7 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
                     keys.append(part)
                     level = [c for f in inner for c in _configs_in(f.annotation)]
                 else:
-                    tags += 1
-                    level = [c for c in level if part in str(c.model_fields.get("kind", ""))] or level
+                    level = [c for c in level if part in _tags_of(c)] or level
             else:
                 keys[-1] += f"[{part}]"
         path = ".".join(keys)
@@ -284,12 +289,21 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
             sentences.append(f"there is no key {'.'.join([*keys, word])}. {name_nearest(word, known)}")
         elif problem["type"] == "missing":
             sentences.append(f"{path} is missing.")
+        elif problem["type"] == "union_tag_invalid":
+            tag, known = (problem["ctx"][word] for word in ("discriminator", "expected_tags"))
+            sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")
         elif problem["type"] == "value_error":
             sentences.append(f"{problem['msg'].removeprefix('Value error, ')}.")
         else:
             given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
             sentences.append(f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
     return " ".join(dict.fromkeys(sentences))
+
+
+def _tags_of(config: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the words that name a member of a tagged union; none where it is no such member."""
+    field = config.model_fields.get("kind") or config.model_fields.get("name")
+    return typing.get_args(field.annotation) if field is not None else ()
 
 
 def to_portable(what: RunConfig, home: Path) -> Table:

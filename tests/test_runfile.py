@@ -215,3 +215,14 @@ def test_our_moe_presets_can_be_exported_and_keep_fused_attention_open(name: str
     assert model.ffn.shared >= 1
     assert model.attention.query_dim == model.attention.value_dim <= 128
     assert not (model.layers in (26, 27) and model.attention.q_lora_rank)
+
+
+def test_a_presets_experts_rotate_where_it_has_any() -> None:
+    _, train = load_preset("tr-130m-moe", ("rotation={window=1}",))
+    assert train.rotation is not None
+    assert train.rotation.window == 1
+    message = r"preset tr-60m: train\.rotation rotates experts; ffn\.kind is \"swiglu\", which has none\. Leave"
+    with pytest.raises(ConfigError, match=message):
+        load_preset("tr-60m", ("rotation={window=1}",))
+    with pytest.raises(ConfigError, match=r"preset tr-130m-moe: rotation\.window is 64; a layer has \d+ experts"):
+        load_preset("tr-130m-moe", ("rotation={window=64}",))

@@ -51,13 +51,19 @@ def prepare_home(home: Path) -> Tokenizer:
     return tokenizer
 
 
-def tiny_run(home: Path, kind: str = "gqa-rope", run: str = "run", vocabulary: int = 400, **train: Any) -> RunConfig:
-    """Return the configuration of a six-step run in a prepared home."""
+def tiny_run(
+    home: Path, kind: str = "gqa-rope", run: str = "run", vocabulary: int = 400, experts: int = 0, **train: Any
+) -> RunConfig:
+    """Return the configuration of a six-step run in a prepared home.
+
+    experts: another number of them, each large enough for states in 8 bits.
+    """
     settings = {"tokens": 6 * 256, "seq_len": 32, "batch_tokens": 256, "precision": "fp32"} | train
+    ffn = {"ffn": KINDS[kind]["ffn"] | ({"experts": experts, "expert_hidden": 128} if experts else {})}
     options = {"dir": home / run, "validate_every": 4, "sample_every": 100, "sample_tokens": 5, "prompts": ("Kış",)}
     return RunConfig.model_validate(
         {
-            "model": {"layers": 2, "dim": 32, "vocabulary": vocabulary, **KINDS[kind]},
+            "model": {"layers": 2, "dim": 32, "vocabulary": vocabulary, **KINDS[kind], **ffn},
             "data": {"train": home / "shards/train", "valid": home / "shards/valid", "tokenizer": home / "tok"},
             "train": settings,
             "run": options,

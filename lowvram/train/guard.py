@@ -66,12 +66,15 @@ def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> MemoryRa
     )
 
 
-def explain_out_of_memory_in_backward(plan: Plan, step: int, train: TrainConfig, has_moved: bool) -> MemoryRanOutError:
+def explain_out_of_memory_in_backward(
+    plan: Plan, step: int, train: TrainConfig, has_moved: bool, saved: int | None
+) -> MemoryRanOutError:
     """Return the error of a step that updates during backward, which cannot be cut and tried again.
 
-    has_moved: some weights had been stepped already.
+    has_moved: some weights had been stepped already.  saved: the step of the checkpoint that was loaded again then.
     """
-    moved = "Some weights had moved and others not: the last checkpoint is loaded again, and stands."
+    stands = "and nothing was saved yet" if saved is None else f"so the checkpoint of step {saved} is loaded again"
+    moved = f"Some weights had moved and others not, {stands}."
     again = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
     smaller = f"a smaller train.batch_tokens (now {train.batch_tokens}), which is one micro-batch here, or with "
     fix = f"{again}begin a new run.dir with {smaller}train.update_during_backward = false."

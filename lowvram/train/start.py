@@ -138,7 +138,10 @@ def _plan_so_far(directory: Path, train: TrainConfig) -> Plan | None:
     except ValidationError as error:
         why = "It is torn, or was written by another version."
         raise ConfigError(f"{path} is no plan.", why, "Delete it: the last checkpoint's is then taken.") from error
-    return plan if plan and plan.micro_batch * plan.accumulate == train.batch_samples else None
+    if plan is None or plan.micro_batch * plan.accumulate != train.batch_samples:
+        return None
+    # A step that updates during backward takes what an older plan had cut as one.
+    return plan if plan.micro_batch in train.micro_batches else None
 
 
 def _saved_plan(directory: Path) -> Plan | None:

@@ -165,8 +165,9 @@ def learn_in_backward(
         for hook in hooks:
             hook.remove()
         optimizer.found_inf, optimizer.gradient_scale = None, 1.0
-    _balance(model, loss.loads)
     mean = loss.total.detach() / targets
+    # Where the loss is not finite no weight has moved, and nobody's load is known to be more or less than the mean.
+    _balance(model, loss.loads * mean.isfinite() if loss.loads is not None else None)
     return Found(torch.stack([mean, torch.stack(squares).sum().sqrt(), torch.stack(skipped).sum()]), loss.loads)
 
 

@@ -74,15 +74,16 @@ class Trainer:
         self._start_clock()
         while self.state.step < self.what.train.steps and not self._stopping:
             yield from self._advance()
-            if (yield from self._try_look()):
-                yield from self._rescue()
-                raise explain_out_of_memory_in_look(self.state.step)
+            yield from self._try(self._look())
             if self._save_is_due():
                 yield self._save()
-                yield from self._look_at_masters()
+                yield from self._try(self._look_at_masters())
+        is_finished = self.state.step >= self.what.train.steps
         if self._saved_step != self.state.step:
             yield self._save()
-        yield Stopped(self.state.step, self.state.step >= self.what.train.steps)
+            if is_finished:  # whoever stops a run waits for its save alone
+                yield from self._try(self._look_at_masters())
+        yield Stopped(self.state.step, is_finished)
 
     def _begin(self) -> Started:
         self.store.clear_leftovers()
@@ -164,20 +165,22 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            problem = explain_out_of_memory_in_backward(self.plan, state.step, train, state.optimizer.has_stepped)
+        step, saved = state.step, None
         if state.optimizer.has_stepped:
-            self._reload()
+            saved = self._reload()
         else:
             yield from self._rescue()
-        raise problem
+        raise explain_out_of_memory_in_backward(self.plan, step, train, state.optimizer.has_stepped, saved)
 
-    def _reload(self) -> None:
-        """Put the last checkpoint in the place of weights of which some have moved and others not."""
+    def _reload(self) -> int | None:
+        """Put the last checkpoint in the place of weights of which some have moved and others not; return its step."""
         discard(self.state.optimizer)
         free_memory(self.state.model.embedding.device)
         checkpoint, _ = self.store.latest()
-        if checkpoint is not None:
-            self.state.restore(checkpoint)
+        if checkpoint is None:
+            return None
+        self.state.restore(checkpoint)
+        return checkpoint.step
 
     def _try_gradients(self) -> Found | None:
         """Return None where memory ran out: the error, whose frames hold the failed try's tensors, ends in here."""
@@ -243,15 +246,16 @@ class Trainer:
                 "checkpoint if you like.",
             )
 
-    def _try_look(self) -> Generator[Event, None, bool]:
-        """Look at the model where it is due; return whether memory ran out there."""
+    def _try(self, look: Iterator[Event]) -> Iterator[Event]:
+        """Look at the model; where memory runs out there, what was learnt is saved before the run ends."""
         try:
-            yield from self._look()
+            yield from look
+            return
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return True
-        return False
+        yield from self._rescue()
+        raise explain_out_of_memory_in_look(self.state.step)
 
     def _look(self) -> Iterator[Event]:
         run, step = self.what.run, self.state.step
@@ -276,7 +280,9 @@ class Trainer:
         if self.valid is None or self.state.rotation is None:
             return
         with self.state.rotation.reading_masters():
-            yield dataclasses.replace(self._evaluate(self.valid), reads_masters=True)
+            found = self._evaluate(self.valid)
+        self._pace = [(time.monotonic(), self.state.tokens)]
+        yield dataclasses.replace(found, reads_masters=True)
 
     def _sample(self) -> Iterator[Sampled]:
         run, train = self.what.run, self.what.train

@@ -173,6 +173,93 @@ def test_a_command_that_cannot_be_meant_is_answered_and_harms_nothing(home: Path
     assert not list((home / "fresh").glob("step-*"))
 
 
+MOE = "model.ffn={kind='moe',hidden=64,experts=4,top_k=2,expert_hidden=32}"
+RECIPES = {
+    "turns without experts": (
+        ("rotation={window=1}",),
+        r"train\.rotation rotates experts; ffn\.kind is \"swiglu\", which has none\. Leave train\.rotation out",
+    ),
+    "a window of all experts": (
+        (MOE, "rotation={window=4,interval=1}"),
+        r"rotation\.window is 4; a layer has 4 experts, and some must wait for their turn\. Try 1\.",
+    ),
+    "an interval too long for everybody's turn": (
+        (MOE, "rotation={window=1,interval=2}"),
+        r"rotation\.interval is 2; the run has 6 steps, in which 4 turns must end, or some .* never learn\. Try 1\.",
+    ),
+    "more turns than steps": (
+        (MOE, "rotation={window=1,interval=1}", "tokens=512"),
+        r"rotation\.interval is 1; the run has 2 steps, in which 4 turns must end, .* learn\. Train on more tokens\.",
+    ),
+    "experts that blocks of 8 bits cut": (
+        (MOE.replace("=32", "=20"), "rotation={window=1,interval=1}", "optimizer.bits=8"),
+        r"optimizer\.bits is 8; experts that rotate have dim · expert_hidden = 640, which .* 256 .*\. Try bits = 32\.",
+    ),
+    "experts that Muon's blocks cut": (
+        (MOE.replace("=32", "=20"), "rotation={window=1,interval=1}", "optimizer={name='muon'}"),
+        r"optimizer\.bits is 8; .* = 640, which .* 256 .*\. Try bits = 16\.",
+    ),
+    "copies of another kind": (
+        (MOE, "rotation={window=1,interval=1,idle='int4'}"),
+        r"train\.rotation\.idle is 'int4': input should be 'bf16', 'int8' or 'e4m3'\.",
+    ),
+    "a window of nobody": ((MOE, "rotation={window=0}"), r"train\.rotation\.window is 0: .*greater than 0"),
+    "turns without a window": ((MOE, "rotation={interval=1}"), r"train\.rotation\.window is missing"),
+    "no such optimizer": (
+        ("optimizer.name=lion",),
+        r"train\.optimizer\.name is 'lion'; there are 'adamw', 'muon'\.",
+    ),
+    "Muon in 32 bits": (
+        ("optimizer={name='muon',bits=32}",),
+        r"train\.optimizer\.bits is 32: input should be 16 or 8\.",
+    ),
+    "AdamW with Muon's momentum": (
+        ("optimizer={name='adamw',momentum=0.9}",),
+        r"no key train\.optimizer\.momentum\. Known: beta1, beta2, bits, decay, embeddings, eps, lr, name\.",
+    ),
+    "momentum for the optimizer that is meant by none": (
+        ("optimizer.momentum=0.9",),
+        r"no key train\.optimizer\.momentum\. Known: beta1, beta2, bits",
+    ),
+    "weights in fp16": (("weights=fp16",), r"train\.weights is 'fp16': input should be 'fp32' or 'bf16'"),
+}
+
+
+@pytest.mark.parametrize("sets, message", RECIPES.values(), ids=RECIPES)
+def test_a_recipe_that_cannot_be_trained_is_answered_with_its_key_and_harms_nothing(
+    home: Path, sets: tuple[str, ...], message: str
+) -> None:
+    before = seen(home)
+    words = [word for assignment in sets for word in ("--set", assignment)]
+    expect_error(typed("train", home / "run.toml", *words, "--device", "cpu"), message)
+    expect_error(typed("train", home / "run.toml", *words, "--set", f"run.dir={home}/untouched"), message)
+    assert seen(home) == before
+    assert not (home / "untouched").exists()
+
+
+def test_a_step_that_updates_during_backward_is_not_cut(home: Path) -> None:
+    before = seen(home)
+    words = ("train", home / "run.toml", "--set", "update_during_backward=true", "--set", f"run.dir={home}/whole")
+    message = (
+        r"--micro-batch is 2\. update_during_backward excludes accumulation: the step's 8 sequences go at once\. "
+        r"Possible: 8\."
+    )
+    expect_error(typed(*words, "--micro-batch", 2, "--device", "cpu"), message)
+    assert seen(home) == before
+    assert not list((home / "whole").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    "key, value", [("rotation", "{window=2,interval=1}"), ("update_during_backward", "true"), ("weights", "bf16")]
+)
+def test_a_run_cannot_turn_to_another_technique(home: Path, key: str, value: str) -> None:
+    before = seen(home)
+    sets = ("--set", f"{key}={value}", *(("--set", MOE) if key == "rotation" else ()))
+    answer = typed("train", home / "run.toml", *sets, "--device", "cpu")
+    expect_error(answer, rf"was started differently: .*train\.{key}\S* was .* and is now .*Put that back to go on")
+    assert seen(home) == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_device_that_is_not_here_is_an_error(home: Path) -> None:
     expect_error(typed("evaluate", home / "run", "--device", "cuda"), r"--device is cuda\. .*Leave --device out")
@@ -193,7 +280,7 @@ def test_a_prompt_that_is_no_unicode_is_an_error(home: Path) -> None:
         ('tokenizer = "tok"', "tokenizer = 5", r"names no tokenizer"),
         ('dir = "run"', "", r"run\.dir is missing"),
         ("tokens = 1536", 'tokens = "many"', r"'many' is not a count; write it like"),
-        ('"gqa"', '"mha"', r"model\.attention: .*'mha'"),
+        ('"gqa"', '"mha"', r"model\.attention\.kind is 'mha'; there are 'gqa', 'mla'\."),
     ],
     ids=["key", "section", "section twice", "value for a section", "number for a path", "missing", "count", "kind"],
 )

@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 
 from lowvram.errors import CheckpointError, DiskFullError, MachineError
-from lowvram.train.events import Evaluated, Event, Halved, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.log import JsonlLog, open_logs, scalars
 
-STEP = StepDone(3, 768, 5.25, 0.5, 1e-3, 1234.5, 1 << 30, 60.0, is_skipped=False)
+STEP = StepDone(3, 768, 5.25, 0.5, 1e-3, 1234.5, 1 << 30, 60.0, skipped=0)
 EVENTS: tuple[Event, ...] = (
     Started(2, 6, Path("runs/a/step-00000002"), (CheckpointError("weights.safetensors was altered."),)),
     STEP,
     Evaluated(3, 5.5, 2.75),
     Sampled(3, "Kış", " geldi; “ğüş”\n\x1b[31m\u2028"),
     Saved(3, Path("runs/a/step-00000003"), 0.25),
+    Evaluated(3, 5.25, 2.5, reads_masters=True),
+    Rotated(3, (0, 2), 1_000, 5_000, 0.5),
     Halved(3, 4, 16),
     Stopped(3, is_finished=False),
 )
@@ -53,10 +55,12 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
         {"event": "Started", "step": 2, "steps": 6, "resumed_from": str(Path("runs/a/step-00000002")),
          "passed_over": ["weights.safetensors was altered."], "began_from": None},
         {"event": "StepDone", "step": 3, "tokens": 768, "loss": 5.25, "gradient_norm": 0.5, "learning_rate": 1e-3,
-         "tokens_per_second": 1234.5, "memory_bytes": 1 << 30, "left_s": 60.0, "is_skipped": False},
-        {"event": "Evaluated", "step": 3, "loss": 5.5, "bits_per_byte": 2.75},
+         "tokens_per_second": 1234.5, "memory_bytes": 1 << 30, "left_s": 60.0, "skipped": 0},
+        {"event": "Evaluated", "step": 3, "loss": 5.5, "bits_per_byte": 2.75, "reads_masters": False},
         {"event": "Sampled", "step": 3, "prompt": "Kış", "text": " geldi; “ğüş”\n\x1b[31m\u2028"},
         {"event": "Saved", "step": 3, "directory": str(Path("runs/a/step-00000003")), "took_s": 0.25},
+        {"event": "Evaluated", "step": 3, "loss": 5.25, "bits_per_byte": 2.5, "reads_masters": True},
+        {"event": "Rotated", "step": 3, "experts": [0, 2], "card_bytes": 1_000, "host_bytes": 5_000, "took_s": 0.5},
         {"event": "Halved", "step": 3, "micro_batch": 4, "accumulate": 16},
         {"event": "Stopped", "step": 3, "is_finished": False},
     ]  # fmt: skip
@@ -74,7 +78,7 @@ def test_a_second_start_goes_on_below_the_first(tmp_path: Path) -> None:
     write_all(tmp_path / "log.jsonl", *EVENTS)
     write_all(tmp_path / "log.jsonl", *EVENTS[:2])
     names = [row["event"] for row in rows_of(tmp_path / "log.jsonl")]
-    assert names == ["Started", "StepDone", "Evaluated", "Sampled", "Saved", "Halved", "Stopped", "Started", "StepDone"]
+    assert names == [type(event).__name__ for event in (*EVENTS, *EVENTS[:2])]
 
 
 def test_a_torn_last_row_does_not_swallow_the_next_one(tmp_path: Path) -> None:
@@ -91,10 +95,10 @@ def test_a_torn_last_row_does_not_swallow_the_next_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 def test_a_number_that_json_does_not_know_is_null(tmp_path: Path, value: float) -> None:
-    skipped = StepDone(1, 256, value, value, 1e-3, 1.0, 1, 1.0, is_skipped=True)
+    skipped = StepDone(1, 256, value, value, 1e-3, 1.0, 1, 1.0, skipped=1)
     write_all(tmp_path / "log.jsonl", skipped)
     (row,) = rows_of(tmp_path / "log.jsonl")
-    assert (row["loss"], row["gradient_norm"], row["is_skipped"]) == (None, None, True)
+    assert (row["loss"], row["gradient_norm"], row["skipped"]) == (None, None, 1)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -107,7 +111,7 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
         log.close()
 
 
-def test_steps_and_validation_have_numbers_for_charts_and_nothing_else_has() -> None:
+def test_steps_validation_and_rotation_have_numbers_for_charts_and_nothing_else_has() -> None:
     assert scalars(STEP) == {
         "train/loss": 5.25,
         "train/gradient_norm": 0.5,
@@ -115,7 +119,9 @@ def test_steps_and_validation_have_numbers_for_charts_and_nothing_else_has() -> 
         "train/tokens_per_second": 1234.5,
     }
     assert scalars(EVENTS[2]) == {"valid/loss": 5.5, "valid/bits_per_byte": 2.75}
-    assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:])] == [{}] * 5
+    assert scalars(EVENTS[5]) == {"valid_masters/loss": 5.25, "valid_masters/bits_per_byte": 2.5}
+    assert scalars(EVENTS[6]) == {"rotation/card_bytes": 1_000, "rotation/host_bytes": 5_000}
+    assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:5], *EVENTS[7:])] == [{}] * 5
 
 
 def test_jsonl_is_always_written_and_the_rest_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +141,7 @@ def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
     log.close()
     found = EventAccumulator(str(tmp_path / "tensorboard"))
     found.Reload()
-    assert set(found.Tags()["scalars"]) == {*scalars(STEP), "valid/loss", "valid/bits_per_byte"}
+    assert set(found.Tags()["scalars"]) == {name for event in EVENTS for name in scalars(event)}
     (loss,) = found.Scalars("train/loss")
     assert (loss.step, loss.value) == (3, 5.25)
     (tag,) = found.Tags()["tensors"]
@@ -174,7 +180,8 @@ def test_weights_and_biases_is_started_told_the_numbers_and_finished(
     assert (begun, args) == ("init", ())
     identity = options.pop("id")
     assert options == {"project": "lowvram", "name": "first", "resume": "allow", "dir": str(tmp_path / "first")}
-    assert logged == [("log", (scalars(STEP),), {"step": 3}), ("log", (scalars(EVENTS[2]),), {"step": 3})]
+    assert logged == [("log", (numbers,), {"step": 3}) for event in EVENTS if (numbers := scalars(event))]
+    assert len(logged) == 4
     assert ended == ("finish", (), {})
     assert identity.isalnum()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +46,8 @@ def saving_every_step(what: RunConfig) -> RunConfig:
     return what.model_copy(update={"run": what.run.model_copy(update={"save_every_minutes": EVERY_STEP})})
 
 
-def trainer_of(what: RunConfig, disk: Disk | None = None) -> Trainer:
-    plan, _ = choose_plan(what.train, micro_batch=4)
+def trainer_of(what: RunConfig, disk: Disk | None = None, micro_batch: int | None = 4) -> Trainer:
+    plan, _ = choose_plan(what.train, micro_batch)
     return prepare(what, plan, torch.device("cpu"), disk or Disk())
 
 
@@ -126,6 +128,52 @@ def test_six_steps_equal_three_and_three(home: Path, kind: str, bits: int) -> No
     truth, ours = tensors_at_the_end(whole.run.dir), tensors_at_the_end(halves.run.dir)
     assert any(name.startswith("code_m.") for name in truth) == (bits == 8)
     assert all(torch.equal(truth[name], ours[name]) for name in truth)
+
+
+MUON = {"name": "muon", "bits": 8}
+TURNS = {"window": 3, "interval": 2, "idle": "int8"}
+MODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "muon": ("gqa-rope", {"optimizer": MUON}),
+    "bf16 weights": ("gqa-alibi", {"weights": "bf16", "optimizer": {"bits": 8}}),
+    "during backward": ("mla-moe", {"update_during_backward": True, "precision": "fp16"}),
+    "rotation": ("mla-moe", {"rotation": TURNS, "experts": 4}),
+    "rotation, 8-bit": ("mla-moe", {"rotation": TURNS | {"idle": "e4m3"}, "experts": 5, "optimizer": {"bits": 8}}),
+    "all together": (
+        "mla-moe",
+        {"rotation": TURNS, "experts": 4, "weights": "bf16", "optimizer": MUON, "update_during_backward": True},
+    ),
+}
+
+
+def die_in_step(what: RunConfig, step: int) -> None:
+    """The child process: train, saving after every step, and get a kill -9 after a step that is not saved yet."""
+    torch.set_num_threads(1)
+    with lock_run(what.run.dir):
+        for event in trainer_of(saving_every_step(what), micro_batch=None).run():
+            if isinstance(event, StepDone) and event.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_six_steps_equal_three_a_kill_and_three(home: Path, mode: str) -> None:
+    kind, recipe = MODES[mode]
+    whole, killed = (tiny_run(home, kind, f"{name}-{mode}", dropout=0.1, **recipe) for name in ("whole", "killed"))
+    losses = [event.loss for event in trainer_of(whole, micro_batch=None).run() if isinstance(event, StepDone)]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["lowvram.train.prepare", "tests.tiny"])
+    child = server.Process(target=die_in_step, args=(killed, 4))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    events = list(trainer_of(killed, micro_batch=None).run())
+    assert events[0].step == 3, "the fourth step was not saved"
+    assert [event.loss for event in events if isinstance(event, StepDone)] == losses[3:]
+    truth, found = tensors_at_the_end(whole.run.dir), tensors_at_the_end(killed.run.dir)
+    assert truth.keys() == found.keys()
+    assert [name for name in truth if not torch.equal(truth[name], found[name])] == []
+    numbers, own = (find_checkpoint(what.run.dir)[0].numbers() for what in (whole, killed))
+    assert numbers == own
+    assert ("rotation" in numbers) == ("rotation" in recipe)
 
 
 def test_looking_and_saving_change_nothing(home: Path) -> None:
