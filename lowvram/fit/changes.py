@@ -52,7 +52,7 @@ class _Recipe(NamedTuple):
         if more is None:
             return self
         says, quality = (", ".join(part for part in pair if part) for pair in zip(self[1:3], more[1:3], strict=True))
-        return _Recipe((*self.sets, *more.sets), says, quality, more.train)
+        return _Recipe(tuple(dict.fromkeys((*self.sets, *more.sets))), says, quality, more.train)
 
 
 _Make = Callable[[ModelConfig, TrainConfig], _Recipe | None]

@@ -5,61 +5,115 @@ from __future__ import annotations
 import pytest
 
 from lowvram.config import ModelConfig, TrainConfig
-from lowvram.fit.changes import Change, propose
-from lowvram.plan import Ledger
+from lowvram.fit.changes import Change, Weighed, propose
+from lowvram.recipe import AdamW
 from lowvram.runfile import load_preset
 
-LAYER, TOKEN, FIXED = 1_000, 2, 5_000
-OPTIMIZER = {32: 8_000, 8: 2_000}
-MODEL, TRAIN = load_preset("tr-25m")  # 12 layers, 1,024 tokens
-NEEDS = FIXED + 12 * LAYER + 1024 * TOKEN + OPTIMIZER[32]
+LAYER, TOKEN, FIXED, WAITING = 1_000, 2, 5_000, 3_000
+STATES = {("adamw", 32): 8_000, ("adamw", 8): 2_000, ("muon", 16): 2_500, ("muon", 8): 1_000}
+WEIGHTS, GRADIENTS = {"fp32": 4_000, "bf16": 2_000}, {"fp32": 4_000, "bf16": 2_000}
+MODEL, PRESET = load_preset("tr-25m")  # 12 layers, 1,024 tokens
+MIXTURE, _ = load_preset("tr-600m-moe")
+TRAIN = PRESET.model_copy(update={"optimizer": AdamW()})
 
 
-def smallest(model: ModelConfig, train: TrainConfig) -> Ledger:
-    """An invented step: every layer, every token and every moment takes its bytes."""
-    return Ledger(FIXED, LAYER * model.layers, OPTIMIZER[train.optimizer.bits], TOKEN * train.seq_len, 0, 0, "backward")
+def peak(model: ModelConfig, train: TrainConfig) -> int:
+    """An invented step: every layer, token, weight, gradient and moment takes its bytes."""
+    bytes_now = FIXED + LAYER * model.layers + TOKEN * train.seq_len + WEIGHTS[train.weights]
+    bytes_now += STATES[train.optimizer.name, train.optimizer.bits]
+    bytes_now += 0 if train.update_during_backward else GRADIENTS[train.weights]
+    return bytes_now + (WAITING if model.ffn.kind == "moe" and train.rotation is None else 0)
+
+
+def weigh(model: ModelConfig, train: TrainConfig) -> Weighed:
+    return Weighed(peak(model, train), 1_000.0 if train.rotation is None else 800.0)
 
 
 def changes(limit_bytes: int, model: ModelConfig = MODEL, train: TrainConfig = TRAIN) -> list[Change]:
-    return list(propose(model, train, limit_bytes, smallest))
+    return list(propose(model, train, limit_bytes, weigh))
 
 
-def with_bits(bits: int) -> TrainConfig:
-    return TRAIN.model_copy(update={"optimizer": TRAIN.optimizer.model_copy(update={"bits": bits})})
+def with_lightest() -> TrainConfig:
+    """Return a recipe that has nothing to give but context and layers."""
+    muon = PRESET.model_copy(update={"weights": "bf16", "update_during_backward": True})
+    assert (muon.optimizer.name, muon.optimizer.bits) == ("muon", 8)
+    return muon
 
 
-def test_the_mildest_comes_first_and_8_bits_stand_alone_where_they_are_enough() -> None:
-    found = changes(NEEDS - 1_000)
-    assert found == [
-        Change(("optimizer.bits=8",), "the optimizer's memory in 8 bits", NEEDS - 6_000),
-        Change(("train.seq_len=512",), "a shorter context", NEEDS - 1_024),
-        Change(("model.layers=11",), "fewer layers", NEEDS - 1_000),
-    ]
+NEEDS = peak(MODEL, TRAIN)
 
 
-def test_what_one_change_cannot_do_is_tried_with_8_bits() -> None:
-    found = changes(NEEDS - 7_000)
+def test_the_mildest_comes_first_and_each_that_is_enough_stands_alone() -> None:
+    found = changes(NEEDS - 3_900)
     assert [change.sets for change in found] == [
-        ("optimizer.bits=8", "train.seq_len=512"),
-        ("optimizer.bits=8", "model.layers=11"),
+        ("optimizer.bits=8",),
+        ("optimizer.name=muon", "optimizer.bits=8"),
+        ("train.weights=bf16",),
+        ("train.update_during_backward=true", "train.batch_tokens=8192"),
+        ("model.layers=8",),
     ]
-    assert found[0].says == "a shorter context, and the optimizer's memory in 8 bits"
+    assert found[0].peak_bytes == NEEDS - 6_000
+    assert all(change.costs.startswith("no slower; ") for change in found)
 
 
-def test_a_run_with_8_bits_is_not_told_to_take_them() -> None:
-    found = changes(NEEDS - 6_000 - 1_500, train=with_bits(8))
+def test_what_no_change_can_do_alone_is_done_by_as_few_as_it_takes() -> None:
+    found = changes(NEEDS - 10_500)
+    assert found[0].sets == ("optimizer.bits=8", "optimizer.name=muon", "train.weights=bf16")
+    assert found[0].peak_bytes == NEEDS - 11_000
+
+
+def test_with_a_shorter_context_or_fewer_layers_go_8_bits_and_bf16_weights_where_they_must() -> None:
+    found = changes(NEEDS - 11_400)
+    assert found[1].sets == ("optimizer.bits=8", "train.weights=bf16", "train.seq_len=256")
+    assert found[1].says == "a shorter context, the optimizer's memory in 8 bits, weights and gradients in bf16"
+    assert found[2].sets == ("optimizer.bits=8", "train.weights=bf16", "model.layers=10")
+
+
+def test_a_recipe_that_has_all_of_it_is_told_to_take_none_again() -> None:
+    train = with_lightest()
+    found = changes(peak(MODEL, train) - 1_500, train=train)
     assert [change.sets for change in found] == [("train.seq_len=256",), ("model.layers=10",)]
 
 
-def test_nothing_is_proposed_that_does_not_fit() -> None:
-    for limit_bytes in range(FIXED, NEEDS, 777):
-        for change in changes(limit_bytes):
+def test_experts_take_turns_where_there_are_any_and_the_computer_has_room() -> None:
+    limit_bytes = peak(MIXTURE, TRAIN) - WAITING
+    sets = ("rotation.window=2", "rotation.idle=int8")
+    by_sets = {change.sets: change for change in changes(limit_bytes, MIXTURE)}
+    assert by_sets[sets].costs.startswith("1.25 times as long; ")
+    assert sets not in {change.sets for change in changes(NEEDS - 3_000)}, "a dense model has none"
+    crowded = list(propose(MIXTURE, TRAIN, limit_bytes, weigh, can_move=False))
+    assert sets not in {change.sets for change in crowded}, "one memory has no other side"
+
+    def without_room(model: ModelConfig, train: TrainConfig) -> Weighed:
+        return weigh(model, train)._replace(fits_host=train.rotation is None)
+
+    assert sets not in {change.sets for change in propose(MIXTURE, TRAIN, limit_bytes, without_room)}
+
+
+def test_too_short_a_run_for_everybodys_turn_is_not_told_to_rotate() -> None:
+    short = TRAIN.model_copy(update={"tokens": 10 * TRAIN.batch_tokens})
+    assert not [change for change in changes(peak(MIXTURE, short) - 1, MIXTURE, short) if "rotation" in change.sets[0]]
+
+
+@pytest.mark.parametrize("model", [MODEL, MIXTURE], ids=["dense", "moe"])
+def test_nothing_is_proposed_that_does_not_fit(model: ModelConfig) -> None:
+    for limit_bytes in range(FIXED, peak(model, TRAIN), 777):
+        for change in changes(limit_bytes, model):
             assert change.peak_bytes <= limit_bytes
             values = dict(assignment.split("=") for assignment in change.sets)
-            model = MODEL.model_copy(update={"layers": int(values.get("model.layers", MODEL.layers))})
-            train = with_bits(int(values.get("optimizer.bits", 32)))
-            train = train.model_copy(update={"seq_len": int(values.get("train.seq_len", TRAIN.seq_len))})
-            assert smallest(model, train).peak_bytes == change.peak_bytes
+            layers = int(values.get("model.layers", model.layers))
+            assert peak(model.model_copy(update={"layers": layers}), overlaid(values)) == change.peak_bytes
+
+
+def overlaid(values: dict[str, str]) -> TrainConfig:
+    """Return the recipe under what was proposed, as the run file's own reading makes it."""
+    tables = TRAIN.model_dump(mode="json", exclude_none=True)
+    for key, value in values.items():
+        home, name = key.split(".")
+        if home != "model":
+            table = tables if home == "train" else tables.setdefault(home, {})
+            table[name] = {"true": True}.get(value, int(value) if value.isdigit() else value)
+    return TrainConfig.model_validate(tables)
 
 
 def test_where_nothing_helps_nothing_is_proposed() -> None:
@@ -68,33 +122,30 @@ def test_where_nothing_helps_nothing_is_proposed() -> None:
 
 @pytest.mark.parametrize("seq_len, expected", [(1024, 256), (768, 384), (510, None), (257, None)], ids=str)
 def test_a_shorter_context_still_divides_the_step(seq_len: int, expected: int | None) -> None:
-    train = with_bits(8).model_copy(update={"seq_len": seq_len, "batch_tokens": seq_len * 8})
-    needs = smallest(MODEL, train).peak_bytes
-    limit_bytes = needs - TOKEN * (seq_len - (expected or 256))
+    train = with_lightest().model_copy(update={"seq_len": seq_len, "batch_tokens": seq_len * 8})
+    limit_bytes = peak(MODEL, train) - TOKEN * (seq_len - (expected or 256))
     found = [change.sets[0] for change in changes(limit_bytes, train=train) if "seq_len" in change.sets[0]]
     assert found == ([f"train.seq_len={expected}"] if expected else [])
     assert expected is None or train.batch_tokens % expected == 0
 
 
 def test_a_mixture_of_experts_keeps_its_dense_layers_and_one_with_experts() -> None:
-    model, _ = load_preset("tr-600m-moe")
-    least = model.ffn.dense_layers + 1
-    fixed = FIXED + OPTIMIZER[8] + TOKEN * 1024
-    found = changes(fixed + least * LAYER, model, with_bits(8))
+    train = with_lightest().model_copy(update={"seq_len": 1025, "batch_tokens": 1025 * 8})
+    least = MIXTURE.ffn.dense_layers + 1
+    limit_bytes = peak(MIXTURE.model_copy(update={"layers": least}), train)
+    found = list(propose(MIXTURE, train, limit_bytes, weigh, can_move=False))
     assert found[-1].sets == (f"model.layers={least}",)
-    assert not [
-        change for change in changes(fixed + least * LAYER - 1, model, with_bits(8)) if "layers" in change.sets[0]
-    ]
+    assert list(propose(MIXTURE, train, limit_bytes - 1, weigh, can_move=False)) == []
 
 
 def test_fewer_layers_are_found_where_another_moment_is_the_greatest_of_a_small_model() -> None:
-    def bent(model: ModelConfig, _: TrainConfig) -> Ledger:
+    def bent(model: ModelConfig, _: TrainConfig) -> Weighed:
         # Down to six layers each takes 1,000; below, the update is the peak, and a layer takes 100.
-        return Ledger(0, 0, 0, max(1_000 * model.layers, 5_400 + 100 * model.layers), 0, 0, "update")
+        return Weighed(max(1_000 * model.layers, 5_400 + 100 * model.layers), None)
 
-    found = list(propose(MODEL, with_bits(8), 5_750, bent))
-    assert found == [Change(("model.layers=3",), "fewer layers", 5_700)]
-    assert list(propose(MODEL, with_bits(8), 5_450, bent)) == []
+    found = list(propose(MODEL, with_lightest(), 5_750, bent))
+    assert found == [Change(("model.layers=3",), "fewer layers", 5_700, "time not known; a smaller model")]
+    assert list(propose(MODEL, with_lightest(), 5_450, bent)) == []
 
 
 def test_a_model_of_one_layer_has_none_to_give() -> None:
