@@ -76,8 +76,10 @@ _ROOM = 1.01
 RMS_OF_ADAMW = 0.2
 # Elements of the matrices that are orthogonalised at once: enough to fill a card with small ones.
 AT_ONCE = 2**22
-_MOVED_BYTES = 120
-_LAUNCHES = 20
+# As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
+# the weight is.
+_LEAD_WORK = {torch.bfloat16: (95, 10), torch.uint8: (160, 24)}
+_STORE_WORK = {torch.float32: (50, 5), torch.bfloat16: (800, 52)}
 
 
 class Momentum(NamedTuple):
@@ -167,7 +169,7 @@ def _lead(
 ) -> Tensor:
     """Move the momentum on and return u, bf16 [N]: where the momentum will be if this gradient goes on."""
     u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
-    for low, high in ranges(u_N, _MOVED_BYTES, _LAUNCHES):
+    for low, high in ranges(u_N, *_LEAD_WORK[kept.code.dtype]):
         g_N = gradient_N[low:high].float() * gradient_scale
         code_N, absmax_B = kept.code[low:high], kept.absmax[low // BLOCK : -(-high // BLOCK)]
         m_BK = recall(code_N, absmax_B, codes)
@@ -224,7 +226,7 @@ def muon_(
         )
         o_N = o_BMN.reshape(-1)
         del o_BMN
-        for low, high in ranges(w_N, _MOVED_BYTES, _LAUNCHES):
+        for low, high in ranges(w_N, *_STORE_WORK[weight.dtype]):
             new_N = w_N[low:high].float() * kept
             new_N.sub_(o_N[low:high].float().mul_(rate))
             store_weight_(w_N[low:high], new_N, skip, key, first + start + low)
