@@ -9,8 +9,10 @@ the first interval is [`least`, 1] of the Frobenius norm.  0.2·√max(M, N) giv
 that one learning rate and one decay serve both.
 
 The momentum is kept in bf16, or in 8 bits as in `adamw8` (signed codes, blocks of 256).
-Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: beside one chunk's temporaries (`adamw8`)
-some 6 bytes for each element of the matrices at work, which are at least one and together up to `AT_ONCE` elements.
+Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: at most 6 bytes for each element of the
+matrices at work, or 2 and one chunk's temporaries, if that is more: 14 bytes for each of its elements, for a bf16
+weight 44.  At work are at least one matrix and up to `AT_ONCE` elements; with 8 bits all, where a matrix is no whole
+blocks.
 Work: a step of the iteration on [M, N], M ≤ N, is 4·M²·N + 2·M³ FLOPs.
 Deterministic, and no matrix depends on which others are at work beside it.
 
@@ -41,20 +43,21 @@ from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
 
 # (least singular value, greatest error from 1, coefficients of each step): Remez's exchange, interval by interval.
+# The error is that of these digits and of _ROOM together; without either it would be 0.341, 0.199 and 0.114.
 QUINTICS: dict[int, tuple[float, float, tuple[tuple[float, float, float], ...]]] = {
     3: (
         0.008,
-        0.341,
+        0.359,
         ((8.1743, -23.9397, 17.7000), (3.7415, -2.7974, 0.5451), (2.8273, -2.1111, 0.4675)),
     ),
     4: (
         0.003,
-        0.199,
+        0.224,
         ((8.3837, -24.7659, 18.3571), (4.0434, -3.0114, 0.5695), (3.5056, -2.6267, 0.5257), (2.4901, -1.8343, 0.4368)),
     ),
     5: (
         0.001,
-        0.114,
+        0.144,
         (
             (8.4703, -25.1081, 18.6293),
             (4.1828, -3.1087, 0.5806),
@@ -64,14 +67,19 @@ QUINTICS: dict[int, tuple[float, float, tuple[tuple[float, float, float], ...]]]
         ),
     ),
 }
+# A matrix of a smaller norm counts as if it had this one, and so moves less: squares of its elements vanish in fp32,
+# and a norm of zero would make it explode.  An expert that gets no tokens for long comes there.
+_LEAST_NORM = 1e-15
 # Rounding to 16 bits pushes a singular value past an interval's end, where the next quintic falls steeply: so each
 # step sees its matrix a little smaller.
 _ROOM = 1.01
 RMS_OF_ADAMW = 0.2
 # Elements of the matrices that are orthogonalised at once: enough to fill a card with small ones.
 AT_ONCE = 2**22
-_MOVED_BYTES = 120
-_LAUNCHES = 20
+# As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
+# the weight is.
+_LEAD_WORK = {torch.bfloat16: (95, 10), torch.uint8: (160, 24)}
+_STORE_WORK = {torch.float32: (50, 5), torch.bfloat16: (800, 52)}
 
 
 class Momentum(NamedTuple):
@@ -81,12 +89,17 @@ class Momentum(NamedTuple):
     absmax: Tensor
 
     def part(self, first: int, end: int) -> Momentum:
-        """Return views of the flat elements [first, end), whole blocks of 256 where there are codes."""
-        if self.code.dtype != torch.uint8:
-            return Momentum(self.code.view(-1)[first:end], self.absmax)
-        if first % BLOCK or (end % BLOCK and end != self.code.numel()):
-            raise ShapeError(f"Momentum.part: [{first}, {end}) cuts a block of {BLOCK}.")
-        return Momentum(self.code.view(-1)[first:end], self.absmax[first // BLOCK : -(-end // BLOCK)])
+        """Return views of the flat elements [first, end), whole blocks of 256 where there are codes.
+
+        Raises ShapeError where it would not be.
+        """
+        count, is_coded = self.code.numel(), self.code.dtype == torch.uint8
+        if not 0 <= first < end <= count:
+            raise ShapeError(f"Momentum.part: there is no [{first}, {end}) in {count} elements.")
+        if is_coded and (first % BLOCK or (end % BLOCK and end != count)):
+            raise ShapeError(f"Momentum.part: [{first}, {end}) of {count} elements cuts a block of {BLOCK}.")
+        blocks = slice(first // BLOCK, -(-end // BLOCK)) if is_coded else slice(0, 0)
+        return Momentum(self.code.view(-1)[first:end], self.absmax[blocks])
 
 
 def new_momentum(weight: Tensor, bits: int) -> Momentum:
@@ -103,31 +116,38 @@ def reference(matrix_MN: Tensor) -> Tensor:
     return u @ vh
 
 
-def orthogonalise(u_BMN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Bring every singular value near 1, the singular vectors stay.
 
-    u: [B, M, N] bf16 or fp16 (any floating dtype works).  steps: 3, 4 or 5.  Returns [B, M, N] in u's dtype.  Singular
-    values from `least` of the matrix's Frobenius norm on end within the error that QUINTICS names, smaller ones grow
-    by the product of the first coefficients.  A matrix of zeros stays one.
+    u: [B, M, N] bf16, fp16 or fp32.  steps: 3, 4 or 5.  dtype: of the products, u's own if None.  Returns [B, M, N]
+    in it.
+    Singular values from `least` of the matrix's Frobenius norm on end within the error that QUINTICS names, smaller
+    ones grow by the product of the first coefficients.  bf16 adds 0.02 to the error, in a matrix of some thirty rows
+    up to 0.12.  A matrix of zeros stays one.
     Sources: see the module.
     """
     is_tall = u_BMN.shape[1] > u_BMN.shape[2]
     x = u_BMN.mT if is_tall else u_BMN
+    del u_BMN  # the caller may have kept none, and then it goes
     norm_B11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = x * (1.0 / norm_B11.clamp_min(torch.finfo(torch.float32).tiny)).to(x.dtype)
+    least = max(_LEAST_NORM, 1.0 / torch.finfo(x.dtype).max)  # whose reciprocal is a number in fp16 too
+    x = (x * (1.0 / norm_B11.clamp_min(least)).to(x.dtype)).to(dtype or x.dtype)
     for a, b, c in QUINTICS[steps][2]:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b / _ROOM**3, alpha=c / _ROOM**5)
+        del gram
         x = torch.baddbmm(x, polynomial, x, beta=a / _ROOM)
-        del gram, polynomial
+        del polynomial
     return x.mT if is_tall else x
 
 
-def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int) -> tuple[int, int]:
-    """Return how many matrices there are, and their columns."""
-    columns = weight.shape[-1]
+def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int | None) -> tuple[int, int, int]:
+    """Return a matrix's rows, how many there are, and their columns."""
+    if weight.dim() < 2 or not weight.numel():
+        raise ShapeError(f"muon_: weight is {list(weight.shape)}, which is no matrix.")
+    rows, columns = weight.shape[-2] if rows is None else rows, weight.shape[-1]
     blocks = -(-weight.numel() // BLOCK) if momentum.code.dtype == torch.uint8 else 0
-    if weight.dim() < 2 or rows < 1 or weight.numel() % (rows * columns) or weight.shape[-2] % rows:
+    if rows < 1 or weight.shape[-2] % rows:
         raise ShapeError(f"muon_: weight is {list(weight.shape)}; matrices of {rows} rows do not make it up.")
     sizes = [gradient.numel(), momentum.code.numel(), momentum.absmax.numel()]
     if sizes != [weight.numel(), weight.numel(), blocks]:
@@ -136,7 +156,29 @@ def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int) -> t
         raise ShapeError(f"muon_: weight is {weight.dtype}, gradient {gradient.dtype}; weight needs fp32 or bf16.")
     if not all(tensor.is_contiguous() for tensor in (weight, gradient, *momentum)):
         raise ShapeError("muon_: weight, gradient and momentum need contiguous memory.")
-    return weight.numel() // (rows * columns), columns
+    return rows, weight.numel() // (rows * columns), columns
+
+
+def _lead(
+    gradient_N: Tensor,
+    kept: Momentum,
+    codes: CodeMap,
+    beta: float,
+    gradient_scale: Tensor | float,
+    skip: Tensor | None,
+) -> Tensor:
+    """Move the momentum on and return u, bf16 [N]: where the momentum will be if this gradient goes on."""
+    u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
+    for low, high in ranges(u_N, *_LEAD_WORK[kept.code.dtype]):
+        g_N = gradient_N[low:high].float() * gradient_scale
+        code_N, absmax_B = kept.code[low:high], kept.absmax[low // BLOCK : -(-high // BLOCK)]
+        m_BK = recall(code_N, absmax_B, codes)
+        m_BK.mul_(beta).add_(g_N.view(m_BK.shape), alpha=1.0 - beta)
+        u_N[low:high] = g_N.mul_(1.0 - beta).add_(m_BK.view(-1), alpha=beta)
+        del g_N
+        remember_(m_BK, codes, code_N, absmax_B, skip)
+        del m_BK
+    return u_N
 
 
 @torch.no_grad()
@@ -165,32 +207,26 @@ def muon_(
     Raises ShapeError if the tensors do not fit together.
     Sources: see the module.
     """
-    rows = rows or weight.shape[-2]
-    count, columns = _check(weight, gradient, momentum, rows)
+    rows, count, columns = _check(weight, gradient, momentum, rows)
     skip = None if skip is None else skip.reshape(()) != 0
     rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
     kept, key = 1.0 - learning_rate * decay, rounding_key(weight, seed, purpose, step)
     size, card = rows * columns, card_of(weight.device)
+    # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
     dtype = torch.float16 if card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0) else torch.bfloat16
     # A slice that codes can be cut at: several matrices whose elements are whole blocks, or all of them.
     together = max(1, AT_ONCE // size) if size % BLOCK == 0 or momentum.code.dtype != torch.uint8 else count
     flat_w, flat_g = weight.view(-1), gradient.view(-1)
     for start in range(0, count * size, together * size):
         end = min(start + together * size, count * size)
-        w_N, kept_of = flat_w[start:end], momentum.part(start, end)
-        u_N = torch.empty(end - start, dtype=dtype, device=weight.device)
-        for low, high in ranges(w_N, _MOVED_BYTES, _LAUNCHES):
-            g_N = flat_g[start + low : start + high].float() * gradient_scale
-            absmax_B = kept_of.absmax[low // BLOCK : -(-high // BLOCK)]
-            m_BK = recall(kept_of.code[low:high], absmax_B, codes)
-            m_BK.mul_(beta).add_(g_N.view(m_BK.shape), alpha=1.0 - beta)
-            u_N[low:high] = g_N.mul_(1.0 - beta).add_(m_BK.view(-1), alpha=beta)
-            del g_N
-            remember_(m_BK, codes, kept_of.code[low:high], absmax_B, skip)
-            del m_BK
-        o_N = orthogonalise(u_N.view(-1, rows, columns), steps).reshape(-1)
-        del u_N
-        for low, high in ranges(w_N, _MOVED_BYTES, _LAUNCHES):
+        w_N, part = flat_w[start:end], momentum.part(start, end)
+        # Nobody but the callee holds u: it goes as soon as it is scaled.
+        o_BMN = orthogonalise(
+            _lead(flat_g[start:end], part, codes, beta, gradient_scale, skip).view(-1, rows, columns), steps, dtype
+        )
+        o_N = o_BMN.reshape(-1)
+        del o_BMN
+        for low, high in ranges(w_N, *_STORE_WORK[weight.dtype]):
             new_N = w_N[low:high].float() * kept
             new_N.sub_(o_N[low:high].float().mul_(rate))
             store_weight_(w_N[low:high], new_N, skip, key, first + start + low)

@@ -78,7 +78,8 @@ def gradients(
 def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[None]:
     """Add the gradients of bf16 weights to those that are there with rounding at random.
 
-    Autograd's own sums round to nearest: 256 of them err by 1.6 %.
+    Autograd's own sums round to nearest, where small terms that come again and again are lost: after a first one of 20
+    times their size, 255 equal ones miss 7 % of the sum.
     """
     sums = {w: w.grad for w in model.parameters() if w.dtype == torch.bfloat16 and w.grad is not None}
     if not sums:
