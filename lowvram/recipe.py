@@ -38,7 +38,7 @@ class Muon(Words):
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     adamw_lr: Annotated[float, Field(gt=0.0)] | None = None
     momentum: Share = 0.95
-    iterations: Literal[3, 4, 5] = 5
+    iterations: Literal[3, 4, 5] = 3
     beta1: Share = 0.9
     beta2: Share = 0.95
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
