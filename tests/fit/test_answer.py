@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.config import RunOptions
+from lowvram.config import RunOptions, divisors
 from lowvram.fit.answer import Answer, Place, judge, recommend
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
 from lowvram.fit.speed import step_seconds
@@ -21,14 +21,17 @@ WEIGHTS, OPTIMIZER, EACH, HOST = 100_000_000, 200_000_000, 10_000_000, 123_456_7
 
 
 def rehearse(plan: Plan) -> Rehearsal:
-    ledger = Ledger(WEIGHTS, 0, OPTIMIZER, EACH * plan.micro_batch, 0, 0, "backward", host_bytes=HOST)
+    moved = plan.offload == "optimizer"
+    lines = (WEIGHTS, 0, 0 if moved else OPTIMIZER, EACH * plan.micro_batch, 0, 0)
+    kept = OPTIMIZER if moved else 0
+    ledger = Ledger(*lines, "backward", HOST + kept, kept, WEIGHTS + OPTIMIZER)
     n = plan.micro_batch
     return Rehearsal(ledger, Work(1e12 * n, 1e9 * n, 1000.0), Work(0.0, 5e8, 100.0))
 
 
 def answer_on(place: Place, name: str = "tr-25m", **changes: object) -> Answer:
     train = TRAIN.model_copy(update=changes)
-    return judge(name, MODEL, train, Sketch(train.batch_samples, rehearse, 2_000), place)
+    return judge(name, MODEL, train, Sketch(train.micro_batches, rehearse, 2_000), place)
 
 
 ROOMY = Place(CARD, 8 * GIB, 9 * GIB)
@@ -54,21 +57,21 @@ def test_a_checkpoint_is_weights_and_optimizer_and_one_more_than_are_kept_must_h
 def test_a_large_state_is_saved_so_seldom_that_a_disk_lasts() -> None:
     def large(plan: Plan) -> Rehearsal:
         found = rehearse(plan)
-        return found._replace(ledger=found.ledger._replace(weights=4 * GIB))
+        return found._replace(ledger=found.ledger._replace(checkpoint_bytes=4 * GIB))
 
-    answer = judge("large", MODEL, TRAIN, Sketch(64, large, 2_000), ROOMY)
+    answer = judge("large", MODEL, TRAIN, Sketch(divisors(64), large, 2_000), ROOMY)
     assert answer.written_bytes_per_day == 50_000_000_000
 
 
 def test_a_run_that_says_how_often_it_saves_and_how_many_it_keeps_is_believed() -> None:
     options = RunOptions(dir=Path("run"), keep=5, save_every_minutes=60)
-    answer = judge("mine", MODEL, TRAIN, Sketch(64, rehearse, 2_000), ROOMY, options=options)
+    answer = judge("mine", MODEL, TRAIN, Sketch(divisors(64), rehearse, 2_000), ROOMY, options=options)
     assert answer.written_bytes_per_day == answer.state_bytes * 24
     assert answer.disk_bytes == 6 * answer.state_bytes + 2 * TRAIN.tokens
 
 
 def test_what_fits_only_without_a_desktop_says_so_and_is_planned_for_that() -> None:
-    least = WEIGHTS + OPTIMIZER + EACH
+    least = WEIGHTS + EACH
     answer = answer_on(Place(CARD, least - 1, least + EACH))
     assert (answer.fits, answer.found.fits, answer.fits_headless) == (False, False, True)
     assert least <= answer.found.peak_bytes <= least + EACH
@@ -77,11 +80,37 @@ def test_what_fits_only_without_a_desktop_says_so_and_is_planned_for_that() -> N
 
 
 def test_what_fits_nowhere_has_no_speed_and_shows_the_smallest_plan() -> None:
-    least = WEIGHTS + OPTIMIZER + EACH
-    answer = answer_on(Place(CARD, 10, least - 1))
+    answer = answer_on(Place(CARD, 10, WEIGHTS + EACH - 1))
     assert (answer.fits, answer.fits_headless) == (False, False)
     assert (answer.found.plan.micro_batch, answer.found.plan.recompute) == (1, "block")
     assert (answer.speed, answer.days, answer.kwh) == (None, None, None)
+
+
+def test_states_move_to_the_computers_memory_only_where_nothing_fits_with_them_on_the_card() -> None:
+    least = WEIGHTS + OPTIMIZER + EACH
+    on_card, moved = (answer_on(Place(CARD, limit, limit)) for limit in (least, least - 1))
+    assert (on_card.fits, on_card.found.plan.offload) == (True, "none")
+    assert (moved.fits, moved.found.plan.offload, moved.found.plan.recompute) == (True, "optimizer", "block")
+    assert moved.host_bytes == on_card.host_bytes + OPTIMIZER
+    assert moved.state_bytes == on_card.state_bytes
+    assert moved.found.reason.startswith("the optimizer's states lie in the computer's memory")
+    crowded = answer_on(Place(CARD, least - 1, least - 1, ram_bytes=GIB + HOST + OPTIMIZER - 7))
+    assert (crowded.fits, crowded.lacks_host_bytes) == (False, 7)
+
+
+@pytest.mark.parametrize("card", ["m4", "cpu"])
+def test_one_memory_has_no_other_side_to_move_states_to(card: str) -> None:
+    least = WEIGHTS + OPTIMIZER + EACH
+    answer = answer_on(Place(load_profile(card), least - 1, least - 1))
+    assert (answer.fits, answer.found.plan.offload) == (False, "none")
+
+
+def test_a_step_that_updates_during_backward_is_planned_at_once_or_not_at_all() -> None:
+    whole = WEIGHTS + OPTIMIZER + EACH * TRAIN.batch_samples
+    answer = answer_on(Place(CARD, whole, whole), update_during_backward=True)
+    assert (answer.found.plan.micro_batch, answer.found.plan.accumulate) == (TRAIN.batch_samples, 1)
+    short = whole - OPTIMIZER - 1
+    assert not answer_on(Place(CARD, short, short), update_during_backward=True).fits
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,18 @@ import pytest
 import torch
 
 from lowvram.fit import ledgers
-from lowvram.fit.ledgers import PATHS, CardPath, find_sketch, hash_of, name_plan, pack, path_of, read_ledgers, unpack
+from lowvram.fit.ledgers import (
+    PATHS,
+    CardPath,
+    find_sketch,
+    hash_of,
+    name_plan,
+    pack,
+    path_of,
+    plans_of,
+    read_ledgers,
+    unpack,
+)
 from lowvram.fit.rehearse import imagine, rehearse
 from lowvram.plan import TECHNIQUES, Plan
 from lowvram.profile import load_profile, profile_names
@@ -30,9 +41,10 @@ def rows() -> list[tuple[str, CardPath, str]]:
 
 def plan_of(name: str, row: str) -> Plan:
     _, train = load_preset(name)
-    recompute, micro_batch, *at_once = row.split()
-    accumulate = 1 if at_once else train.batch_samples // int(micro_batch)
-    return Plan(micro_batch=int(micro_batch), accumulate=accumulate, recompute=recompute)
+    recompute, micro_batch, *words = row.split()
+    accumulate = 1 if "once" in words else train.batch_samples // int(micro_batch)
+    offload = "optimizer" if "offloaded" in words else "none"
+    return Plan(micro_batch=int(micro_batch), accumulate=accumulate, recompute=recompute, offload=offload)
 
 
 def test_the_file_knows_every_preset_as_it_is_on_every_path() -> None:
@@ -43,9 +55,9 @@ def test_the_file_knows_every_preset_as_it_is_on_every_path() -> None:
         assert table[name]["hash"] == hash_of(model, train), f"run: python tools/write_ledgers.py {name}"
         for path in PATHS:
             sketch = find_sketch(name, model, train, path)
-            for recompute in TECHNIQUES:
-                for micro_batch in (*sketch.anchors(), sketch.samples):
-                    assert sketch.exactly(recompute, micro_batch).ledger.peak_bytes > 4 * model.num_parameters()
+            for plan in plans_of(sketch, path):
+                side = sketch if plan.offload == "none" else sketch.offloaded()
+                assert side.exactly(plan.recompute, plan.micro_batch).ledger.peak_bytes > model.num_parameters()
 
 
 def test_every_card_of_the_catalogue_takes_one_of_the_paths() -> None:

@@ -87,7 +87,7 @@ def test_a_plan_that_fits_trains_inside_that_memory(name: str, gigabytes: int) -
     model, train = load_preset(name)
     profile = generic_profile(gigabytes * GIB)
     card = card_of(torch.device("cuda"))
-    sketch = Sketch(train.batch_samples, lambda plan: rehearse(model, train, plan, card), train.seq_len)
+    sketch = Sketch(train.micro_batches, lambda plan: rehearse(model, train, plan, card), train.seq_len)
     found = search(sketch, profile.limit_bytes(), lambda r, plan: step_seconds(r, plan, train, profile), exact=True)
     if not found.fits:
         pytest.skip(f"{name} does not fit {gigabytes} GB, as fit says")

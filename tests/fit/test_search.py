@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lowvram.config import divisors
 from lowvram.fit.search import ANY, Found, Wish, search
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
 from lowvram.plan import Ledger, Plan, Recompute
@@ -20,7 +21,7 @@ class Model:
     """An invented model whose step has 16 sequences; remembers what was rehearsed."""
 
     def __init__(self, samples: int = 16, overhead: float = 1.0, accumulating: int = 0) -> None:
-        self.sketch = Sketch(samples, self._rehearse, 2_000)
+        self.sketch = Sketch(divisors(samples), self._rehearse, 2_000)
         self.rehearsed: list[tuple[Recompute, int]] = []
         self._overhead, self._accumulating = overhead, accumulating
 
