@@ -76,5 +76,5 @@ class Rotation(Words):
     """
 
     window: PositiveInt
-    interval: PositiveInt = 20
+    interval: PositiveInt = 80
     idle: Literal["bf16", "int8", "e4m3"] = "bf16"

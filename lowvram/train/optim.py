@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
-from lowvram_kernels.dispatch import shown, to_host
+from lowvram_kernels.dispatch import empty_on_host, shown, to_host
 from lowvram_kernels.muon import Momentum, muon_, new_momentum
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -113,7 +113,9 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     def place(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a copy of a state where states lie: on the weights' device, or on the host."""
-        return to_host(tensor) if self._is_on_host else tensor.to(device, copy=True)
+        if self._is_on_host:
+            return empty_on_host(tensor.shape, tensor.dtype, device).copy_(tensor)
+        return tensor.to(device, copy=True)
 
     @contextmanager
     def _at_hand(self, state: State, device: torch.device) -> Iterator[State]:

@@ -82,7 +82,7 @@ def test_ismail_512_with_16_sequences_of_512_takes_1_2_gigabytes() -> None:
 def test_ismail_1024_with_4_sequences_of_2048_takes_3_6_gigabytes_during_backward_and_4_5_with_accumulation() -> None:
     during = job("ismail-1024", 2_048, 4, optimizer=ADAMW, update_during_backward=True)
     accumulated = job("ismail-1024", 2_048, 4, 2, optimizer=ADAMW)
-    rotating = {"window": 2, "interval": 20, "idle": "int8"}
+    rotating = {"window": 2, "interval": 80, "idle": "int8"}
     turning = job("ismail-1024", 2_048, 4, 2, optimizer=ADAMW, rotation=rotating)
     assert during <= 3.6
     assert turning < accumulated <= 4.5
