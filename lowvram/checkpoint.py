@@ -1,6 +1,6 @@
 """A checkpoint is a directory that is written whole or not at all, and read only after it is verified.
 
-    step-00000120/  weights.safetensors   the model, fp32; opens without the rest
+    step-00000120/  weights.safetensors   the model, as it is kept; opens without the rest
                     state.safetensors     optimizer
                     state.json            step, tokens, loss scale, plan
                     config.json           the whole run configuration

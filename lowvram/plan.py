@@ -39,7 +39,7 @@ class Ledger(NamedTuple):
     """Bytes of tensors alive at a step's peak, by birthplace, each in the allocator's blocks (512 bytes on a card).
 
     weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
-    temporaries: everything else, the batch included.  moment: when the peak is: forward, loss, backward or update.
+    temporaries: everything else, the batch included.  moment: when the peak is.
     kept_on_host: what lies in the computer's memory all the time: masters and states of experts that wait for their
     turn, or states that were moved there.  host_bytes: that, and what a save brings there, one file at a time.
     checkpoint_bytes: all weights and states, as a save writes them.

@@ -48,6 +48,7 @@ def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, Train
     if strange:
         raise ConfigError(f"--set names {strange[0]}, which a preset has not.", fix="Set values of model and train.")
     _switch_off(tables["model"])
+    _switch_off(tables["train"])
     where = f"preset {name}"
     model = _check(ModelConfig, tables["model"], where, "model")
     train = _check(TrainConfig, tables["train"], where, "train")
@@ -81,6 +82,7 @@ def load_run(
         tables["model"] = overlay(preset["model"], model)
         tables["train"] = overlay(preset["train"], tables.get("train", {}))
     _switch_off(tables.get("model", {}))
+    _switch_off(tables.get("train", {}))
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
     if not isinstance(tokenizer, str):

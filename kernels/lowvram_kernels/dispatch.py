@@ -74,15 +74,16 @@ def on_paper(
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of the computer for what belongs to a card: page-locked for CUDA, so that it is copied at speed.
+    """Return memory of the computer for what belongs to a card; with `to_host` the only way off one.
 
-    device: the card, "cpu" where there is none.  With `to_host` the only way off a card, so that a rehearsal sees it.
+    Not page-locked: torch rounds each block of such memory up to a power of two, half as much again for large stacks,
+    and Windows lends little of it.  device: the card, "cpu" where there is none.
     """
     if is_on_paper():
         tensor = torch.empty(shape, dtype=dtype, device=device)
         _note_host(tensor)
         return tensor
-    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -63,12 +63,12 @@ def _multiply_slices(
     rows_MI: Tensor,
     stack_WIO: Tensor,
     ends_E: Tensor,
-    code: Tensor | None = None,
-    scale: Tensor | None = None,
-    scratch: Tensor | None = None,
-    is_turned: bool = False,
+    code: Tensor | None,
+    scale: Tensor | None,
+    scratch: Tensor | None,
+    is_turned: bool,
 ) -> Tensor:
-    """Multiply the rows of each expert's slice by its matrix: [M, O].
+    """Multiply the rows of each expert's slice by its matrix: [M, O].  No argument has a default: torch 2.11 trips.
 
     code, scale: the idle stack of the slots from W on.  is_turned: its matrices are [O, I].  scratch: one of them
     in rows' dtype, needed where the code must be decoded; what is left in it means nothing.
@@ -118,10 +118,8 @@ def _multiply(
     stack = master.to(rows_MI.dtype)
     stack = stack.mT if is_turned else stack
     code, scale = idle
-    if code is None:
-        return _multiply_slices(rows_MI, stack, ends_E)
     scratch = None
-    if needs_decoding(code, rows_MI.dtype):
+    if code is not None and needs_decoding(code, rows_MI.dtype):
         # Made here and not inside the op, which a rehearsal cannot look into.
         scratch = rows_MI.new_empty(code.shape[1:])
         if is_on_paper():

@@ -171,7 +171,8 @@ def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 def _encode_int8(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
     absmax_R1 = rows_RN.abs().amax(1, keepdim=True)
     # Never zero: a row of zeros divides by it, and a denormal scale has too few digits to be a row's unit.
-    scale_R1 = absmax_R1.div_(_INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
+    # Not a division, which CUDA makes a product with the reciprocal: a copy has the same bits wherever it is made.
+    scale_R1 = absmax_R1.mul_(1.0 / _INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
     return (rows_RN / scale_R1).round_().to(torch.int8), scale_R1
 
 

@@ -14,7 +14,8 @@ matrices at work, or 2 and one chunk's temporaries, if that is more: 14 bytes fo
 weight 44.  At work are at least one matrix and up to `AT_ONCE` elements; with 8 bits all, where a matrix is no whole
 blocks.
 Work: a step of the iteration on [M, N], M ≤ N, is 4·M²·N + 2·M³ FLOPs.
-Deterministic, and no matrix depends on which others are at work beside it.
+Deterministic.  On CPU no matrix depends on which others are at work beside it; a card's batched product may choose
+its kernel by their number.
 
 Sources: Jordan et al. 2024 (Muon); Liu et al. 2025, "Muon is scalable for LLM training" (decay, the factor 0.2·√max);
 Amsel et al. 2025 (a minimax quintic for each step).  The coefficients here were computed for this file by Remez's

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     advice = recommend(answers, arguments.days)
     is_alone, is_asked = _is_alone(arguments), _is_asked(arguments)
     changes: list[Change] | None = None if is_asked else []
-    if is_alone and not is_asked and not answers[0].fits_headless:
+    if is_alone and not is_asked and not (answers[0].fits_headless and answers[0].fits_host):
         with bar("Looking for changes that would fit"):
             changes = find_changes(answers[0].model, answers[0].train, place)
     if arguments.json:
@@ -191,7 +191,7 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
     from lowvram.cli.machine import choose_device
     from lowvram.cli.place import judge_here
     from lowvram.cli.show import notice
-    from lowvram.errors import MachineError
+    from lowvram.errors import ConfigError, MachineError
     from lowvram.fit.measure import measure
     from lowvram.fit.measured import store_measured
     from lowvram.train.guard import cap_memory
@@ -205,6 +205,9 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
     else:
         name = arguments.model or "tr-25m"
         model, train = _load_preset(name, arguments, card)
+    if train.update_during_backward:
+        fix = "Measure a preset of about that size: what is found holds for the card, whatever is trained on it."
+        raise ConfigError(f"{name} updates during backward.", "--measure times gradients and updates apart.", fix)
     place = card.place(train.precision)
     answer = judge_here(name, model, train, place)
     if not answer.found.fits:

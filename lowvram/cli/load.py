@@ -42,7 +42,7 @@ def load_model(path: Path, device: str) -> Loaded:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
     what = from_portable(checkpoint.config(), checkpoint.directory.parent)
     dtype = DTYPES[what.train.precision]
-    model = Transformer(what.model, seed=None, device=choose_device(device)).eval()
+    model = Transformer(what.model, seed=None, device=choose_device(device), dtype=dtype).eval()
     load_weights(model, checkpoint)
     tokenizer = Tokenizer.load(checkpoint.directory)
     return Loaded(checkpoint, what, tokenizer, cast_for_reading(model, dtype), dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.show import notice
-from lowvram.fit.answer import Answer, Place, judge
+from lowvram.fit.answer import Answer, Place, judge, lacking_bytes
 from lowvram.fit.changes import Change, Weighed, propose
 from lowvram.fit.measured import load_measured
 from lowvram.fit.search import ANY, Wish
@@ -149,12 +149,15 @@ def find_changes(model: ModelConfig, train: TrainConfig, place: Place) -> list[C
     @functools.cache
     def weigh(model: ModelConfig, train: TrainConfig) -> Weighed:
         sketch = sketch_run(model, train, profile)
-        # As the search does where nothing fits: the states lie in the computer's memory, if that is another one.
-        sketch = sketch if profile.unified else sketch.offloaded()
-        rehearsal, plan = sketch.at("block", sketch.sizes[0]), sketch.plan("block", sketch.sizes[0])
-        speed = estimate(rehearsal, plan, train, profile, place.measured)
-        needed_bytes = profile.host_process_bytes + (0 if profile.unified else rehearsal.ledger.host_bytes)
-        fits_host = place.ram_bytes is None or needed_bytes <= place.ram_bytes
-        return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
+        rehearsal = sketch.at("block", sketch.sizes[0])
+        if rehearsal.ledger.peak_bytes > place.limit_bytes and not profile.unified:
+            # As the search does where nothing fits: the states lie in the computer's memory.
+            sketch = sketch.offloaded()
+            rehearsal = sketch.at("block", sketch.sizes[0])
+        speed = estimate(rehearsal, sketch.plan("block", sketch.sizes[0]), train, profile, place.measured)
+        ledger = rehearsal.ledger
+        needed_bytes = profile.host_process_bytes + (0 if profile.unified else ledger.host_bytes)
+        fits_host = not lacking_bytes(needed_bytes, ledger.kept_on_host, place)
+        return Weighed(ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 
     return list(propose(model, train, place.limit_bytes, weigh, can_move=not profile.unified))

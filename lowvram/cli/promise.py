@@ -62,7 +62,7 @@ class Promise:
             raise MachineError(
                 f"This run needs {show_bytes(answer.lacks_host_bytes)} more of the computer's memory than there is.",
                 _explain_host(found.rehearsal.ledger),
-                "Choose a smaller model, or optimizer.bits = 8.",
+                "Ask lowvram fit with the same run file what would make it fit.",
             )
         if not found.fits:
             raise self._explain(answer)
@@ -126,11 +126,11 @@ class Promise:
         """Rehearse a plan as it is without compilation, which paper does not know."""
         return self._rehearse(plan.model_copy(update={"compile": False}))
 
-    def room_to_compile(self) -> int | None:
-        """Return what the card may hold before the optimizer's states exist; None where nobody knows."""
+    def room_to_compile(self, states_bytes: int) -> int | None:
+        """Return what the card may hold before all states exist; None where nobody knows.  states_bytes: that do."""
         if self._rehearsal is None:
             return None
-        return self.place.limit_bytes - self._rehearsal.ledger.optimizer
+        return self.place.limit_bytes - self._rehearsal.ledger.optimizer + states_bytes
 
     def look(self, step: StepDone) -> str | None:
         """Return a sentence where a step is not what was promised."""

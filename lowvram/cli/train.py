@@ -98,7 +98,8 @@ def train(
         trainer = prepare(what, plan, place)
         notice(_describe_reading(what, trainer))
         promise.bind(plan)
-        for sentence in settle_compilation(trainer, compiled, not is_kept, promise.room_to_compile()):
+        room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
+        for sentence in settle_compilation(trainer, compiled, not is_kept, room):
             notice(sentence)
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:

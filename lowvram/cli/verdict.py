@@ -187,7 +187,7 @@ def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_
     writes, disk = _gigabytes(answer.written_bytes_per_day), _gigabytes(answer.disk_bytes)
     saves = f"A checkpoint has {show_bytes(answer.state_bytes)}; saving writes up to {writes} a day"
     result(f"  {saves}; {disk} of disk must be free.")
-    if not answer.fits_headless:
+    if not (answer.fits_headless and answer.fits_host):
         _show_changes(answer, changes, is_preset)
 
 
@@ -213,7 +213,7 @@ def _show_changes(answer: Answer, changes: Sequence[Change] | None, is_preset: b
         result("  Another plan may fit: leave --micro-batch and --recompute out.")
         return
     if not changes:
-        tried = "a lighter optimizer, bf16 weights, updates during backward, a shorter context, fewer layers"
+        tried = "a lighter recipe, experts that take turns, a shorter context, fewer layers"
         result(f"  None of these would do: {tried}.  Take a smaller preset.")
         return
     where = "as a run (--out run.toml) " if is_preset else ""

@@ -17,6 +17,8 @@ from lowvram.profile import Profile
 # A person waits a few weeks at most: what is recommended ends within them.
 PATIENCE_DAYS = 21.0
 OUR_PRESETS = "tr-"
+# What an operating system and a browser hold in the computer's memory.
+SYSTEM_BYTES = 2 * 2**30
 _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 
 
@@ -59,7 +61,12 @@ class Answer(NamedTuple):
     @property
     def fits(self) -> bool:
         """Say whether card and computer both have room."""
-        return self.found.fits and not self.lacks_host_bytes
+        return self.found.fits and self.fits_host
+
+    @property
+    def fits_host(self) -> bool:
+        """Say whether the computer has room, as far as is known."""
+        return not self.lacks_host_bytes
 
 
 def judge(
@@ -106,8 +113,19 @@ def judge(
         # One more than are kept: the new one is whole before the oldest goes.
         disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
         fits_headless=fits_headless,
-        lacks_host_bytes=0 if place.ram_bytes is None else max(0, host_bytes - place.ram_bytes),
+        lacks_host_bytes=lacking_bytes(host_bytes, ledger.kept_on_host, place),
     )
+
+
+def lacking_bytes(host_bytes: int, kept_on_host: int, place: Place) -> int:
+    """Return what the computer's memory has too little; 0 where nobody knows how much there is.
+
+    kept_on_host: where something lies there for weeks, the system must have its share beside it.
+    """
+    if place.ram_bytes is None:
+        return 0
+    needed = host_bytes + (SYSTEM_BYTES if kept_on_host and not place.profile.unified else 0)
+    return max(0, needed - place.ram_bytes)
 
 
 def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -> tuple[Answer, str] | None:

@@ -13,6 +13,15 @@ from lowvram.recipe import Muon, Rotation
 _SHORTEST = 256
 # A step that updates during backward is one micro-batch: of so many tokens, which are enough to keep a card busy.
 _DURING_TOKENS = 8_192
+_INTERVAL: int = Rotation.model_fields["interval"].default
+# What a recipe does to what is learnt, as the yardstick measured it (tools/ab.py; the runs are in docs/ab).
+QUALITY = {
+    "8-bit": "learns as well",
+    "muon": "learns more from each token",
+    "bf16": "learns as well",
+    "rotation": "learns as well",
+    "during": "learns as well at the same batch",
+}
 
 
 class Weighed(NamedTuple):
@@ -47,8 +56,8 @@ class _Recipe(NamedTuple):
     train: TrainConfig
 
     def then(self, make: _Make, model: ModelConfig) -> _Recipe:
-        """Return this recipe with one more change, or as it is where that has nothing to change."""
-        more = make(model, self.train)
+        """Return this recipe with one more change, or as it is where that has nothing to change, or must not."""
+        more = _try(make, model, self.train)
         if more is None:
             return self
         says, quality = (", ".join(part for part in pair if part) for pair in zip(self[1:3], more[1:3], strict=True))
@@ -56,6 +65,18 @@ class _Recipe(NamedTuple):
 
 
 _Make = Callable[[ModelConfig, TrainConfig], _Recipe | None]
+
+
+def _try(make: _Make, model: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    """Make a change, if there is one to make and the run file would be accepted with it."""
+    recipe = make(model, train)
+    if recipe is None:
+        return None
+    try:
+        check_rotation(model, recipe.train)
+    except ValueError:
+        return None  # too short a run for everybody's turn, or experts that blocks of 8-bit states do not fit
+    return recipe
 
 
 def propose(
@@ -68,8 +89,9 @@ def propose(
     """
     before = weigh(model, train)
     makes = [_eight_bits, _muon, _bf16_weights, *([_rotation] if can_move else []), _during_backward]
+    makes += [] if before.fits_host else [_no_rotation]
     found = False
-    for recipe in filter(None, (make(model, train) for make in makes)):
+    for recipe in filter(None, (_try(make, model, train) for make in makes)):
         weighed = weigh(model, recipe.train)
         if _fits(weighed, limit_bytes):
             found = True
@@ -114,7 +136,7 @@ def _eight_bits(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
     if train.optimizer.bits == 8:
         return None
     less = _with(train, optimizer=train.optimizer.model_copy(update={"bits": 8}))
-    return _Recipe(("optimizer.bits=8",), "the optimizer's memory in 8 bits", "learns as well", less)
+    return _Recipe(("optimizer.bits=8",), "the optimizer's memory in 8 bits", QUALITY["8-bit"], less)
 
 
 def _muon(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
@@ -122,26 +144,35 @@ def _muon(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
         return None
     shared = train.optimizer.model_dump(exclude={"name", "bits"})
     less = _with(train, optimizer=Muon(**shared, bits=8))
-    return _Recipe(("optimizer.name=muon", "optimizer.bits=8"), "Muon, with one moment for AdamW's two", "", less)
+    return _Recipe(
+        ("optimizer.name=muon", "optimizer.bits=8"), "Muon, with one moment for AdamW's two", QUALITY["muon"], less
+    )
 
 
 def _bf16_weights(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
     if train.weights == "bf16":
         return None
-    return _Recipe(("train.weights=bf16",), "weights and gradients in bf16", "", _with(train, weights="bf16"))
+    return _Recipe(
+        ("train.weights=bf16",), "weights and gradients in bf16", QUALITY["bf16"], _with(train, weights="bf16")
+    )
 
 
 def _rotation(model: ModelConfig, train: TrainConfig) -> _Recipe | None:
     if train.rotation is not None or model.ffn.kind != "moe":
         return None
-    rotation = Rotation(window=max(1, model.ffn.experts // 4), idle="int8")
-    less = _with(train, rotation=rotation)
-    try:
-        check_rotation(model, less)
-    except ValueError:
-        return None  # too short a run, or experts that 8-bit blocks do not fit
-    sets = (f"rotation.window={rotation.window}", "rotation.idle=int8")
-    return _Recipe(sets, "experts that take turns, the others waiting in the computer's memory", "", less)
+    turns = 4
+    window = max(1, model.ffn.experts // turns)
+    rotation = Rotation(window=window, interval=min(_INTERVAL, max(1, train.steps // (2 * turns))), idle="int8")
+    sets = (f"rotation.window={window}", f"rotation.interval={rotation.interval}", "rotation.idle=int8")
+    says = "experts that take turns, the others waiting in the computer's memory"
+    return _Recipe(sets, says, QUALITY["rotation"], _with(train, rotation=rotation))
+
+
+def _no_rotation(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
+    if train.rotation is None:
+        return None
+    less = _with(train, rotation=None)
+    return _Recipe(("train.rotation=none",), "all experts on the card, all learning", "learns as well", less)
 
 
 def _during_backward(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
@@ -151,7 +182,10 @@ def _during_backward(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
     sets: tuple[str, ...] = ("train.update_during_backward=true",)
     sets += (f"train.batch_tokens={tokens}",) if tokens != train.batch_tokens else ()
     less = _with(train, update_during_backward=True, batch_tokens=tokens)
-    return _Recipe(sets, "weights that move during backward, without accumulation", "", less)
+    says, quality = "weights that move during backward, without accumulation", QUALITY["during"]
+    if tokens != train.batch_tokens:
+        quality += f", in steps of {tokens:,} tokens instead of {train.batch_tokens:,}: give it a lower rate"
+    return _Recipe(sets, says, quality, less)
 
 
 def _shorter_context(

@@ -112,7 +112,8 @@ class LiveStorage(TorchDispatchMode):
     def mark_host(self, tensor: Tensor) -> None:
         """Note that a tensor lies in the computer's memory."""
         self._see(tensor.untyped_storage())
-        self.life_of(tensor).is_on_host = True
+        life = self.life_of(tensor)
+        life.is_on_host, life.size = True, tensor.untyped_storage().nbytes()  # its allocator knows no blocks
 
     def life_of(self, tensor: Tensor) -> _Storage:
         """Return the life of a tensor's storage."""
@@ -241,6 +242,7 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         counter.phase = "rotation"
         if state.rotation is not None:
             state.rotation.rotate_to(1)
+        counter.phase = "save"
         del waiting
         ledger = _draw_up(counter, grads, forward_end, _files(state, counter))
     nothing = [0.0] * len(Work._fields)

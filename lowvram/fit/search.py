@@ -58,12 +58,12 @@ def search(
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
     and another one if that is above the limit; a line between two is near, and mostly above the truth.
     wish: search only such plans.  may_offload: where nothing fits, try with the optimizer's states in the computer's
-    memory, and every block recomputed unless the wish is another: what is faster would not need it.
+    memory and every block recomputed: a plan that recomputes less would not need it.
     """
     found = _search(sketch, limit_bytes, step_seconds, exact, wish)
-    if found.fits or not (may_offload and sketch.can_offload):
+    lighter = wish._replace(recompute=TECHNIQUES[-1])
+    if found.fits or not (may_offload and sketch.can_offload) or wish.recompute not in (None, lighter.recompute):
         return found
-    lighter = wish._replace(recompute=wish.recompute or TECHNIQUES[-1])
     moved = _search(sketch.offloaded(), limit_bytes, step_seconds, exact, lighter)
     if not moved.fits:
         return moved if moved.peak_bytes < found.peak_bytes else found

@@ -63,8 +63,9 @@ _EFFICIENCIES = {
 # micro-batch, so an op finds there what the one before it wrote.
 _LARGE_CACHE = ((8, 9), (12, 0))
 _LARGE_CACHE_MEMORY = 1.2
-# Page-locked copies over PCI Express 4.0 with 8 lanes, which cards of the middle have: 15.8 GB/s less protocol.
-LINK_BYTES_PER_S = 13e9
+# Copies of ordinary memory over PCI Express 4.0 with 8 lanes, which cards of the middle have: less than half of its
+# 15.8 GB/s, since they go through a page-locked buffer.
+LINK_BYTES_PER_S = 6e9
 
 
 class Rates(NamedTuple):

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from lowvram_kernels.dropout import dropout
+from lowvram_kernels.embedding import embedding
 from lowvram_kernels.linear import linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
 
         With a cache the tokens continue what it holds, and are stored in it.  recompute: what backward computes again.
         """
-        x_BTD = F.embedding(token_BT, self.embedding).to(dtype or self.embedding.dtype)
+        x_BTD = embedding(token_BT, self.embedding, dtype)
         if drop is not None and drop.rate > 0.0:
             x_BTD = dropout(x_BTD, drop.rate, drop.key_B, 0)
         start = cache.length if cache is not None else 0

@@ -106,7 +106,7 @@ def explain_out_of_memory_in_update(step: int, train: TrainConfig) -> MemoryRanO
 
 def _suggest_run(train: TrainConfig) -> str:
     """Say what another run could do with less; the recipe of this one is settled."""
-    bits = "optimizer.bits = 8, " if train.optimizer.bits == 32 else ""
+    bits = "optimizer.bits = 8, " if train.optimizer.bits != 8 else ""
     return f"begin a new run.dir with {bits}a shorter train.seq_len (now {train.seq_len}) or a smaller model."
 
 

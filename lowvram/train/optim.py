@@ -43,13 +43,24 @@ class LeanOptimizer(torch.optim.Optimizer):
     gradient_scale: Tensor | float = 1.0
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: AdamW | Muon, seed: int = 0, on_host: bool = False):
-        self._config, self._seed, self._is_on_host = config, seed, on_host
+        self._config, self._seed, self.is_on_host = config, seed, on_host
         super().__init__(groups, {"lr": config.lr, "share": 1.0, "weight_decay": 0.0, "bits": 32, "rule": "adamw"})
         self._maps: dict[torch.device, Maps] = {}
         self._group_of = {w: group for group in self.param_groups for w in group["params"]}
         self._purpose_of = {weight: number for number, weight in enumerate(self._group_of)}
         self.experts: dict[Tensor, list[int]] = {}
         self.has_stepped = False
+
+    def bytes_on_device(self) -> int:
+        """Return what the states that exist take where the weights are."""
+        if self.is_on_host:
+            return 0
+        return sum(tensor.nbytes for state in self.state.values() for tensor in state.values())
+
+    @property
+    def count(self) -> int:
+        """How many weights it steps."""
+        return len(self._group_of)
 
     def set_rate(self, learning_rate: float) -> None:
         """Set the rate of the steps to come."""
@@ -64,7 +75,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             together = [weight for weight in weights if self._is_fused(group, weight) and weight not in self.experts]
-            if together and not self._is_on_host:
+            if together and not self.is_on_host:
                 self._step_fused(group, together, [self.state_of(weight) for weight in together])
                 weights = [weight for weight in weights if not self._is_fused(group, weight) or weight in self.experts]
             for weight in weights:
@@ -96,7 +107,7 @@ class LeanOptimizer(torch.optim.Optimizer):
             group = self._group_of[weight]
             shape = (len(self.experts[weight]),) if weight in self.experts else ()
             made = {"step": torch.zeros(shape, dtype=torch.float32, device=weight.device), **_new_state(group, weight)}
-            state |= {name: to_host(tensor) for name, tensor in made.items()} if self._is_on_host else made
+            state |= {name: to_host(tensor) for name, tensor in made.items()} if self.is_on_host else made
         return state
 
     def make_states(self) -> None:
@@ -113,14 +124,14 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     def place(self, tensor: Tensor, device: torch.device) -> Tensor:
         """Return a copy of a state where states lie: on the weights' device, or on the host."""
-        if self._is_on_host:
+        if self.is_on_host:
             return empty_on_host(tensor.shape, tensor.dtype, device).copy_(tensor)
         return tensor.to(device, copy=True)
 
     @contextmanager
     def _at_hand(self, state: State, device: torch.device) -> Iterator[State]:
         """Bring a state that lies on the host to the card, and back."""
-        if not self._is_on_host:
+        if not self.is_on_host:
             yield state
             return
         borrowed = {name: tensor.to(device, copy=True) for name, tensor in state.items()}
@@ -156,6 +167,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         self, group: dict[str, Any], weights: list[Tensor], states: list[State], gradients: list[Tensor] | None = None
     ) -> None:
         gradients = gradients or [weight.grad for weight in weights if weight.grad is not None]
+        if self.found_inf is not None and weights[0].device.type == "mps" and bool(self.found_inf):
+            return  # torch's kernel there does not look at found_inf, so the host must
         if not isinstance(self.gradient_scale, float) or self.gradient_scale != 1.0:
             torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(

@@ -12,10 +12,11 @@ from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import PromptError
+from lowvram.errors import MachineError, PromptError
 from lowvram.files import DISK, Disk
 from lowvram.plan import Plan
-from lowvram.train.state import build_state
+from lowvram.train.guard import is_out_of_memory
+from lowvram.train.state import TrainState, build_state
 from lowvram.train.trainer import Trainer
 
 
@@ -32,13 +33,26 @@ def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK
     return Trainer(
         what=what,
         plan=plan,
-        state=build_state(what.model, what.train, plan, device, what.train.seed),
+        state=_build(what, plan, device),
         loader=Loader(corpora, what.train.seq_len, what.train.seed),
         tokenizer=tokenizer,
         store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
         valid=valid,
     )
+
+
+def _build(what: RunConfig, plan: Plan, device: torch.device) -> TrainState:
+    try:
+        return build_state(what.model, what.train, plan, device, what.train.seed)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(
+            "Memory ran out while the model and its optimizer were made.",
+            f"torch says: {str(error).splitlines()[0]}",
+            "Close what else uses the memory, or ask lowvram fit with the same run file what would make it fit.",
+        ) from error
 
 
 def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:

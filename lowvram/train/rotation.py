@@ -124,10 +124,12 @@ class ExpertRotation:
 
     def bytes_on(self) -> tuple[int, int]:
         """Return what experts and their states take on the card and in the computer's memory."""
-        card = list(self._weights.values())
-        card += [tensor for weight in card for tensor in self._optimizer.state_of(weight).values()]
-        card += [tensor for _, _, idle in self._stacks() for tensor in idle if tensor is not None]
+        weights = list(self._weights.values())
+        states = [tensor for weight in weights for tensor in self._optimizer.state_of(weight).values()]
+        copies = [tensor for _, _, idle in self._stacks() for tensor in idle if tensor is not None]
         host = [*self.masters.values(), *(tensor for state in self._states.values() for tensor in state.values())]
+        card = [*weights, *copies, *([] if self._optimizer.is_on_host else states)]
+        host += states if self._optimizer.is_on_host else []
         return sum(tensor.nbytes for tensor in card), sum(tensor.nbytes for tensor in host)
 
     @contextmanager
@@ -191,7 +193,8 @@ class ExpertRotation:
                 if slot < self._config.window:
                     self._fetch(name, weight, slot, expert)
                 else:
-                    encode_(idle, slot - self._config.window, self.masters[name][expert])
+                    # On the card, as when it rotates: the same bits, and fast.
+                    encode_(idle, slot - self._config.window, self.masters[name][expert].to(weight.device))
         self._settle()
 
     def _settle(self) -> None:

@@ -28,7 +28,8 @@ class TrainState:
     """The model, its optimizer, and the few numbers beside them.
 
     step: optimizer steps done, skipped ones included; the data position follows from it.
-    skipped_in_row: steps in a row whose gradients were not finite.  quiet: finite steps since the scale last moved.
+    skipped_in_row: steps in a row in which no weight moved, since gradients were not finite.  quiet: finite steps since
+    the scale last moved.
     """
 
     model: Transformer
@@ -73,11 +74,15 @@ class TrainState:
             return
         masters, _ = self.rotation.tensors()
         load_weights(self.model, checkpoint, masters)
-        self.rotation.restore({name: checkpoint.weights()[name] for name in masters}, states or {}, numbers)
+        weights = checkpoint.weights()
+        self.rotation.restore({name: weights[name] for name in masters}, states or {}, numbers)
 
-    def judge_scale(self, finite: bool, is_scaled: bool) -> None:
-        """Count a step as finite or skipped, and move the loss scale of an fp16 run."""
-        self.skipped_in_row = 0 if finite else self.skipped_in_row + 1
+    def judge_scale(self, finite: bool, is_scaled: bool, has_learnt: bool | None = None) -> None:
+        """Count a step as finite or skipped, and move the loss scale of an fp16 run.
+
+        has_learnt: whether some weight has moved; None: all or none has.
+        """
+        self.skipped_in_row = 0 if (finite if has_learnt is None else has_learnt) else self.skipped_in_row + 1
         if not is_scaled:
             return
         self.quiet = self.quiet + 1 if finite else 0

@@ -106,9 +106,11 @@ def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[N
 
 @torch.no_grad()
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, fp32 on the device."""
-    # foreach is left to torch: it refuses to be asked for on MPS.
-    return torch.nn.utils.get_total_norm(tensors).float()
+    """Return the norm of all tensors together, added up in fp32, on the device."""
+    if not any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        return torch.nn.utils.get_total_norm(tensors).float()  # which would round each norm to bf16
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 @torch.no_grad()

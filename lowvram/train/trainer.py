@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
@@ -62,6 +63,7 @@ class Trainer:
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
     _saved_at: float = field(default=0.0, init=False)
+    _size_bytes: int | None = field(default=None, init=False)
     _pace: list[tuple[float, int]] = field(default_factory=list, init=False)
 
     def stop(self) -> None:
@@ -125,7 +127,9 @@ class Trainer:
                 discard(state.optimizer)
             else:
                 self._update(found, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
-        state.judge_scale(not lost, train.precision == "fp16")
+        # Of weights that move one by one some may have learnt all the same.
+        has_learnt = not lost or (train.update_during_backward and lost < state.optimizer.count and math.isfinite(loss))
+        state.judge_scale(not lost, train.precision == "fp16", has_learnt)
         state.step += 1
         state.tokens += train.batch_tokens
         self._give_up_if_lost()
@@ -140,7 +144,12 @@ class Trainer:
         if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
             return
         began = time.monotonic()
-        rotation.rotate_to(rotation.interval_of(self.state.step))
+        try:
+            rotation.rotate_to(rotation.interval_of(self.state.step))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise explain_out_of_memory_in_update(self.state.step, self.what.train) from error
         card, host = rotation.bytes_on()
         yield Rotated(self.state.step, tuple(sorted(rotation.window)), card, host, time.monotonic() - began)
 
@@ -295,9 +304,10 @@ class Trainer:
         run, waited_s = self.what.run, time.monotonic() - self._saved_at
         if waited_s < run.save_interval_s(0):
             return False  # known without measuring the state, which is no work for every step
-        weights, memory = self.state.tensors()
-        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
-        return waited_s >= run.save_interval_s(size)
+        if self._size_bytes is None:  # asked once: it brings experts home
+            weights, memory = self.state.tensors()
+            self._size_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
+        return waited_s >= run.save_interval_s(self._size_bytes)
 
     def _save(self) -> Saved:
         began = time.monotonic()

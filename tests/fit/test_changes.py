@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.changes import Change, Weighed, propose
-from lowvram.recipe import AdamW
+from lowvram.recipe import AdamW, Rotation
 from lowvram.runfile import load_preset
 
 LAYER, TOKEN, FIXED, WAITING = 1_000, 2, 5_000, 3_000
@@ -53,7 +55,8 @@ def test_the_mildest_comes_first_and_each_that_is_enough_stands_alone() -> None:
         ("model.layers=8",),
     ]
     assert found[0].peak_bytes == NEEDS - 6_000
-    assert all(change.costs.startswith("no slower; ") for change in found)
+    assert all(re.fullmatch(r"no slower; \w.+", change.costs) for change in found), "both costs are named"
+    assert "steps of 8,192 tokens instead of 65,536" in found[3].costs
 
 
 def test_what_no_change_can_do_alone_is_done_by_as_few_as_it_takes() -> None:
@@ -77,7 +80,7 @@ def test_a_recipe_that_has_all_of_it_is_told_to_take_none_again() -> None:
 
 def test_experts_take_turns_where_there_are_any_and_the_computer_has_room() -> None:
     limit_bytes = peak(MIXTURE, TRAIN) - WAITING
-    sets = ("rotation.window=2", "rotation.idle=int8")
+    sets = ("rotation.window=2", "rotation.interval=80", "rotation.idle=int8")
     by_sets = {change.sets: change for change in changes(limit_bytes, MIXTURE)}
     assert by_sets[sets].costs.startswith("1.25 times as long; ")
     assert sets not in {change.sets for change in changes(NEEDS - 3_000)}, "a dense model has none"
@@ -90,8 +93,26 @@ def test_experts_take_turns_where_there_are_any_and_the_computer_has_room() -> N
     assert sets not in {change.sets for change in propose(MIXTURE, TRAIN, limit_bytes, without_room)}
 
 
+def test_a_computer_with_too_little_memory_is_told_to_let_no_expert_wait_there() -> None:
+    rotating = TRAIN.model_copy(update={"rotation": Rotation(window=2)})
+
+    def crowded(model: ModelConfig, train: TrainConfig) -> Weighed:
+        return weigh(model, train)._replace(fits_host=train.rotation is None)
+
+    found = list(propose(MIXTURE, rotating, peak(MIXTURE, TRAIN), crowded))
+    assert ("train.rotation=none",) in {change.sets for change in found}
+
+
+def test_what_the_run_file_would_refuse_is_not_proposed() -> None:
+    odd = MIXTURE.model_copy(update={"ffn": MIXTURE.ffn.model_copy(update={"expert_hidden": 100}), "dim": 40})
+    rotating = TRAIN.model_copy(update={"rotation": Rotation(window=2)})
+    found = list(propose(odd, rotating, peak(odd, rotating) - 1, weigh))
+    assert found
+    assert not [change for change in found if "optimizer.bits=8" in change.sets]
+
+
 def test_too_short_a_run_for_everybodys_turn_is_not_told_to_rotate() -> None:
-    short = TRAIN.model_copy(update={"tokens": 10 * TRAIN.batch_tokens})
+    short = TRAIN.model_copy(update={"tokens": 3 * TRAIN.batch_tokens})
     assert not [change for change in changes(peak(MIXTURE, short) - 1, MIXTURE, short) if "rotation" in change.sets[0]]
 
 

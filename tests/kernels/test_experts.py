@@ -174,7 +174,7 @@ def test_on_paper_it_has_the_same_shapes_and_reads_nothing(dtype: torch.dtype) -
 def test_the_private_ops_keep_torchs_rules() -> None:
     rows, stack, ends = torch.randn(6, 4), torch.randn(3, 4, 5), torch.tensor([2, 2, 6])
     rules = ("test_schema", "test_faketensor")
-    torch.library.opcheck(module._multiply_slices, (rows, stack, ends), test_utils=rules)
+    torch.library.opcheck(module._multiply_slices, (rows, stack, ends, None, None, None, False), test_utils=rules)
     more = torch.randn(6, 5)
     for resident in (3, 2):
         torch.library.opcheck(module._sum_outer_slices, (rows, more, ends, torch.float32, resident), test_utils=rules)
@@ -319,7 +319,7 @@ def test_idle_experts_compile_into_one_graph(form: str, dtype: torch.dtype) -> N
         pytest.param(
             (IdleStack(new_idle(2, 8, 6, "int8").code, None), new_idle(2, 6, 4, "int8")), "gate_up", id="bare"
         ),
-        pytest.param((new_idle(2, 8, 6, "int8"), IdleStack(torch.ones(2, 6, 4), None)), "down", id="fp32"),
+        pytest.param((new_idle(2, 8, 6, "int8"), IdleStack(torch.ones(2, 6, 4).half(), None)), "down", id="fp16"),
     ],
 )
 def test_idle_copies_that_cannot_be_right_are_named(idle: tuple[IdleStack, IdleStack], what: str) -> None:

@@ -207,7 +207,11 @@ def test_bytes_are_those_of_real_tensors_and_those_that_were_rehearsed(home: Pat
     card, host = rotation_of(trainer).bytes_on()
     weights, states = trainer.state.tensors()
     assert host == sum(t.nbytes for n, t in (weights | states).items() if n.endswith(STACKS))
-    assert host == rehearse(what.model, what.train, trainer.plan, Card("cpu")).ledger.kept_on_host
+    ledger = rehearse(what.model, what.train, trainer.plan, Card("cuda", (8, 6))).ledger
+    assert host == ledger.kept_on_host
+    on_one = rehearse(what.model, what.train, trainer.plan, Card("cpu")).ledger
+    assert on_one.kept_on_host == 0, "one memory has no other side"
+    assert on_one.weights + on_one.optimizer > ledger.kept_on_host
     # Of four experts two lie on the card whole; what each has of a copy:
     copy = {"bf16": 2 * 3 * 32 * 128, "int8": 3 * 32 * 128 + 4 * (256 + 32), "e4m3": 3 * 32 * 128 + 4 * 3}[idle]
     assert card == host / 2 + 2 * copy
