@@ -14,8 +14,8 @@ from lowvram.plan import LEDGER_LINES, Ledger, Offload, Plan, Recompute
 
 # The most rows of one chunk of the loss (lowvram_kernels/linear_cross_entropy.py).
 _ONE_CHUNK_TOKENS = 1_024
-# Somewhere above it another moment becomes the peak: a rehearsal in the middle keeps the line within some percent.
-_MIDDLE_TOKENS = 16_384
+# Somewhere near these another moment becomes the peak: rehearsals there keep the lines within some percent.
+_MIDDLE_TOKENS = (8_192, 16_384)
 
 
 _BESIDE_THE_CARD = ("host_bytes", "kept_on_host", "checkpoint_bytes")
@@ -99,13 +99,13 @@ class Sketch:
     def anchors(self) -> list[int]:
         """Return the micro-batches that are rehearsed while gradients accumulate.
 
-        Every one whose loss may be one chunk and the next, one in the middle, and the largest.
+        Every one whose loss may be one chunk and the next, two in the middle, and the largest.
         """
         below = [n for n in self.sizes if n < self.samples]
         small = [n for n in below if n * self._seq_len <= _ONE_CHUNK_TOKENS]
         next_ones = [n for n in below if n not in small]
-        middle = [n for n in below if n * self._seq_len >= _MIDDLE_TOKENS]
-        return sorted({*small, *next_ones[:1], *middle[:1], below[-1]}) if below else [self.samples]
+        middle = [n for tokens in _MIDDLE_TOKENS for n in [m for m in below if m * self._seq_len >= tokens][:1]]
+        return sorted({*small, *next_ones[:1], *middle, below[-1]}) if below else [self.samples]
 
 
 def _between(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:
