@@ -43,7 +43,7 @@ def test_divisors_are_all_there_and_in_order(count: int, expected: list[int]) ->
     "samples, seq_len, anchors",
     [
         *[(1, 2_048, [1]), (2, 2_048, [1]), (7, 2_048, [1]), (12, 2_048, [1, 4, 6]), (15, 4_096, [1, 3, 5])],
-        # All whose loss may be one chunk of 1,024 rows and the next; the first with 8,192 and 16,384 tokens; the largest.
+        # All whose loss may be one chunk of 1,024 rows and the next; the first with 8,192, with 16,384; the largest.
         *[(64, 2_048, [1, 4, 8, 32]), (64, 1_024, [1, 2, 8, 16, 32]), (9, 100, [1, 3])],
         (128, 512, [1, 2, 4, 16, 32, 64]),
     ],
