@@ -14,7 +14,7 @@ element's index): no generator state.  Its moments may also be kept exactly, in 
 weight to nearest, where most steps are smaller than half of its last bit and so would be lost.
 
 Kept for the next step: 2 + 2·4/256 = 2.03 bytes a parameter.  Alive inside a step: 19 bytes for each of the `CHUNK`
-elements at work, for a bf16 weight 53; never a tensor of the weight's size.
+elements at work, for a bf16 weight 27; never a tensor of the weight's size.
 Deterministic: the same arguments give the same bits on the same device.  No sum runs over several elements, so
 neither chunks nor slices change a bit.
 
@@ -36,13 +36,13 @@ from torch import Tensor
 
 from lowvram_kernels.dispatch import card_of, is_on_paper, note_work
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.keyed import chain
+from lowvram_kernels.keyed import Noise, chain, draw_bits, name_noise
 from lowvram_kernels.rounding import CARD_CHUNK, CHUNK, round_to_bf16
 
 BLOCK = 256
 # Bytes that a chunk's ops read and write for each of its elements, and their launches, as a rehearsal counts them.
-_MOVED_BYTES = {torch.float32: 310, torch.bfloat16: 1_060}
-_LAUNCHES = {torch.float32: 50, torch.bfloat16: 95}
+_MOVED_BYTES = {torch.float32: 310, torch.bfloat16: 480}
+_LAUNCHES = {torch.float32: 50, torch.bfloat16: 110}
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -216,19 +216,18 @@ def remember_(x_BK: Tensor, codes: CodeMap, code_N: Tensor, absmax_B: Tensor, sk
     store_(absmax_B, new_absmax_B, skip)
 
 
-def store_weight_(weight_N: Tensor, new_N: Tensor, skip: Tensor | None, key: Tensor | None, first: int) -> None:
+def store_weight_(weight_N: Tensor, new_N: Tensor, skip: Tensor | None, noise: Noise | None, first: int) -> None:
     """Store new weights, rounded at random where a key (int64 scalar) says how; first: the first element's number."""
-    if key is not None:
-        place_N = torch.arange(first, first + new_N.numel(), device=new_N.device)
-        new_N = round_to_bf16(new_N, chain(key.expand(new_N.numel()), place_N))
+    if noise is not None:
+        new_N = round_to_bf16(new_N, draw_bits(noise, first, new_N.numel()))
     store_(weight_N, new_N, skip)
 
 
-def rounding_key(weight: Tensor, seed: int, purpose: int, step: Tensor) -> Tensor | None:
+def rounding_noise(weight: Tensor, seed: int, purpose: int, step: Tensor) -> Noise | None:
     """Return what decides how a bf16 weight is rounded in a step, int64 scalar; None for others, which are not."""
     if weight.dtype != torch.bfloat16:
         return None
-    return chain(torch.zeros_like(step, dtype=torch.int64), seed, purpose, step.long())
+    return name_noise(chain(torch.zeros_like(step, dtype=torch.int64), seed, purpose, step.long()))
 
 
 @torch.no_grad()
@@ -263,7 +262,7 @@ def adamw8_(
     # 1 − βᵗ without cancellation: for β = 0.999 and t = 1 the plain form errs by 3e-5 in fp32.
     left_m, left_v = (-torch.expm1(step * (math.log(beta) if beta else -math.inf)) for beta in betas)
     rate, kept, root = learning_rate / left_m, 1.0 - learning_rate * decay, left_v.sqrt()
-    key = rounding_key(weight, seed, purpose, step)
+    noise = rounding_noise(weight, seed, purpose, step)
     flat = [tensor.view(-1) for tensor in (weight, gradient, moments.code_m, moments.code_v)]
     for start, end in ranges(weight, _MOVED_BYTES[weight.dtype], _LAUNCHES[weight.dtype]):
         w_N, g_N, code_m_N, code_v_N = (tensor[start:end] for tensor in flat)
@@ -277,7 +276,7 @@ def adamw8_(
         change_N = torch.div(m_BK, change_BK, out=change_BK).mul_(rate).view(-1)
         new_N = torch.sub(w_N.float() * kept, change_N, out=change_N)
         del g_BK, change_BK, change_N
-        store_weight_(w_N, new_N, skip, key, first + start)
+        store_weight_(w_N, new_N, skip, noise, first + start)
         del new_N
         remember_(m_BK, maps.first, code_m_N, absmax_m_B, skip)
         remember_(v_BK, maps.second, code_v_N, absmax_v_B, skip)

@@ -5,9 +5,15 @@ Source: the mixer's two multipliers are TheIronBorn's (hash-prospector, bias 0.1
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 LOW_32 = 0xFFFFFFFF
+_LOW_31 = 0x7FFFFFFF
+# Elements that share one full hash: a hash for each element would move six times as many bytes.
+_SHARED = 256
 
 
 def mix_(value: Tensor) -> Tensor:
@@ -24,3 +30,36 @@ def chain(start: Tensor, *words: Tensor | int) -> Tensor:
         value = mix_(value ^ (word & LOW_32))
         value = mix_((value + 0x9E3779B9 & LOW_32) ^ (word >> 32 & LOW_32))
     return value
+
+
+class Noise(NamedTuple):
+    """What names the random bits of a tensor's elements: 256 share a full hash, which each mixes with its own lane.
+
+    key: int64 scalar, a hash.  lane_K: int32 [256], the same always.
+    """
+
+    key: Tensor
+    lane_K: Tensor
+
+
+def name_noise(key: Tensor) -> Noise:
+    """Prepare what a key names; once for all ranges that are drawn."""
+    lane_K = torch.arange(_SHARED, device=key.device)
+    return Noise(key, (chain(torch.zeros_like(lane_K), lane_K) & _LOW_31).int())
+
+
+def draw_bits(noise: Noise, first: int, count: int) -> Tensor:
+    """Return 16 bits for each of the elements first … first + count − 1: int32 [count].
+
+    An element's bits follow from its number alone, whatever range is drawn.  Products are of 16 by 15 bits, so that
+    none overflows.
+    """
+    start, end = first // _SHARED, -(-(first + count) // _SHARED)
+    block_B = torch.arange(start, end, device=noise.key.device)
+    x_BK = (chain(noise.key.expand(end - start), block_B) & _LOW_31).int()[:, None] ^ noise.lane_K
+    for low, high in ((27_789, 48_271), (31_847, 52_711)):
+        high_BK = x_BK >> 16
+        x_BK.bitwise_and_(0xFFFF).mul_(low).bitwise_xor_(high_BK.mul_(high))
+        del high_BK
+    x_BK.bitwise_xor_(x_BK >> 13).bitwise_and_(0xFFFF)
+    return x_BK.view(-1)[first - start * _SHARED :][:count]

@@ -11,7 +11,7 @@ that one learning rate and one decay serve both.
 The momentum is kept in bf16, or in 8 bits as in `adamw8` (signed codes, blocks of 256).
 Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: at most 6 bytes for each element of the
 matrices at work, or 2 and one chunk's temporaries, if that is more: 14 bytes for each of its elements, for a bf16
-weight 44.  At work are at least one matrix and up to `AT_ONCE` elements; with 8 bits all, where a matrix is no whole
+weight 16.  At work are at least one matrix and up to `AT_ONCE` elements; with 8 bits all, where a matrix is no whole
 blocks.
 Work: a step of the iteration on [M, N], M ≤ N, is 4·M²·N + 2·M³ FLOPs.
 Deterministic.  On CPU no matrix depends on which others are at work beside it; a card's batched product may choose
@@ -37,7 +37,7 @@ from lowvram_kernels.adamw8 import (
     ranges,
     recall,
     remember_,
-    rounding_key,
+    rounding_noise,
     store_weight_,
 )
 from lowvram_kernels.dispatch import card_of
@@ -80,7 +80,7 @@ AT_ONCE = 2**22
 # As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
 # the weight is.
 _LEAD_WORK = {torch.bfloat16: (95, 10), torch.uint8: (160, 24)}
-_STORE_WORK = {torch.float32: (50, 5), torch.bfloat16: (800, 52)}
+_STORE_WORK = {torch.float32: (50, 5), torch.bfloat16: (205, 66)}
 
 
 class Momentum(NamedTuple):
@@ -211,7 +211,7 @@ def muon_(
     rows, count, columns = _check(weight, gradient, momentum, rows)
     skip = None if skip is None else skip.reshape(()) != 0
     rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
-    kept, key = 1.0 - learning_rate * decay, rounding_key(weight, seed, purpose, step)
+    kept, noise = 1.0 - learning_rate * decay, rounding_noise(weight, seed, purpose, step)
     size, card = rows * columns, card_of(weight.device)
     # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
     dtype = torch.float16 if card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0) else torch.bfloat16
@@ -230,6 +230,6 @@ def muon_(
         for low, high in ranges(w_N, *_STORE_WORK[weight.dtype]):
             new_N = w_N[low:high].float() * kept
             new_N.sub_(o_N[low:high].float().mul_(rate))
-            store_weight_(w_N[low:high], new_N, skip, key, first + start + low)
+            store_weight_(w_N[low:high], new_N, skip, noise, first + start + low)
             del new_N
         del o_N

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lowvram_kernels.dispatch import card_of, is_on_paper, note_work
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.keyed import chain
+from lowvram_kernels.keyed import chain, draw_bits, name_noise
 
 # Elements that a chunked op has at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long),
 # more gain nothing from 2¹⁷ on and leave the cache.  A card is launched some 50 times for each chunk, so there it is
 # longer.
 CHUNK, CARD_CHUNK = 2**18, 2**21
-_MOVED_BYTES, _LAUNCHES = 780, 50
+_MOVED_BYTES, _LAUNCHES = 190, 64
 
 
 def reference(x: Tensor, uniform: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def reference(x: Tensor, uniform: Tensor) -> Tensor:
 
 
 def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
-    """Round fp32 to bf16, up in magnitude with the probability of the part cut off; noise: int64, 16 bits are used."""
+    """Round fp32 to bf16, up in magnitude with the probability of the part cut off; noise: 16 bits are used."""
     bits = x.view(torch.int32) + (noise & 0xFFFF).int()
     rounded = bits.bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
     del bits
@@ -52,16 +52,15 @@ def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: T
         raise ShapeError(f"add_rounded_: total {list(total.shape)} {total.dtype}; needs bf16, contiguous, as term.")
     if not term.dtype.is_floating_point:
         raise ShapeError(f"add_rounded_: term is {term.dtype}; needs a floating one.")
-    key = chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(()))
+    named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())))
     flat, new = total.view(-1), term.reshape(-1)
     count, chunk = flat.numel(), CHUNK if card_of(total.device).platform == "cpu" else CARD_CHUNK
     shown = min(count, chunk) if is_on_paper() else count
     for start in range(0, shown, chunk):
         end = min(start + chunk, shown)
-        place = torch.arange(start, end, device=total.device)
-        noise = chain(key.expand(end - start), place)
+        noise = draw_bits(named, start, end - start)
         flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
-        del place, noise
+        del noise
     if shown < count:
         left = count - shown
         note_work(moved_bytes=left * _MOVED_BYTES, ops=-(-left // chunk) * _LAUNCHES)

@@ -105,10 +105,10 @@ def _range(answer: Answer) -> str:
 
 
 def _round(count: float) -> str:
-    """Return a count with two or three digits, for an end of a range: `8.4k`, `187k`."""
-    power = sum(count >= 999.5 * 1000**power for power in range(2))
+    """Return a count with two or three digits, for an end of a range: `8.4k`, `187k`, `1.1B`."""
+    power = sum(count >= 999.5 * 1000**power for power in range(3))
     value = count / 1000**power
-    return f"{value:.{1 if value < 9.95 else 0}f}{('', 'k', 'M')[power]}"
+    return f"{value:.{1 if value < 9.95 else 0}f}{('', 'k', 'M', 'B')[power]}"
 
 
 def _gigabytes(count: int) -> str:

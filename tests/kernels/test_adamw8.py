@@ -23,7 +23,7 @@ SHAPES = [
     pytest.param((5, 7, 131), id="stack"),
 ]
 STEPS = 25
-FROZEN_ROUNDING = [0, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0]
+FROZEN_ROUNDING = [1, 0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0]
 # One rounding of fp32, a few times over: what another order of the same operations makes.
 ROUNDING = 1e-6
 
@@ -281,7 +281,7 @@ def test_it_keeps_two_bytes_and_a_32nd_for_each_parameter() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_temporary_has_the_size_of_the_weight_and_paper_agrees(dtype: torch.dtype) -> None:
-    limit = {torch.float32: 19, torch.bfloat16: 53}[dtype] * CHUNK
+    limit = {torch.float32: 19, torch.bfloat16: 27}[dtype] * CHUNK
     for count in (3 * CHUNK + 77, 9 * CHUNK):
         peaks = []
         for mode, device in ((on_paper(Card("cpu")), "meta"), (contextlib.nullcontext(), "cpu")):

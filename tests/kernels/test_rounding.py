@@ -11,6 +11,7 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card, HiddenWork, on_paper
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.keyed import chain, draw_bits, name_noise
 from lowvram_kernels.rounding import CHUNK, add_rounded_, reference, round_to_bf16
 from measures import LiveBytes, relative_error
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 DRAWS = 40_000
 # Of a coin's mean over that many draws.
 FIVE_ERRORS = 5 * 0.5 / DRAWS**0.5
-FROZEN = [0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+FROZEN = [1, 0, 1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
 def numbers() -> Tensor:
@@ -196,3 +197,21 @@ def test_no_temporary_has_the_size_of_the_sum_and_paper_agrees(count: int) -> No
 def test_arguments_that_cannot_be_right_are_named(total: Tensor, term: Any) -> None:
     with pytest.raises(ShapeError, match="add_rounded_"):
         add(total, term)
+
+
+def test_an_elements_bits_follow_from_its_number_alone_and_are_even_and_independent() -> None:
+    def bits(step: int, first: int = 0, count: int = 512) -> Tensor:
+        return draw_bits(name_noise(chain(torch.zeros((), dtype=torch.int64), 1, 2, step)), first, count)
+
+    whole = bits(0, count=5_000)
+    assert torch.equal(bits(0, 1_000, 700), whole[1_000:1_700])
+    assert int(whole.min()) >= 0
+    assert int(whole.max()) < 2**16
+    drawn = torch.stack([bits(step) for step in range(4_000)]).double() / 2**16 - 0.5
+    even = (1 / 12 / 4_000) ** 0.5  # the error of the mean of so many even draws
+    assert float(drawn.mean(0).abs().max()) < 5 * even
+    together = (drawn.T @ drawn / 4_000 * 12).fill_diagonal_(0.0)
+    assert float(together.abs().max()) < 6 / 4_000**0.5, "no two elements of two blocks follow each other"
+    assert float((drawn[1:] * drawn[:-1]).mean(0).abs().max()) * 12 < 6 / 4_000**0.5, "nor one step the other"
+    counts = torch.bincount(bits(7, count=2**20) >> 8, minlength=256).double()
+    assert float(((counts - 4_096) ** 2 / 4_096).sum()) < 255 + 6 * (2 * 255) ** 0.5
