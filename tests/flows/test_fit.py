@@ -103,10 +103,10 @@ def test_nothing_is_cut_in_a_pipe_and_no_colour_is_in_it() -> None:
     assert "…" not in out
     assert "\x1b" not in out
     assert "disk needed" in out.splitlines()[0]
-    assert "recompute block, 8-bit AdamW" in out
+    assert "recompute block, bf16 weights, 8-bit Muon" in out
 
 
-@pytest.mark.parametrize("width, last", [(80, "time"), (100, "kWh"), (200, "disk needed")], ids=str)
+@pytest.mark.parametrize("width, last", [(80, "time"), (100, "kWh"), (250, "disk needed")], ids=str)
 def test_a_narrow_window_is_told_which_columns_it_leaves_out(
     monkeypatch: pytest.MonkeyPatch, width: int, last: str
 ) -> None:
@@ -117,7 +117,7 @@ def test_a_narrow_window_is_told_which_columns_it_leaves_out(
     text = window.file.getvalue()
     lines = text.splitlines()
     assert lines[0].rstrip().endswith(last)
-    assert max(map(len, lines[:11])) <= width
+    assert max(map(len, lines[: len(preset_names()) + 1])) <= width
     assert "…" not in text
     assert ("A wider window shows also: " in text) == (last != "disk needed")
 
@@ -190,6 +190,7 @@ MODEL_KEYS = {
     "reason": str,
     "peak_bytes": int,
     "host_bytes": int,
+    "kept_on_host_bytes": int,
     "lacks_host_bytes": int,
     "ledger": dict,
     "tokens_per_second": float,
@@ -201,7 +202,14 @@ MODEL_KEYS = {
     "written_bytes_per_day": int,
     "disk_bytes": int,
 }
-PLAN_KEYS = {"micro_batch": int, "accumulate": int, "recompute": str, "loss_chunk": type(None), "compile": bool}
+PLAN_KEYS = {
+    "micro_batch": int,
+    "accumulate": int,
+    "recompute": str,
+    "loss_chunk": type(None),
+    "offload": str,
+    "compile": bool,
+}
 LEDGER_KEYS = dict.fromkeys(("weights", "gradients", "optimizer", "activations", "loss", "temporaries"), int)
 
 

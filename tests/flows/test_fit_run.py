@@ -80,7 +80,7 @@ def test_a_run_file_that_does_not_fit_is_told_what_would_and_it_does(large: Path
     assert found["changes"][0]["sets"] == ["optimizer.bits=8"]
     assert any("layers" in change["sets"][-1] for change in found["changes"])
     for change in found["changes"]:
-        assert kinds(change) == {"sets": list, "says": str, "peak_bytes": int}
+        assert kinds(change) == {"sets": list, "says": str, "peak_bytes": int, "costs": str}
         sets = [word for assignment in change["sets"] for word in ("--set", assignment)]
         changed = values(*words, *sets)
         assert changed["models"][0]["fits"], change
