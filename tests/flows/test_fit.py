@@ -240,14 +240,14 @@ def test_too_little_host_memory_is_said_and_such_a_model_is_not_recommended() ->
     words = ("--gpu", "rtx5070", "--desktop", "linux", "--ram", "1500MB")
     found = values(*words)
     lacking = [model["name"] for model in found["models"] if model["lacks_host_bytes"]]
-    assert set(lacking) == set(preset_names()) - {"tiny-llm-v1", "tr-25m", "tr-60m"}
+    assert set(lacking) == set(preset_names()) - {"tiny-llm-v1", "tiny-llm-v2", "tr-25m", "tr-60m"}
     assert {model["name"] for model in found["models"] if model["fits"]} == set(preset_names()) - set(lacking)
     assert found["recommended"] == "tr-60m"
     answer = typed("fit", *words)
     assert {name: row[2] for name, row in table(answer).items()} == {
         name: "too little RAM" if name in lacking else "yes" for name in preset_names()
     }
-    assert "The computer's memory of 1.5 GiB is too small for: tiny-llm-v2 1.5 GiB, " in answer.out
+    assert "The computer's memory of 1.5 GiB is too small for: tr-125m 1.5 GiB, " in answer.out
     one = typed("fit", *words, "--model", "tr-350m").out
     assert one.startswith("tr-350m fits the card, but not the computer's memory: ")
     assert re.search(r"host +2\.3 GiB  in the computer's memory, which has 1\.5 GiB\n", one)
@@ -307,7 +307,7 @@ def test_why_is_explained_once_for_the_card_and_once_for_each_model() -> None:
     assert sorted(topics[4:]) == preset_names()
     assert "fp16, this card has tensor cores for it and none for bf16" in out
     assert "FlashAttention needs an RTX 30 or later" in out
-    assert "AdamW with 8-bit states" in next(line for line in why if line.startswith("tr-350m"))
+    assert "8-bit Muon, as the recipe says" in next(line for line in why if line.startswith("tr-350m"))
     quiet = typed("fit", "--gpu", "rtx5070", "--explain", "--json")
     assert json.loads(quiet.out)["gpu"] == "rtx5070"
     assert "attention: a fused kernel" in quiet.err

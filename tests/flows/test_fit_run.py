@@ -16,9 +16,10 @@ from lowvram.runfile import load_preset, load_run
 from tests.flows.test_fit import kinds, refused, values
 from tests.flows.typed import RUN_FILE, fill_home, typed
 
-# 101 M parameters: with AdamW's moments in fp32 16 bytes each, too much for a card with 2 GiB; in 8 bits 10 bytes.
+# 202 M parameters: 8 bytes each for weights and gradients in fp32, too much for a card with 2 GiB wherever AdamW's
+# moments lie; in bf16 4 bytes.
 LARGE = RUN_FILE.replace("layers = 2\ndim = 32", "layers = 8\ndim = 1024\nvocabulary = 400").replace(
-    "hidden = 64", "hidden = 4096"
+    "hidden = 64", "hidden = 8192"
 )
 
 
@@ -77,7 +78,7 @@ def test_a_run_file_that_does_not_fit_is_told_what_would_and_it_does(large: Path
     assert (found["recommended"], model["fits"], model["fits_without_desktop"]) == (None, False, False)
     assert model["peak_bytes"] > found["limit_bytes_without_desktop"]
     assert (model["plan"]["micro_batch"], model["plan"]["recompute"]) == (1, "block")
-    assert found["changes"][0]["sets"] == ["optimizer.bits=8"]
+    assert found["changes"][0]["sets"] == ["train.weights=bf16"]
     assert any("layers" in change["sets"][-1] for change in found["changes"])
     for change in found["changes"]:
         assert kinds(change) == {"sets": list, "says": str, "peak_bytes": int, "costs": str}
@@ -92,8 +93,9 @@ def test_the_screen_of_a_run_that_does_not_fit_names_its_largest_lines_and_the_c
     assert answer.code == 0, "not to fit is an answer"
     assert "There is no tokenizer yet: 400 ids are taken, as the run file or its preset says." in answer.err
     assert answer.out.startswith("large does not fit: 1 sequence × 8 a step, block computed again in backward.")
-    assert re.search(r"Its largest lines: optimizer \S+ MiB, weights \S+ MiB, gradients \S+ MiB\.", answer.out)
-    assert "    --set optimizer.bits=8  (the optimizer's memory in 8 bits; peak " in answer.out
+    assert re.search(r"Its largest lines: weights \S+ MiB, gradients \S+ MiB, \w+ \S+ MiB\.", answer.out)
+    assert "    --set train.weights=bf16\n      weights and gradients in bf16; peak " in answer.out
+    assert re.search(r"; (no slower|\d\.\d\d times as long|time not known); \w", answer.out), "what it costs"
 
 
 def test_a_run_that_fits_only_without_a_desktop_is_not_told_to_change(large: Path) -> None:

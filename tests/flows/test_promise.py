@@ -117,7 +117,7 @@ def test_the_allocator_is_capped_at_what_tensors_and_its_losses_may_take(on_card
     assert limit == profile.limit_bytes(free_bytes=10 * 2**30)
     assert caps == [("cuda", profile.allocator_bytes(limit))]
     assert limit < caps[0][1] <= 10 * 2**30 - profile.context_bytes
-    room = promise.room_to_compile()
+    room = promise.room_to_compile(0)
     assert room is not None
     assert 0 < limit - room < 2**20, "less by the optimizer's states, which do not exist yet"
 
@@ -176,7 +176,7 @@ def test_a_card_without_figures_promises_no_speed(what: RunConfig, monkeypatch: 
 def test_on_a_processor_nothing_is_capped_and_nothing_compared(what: RunConfig) -> None:
     promise = Promise(what, CPU)
     promise.bind(Plan(micro_batch=2, accumulate=4))
-    assert promise.room_to_compile() is None
+    assert promise.room_to_compile(0) is None
     assert [promise.look(done(step, 1, speed=1e-9)) for step in range(1, 12)] == [None] * 11
 
 
