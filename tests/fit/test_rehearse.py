@@ -153,14 +153,16 @@ def test_the_ledger_of_what_saves_more_is_what_the_allocator_gave_out(
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("recipe", ["32-bit", "8-bit", *RECIPES])
-@pytest.mark.parametrize("ffn", FFNS)
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "attention, ffn, recipe",
+    [
+        *((attention, ffn, bits) for attention in ATTENTIONS for ffn in FFNS for bits in ("32-bit", "8-bit")),
+        *(("mla-rope", "moe", recipe) for recipe in RECIPES),
+    ],
+)
 def test_in_bf16_the_ledger_is_what_real_tensors_take(attention: str, ffn: str, recipe: str, recompute: Any) -> None:
     """Its counter is another than the rehearsal's own; oneDNN's scratch is no tensor, hence not the profiler."""
     said = {"32-bit": {}, "8-bit": {"optimizer": {"bits": 8}}, **RECIPES}[recipe]
-    if ffn != "moe" and "rotation" in said:
-        pytest.skip("only experts rotate")
     accumulate = 1 if "update_during_backward" in said else 2
     more = {"tokens": SEQ_LEN * MICRO_BATCH * accumulate * 8, "precision": "bf16", "dropout": 0.1, **said}
     model, train = model_of(attention, ffn), train_of(accumulate, **more)
