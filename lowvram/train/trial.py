@@ -45,10 +45,11 @@ def settle_compilation(
         if problem is not None:
             trainer.plan = trainer.plan.model_copy(update={"compile": False})
             yield f"Blocks are no longer compiled: {problem}"
-    elif is_new and trainer.what.train.update_during_backward:
-        # A trial must change nothing, and here a micro-batch without an update would hold gradients that never exist.
-        yield "Blocks are not compiled where weights move during backward; --compile on does it untried."
     elif is_new and trainer.state.model.embedding.device.type == "cuda":
+        if trainer.what.train.update_during_backward:
+            # A trial must change nothing, and a micro-batch without an update would hold gradients that never exist.
+            yield "Blocks are not compiled where weights move during backward; --compile on does it untried."
+            return
         yield "Trying whether compiled blocks are faster; compiling takes a minute or so the first time."
         trainer.plan, reason = try_compilation(trainer, limit_bytes)
         yield reason

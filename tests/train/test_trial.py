@@ -221,13 +221,16 @@ def test_outside_cuda_nothing_is_tried_unasked(home: Path) -> None:
     assert graphs() == 0
 
 
+@pytest.mark.parametrize("during", [False, True], ids=["after", "during-backward"])
 @pytest.mark.parametrize("is_new", [True, False], ids=["new", "resumed"])
-def test_on_cuda_only_a_new_run_tries(monkeypatch: pytest.MonkeyPatch, is_new: bool) -> None:
+def test_on_cuda_only_a_new_run_tries(monkeypatch: pytest.MonkeyPatch, is_new: bool, during: bool) -> None:
     plan = Plan(micro_batch=4, accumulate=2)
     faster = plan.model_copy(update={"compile": True})
     device = torch.device("cuda")
     trainer: Any = SimpleNamespace(
-        plan=plan, state=SimpleNamespace(model=SimpleNamespace(embedding=SimpleNamespace(device=device)))
+        plan=plan,
+        what=SimpleNamespace(train=SimpleNamespace(update_during_backward=during)),
+        state=SimpleNamespace(model=SimpleNamespace(embedding=SimpleNamespace(device=device))),
     )
     limits: list[int | None] = []
 
@@ -237,7 +240,10 @@ def test_on_cuda_only_a_new_run_tries(monkeypatch: pytest.MonkeyPatch, is_new: b
 
     monkeypatch.setattr(trial, "try_compilation", found)
     told = list(settle_compilation(trainer, None, is_new, limit_bytes=77))
-    assert (trainer.plan, limits, told[1:]) == ((faster, [77], ["It is faster."]) if is_new else (plan, [], []))
+    if during:
+        assert (trainer.plan, limits, len(told)) == (plan, [], int(is_new)), "gradients that never all exist"
+    else:
+        assert (trainer.plan, limits, told[1:]) == ((faster, [77], ["It is faster."]) if is_new else (plan, [], []))
 
 
 @pytest.mark.parametrize(
