@@ -16,8 +16,9 @@ from tests.tiny import prepare_home
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 LEAST_PARAMETERS = 300_000_000
-# Resident memory also has what the libraries keep beside tensors: code and scratch of products, pages half used.
-RELATIVE = 0.15
+# Resident memory also has what the libraries keep beside tensors: code and scratch of products, pages half used; 0.67 GB
+# were measured (2 cores with AVX-512, torch 2.13).  That tensors are counted right is test_rehearse.py's to show.
+MOST_BESIDE_BYTES = 2**30
 SCRIPT = """
 import gc, json, sys, threading, time
 from pathlib import Path
@@ -98,4 +99,4 @@ prompts = []
     assert len(said["losses"]) == STEPS
     assert said["losses"][-1] < said["losses"][0]
     assert said["turns"] == [[2, 3], [4, 5], [6, 7]]
-    assert said["resident"] == pytest.approx(said["ledger"], rel=RELATIVE)
+    assert said["ledger"] < said["resident"] < said["ledger"] + MOST_BESIDE_BYTES
