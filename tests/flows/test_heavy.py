@@ -16,7 +16,7 @@ from tests.tiny import prepare_home
 ROOT = Path(__file__).parents[2]
 STEPS = 20
 LEAST_PARAMETERS = 300_000_000
-# Resident memory also has what the libraries keep beside tensors: code and scratch of products, pages half used; 0.67 GB
+# Resident memory also has what libraries keep beside tensors: code and scratch of products, half-used pages; 0.67 GB
 # were measured (2 cores with AVX-512, torch 2.13).  That tensors are counted right is test_rehearse.py's to show.
 MOST_BESIDE_BYTES = 2**30
 SCRIPT = """
