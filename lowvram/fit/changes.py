@@ -19,8 +19,8 @@ QUALITY = {
     "8-bit": "learns as well",
     "muon": "learns more from each token",
     "bf16": "learns as well",
-    "rotation": "learns as well",
-    "during": "learns as well at the same batch",
+    "rotation": "learns as well, within 1 %",
+    "during": "3 % more loss at the same batch",
 }
 
 
