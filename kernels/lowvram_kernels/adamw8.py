@@ -28,18 +28,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import card_of, is_on_paper, note_work
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.keyed import Noise, chain, draw_bits, name_noise
-from lowvram_kernels.rounding import CARD_CHUNK, CHUNK, round_to_bf16
+from lowvram_kernels.rounding import BLOCK, ranges, round_to_bf16
 
-BLOCK = 256
 # Bytes that a chunk's ops read and write for each of its elements, and their launches, as a rehearsal counts them.
 _MOVED_BYTES = {torch.float32: 310, torch.bfloat16: 480}
 _LAUNCHES = {torch.float32: 50, torch.bfloat16: 110}
@@ -175,23 +172,6 @@ def _check(weight: Tensor, gradient: Tensor, moments: Moments) -> None:
         raise ShapeError(f"adamw8_: weight is {weight.dtype}, gradient {gradient.dtype}; weight needs fp32 or bf16.")
     if not all(tensor.is_contiguous() for tensor in (weight, gradient, *moments)):
         raise ShapeError("adamw8_: weight, gradient and moments need contiguous memory.")
-
-
-def ranges(weight: Tensor, moved_bytes: float, launches: float) -> Iterator[tuple[int, int]]:
-    """Cut a weight's elements into chunks of whole blocks, and what is left over as one shorter block.
-
-    On paper the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
-    elements and is so many launches.
-    """
-    count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
-    whole = count // BLOCK * BLOCK
-    shown = min(whole, chunk) if is_on_paper() else whole
-    yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))
-    if shown < whole:
-        left = whole - shown
-        note_work(moved_bytes=left * moved_bytes, ops=-(-left // chunk) * launches)
-    if whole < count:
-        yield whole, count
 
 
 def store_(target: Tensor, new: Tensor, skip: Tensor | None) -> None:

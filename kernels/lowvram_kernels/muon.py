@@ -32,9 +32,7 @@ import torch
 from torch import Tensor
 
 from lowvram_kernels.adamw8 import (
-    BLOCK,
     CodeMap,
-    ranges,
     recall,
     remember_,
     rounding_noise,
@@ -42,6 +40,7 @@ from lowvram_kernels.adamw8 import (
 )
 from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.rounding import BLOCK, ranges
 
 # (least singular value, greatest error from 1, coefficients of each step): Remez's exchange, interval by interval.
 # The error is that of these digits and of _ROOM together; without either it would be 0.341, 0.199 and 0.114.

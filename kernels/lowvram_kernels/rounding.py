@@ -9,6 +9,8 @@ Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", sec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,25 @@ from lowvram_kernels.keyed import chain, draw_bits, name_noise
 # more gain nothing from 2¹⁷ on and leave the cache.  A card is launched some 50 times for each chunk, so there it is
 # longer.
 CHUNK, CARD_CHUNK = 2**18, 2**21
+BLOCK = 256
 _MOVED_BYTES, _LAUNCHES = 190, 64
+
+
+def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Cut a weight's elements into chunks of whole blocks, and what is left over as one shorter block.
+
+    On paper the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
+    elements and is so many launches.  block: 1 where elements have nothing to do with each other, so that none is left.
+    """
+    count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
+    whole = count // block * block
+    shown = min(whole, chunk) if is_on_paper() else whole
+    yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))
+    if shown < whole:
+        left = whole - shown
+        note_work(moved_bytes=left * moved_bytes, ops=-(-left // chunk) * launches)
+    if whole < count:
+        yield whole, count
 
 
 def reference(x: Tensor, uniform: Tensor) -> Tensor:
@@ -54,13 +74,7 @@ def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: T
         raise ShapeError(f"add_rounded_: term is {term.dtype}; needs a floating one.")
     named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())))
     flat, new = total.view(-1), term.reshape(-1)
-    count, chunk = flat.numel(), CHUNK if card_of(total.device).platform == "cpu" else CARD_CHUNK
-    shown = min(count, chunk) if is_on_paper() else count
-    for start in range(0, shown, chunk):
-        end = min(start + chunk, shown)
+    for start, end in ranges(total, _MOVED_BYTES, _LAUNCHES, block=1):
         noise = draw_bits(named, start, end - start)
         flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
         del noise
-    if shown < count:
-        left = count - shown
-        note_work(moved_bytes=left * _MOVED_BYTES, ops=-(-left // chunk) * _LAUNCHES)

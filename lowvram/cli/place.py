@@ -155,9 +155,7 @@ def find_changes(model: ModelConfig, train: TrainConfig, place: Place) -> list[C
             sketch = sketch.offloaded()
             rehearsal = sketch.at("block", sketch.sizes[0])
         speed = estimate(rehearsal, sketch.plan("block", sketch.sizes[0]), train, profile, place.measured)
-        ledger = rehearsal.ledger
-        needed_bytes = profile.host_process_bytes + (0 if profile.unified else ledger.host_bytes)
-        fits_host = not lacking_bytes(needed_bytes, ledger.kept_on_host, place)
-        return Weighed(ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
+        fits_host = not lacking_bytes(rehearsal.ledger, place)
+        return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 
     return list(propose(model, train, place.limit_bytes, weigh, can_move=not profile.unified))

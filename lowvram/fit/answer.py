@@ -11,7 +11,7 @@ from lowvram.config import ModelConfig, RunOptions, TrainConfig
 from lowvram.fit.search import ANY, Found, Wish, search
 from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.fit.speed import Measured, Speed, days, estimate, kwh, step_seconds
-from lowvram.plan import Plan
+from lowvram.plan import Ledger, Plan
 from lowvram.profile import Profile
 
 # A person waits a few weeks at most: what is recommended ends within them.
@@ -98,7 +98,6 @@ def judge(
     options = options or RunOptions(dir=Path("run"))
     speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if fits_headless else None
     waiting = days(train.tokens, speed) if speed else None
-    host_bytes = place.profile.host_process_bytes + (0 if place.profile.unified else ledger.host_bytes)
     return Answer(
         name,
         model,
@@ -107,25 +106,30 @@ def judge(
         speed,
         days=waiting,
         kwh=kwh(waiting, place.profile) if waiting is not None else None,
-        host_bytes=host_bytes,
+        host_bytes=host_bytes_of(ledger, place.profile),
         state_bytes=state,
         written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
         # One more than are kept: the new one is whole before the oldest goes.
         disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
         fits_headless=fits_headless,
-        lacks_host_bytes=lacking_bytes(host_bytes, ledger.kept_on_host, place),
+        lacks_host_bytes=lacking_bytes(ledger, place),
     )
 
 
-def lacking_bytes(host_bytes: int, kept_on_host: int, place: Place) -> int:
+def host_bytes_of(ledger: Ledger, profile: Profile) -> int:
+    """Return what a run takes in the computer's memory: the process, and what leaves the card."""
+    return profile.host_process_bytes + (0 if profile.unified else ledger.host_bytes)
+
+
+def lacking_bytes(ledger: Ledger, place: Place) -> int:
     """Return what the computer's memory has too little; 0 where nobody knows how much there is.
 
-    kept_on_host: where something lies there for weeks, the system must have its share beside it.
+    Where something lies there for weeks, the system must have its share beside it.
     """
     if place.ram_bytes is None:
         return 0
-    needed = host_bytes + (SYSTEM_BYTES if kept_on_host and not place.profile.unified else 0)
-    return max(0, needed - place.ram_bytes)
+    share = SYSTEM_BYTES if ledger.kept_on_host and not place.profile.unified else 0
+    return max(0, host_bytes_of(ledger, place.profile) + share - place.ram_bytes)
 
 
 def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -> tuple[Answer, str] | None:

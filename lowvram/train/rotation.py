@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.dispatch import empty_on_host, shown
-from lowvram_kernels.idle import IdleStack, encode_
+from lowvram_kernels.idle import IdleStack, encode_, nbytes
 from torch import Tensor
 
 from lowvram.model.ffn import MoeFfn
@@ -126,11 +126,10 @@ class ExpertRotation:
         """Return what experts and their states take on the card and in the computer's memory."""
         weights = list(self._weights.values())
         states = [tensor for weight in weights for tensor in self._optimizer.state_of(weight).values()]
-        copies = [tensor for _, _, idle in self._stacks() for tensor in idle if tensor is not None]
+        copies_bytes = sum(nbytes(idle) for _, _, idle in self._stacks())
         host = [*self.masters.values(), *(tensor for state in self._states.values() for tensor in state.values())]
-        card = [*weights, *copies, *([] if self._optimizer.is_on_host else states)]
-        host += states if self._optimizer.is_on_host else []
-        return sum(tensor.nbytes for tensor in card), sum(tensor.nbytes for tensor in host)
+        (host if self._optimizer.is_on_host else weights).extend(states)
+        return copies_bytes + sum(tensor.nbytes for tensor in weights), sum(tensor.nbytes for tensor in host)
 
     @contextmanager
     def reading_masters(self) -> Iterator[None]:

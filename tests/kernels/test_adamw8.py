@@ -9,9 +9,10 @@ from typing import Any
 import lowvram_kernels.adamw8 as op
 import pytest
 import torch
-from lowvram_kernels.adamw8 import CHUNK, CodeMap, Maps, Moments, adamw8_, build_maps, decode, encode, new_moments
+from lowvram_kernels.adamw8 import CodeMap, Maps, Moments, adamw8_, build_maps, decode, encode, new_moments
 from lowvram_kernels.dispatch import Card, on_paper
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.rounding import CHUNK
 from measures import LiveBytes, relative_error
 from torch import Tensor
 
@@ -232,7 +233,7 @@ def test_chunks_and_slices_of_experts_change_no_bit(dtype: torch.dtype, monkeypa
     results = []
     for number, way in enumerate(ways):
         if number == 2:
-            monkeypatch.setattr(op, "CHUNK", 512)
+            monkeypatch.setattr("lowvram_kernels.rounding.CHUNK", 512)
         weight = weight_of(shape, dtype)
         moments = new_moments(weight)
         for step in (1, 2, 3):
