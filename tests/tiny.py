@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lowvram.config import RunConfig
 from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
+from lowvram.plan import choose_plan
+from lowvram.train.prepare import prepare
+from lowvram.train.rotation import ExpertRotation
+from lowvram.train.trainer import Trainer
 from tests.conftest import TURKISH
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -69,3 +76,26 @@ def tiny_run(
             "run": options,
         }
     )
+
+
+def trainer_of(what: RunConfig, micro_batch: int | None = None) -> Trainer:
+    """Return a trainer on the CPU, with the plan that is chosen, or with so many sequences at a time."""
+    return prepare(what, choose_plan(what.train, micro_batch)[0], torch.device("cpu"))
+
+
+def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Return copies of all weights and states, by name."""
+    weights, memory = trainer.state.tensors()
+    return {name: tensor.clone() for name, tensor in (weights | memory).items()}
+
+
+def unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that differ in a bit; both have the same names."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def rotation_of(trainer: Trainer) -> ExpertRotation:
+    """Return a trainer's rotation, which it has."""
+    assert trainer.state.rotation is not None
+    return trainer.state.rotation

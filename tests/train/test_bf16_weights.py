@@ -16,7 +16,7 @@ from lowvram.plan import Plan
 from lowvram.train.events import Event, Halved, StepDone
 from lowvram.train.prepare import prepare
 from lowvram.train.trainer import Trainer
-from tests.tiny import KINDS, prepare_home, tiny_run
+from tests.tiny import KINDS, prepare_home, tensors_of, tiny_run, unequal
 from tests.train.test_out_of_memory import fail_at
 
 # Each rounding moves a weight by up to 2⁻⁸ of it, 24 times.  Weights multiplied by 1 ± 0.003 at the start, in fp32,
@@ -46,16 +46,6 @@ def run_of(home: Path, name: str, kind: str = KIND, weights: str = "bf16", **tra
 
 def trainer_of(what: RunConfig, micro_batch: int = 4) -> Trainer:
     return prepare(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device("cpu"))
-
-
-def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
-    weights, memory = trainer.state.tensors()
-    return {name: tensor.clone() for name, tensor in (weights | memory).items()}
-
-
-def unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 def losses_of(events: list[Event]) -> list[float]:

@@ -18,10 +18,8 @@ from lowvram.errors import TrainingError
 from lowvram.objective import Batch, Loss, causal_loss
 from lowvram.plan import Plan
 from lowvram.train.events import Event, Halved, Saved, StepDone
-from lowvram.train.prepare import prepare
 from lowvram.train.start import settle_plan
-from lowvram.train.trainer import Trainer
-from tests.tiny import prepare_home, tiny_run
+from tests.tiny import prepare_home, tensors_of, tiny_run, trainer_of, unequal
 
 NO_MEMORY = torch.OutOfMemoryError
 
@@ -37,20 +35,6 @@ def run_of(home: Path, name: str, tokens: int = 6 * 256, **run: Any) -> RunConfi
     """A mixture of experts with dropout: loads, balancing biases and masks could all betray a failed try."""
     what = tiny_run(home, "mla-moe", name, dropout=0.1, tokens=tokens)
     return what.model_copy(update={"run": what.run.model_copy(update={"prompts": (), **run})})
-
-
-def trainer_of(what: RunConfig, micro_batch: int) -> Trainer:
-    return prepare(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device("cpu"))
-
-
-def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
-    weights, memory = trainer.state.tensors()
-    return {name: tensor.clone() for name, tensor in (weights | memory).items()}
-
-
-def unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, place: str, is_hit: Callable[[Batch], bool], times: int = 1) -> list[Any]:

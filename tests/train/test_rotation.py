@@ -17,12 +17,10 @@ from lowvram.evaluate.bits_per_byte import score
 from lowvram.fit.rehearse import rehearse
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, causal_loss
-from lowvram.plan import choose_plan
 from lowvram.train.events import Evaluated, Rotated, Saved, StepDone
-from lowvram.train.prepare import prepare
 from lowvram.train.rotation import ExpertRotation
 from lowvram.train.trainer import Trainer
-from tests.tiny import prepare_home, tiny_run
+from tests.tiny import prepare_home, rotation_of, tiny_run, trainer_of
 
 # fp32 rounds at 6e-8; a forward and a backward pass add some hundred of these.
 RELATIVE = 1e-5
@@ -54,15 +52,6 @@ def run_of(
     rotation = {"window": window, "interval": interval, "idle": idle}
     what = tiny_run(home, "mla-moe", name, experts=experts, rotation=rotation, **train)
     return what.model_copy(update={"run": what.run.model_copy(update={"prompts": (), "validate_every": 1000})})
-
-
-def trainer_of(what: RunConfig) -> Trainer:
-    return prepare(what, choose_plan(what.train)[0], torch.device("cpu"))
-
-
-def rotation_of(trainer: Trainer) -> ExpertRotation:
-    assert trainer.state.rotation is not None
-    return trainer.state.rotation
 
 
 def experts_of(trainer: Trainer) -> list[dict[str, Tensor]]:

@@ -17,10 +17,9 @@ from lowvram.objective import Batch
 from lowvram.plan import choose_plan
 from lowvram.train.events import Event, Rotated, StepDone
 from lowvram.train.prepare import prepare
-from lowvram.train.rotation import ExpertRotation
 from lowvram.train.state import load_weights
 from lowvram.train.trainer import Trainer
-from tests.tiny import prepare_home, tiny_run
+from tests.tiny import prepare_home, rotation_of, tiny_run, trainer_of, unequal
 
 RELATIVE = 1e-5
 STACKS = ("blocks.1.ffn.gate_up_EHD", "blocks.1.ffn.down_EDI")
@@ -53,15 +52,6 @@ def run_of(
     return what.model_copy(update={"run": what.run.model_copy(update={"prompts": (), "validate_every": 1000})})
 
 
-def trainer_of(what: RunConfig) -> Trainer:
-    return prepare(what, choose_plan(what.train)[0], torch.device("cpu"))
-
-
-def rotation_of(trainer: Trainer) -> ExpertRotation:
-    assert trainer.state.rotation is not None
-    return trainer.state.rotation
-
-
 def run_until(trainer: Trainer, step: int) -> list[Event]:
     events = []
     for event in trainer.run():
@@ -80,11 +70,6 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
     weights, memory = trainer.state.tensors()
     held = {f"buffer.{name}": tensor for name, tensor in trainer.state.model.named_buffers()}
     return {name: tensor.clone() for name, tensor in (weights | memory | held).items()}
-
-
-def unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
-    assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
