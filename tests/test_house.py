@@ -200,7 +200,8 @@ def public_definitions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.ClassDef
 def test_every_public_name_is_documented_and_annotated(path: Path) -> None:
     for node in public_definitions(TREES[path]):
         assert ast.get_docstring(node), f"{node.name} has no docstring"
-        if isinstance(node, ast.FunctionDef):
+        is_kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        if isinstance(node, ast.FunctionDef) and not is_kernel:  # whose arguments are values of Triton's
             assert node.returns is not None, f"{node.name} does not say what it returns"
             bare = [a.arg for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation is None]
             assert set(bare) <= {"self", "cls", "ctx"}, f"{node.name}: {bare}"

@@ -6,9 +6,12 @@ own allocations: so what is counted there is what the card will hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,19 +21,46 @@ class Card(NamedTuple):
     """What ops ask of a device and its torch.
 
     platform: "cuda", "mps" or "cpu".  capability: CUDA's, (major, minor).  has_flash: torch was built with
-    FlashAttention, which its wheels for Windows are not.
+    FlashAttention, which its wheels for Windows are not.  has_triton: Triton is installed beside it.
+    multiprocessors: how many blocks of a launch run side by side, at least.
     """
 
     platform: str
     capability: tuple[int, int] | None = None
     has_flash: bool = True
+    has_triton: bool = True
+    multiprocessors: int = 48
+
+    @property
+    def shared_bytes(self) -> int:
+        """The most shared memory that one block of a launch may use.  Source: CUDA C++ Programming Guide."""
+        return _SHARED_BYTES.get(self.capability or (0, 0), 101_376)
 
 
 class Choice(NamedTuple):
-    """A backend, and one sentence why."""
+    """A backend, one sentence why, and one that says what would change it ("" where nothing would)."""
 
     backend: str
     reason: str
+    remedy: str = ""
+
+
+class Launch(NamedTuple):
+    """One launch of a Triton kernel, as values: run on a card, written down on paper, compiled by the gate.
+
+    module: of this package, holds the kernel.  arguments: tensors and numbers in the kernel's order, before its
+    constants.  promise: the numbers whose tensor-core product the kernel must become ("f16", "bf16", "e4m3", "mxf8",
+    "s8"; "" for none).
+    """
+
+    module: str
+    kernel: str
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    warps: int = 4
+    stages: int = 3
+    promise: str = ""
 
 
 class HiddenWork(NamedTuple):
@@ -41,14 +71,20 @@ class HiddenWork(NamedTuple):
     ops: float = 0.0
 
 
-def _forget(work: HiddenWork | Tensor) -> None:
+_SHARED_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
+
+
+def _forget(work: HiddenWork | Tensor | Launch) -> None:
     """Off paper nobody asks."""
 
 
 # A fact of the build, asked once: Dynamo cannot trace the question.
 _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
+_HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 # Plain names, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
-_paper: Card | None = None
+_imagined: Card | None = None
+_is_paper = False
+_note_launch: Callable[[Launch], None] = _forget
 _note: Callable[[HiddenWork], None] = _forget
 _note_host: Callable[[Tensor], None] = _forget
 # How often what happens on paper now really happens.
@@ -57,20 +93,34 @@ _times = 1
 
 @contextmanager
 def on_paper(
-    card: Card, note: Callable[[HiddenWork], None] = _forget, note_host: Callable[[Tensor], None] = _forget
+    card: Card,
+    note: Callable[[HiddenWork], None] = _forget,
+    note_host: Callable[[Tensor], None] = _forget,
+    note_launch: Callable[[Launch], None] = _forget,
 ) -> Iterator[None]:
     """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
 
     note: is told of the work that paper replaces by its allocations.  note_host: of each tensor that lies in the
-    computer's memory and not on the card.
+    computer's memory and not on the card.  note_launch: of each kernel that would be launched.
     """
-    global _paper, _note, _note_host
-    before = _paper, _note, _note_host
-    _paper, _note, _note_host = card, note, note_host
+    global _imagined, _is_paper, _note, _note_host, _note_launch
+    before = _imagined, _is_paper, _note, _note_host, _note_launch
+    _imagined, _is_paper, _note, _note_host, _note_launch = card, True, note, note_host, note_launch
     try:
         yield
     finally:
-        _paper, _note, _note_host = before
+        _imagined, _is_paper, _note, _note_host, _note_launch = before
+
+
+@contextmanager
+def imagining(card: Card) -> Iterator[None]:
+    """Let ops take `card`'s path and really launch, which Triton's interpreter does with a processor's tensors."""
+    global _imagined
+    before, _imagined = _imagined, card
+    try:
+        yield
+    finally:
+        _imagined = before
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -120,16 +170,35 @@ def times_now() -> int:
 
 def is_on_paper() -> bool:
     """Say whether this runs inside `on_paper`."""
-    return _paper is not None
+    return _is_paper
 
 
 def card_of(device: torch.device) -> Card:
     """Return the card that a tensor on `device` is computed by: the imagined one on paper."""
-    if _paper is not None:
-        return _paper
+    if _imagined is not None:
+        return _imagined
     if device.type != "cuda":
         return Card(device.type)
-    return Card("cuda", torch.cuda.get_device_capability(device), _HAS_FLASH)
+    facts = torch.cuda.get_device_properties(device)
+    return Card("cuda", (facts.major, facts.minor), _HAS_FLASH, _HAS_TRITON, facts.multi_processor_count)
+
+
+def is_interpreted() -> bool:
+    """Say whether Triton's kernels run in its interpreter, whose casts to bf16 and to 8-bit floats err."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
+    """Launch a kernel; on paper only tell of it.
+
+    flops, moved_bytes: its operations and the bytes that it reads and writes, by which its roofline is reckoned.
+    """
+    if _is_paper:
+        _note_launch(what)
+        _note(HiddenWork(flops, moved_bytes, 1.0))
+        return
+    kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
+    kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)
 
 
 def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
@@ -150,3 +219,59 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
     if is_masked:
         return Choice("efficient", "FlashAttention 2 takes no mask")
     return Choice("flash", "16-bit numbers, no mask, compute capability 8.0 or more")
+
+
+# Ops that have a Triton form, and the least capability that it needs.
+_TRITON_FROM = {
+    "quantise": (7, 5),
+    "adamw8": (7, 5),
+    "grouped_matmul": (8, 0),
+    "small_matmul": (7, 5),
+    "latent_attention": (8, 0),
+    "fp8_matmul": (8, 0),
+    "int8_matmul": (8, 0),
+}
+# Ops that keep their reference, which torch.compile fuses.
+_REFERENCE_ONLY = ("rms_norm", "swiglu", "linear_cross_entropy")
+OPS = (*_TRITON_FROM, *_REFERENCE_ONLY)
+
+
+def choose(op: str, card: Card) -> Choice:
+    """Choose the backend of an op on a card; the same on paper as on the card.
+
+    op: one of `OPS`.  Returns "reference" (plain PyTorch), "triton", and for fp8_matmul "mxfp8" (block-scaled tensor
+    cores), "tensor" (FP8 tensor cores), "storage" (bytes decoded in registers) or "decode" (bytes decoded, then
+    cuBLAS), of which int8_matmul has "tensor" and "decode".
+    """
+    if op in _REFERENCE_ONLY:
+        return Choice("reference", "torch.compile fuses the plain form; no Triton form has been measured to beat it")
+    if card.platform != "cuda" or card.capability is None:
+        return Choice("reference", "Triton compiles for NVIDIA cards only" if card.platform == "cpu" else _ON_MPS)
+    if not card.has_triton:
+        command = "pip install triton-windows" if os.name == "nt" else "pip install triton"
+        return Choice("reference", "Triton is not installed, so plain PyTorch computes, slower", command)
+    least = _TRITON_FROM[op]
+    if card.capability < least:
+        reason = f"{_name(card)}: Triton's products reach tensor cores from capability {least[0]}.{least[1]} on"
+        return Choice("decode" if op.endswith("8_matmul") else "reference", f"{reason}; cuBLAS computes in fp16")
+    if op == "fp8_matmul":
+        return _choose_fp8(card, card.capability)
+    if op == "int8_matmul":
+        return Choice("tensor", f"{_name(card)} has INT8 tensor cores")
+    return Choice("triton", f"{_name(card)} runs our kernel")
+
+
+_ON_MPS = "Triton does not compile for Apple's GPUs"
+
+
+def _name(card: Card) -> str:
+    major, minor = card.capability or (0, 0)
+    return f"capability {major}.{minor}"
+
+
+def _choose_fp8(card: Card, capability: tuple[int, int]) -> Choice:
+    if capability < (8, 9):
+        return Choice("storage", f"{_name(card)} has no FP8 tensor cores: bytes are decoded in registers to fp16")
+    if capability[0] == 12:
+        return Choice("mxfp8", f"{_name(card)} multiplies FP8 with its block scales in one instruction")
+    return Choice("tensor", f"{_name(card)} has FP8 tensor cores")
