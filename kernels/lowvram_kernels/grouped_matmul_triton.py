@@ -180,7 +180,7 @@ def multiply_fp8_kernel(
     right_at = right_ptr + place_n[None, :] * K + at_k[:, None]
     left_scale_ptr += row.to(tl.int64) * blocks
     right_scale_ptr += (expert.to(tl.int64) * tl.cdiv(N, 128) + column * BLOCK_N // 128) * blocks
-    place_scale = (place_m * blocks)[:, None]
+    place_scale = place_m * blocks
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         if HAS_WHOLE_K:
@@ -189,8 +189,9 @@ def multiply_fp8_kernel(
             in_k = at_k < K - k
             left = tl.load(left_at, mask=in_k[None, :], other=0)
             right = tl.load(right_at, mask=in_k[:, None], other=0)
+        # A vector, broadcast after it is loaded: a load of a column would be repeated for each column of the product.
         left_scale, right_scale = tl.load(left_scale_ptr + k // 128 + place_scale), tl.load(right_scale_ptr + k // 128)
-        total = dot_scaled(left, left_scale, right, right_scale, total, WAY)
+        total = dot_scaled(left, left_scale[:, None], right, right_scale, total, WAY)
         left_at += BLOCK_K
         right_at += BLOCK_K
     out_ptr += row.to(tl.int64) * N

@@ -92,7 +92,7 @@ def outer_fp8_kernel(
     end = tl.where(start < end, end, first)  # an empty slice reads nothing, not even scales
     left_at = left_ptr + place_o.to(tl.int64)[:, None] * M + (first + at_m)[None, :]
     right_at = right_ptr + place_i.to(tl.int64)[None, :] * M + (first + at_m)[:, None]
-    left_scale_at, right_scale_at = (place_o * blocks)[:, None], (place_i * blocks)[None, :]
+    left_scale_at, right_scale_at = place_o * blocks, place_i * blocks
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for m in range(first, end, BLOCK_M):
         in_memory, in_slice = at_m < M - m, (at_m >= start - m) & (at_m < end - m)
@@ -102,7 +102,7 @@ def outer_fp8_kernel(
         left = tl.where(in_slice[None, :], left, 0)
         left_scale = tl.load(left_scale_ptr + m // 128 + left_scale_at)
         right_scale = tl.load(right_scale_ptr + m // 128 + right_scale_at)
-        total = dot_scaled(left, left_scale, right, right_scale, total, WAY)
+        total = dot_scaled(left, left_scale[:, None], right, right_scale[None, :], total, WAY)
         left_at += BLOCK_M
         right_at += BLOCK_M
     out_ptr += expert.to(tl.int64) * outputs * inputs
