@@ -64,13 +64,20 @@ class Launch(NamedTuple):
 
 
 class HiddenWork(NamedTuple):
-    """What a part of a step costs that does not run on paper, where no dispatcher can see it.  flops: of attention."""
+    """What a part of a step costs that does not run on paper, where no dispatcher can see it.
+
+    flops: of attention.  product_flops: of matrix products in 16 bits or more.  low_flops: of those in 8 bits.
+    """
 
     flops: float = 0.0
     moved_bytes: float = 0.0
     ops: float = 0.0
+    product_flops: float = 0.0
+    low_flops: float = 0.0
 
 
+# Promises that are kept by instructions on numbers of 8 bits.
+_LOW = ("e4m3", "mxf8", "s8")
 _SHARED_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
 
 
@@ -195,7 +202,8 @@ def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
     """
     if _is_paper:
         _note_launch(what)
-        _note(HiddenWork(flops, moved_bytes, 1.0))
+        kind = "low_flops" if what.promise in _LOW else "product_flops"
+        _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, **{kind: flops}))
         return
     kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
     kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)

@@ -157,7 +157,7 @@ class LiveStorage(TorchDispatchMode):
 
     def add_hidden(self, work: HiddenWork) -> None:
         """Count what does not run on paper."""
-        self._add(Work(0.0, work.moved_bytes, work.ops, work.flops))
+        self._add(Work(work.product_flops, work.moved_bytes, work.ops, work.flops, low_flops=work.low_flops))
 
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
