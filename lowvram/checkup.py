@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-
 from lowvram.facts import Facts
 from lowvram.machine import TORCH, UPDATE_DRIVER, find_mismatch, find_wheel, install_command
 from lowvram.units import show_bytes
@@ -49,7 +48,8 @@ def check_torch(facts: Facts) -> Finding | None:
     if build is None:
         return Finding("torch is not installed", "nothing can be trained", command, True)
     if says.problem:
-        return Finding(f"torch {build.version} does not import ({says.problem})", "nothing can be trained", command, True)
+        value = f"torch {build.version} does not import ({says.problem})"
+        return Finding(value, "nothing can be trained", command, True)
     return Finding(f"torch is {build.version}", f"lowvram needs {TORCH}, and training would fail", command, True)
 
 
@@ -76,6 +76,14 @@ def check_idle_card(facts: Facts) -> Finding | None:
         return Finding(f"CUDA_VISIBLE_DEVICES is {facts.visible_cards!r}", f"torch sees no card, {idle}", command)
     consequence = f"torch {build.version} does not see it, {idle}; asked, it says why"
     return Finding(f"{driver.card} is here", consequence, 'python -c "import torch; torch.cuda.init()"')
+
+
+def check_start(facts: Facts) -> Finding | None:
+    """The card must start: after a driver's update or a night's sleep it may not."""
+    if not facts.says.card_problem:
+        return None
+    value = f"the card does not start ({facts.says.card_problem})"
+    return Finding(value, "training on it would fail", "restart the computer", True)
 
 
 def check_architecture(facts: Facts) -> Finding | None:
@@ -255,7 +263,7 @@ def check_disk(facts: Facts) -> Finding | None:
 
 Check = Callable[[Facts], Finding | None]
 # What a run on a CUDA card meets at its first launch.
-LAUNCH_CHECKS: tuple[Check, ...] = (check_architecture, check_triton, check_compiler, check_headers)
+LAUNCH_CHECKS: tuple[Check, ...] = (check_start, check_architecture, check_triton, check_compiler, check_headers)
 CHECKS: tuple[Check, ...] = (
     check_torch,
     check_idle_card,

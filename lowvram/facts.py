@@ -31,12 +31,14 @@ from lowvram.machine import (
 class TorchSays(NamedTuple):
     """What torch says once it is imported.
 
-    problem: why it does not import.  device: the best that it can use here.  capability: of its first CUDA card.
-    architectures: what it has code for, as "sm_86" or "compute_120".  has_metal: it was built for Apple's GPUs.
+    problem: why it does not import.  device: the best that it finds here.  card_problem: why its CUDA card does not
+    start.  capability: that card's.  architectures: what it has code for, as "sm_86" or "compute_120".  has_metal: it
+    was built for Apple's GPUs.
     """
 
     problem: str = ""
     device: Literal["cuda", "mps", "cpu"] = "cpu"
+    card_problem: str = ""
     capability: tuple[int, int] | None = None
     architectures: tuple[str, ...] = ()
     has_metal: bool = False

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowvram.facts import gather
 
     facts = gather(ask_torch())
-    findings, ops = find_all(facts), {} if facts.says.problem else _find_ops(facts)
+    findings, ops = find_all(facts), {} if facts.says.problem or facts.says.card_problem else _find_ops(facts)
     device = None if facts.says.problem else facts.says.device
     if arguments.json:
         _show_json(device, None, _describe(facts), ops, findings)
@@ -121,6 +121,8 @@ def _describe_card(facts: Facts) -> str:
     from lowvram.units import show_bytes
 
     card = facts.card
+    if card is None and facts.capability is not None:
+        return "capability {}.{}, says torch; its driver does not answer".format(*facts.capability)
     if card is None:
         is_apple = facts.system == "Darwin" and facts.processor == "arm64"
         return f"{detect().profile.name}'s own" if is_apple else "no NVIDIA card"

@@ -41,10 +41,16 @@ def ask_torch() -> TorchSays:
         import torch
     except (ImportError, OSError) as error:
         return TorchSays(first_line(error))
-    device = next(name for name, present in _find_devices().items() if present)
+    device, capability, problem = next(name for name, present in _find_devices().items() if present), None, ""
+    if device == "cuda":
+        try:
+            capability = torch.cuda.get_device_capability(0)
+        except RuntimeError as error:  # of which torch's errors of a card are
+            problem = first_line(error)
     return TorchSays(
         device=device,
-        capability=torch.cuda.get_device_capability(0) if device == "cuda" else None,
+        card_problem=problem,
+        capability=capability,
         architectures=tuple(torch.cuda.get_arch_list()),
         has_metal=torch.backends.mps.is_built(),
     )
