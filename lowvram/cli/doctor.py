@@ -50,8 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         for name, words in _lines(facts).items():
             result(f"{name:<12}  {words}")
-        result()
-        _show_ops(ops)
+        if ops:
+            result()
+            _show_ops(ops)
         _show_findings(findings)
     return int(any(finding.is_fatal for finding in findings))
 
@@ -166,8 +167,6 @@ def _show_ops(ops: dict[str, Choice]) -> None:
     """Print a row for each op; where a window is too narrow for that, neighbours share what is the same of them."""
     from lowvram.cli.show import lay_out, out, table_width
 
-    if not ops:
-        return
     table = _tabulate([[op] for op in ops], ops)
     if out.is_terminal and table_width(table) > out.width:
         table = _tabulate([list(alike) for _, alike in itertools.groupby(ops, ops.__getitem__)], ops)

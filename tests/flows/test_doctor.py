@@ -154,6 +154,7 @@ def test_where_no_op_could_be_computed_there_is_no_table(be: Callable[[Facts], N
     be(Facts(says))
     answer, found = typed("doctor"), values(code=1)
     assert (answer.code, rows(answer.out)) == (1, {})
+    assert "\n\n\n" not in answer.out
     assert (found["ops"], found["device"]) == ([], None if says.problem else "cuda")
     assert re.search("^torch +not installed$", answer.out, re.MULTILINE)
 
