@@ -218,10 +218,11 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
         return Choice("flash", "torch's CPU kernel is fused")
     if card.platform != "cuda":
         return Choice("math", "torch's attention on MPS writes out every score while it learns")
-    if not card.has_flash:
-        return Choice("efficient", "this torch was built without FlashAttention, as those for Windows are")
     if card.capability is None or card.capability < (8, 0):
         return Choice("efficient", "FlashAttention 2 needs compute capability 8.0")
+    if not card.has_flash:
+        reason = "this torch was built without FlashAttention, as those for Windows are"
+        return Choice("efficient", reason, "Linux, or WSL under Windows")
     if dtype == torch.float32:
         return Choice("efficient", "FlashAttention 2 takes 16-bit numbers only")
     if is_masked:
@@ -256,7 +257,8 @@ def choose(op: str, card: Card) -> Choice:
     if card.platform != "cuda" or card.capability is None:
         return Choice("reference", "Triton compiles for NVIDIA cards only" if card.platform == "cpu" else _ON_MPS)
     if not card.has_triton:
-        command = "pip install triton-windows" if os.name == "nt" else "pip install triton"
+        package = "triton-windows" if os.name == "nt" else "triton"
+        command = f'pip install "{package}>=3.5,<3.8"'
         return Choice("reference", "Triton is not installed, so plain PyTorch computes, slower", command)
     least = _TRITON_FROM[op]
     if card.capability < least:

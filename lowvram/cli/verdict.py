@@ -6,19 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.measure import Measurement
-from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.cli.show import out, result
+from lowvram.cli.show import lay_out, out, result, table_width
 from lowvram.config import TrainConfig
 from lowvram.fit.answer import Answer, Place
 from lowvram.fit.changes import Change
 from lowvram.units import show_bytes, show_count, show_duration
 
 _BAR_CELLS = 16
-_BOUNDLESS = 1_000
 # What a window that is not wide enough leaves out, the last first; the columns before these are always shown.
 _DISPENSABLE = 5
 _LEFT = {"preset", "fits", "peak", "technique"}
@@ -28,11 +25,9 @@ def show_table(answers: Sequence[Answer], place: Place, advice: tuple[Answer, st
     """Print one row per model, and the one that is recommended."""
     rows = [_row(answer, place, advice) for answer in answers]
     shown = list(rows[0])
-    while (width := _measure(_tabulate(rows, shown))) > out.width and out.is_terminal and len(shown) > _DISPENSABLE:
+    while table_width(_tabulate(rows, shown)) > out.width and out.is_terminal and len(shown) > _DISPENSABLE:
         shown.pop()
-    # A pipe has no width, and rich would take it for 80 columns: nothing is cut there.
-    table = _tabulate(rows, shown)
-    out.print(Segments(out.render(table, out.options.update_width(width))), soft_wrap=True, end="")
+    lay_out(_tabulate(rows, shown))
     result()
     result(
         f"Peak: of the {show_bytes(place.headless_bytes)} that tensors may take on {place.profile.name}" + _mark(place)
@@ -62,10 +57,6 @@ def _tabulate(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> Table:
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     return table
-
-
-def _measure(table: Table) -> int:
-    return Measurement.get(out, out.options.update_width(_BOUNDLESS), table).maximum
 
 
 def _row(answer: Answer, place: Place, advice: tuple[Answer, str] | None) -> dict[str, Any]:
