@@ -4,7 +4,7 @@
     scale of int8 = absmax / 127
 
 A matrix is worked on in parts that stay in a processor's cache.
-Alive inside: some 15 bytes for each of the `CHUNK` numbers at work, less for bf16.
+Alive inside: 8 bytes for each of the `CHUNK` numbers at work; on MPS, where integers round to E4M3, 28.
 
 Shapes: N rows, K columns, A × B blocks of R × C numbers.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from lowvram_kernels import e4m3
 from lowvram_kernels.dispatch import card_of, shown
 
-CHUNK = 2**18
+CHUNK = 2**19
 INT8_MAX = 127.0
 _TINY = torch.finfo(torch.float32).tiny
 _INFINITY_BITS = 0x7F800000
@@ -37,31 +37,37 @@ def encode_(code: Tensor, scale: Tensor, x: Tensor, block: tuple[int, int], fp32
 
     code: [N, K] uint8 (E4M3) | int8.  scale: [A, B] fp32.  x: [N, K] fp32|bf16|fp16.  block: its rows and columns.
     """
-    has_float8 = card_of(x.device).platform != "mps"
     for place, scale_place, cut in _parts(x.shape[0], x.shape[1], block):
-        x_ARBC, code_ARBC = _cut(x[place], cut), _cut(code[place], cut)
-        scale_AB = _scale_of(_absmax(x_ARBC), code.dtype == torch.int8, fp32_scales)
-        scale[scale_place].copy_(scale_AB)
-        if x.dtype == torch.bfloat16 and code.dtype == torch.uint8 and not fp32_scales:
-            # Powers of two divide exactly in bf16 too, whose exponents are fp32's.
-            scaled_ARBC = x_ARBC / scale_AB.to(torch.bfloat16)[:, None, :, None]
-        else:
-            scaled_ARBC = x_ARBC.float() / scale_AB[:, None, :, None]
-        if code.dtype == torch.int8:
-            code_ARBC.copy_(scaled_ARBC.round_())
-        elif has_float8:
-            # Nothing here rounds to more than 448, so torch's cast never has to saturate.
-            code_ARBC.view(torch.float8_e4m3fn).copy_(scaled_ARBC)
-        else:
-            code_ARBC.copy_(e4m3.encode(scaled_ARBC))
+        _encode_part_(_cut(code[place], cut), scale[scale_place], _cut(x[place], cut), fp32_scales)
 
 
 def decode_(x: Tensor, code: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
     """Write the numbers of codes, code · scale in fp32 and rounded once; shapes as in `encode_`."""
     for place, scale_place, cut in _parts(x.shape[0], x.shape[1], block):
-        part = code[place]
-        value = e4m3.decode(part, torch.float32) if code.dtype == torch.uint8 else part.float()
-        x[place].copy_(_cut(value, cut).mul_(scale[scale_place][:, None, :, None]).view(part.shape))
+        _decode_part_(_cut(x[place], cut), _cut(code[place], cut), scale[scale_place])
+
+
+def _encode_part_(code_ARBC: Tensor, scale_AB: Tensor, x_ARBC: Tensor, fp32_scales: bool) -> None:
+    is_int8 = code_ARBC.dtype == torch.int8
+    scale_AB.copy_(_scale_of(_absmax(x_ARBC), is_int8, fp32_scales))
+    if x_ARBC.dtype == torch.bfloat16 and not is_int8 and not fp32_scales:
+        # Powers of two divide exactly in bf16 too, whose exponents are fp32's.
+        scaled_ARBC = x_ARBC / scale_AB.to(torch.bfloat16)[:, None, :, None]
+    else:
+        scaled_ARBC = x_ARBC.float() / scale_AB[:, None, :, None]
+    if is_int8:
+        code_ARBC.copy_(scaled_ARBC.round_())
+    elif card_of(x_ARBC.device).platform != "mps":
+        # Nothing here rounds to more than 448, so torch's cast never has to saturate.
+        code_ARBC.view(torch.float8_e4m3fn).copy_(scaled_ARBC)
+    else:
+        code_ARBC.copy_(e4m3.encode(scaled_ARBC))
+
+
+def _decode_part_(x_ARBC: Tensor, code_ARBC: Tensor, scale_AB: Tensor) -> None:
+    is_int8 = code_ARBC.dtype == torch.int8
+    value_ARBC = code_ARBC.float() if is_int8 else e4m3.decode(code_ARBC, torch.float32)
+    x_ARBC.copy_(value_ARBC.mul_(scale_AB[:, None, :, None]))
 
 
 def _absmax(x_ARBC: Tensor) -> Tensor:

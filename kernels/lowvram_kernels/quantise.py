@@ -11,10 +11,10 @@ One round trip errs by at most 2⁻⁴·|x| (e4m3; 2⁻¹⁰·scale where |x| < 
 NaN or infinity makes its block's scale NaN (int8: its row's), so all of it decodes to NaN; its codes mean nothing.
 A block of zeros has codes 0.  The two backends agree bit for bit.
 
-Moved on a card: x once, a byte for each number and 4 for each scale; a quarter more than x twice for int8 of columns
-and of rows that one program cannot hold.  Operations are some ten of an integer unit for each number: memory bounds.
-Alive inside: on a card the results, and for those int8 rows 4 bytes for each row's `SLICE` numbers; else the results,
-for turned ones a byte more for each number, and some 15 bytes for each of the `CHUNK` numbers at work.
+Moved on a card: x once, a byte for each number and 4 for each scale; x twice for int8 of columns and of rows that one
+program cannot hold.  No products, and some twenty integer operations for each number: memory is what bounds it.
+Alive inside: on a card the results, and for those int8 rows 4 bytes for each slice of 512 or 2,048 numbers; else the
+results, for turned ones a byte more for each number, and what `blocks.py` has at work.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3; Open Compute Project 2023, "Microscaling Formats (MX)", section 5.
 
