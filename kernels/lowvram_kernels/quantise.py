@@ -1,7 +1,7 @@
 """Stand-in for the quantisation of tensors, to the contract that others code against; knows no kernels.
 
-    e4m3    x ≈ code · scale     scale = 2^⌈log₂(absmax / 448)⌉ of each block of 1×128 or 128×128
-    int8    x ≈ code · scale     scale = absmax / 127 of each row
+e4m3    x ≈ code · scale     scale = 2^⌈log₂(absmax / 448)⌉ of each block of 1×128 or 128×128
+int8    x ≈ code · scale     scale = absmax / 127 of each row
 """
 
 from __future__ import annotations

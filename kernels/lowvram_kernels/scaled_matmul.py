@@ -89,7 +89,9 @@ def rows_of_scale(scaled: Scaled, what: str) -> int:
         found = f"{list(code.shape)} {code.dtype}, strides {list(code.stride())}"
         raise ShapeError(f"{what}: code is {found}; needs [N, K] uint8 or int8, contiguous, K ≥ 1.")
     rows, blocks = code.shape[0], -(-code.shape[1] // BLOCK)
-    fitting = {(rows, 1): 1} if code.dtype == torch.int8 else {(-(-rows // BLOCK), blocks): BLOCK, (rows, blocks): 1}
+    fitting: dict[tuple[int, ...], int] = {(-(-rows // BLOCK), blocks): BLOCK, (rows, blocks): 1}
+    if code.dtype == torch.int8:
+        fitting = {(rows, 1): 1}
     found_rows = fitting.get(tuple(scale.shape))
     if found_rows is None or scale.dtype != torch.float32 or scale.device != code.device:
         found = f"{list(scale.shape)} {scale.dtype} on {scale.device}"
@@ -122,7 +124,7 @@ def choose_tile(card: Card, backend: str, rows: int, columns: int) -> Tile:
 
 
 def _shared_bytes(tile: Tile, card: Card) -> int:
-    """Return what the stages of both operands take, with a scale for each row: one stage lies in registers but on 9.0."""
+    """Return what the stages of both operands take, with a scale a row; one stage lies in registers, save on 9.0."""
     held = tile.stages if card.capability == (9, 0) else tile.stages - 1
     return held * (tile.rows + tile.columns) * (tile.depth + 4)
 
@@ -200,7 +202,8 @@ def _(*arguments: Any) -> None:
 
 def _multiply_decoded(a: Scaled, b: Scaled, dtype: torch.dtype, card: Card, has_fp32_scales: bool) -> Tensor:
     """Multiply by the device's library: exact operands, sums in fp32."""
-    if card.platform == "cuda" and (dtype != torch.bfloat16 or card.capability < (8, 0) or a.code.dtype == torch.int8):
+    has_bf16 = card.platform != "cuda" or (card.capability or (0, 0)) >= (8, 0)
+    if card.platform == "cuda" and (dtype != torch.bfloat16 or not has_bf16 or a.code.dtype == torch.int8):
         return _multiply_halves(a, b, dtype)
     if a.code.dtype == torch.int8:
         if card.platform == "cpu" and _HAS_VNNI:

@@ -68,7 +68,8 @@ def e4m3_kernel(
 ):
     """y = deq(a) · deq(b)ᵀ: each block's product is scaled in fp32 and added.
 
-    A_ROWS, B_ROWS: rows of one scale, 1 or 128.  BLOCK_N, BLOCK_K: divide 128.  DECODES: bytes become fp16 in registers.
+    A_ROWS, B_ROWS: rows of one scale, 1 or 128.  BLOCK_N and BLOCK_K divide 128.  DECODES: bytes become fp16 in
+    registers.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
     row_m, row_n = rows_of(tile_m, M, BLOCK_M), rows_of(tile_n, N, BLOCK_N)
@@ -87,10 +88,7 @@ def e4m3_kernel(
         b = tl.load(b_at + start, mask=k[:, None] < K - start, other=0.0)
         a_scale = tl.load(a_scale_at + start // 128)
         b_scale = tl.load(b_scale_at + start // 128)
-        if DECODES:
-            product = tl.dot(decode_256th(a), decode_256th(b))
-        else:
-            product = tl.dot(a, b)
+        product = tl.dot(decode_256th(a), decode_256th(b)) if DECODES else tl.dot(a, b)
         if B_ROWS == 128:
             y += product * (a_scale * b_scale)[:, None]
         else:
