@@ -15,7 +15,7 @@ what is beyond 65,504 becomes infinite and the result NaN, and scales below 2⁻
 cores that keep its digits, so it takes the plain form everywhere, and so do C above 512 and R above 128.
 
 Alive inside, on a card: partial [B, H, I, C] and two [B, H, I], fp32.  In the plain form: a copy of the cache in q's
-dtype and three [B, H, S].
+dtype, one in fp32 while bytes are decoded, and three [B, H, S].
 Moved: the seen positions of the cache once for all heads, q, the result; the partial results twice.
 Operations: 2·(2C + R) for each head and seen position.
 
@@ -263,7 +263,8 @@ def latent_attention(
     _check(q_latent, q_rope, latent, rope, lengths, latent_scale, window)
     backend = choose("latent_attention", card_of(q_latent.device)).backend
     is_small = q_latent.shape[2] <= _MOST_CHANNELS and rope.shape[2] <= _MOST_ROTATED
-    run = on_card if backend == "triton" and is_small and q_latent.dtype != torch.float32 else _plain
+    is_half = q_latent.dtype in (torch.bfloat16, torch.float16)
+    run = on_card if backend == "triton" and is_small and is_half else _plain
     return run(q_latent, q_rope, latent, rope, lengths, scale, latent_scale, window)
 
 
@@ -296,8 +297,10 @@ def _check(
     if not fits:
         shapes = [list(tensor.shape) for tensor in (*tensors, lengths)]
         raise ShapeError(f"latent_attention: got {shapes}; needs [B, H, C], [B, H, R], [B, S, C], [B, S, R] and [B].")
-    if lengths.dtype != torch.int32 or len({tensor.device for tensor in (*tensors, lengths)}) > 1:
-        raise ShapeError(f"latent_attention: lengths is {lengths.dtype} on {lengths.device}; needs int32, beside q.")
+    if any(tensor.device != q_latent.device for tensor in (*tensors, lengths)):
+        raise ShapeError(f"latent_attention: q is on {q_latent.device}, lengths on {lengths.device}; needs one device.")
+    if lengths.dtype != torch.int32 or not lengths.is_contiguous():
+        raise ShapeError(f"latent_attention: lengths is {lengths.dtype}; needs int32, contiguous.")
     if latent.stride(2) != 1 or rope.stride(2) != 1:
         strides = [list(tensor.stride()) for tensor in (latent, rope)]
         raise ShapeError(f"latent_attention: latent and rope have strides {strides}; the last needs to be 1.")
@@ -308,8 +311,9 @@ def _check(
     if latent_scale is not None:
         needed = [*latent.shape[:2], -(-latent.shape[2] // BLOCK)]
         found = f"latent is {latent.dtype}, latent_scale {list(latent_scale.shape)} {latent_scale.dtype}"
-        is_fp32 = latent_scale.dtype == torch.float32 and latent_scale.stride(-1) == 1
-        if latent.dtype != torch.uint8 or list(latent_scale.shape) != needed or not is_fp32:
-            raise ShapeError(f"latent_attention: {found}; needs uint8 and {needed}, contiguous fp32.")
+        is_scale = latent_scale.dtype == torch.float32 and latent_scale.stride(-1) == 1
+        is_scale = is_scale and latent_scale.device == latent.device
+        if latent.dtype != torch.uint8 or list(latent_scale.shape) != needed or not is_scale:
+            raise ShapeError(f"latent_attention: {found}; needs uint8 and fp32 {needed} beside it, contiguous.")
     if window is not None and window < 1:
         raise ShapeError(f"latent_attention: window is {window}; needs 1 or more.")
