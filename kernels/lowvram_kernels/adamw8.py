@@ -14,14 +14,14 @@ element's index): no generator state.  Its moments may also be kept exactly, in 
 weight to nearest, where most steps are smaller than half of its last bit and so would be lost.
 
 Kept for the next step: 2 + 2·4/256 = 2.03 bytes a parameter.
-A card with Triton makes a step in one launch, which reads and writes the weight (2 + 2 bytes an element in bf16, 4 + 4
-in fp32) and the moments (2 + 2 and 2·8/256; exact ones 8 + 8), and reads the gradient (2 or 4): 10.06 bytes where weight
-and gradient are bf16.  Nothing else is alive inside it.
-Elsewhere plain PyTorch goes chunk by chunk.  Alive inside a step: 19 bytes for each of the `CHUNK` elements at work, for
-a bf16 weight 27; never a tensor of the weight's size.
+A card with Triton makes a step in one launch.  It reads and writes the weight (2 + 2 bytes an element in bf16, 4 + 4 in
+fp32) and the moments (2 + 2 and 16/256; exact ones 8 + 8), and reads the gradient (2 or 4): 10.06 bytes in all where
+weight and gradient are bf16.  Nothing else is alive inside it.
+Elsewhere plain PyTorch goes chunk by chunk.  Alive inside a step: 19 bytes for each of the `CHUNK` elements at work,
+for a bf16 weight 27; never a tensor of the weight's size.
 Deterministic: the same arguments give the same bits on the same device.  No sum runs over several elements, so
 neither chunks nor slices change a bit.  Both forms make the same moments, bit for bit where products and sums are fused
-alike; 1 − βᵗ they reckon in their own ways, so that a weight's change differs by up to some 10⁻⁶ of itself.
+alike; the last bits of 1 − βᵗ and of roots may differ, and so a weight's change by some 10⁻⁷ of itself.
 
 Sources: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", sections 2 and 3 (blocks there are of
 2,048 elements, here of 256 as in its library today); Dettmers 2016 (dynamic trees); Loshchilov & Hutter 2019.
@@ -42,7 +42,7 @@ from torch import Tensor
 from lowvram_kernels.dispatch import Launch, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.keyed import Noise, chain, chain_numbers, draw_bits, name_noise
-from lowvram_kernels.rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, round_to_bf16
+from lowvram_kernels.rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, round_to_bf16, split
 
 # Bytes that a chunk's ops read and write for each of its elements, and their launches, as a rehearsal counts them.
 _MOVED_BYTES = {torch.float32: 310, torch.bfloat16: 480}
@@ -110,14 +110,9 @@ class Rule(NamedTuple):
     decay: float
     gradient_scale: Tensor | float
 
-    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return rate and scale where they are scalars on the device."""
-        rate, scale = self.learning_rate, self.gradient_scale
-        return (rate if isinstance(rate, Tensor) else None, scale if isinstance(scale, Tensor) else None)
-
     def numbers(self) -> list[float]:
         """Return the numbers in the kernel's order; of rate and scale 0 where they are scalars on the device."""
-        rate, scale = (0.0 if isinstance(value, Tensor) else float(value) for value in (self[0], self[4]))
+        (_, rate), (_, scale) = split(self.learning_rate), split(self.gradient_scale)
         shares = [1.0 - beta for beta in self.betas]
         return [rate, scale, 1.0 - rate * self.decay, self.decay, *self.betas, *shares, *self.logs(), self.eps]
 
@@ -329,13 +324,15 @@ def _step_on_card(
     first: int,
 ) -> None:
     """Let one launch do it all.  named: the hash of seed and purpose."""
-    scalars = [None if value is None else value.reshape(()) for value in (step, *rule.tensors(), skip)]
-    if any(tensor is not None and tensor.device != weight.device for tensor in scalars):
+    (rate, _), (scale, _) = split(rule.learning_rate), split(rule.gradient_scale)
+    skip, step = None if skip is None else skip.reshape(()), step.reshape(())
+    if any(scalar is not None and scalar.device != weight.device for scalar in (step, rate, scale, skip)):
         raise ShapeError(f"adamw8_: step, learning_rate, gradient_scale and skip need to lie on {weight.device}.")
-    flat = [tensor.detach().view(-1) for tensor in (weight, gradient, *moments)]
+    w_N, g_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B = (t.detach().view(-1) for t in (weight, gradient, *moments))
     tables = [maps.first.value, maps.second.value, maps.first.midpoint, maps.second.midpoint]
     run = _step_as_op if torch.compiler.is_compiling() else _launch_step
-    run(*flat, tables, *scalars, rule.numbers(), first, named)
+    state, scalars = (code_m_N, code_v_N, absmax_m_B, absmax_v_B), (step, rate, scale, skip)
+    run(w_N, g_N, *state, tables, *scalars, rule.numbers(), first, named)
 
 
 def _launch_step(
@@ -356,8 +353,16 @@ def _launch_step(
 ) -> None:
     """Launch the kernel; scalars are of one element, or None where the numbers say it."""
     changing = (weight_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B)
-    skip = skip.view(torch.uint8) if skip is not None and skip.dtype == torch.bool else skip
-    tensors = (bits_of(weight_N), gradient_N, *changing[1:], *tables, step, rate, scale, skip)
+    tensors = (
+        bits_of(weight_N),
+        gradient_N,
+        *changing[1:],
+        *tables,
+        step,
+        rate,
+        scale,
+        None if skip is None else bits_of(skip),
+    )
     constants = {
         "ROWS": ROWS,
         "ROUNDED": weight_N.dtype == torch.bfloat16,

@@ -63,7 +63,9 @@ def recall(code_ptr, absmax_ptr, value_ptr, at, block, count):
 def remember(x, code_ptr, absmax_ptr, midpoint_ptr, at, block, count, stored, SIGNED: tl.constexpr):
     """Keep a moment in codes, of its first `count` elements the first `stored` ones: all or none."""
     # The greatest of the bits and not of the numbers, which would leave NaN out.
-    absmax = tl.max(tl.abs(tl.where(at < count, x, 0.0)).to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+    absmax = tl.max(tl.abs(tl.where(at < count, x, 0.0)).to(tl.int32, bitcast=True), axis=1).to(
+        tl.float32, bitcast=True
+    )
     least = 1.1754943508222875e-38
     scaled = tl.div_rn(x, tl.where(absmax < least, least, absmax)[:, None])
     tl.store(code_ptr + at, nearest_code(scaled, midpoint_ptr, SIGNED).to(tl.uint8), mask=at < stored)

@@ -39,8 +39,13 @@ def programs(count: int) -> tuple[int]:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """Return a view of bf16 numbers as the int16 that kernels read and write; of others, the numbers themselves."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    """Return a view as kernels read and write it: bf16 as int16, truths as uint8, others as they are."""
+    return tensor.view({torch.bfloat16: torch.int16, torch.bool: torch.uint8}.get(tensor.dtype, tensor.dtype))
+
+
+def split(value: Tensor | float) -> tuple[Tensor | None, float]:
+    """Return a scalar on the device and 0, or None and the number: a kernel takes the scalar where there is one."""
+    return (value.reshape(()), 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
 def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:
