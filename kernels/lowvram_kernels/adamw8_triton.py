@@ -75,9 +75,9 @@ def remember(x, code_ptr, absmax_ptr, midpoint_ptr, at, block, count, stored, SI
 @triton.jit
 def count_stored(count, skip_ptr):
     """Return how many elements are stored: none where a step is skipped."""
-    if skip_ptr is None:
-        return count
-    return tl.where(tl.load(skip_ptr) == 0, count, 0)
+    if skip_ptr is not None:
+        count = tl.where(tl.load(skip_ptr) == 0, count, 0)
+    return count
 
 
 @triton.jit(do_not_specialize=["first", "named"])
