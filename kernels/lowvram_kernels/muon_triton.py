@@ -49,7 +49,7 @@ def lead_kernel(
     lead = multiply_add(m, beta, gradient * share, FUSED)
     tl.store(lead_ptr + base + at, nearest_bf16(lead), mask=at < count)
     if CODED:
-        remember(m, code_ptr, absmax_ptr, midpoint_ptr, at, block, count, stored, True)
+        remember(m, code_ptr, absmax_ptr, midpoint_ptr, at, block, count, stored, True, FUSED)
     else:
         tl.store(code_ptr + at, nearest_bf16(m), mask=at < stored)
 
