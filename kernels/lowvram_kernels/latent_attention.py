@@ -61,12 +61,13 @@ class Tile(NamedTuple):
 
 
 _NARROW = Tile(64, 4, 3, is_turned=False)
-_MIDDLE = Tile(32, 4, 3, is_turned=False)
 _WIDE = Tile(32, 8, 3, is_turned=False)
 _WIDE_SHALLOW = Tile(32, 8, 2, is_turned=False)
-# Half the registers of `_WIDE` on Hopper, whose products of four warps read the cache from shared memory: two programs
-# of a multiprocessor.  Elsewhere Triton does not pipeline this form.
+# Turned, a warp holds fewer queries in registers.  Wide rows of bytes need that, since the next ones wait in registers
+# too.  Others gain on Hopper, where four warps then do and two programs share a multiprocessor; elsewhere Triton does
+# not pipeline the form.
 _TURNED = Tile(32, 4, 3, is_turned=True)
+_TURNED_CODED = Tile(32, 8, 3, is_turned=True)
 
 
 def reference(
@@ -95,16 +96,17 @@ def reference(
 
 def tiles(card: Card) -> list[Tile]:
     """Return every tile that `choose_tile` may take on a card."""
-    return [_NARROW, _MIDDLE, _WIDE, _WIDE_SHALLOW, *([_TURNED] if card.capability == (9, 0) else [])]
+    hopper = [_TURNED] if card.capability == (9, 0) else []
+    return [_NARROW, _WIDE, _WIDE_SHALLOW, _TURNED_CODED, *hopper]
 
 
 def choose_tile(card: Card, channels: int, rotated: int, is_coded: bool) -> Tile:
     """Choose a tile for C and R; is_coded: the cache is bytes."""
     width = _padded(channels)
-    if width <= 256:
-        return _MIDDLE if width > 128 else _NARROW
-    if card.capability == (9, 0) and not is_coded:
-        return _TURNED
+    if width <= 128:
+        return _NARROW
+    if width > 256 and (is_coded or card.capability == (9, 0)):
+        return _TURNED_CODED if is_coded else _TURNED
     return _WIDE if _shared_bytes(_WIDE, width, _padded(rotated), is_coded) <= card.shared_bytes else _WIDE_SHALLOW
 
 

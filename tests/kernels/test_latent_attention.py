@@ -21,10 +21,10 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SCALE = 0.11
 TILES = {
     "narrow": op._NARROW,
-    "middle": op._MIDDLE,
     "wide": op._WIDE,
     "shallow": op._WIDE_SHALLOW,
     "turned": op._TURNED,
+    "turned-coded": op._TURNED_CODED,
 }
 
 
@@ -90,15 +90,15 @@ def test_the_plain_form_is_the_textbook(dtype: torch.dtype, is_coded: bool, wind
         ("narrow", (4, 64, 16, 70, (0, 1, 17, 70), torch.float32, False, None)),
         ("narrow", (12, 96, 32, 130, (130, 65), torch.float16, True, None)),
         ("narrow", (3, 20, 8, 70, (70, 5), torch.float32, True, 40)),
-        ("middle", (16, 192, 32, 70, (33, 70, 0), torch.float32, True, None)),
-        ("middle", (20, 256, 64, 50, (50,), torch.float16, False, 33)),
+        ("wide", (16, 192, 32, 70, (33, 70, 0), torch.float32, True, None)),
+        ("wide", (20, 256, 64, 50, (50,), torch.float16, False, 33)),
         ("wide", (4, 512, 64, 45, (45, 17), torch.float32, False, None)),
-        ("wide", (17, 512, 64, 40, (40,), torch.float16, True, None)),
+        ("turned-coded", (17, 512, 64, 40, (40,), torch.float16, True, None)),
         ("wide", (4, 300, 10, 70, (70, 1), torch.float32, True, 31)),
         ("shallow", (2, 512, 128, 33, (33,), torch.float32, False, None)),
         ("turned", (4, 512, 64, 45, (45, 0, 17), torch.float16, False, None)),
         ("turned", (20, 96, 16, 70, (70,), torch.float32, False, 9)),
-        ("turned", (5, 320, 16, 40, (40,), torch.float32, True, None)),
+        ("turned-coded", (5, 320, 16, 40, (40,), torch.float32, True, None)),
     ],
     ids=lambda value: str(value).replace("torch.", ""),
 )
@@ -165,7 +165,7 @@ def test_a_query_that_is_nan_spoils_its_head_alone() -> None:
     assert not torch.cat([out[0, ::2], out[1]]).isnan().any()
 
 
-@pytest.mark.parametrize("form", ["plain", "middle"])
+@pytest.mark.parametrize("form", ["plain", "card"])
 def test_bytes_and_scales_of_nan_come_out_as_nan(form: str) -> None:
     case = make(2, 200, 16, 40, (40, 40, 40), is_coded=True)
     assert case.latent_scale is not None
@@ -287,7 +287,7 @@ def test_the_chosen_tile_is_of_the_card_s_and_fits(card: str, channels: int, rot
     assert tile in op.tiles(CARDS[card])
     needed = op._shared_bytes(tile, op._padded(channels), op._padded(rotated), is_coded)
     assert needed <= CARDS[card].shared_bytes
-    assert tile.is_turned == (card == "sm90" and channels > 256 and not is_coded)
+    assert tile.is_turned == (channels > 256 and (card == "sm90" or is_coded))
 
 
 @pytest.mark.parametrize(
