@@ -94,6 +94,16 @@ def reference(
     return out
 
 
+def has_kernel(q_latent: Tensor, rope: Tensor) -> bool:
+    """Say whether a kernel does the work for such a query and cache, and not the plain form.
+
+    q_latent: [..., C], rope: [..., R].
+    """
+    is_half = q_latent.dtype in (torch.bfloat16, torch.float16)
+    is_narrow = q_latent.shape[-1] <= _MOST_CHANNELS and rope.shape[-1] <= _MOST_ROTATED
+    return is_half and is_narrow and choose("latent_attention", card_of(q_latent.device)).backend == "triton"
+
+
 def tiles(card: Card) -> list[Tile]:
     """Return every tile that `choose_tile` may take on a card."""
     hopper = [_TURNED] if card.capability == (9, 0) else []
@@ -263,10 +273,7 @@ def latent_attention(
     Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.2.
     """
     _check(q_latent, q_rope, latent, rope, lengths, latent_scale, window)
-    backend = choose("latent_attention", card_of(q_latent.device)).backend
-    is_small = q_latent.shape[2] <= _MOST_CHANNELS and rope.shape[2] <= _MOST_ROTATED
-    is_half = q_latent.dtype in (torch.bfloat16, torch.float16)
-    run = on_card if backend == "triton" and is_small and is_half else _plain
+    run = on_card if has_kernel(q_latent, rope) else _plain
     return run(q_latent, q_rope, latent, rope, lengths, scale, latent_scale, window)
 
 
