@@ -186,7 +186,7 @@ def _launch_both(
     grid = (batch * heads, -(-channels // width))
     constants = {"C": channels, "CHANNELS": width, "SPLITS": _JOINED_SPLITS}
     what = Launch("latent_attention_triton", "combine_kernel", grid, (partial, largest, total, out, splits), constants)
-    launch(what, 2.0 * partial.numel(), partial_bytes + out.numel() * out.element_size())
+    launch(what, moved_bytes=partial_bytes + out.numel() * out.element_size())
 
 
 # One op, which a compiler does not look into; its memory is made outside, where a rehearsal sees it.
