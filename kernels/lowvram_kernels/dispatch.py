@@ -103,16 +103,18 @@ def on_paper(
     card: Card,
     note: Callable[[HiddenWork], None] = _forget,
     note_host: Callable[[Tensor], None] = _forget,
-    note_launch: Callable[[Launch], None] = _forget,
+    note_launch: Callable[[Launch], None] | None = None,
 ) -> Iterator[None]:
     """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
 
     note: is told of the work that paper replaces by its allocations.  note_host: of each tensor that lies in the
-    computer's memory and not on the card.  note_launch: of each kernel that would be launched.
+    computer's memory and not on the card.  note_launch: of each kernel that would be launched; without it whoever was
+    told before still is.
     """
     global _imagined, _is_paper, _note, _note_host, _note_launch
     before = _imagined, _is_paper, _note, _note_host, _note_launch
-    _imagined, _is_paper, _note, _note_host, _note_launch = card, True, note, note_host, note_launch
+    _imagined, _is_paper, _note, _note_host = card, True, note, note_host
+    _note_launch = note_launch or _note_launch
     try:
         yield
     finally:
@@ -218,10 +220,11 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
         return Choice("flash", "torch's CPU kernel is fused")
     if card.platform != "cuda":
         return Choice("math", "torch's attention on MPS writes out every score while it learns")
-    if not card.has_flash:
-        return Choice("efficient", "this torch was built without FlashAttention, as those for Windows are")
     if card.capability is None or card.capability < (8, 0):
         return Choice("efficient", "FlashAttention 2 needs compute capability 8.0")
+    if not card.has_flash:
+        reason = "this torch was built without FlashAttention, as those for Windows are"
+        return Choice("efficient", reason, "Linux, or WSL under Windows")
     if dtype == torch.float32:
         return Choice("efficient", "FlashAttention 2 takes 16-bit numbers only")
     if is_masked:
@@ -256,7 +259,8 @@ def choose(op: str, card: Card) -> Choice:
     if card.platform != "cuda" or card.capability is None:
         return Choice("reference", "Triton compiles for NVIDIA cards only" if card.platform == "cpu" else _ON_MPS)
     if not card.has_triton:
-        command = "pip install triton-windows" if os.name == "nt" else "pip install triton"
+        package = "triton-windows" if os.name == "nt" else "triton"
+        command = f'pip install "{package}>=3.5,<3.8"'
         return Choice("reference", "Triton is not installed, so plain PyTorch computes, slower", command)
     least = _TRITON_FROM[op]
     if card.capability < least:
