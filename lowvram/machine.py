@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +47,31 @@ class NvidiaCard(NamedTuple):
     capability: tuple[int, int]
     total_bytes: int
     free_bytes: int
+
+
+class TritonBuild(NamedTuple):
+    """The installed Triton: its version, and what it says where it does not import, "" where it does."""
+
+    version: str
+    problem: str = ""
+
+
+class Bitsandbytes(NamedTuple):
+    """The installed bitsandbytes: its version, and the names of the native libraries that came with it."""
+
+    version: str
+    libraries: tuple[str, ...]
+
+
+class Mismatch(NamedTuple):
+    """Why torch leaves the NVIDIA card idle, and the command that installs one that does not, "" where none would.
+
+    is_driver_old: a newer driver mends it too.
+    """
+
+    reason: str
+    command: str
+    is_driver_old: bool
 
 
 class Detected(NamedTuple):
@@ -118,30 +146,102 @@ def find_torch() -> TorchBuild | None:
     return TorchBuild(version[1] if version else "unknown", (int(cuda[1]), int(cuda[2])) if cuda else None)
 
 
-def explain_mismatch(driver: Driver | None, build: TorchBuild | None) -> str | None:
-    """Return one sentence with the exact command where torch leaves the NVIDIA card idle; None where all is well."""
+def find_triton() -> TritonBuild | None:
+    """Return the Triton that Python would import, tried by importing it, or None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    version = next(filter(None, map(_find_version, ("triton", "triton-windows", "pytorch-triton"))), "unknown")
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError) as error:
+        return TritonBuild(version, first_line(error))
+    return TritonBuild(version)
+
+
+def find_bitsandbytes() -> Bitsandbytes | None:
+    """Return the installed bitsandbytes by its files, since importing it takes seconds."""
+    spec = importlib.util.find_spec("bitsandbytes")
+    if spec is None or spec.origin is None:
+        return None
+    files = Path(spec.origin).parent.glob("libbitsandbytes_*")
+    libraries = sorted(file.stem for file in files if file.suffix in (".so", ".dll", ".dylib"))
+    return Bitsandbytes(_find_version("bitsandbytes") or "unknown", tuple(libraries))
+
+
+def find_compiler() -> str | None:
+    """Return the C compiler that Triton would use: CC, else gcc, else clang (triton/runtime/build.py)."""
+    asked = os.environ.get("CC")
+    return shutil.which(asked) if asked is not None else shutil.which("gcc") or shutil.which("clang")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _find_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# What pyproject.toml asks for.
+TORCH = "torch>=2.10,<2.14"
+# CUDA versions that PyTorch's own index holds wheels for, newest first (pytorch.org/get-started/previous-versions).
+_WHEELS = ((13, 0), (12, 8), (12, 6))
+# The first CUDA whose wheels have no code for cards before RTX 20, and have some for RTX 50 (pytorch/pytorch#172352).
+_MODERN = (12, 8)
+
+
+def find_wheel(driver: Driver, capability: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Return the CUDA of the newest wheels of torch that this driver and card run, None where none do."""
+    # Within a major version a driver also runs what was built for a newer minor one (NVIDIA, minor compatibility).
+    wheels = [cuda for cuda in _WHEELS if cuda[0] <= driver.cuda[0]]
+    if capability is not None and capability < (7, 5):
+        wheels = [cuda for cuda in wheels if cuda < _MODERN]
+    if capability is not None and capability >= (10, 0):
+        wheels = [cuda for cuda in wheels if cuda >= _MODERN]
+    return next((cuda for cuda in wheels if cuda <= driver.cuda), wheels[-1] if wheels else None)
+
+
+def install_command(index: str, is_forced: bool = True) -> str:
+    """Return the line that installs torch from a part of PyTorch's own index: "cu130", "cpu"; "" is PyPI."""
+    force = "--force-reinstall " if is_forced else ""
+    return f'pip install {force}"{TORCH}"' + (f" --index-url https://download.pytorch.org/whl/{index}" if index else "")
+
+
+def find_mismatch(
+    driver: Driver | None, build: TorchBuild | None, capability: tuple[int, int] | None = None
+) -> Mismatch | None:
+    """Return why the installed torch cannot use the NVIDIA card that is here, None where it can or there is none."""
     if driver is None or build is None:
         return None
-    # Within a major version a driver also runs what was built for a newer minor one (NVIDIA, minor compatibility).
-    same_major = [cuda for cuda in reversed(_WHEELS) if cuda[0] == driver.cuda[0]]
-    newest = next((cuda for cuda in _WHEELS if cuda <= driver.cuda), next(iter(same_major), None))
-    if newest is None:
-        command = "update the NVIDIA driver, since none of torch's builds runs on it"
-    else:
-        index = f"https://download.pytorch.org/whl/cu{newest[0]}{newest[1]}"
-        command = f'type: pip install --force-reinstall "torch>=2.10,<2.14" --index-url {index}'
+    wheel = find_wheel(driver, capability)
+    command = install_command(f"cu{wheel[0]}{wheel[1]}") if wheel else ""
     if build.cuda is None:
-        idle = f"torch {build.version} is a CPU-only build, so training would not use it"
-        return f"{driver.card} is here, but {idle}; {command}"
+        return Mismatch(f"torch {build.version} is a CPU-only build", command, False)
     if build.cuda[0] > driver.cuda[0]:
         had, needed = (".".join(map(str, version)) for version in (driver.cuda, build.cuda))
-        idle = f"its driver runs CUDA {had} at most and torch {build.version} needs {needed}"
-        return f"{driver.card} is here, but {idle}; {'update the driver, or ' if newest else ''}{command}"
+        reason = f"its driver runs CUDA {had} at most and torch {build.version} needs {needed}"
+        return Mismatch(reason, command, True)
     return None
 
 
-# CUDA versions that PyTorch's own index holds wheels for, newest first (pytorch.org/get-started/previous-versions).
-_WHEELS = ((13, 0), (12, 8), (12, 6))
+UPDATE_DRIVER = "update the NVIDIA driver, since none of torch's builds runs on it"
+
+
+def explain_mismatch(
+    driver: Driver | None, build: TorchBuild | None, capability: tuple[int, int] | None = None
+) -> str | None:
+    """Return one sentence with the exact command where torch leaves the NVIDIA card idle; None where all is well."""
+    mismatch = find_mismatch(driver, build, capability)
+    if driver is None or mismatch is None:
+        return None
+    idle = mismatch.reason + ("" if mismatch.is_driver_old else ", so training would not use it")
+    remedy = f"type: {mismatch.command}" if mismatch.command else UPDATE_DRIVER
+    either = "update the driver, or " if mismatch.is_driver_old and mismatch.command else ""
+    return f"{driver.card} is here, but {idle}; {either}{remedy}"
 
 
 def machine_memory_bytes() -> int:

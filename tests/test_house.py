@@ -32,11 +32,11 @@ LADDER = [
     ["objective"],
     ["checkpoint"],
     ["model", "data"],
-    ["config", "recipe", "words", "runfile", "profile", "machine", "plan"],
+    ["config", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan"],
     ["errors", "units", "files"],
     ["lowvram_kernels", "lowvram"],
 ]
-WORDS = ["config", "recipe", "words", "runfile", "profile", "machine", "plan", "errors", "units"]
+WORDS = ["config", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan", "errors", "units"]
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 SEED_AREAS = {
     "tokenizer": 8,

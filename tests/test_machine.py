@@ -316,6 +316,7 @@ def test_auto_takes_what_is_here_and_says_which_card_lies_idle(
     assert command.choose_device("cpu") == torch.device("cpu")
     assert capsys.readouterr().err == "", "who asks for the processor needs no note"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
     assert command.choose_device("auto") == torch.device("cuda", 0), "with its number, which some calls insist on"
 
 

@@ -64,13 +64,20 @@ class Launch(NamedTuple):
 
 
 class HiddenWork(NamedTuple):
-    """What a part of a step costs that does not run on paper, where no dispatcher can see it.  flops: of attention."""
+    """What a part of a step costs that does not run on paper, where no dispatcher can see it.
+
+    flops: of attention.  product_flops: of matrix products in 16 bits or more.  low_flops: of those in 8 bits.
+    """
 
     flops: float = 0.0
     moved_bytes: float = 0.0
     ops: float = 0.0
+    product_flops: float = 0.0
+    low_flops: float = 0.0
 
 
+# Promises that are kept by instructions on numbers of 8 bits.
+_LOW = ("e4m3", "mxf8", "s8")
 _SHARED_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
 
 
@@ -96,16 +103,18 @@ def on_paper(
     card: Card,
     note: Callable[[HiddenWork], None] = _forget,
     note_host: Callable[[Tensor], None] = _forget,
-    note_launch: Callable[[Launch], None] = _forget,
+    note_launch: Callable[[Launch], None] | None = None,
 ) -> Iterator[None]:
     """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
 
     note: is told of the work that paper replaces by its allocations.  note_host: of each tensor that lies in the
-    computer's memory and not on the card.  note_launch: of each kernel that would be launched.
+    computer's memory and not on the card.  note_launch: of each kernel that would be launched; without it whoever was
+    told before still is.
     """
     global _imagined, _is_paper, _note, _note_host, _note_launch
     before = _imagined, _is_paper, _note, _note_host, _note_launch
-    _imagined, _is_paper, _note, _note_host, _note_launch = card, True, note, note_host, note_launch
+    _imagined, _is_paper, _note, _note_host = card, True, note, note_host
+    _note_launch = note_launch or _note_launch
     try:
         yield
     finally:
@@ -195,7 +204,8 @@ def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
     """
     if _is_paper:
         _note_launch(what)
-        _note(HiddenWork(flops, moved_bytes, 1.0))
+        kind = "low_flops" if what.promise in _LOW else "product_flops"
+        _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, **{kind: flops}))
         return
     kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
     kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)
@@ -210,10 +220,11 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
         return Choice("flash", "torch's CPU kernel is fused")
     if card.platform != "cuda":
         return Choice("math", "torch's attention on MPS writes out every score while it learns")
-    if not card.has_flash:
-        return Choice("efficient", "this torch was built without FlashAttention, as those for Windows are")
     if card.capability is None or card.capability < (8, 0):
         return Choice("efficient", "FlashAttention 2 needs compute capability 8.0")
+    if not card.has_flash:
+        reason = "this torch was built without FlashAttention, as those for Windows are"
+        return Choice("efficient", reason, "Linux, or WSL under Windows")
     if dtype == torch.float32:
         return Choice("efficient", "FlashAttention 2 takes 16-bit numbers only")
     if is_masked:
@@ -248,7 +259,8 @@ def choose(op: str, card: Card) -> Choice:
     if card.platform != "cuda" or card.capability is None:
         return Choice("reference", "Triton compiles for NVIDIA cards only" if card.platform == "cpu" else _ON_MPS)
     if not card.has_triton:
-        command = "pip install triton-windows" if os.name == "nt" else "pip install triton"
+        package = "triton-windows" if os.name == "nt" else "triton"
+        command = f'pip install "{package}>=3.5,<3.8"'
         return Choice("reference", "Triton is not installed, so plain PyTorch computes, slower", command)
     least = _TRITON_FROM[op]
     if card.capability < least:

@@ -1,14 +1,17 @@
-"""Which device a command runs on, chosen once and said aloud."""
+"""Which device a command runs on, chosen once and said aloud, and what torch says of this machine."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from lowvram.errors import MachineError
-from lowvram.machine import explain_mismatch, find_driver, find_torch
+from lowvram.machine import explain_mismatch, find_card, find_driver, find_torch, first_line
 
 if TYPE_CHECKING:
     import torch
+
+    from lowvram.facts import TorchSays
 
 
 def choose_device(asked: str) -> torch.device:
@@ -17,8 +20,9 @@ def choose_device(asked: str) -> torch.device:
 
     from lowvram.cli.show import notice
 
-    mismatch = explain_mismatch(find_driver(), find_torch())
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    card = find_card()
+    mismatch = explain_mismatch(find_driver(), find_torch(), card.capability if card else None)
+    has = _find_devices()
     if asked == "auto":
         if mismatch:
             notice(f"Note: {mismatch}.", "yellow")
@@ -29,11 +33,53 @@ def choose_device(asked: str) -> torch.device:
     return _open(asked)
 
 
+def ask_torch() -> TorchSays:
+    """Import torch, if it can be, and return what it says of itself and of this machine."""
+    from lowvram.facts import TorchSays
+
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return TorchSays(first_line(error))
+    device, capability, problem = next(name for name, present in _find_devices().items() if present), None, ""
+    if device == "cuda":
+        try:
+            capability = torch.cuda.get_device_capability(0)
+        except RuntimeError as error:  # of which torch's errors of a card are
+            problem = first_line(error)
+    return TorchSays(
+        device=device,
+        card_problem=problem,
+        capability=capability,
+        architectures=tuple(torch.cuda.get_arch_list()),
+        has_metal=torch.backends.mps.is_built(),
+    )
+
+
+def _find_devices() -> dict[str, bool]:
+    """Return what torch could compute on and whether it is here, the best first."""
+    import torch
+
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+
+
 def _open(name: str) -> torch.device:
     import torch
 
     if name != "cuda":
         return torch.device(name)
+    _warn_of_launches()
     # On sm_90 torch prefers cuDNN's attention, whose scratch no ledger knows (sdp_utils.cpp): one kernel on all cards.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", 0)
+
+
+@functools.cache
+def _warn_of_launches() -> None:
+    """Say once what will make kernels slower or fail, as `lowvram doctor` does: better now than at the first launch."""
+    from lowvram.checkup import LAUNCH_CHECKS, find_all
+    from lowvram.cli.show import notice
+    from lowvram.facts import gather
+
+    for finding in find_all(gather(ask_torch()), LAUNCH_CHECKS):
+        notice(f"Note: {finding.sentence}", "yellow")

@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segments
+from rich.table import Table
 from rich.text import Text
 
 # Control characters except newline and tab, C1, bidirectional overrides: a model's text may hold any of them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
+_BOUNDLESS = 1_000
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -36,6 +40,22 @@ def notice(text: str, style: str = "") -> None:
 def result(text: str = "") -> None:
     """Print a line that the user asked for."""
     out.print(Text(clean(text)))
+
+
+def table_width(table: Table) -> int:
+    """Return how wide a table would be where nothing is folded."""
+    return Measurement.get(out, out.options.update_width(_BOUNDLESS), table).maximum
+
+
+def lay_out(table: Table, is_folded: bool = False) -> None:
+    """Print a table in its own width.
+
+    is_folded: a window narrower than that folds it.  A pipe has no width, and rich would take it for 80 columns.
+    """
+    width = table_width(table)
+    if is_folded and out.is_terminal:
+        width = min(width, out.width)
+    out.print(Segments(out.render(table, out.options.update_width(width))), soft_wrap=True, end="")
 
 
 def stream(piece: str) -> None:

@@ -6,19 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rich.measure import Measurement
-from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.cli.show import out, result
+from lowvram.cli.show import lay_out, out, result, table_width
 from lowvram.config import TrainConfig
 from lowvram.fit.answer import Answer, Place
 from lowvram.fit.changes import Change
 from lowvram.units import show_bytes, show_count, show_duration
 
 _BAR_CELLS = 16
-_BOUNDLESS = 1_000
 # What a window that is not wide enough leaves out, the last first; the columns before these are always shown.
 _DISPENSABLE = 5
 _LEFT = {"preset", "fits", "peak", "technique"}
@@ -28,11 +25,9 @@ def show_table(answers: Sequence[Answer], place: Place, advice: tuple[Answer, st
     """Print one row per model, and the one that is recommended."""
     rows = [_row(answer, place, advice) for answer in answers]
     shown = list(rows[0])
-    while (width := _measure(_tabulate(rows, shown))) > out.width and out.is_terminal and len(shown) > _DISPENSABLE:
+    while table_width(_tabulate(rows, shown)) > out.width and out.is_terminal and len(shown) > _DISPENSABLE:
         shown.pop()
-    # A pipe has no width, and rich would take it for 80 columns: nothing is cut there.
-    table = _tabulate(rows, shown)
-    out.print(Segments(out.render(table, out.options.update_width(width))), soft_wrap=True, end="")
+    lay_out(_tabulate(rows, shown))
     result()
     result(
         f"Peak: of the {show_bytes(place.headless_bytes)} that tensors may take on {place.profile.name}" + _mark(place)
@@ -62,10 +57,6 @@ def _tabulate(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> Table:
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     return table
-
-
-def _measure(table: Table) -> int:
-    return Measurement.get(out, out.options.update_width(_BOUNDLESS), table).maximum
 
 
 def _row(answer: Answer, place: Place, advice: tuple[Answer, str] | None) -> dict[str, Any]:
@@ -155,8 +146,10 @@ def _mark(place: Place) -> str:
     return f"; the mark │ stands at the {show_bytes(place.limit_bytes)} that are left beside {place.beside}."
 
 
-def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_preset: bool) -> None:
-    """Print one model's ledger line by line, what it costs, and what would make it fit."""
+def show_one(
+    answer: Answer, place: Place, changes: Sequence[Change] | None, faster: Sequence[Change], is_preset: bool
+) -> None:
+    """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
     cut = f"{plan.micro_batch} {'sequence' if plan.micro_batch == 1 else 'sequences'} × {plan.accumulate} a step"
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
@@ -184,6 +177,8 @@ def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_
         result(f"  {speed}: {tokens}.")
     elif answer.fits_headless:
         result(f"  How fast {place.profile.name} is, is not known.")
+    for change in faster:
+        result(f"  {change.says} (--set {change.sets[0]}): {change.costs}; peak {show_bytes(change.peak_bytes)}.")
     writes, disk = _gigabytes(answer.written_bytes_per_day), _gigabytes(answer.disk_bytes)
     saves = f"A checkpoint has {show_bytes(answer.state_bytes)}; saving writes up to {writes} a day"
     result(f"  {saves}; {disk} of disk must be free.")
@@ -254,8 +249,17 @@ def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
         yield f"{answer.name}: {answer.found.reason}; {states}; {moment}"
 
 
-def show_json(answers: Sequence[Answer], place: Place, recommended: str | None, changes: Sequence[Change]) -> None:
-    """Print one JSON object; its schema is kept by a test.  changes: what would make a single model fit."""
+def show_json(
+    answers: Sequence[Answer],
+    place: Place,
+    recommended: str | None,
+    changes: Sequence[Change],
+    faster: Sequence[Change],
+) -> None:
+    """Print one JSON object; its schema is kept by a test.
+
+    changes: what would make a single model fit.  faster: in which precisions a run would be faster.
+    """
     values = {
         "gpu": place.profile.id,
         "gpu_name": place.profile.name,
@@ -264,6 +268,7 @@ def show_json(answers: Sequence[Answer], place: Place, recommended: str | None, 
         "recommended": recommended,
         "models": [_values(answer) for answer in answers],
         "changes": [change._asdict() for change in changes],
+        "faster": [change._asdict() for change in faster],
     }
     result(json.dumps(values, ensure_ascii=False))
 

@@ -79,8 +79,10 @@ class LiveStorage(TorchDispatchMode):
         self.work: dict[str, list[float]] = {}
         self._forms: dict[Any, Any] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
+        self._told = 0  # how often work was told of that no dispatcher sees
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        told = self._told
         if func in _WITHOUT_EFFECT_ON_PAPER and args[0].is_meta:
             result = args[0]
         elif func in _SLOW_ON_PAPER:
@@ -88,7 +90,8 @@ class LiveStorage(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
         outputs = list(_tensors(result))
-        self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
+        if self._told == told:  # else the op, which launches a kernel of ours, has told of its work itself
+            self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
         for tensor in outputs:
             self._see(tensor.untyped_storage())
         return result
@@ -157,7 +160,8 @@ class LiveStorage(TorchDispatchMode):
 
     def add_hidden(self, work: HiddenWork) -> None:
         """Count what does not run on paper."""
-        self._add(Work(0.0, work.moved_bytes, work.ops, work.flops))
+        self._told += 1
+        self._add(Work(work.product_flops, work.moved_bytes, work.ops, work.flops, low_flops=work.low_flops))
 
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
@@ -208,7 +212,13 @@ def _attention_of(name: str, inputs: list[Tensor]) -> float:
 
 def imagine(where: Profile | CardPath) -> Card:
     """Return the card that ops are told of on paper."""
-    return Card(where.platform, where.capability, has_flash=where.attention == "flash")
+    known = where.multiprocessors if isinstance(where, Profile) else None
+    return Card(
+        where.platform,
+        where.capability,
+        has_flash=where.attention == "flash",
+        multiprocessors=known or Card._field_defaults["multiprocessors"],
+    )
 
 
 def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> Rehearsal:

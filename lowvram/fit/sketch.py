@@ -26,7 +26,7 @@ class Work(NamedTuple):
 
     flops: of matrix products.  moved_bytes: read and written by every op, products too: so narrow layers cost more
     for each FLOP.  ops: launches.  attention_flops: of fused attention, which is slower than a product.  host_bytes:
-    copied between the card and the computer's memory.
+    copied between the card and the computer's memory.  low_flops: of matrix products in 8 bits.
     """
 
     flops: float
@@ -34,6 +34,7 @@ class Work(NamedTuple):
     ops: float
     attention_flops: float = 0.0
     host_bytes: float = 0.0
+    low_flops: float = 0.0
 
 
 class Rehearsal(NamedTuple):

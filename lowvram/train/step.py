@@ -6,6 +6,7 @@ Nothing here reads a device value on the host, except that a MoE layer learns it
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -141,12 +142,14 @@ def learn_in_backward(
 ) -> Found:
     """Step each weight as soon as backward has its gradient, which then goes: never do all gradients exist.
 
-    clip: greatest norm of one weight's gradient.  A weight whose gradient is not finite stays as it is, and is counted.
+    clip: greatest norm of all gradients together, shared out evenly: each of the P weights may have clip / √P of it,
+    because the others' norms are not known yet.  A weight whose gradient is not finite stays as it is, and is counted.
     Source: Lv et al. 2023 (LOMO), with the optimizer's states kept.
     """
     squares: list[Tensor] = []
     skipped: list[Tensor] = []
     optimizer.set_rate(learning_rate)
+    own_clip = clip / math.sqrt(sum(1 for _ in model.parameters()))
 
     @torch.no_grad()
     def step(weight: Tensor) -> None:
@@ -154,7 +157,7 @@ def learn_in_backward(
         norm = total_norm([weight.grad]) / loss_scale
         is_finite = norm.isfinite()
         optimizer.found_inf = (~is_finite).float()
-        optimizer.gradient_scale = (clip / (norm + 1e-6)).clamp(max=1.0) / loss_scale
+        optimizer.gradient_scale = (own_clip / (norm + 1e-6)).clamp(max=1.0) / loss_scale
         optimizer.step_one(weight)
         weight.grad = None
         squares.append(torch.where(is_finite, norm * norm, 0.0))

@@ -120,9 +120,11 @@ def test_only_one_gradient_exists_at_a_time(home: Path, monkeypatch: pytest.Monk
     assert all(weight.grad is None for weight in weights)
 
 
-def test_each_weight_is_clipped_by_its_own_norm(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip, given, norms = 0.03, dict[str, float](), dict[str, float]()
+def test_each_weight_is_clipped_by_its_own_norm_to_an_even_share(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, norms = dict[str, float](), dict[str, float]()
     trainer, plain = trainer_of(run_of(home, "clipped")), trainer_of(run_of(home, "plain"))
+    share = 0.03
+    clip = share * len(list(plain.state.model.parameters())) ** 0.5
     batch = Batch(plain.loader.batch(0, 8), torch.arange(8))
     (causal_loss(plain.state.model, batch, dtype=torch.float32).total / 256).backward()
     norms = {name: float(weight.grad.norm()) for name, weight in plain.state.model.named_parameters()}
@@ -133,9 +135,10 @@ def test_each_weight_is_clipped_by_its_own_norm(home: Path, monkeypatch: pytest.
 
     watch_steps(monkeypatch, look)
     found = learn(trainer, clip=clip, scale=64.0)
-    assert min(norms.values()) < clip < max(norms.values()), "both sides of the limit must be seen"
+    assert min(norms.values()) < share < max(norms.values()), "both sides of the limit must be seen"
     for name, norm in norms.items():
-        assert given[name] == pytest.approx(min(norm, clip), rel=1e-3), name
+        assert given[name] == pytest.approx(min(norm, share), rel=1e-3), name
+    assert sum(norm**2 for norm in given.values()) ** 0.5 <= clip
     whole = sum(norm**2 for norm in norms.values()) ** 0.5
     assert float(found.stats[1]) == pytest.approx(whole, rel=NORM_RELATIVE), "the norm told is that before clipping"
 
