@@ -39,6 +39,7 @@ from triton.compiler import ASTSource
 REFUSED = (triton.compiler.CompilationError, triton.runtime.errors.PTXASError, RuntimeError)
 # Beside Triton's own cache, which holds the machine code but not what the assembler said of it.
 CACHE = Path(tempfile.gettempdir()) / f"lowvram-gate-{os.getuid()}"
+SIGNED = "signed"
 BEGIN, END = "<!-- written by tools/compile_gate.py -->", "<!-- end -->"
 CAPABILITIES = ((7, 5), (8, 6), (8, 9), (9, 0), (12, 0))
 # What the PTX of each promised product must hold.
@@ -137,13 +138,15 @@ class Job(NamedTuple):
         return f"{self.launch.module.removesuffix('_triton')}: {self.launch.kernel}"
 
 
+def hash_sources() -> str:
+    """Return a hash of all device code."""
+    paths = sorted((ROOT / "kernels/lowvram_kernels").glob("*_triton.py"))
+    return hashlib.sha256("".join(path.read_text(encoding="utf-8") for path in paths).encode()).hexdigest()[:16]
+
+
 def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
     """Return the launches that become different machine code on a card, by a hash of everything that decides it."""
-    from lowvram_kernels import dispatch
-
-    folder = Path(dispatch.__file__).parent
-    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*_triton.py")))
-    about = f"{triton.__version__} {card.capability} {hashlib.sha256(sources.encode()).hexdigest()}"
+    about = f"{triton.__version__} {card.capability} {hash_sources()}"
     jobs: dict[str, Job] = {}
     for what in launches:
         source = source_of(what)
@@ -256,9 +259,10 @@ def main() -> None:
         what = job.launch
         print(f"WRONG {job.name} on {job.card.capability}: {text}\n  {dict(what.constants)} {what.warps} warps, ")
         print(f"  {what.stages} stages, arguments {[_describe(value) for value in what.arguments]}")
-    text = table(jobs, results)
+    names = hashlib.sha256("".join(sorted(job.key for job in jobs)).encode()).hexdigest()[:16]
+    text = f"{table(jobs, results)}\n\n{len(jobs)} variants, Triton {triton.__version__}, {SIGNED} {names}"
     print(text)
-    print(f"{len(jobs)} compiled, {len(wrong)} wrong, Triton {triton.__version__}, {time.perf_counter() - began:.0f} s")
+    print(f"{len(jobs)} compiled, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
     if asked.write and not wrong and not asked.card:
         write_table(text)
     sys.exit(bool(wrong))
