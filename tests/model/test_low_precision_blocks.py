@@ -1,0 +1,72 @@
+"""Blocks whose products are of 8 bits go through torch.compile in one graph, on the processor's path and a card's."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from lowvram_kernels.dispatch import Card, imagining, is_interpreted
+from lowvram_kernels.product import Form
+from torch import Tensor
+
+from lowvram.config import ModelConfig
+from lowvram.model.transformer import Transformer
+from tests.tiny import KINDS
+
+# Both run the same ops; a compiler may add up in another order.
+SAME = 1e-5
+AMPERE = Card("cuda", (8, 6))
+each_form = pytest.mark.parametrize("form", ["plain", "e4m3", "int8"])
+each_kind = pytest.mark.parametrize("kind", ["gqa-rope", "mla-moe"])
+
+
+def model_of(kind: str, form: Form) -> Transformer:
+    config = ModelConfig.model_validate({"layers": 2, "dim": 32, "vocabulary": 64, **KINDS[kind]})
+    return Transformer(config, seed=1, form=form)
+
+
+def step(model: Transformer, backend: str | None) -> list[Tensor]:
+    """Return the stream and every gradient, with compiled blocks or without."""
+    torch._dynamo.reset()
+    if backend is not None:
+        for block in model.blocks:
+            block.compile(backend=backend, fullgraph=True)
+    model.zero_grad()
+    token_BT = torch.arange(24).view(2, 12) % 64
+    stream_BTD, _ = model(token_BT, torch.float32)
+    stream_BTD.square().sum().backward()
+    return [stream_BTD.detach(), *(w.grad.clone() for w in model.parameters() if w.grad is not None)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 10
+    for own, truth in zip(found, expected, strict=True):
+        assert (own - truth).norm() <= SAME * truth.norm()
+
+
+@each_form
+@each_kind
+def test_a_block_is_one_graph_on_a_processor(kind: str, form: Form) -> None:
+    if kind == "mla-moe" and form != "plain":
+        pass  # its experts' loop is an op of its own in every form
+    model = model_of(kind, form)
+    assert_same(step(model, "aot_eager"), step(model_of(kind, form), None))
+
+
+@each_form
+@each_kind
+def test_a_block_is_one_graph_on_a_cards_path(kind: str, form: Form) -> None:
+    if not is_interpreted():
+        pytest.skip("a real card's tensors are needed there: tests/fit/test_on_cuda.py")
+    where: AbstractContextManager[None] = imagining(AMPERE)
+    with where:
+        found = step(model_of(kind, form), "aot_eager")
+        expected = step(model_of(kind, form), None)
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("form", ["e4m3", "int8"])
+def test_inductor_compiles_a_block_of_8_bits_on_a_processor(form: Form) -> None:
+    with nullcontext():
+        assert_same(step(model_of("gqa-rope", form), "inductor"), step(model_of("gqa-rope", form), None))
