@@ -153,6 +153,9 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype, has_fp32_scales: boo
     if a.code.dtype == torch.int8 and a.code.shape[1] > _MOST_INT8:
         raise ShapeError(f"scaled_matmul: K is {a.code.shape[1]}; int32 holds INT8 sums over {_MOST_INT8} at most.")
     card = card_of(a.code.device)
+    if not (a.code.numel() and b.code.numel()):
+        return torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
+    a, b = (Scaled(operand.code, operand.scale.contiguous()) for operand in (a, b))
     backend = backend_of(a.code.dtype, card, has_fp32_scales)
     if backend not in _TILES:
         return _multiply_decoded(a, b, dtype, card, has_fp32_scales)
@@ -165,10 +168,9 @@ def multiply_tiles(a: Scaled, b: Scaled, dtype: torch.dtype, backend: str, tile:
     backend: a key of `tiles`, for the gate and the tests, which force each one.
     """
     y_MN = torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
-    if y_MN.numel():
-        # Rows of whole 16 bytes: others could be read byte by byte only, and addresses would fill the registers.
-        a_code, b_code = (F.pad(s.code, (0, -s.code.shape[1] % 16)) if s.code.shape[1] % 16 else s.code for s in (a, b))
-        _launch_tiles(a_code, a.scale.contiguous(), b_code, b.scale.contiguous(), y_MN, backend, list(tile))
+    # Rows of whole 16 bytes: others could be read byte by byte only, and addresses would fill the registers.
+    a_code, b_code = (F.pad(s.code, (0, -s.code.shape[1] % 16)) if s.code.shape[1] % 16 else s.code for s in (a, b))
+    _launch_tiles(a_code, a.scale, b_code, b.scale, y_MN, backend, list(tile))
     return y_MN
 
 

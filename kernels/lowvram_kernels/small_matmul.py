@@ -98,6 +98,9 @@ def small_matmul(x: Tensor, weight: Scaled) -> Tensor:
     if x.shape[0] > MOST_ROWS:
         raise ShapeError(f"small_matmul: x has {x.shape[0]} rows; takes {MOST_ROWS} at most, scaled_matmul takes more.")
     card = card_of(x.device)
+    if not (x.numel() and weight.code.numel()):
+        return x.new_empty(x.shape[0], weight.code.shape[0])
+    weight = Scaled(weight.code, weight.scale.contiguous())
     if choose("small_matmul", card).backend == "reference":
         return reference(x, weight)
     kernel = kernel_of(card, x.shape[0], x.dtype)
@@ -113,10 +116,8 @@ def multiply_bands(x: Tensor, weight: Scaled, kernel: str, tile: Tile, splits: i
     """
     rows, outputs = x.shape[0], weight.code.shape[0]
     y_NO = x.new_empty(rows, outputs)
-    if not y_NO.numel():
-        return y_NO
     part_SNO = y_NO if splits == 1 else torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
-    _launch_bands(x.contiguous(), weight.code, weight.scale.contiguous(), part_SNO, kernel, list(tile), splits)
+    _launch_bands(x.contiguous(), weight.code, weight.scale, part_SNO, kernel, list(tile), splits)
     if splits > 1:
         _launch_adding(part_SNO, y_NO)
     return y_NO

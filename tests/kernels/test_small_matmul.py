@@ -142,21 +142,23 @@ def test_what_is_not_finite_comes_out_as_nan(form: str, rows: int, splits: int) 
     assert y[0, [0, 1, 2, 3, 5]].isfinite().all()
 
 
-def test_rows_and_scales_may_lie_turned_in_memory() -> None:
-    x, weight = operands((3, 140, 130), "e4m3", torch.float16)
+@pytest.mark.parametrize("card", [CARDS["sm86"], Card("cpu")], ids=["sm86", "cpu"])
+def test_rows_and_scales_may_lie_turned_in_memory(card: Card) -> None:
+    x, weight = operands((5, 140, 130), "e4m3", torch.float16)
     turned = Scaled(weight.code, weight.scale.mT.contiguous().mT)
-
-    def multiply(x: Tensor, weight: Scaled) -> Tensor:
-        return multiply_bands(x, weight, SIXTEEN, tiles(SIXTEEN)[0], 1)
-
-    with running_on("sm86"):
-        assert torch.equal(multiply(x.mT.contiguous().mT, turned), multiply(x, weight))
+    assert not turned.scale.is_contiguous()
+    with imagining(card):
+        y = small_matmul(x.mT.contiguous().mT, turned)
+    assert_near(y, x, weight)
 
 
-def test_no_rows_make_no_launch() -> None:
-    x, weight = operands((3, 130, 5), "int8", torch.float16)
-    with running_on("sm89"):
+@pytest.mark.parametrize("card", [CARDS["sm89"], Card("cpu")], ids=["sm89", "cpu"])
+@each_form
+def test_no_rows_make_no_launch(card: Card, form: str) -> None:
+    x, weight = operands((3, 130, 5), form, torch.float16)
+    with imagining(card):
         assert small_matmul(x[:0], weight).shape == (0, 5)
+        assert small_matmul(x, Scaled(weight.code[:0], weight.scale[:0])).shape == (3, 0)
 
 
 def rehearse(card: Card, rows: int, dtype: torch.dtype, outputs: int = 512) -> tuple[list[Launch], int]:
