@@ -204,6 +204,8 @@ class ModelConfig(Words):
 class TrainConfig(Words):
     """How it is learnt; nothing here depends on the machine.
 
+    precision: what is multiplied; fp8 and int8 are for the products of attention and feed-forward layers, forward and
+    backward, with bf16 between them.
     weights: what matrices are kept in; bf16 is rounded at random with unbiased mean.  update_during_backward: each
     weight is stepped as soon as its gradient is there, so that gradients never all exist; without accumulation.
     """
@@ -213,7 +215,7 @@ class TrainConfig(Words):
     batch_tokens: Count = 65_536
     optimizer: Optimizer = AdamW()
     schedule: Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")] = Cosine()
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = "bf16"
     weights: Literal["fp32", "bf16"] = "fp32"
     update_during_backward: bool = False
     rotation: Rotation | None = None

@@ -10,12 +10,21 @@ from typing import NamedTuple
 import torch
 from lowvram_kernels.dropout import hash_keys
 from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.product import Form
 from torch import Tensor
 
 from lowvram.model.transformer import Dropout, Transformer
 from lowvram.plan import Recompute
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of what flows between the layers, by the run file's precision; and what their products are made of.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+    "int8": torch.bfloat16,
+}
+FORMS: dict[str, Form] = {"fp32": "plain", "bf16": "plain", "fp16": "plain", "fp8": "e4m3", "int8": "int8"}
 
 
 class Batch(NamedTuple):

@@ -128,7 +128,7 @@ def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assig
         (
             '"1.2e9"',
             '"1e9"\nprecision = "fp12"',
-            r"train.precision is 'fp12': input should be 'fp32', 'bf16' or 'fp16'",
+            r"train.precision is 'fp12': input should be 'fp32', 'bf16', 'fp16', 'fp8' or 'int8'",
         ),
         ('"tr-60m"', '"tr-60m"\nattention = { headz = 3 }', r"no key model.attention.headz. Did you mean heads"),
         ('"tr-60m"', '"tr-60m"\nattention = { heads = 3 }', r"kv_heads is 2; it must divide heads \(3\)"),

@@ -8,11 +8,15 @@ product before `down`, so down's output is not needed again: with h = w·p, p = 
 Rows return to their tokens by the inverse permutation and a sum over K, which adds in one fixed order.
 
 Of the E experts W may be resident and E − W idle: resident ones are masters and learn, idle ones lie in low precision
-(`idle.py`), answer, let dx through and get no gradient.  Slots 0 … W−1 are the resident ones.  An idle matrix that no
-product can take as it lies is decoded into a scratch of one matrix, again at each use.
+(`idle.py`), answer, let dx through and get no gradient.  Slots 0 … W−1 are the resident ones.
 
-Saved for backward: x, weights, the sort order [N·K], the slices' ends [E] on the host, [g | u] [N·K, 2I], the
-masters and the idle copies (as they lie, nothing decoded); everything else is computed again.
+Where Triton runs, one launch multiplies all slices of a stack (`grouped_matmul.py`, `grouped_outer.py`): nothing waits
+for the device, and idle matrices are decoded in registers.  Elsewhere a loop over the experts calls the library, its
+ends lie on the host, and an idle matrix that no product can take as it lies is decoded into a scratch of one matrix,
+again at each use.
+
+Saved for backward: x, weights, the sort order [N·K], the slices' ends [E], [g | u] [N·K, 2I], the masters and the idle
+copies (as they lie, nothing decoded); everything else is computed again.
 Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2; the gradient is the chain rule.
 
 Shapes: N tokens, K choices of each, M = N·K rows, E experts, W of them resident, D width, I inner width, O out.
@@ -27,8 +31,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import is_on_paper, note_work
+from lowvram_kernels.dispatch import card_of, choose, is_on_paper, note_work
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.grouped_matmul import grouped_matmul
+from lowvram_kernels.grouped_outer import grouped_outer
 from lowvram_kernels.idle import IdleStack, check_stack, decode, needs_decoding
 from lowvram_kernels.swiglu import gated_product, gated_product_backward
 
@@ -116,8 +122,16 @@ def _multiply(
 ) -> Tensor:
     """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I]."""
     stack = master.to(rows_MI.dtype)
-    stack = stack.mT if is_turned else stack
     code, scale = idle
+    if _is_one_launch(rows_MI.device):
+        out_MO = grouped_matmul(rows_MI, stack if is_turned else stack.mT, ends_E)
+        if code is not None and code.shape[0]:
+            copies = IdleStack(code, scale)
+            if not is_turned:
+                copies = IdleStack(code.mT, None if scale is None else scale.mT)
+            grouped_matmul(rows_MI, copies, ends_E, first=stack.shape[0], out=out_MO)
+        return out_MO
+    stack = stack.mT if is_turned else stack
     scratch = None
     if code is not None and needs_decoding(code, rows_MI.dtype):
         # Made here and not inside the op, which a rehearsal cannot look into.
@@ -125,6 +139,17 @@ def _multiply(
         if is_on_paper():
             _note_decoding(code.shape[0], scratch, scale is not None)
     return _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
+
+
+def _sum_outer(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
+    """Sum leftᵀ @ right over each resident expert's slice: [W, O, I] in dtype."""
+    if _is_one_launch(left_MO.device):
+        return grouped_outer(left_MO, right_MI, ends_E, resident, dtype)
+    return _sum_outer_slices(left_MO, right_MI, ends_E, dtype, resident)
+
+
+def _is_one_launch(device: torch.device) -> bool:
+    return choose("grouped_matmul", card_of(device)).backend == "triton"
 
 
 def _note_decoding(count: int, scratch: Tensor, is_scaled: bool) -> None:
@@ -135,12 +160,13 @@ def _note_decoding(count: int, scratch: Tensor, is_scaled: bool) -> None:
 
 
 def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return the choices in the order of their experts [M] and where each expert's slice ends [E], on the host."""
+    """Return the choices in the order of their experts [M] and where each slice ends [E], on the host for the loop."""
     flat_M = ids_NK.reshape(-1)
     count_E = torch.zeros(experts, dtype=torch.int64, device=ids_NK.device)
     count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
     ends_E = count_E.cumsum(0)
-    return torch.argsort(flat_M, stable=True), ends_E if is_on_paper() else ends_E.to("cpu")
+    stays = is_on_paper() or _is_one_launch(ids_NK.device)
+    return torch.argsort(flat_M, stable=True), ends_E if stays else ends_E.to("cpu")
 
 
 def _combine(sorted_MD: Tensor, order_M: Tensor, choices: int) -> Tensor:
@@ -191,10 +217,10 @@ class _Experts(torch.autograd.Function):
             dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
             dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
         if needs_ddown:
-            ddown = _sum_outer_slices(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident)
+            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident)
         del dy_MD, dh_MI, product_MI
         if needs_dgate_up:
-            dgate_up = _sum_outer_slices(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident)
+            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident)
         if needs_dx:
             dx = _combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, is_turned=False), order_M, choices)
         return dx, dgate_up, ddown, dweights, None, None, None, None, None
@@ -212,11 +238,11 @@ def experts(
 
     x: [N, D] fp32|bf16|fp16.  gate_up: [W, 2I, D], gate first; down: [W, D, I]: masters of any floating dtype,
     each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
-    gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, each decoded alone at its use; without it
+    gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole; without it
     E = W.  Returns [N, D] in x's dtype.
     Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
-    Saved for backward: x, weights, [N·K] int64, [E] int64 on the host, [N·K, 2I] in x's dtype, the masters, idle.
-    The result and its gradients are deterministic; the device is waited for once.
+    Saved for backward: x, weights, [N·K] int64, [E] int64, [N·K, 2I] in x's dtype, the masters, idle.
+    The result and its gradients are deterministic.  The device is waited for once, where Triton runs never.
     Raises ShapeError if shapes or dtypes do not fit together.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2.
     """

@@ -51,7 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
-    from lowvram.cli.place import find_card, find_changes, name_card
+    from lowvram.cli.place import find_card, find_changes, find_faster, name_card
     from lowvram.cli.show import bar, notice, result
     from lowvram.cli.verdict import explain, show_json, show_one, show_table
     from lowvram.fit.answer import recommend
@@ -72,10 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
     if is_alone and not is_asked and not (answers[0].fits_headless and answers[0].fits_host):
         with bar("Looking for changes that would fit"):
             changes = find_changes(answers[0].model, answers[0].train, place)
+    faster: list[Change] = []
+    if what is not None and answers[0].fits_headless and not is_asked:
+        with bar("Looking for a faster precision"):
+            faster = find_faster(answers[0], card)
     if arguments.json:
-        show_json(answers, place, advice[0].name if advice else None, changes or [])
+        show_json(answers, place, advice[0].name if advice else None, changes or [], faster)
     elif is_alone:
-        show_one(answers[0], place, changes, is_preset=arguments.run_file is None)
+        show_one(answers[0], place, changes, faster, is_preset=arguments.run_file is None)
     else:
         show_table(answers, place, advice)
     for line in explain(answers, place) if arguments.explain else ():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.show import notice
 from lowvram.fit.answer import Answer, Place, judge, lacking_bytes
-from lowvram.fit.changes import Change, Weighed, propose
+from lowvram.fit.changes import Change, Weighed, propose, propose_faster
 from lowvram.fit.measured import load_measured
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
@@ -108,6 +108,10 @@ def _as_installed(profile: Profile, is_windows: bool) -> Profile:
 
 def warn_of_precision(train: TrainConfig, profile: Profile) -> str | None:
     """Return a sentence where a run computes in numbers that the card has no tensor cores for."""
+    has_int8 = profile.capability is not None and profile.capability >= (8, 0)
+    if (train.precision == "fp8" and profile.fp8 == "storage") or (train.precision == "int8" and not has_int8):
+        says = f"{profile.name} has no tensor cores for {train.precision}, which it must decode first"
+        return f'{says}: train.precision = "{profile.dtype}" is faster.'
     if train.precision != "bf16" or profile.dtype != "fp16":
         return None
     return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about 8 times as fast.'
@@ -140,6 +144,25 @@ def judge_here(
 ) -> Answer:
     """Rehearse a run on a card and judge it.  options, wish: see `judge`."""
     return judge(name, model, train, sketch_run(model, train, place.profile), place, True, options, wish)
+
+
+def find_faster(answer: Answer, card: Card) -> list[Change]:
+    """Return the precisions of 8 bits in which a run's plan would be faster on a card.
+
+    Either both precisions were measured there, or both are reckoned from published figures.
+    """
+    profile, plan, train = card.profile, answer.found.plan, answer.train
+    places = {name: card.place(name) for name in (train.precision, "fp8", "int8")}
+
+    def weigh(model: ModelConfig, other: TrainConfig) -> Weighed:
+        rehearsal = rehearse_on(profile, model, other)(plan)
+        is_measured = places[other.precision].measured is not None and places[train.precision].measured is not None
+        measured = places[other.precision].measured if is_measured else None
+        speed = estimate(rehearsal, plan, other, profile, measured)
+        fits_host = not lacking_bytes(rehearsal.ledger, places[train.precision])
+        return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
+
+    return list(propose_faster(answer.model, train, places[train.precision].headless_bytes, weigh))
 
 
 def find_changes(model: ModelConfig, train: TrainConfig, place: Place) -> list[Change]:

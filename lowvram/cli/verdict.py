@@ -146,8 +146,10 @@ def _mark(place: Place) -> str:
     return f"; the mark │ stands at the {show_bytes(place.limit_bytes)} that are left beside {place.beside}."
 
 
-def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_preset: bool) -> None:
-    """Print one model's ledger line by line, what it costs, and what would make it fit."""
+def show_one(
+    answer: Answer, place: Place, changes: Sequence[Change] | None, faster: Sequence[Change], is_preset: bool
+) -> None:
+    """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
     cut = f"{plan.micro_batch} {'sequence' if plan.micro_batch == 1 else 'sequences'} × {plan.accumulate} a step"
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
@@ -175,6 +177,8 @@ def show_one(answer: Answer, place: Place, changes: Sequence[Change] | None, is_
         result(f"  {speed}: {tokens}.")
     elif answer.fits_headless:
         result(f"  How fast {place.profile.name} is, is not known.")
+    for change in faster:
+        result(f"  {change.says} (--set {change.sets[0]}): {change.costs}; peak {show_bytes(change.peak_bytes)}.")
     writes, disk = _gigabytes(answer.written_bytes_per_day), _gigabytes(answer.disk_bytes)
     saves = f"A checkpoint has {show_bytes(answer.state_bytes)}; saving writes up to {writes} a day"
     result(f"  {saves}; {disk} of disk must be free.")
@@ -245,8 +249,17 @@ def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
         yield f"{answer.name}: {answer.found.reason}; {states}; {moment}"
 
 
-def show_json(answers: Sequence[Answer], place: Place, recommended: str | None, changes: Sequence[Change]) -> None:
-    """Print one JSON object; its schema is kept by a test.  changes: what would make a single model fit."""
+def show_json(
+    answers: Sequence[Answer],
+    place: Place,
+    recommended: str | None,
+    changes: Sequence[Change],
+    faster: Sequence[Change],
+) -> None:
+    """Print one JSON object; its schema is kept by a test.
+
+    changes: what would make a single model fit.  faster: in which precisions a run would be faster.
+    """
     values = {
         "gpu": place.profile.id,
         "gpu_name": place.profile.name,
@@ -255,6 +268,7 @@ def show_json(answers: Sequence[Answer], place: Place, recommended: str | None, 
         "recommended": recommended,
         "models": [_values(answer) for answer in answers],
         "changes": [change._asdict() for change in changes],
+        "faster": [change._asdict() for change in faster],
     }
     result(json.dumps(values, ensure_ascii=False))
 

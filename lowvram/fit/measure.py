@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from lowvram_kernels.attention import attention
 from lowvram_kernels.dispatch import Card, card_of, on_paper
+from lowvram_kernels.product import along_rows, forward
 from torch import Tensor
 
 from lowvram.config import ModelConfig, TrainConfig
@@ -25,7 +26,7 @@ from lowvram.fit.rehearse import LiveStorage, rehearse
 from lowvram.fit.sketch import Work
 from lowvram.fit.speed import Measured, Rates, launch_seconds, work_seconds
 from lowvram.model.transformer import Transformer
-from lowvram.objective import DTYPES, Batch, Loss, count_targets
+from lowvram.objective import DTYPES, FORMS, Batch, Loss, count_targets
 from lowvram.plan import Plan
 from lowvram.profile import Profile
 from lowvram.train.compilation import compiled
@@ -165,6 +166,7 @@ def _explain_rest(work: Work, seconds: float, rates: Rates, platform: str) -> Ra
     if platform != "cpu" and seconds < _HIDDEN * launching_s:
         return rates  # the card waits for its host, and says nothing about itself
     products_s = work.flops / rates.product_flops_per_s + work.attention_flops / rates.attention_flops_per_s
+    products_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
     rest_s = seconds - products_s - (launching_s if platform == "cpu" else 0.0)
     slowest, fastest = rates.bytes_per_s * _SLOWEST_BYTES, rates.bytes_per_s
     explaining = work.moved_bytes / rest_s if rest_s > 0.0 else fastest
@@ -187,6 +189,10 @@ def _time_loads(
     def product(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.mT
 
+    def low_product(x: Tensor, weight: Tensor) -> Tensor:
+        form = FORMS[train.precision]
+        return forward(along_rows(x, form), weight, form, dtype)
+
     def attend(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> object:
         return torch.autograd.grad(attention(q, k, v, head_dim**-0.5, causal=True), (q, k, v), gradient)
 
@@ -208,11 +214,15 @@ def _time_loads(
     count = max(1, tokens // length)
     keys = (count, kv_heads, length, head_dim)
     work, seconds = time_load(attend, (count, heads, length, head_dim), keys, keys, (count, heads, length, head_dim))
+    low_flops_per_s = None
+    if FORMS[train.precision] != "plain":
+        work, seconds = time_load(low_product, (tokens, model.dim), (hidden, model.dim))
+        low_flops_per_s = work.low_flops / _beyond(work, bytes_per_s, seconds) or None  # plain ones where no kernel is
     attention_flops_per_s = product_flops_per_s
     if work.attention_flops:
         attention_flops_per_s = work.attention_flops / _beyond(work, bytes_per_s, seconds)
     free_memory(device)
-    return Rates(product_flops_per_s, attention_flops_per_s, bytes_per_s, launch_s=0.0)
+    return Rates(product_flops_per_s, attention_flops_per_s, bytes_per_s, 0.0, low_flops_per_s)
 
 
 def _head_dim(model: ModelConfig) -> int:

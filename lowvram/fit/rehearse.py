@@ -208,7 +208,13 @@ def _attention_of(name: str, inputs: list[Tensor]) -> float:
 
 def imagine(where: Profile | CardPath) -> Card:
     """Return the card that ops are told of on paper."""
-    return Card(where.platform, where.capability, has_flash=where.attention == "flash")
+    known = where.multiprocessors if isinstance(where, Profile) else None
+    return Card(
+        where.platform,
+        where.capability,
+        has_flash=where.attention == "flash",
+        multiprocessors=known or Card._field_defaults["multiprocessors"],
+    )
 
 
 def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> Rehearsal:

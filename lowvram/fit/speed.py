@@ -38,6 +38,7 @@ class Efficiency(NamedTuple):
     """Which share of a profile's figures a training step reaches.  attention: of the product's rate, by fused kernels.
 
     launch_s: host seconds for an op.  compiled: the share of bytes and of launches that torch.compile leaves.
+    low: of the figure for 8 bits.
     """
 
     product: float
@@ -45,6 +46,7 @@ class Efficiency(NamedTuple):
     memory: float
     launch_s: float
     compiled: float
+    low: float = 1.0
 
 
 _EFFICIENCIES = {
@@ -52,7 +54,8 @@ _EFFICIENCIES = {
     # their own bytes are counted apart.  Attention: FlashAttention 2 reaches at most 0.73 forward and 0.63 backward
     # (Dao 2023, section 4), on longer sequences and wider heads than here.  Memory: streaming kernels.  Launch: 5 to
     # 10 µs from Python with autograd.  Compiled: 126,078 tokens/s for 84,554 eagerly, from the RTX 4090 above.
-    "cuda": Efficiency(0.9, 0.5, 0.85, 8e-6, 0.5),
+    # Low: products of 8 bits on an RTX 5090, of 419 (FP8) and 838 (INT8, MXFP8) in theory, reached 190 to 207 and 480.
+    "cuda": Efficiency(0.9, 0.5, 0.85, 8e-6, 0.5, 0.5),
     # Metal writes out every score, so there is no fused attention; its command buffers cost more to fill.
     "mps": Efficiency(0.9, 0.5, 0.7, 15e-6, 0.5),
     # The profile's figures are those of training already.  Attention: 0.45 of a product in bf16, 0.8 in fp32 (EPYC
@@ -69,12 +72,13 @@ LINK_BYTES_PER_S = 6e9
 
 
 class Rates(NamedTuple):
-    """What a machine does in a second, and the seconds of a launch."""
+    """What a machine does in a second, and the seconds of a launch.  low_flops_per_s: in 8 bits, None if unknown."""
 
     product_flops_per_s: float
     attention_flops_per_s: float
     bytes_per_s: float
     launch_s: float
+    low_flops_per_s: float | None = None
 
 
 # An RTX 3060: it only orders the plans of a card whose figures nobody knows.
@@ -100,6 +104,7 @@ class Measured(Words):
     attention_flops_per_s: Rate
     bytes_per_s: Rate
     launch_s: Rate
+    low_flops_per_s: Rate | None = None
     micro_ratio: Rate
     update_ratio: Rate
     compiled_ratio: Rate | None = None
@@ -111,8 +116,8 @@ class Measured(Words):
 
     @property
     def rates(self) -> Rates:
-        """The four rates."""
-        return Rates(self.product_flops_per_s, self.attention_flops_per_s, self.bytes_per_s, self.launch_s)
+        """The five rates."""
+        return Rates(*(getattr(self, name) for name in Rates._fields))
 
 
 class Speed(NamedTuple):
@@ -168,6 +173,7 @@ def step_seconds(
 def work_seconds(work: Work, rates: Rates, platform: str) -> float:
     """Return the seconds that a part of the step takes."""
     busy_s = work.flops / rates.product_flops_per_s + work.attention_flops / rates.attention_flops_per_s
+    busy_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
     busy_s += work.moved_bytes / rates.bytes_per_s
     busy_s += work.host_bytes / (LINK_BYTES_PER_S if platform == "cuda" else rates.bytes_per_s)
     launching_s = work.ops * rates.launch_s
@@ -175,8 +181,12 @@ def work_seconds(work: Work, rates: Rates, platform: str) -> float:
 
 
 def published_rates(profile: Profile, precision: Number) -> Rates | None:
-    """Return what a training step is expected to reach by the card's published figures; None where it has none."""
-    tflops = profile.tflops.get(precision)
+    """Return what a training step is expected to reach by the card's published figures; None where it has none.
+
+    In 8 bits all but the layers' products is computed in bf16.
+    """
+    low_tflops = _low_tflops(profile, precision)
+    tflops = profile.tflops.get("bf16" if precision in ("fp8", "int8") else precision)
     if tflops is None or profile.bandwidth_bytes_per_s is None:
         return None
     efficiency = _EFFICIENCIES[profile.platform]
@@ -184,7 +194,15 @@ def published_rates(profile: Profile, precision: Number) -> Rates | None:
     memory = _LARGE_CACHE_MEMORY if has_large_cache else efficiency.memory
     product = tflops * 1e12 * efficiency.product
     bytes_per_s = profile.bandwidth_bytes_per_s * memory
-    return Rates(product, product * efficiency.attention, bytes_per_s, efficiency.launch_s)
+    low = low_tflops * 1e12 * efficiency.low if low_tflops is not None else None
+    return Rates(product, product * efficiency.attention, bytes_per_s, efficiency.launch_s, low)
+
+
+def _low_tflops(profile: Profile, precision: Number) -> float | None:
+    """Return the figure for products in 8 bits; with block scales in the instruction FP8 is as fast as INT8."""
+    if precision == "fp8" and profile.fp8 == "mxfp8":
+        return profile.tflops.get("int8")
+    return profile.tflops.get(precision) if precision in ("fp8", "int8") else None
 
 
 def launch_seconds(platform: str) -> float:

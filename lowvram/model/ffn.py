@@ -32,7 +32,7 @@ class SwiGluFfn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D].  Returns SwiGLU of norm(x), [..., D]."""
         (gate_up,) = project(self.norm, x, self.gate_up_proj)
-        return swiglu(gate_up, self.down_proj.weight)
+        return swiglu(gate_up, self.down_proj.weight, self.down_proj.form)
 
 
 class SharedExpert(nn.Module):
@@ -45,7 +45,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """x: [N, D].  Returns [N, D]."""
-        return swiglu(self.gate_up_proj(x_ND), self.down_proj.weight)
+        return swiglu(self.gate_up_proj(x_ND), self.down_proj.weight, self.down_proj.form)
 
 
 class _Fp32Linear(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from lowvram_kernels.linear import linear
 from lowvram_kernels.norm_linears import norm_linears
+from lowvram_kernels.product import Form
 from lowvram_kernels.rms_norm import rms_norm
 from torch import Tensor, nn
 
@@ -14,14 +15,16 @@ from lowvram.recipe import Rotation
 
 
 class Kept(NamedTuple):
-    """How weights are kept: on which device, matrices in which numbers, and how a layer's experts take turns.
+    """How weights are kept and multiplied: where, matrices in which numbers, and how a layer's experts take turns.
 
-    Norms and routers, which compute in fp32, are fp32 always.
+    Norms and routers, which compute in fp32, are fp32 always.  form: of the products of every Linear and expert; the
+    embedding, the head and the router multiply plainly.
     """
 
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
     rotation: Rotation | None = None
+    form: Form = "plain"
 
     def matrix(self, *shape: int) -> nn.Parameter:
         """Return a matrix, or a stack of them, for a load or a draw to fill."""
@@ -36,11 +39,11 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kept: Kept = KEPT) -> None:
         super().__init__()
-        self.weight = kept.matrix(outputs, inputs)
+        self.weight, self.form = kept.matrix(outputs, inputs), kept.form
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs].  Returns [..., outputs] in x's dtype."""
-        return linear(x, self.weight)
+        return linear(x, self.weight, self.form)
 
 
 class RmsNorm(nn.Module):
@@ -59,6 +62,6 @@ class RmsNorm(nn.Module):
 def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
     """Return each layer's answer to norm(x); the normalised rows are not kept for backward.
 
-    x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
+    layers: of one form.  x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
     """
-    return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps)
+    return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps, layers[0].form)

@@ -15,6 +15,7 @@ import torch
 from lowvram_kernels.dropout import dropout
 from lowvram_kernels.embedding import embedding
 from lowvram_kernels.linear import linear
+from lowvram_kernels.product import Form
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +79,8 @@ class Transformer(nn.Module):
     """A decoder built from a ModelConfig, with weights drawn from `seed`; None leaves them for a load to fill.
 
     dtype: of the matrices; norms and routers are fp32 always.  rotation: how many experts of a layer are weights, and
-    as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.
+    as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.  form: the numbers that
+    the blocks' layers multiply.
     """
 
     def __init__(
@@ -88,9 +90,10 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         rotation: Rotation | None = None,
+        form: Form = "plain",
     ) -> None:
         super().__init__()
-        self.config, kept = config, Kept(device, dtype, rotation)
+        self.config, kept = config, Kept(device, dtype, rotation, form)
         self.embedding = kept.matrix(config.vocabulary, config.dim)
         self.blocks = nn.ModuleList(Block(config, layer, kept) for layer in range(config.layers))
         self.norm = RmsNorm(config.dim, config.norm_eps, device)

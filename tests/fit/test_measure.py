@@ -64,7 +64,7 @@ def _be_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_gives_positive_finite_numbers(kind: str, precision: str) -> None:
     found = measure_tiny(kind, precision=precision)
-    for number in (*found.rates, found.micro_ratio, found.update_ratio):
+    for number in (*found.rates[:4], found.micro_ratio, found.update_ratio):
         assert 0.0 < number < math.inf
     assert (found.profile_id, found.precision, found.timed) == ("cpu", precision, "tiny")
     assert (found.torch, found.threads) == (torch.__version__, torch.get_num_threads())

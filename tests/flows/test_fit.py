@@ -179,6 +179,7 @@ JSON_KEYS = {
     "recommended": str,
     "models": list,
     "changes": list,
+    "faster": list,
 }
 MODEL_KEYS = {
     "name": str,

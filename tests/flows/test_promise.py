@@ -221,3 +221,20 @@ def test_bf16_on_a_card_without_tensor_cores_for_it_is_told(what: RunConfig) -> 
     assert "fp16" in (place.warn_of_precision(bf16, load_profile("rtx2070")) or "")
     assert place.warn_of_precision(bf16, load_profile("rtx3060-12gb")) is None
     assert place.warn_of_precision(what.train, load_profile("rtx2070")) is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "slow", "fast"),
+    [
+        ("fp8", ("cpu", "m2", "rtx2070", "rtx3070"), ("rtx4070", "rtx5070")),
+        ("int8", ("cpu", "m2", "rtx2070"), ("rtx3070",)),
+    ],
+)
+def test_8_bits_on_a_card_that_must_decode_them_are_told(
+    what: RunConfig, precision: str, slow: tuple[str, ...], fast: tuple[str, ...]
+) -> None:
+    train = what.train.model_copy(update={"precision": precision})
+    for name in slow:
+        profile = load_profile(name)
+        assert f'"{profile.dtype}" is faster' in (place.warn_of_precision(train, profile) or ""), name
+    assert [place.warn_of_precision(train, load_profile(name)) for name in fast] == [None] * len(fast)

@@ -136,6 +136,8 @@ MODES: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("gqa-rope", {"optimizer": MUON}),
     "bf16 weights": ("gqa-alibi", {"weights": "bf16", "optimizer": {"bits": 8}}),
     "during backward": ("mla-moe", {"update_during_backward": True, "precision": "fp16"}),
+    "fp8": ("mla-moe", {"precision": "fp8"}),
+    "int8, rotation": ("mla-moe", {"precision": "int8", "rotation": TURNS, "experts": 4}),
     "rotation": ("mla-moe", {"rotation": TURNS, "experts": 4}),
     "rotation, 8-bit": ("mla-moe", {"rotation": TURNS | {"idle": "e4m3"}, "experts": 5, "optimizer": {"bits": 8}}),
     "all together": (

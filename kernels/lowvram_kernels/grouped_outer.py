@@ -1,0 +1,157 @@
+"""The gradients of a stack of matrices, each from one slice of rows, in one launch; knows no routing and no forward.
+
+    out[e] = Σ_m left[m]ᵀ right[m]        ends[e − 1] ≤ m < ends[e]
+
+One program makes one tile of one expert and walks its rows, so that every element is written, zeros for an expert
+without rows, and nothing is added atomically: sums are fp32 and in one fixed order.  The ends lie on the device.
+
+E4M3 comes from `quantise.quantise_columns`: blocks of 128 rows at multiples of 128, wherever slices end.  A block that
+straddles two slices has one scale for both: a NaN in it is both experts' NaN.
+
+Alive: the result alone.  Bytes moved: both sides and the result, once.  Operations: 2·M·O·I.
+Source: the chain rule of `grouped_matmul`.
+
+Shapes: M rows, sorted by expert; E experts, W of them resident; each result is [O, I].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowvram_kernels.dispatch import Launch, card_of, choose, is_on_paper, launch
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.grouped_matmul import (
+    BLOCK,
+    FLOATING,
+    GROUP,
+    PROMISES,
+    Tile,
+    bytes_of,
+    check_ends,
+    choose_tile,
+    decoded,
+    form_of,
+    mask_M,
+    parts_of,
+    way_of,
+)
+from lowvram_kernels.quantise import Scaled
+
+
+def reference(left: Tensor | Scaled, right: Tensor | Scaled, ends: Tensor, resident: int, dtype: torch.dtype) -> Tensor:
+    """Sum the outer products of each expert's rows, of all rows with the others' made zero."""
+    left_MO, right_MI = (
+        side if isinstance(side, Tensor) else decoded(*side, torch.float32, 1).mT for side in (left, right)
+    )
+    sums = []
+    for expert in range(resident):
+        mask_M1 = mask_M(ends, len(left_MO), expert)[:, None]
+        left_O, right_I = (torch.where(mask_M1, side, 0.0) for side in (left_MO, right_MI))
+        sums.append((left_O.mT @ right_I).to(dtype))
+    return torch.stack(sums)
+
+
+def _launch_outer(
+    left: Tensor,
+    left_scale: Tensor | None,
+    right: Tensor,
+    right_scale: Tensor | None,
+    ends_E: Tensor,
+    out_WOI: Tensor,
+    tile: list[int],
+) -> None:
+    (count, outputs, inputs), it = out_WOI.shape, Tile(*tile)
+    grid = (count * -(-outputs // it.rows) * -(-inputs // it.columns),)
+    way = way_of(left, right, left_scale is not None)
+    constants: dict[str, Any] = {"BLOCK_O": it.rows, "BLOCK_I": it.columns, "BLOCK_M": it.depth, "GROUP": GROUP}
+    arguments: tuple[Any, ...]
+    if left_scale is not None:
+        kernel, constants["WAY"], rows = "outer_fp8_kernel", way, left.shape[1]
+        arguments = (left, left_scale, right, right_scale, ends_E, out_WOI, rows, outputs, inputs)
+    else:
+        kernel, rows = "outer_kernel", left.shape[0]
+        arguments = (left, right, ends_E, out_WOI, outputs, inputs, *left.stride(), *right.stride())
+    promise = PROMISES.get(way if left_scale is not None else left.dtype, "")
+    what = Launch("grouped_outer_triton", kernel, grid, arguments, constants, it.warps, it.stages, promise)
+    share = count / ends_E.shape[0]
+    moved = share * bytes_of(left, left_scale, right, right_scale) + bytes_of(out_WOI)
+    launch(what, 2.0 * share * rows * outputs * inputs, moved)
+
+
+_outer_op = torch.library.custom_op("lowvram_kernels::grouped_outer", _launch_outer, mutates_args=("out_WOI",))
+
+
+@_outer_op.register_fake
+def _(*arguments: Any) -> None:
+    if is_on_paper():
+        _launch_outer(*arguments)
+
+
+def grouped_outer(
+    left: Tensor | Scaled,
+    right: Tensor | Scaled,
+    ends: Tensor,
+    resident: int,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Sum left[m]ᵀ right[m] over each expert's rows: the gradients of a stack's matrices, in one launch.
+
+    left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or E4M3 columns [O, M] and [I, M] in blocks of 1×128.
+    ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  resident: how many experts, from
+    the first.  dtype: of the result, rounded once from fp32.  tile: one of `tiles`, chosen without it.
+    Returns [resident, O, I], zeros for an expert without rows.  Has no gradient of its own.
+    Raises ShapeError if shapes, dtypes or devices do not fit together.
+    """
+    (left_code, left_scale), (right_code, right_scale) = parts_of(left), parts_of(right)
+    _check_outer(left_code, left_scale, right_code, right_scale, ends, resident, dtype)
+    card = card_of(left_code.device)
+    if choose("grouped_matmul", card).backend != "triton":
+        return reference(left, right, ends, resident, dtype)
+    side = 1 if left_scale is None else 0
+    outputs, inputs = left_code.shape[side], right_code.shape[side]
+    out = torch.empty(resident, outputs, inputs, dtype=dtype, device=left_code.device)
+    if tile is None:
+        way = way_of(left_code, right_code, left_scale is not None)
+        tile = choose_tile(card, way, outputs, inputs, resident, is_outer=True)
+    _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))
+    return out
+
+
+def _check_outer(
+    left: Tensor,
+    left_scale: Tensor | None,
+    right: Tensor,
+    right_scale: Tensor | None,
+    ends: Tensor,
+    resident: int,
+    dtype: torch.dtype,
+) -> None:
+    what = f"grouped_outer: left is {form_of(left)}, scale {form_of(left_scale)}"
+    what += f"; right {form_of(right)}, scale {form_of(right_scale)}"
+    side = 0 if left_scale is None else 1
+    if left.dim() != 2 or right.dim() != 2 or left.shape[side] != right.shape[side] or left.dtype != right.dtype:
+        raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or E4M3 [O, M] and [I, M].")
+    if left_scale is None and right_scale is None:
+        is_right = left.dtype in FLOATING
+    else:
+        blocks = -(-left.shape[1] // BLOCK)
+        pairs = ((left, left_scale), (right, right_scale))
+        is_right = left.dtype == torch.uint8 and all(
+            scale is not None
+            and list(scale.shape) == [code.shape[0], blocks]
+            and scale.dtype == torch.float32
+            and code.is_contiguous()
+            and scale.is_contiguous()
+            for code, scale in pairs
+        )
+    if not is_right:
+        raise ShapeError(f"{what}; needs fp32, bf16 or fp16 without scales, or uint8 with fp32 of 1×128, contiguous.")
+    if resident < 1 or dtype not in FLOATING:
+        raise ShapeError(f"grouped_outer: resident is {resident}, dtype {dtype}; needs 1 or more, fp32, bf16 or fp16.")
+    check_ends("grouped_outer", ends, resident, left.device)
+    if right.device != left.device:
+        raise ShapeError(f"{what}; they lie on {left.device} and {right.device}.")
