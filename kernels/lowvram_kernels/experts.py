@@ -36,6 +36,8 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.grouped_matmul import grouped_matmul
 from lowvram_kernels.grouped_outer import grouped_outer
 from lowvram_kernels.idle import IdleStack, check_stack, decode, needs_decoding
+from lowvram_kernels.product import Form, check_form
+from lowvram_kernels.quantise import dequantise, quantise_columns, quantise_rows, quantise_weight
 from lowvram_kernels.swiglu import gated_product, gated_product_backward
 
 
@@ -118,20 +120,32 @@ def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, res
 
 
 def _multiply(
-    rows_MI: Tensor, master: Tensor, idle: tuple[Tensor | None, Tensor | None], ends_E: Tensor, is_turned: bool
+    rows_MI: Tensor,
+    master: Tensor,
+    idle: tuple[Tensor | None, Tensor | None],
+    ends_E: Tensor,
+    is_turned: bool,
+    form: Form,
 ) -> Tensor:
-    """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I]."""
-    stack = master.to(rows_MI.dtype)
+    """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I].
+
+    Rows that idle copies read are never rounded: of a copy the weight is low already.
+    """
     code, scale = idle
     if _is_one_launch(rows_MI.device):
-        out_MO = grouped_matmul(rows_MI, stack if is_turned else stack.mT, ends_E)
+        out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, form)
         if code is not None and code.shape[0]:
             copies = IdleStack(code, scale)
             if not is_turned:
                 copies = IdleStack(code.mT, None if scale is None else scale.mT)
-            grouped_matmul(rows_MI, copies, ends_E, first=stack.shape[0], out=out_MO)
+            grouped_matmul(rows_MI, copies, ends_E, first=master.shape[0], out=out_MO)
         return out_MO
-    stack = stack.mT if is_turned else stack
+    if form == "plain":
+        stack = master.to(rows_MI.dtype)
+        stack = stack.mT if is_turned else stack
+    else:
+        stack = dequantise(quantise_weight(master, form, transposed=not is_turned), rows_MI.dtype).mT
+        rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], form)
     scratch = None
     if code is not None and needs_decoding(code, rows_MI.dtype):
         # Made here and not inside the op, which a rehearsal cannot look into.
@@ -141,11 +155,37 @@ def _multiply(
     return _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
 
 
-def _sum_outer(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
+def _multiply_residents(rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_turned: bool, form: Form) -> Tensor:
+    if form == "plain":
+        stack = master.to(rows_MI.dtype)
+        return grouped_matmul(rows_MI, stack if is_turned else stack.mT, ends_E)
+    weight = quantise_weight(master, form, transposed=not is_turned)
+    return grouped_matmul(quantise_rows(rows_MI, form), weight, ends_E, dtype=rows_MI.dtype)
+
+
+def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, form: Form) -> Tensor:
+    """Return the rows as their low form reads them, for a product of the library; idle experts' rows as they are."""
+    rounded_MI = dequantise(quantise_rows(rows_MI, form), rows_MI.dtype)
+    if resident == ends_E.shape[0]:
+        return rounded_MI
+    is_residents_M = torch.arange(rows_MI.shape[0], device=rows_MI.device) < ends_E[resident - 1].to(rows_MI.device)
+    return torch.where(is_residents_M[:, None], rounded_MI, rows_MI)
+
+
+def _sum_outer(
+    left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int, form: Form
+) -> Tensor:
     """Sum leftᵀ @ right over each resident expert's slice: [W, O, I] in dtype."""
-    if _is_one_launch(left_MO.device):
-        return grouped_outer(left_MO, right_MI, ends_E, resident, dtype)
-    return _sum_outer_slices(left_MO, right_MI, ends_E, dtype, resident)
+    is_one_launch = _is_one_launch(left_MO.device)
+    if form == "plain":
+        if is_one_launch:
+            return grouped_outer(left_MO, right_MI, ends_E, resident, dtype)
+        return _sum_outer_slices(left_MO, right_MI, ends_E, dtype, resident)
+    left, right = quantise_columns(left_MO, form), quantise_columns(right_MI, form)
+    if is_one_launch:
+        return grouped_outer(left, right, ends_E, resident, dtype)
+    rounded = [dequantise(columns, left_MO.dtype).mT for columns in (left, right)]
+    return _sum_outer_slices(*rounded, ends_E, dtype, resident)
 
 
 def _is_one_launch(device: torch.device) -> bool:
@@ -189,15 +229,17 @@ class _Experts(torch.autograd.Function):
         gate_up_scale: Tensor | None,
         down_code: Tensor | None,
         down_scale: Tensor | None,
+        form: Form,
     ) -> Tensor:
+        ctx.form = form
         idle_gate_up, idle_down = (gate_up_code, gate_up_scale), (down_code, down_scale)
         idle_count = 0 if gate_up_code is None else gate_up_code.shape[0]
         order_M, ends_E = _sort(ids, gate_up.shape[0] + idle_count)
         rows_MD = x[order_M // ids.shape[1]]
-        gate_up_MI = _multiply(rows_MD, gate_up, idle_gate_up, ends_E, is_turned=True)
+        gate_up_MI = _multiply(rows_MD, gate_up, idle_gate_up, ends_E, True, form)
         ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle_gate_up, *idle_down)
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
-        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, is_turned=True)
+        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, True, form)
         return _combine(out_MD, order_M, ids.shape[1])
 
     @staticmethod
@@ -206,24 +248,24 @@ class _Experts(torch.autograd.Function):
         x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle = ctx.saved_tensors
         idle_gate_up, idle_down = (idle[0], idle[1]), (idle[2], idle[3])
         needs_dx, needs_dgate_up, needs_ddown, needs_dweights = ctx.needs_input_grad[:4]
-        choices, resident = weights.shape[1], gate_up.shape[0]
+        choices, resident, form = weights.shape[1], gate_up.shape[0], ctx.form
         token_M = order_M // choices
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
         dx = dgate_up = ddown = dweights = None
         dy_MD = dy[token_M]
-        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, is_turned=False)
+        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, False, form)
         d_gate_up_MI, product_MI = gated_product_backward(dh_MI * weight_M1, gate_up_MI)
         if needs_dweights:
             dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
             dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
         if needs_ddown:
-            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident)
+            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident, form)
         del dy_MD, dh_MI, product_MI
         if needs_dgate_up:
-            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident)
+            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident, form)
         if needs_dx:
-            dx = _combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, is_turned=False), order_M, choices)
-        return dx, dgate_up, ddown, dweights, None, None, None, None, None
+            dx = _combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, form), order_M, choices)
+        return dx, dgate_up, ddown, dweights, None, None, None, None, None, None
 
 
 def experts(
@@ -233,6 +275,7 @@ def experts(
     weights: Tensor,
     ids: Tensor,
     idle: tuple[IdleStack, IdleStack] | None = None,
+    form: Form = "plain",
 ) -> Tensor:
     """Send each token through its chosen experts and add the answers by routing weight.
 
@@ -240,6 +283,8 @@ def experts(
     each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
     gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole; without it
     E = W.  Returns [N, D] in x's dtype.
+    form: the numbers that resident experts multiply, see `product.py`; where a loop calls the library, operands are
+    rounded to them and multiplied in x's dtype.
     Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
     Saved for backward: x, weights, [N·K] int64, [E] int64, [N·K, 2I] in x's dtype, the masters, idle.
     The result and its gradients are deterministic.  The device is waited for once, where Triton runs never.
@@ -254,10 +299,11 @@ def experts(
         raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")
     if ids.dtype != torch.int64 or not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
         raise ShapeError(f"experts: ids is {ids.dtype}, x {x.dtype}; ids needs int64, the others floating.")
-    if idle is None:
-        return _Experts.apply(x, gate_up, down, weights, ids, None, None, None, None)  # type: ignore[no-untyped-call]
-    _check_idle(gate_up, down, *idle)
-    return _Experts.apply(x, gate_up, down, weights, ids, *idle[0], *idle[1])  # type: ignore[no-untyped-call]
+    check_form(form, "experts")
+    if idle is not None:
+        _check_idle(gate_up, down, *idle)
+    copies = (None, None, None, None) if idle is None else (*idle[0], *idle[1])
+    return _Experts.apply(x, gate_up, down, weights, ids, *copies, form)  # type: ignore[no-untyped-call]
 
 
 def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: IdleStack, idle_down: IdleStack) -> None:

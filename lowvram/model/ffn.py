@@ -112,6 +112,7 @@ class MoeFfn(ExactBuffers):
         self.window = window = config.experts if kept.rotation is None else kept.rotation.window
         self.gate_up_EHD = kept.matrix(window, 2 * hidden, dim)
         self.down_EDI = kept.matrix(window, dim, hidden)
+        self.form = kept.form
         self.shared = SharedExpert(dim, config.shared * hidden, kept)
         self.register_buffer("slot_E", None, persistent=False)
         # Set while the masters are read in place of the copies: returns those of the idle slots, layer by layer.
@@ -133,7 +134,7 @@ class MoeFfn(ExactBuffers):
         if self.slot_E is not None:
             slot_NK = self.slot_E[id_NK]
             idle = self.idle() if self.read_masters is None else self.read_masters()
-        routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, slot_NK, idle)
+        routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, slot_NK, idle, self.form)
         return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
 
     def idle(self) -> tuple[IdleStack, IdleStack]:
