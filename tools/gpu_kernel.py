@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lowvram_kernels.dispatch import Card, imagining
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tools.gpu_timing import Timing, count_sets, distance, time_runs
 
@@ -160,15 +161,9 @@ def change_error(run: Callable[..., Any], changed: Callable[..., list[Tensor]]) 
     """Return what holds an op in place against its plain form: the worst distance of the tensors that it changes."""
 
     def error(*inputs: Any) -> float:
-        copies = tuple(_copied(value) for value in inputs)
+        copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
         run(*inputs)
         plainly(run)(*copies)
         return max(distance(a, b) for a, b in zip(changed(*inputs), changed(*copies), strict=True))
 
     return error
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(*map(_copied, value)) if isinstance(value, tuple) else value

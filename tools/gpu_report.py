@@ -1,7 +1,8 @@
 """Checks and times every kernel and whole training steps on this machine's CUDA card, and writes the report of it.
 
-python tools/gpu_report.py [--minutes 9] [--only NAME …] [--out FOLDER]
-python tools/gpu_report.py --tiny        smallest shapes on whatever is here, to see that all of it runs
+python tools/gpu_report.py [--minutes 9]
+python tools/gpu_report.py --only NAME … [--out FOLDER]     cases with one of these in their name, such as "train tr-1b"
+python tools/gpu_report.py --tiny [--out FOLDER]            smallest shapes on whatever is here, to see that all runs
 
 Writes profiles/measured/CARD.json and CARD.md as it goes, so that a run which is cut keeps what it has.  Each kernel is
 held against its reference before it is timed; what is off is reported as wrong, without a time.  A worker process
@@ -340,13 +341,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="what all of it may take (default: 9)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases with one of these in their name")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, on a card or in Triton's interpreter")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes (default: profiles/measured)")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: profiles/measured; a temporary one for a part"
+    )
     options = parser.parse_args()
     if options.tiny and find_card() is None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by the worker
     elif not options.tiny:
         refuse_without_card()
-    folder = options.out or (Path(tempfile.mkdtemp(prefix="lowvram-report-")) if options.tiny else MEASURED)
+    is_part = options.tiny or options.only
+    folder = options.out or (Path(tempfile.mkdtemp(prefix="lowvram-report-")) if is_part else MEASURED)
     report = Report(folder, shlex.join(["python", "tools/gpu_report.py", *sys.argv[1:]]))
     try:
         Supervisor(report, options).run()

@@ -63,7 +63,7 @@ class Training:
 
     def measure(self, scene: Scene) -> Row:
         """Choose the plan, rehearse it and time its steps."""
-        model, train = load_preset(self.preset, (*self.sets, *(_TINY if scene.is_tiny else ())))
+        model, train = load_preset(self.preset, (*(_TINY if scene.is_tiny else ()), *self.sets))
         limit_bytes = load_profile(self.gpu).limit_bytes()
         answer = self._judge(model, train, scene, limit_bytes)
         plan = answer.found.plan
@@ -104,14 +104,14 @@ class Training:
 
 
 def trainings(scene: Scene) -> list[Training]:
-    """Return all presets that are timed, those of rank 0 first; a dense one and one of experts where all is tiny."""
+    """Return all presets that are timed, those of rank 0 first; where all is tiny one of each kind."""
     fp8, int8 = ("train.precision=fp8",), ("train.precision=int8",)
     first = [
         Training(preset="tiny-llm-v1", aims=_aim(1.2e6), rank=0),
         Training(preset="ismail-512", aims=_aim(250e3), rank=0),
     ]
     if scene.is_tiny:
-        return first
+        return [*first, Training(preset="tr-25m", sets=fp8)]
     return [
         first[0],
         Training(preset="tiny-llm-v1", sets=("train.seq_len=2048",), aims=_aim(0.9e6), rank=0),

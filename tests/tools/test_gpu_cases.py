@@ -258,7 +258,7 @@ def test_steps_are_timed_within_a_smaller_cards_memory(preset: str, monkeypatch:
 
 
 def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load_profile("rtx4060").model_copy(update={"memory_bytes": 700 * 2**20})
+    small = load_profile("rtx4060").model_copy(update={"memory_bytes": 575 * 2**20})
     monkeypatch.setattr(gpu_training, "load_profile", lambda name: small)
     row = Training(preset="tiny-llm-v1").measure(TINY)
     assert row["status"] == "left out"
