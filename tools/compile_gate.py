@@ -11,18 +11,23 @@ table into kernels/README.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import triton
 from lowvram_kernels.dispatch import Card, Launch
@@ -30,6 +35,12 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# What Triton raises where a card refuses a type or the assembler gives up.
+REFUSED = (triton.compiler.CompilationError, triton.runtime.errors.PTXASError, RuntimeError)
+# Beside Triton's own cache, which holds the machine code but not what the assembler said of it.
+CACHE = Path(tempfile.gettempdir()) / f"lowvram-gate-{os.getuid()}"
+SIGNED = "signed"
+BEGIN, END = "<!-- written by tools/compile_gate.py -->", "<!-- end -->"
 CAPABILITIES = ((7, 5), (8, 6), (8, 9), (9, 0), (12, 0))
 # What the PTX of each promised product must hold.
 INSTRUCTIONS = {
@@ -114,9 +125,151 @@ def judge(what: Launch, card: Card, found: Compiled) -> list[str]:
     return wrong
 
 
+class Job(NamedTuple):
+    """One kernel to compile for one card, as text that says all of it.  launch: None where another process has it."""
+
+    card: Card
+    launch: Launch
+    key: str
+
+    @property
+    def name(self) -> str:
+        """Return the kernel's name with its module's, without the folder's."""
+        return f"{self.launch.module.removesuffix('_triton')}: {self.launch.kernel}"
+
+
+def hash_sources() -> str:
+    """Return a hash of all device code."""
+    paths = sorted((ROOT / "kernels/lowvram_kernels").glob("*_triton.py"))
+    return hashlib.sha256("".join(path.read_text(encoding="utf-8") for path in paths).encode()).hexdigest()[:16]
+
+
+def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
+    """Return the launches that become different machine code on a card, by a hash of everything that decides it."""
+    about = f"{triton.__version__} {card.capability} {hash_sources()}"
+    jobs: dict[str, Job] = {}
+    for what in launches:
+        source = source_of(what)
+        text = f"{about} {what.module} {what.kernel} {source.signature} {source.constants} {source.attrs}"
+        key = hashlib.sha256(f"{text} {what.warps} {what.stages} {what.promise}".encode()).hexdigest()[:32]
+        jobs.setdefault(key, Job(card, what, key))
+    return jobs
+
+
+def compile_job(job: Job) -> tuple[Compiled | None, list[str]]:
+    """Compile a job, or remember what came of it before; returns what is wrong with it, too."""
+    path = CACHE / f"{job.key}.json"
+    if path.exists():
+        values, wrong = json.loads(path.read_text(encoding="utf-8"))
+        return Compiled(*values), wrong
+    try:
+        found = compile_launch(job.launch, job.card)
+    except REFUSED as error:
+        return None, [f"refused: {' '.join(str(error).split())[-300:]}"]
+    wrong = judge(job.launch, job.card, found)
+    if not wrong:
+        path.write_text(json.dumps([found, wrong]), encoding="utf-8")
+    return found, wrong
+
+
+def collect(capabilities: Sequence[tuple[int, int]]) -> list[Job]:
+    """Return every job of every card."""
+    from gate_cases import launches_of
+
+    jobs: dict[str, Job] = {}
+    for capability in capabilities:
+        card = Card("cuda", capability)
+        jobs |= jobs_of(card, launches_of(card))
+    return list(jobs.values())
+
+
+def compile_all(jobs: Sequence[Job], processes: int) -> list[tuple[Compiled | None, list[str]]]:
+    """Compile in so many processes, each of which keeps its own Triton."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if processes == 1:
+        return [compile_job(job) for job in jobs]
+    # A child made by fork has the jobs already; tensors of a launch cannot be sent.
+    global _JOBS
+    _JOBS = jobs
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        return pool.map(_compile_numbered, range(len(jobs)), chunksize=4)
+
+
+_JOBS: Sequence[Job] = ()
+
+
+def _compile_numbered(number: int) -> tuple[Compiled | None, list[str]]:
+    return compile_job(_JOBS[number])
+
+
+def table(jobs: Sequence[Job], results: Sequence[tuple[Compiled | None, list[str]]]) -> str:
+    """Return a Markdown table: each kernel on each card, the range over its tiles and types."""
+    found: dict[tuple[str, tuple[int, int]], list[Compiled]] = {}
+    for job, (compiled, _) in zip(jobs, results, strict=True):
+        if compiled is not None and job.card.capability is not None:
+            found.setdefault((job.name, job.card.capability), []).append(compiled)
+    lines = ["| kernel | card | variants | registers | shared memory | tensor-core instructions |", "|" + " --- |" * 6]
+    for (name, capability), rows in sorted(found.items()):
+        registers, shared = ([getattr(row, what) for row in rows] for what in ("registers", "shared_bytes"))
+        instructions = sorted({_shorten(row.instruction) for row in rows} - {""})
+        cells = [
+            name,
+            f"{capability[0]}.{capability[1]}",
+            str(len(rows)),
+            _range(registers),
+            _range(shared),
+            ", ".join(f"`{one}`" for one in instructions) or "–",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def _shorten(instruction: str) -> str:
+    """Return an instruction without what all of its kind have."""
+    return re.sub(r"\.(sync|aligned|row|col|satfinite)\b", "", instruction)
+
+
+def write_table(text: str) -> None:
+    """Put the table between its marks in kernels/README.md."""
+    path = ROOT / "kernels/README.md"
+    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
-    """Compile everything and print the table."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    """Compile everything, say what is wrong, print or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--card", action="append", metavar="M.N", help="only this capability (again for more)")
+    asked = parser.parse_args()
+    chosen = [tuple(map(int, text.split("."))) for text in asked.card or []] or list(CAPABILITIES)
+    began = time.perf_counter()
+    jobs = collect([(major, minor) for major, minor in chosen])
+    print(f"{len(jobs)} different kernels, found in {time.perf_counter() - began:.0f} s", flush=True)
+    results = compile_all(jobs, asked.processes)
+    wrong = [(job, text) for job, (_, texts) in zip(jobs, results, strict=True) for text in texts]
+    for job, text in wrong:
+        what = job.launch
+        print(f"WRONG {job.name} on {job.card.capability}: {text}\n  {dict(what.constants)} {what.warps} warps, ")
+        print(f"  {what.stages} stages, arguments {[_describe(value) for value in what.arguments]}")
+    names = hashlib.sha256("".join(sorted(job.key for job in jobs)).encode()).hexdigest()[:16]
+    text = f"{table(jobs, results)}\n\n{len(jobs)} variants, Triton {triton.__version__}, {SIGNED} {names}"
+    print(text)
+    print(f"{len(jobs)} compiled, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
+    if asked.write and not wrong and not asked.card:
+        write_table(text)
+    sys.exit(bool(wrong))
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else str(value)
 
 
 if __name__ == "__main__":

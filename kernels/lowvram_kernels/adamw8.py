@@ -13,10 +13,15 @@ A bf16 weight is rounded at random with unbiased mean, by 16 bits that are a fun
 element's index): no generator state.  Its moments may also be kept exactly, in fp32: torch's own AdamW rounds the
 weight to nearest, where most steps are smaller than half of its last bit and so would be lost.
 
-Kept for the next step: 2 + 2·4/256 = 2.03 bytes a parameter.  Alive inside a step: 19 bytes for each of the `CHUNK`
-elements at work, for a bf16 weight 27; never a tensor of the weight's size.
+Kept for the next step: 2 + 2·4/256 = 2.03 bytes a parameter.
+A card with Triton makes a step in one launch.  It reads and writes the weight (2 + 2 bytes an element in bf16, 4 + 4 in
+fp32) and the moments (2 + 2 and 16/256; exact ones 8 + 8), and reads the gradient (2 or 4): 10.06 bytes in all where
+weight and gradient are bf16.  Nothing else is alive inside it.
+Elsewhere plain PyTorch goes chunk by chunk.  Alive inside a step: 19 bytes for each of the `CHUNK` elements at work,
+for a bf16 weight 27; never a tensor of the weight's size.
 Deterministic: the same arguments give the same bits on the same device.  No sum runs over several elements, so
-neither chunks nor slices change a bit.
+neither chunks nor slices change a bit.  Both forms make the same moments, bit for bit where products and sums are fused
+alike; the last bits of 1 − βᵗ and of roots may differ, and so a weight's change by some 10⁻⁷ of itself.
 
 Sources: Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", sections 2 and 3 (blocks there are of
 2,048 elements, here of 256 as in its library today); Dettmers 2016 (dynamic trees); Loshchilov & Hutter 2019.
@@ -28,14 +33,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lowvram_kernels.dispatch import Launch, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.keyed import Noise, chain, draw_bits, name_noise
-from lowvram_kernels.rounding import BLOCK, ranges, round_to_bf16
+from lowvram_kernels.keyed import Noise, chain, chain_numbers, draw_bits, name_noise
+from lowvram_kernels.rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, round_to_bf16, split
 
 # Bytes that a chunk's ops read and write for each of its elements, and their launches, as a rehearsal counts them.
 _MOVED_BYTES = {torch.float32: 310, torch.bfloat16: 480}
@@ -44,12 +51,14 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class CodeMap(NamedTuple):
-    """value: [256] fp32, rising.  A number's upper 16 bits find in low (uint8) and bound (fp32), [2¹⁶] both, its cell:
+    """value: [256] fp32, rising.  midpoint: [256] fp32, between a value and the next; the last is infinity.
 
-    its code is low, or low + 1 above the bound, because no cell is wide enough to hold two midpoints of values.
+    A number's upper 16 bits find in low (uint8) and bound (fp32), [2¹⁶] both, its cell: its code is low, or low + 1
+    above the bound, because no cell is wide enough to hold two midpoints.
     """
 
     value: Tensor
+    midpoint: Tensor
     low: Tensor
     bound: Tensor
 
@@ -92,6 +101,26 @@ class Moments(NamedTuple):
         return Moments(code_m, code_v, self.absmax_m[blocks], self.absmax_v[blocks])
 
 
+class Rule(NamedTuple):
+    """What a step is made by: see `adamw8_`."""
+
+    learning_rate: Tensor | float
+    betas: tuple[float, float]
+    eps: float
+    decay: float
+    gradient_scale: Tensor | float
+
+    def numbers(self) -> list[float]:
+        """Return the numbers in the kernel's order; of rate and scale 0 where they are scalars on the device."""
+        (_, rate), (_, scale) = split(self.learning_rate), split(self.gradient_scale)
+        shares = [1.0 - beta for beta in self.betas]
+        return [rate, scale, 1.0 - rate * self.decay, self.decay, *self.betas, *shares, *self.logs(), self.eps]
+
+    def logs(self) -> list[float]:
+        """Return the logarithms of both βs."""
+        return [math.log(beta) if beta else -math.inf for beta in self.betas]
+
+
 def reference(
     weight: Tensor,
     gradient: Tensor,
@@ -127,7 +156,7 @@ def _code_map(values: list[float], device: torch.device | str | None) -> CodeMap
     # Of a cell's numbers the least: for negative ones that with all lower bits set.
     least = torch.where(cell < 0, cell | 0xFFFF, cell).view(torch.float32).nan_to_num()
     low = torch.bucketize(least, midpoint, out_int32=True)
-    return CodeMap(torch.tensor(values, device=device), low.to(torch.uint8), midpoint[low])
+    return CodeMap(torch.tensor(values, device=device), midpoint, low.to(torch.uint8), midpoint[low])
 
 
 def build_maps(device: torch.device | str | None = None) -> Maps:
@@ -238,11 +267,31 @@ def adamw8_(
     Sources: see the module.
     """
     _check(weight, gradient, moments)
+    rule = Rule(learning_rate, betas, eps, decay, gradient_scale)
+    if has_kernels(weight.device):
+        _step_on_card(weight, gradient, moments, maps, step, rule, skip, chain_numbers(seed, purpose), first)
+        return
+    _step_in_chunks(
+        weight, gradient, moments, maps, step, rule, skip, rounding_noise(weight, seed, purpose, step), first
+    )
+
+
+def _step_in_chunks(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    maps: Maps,
+    step: Tensor,
+    rule: Rule,
+    skip: Tensor | None,
+    noise: Noise | None,
+    first: int,
+) -> None:
+    learning_rate, betas, eps, decay, gradient_scale = rule
     skip = None if skip is None else skip.reshape(()) != 0
     # 1 − βᵗ without cancellation: for β = 0.999 and t = 1 the plain form errs by 3e-5 in fp32.
-    left_m, left_v = (-torch.expm1(step * (math.log(beta) if beta else -math.inf)) for beta in betas)
+    left_m, left_v = (-torch.expm1(step * log) for log in rule.logs())
     rate, kept, root = learning_rate / left_m, 1.0 - learning_rate * decay, left_v.sqrt()
-    noise = rounding_noise(weight, seed, purpose, step)
     flat = [tensor.view(-1) for tensor in (weight, gradient, moments.code_m, moments.code_v)]
     for start, end in ranges(weight, _MOVED_BYTES[weight.dtype], _LAUNCHES[weight.dtype]):
         w_N, g_N, code_m_N, code_v_N = (tensor[start:end] for tensor in flat)
@@ -261,3 +310,78 @@ def adamw8_(
         remember_(m_BK, maps.first, code_m_N, absmax_m_B, skip)
         remember_(v_BK, maps.second, code_v_N, absmax_v_B, skip)
         del m_BK, v_BK
+
+
+def _step_on_card(
+    weight: Tensor,
+    gradient: Tensor,
+    moments: Moments,
+    maps: Maps,
+    step: Tensor,
+    rule: Rule,
+    skip: Tensor | None,
+    named: int,
+    first: int,
+) -> None:
+    """Let one launch do it all.  named: the hash of seed and purpose."""
+    (rate, _), (scale, _) = split(rule.learning_rate), split(rule.gradient_scale)
+    skip, step = None if skip is None else skip.reshape(()), step.reshape(())
+    if any(scalar is not None and scalar.device != weight.device for scalar in (step, rate, scale, skip)):
+        raise ShapeError(f"adamw8_: step, learning_rate, gradient_scale and skip need to lie on {weight.device}.")
+    w_N, g_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B = (t.detach().view(-1) for t in (weight, gradient, *moments))
+    tables = [maps.first.value, maps.second.value, maps.first.midpoint, maps.second.midpoint]
+    run = _step_as_op if torch.compiler.is_compiling() else _launch_step
+    state, scalars = (code_m_N, code_v_N, absmax_m_B, absmax_v_B), (step, rate, scale, skip)
+    run(w_N, g_N, *state, tables, *scalars, rule.numbers(), first, named)
+
+
+def _launch_step(
+    weight_N: Tensor,
+    gradient_N: Tensor,
+    code_m_N: Tensor,
+    code_v_N: Tensor,
+    absmax_m_B: Tensor,
+    absmax_v_B: Tensor,
+    tables: Sequence[Tensor],
+    step: Tensor,
+    rate: Tensor | None,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    numbers: Sequence[float],
+    first: int,
+    named: int,
+) -> None:
+    """Launch the kernel; scalars are of one element, or None where the numbers say it."""
+    changing = (weight_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B)
+    tensors = (
+        bits_of(weight_N),
+        gradient_N,
+        *changing[1:],
+        *tables,
+        step,
+        rate,
+        scale,
+        None if skip is None else bits_of(skip),
+    )
+    constants = {
+        "ROWS": ROWS,
+        "ROUNDED": weight_N.dtype == torch.bfloat16,
+        "EXACT": code_m_N.dtype == torch.float32,
+        "FUSED": not is_interpreted(),
+        "enable_fp_fusion": False,  # the kernel names what is fused: what the plain form fuses
+    }
+    arguments = (*tensors, weight_N.numel(), first, named, *numbers)
+    what = Launch("adamw8_triton", "adamw8_kernel", programs(weight_N.numel()), arguments, constants)
+    launch(what, moved_bytes=gradient_N.nbytes + 2 * sum(tensor.nbytes for tensor in changing))
+
+
+_step_as_op = torch.library.custom_op(
+    "lowvram_kernels::adamw8",
+    _launch_step,
+    mutates_args=("weight_N", "code_m_N", "code_v_N", "absmax_m_B", "absmax_v_B"),
+)
+
+
+@_step_as_op.register_fake
+def _(weight_N: Tensor, *others: object) -> None:
+    return None

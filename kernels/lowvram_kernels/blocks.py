@@ -4,7 +4,7 @@
     scale of int8 = absmax / 127
 
 A matrix is worked on in parts that stay in a processor's cache.
-Alive inside: 8 bytes for each of the `CHUNK` numbers at work; on MPS, where integers round to E4M3, 28.
+Alive inside: 8 bytes for each of the `CHUNK` numbers at work; on MPS, where integers round to E4M3, 30.
 
 Shapes: N rows, K columns, A × B blocks of R × C numbers.
 """

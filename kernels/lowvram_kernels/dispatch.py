@@ -103,16 +103,18 @@ def on_paper(
     card: Card,
     note: Callable[[HiddenWork], None] = _forget,
     note_host: Callable[[Tensor], None] = _forget,
-    note_launch: Callable[[Launch], None] = _forget,
+    note_launch: Callable[[Launch], None] | None = None,
 ) -> Iterator[None]:
     """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
 
     note: is told of the work that paper replaces by its allocations.  note_host: of each tensor that lies in the
-    computer's memory and not on the card.  note_launch: of each kernel that would be launched.
+    computer's memory and not on the card.  note_launch: of each kernel that would be launched; without it whoever was
+    told before still is.
     """
     global _imagined, _is_paper, _note, _note_host, _note_launch
     before = _imagined, _is_paper, _note, _note_host, _note_launch
-    _imagined, _is_paper, _note, _note_host, _note_launch = card, True, note, note_host, note_launch
+    _imagined, _is_paper, _note, _note_host = card, True, note, note_host
+    _note_launch = note_launch or _note_launch
     try:
         yield
     finally:

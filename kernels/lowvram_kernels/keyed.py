@@ -32,6 +32,21 @@ def chain(start: Tensor, *words: Tensor | int) -> Tensor:
     return value
 
 
+def chain_numbers(*words: int) -> int:
+    """Return what `chain` folds the host's own numbers into, behind a zero: in [−2³¹, 2³¹), as kernels take it."""
+    value = 0  # which the mixer leaves as it is
+    for word in words:
+        value = _mix_number(value ^ (word & LOW_32))
+        value = _mix_number((value + 0x9E3779B9 & LOW_32) ^ (word >> 32 & LOW_32))
+    return value - 2**32 if value >= 2**31 else value
+
+
+def _mix_number(value: int) -> int:
+    value = (value ^ value >> 16) * 0x21F0AAAD & LOW_32
+    value = (value ^ value >> 15) * 0x735A2D97 & LOW_32
+    return value ^ value >> 15
+
+
 class Noise(NamedTuple):
     """What names the random bits of a tensor's elements: 256 share a full hash, which each mixes with its own lane.
 

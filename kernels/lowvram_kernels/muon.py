@@ -12,7 +12,9 @@ The momentum is kept in bf16, or in 8 bits as in `adamw8` (signed codes, blocks 
 Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: at most 6 bytes for each element of the
 matrices at work, or 2 and one chunk's temporaries, if that is more: 14 bytes for each of its elements, for a bf16
 weight 16.  At work are at least one matrix and up to `AT_ONCE` elements; with 8 bits all, where a matrix is no whole
-blocks.
+blocks.  A card with Triton has no chunks: one launch before the products reads the gradient, reads and writes the
+momentum and writes u (bf16 and 8 bits: 2 + 1 + 1 + 2 bytes an element), and one behind them reads o, and reads and
+writes the weight (2 + 2 + 2).
 Work: a step of the iteration on [M, N], M ≤ N, is 4·M²·N + 2·M³ FLOPs.
 Deterministic.  On CPU no matrix depends on which others are at work beside it; a card's batched product may choose
 its kernel by their number.
@@ -26,6 +28,7 @@ Shapes: B matrices of M rows and N columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,9 +41,10 @@ from lowvram_kernels.adamw8 import (
     rounding_noise,
     store_weight_,
 )
-from lowvram_kernels.dispatch import card_of
+from lowvram_kernels.dispatch import Launch, card_of, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.rounding import BLOCK, ranges
+from lowvram_kernels.keyed import Noise, chain_numbers
+from lowvram_kernels.rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, split
 
 # (least singular value, greatest error from 1, coefficients of each step): Remez's exchange, interval by interval.
 # The error is that of these digits and of _ROOM together; without either it would be 0.341, 0.199 and 0.114.
@@ -169,6 +173,11 @@ def _lead(
 ) -> Tensor:
     """Move the momentum on and return u, bf16 [N]: where the momentum will be if this gradient goes on."""
     u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
+    if has_kernels(u_N.device):
+        scale_at, scale = split(gradient_scale)
+        run = _lead_as_op if torch.compiler.is_compiling() else _launch_lead
+        run(gradient_N, *kept, u_N, codes.value, codes.midpoint, scale_at, skip, [scale, beta, 1.0 - beta])
+        return u_N
     for low, high in ranges(u_N, *_LEAD_WORK[kept.code.dtype]):
         g_N = gradient_N[low:high].float() * gradient_scale
         code_N, absmax_B = kept.code[low:high], kept.absmax[low // BLOCK : -(-high // BLOCK)]
@@ -210,7 +219,8 @@ def muon_(
     rows, count, columns = _check(weight, gradient, momentum, rows)
     skip = None if skip is None else skip.reshape(()) != 0
     rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
-    kept, noise = 1.0 - learning_rate * decay, rounding_noise(weight, seed, purpose, step)
+    kept, on_card = 1.0 - learning_rate * decay, has_kernels(weight.device)
+    noise = None if on_card else rounding_noise(weight, seed, purpose, step)
     size, card = rows * columns, card_of(weight.device)
     # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
     dtype = torch.float16 if card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0) else torch.bfloat16
@@ -226,9 +236,96 @@ def muon_(
         )
         o_N = o_BMN.reshape(-1)
         del o_BMN
-        for low, high in ranges(w_N, *_STORE_WORK[weight.dtype]):
-            new_N = w_N[low:high].float() * kept
-            new_N.sub_(o_N[low:high].float().mul_(rate))
-            store_weight_(w_N[low:high], new_N, skip, noise, first + start + low)
-            del new_N
+        if on_card:
+            _move_on_card(w_N, o_N, rate, kept, step, skip, first + start, chain_numbers(seed, purpose))
+        else:
+            _move_in_chunks(w_N, o_N, rate, kept, noise, skip, first + start)
         del o_N
+
+
+def _move_in_chunks(
+    weight_N: Tensor,
+    o_N: Tensor,
+    rate: Tensor | float,
+    kept: Tensor | float,
+    noise: Noise | None,
+    skip: Tensor | None,
+    first: int,
+) -> None:
+    for low, high in ranges(weight_N, *_STORE_WORK[weight_N.dtype]):
+        new_N = weight_N[low:high].float() * kept
+        new_N.sub_(o_N[low:high].float().mul_(rate))
+        store_weight_(weight_N[low:high], new_N, skip, noise, first + low)
+        del new_N
+
+
+def _move_on_card(
+    weight_N: Tensor,
+    o_N: Tensor,
+    rate: Tensor | float,
+    kept: Tensor | float,
+    step: Tensor,
+    skip: Tensor | None,
+    first: int,
+    named: int,
+) -> None:
+    """Let one launch move a weight along o.  named: the hash of seed and purpose."""
+    (rate_at, rate), (kept_at, kept) = split(rate), split(kept)
+    run = _move_as_op if torch.compiler.is_compiling() else _launch_move
+    run(weight_N, o_N, step.reshape(()), rate_at, kept_at, skip, first, named, [rate, kept])
+
+
+def _launch_move(
+    weight_N: Tensor,
+    o_N: Tensor,
+    step: Tensor,
+    rate: Tensor | None,
+    kept: Tensor | None,
+    skip: Tensor | None,
+    first: int,
+    named: int,
+    numbers: Sequence[float],
+) -> None:
+    """Read o and the weight, write the weight."""
+    scalars = (step, rate, kept, None if skip is None else bits_of(skip))
+    arguments = (bits_of(weight_N), o_N, *scalars, weight_N.numel(), first, named, *numbers)
+    constants = {"ROWS": ROWS, "ROUNDED": weight_N.dtype == torch.bfloat16, "enable_fp_fusion": False}
+    what = Launch("muon_triton", "move_kernel", programs(weight_N.numel()), arguments, constants)
+    launch(what, moved_bytes=2 * weight_N.nbytes + o_N.nbytes)
+
+
+def _launch_lead(
+    gradient_N: Tensor,
+    code_N: Tensor,
+    absmax_B: Tensor,
+    u_N: Tensor,
+    value: Tensor,
+    midpoint: Tensor,
+    scale: Tensor | None,
+    skip: Tensor | None,
+    numbers: Sequence[float],
+) -> None:
+    """Read gradient and momentum, write momentum and u."""
+    tensors = (gradient_N, bits_of(code_N), absmax_B, bits_of(u_N), value, midpoint)
+    scalars = (scale, None if skip is None else bits_of(skip))
+    constants = {"ROWS": ROWS, "CODED": code_N.dtype == torch.uint8, "FUSED": not is_interpreted()}
+    constants["enable_fp_fusion"] = False
+    arguments = (*tensors, *scalars, u_N.numel(), *numbers)
+    what = Launch("muon_triton", "lead_kernel", programs(u_N.numel()), arguments, constants)
+    launch(what, moved_bytes=gradient_N.nbytes + 2 * (code_N.nbytes + absmax_B.nbytes) + u_N.nbytes)
+
+
+_move_as_op = torch.library.custom_op("lowvram_kernels::muon_move", _launch_move, mutates_args=("weight_N",))
+_lead_as_op = torch.library.custom_op(
+    "lowvram_kernels::muon_lead", _launch_lead, mutates_args=("code_N", "absmax_B", "u_N")
+)
+
+
+@_move_as_op.register_fake
+def _(weight_N: Tensor, *others: object) -> None:
+    return None
+
+
+@_lead_as_op.register_fake
+def _(gradient_N: Tensor, *others: object) -> None:
+    return None

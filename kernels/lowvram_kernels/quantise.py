@@ -59,7 +59,7 @@ class Tile(NamedTuple):
 
 # Codes leave a program 16 bytes a thread; 4,096 numbers are 32 for each thread.
 _E4M3_ROWS = (Tile(8, 512, 4), Tile(32, 128, 4))
-_E4M3_COLUMNS = (Tile(64, 128, 4),)
+_E4M3_COLUMNS = (Tile(64, 128, 8),)
 _INT8_ROWS = (Tile(4, 1024, 4), Tile(2, 2048, 4), Tile(1, 4096, 4), Tile(1, 8192, 8))
 # Rows too long for a program, and columns: 32 of them are 64 bytes of bf16.
 _INT8_SLICES = (Tile(8, 512, 4, 4), Tile(32, 128, 4, 4))
@@ -310,7 +310,7 @@ def _launch_e4m3_blocks(
     results = (code, scale, turned_code, turned_scale)
     constants = {"HAS_FP32_SCALES": fp32_scales, "NATIVE": _is_native(w.device)}
     grid = (-(-axes[0] // BLOCK), -(-axes[1] // BLOCK), count)
-    what = Launch("quantise_triton", "e4m3_blocks_kernel", grid, (w, *results, *axes), constants, warps=8)
+    what = Launch("quantise_triton", "e4m3_blocks_kernel", grid, (w, *results, *axes), constants, warps=16)
     launch(what, moved_bytes=_bytes(w, *results))
 
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import card_of, is_on_paper, note_work
+from lowvram_kernels.dispatch import Launch, card_of, choose, is_on_paper, launch, note_work
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.keyed import chain, draw_bits, name_noise
+from lowvram_kernels.keyed import chain, chain_numbers, draw_bits, name_noise
 
 # Elements that a chunked op has at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long),
 # more gain nothing from 2¹⁷ on and leave the cache.  A card is launched some 50 times for each chunk, so there it is
@@ -24,6 +24,28 @@ from lowvram_kernels.keyed import chain, draw_bits, name_noise
 CHUNK, CARD_CHUNK = 2**18, 2**21
 BLOCK = 256
 _MOVED_BYTES, _LAUNCHES = 190, 64
+# Blocks that one program of a kernel takes: one for each of its four warps, eight elements for each thread.
+ROWS = 4
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Say whether the optimizer's kernels run on a device: AdamW's, Muon's and the sum rounded at random are one op."""
+    return choose("adamw8", card_of(device)).backend == "triton"
+
+
+def programs(count: int) -> tuple[int]:
+    """Return the grid of a kernel over so many elements."""
+    return (-(-count // (ROWS * BLOCK)),)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return a view as kernels read and write it: bf16 as int16, truths as uint8, others as they are."""
+    return tensor.view({torch.bfloat16: torch.int16, torch.bool: torch.uint8}.get(tensor.dtype, tensor.dtype))
+
+
+def split(value: Tensor | float) -> tuple[Tensor | None, float]:
+    """Return a scalar on the device and 0, or None and the number: a kernel takes the scalar where there is one."""
+    return (value.reshape(()), 0.0) if isinstance(value, Tensor) else (None, float(value))
 
 
 def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:
@@ -72,9 +94,32 @@ def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: T
         raise ShapeError(f"add_rounded_: total {list(total.shape)} {total.dtype}; needs bf16, contiguous, as term.")
     if not term.dtype.is_floating_point:
         raise ShapeError(f"add_rounded_: term is {term.dtype}; needs a floating one.")
+    if has_kernels(total.device):
+        _add_on_card(total.view(-1), term.reshape(-1), sample, chain_numbers(seed, purpose))
+        return
     named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())))
     flat, new = total.view(-1), term.reshape(-1)
     for start, end in ranges(total, _MOVED_BYTES, _LAUNCHES, block=1):
         noise = draw_bits(named, start, end - start)
         flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
         del noise
+
+
+def _add_on_card(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
+    (_add_as_op if torch.compiler.is_compiling() else _launch_add)(total_N, term_N, sample, named)
+
+
+def _launch_add(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
+    """Read both, write the sum, once each.  named: see `chain_numbers`."""
+    count = total_N.numel()
+    arguments = (bits_of(total_N), term_N, sample.reshape(()), count, named)
+    what = Launch("rounding_triton", "add_rounded_kernel", programs(count), arguments, {"ROWS": ROWS})
+    launch(what, moved_bytes=2 * total_N.nbytes + term_N.nbytes)
+
+
+_add_as_op = torch.library.custom_op("lowvram_kernels::add_rounded", _launch_add, mutates_args=("total_N",))
+
+
+@_add_as_op.register_fake
+def _(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
+    return None

@@ -17,7 +17,8 @@ All three products of a layer have this form, with codes that lie contiguous alo
     reference decoded to bf16, where that is exact and y is bf16, else to fp32; INT8's codes multiplied as they are
 
 NaN must show in a scale, as quantisation leaves it: fp16 has no room for E4M3's NaN byte beside its other numbers.
-Alive inside: y; decode and reference hold both operands decoded, and y in fp32.
+Alive inside: y; copies of both codes where K is no multiple of 16.  decode and reference hold both operands decoded
+instead, and y in fp32.
 Operations: 2·M·N·K.  Bytes moved, at least: M·K + N·K of codes, their scales, y.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3 (scales by block, promotion to fp32); Open Compute Project 2023,
@@ -165,7 +166,9 @@ def multiply_tiles(a: Scaled, b: Scaled, dtype: torch.dtype, backend: str, tile:
     """
     y_MN = torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
     if y_MN.numel():
-        _launch_tiles(a.code, a.scale.contiguous(), b.code, b.scale.contiguous(), y_MN, backend, list(tile))
+        # Rows of whole 16 bytes: others could be read byte by byte only, and addresses would fill the registers.
+        a_code, b_code = (F.pad(s.code, (0, -s.code.shape[1] % 16)) if s.code.shape[1] % 16 else s.code for s in (a, b))
+        _launch_tiles(a_code, a.scale.contiguous(), b_code, b.scale.contiguous(), y_MN, backend, list(tile))
     return y_MN
 
 

@@ -133,6 +133,8 @@ def _launch_kernel(
     groups, promise = 1, "bf16" if x_NI.dtype == torch.bfloat16 else "f16"
     if kernel == "few_rows_kernel":
         constants["ROWS"] = 1 if N == 1 else 2 if N == 2 else _MOST_FEW
+        # As many blocks at once as registers can hold; rows of odd lengths are read byte by byte, which takes more.
+        constants["UNROLL"] = 1 if I % 16 else min(4, 16 // (constants["ROWS"] * x_NI.element_size()))
         groups, promise = -(-N // constants["ROWS"]), ""
     grid = (-(-O // chosen.band), splits, groups)
     blocks = -(-I // BLOCK)

@@ -46,10 +46,12 @@ def few_rows_kernel(
     BAND: tl.constexpr,
     IS_E4M3: tl.constexpr,
     NATIVE: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """y[split, n, o] = the part of Σᵢ x[n, i] · weight[o, i] that lies in the split's blocks of 128.
 
     Programs: bands of BAND outputs × splits × groups of ROWS (1, 2, 4) rows.  SCALE_ROWS: 1 or 128 outputs of a scale.
+    UNROLL: blocks whose bytes are asked for at once.
     """
     split, first = tl.program_id(1), tl.program_id(2) * ROWS
     output = tl.program_id(0) * BAND + tl.arange(0, BAND)
@@ -62,7 +64,7 @@ def few_rows_kernel(
     sums_0 = tl.zeros((BAND, 128), tl.float32)
     sums_1, sums_2, sums_3 = sums_0, sums_0, sums_0
     end = tl.minimum(blocks, (split + 1) * SPLIT_BLOCKS)
-    for block in tl.range(split * SPLIT_BLOCKS, end, loop_unroll_factor=4):
+    for block in tl.range(split * SPLIT_BLOCKS, end, loop_unroll_factor=UNROLL):
         is_inside = inner[None, :] < inputs - block * 128
         weight = number_of(tl.load(code_at + block * 128, mask=is_inside, other=0), tl.float32, IS_E4M3, NATIVE)
         if IS_E4M3:

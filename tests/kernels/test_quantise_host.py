@@ -122,7 +122,7 @@ def test_the_peak_of_plain_pytorch_on_paper_is_its_peak_in_memory(shape: tuple[i
         assert run("cpu") == expected > 0
 
 
-@pytest.mark.parametrize("platform, promised", [("cpu", 8), ("mps", 28)])
+@pytest.mark.parametrize("platform, promised", [("cpu", 8), ("mps", 30)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_has_no_more_at_work_than_promised(dtype: torch.dtype, platform: str, promised: int) -> None:
     x = torch.zeros(2048, blocks.CHUNK // 512, dtype=dtype)

@@ -1,0 +1,134 @@
+"""The gate: a part of the kernels compiled each day, all of them signed for, and every fault it must find found."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Of the variants that are compiled by a test run, one in so many; another part each day.
+DAYS = 12
+# The gate needs Triton's compiler, and these tests its interpreter: so each runs in a process of its own.
+PRELUDE = """
+import sys
+sys.path[:0] = ["tools", "kernels", "."]
+import compile_gate as gate
+import torch
+from lowvram_kernels.dispatch import Card, Launch
+ADA = Card("cuda", (8, 9))
+def meta(n, dtype=torch.float32):
+    return torch.empty(n, dtype=dtype, device="meta")
+def encode(block=1024, native=True, promise="", warps=4):
+    constants = {"BLOCK": block, "NATIVE": native}
+    given = meta(4096), meta(4096, torch.uint8), 4096
+    return Launch("e4m3_triton", "encode_kernel", (4,), given, constants, warps, 3, promise)
+"""
+
+
+def ask(script: str, *arguments: str) -> str:
+    """Run a script beside the gate, with Triton's compiler; returns what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PRELUDE + script, *arguments]
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
+
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cuobjdump comes with Triton's wheels for Linux")
+
+
+def test_a_part_of_the_kernels_compiles_today_without_a_fault_and_the_table_is_of_all() -> None:
+    printed = ask(
+        """
+import hashlib
+day, days = int(sys.argv[1]), int(sys.argv[2])
+jobs = gate.collect(gate.CAPABILITIES)
+print("signature", hashlib.sha256("".join(sorted(job.key for job in jobs)).encode()).hexdigest()[:16])
+today = [job for job in jobs if int(job.key, 16) % days == day % days]
+results = gate.compile_all(today, 2)
+wrong = [(job.name, job.card.capability, text) for job, (_, texts) in zip(today, results) for text in texts]
+print("wrong", wrong)
+print("compiled", len(today), "of", len(jobs))
+""",
+        str(datetime.date.today().toordinal()),
+        str(DAYS),
+    )
+    assert "\nwrong []\n" in printed, printed
+    counts = re.search(r"compiled (\d+) of (\d+)", printed)
+    assert counts is not None
+    assert int(counts[1]) > 10
+    signature = re.search(r"signature (\w+)", printed)
+    assert signature is not None
+    table = (ROOT / "kernels/README.md").read_text(encoding="utf-8")
+    assert f"signed {signature[1]}" in table, "a kernel or a tile has changed: run python tools/compile_gate.py --write"
+
+
+def test_a_type_that_a_card_refuses_is_a_fault() -> None:
+    printed = ask(
+        """
+old, new = (gate.jobs_of(Card("cuda", capability), [encode()]) for capability in ((8, 6), (8, 9)))
+gate.CACHE.mkdir(parents=True, exist_ok=True)
+for jobs in (old, new):
+    (job,) = jobs.values()
+    print(gate.compile_job(job)[1])
+"""
+    )
+    refused, fine = printed.strip().splitlines()
+    assert "refused" in refused
+    assert fine == "[]"
+
+
+def test_shared_memory_spills_and_missing_instructions_are_faults() -> None:
+    printed = ask(
+        """
+found = gate.compile_launch(encode(promise="e4m3"), ADA)
+print(found.registers > 0, found.stack_bytes, found.instruction == "")
+print(gate.judge(encode(promise="e4m3"), ADA, found))
+print(gate.judge(encode(), ADA, found._replace(shared_bytes=101_377, stack_bytes=8)))
+"""
+    )
+    facts, promised, resources = printed.strip().splitlines()
+    assert facts == "True 0 True"
+    assert promised == "['no tensor-core instruction for e4m3']"
+    assert "101377 bytes of shared memory; the card has 101376" in resources
+    assert "8 bytes of stack: registers spill" in resources
+
+
+def test_a_kernel_is_specialised_as_triton_does_it_at_a_launch() -> None:
+    printed = ask(
+        """
+from triton.compiler import ASTSource
+sizes = [(meta(4096), meta(4096, torch.uint8), count) for count in (4096, 100)]
+whole, odd = (gate.source_of(encode()._replace(arguments=given)) for given in sizes)
+print(whole.signature["x_ptr"], whole.signature["code_ptr"], whole.signature["count"], whole.signature["BLOCK"])
+print(sorted(whole.attrs), sorted(odd.attrs))
+one = gate.source_of(encode()._replace(arguments=(meta(4096)[1:], meta(4096, torch.uint8), 1)))
+print(one.signature["count"], sorted(one.attrs))
+"""
+    )
+    assert printed.splitlines() == [
+        "*fp32 *u8 i32 constexpr",
+        "[(0,), (1,), (2,)] [(0,), (1,)]",
+        "constexpr [(1,)]",
+    ]
+
+
+def test_what_was_compiled_is_remembered_and_a_change_of_anything_is_another_kernel() -> None:
+    printed = ask(
+        """
+launches = [encode(), encode(), encode(block=512), encode(warps=8), encode(native=False)]
+print(len(gate.jobs_of(ADA, launches)))
+(job,) = gate.jobs_of(ADA, [encode()]).values()
+gate.CACHE.mkdir(parents=True, exist_ok=True)
+first = gate.compile_job(job)
+gate.compile_launch = None
+print(first == gate.compile_job(job))
+"""
+    )
+    assert printed.split() == ["4", "True"]

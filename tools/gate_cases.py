@@ -1,0 +1,202 @@
+"""The calls whose launches the compile gate compiles: every tile of every op, and the steps of the presets' models.
+
+Nothing is computed: tensors are meta tensors, and a launch is only written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from lowvram_kernels import (
+    adamw8,
+    grouped_matmul,
+    grouped_outer,
+    latent_attention,
+    quantise,
+    rounding,
+    scaled_matmul,
+    small_matmul,
+)
+from lowvram_kernels.dispatch import Card, Launch, choose, launch, on_paper
+from lowvram_kernels.idle import IdleStack
+from lowvram_kernels.quantise import Scaled
+from torch import Tensor
+
+from lowvram.config import ModelConfig, TrainConfig
+from lowvram.fit.rehearse import rehearse
+from lowvram.plan import Plan
+from lowvram.runfile import load_preset, preset_names
+
+BF16, FP16, FP32, BYTES = torch.bfloat16, torch.float16, torch.float32, torch.uint8
+Call = Callable[[], object]
+BLOCK = 128
+# A step of a preset on paper: a shallow model has the shapes of a deep one, a short context those of a long one.
+_LAYERS, _SEQ_LEN = 2, 512
+PRECISIONS = ("bf16", "fp8", "int8")
+
+
+def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """Return a tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def scaled(rows: int, columns: int, form: str, block_rows: int = 1, stack: int | None = None) -> Scaled:
+    """Return a quantised matrix, or a stack of them, without memory."""
+    before = () if stack is None else (stack,)
+    if form == "int8":
+        return Scaled(meta(*before, rows, columns, dtype=torch.int8), meta(*before, rows, 1, dtype=FP32))
+    scale = meta(*before, -(-rows // block_rows), -(-columns // BLOCK), dtype=FP32)
+    return Scaled(meta(*before, rows, columns, dtype=BYTES), scale)
+
+
+def launches_of(card: Card) -> list[Launch]:
+    """Return every launch that `cases` and the presets make on a card."""
+    found: list[Launch] = []
+    with on_paper(card, note_launch=found.append):
+        for call in cases(card):
+            call()
+        for model, train in presets():
+            plan = Plan(micro_batch=1, accumulate=train.batch_samples)
+            rehearse(model, train, plan, card)
+    return found
+
+
+def presets() -> Iterator[tuple[ModelConfig, TrainConfig]]:
+    """Yield the presets' models, shallow, with each precision, in steps of two short sequences."""
+    for name in preset_names():
+        model, train = load_preset(name)
+        layers = _LAYERS + (model.ffn.dense_layers if model.ffn.kind == "moe" else 0)
+        shallow = model.model_copy(update={"layers": min(model.layers, layers)})
+        for precision in PRECISIONS:
+            short = {"seq_len": _SEQ_LEN, "batch_tokens": 2 * _SEQ_LEN, "precision": precision}
+            yield shallow, train.model_copy(update=short)
+
+
+def cases(card: Card) -> Iterator[Call]:
+    """Yield a call for every kernel and every tile that a card may take."""
+    yield from e4m3_cases(card)
+    yield from quantise_cases()
+    yield from scaled_matmul_cases(card)
+    yield from small_matmul_cases(card)
+    yield from grouped_cases(card)
+    yield from latent_attention_cases(card)
+    yield from optimizer_cases()
+
+
+def e4m3_cases(card: Card) -> Iterator[Call]:
+    """Yield the two kernels that hold the conversions against torch."""
+    native = card.capability is not None and card.capability >= (8, 9)
+    constants = {"BLOCK": 1024, "NATIVE": native}
+    what = Launch("e4m3_triton", "encode_kernel", (4,), (meta(4096), meta(4096, dtype=BYTES), 4096), constants)
+    yield partial(launch, what)
+    back = (meta(4096, dtype=BYTES), meta(4096, dtype=FP32), 4096)
+    yield partial(launch, Launch("e4m3_triton", "decode_kernel", (4,), back, {"BLOCK": 1024}))
+
+
+def quantise_cases() -> Iterator[Call]:
+    """Yield every form, dtype and tile, whole and odd."""
+    for dtype in (BF16, FP32):
+        for form in quantise.FORMATS:
+            for width in (100, 688, 1376, 2048, 4096, 8192, 16_384):
+                x = meta(512, width, dtype=dtype)
+                yield partial(quantise.quantise_rows, x, form)
+            x = meta(688, 1376, dtype=dtype)
+            yield partial(quantise.quantise_columns, x, form)
+            for weight in (x, meta(4, 1024, 512, dtype=dtype)):
+                yield partial(quantise.quantise_weight, weight, form)
+                yield partial(quantise.quantise_weight, weight, form, transposed=True)
+        yield partial(quantise.quantise_rows, meta(512, 2048, dtype=dtype), "e4m3", fp32_scales=True)
+        yield partial(quantise.quantise_weight_both, meta(512, 2048, dtype=dtype), "e4m3")
+        for operand in (scaled(688, 1376, "e4m3"), scaled(688, 1376, "e4m3", BLOCK), scaled(688, 1376, "int8")):
+            yield partial(quantise.dequantise, operand, dtype)
+
+
+def scaled_matmul_cases(card: Card) -> Iterator[Call]:
+    """Yield every backend and tile: forward and dx (weight in blocks), dW (both in rows)."""
+    for form, code in (("e4m3", BYTES), ("int8", torch.int8)):
+        backends = dict.fromkeys(scaled_matmul.backend_of(code, card, plain) for plain in (False, True))
+        for backend in backends:
+            if backend in ("decode", "reference"):
+                continue
+            for tile in scaled_matmul.tiles(card, backend):
+                for inputs, dtype, block_rows in ((1376, BF16, BLOCK), (1024, FP32, 1), (100, BF16, 1)):
+                    a, b = scaled(1024, inputs, form), scaled(688, inputs, form, block_rows)
+                    yield partial(scaled_matmul.multiply_tiles, a, b, dtype, backend, tile)
+
+
+def small_matmul_cases(card: Card) -> Iterator[Call]:
+    """Yield both kernels with every tile and number of rows; in fp16 and whole, the first tile."""
+    for form, block_rows in (("e4m3", BLOCK), ("int8", 1)):
+        weight = scaled(4096, 4096, form, block_rows)
+        for dtype in (BF16, FP16):
+            for rows in (1, 2, 4, 8, 16):
+                x, kernel = meta(rows, 4096, dtype=dtype), small_matmul.kernel_of(card, rows, dtype)
+                for tile in small_matmul.tiles(kernel)[: 2 if dtype == BF16 else 1]:
+                    for splits in (1, 4) if rows in (1, 16) and dtype == BF16 else (4,):
+                        yield partial(small_matmul.multiply_bands, x, weight, kernel, tile, splits)
+
+
+def grouped_cases(card: Card) -> Iterator[Call]:
+    """Yield products and outer products of 8 experts, plain, E4M3, and with idle copies in every form."""
+    if choose("grouped_matmul", card).backend != "triton":
+        return
+    experts, outputs, inputs, ends = 8, 1408, 1024, meta(8, dtype=torch.int64)
+    for dtype in (BF16, FP16):
+        rows, stack = meta(4096, inputs, dtype=dtype), meta(experts, outputs, inputs, dtype=dtype)
+        turned = meta(experts, inputs, outputs, dtype=dtype).mT
+        most = None if dtype == BF16 else 1  # fp16 becomes the same code, but for the products' names
+        for tile in grouped_matmul.tiles(card, "half")[:most]:
+            for matrices in (stack, turned):
+                yield partial(grouped_matmul.grouped_matmul, rows, matrices, ends, tile=tile)
+        left = meta(4096, outputs, dtype=dtype)
+        for tile in grouped_matmul.tiles(card, "half", is_outer=True)[:most]:
+            for out in (dtype, FP32):
+                yield partial(grouped_outer.grouped_outer, left, rows, ends, experts, out, tile=tile)
+        blocks = meta(experts, -(-outputs // BLOCK), -(-inputs // BLOCK), dtype=FP32)
+        copies = IdleStack(meta(experts, outputs, inputs, dtype=BYTES), blocks)
+        in_rows = IdleStack(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
+        turned_rows = IdleStack(
+            meta(experts, inputs, outputs, dtype=torch.int8).mT, meta(experts, inputs, 1, dtype=FP32).mT
+        )
+        for tile in grouped_matmul.tiles(card, "decode")[:most]:
+            for idle in (copies, in_rows, turned_rows):
+                yield partial(grouped_matmul.grouped_matmul, rows, idle, ends, tile=tile)
+    fp8 = scaled(4096, inputs, "e4m3")
+    stack8 = scaled(outputs, inputs, "e4m3", BLOCK, experts)
+    way = choose("fp8_matmul", card).backend
+    for tile in grouped_matmul.tiles(card, way):
+        yield partial(grouped_matmul.grouped_matmul, fp8, stack8, ends, tile=tile)
+    columns = scaled(outputs, 4096, "e4m3"), scaled(inputs, 4096, "e4m3")
+    for tile in grouped_matmul.tiles(card, way, is_outer=True):
+        yield partial(grouped_outer.grouped_outer, *columns, ends, experts, FP32, tile=tile)
+
+
+def latent_attention_cases(card: Card) -> Iterator[Call]:
+    """Yield caches in 16 bits and in bytes, for the widths of MLA models, with few heads and many."""
+    if choose("latent_attention", card).backend != "triton":
+        return
+    length = meta(4, dtype=torch.int32)
+    for channels, rotated in ((512, 64), (256, 32), (64, 16)):
+        for heads in (12, 16, 32, 128):
+            for is_coded in (False, True):
+                queries = meta(4, heads, channels), meta(4, heads, rotated)
+                cache = meta(4, 1024, channels, dtype=BYTES if is_coded else BF16), meta(4, 1024, rotated)
+                scale = meta(4, 1024, -(-channels // BLOCK), dtype=FP32) if is_coded else None
+                given = (*queries, *cache, length, 0.1, scale)
+                yield partial(latent_attention.latent_attention, *given)
+                yield partial(latent_attention.latent_attention, *given, 256)
+
+
+def optimizer_cases() -> Iterator[Call]:
+    """Yield AdamW with moments in 8 bits and exact ones, and the sum that is rounded at random."""
+    step, rate = meta(dtype=FP32), meta(dtype=FP32)
+    maps = adamw8.build_maps("meta")
+    for weight_dtype in (FP32, BF16):
+        for exact in (False, True):
+            weight, gradient = meta(1000, 300, dtype=weight_dtype), meta(1000, 300, dtype=weight_dtype)
+            moments = adamw8.new_moments(weight, exact)
+            yield partial(adamw8.adamw8_, weight, gradient, moments, maps, step, 1e-3)
+            yield partial(adamw8.adamw8_, weight, gradient, moments, maps, step, rate, skip=step)
+    yield partial(rounding.add_rounded_, meta(1000, 300), meta(1000, 300), 1, 2, meta(dtype=torch.int64))
