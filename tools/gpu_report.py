@@ -341,9 +341,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="what all of it may take (default: 9)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases with one of these in their name")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes, on a card or in Triton's interpreter")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="default: profiles/measured; a temporary one for a part"
-    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: profiles/measured, for a part a new one")
     options = parser.parse_args()
     if options.tiny and find_card() is None:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by the worker
