@@ -61,12 +61,13 @@ class Tile(NamedTuple):
 
 
 _NARROW = Tile(64, 4, 3, is_turned=False)
-_MIDDLE = Tile(32, 4, 3, is_turned=False)
 _WIDE = Tile(32, 8, 3, is_turned=False)
 _WIDE_SHALLOW = Tile(32, 8, 2, is_turned=False)
-# Half the registers of `_WIDE` on Hopper, whose products of four warps read the cache from shared memory: two programs
-# of a multiprocessor.  Elsewhere Triton does not pipeline this form.
+# Turned, a warp holds fewer queries in registers.  Wide rows of bytes need that, since the next ones wait in registers
+# too.  Others gain on Hopper, where four warps then do and two programs share a multiprocessor; elsewhere Triton does
+# not pipeline the form.
 _TURNED = Tile(32, 4, 3, is_turned=True)
+_TURNED_CODED = Tile(32, 8, 3, is_turned=True)
 
 
 def reference(
@@ -93,18 +94,29 @@ def reference(
     return out
 
 
+def has_kernel(q_latent: Tensor, rope: Tensor) -> bool:
+    """Say whether a kernel does the work for such a query and cache, and not the plain form.
+
+    q_latent: [..., C], rope: [..., R].
+    """
+    is_half = q_latent.dtype in (torch.bfloat16, torch.float16)
+    is_narrow = q_latent.shape[-1] <= _MOST_CHANNELS and rope.shape[-1] <= _MOST_ROTATED
+    return is_half and is_narrow and choose("latent_attention", card_of(q_latent.device)).backend == "triton"
+
+
 def tiles(card: Card) -> list[Tile]:
     """Return every tile that `choose_tile` may take on a card."""
-    return [_NARROW, _MIDDLE, _WIDE, _WIDE_SHALLOW, *([_TURNED] if card.capability == (9, 0) else [])]
+    hopper = [_TURNED] if card.capability == (9, 0) else []
+    return [_NARROW, _WIDE, _WIDE_SHALLOW, _TURNED_CODED, *hopper]
 
 
 def choose_tile(card: Card, channels: int, rotated: int, is_coded: bool) -> Tile:
     """Choose a tile for C and R; is_coded: the cache is bytes."""
     width = _padded(channels)
-    if width <= 256:
-        return _MIDDLE if width > 128 else _NARROW
-    if card.capability == (9, 0) and not is_coded:
-        return _TURNED
+    if width <= 128:
+        return _NARROW
+    if width > 256 and (is_coded or card.capability == (9, 0)):
+        return _TURNED_CODED if is_coded else _TURNED
     return _WIDE if _shared_bytes(_WIDE, width, _padded(rotated), is_coded) <= card.shared_bytes else _WIDE_SHALLOW
 
 
@@ -174,7 +186,7 @@ def _launch_both(
     grid = (batch * heads, -(-channels // width))
     constants = {"C": channels, "CHANNELS": width, "SPLITS": _JOINED_SPLITS}
     what = Launch("latent_attention_triton", "combine_kernel", grid, (partial, largest, total, out, splits), constants)
-    launch(what, 2.0 * partial.numel(), partial_bytes + out.numel() * out.element_size())
+    launch(what, moved_bytes=partial_bytes + out.numel() * out.element_size())
 
 
 # One op, which a compiler does not look into; its memory is made outside, where a rehearsal sees it.
@@ -261,10 +273,7 @@ def latent_attention(
     Source: DeepSeek-AI 2024 (DeepSeek-V2), section 2.1.2.
     """
     _check(q_latent, q_rope, latent, rope, lengths, latent_scale, window)
-    backend = choose("latent_attention", card_of(q_latent.device)).backend
-    is_small = q_latent.shape[2] <= _MOST_CHANNELS and rope.shape[2] <= _MOST_ROTATED
-    is_half = q_latent.dtype in (torch.bfloat16, torch.float16)
-    run = on_card if backend == "triton" and is_small and is_half else _plain
+    run = on_card if has_kernel(q_latent, rope) else _plain
     return run(q_latent, q_rope, latent, rope, lengths, scale, latent_scale, window)
 
 

@@ -79,8 +79,10 @@ class LiveStorage(TorchDispatchMode):
         self.work: dict[str, list[float]] = {}
         self._forms: dict[Any, Any] = {}
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
+        self._told = 0  # how often work was told of that no dispatcher sees
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        told = self._told
         if func in _WITHOUT_EFFECT_ON_PAPER and args[0].is_meta:
             result = args[0]
         elif func in _SLOW_ON_PAPER:
@@ -88,7 +90,8 @@ class LiveStorage(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
         outputs = list(_tensors(result))
-        self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
+        if self._told == told:  # else the op, which launches a kernel of ours, has told of its work itself
+            self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
         for tensor in outputs:
             self._see(tensor.untyped_storage())
         return result
@@ -157,6 +160,7 @@ class LiveStorage(TorchDispatchMode):
 
     def add_hidden(self, work: HiddenWork) -> None:
         """Count what does not run on paper."""
+        self._told += 1
         self._add(Work(work.product_flops, work.moved_bytes, work.ops, work.flops, low_flops=work.low_flops))
 
     def _add(self, part: Work) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.attention import attention
+from lowvram_kernels.latent_attention import has_kernel, latent_attention
 from torch import Tensor, nn
 
 from lowvram.config import Gqa, Mla, ModelConfig
@@ -175,10 +176,24 @@ class MlaAttention(nn.Module):
         up_k_HNC, up_v_HVC = up.split([config.nope_dim, config.value_dim], dim=1)
         q_nope, q_rope = q_BTHK.split([config.nope_dim, config.rope_dim], dim=-1)
         q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, up_k_HNC)
-        queries, keys = q_BTHK.shape[1], memory_BSL.shape[1]
-        q_BHTL = torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1)
+        if q_BTHK.shape[1] == 1 and has_kernel(q_latent, q_rope) and not torch.is_grad_enabled():
+            mixed_BTHC = self._attend_one(q_latent[:, :, 0], q_rope[:, 0], memory_BSL).unsqueeze(1)
+        else:
+            mixed_BTHC = self._attend_some(torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1), memory_BSL)
+        return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)
+
+    def _attend_one(self, q_latent_BHC: Tensor, q_rope_BHR: Tensor, memory_BSL: Tensor) -> Tensor:
+        """Return the weighted sums of the memory for the last token of every sequence: [B, H, C]."""
+        batch, keys, _ = memory_BSL.shape
+        latent_BSC, rope_BSR = memory_BSL.split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
+        length_B = torch.full((batch,), keys, dtype=torch.int32, device=memory_BSL.device)
+        parts = (q_latent_BHC, q_rope_BHR, latent_BSC, rope_BSR, length_B)
+        return latent_attention(*parts, self.scale, window=self.window)
+
+    def _attend_some(self, q_BHTL: Tensor, memory_BSL: Tensor) -> Tensor:
+        """Return the weighted sums of the memory for the last T tokens: [B, T, H, C]."""
+        queries, keys = q_BHTL.shape[2], memory_BSL.shape[1]
         score_BHTS = torch.einsum("bhtl,bsl->bhts", q_BHTL, memory_BSL).float() * self.scale
         hidden_TS = ~_visible(queries, keys, self.window, score_BHTS.device)
-        weight_BHTS = score_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1).to(q_BTHK.dtype)
-        mixed_BTHC = torch.einsum("bhts,bsc->bthc", weight_BHTS, memory_BSL[..., : config.kv_lora_rank])
-        return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)
+        weight_BHTS = score_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1).to(q_BHTL.dtype)
+        return torch.einsum("bhts,bsc->bthc", weight_BHTS, memory_BSL[..., : self.config.kv_lora_rank])

@@ -10,6 +10,7 @@ from lowvram_kernels.attention import attention
 from lowvram_kernels.dispatch import Card, on_paper
 from lowvram_kernels.experts import experts
 from lowvram_kernels.idle import new_idle
+from lowvram_kernels.quantise import quantise_rows
 
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.rehearse import LiveStorage, rehearse
@@ -30,11 +31,17 @@ MODEL = ModelConfig.model_validate(
 )
 
 
-def work_of(card: Card, recompute: Any = "none", precision: str = "bf16") -> Work:
-    tokens = 2 * MICRO_BATCH * SEQ_LEN
-    given = {"tokens": tokens, "seq_len": SEQ_LEN, "batch_tokens": tokens, "precision": precision}
+def work_of(
+    card: Card,
+    recompute: Any = "none",
+    precision: str = "bf16",
+    model: ModelConfig = MODEL,
+    seq_len: int = SEQ_LEN,
+) -> Work:
+    tokens = 2 * MICRO_BATCH * seq_len
+    given = {"tokens": tokens, "seq_len": seq_len, "batch_tokens": tokens, "precision": precision}
     plan = Plan(micro_batch=MICRO_BATCH, accumulate=2, recompute=recompute)
-    return rehearse(MODEL, TrainConfig.model_validate(given), plan, card).micro
+    return rehearse(model, TrainConfig.model_validate(given), plan, card).micro
 
 
 @pytest.mark.parametrize("card", [CPU, AMPERE, TURING], ids=["cpu", "ampere", "turing"])
@@ -48,6 +55,41 @@ def test_a_matrix_costs_six_flops_a_weight_and_token_and_a_norm_two(card: Card) 
 def test_a_cards_attention_is_seven_products_over_half_of_the_scores(card: Card) -> None:
     scores = LAYERS * MICRO_BATCH * HEADS * SEQ_LEN**2
     assert work_of(card).attention_flops == 7 * scores * HEAD_DIM
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "is_low"),
+    [
+        ("fp8", (8, 9), True),
+        ("fp8", (12, 0), True),
+        ("fp8", (8, 6), False),
+        ("int8", (8, 6), True),
+        ("int8", (7, 5), False),
+    ],
+    ids=["fp8-ada", "fp8-blackwell", "fp8-ampere", "int8-ampere", "int8-turing"],
+)
+def test_products_of_8_bits_are_counted_apart_where_tensor_cores_make_them(
+    precision: str, capability: tuple[int, int], is_low: bool
+) -> None:
+    card, seq_len = Card("cuda", capability), 80
+    # Everything that is summed over is a multiple of 16, as the kernels want it.
+    model = MODEL.model_copy(update={"dim": 96, "ffn": MODEL.ffn.model_copy(update={"hidden": 208})})
+    plain, low = (work_of(card, precision=p, model=model, seq_len=seq_len) for p in ("bf16", precision))
+    matrices = model.num_parameters() - (model.vocabulary + 2 * LAYERS + 1) * model.dim
+    in_layers = 6 * matrices * MICRO_BATCH * seq_len
+    assert low.low_flops == (in_layers if is_low else 0)
+    assert low.flops + low.low_flops == plain.flops
+    assert low.attention_flops == plain.attention_flops
+    assert low.ops > plain.ops
+
+
+def test_a_launch_tells_its_own_bytes_and_is_not_counted_again() -> None:
+    counter = LiveStorage(1)
+    x = torch.empty(256, 512, dtype=torch.bfloat16, device="meta")
+    with on_paper(Card("cuda", (8, 9)), counter.add_hidden), counter:
+        quantise_rows(x, "e4m3")
+    (values,) = counter.work.values()
+    assert Work(*values) == Work(0.0, 256 * (512 * 3 + 512 // 128 * 4), 1.0)
 
 
 def test_attention_that_writes_out_its_scores_is_made_of_products() -> None:

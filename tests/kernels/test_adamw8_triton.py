@@ -335,10 +335,3 @@ def test_scalars_on_another_device_are_refused(name: str) -> None:
     weight = weight_of((300,))
     with pytest.raises(ShapeError, match=f"need to lie on {DEVICE}"), running_on("sm86"):
         take(CARDS["sm86"], weight, weight, new_moments(weight), 1, **{name: torch.ones((), device="meta")})
-
-
-def test_a_weight_without_elements_is_left_alone() -> None:
-    weight = torch.empty(0, device=DEVICE)
-    with running_on("sm86"):
-        take(CARDS["sm86"], weight, weight.clone(), new_moments(weight), 1)
-    assert weight.numel() == 0

@@ -18,13 +18,15 @@ from tests.kernels.measures import LiveBytes, relative_error
 
 # One rounding of the result, of the weights and of the latent's decoded numbers, in units of the last place.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# The interpreter cannot multiply in bf16, a card's kernels never get fp32.
+EXACT = torch.float32 if op.is_interpreted() else torch.bfloat16
 SCALE = 0.11
 TILES = {
     "narrow": op._NARROW,
-    "middle": op._MIDDLE,
     "wide": op._WIDE,
     "shallow": op._WIDE_SHALLOW,
     "turned": op._TURNED,
+    "turned-coded": op._TURNED_CODED,
 }
 
 
@@ -50,7 +52,7 @@ def make(
     rotated: int,
     capacity: int,
     lengths: tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = EXACT,
     is_coded: bool = False,
     window: int | None = None,
 ) -> Case:
@@ -87,18 +89,18 @@ def test_the_plain_form_is_the_textbook(dtype: torch.dtype, is_coded: bool, wind
 @pytest.mark.parametrize(
     "tile, arguments",
     [
-        ("narrow", (4, 64, 16, 70, (0, 1, 17, 70), torch.float32, False, None)),
+        ("narrow", (4, 64, 16, 70, (0, 1, 17, 70), EXACT, False, None)),
         ("narrow", (12, 96, 32, 130, (130, 65), torch.float16, True, None)),
-        ("narrow", (3, 20, 8, 70, (70, 5), torch.float32, True, 40)),
-        ("middle", (16, 192, 32, 70, (33, 70, 0), torch.float32, True, None)),
-        ("middle", (20, 256, 64, 50, (50,), torch.float16, False, 33)),
-        ("wide", (4, 512, 64, 45, (45, 17), torch.float32, False, None)),
-        ("wide", (17, 512, 64, 40, (40,), torch.float16, True, None)),
-        ("wide", (4, 300, 10, 70, (70, 1), torch.float32, True, 31)),
-        ("shallow", (2, 512, 128, 33, (33,), torch.float32, False, None)),
+        ("narrow", (3, 20, 8, 70, (70, 5), EXACT, True, 40)),
+        ("wide", (16, 192, 32, 70, (33, 70, 0), EXACT, True, None)),
+        ("wide", (20, 256, 64, 50, (50,), torch.float16, False, 33)),
+        ("wide", (4, 512, 64, 45, (45, 17), EXACT, False, None)),
+        ("turned-coded", (17, 512, 64, 40, (40,), torch.float16, True, None)),
+        ("wide", (4, 300, 10, 70, (70, 1), EXACT, True, 31)),
+        ("shallow", (2, 512, 128, 33, (33,), EXACT, False, None)),
         ("turned", (4, 512, 64, 45, (45, 0, 17), torch.float16, False, None)),
-        ("turned", (20, 96, 16, 70, (70,), torch.float32, False, 9)),
-        ("turned", (5, 320, 16, 40, (40,), torch.float32, True, None)),
+        ("turned", (20, 96, 16, 70, (70,), EXACT, False, 9)),
+        ("turned-coded", (5, 320, 16, 40, (40,), EXACT, True, None)),
     ],
     ids=lambda value: str(value).replace("torch.", ""),
 )
@@ -149,7 +151,7 @@ def test_what_is_not_finite_spoils_its_sequence_and_no_other(form: str, part: st
         spoilt = run()
     assert torch.equal(spoilt[0], clean[0])
     # Infinity weighs all or nothing, by its sign and the query's; it may not come out as another finite number.
-    is_ignored = torch.isclose(spoilt[1], case.truth()[1].float(), rtol=1e-4, atol=1e-5)
+    is_ignored = torch.isclose(spoilt[1].double(), case.truth()[1], rtol=100 * TOLERANCE[EXACT], atol=TOLERANCE[EXACT])
     assert (spoilt[1].isnan() | is_ignored).all()
     assert spoilt[1].isnan().any()
     if value != value:
@@ -165,7 +167,7 @@ def test_a_query_that_is_nan_spoils_its_head_alone() -> None:
     assert not torch.cat([out[0, ::2], out[1]]).isnan().any()
 
 
-@pytest.mark.parametrize("form", ["plain", "middle"])
+@pytest.mark.parametrize("form", ["plain", "card"])
 def test_bytes_and_scales_of_nan_come_out_as_nan(form: str) -> None:
     case = make(2, 200, 16, 40, (40, 40, 40), is_coded=True)
     assert case.latent_scale is not None
@@ -184,7 +186,7 @@ def test_large_scores_neither_overflow_nor_vanish(tile: str) -> None:
     with running_on("sm90"):
         out = on_card(*case, tile=TILES[tile], splits=2)
     # Scores of some 20,000 keep fp32's 2⁻²⁴ of that, so weights err by a thousandth.
-    assert relative_error(out, case.truth()) < 5e-3
+    assert relative_error(out, case.truth()) < max(5e-3, TOLERANCE[EXACT])
 
 
 def test_parts_of_one_cache_and_turned_queries_give_the_same_bits() -> None:
@@ -287,7 +289,7 @@ def test_the_chosen_tile_is_of_the_card_s_and_fits(card: str, channels: int, rot
     assert tile in op.tiles(CARDS[card])
     needed = op._shared_bytes(tile, op._padded(channels), op._padded(rotated), is_coded)
     assert needed <= CARDS[card].shared_bytes
-    assert tile.is_turned == (card == "sm90" and channels > 256 and not is_coded)
+    assert tile.is_turned == (channels > 256 and (card == "sm90" or is_coded))
 
 
 @pytest.mark.parametrize(

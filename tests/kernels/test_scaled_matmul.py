@@ -226,12 +226,22 @@ def test_what_is_not_finite_comes_out_as_nan(card: str | None, form: str, bad: f
     assert torch.equal(y.cpu().isnan(), is_bad)
 
 
-def test_scales_far_apart_fit_the_oldest_cards_fp16() -> None:
+@each_card
+def test_scales_far_apart_are_multiplied(card: str) -> None:
     a, b = operands((9, 512, 7), "e4m3")
-    # What the rows' units leave out of fp16 is 2⁻²⁰ of the rest and less; in fp16 itself 2⁴⁰ would be infinite.
+    # In fp16 2⁴⁰ would be infinite; what sm75's units of rows leave out of fp16 is 2⁻²⁰ of the rest and less.
     a = Scaled(a.code, a.scale * torch.tensor([[2.0**40, 2.0**30, 2.0**5, 1.0]]))
     b = Scaled(b.code, b.scale * torch.tensor([[2.0**-30, 2.0**-22, 2.0**-30, 2.0**-40]]))
-    assert_nearly(multiply_on("sm75", a, b, torch.float32), a, b, 2.0**-18)
+    assert_nearly(multiply_on(card, a, b, torch.float32), a, b, 2.0**-18 + (FP8_SUM if DEVICE == "cuda" else 0.0))
+
+
+@pytest.mark.parametrize("card", [*CARDS, None])
+def test_a_scale_of_nan_is_enough(card: str | None) -> None:
+    a, b = operands((4, 300, 5), "e4m3")
+    a.scale[3, 1] = torch.nan
+    y = scaled_matmul(a, b, torch.float32) if card is None else multiply_on(card, a, b, torch.float32)
+    assert y[3].isnan().all()
+    assert y[:3].isfinite().all()
 
 
 @each_card
