@@ -37,7 +37,7 @@ from lowvram_kernels.grouped_matmul import grouped_matmul
 from lowvram_kernels.grouped_outer import grouped_outer
 from lowvram_kernels.idle import IdleStack, check_stack, decode, needs_decoding
 from lowvram_kernels.product import Form, check_form
-from lowvram_kernels.quantise import dequantise, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quantise import Scaled, dequantise, quantise_columns, quantise_rows, quantise_weight
 from lowvram_kernels.swiglu import gated_product, gated_product_backward
 
 
@@ -117,6 +117,26 @@ def _sum_outer_slices(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: 
 @_sum_outer_slices.register_fake
 def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
     return left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+
+
+def _multiply_tokens(
+    x_NI: Tensor,
+    token_M: Tensor,
+    master_WOI: Tensor,
+    idle: tuple[Tensor | None, Tensor | None],
+    ends_E: Tensor,
+    form: Form,
+) -> Tensor:
+    """Multiply the tokens' rows, repeated and sorted, by their experts' matrices [O, I]: [M, O].
+
+    x is rounded before it is repeated, if nothing reads its own numbers: the same bits for a K-th of the work.
+    """
+    has_copies = idle[0] is not None and idle[0].shape[0] > 0
+    if form == "plain" or has_copies or not _is_one_launch(x_NI.device):
+        return _multiply(x_NI[token_M], master_WOI, idle, ends_E, True, form)
+    code, scale = quantise_rows(x_NI, form)
+    rows = Scaled(code[token_M], scale[token_M])
+    return grouped_matmul(rows, quantise_weight(master_WOI, form), ends_E, dtype=x_NI.dtype)
 
 
 def _multiply(
@@ -235,8 +255,7 @@ class _Experts(torch.autograd.Function):
         idle_gate_up, idle_down = (gate_up_code, gate_up_scale), (down_code, down_scale)
         idle_count = 0 if gate_up_code is None else gate_up_code.shape[0]
         order_M, ends_E = _sort(ids, gate_up.shape[0] + idle_count)
-        rows_MD = x[order_M // ids.shape[1]]
-        gate_up_MI = _multiply(rows_MD, gate_up, idle_gate_up, ends_E, True, form)
+        gate_up_MI = _multiply_tokens(x, order_M // ids.shape[1], gate_up, idle_gate_up, ends_E, form)
         ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle_gate_up, *idle_down)
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
         out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, True, form)

@@ -6,12 +6,13 @@ It is what a dropless mixture of experts computes: y forward, and dx with the st
 device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program finds
 out its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
 
-Rows and stack are of one dtype; or both are E4M3 (`quantise.py`); or the stack is a low-precision copy (`idle.py`) that
-is decoded in registers and rounded to the rows' dtype, as `idle.decode` rounds: the numbers are those of a product with
+Rows and stack are of one dtype; or both are E4M3 or both int8 (`quantise.py`), whose sums are int32 and scaled once; or
+the stack is a low-precision copy (`idle.py`) that is decoded in registers and rounded to the rows' dtype, as `idle.decode` rounds: the numbers are those of a product with
 the decoded copy, which never exists.  Scales of E4M3 must be powers of two where the card applies them itself
 ("mxfp8"), as `quantise.py` makes them unless it is told otherwise.
 
-Alive: the result alone.  Bytes moved: rows, stack and result, once.  Operations: 2·M·N·K.
+Alive: the result alone; copies of codes on both sides where K is no multiple of 16.  Bytes moved: rows, stack and
+result, once.  Operations: 2·M·N·K.
 Sources: the equation; Gale et al. 2022, "MegaBlocks", section 5 (one launch for all experts).
 
 Shapes: M rows, sorted by expert; E experts, C of them in the stack; N outputs, K inputs of a matrix.
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lowvram_kernels import e4m3
 from lowvram_kernels.dispatch import Card, Launch, card_of, choose, is_interpreted, is_on_paper, launch
@@ -33,8 +35,10 @@ from lowvram_kernels.quantise import Scaled
 BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
 GROUP = 8
+# Products of two numbers up to 127 whose sum int32 holds.
+MOST_INT8 = (2**31 - 1) // 127**2
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-PROMISES = {"mxfp8": "mxf8", "tensor": "e4m3", "storage": "f16", torch.bfloat16: "bf16", torch.float16: "f16"}
+PROMISES = {"mxfp8": "mxf8", "tensor": "e4m3", "storage": "f16", "int8": "s8", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class Tile(NamedTuple):
@@ -51,6 +55,9 @@ class Tile(NamedTuple):
 _WIDE, _HIGH = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)
 _LOW, _FEW = Tile(64, 128, 64, 4, 3), Tile(16, 128, 64, 4, 3)
 _HIGH_FP8 = Tile(128, 128, 128, 8, 3)
+_LOW_INT8, _FEW_INT8 = Tile(64, 128, 128, 4, 3), Tile(16, 128, 128, 4, 3)
+# Eight warps: four spill where a slice's sums pass int32.
+_HIGH_INT8, _SQUARE_INT8 = Tile(128, 128, 64, 8, 4), Tile(64, 64, 128, 4, 3)
 _SMALL, _SMALL_FEW = Tile(64, 64, 16, 4, 3), Tile(16, 64, 32, 4, 3)
 _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     # Two of the first fit a multiprocessor of a GeForce: one computes while the other begins or ends.
@@ -60,12 +67,14 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "storage": ((_HIGH_FP8, _LOW, _FEW), (_HIGH, _LOW)),
     "tensor": ((_HIGH_FP8, _LOW, _FEW), (_HIGH, _LOW)),
     "mxfp8": ((_HIGH_FP8, _LOW, _FEW), (_HIGH_FP8, _LOW)),
+    "int8": ((Tile(128, 128, 64, 4, 4), _LOW_INT8, _FEW_INT8), (_HIGH_INT8, _SQUARE_INT8)),
 }
 # Its FP8 product takes 64 rows at least, and two sums of 128×128 spill where both sides have a scale for each row.
 _HOPPER_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "half": ((_WIDE, _HIGH, _LOW, _FEW), (_WIDE, _HIGH, Tile(64, 64, 64, 4, 3))),
     "decode": ((_HIGH, _LOW, _FEW), ()),
     "tensor": ((_HIGH_FP8, _LOW), (Tile(64, 128, 128, 4, 3), _LOW)),
+    "int8": ((Tile(128, 256, 128, 8, 3), _HIGH_FP8, _LOW_INT8, _FEW_INT8), (_HIGH_FP8, _SQUARE_INT8)),
 }
 
 
@@ -109,8 +118,8 @@ def reference(
 def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     """Return every tile that a product may take on a card.
 
-    way: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), or for E4M3 on
-    both sides "mxfp8", "tensor" or "storage".
+    way: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
+    sides), or for E4M3 on both sides "mxfp8", "tensor" or "storage".
     """
     is_hopper = card.capability is not None and card.capability[0] in (9, 10)
     found = (_HOPPER_TILES.get(way, _TILES[way]) if is_hopper else _TILES[way])[is_outer]
@@ -135,9 +144,11 @@ def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_
     return filled[-1]
 
 
-def way_of(left: Tensor, right: Tensor, is_fp8: bool) -> str:
-    """Return how two operands are multiplied, in the words of `tiles`."""
-    if is_fp8:
+def way_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
+    """Return how two operands are multiplied, in the words of `tiles`.  is_scaled: both are, with scales."""
+    if left.dtype == torch.int8:
+        return "int8"  # of "int8_matmul", which is "tensor" on every card that has these launches
+    if is_scaled:
         backend = choose("fp8_matmul", card_of(left.device)).backend
         # The interpreter has no block-scaled product.
         return "tensor" if backend == "mxfp8" and is_interpreted() else backend
@@ -183,7 +194,9 @@ def _launch_multiply(
     sizes = (outputs, inputs, slots)
     arguments: tuple[Any, ...]
     if rows_scale is not None:
-        kernel, constants["WAY"] = "multiply_fp8_kernel", way
+        kernel = "multiply_int8_kernel" if way == "int8" else "multiply_fp8_kernel"
+        if way != "int8":
+            constants["WAY"] = way
         arguments = (rows_MK, rows_scale, code_CNK, scale, ends_E, out_MN, *sizes)
     else:
         kernel, (constants["SCALE"], scale_strides) = "multiply_kernel", _scale_strides(code_CNK, scale)
@@ -223,14 +236,15 @@ def grouped_matmul(
 ) -> Tensor:
     """Multiply each expert's rows by its matrix transposed, in one launch and without waiting for the device.
 
-    rows: [M, K] fp32|bf16|fp16, or E4M3 in blocks of 1×128.  stack: the matrices of experts first … first + C − 1,
+    rows: [M, K] fp32|bf16|fp16, E4M3 in blocks of 1×128, or int8 with scales [M, 1].  stack: the matrices of experts first … first + C − 1,
     [C, N, K] fp32|bf16|fp16, E4M3 in blocks of 128×128 or int8 with scales [C, N, 1] or [C, 1, K]; any strides, so
-    that a stack [C, K, N] comes as its views' `.mT`.  E4M3 rows need an E4M3 stack, and both contiguous.
+    that a stack [C, K, N] comes as its views' `.mT`.  E4M3 rows need an E4M3 stack, int8 rows an int8 stack with scales
+    [C, N, 1], and both contiguous.
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  dtype: of the result; without it
-    rows' dtype, bf16 for E4M3.  out: [M, N], contiguous: other experts' rows stay as they are there; in a result made
+    rows' dtype, bf16 for E4M3 and int8.  out: [M, N], contiguous: other experts' rows stay as they are there; in a result made
     here they mean nothing.  tile: one of `tiles`, chosen without it.
     Returns [M, N].  Has no gradient of its own.  Where there is no Triton it is `reference`, C times the work.
-    Raises ShapeError if shapes, dtypes or devices do not fit together.
+    Raises ShapeError if shapes, dtypes or devices do not fit together, or K is over 133,144 for int8 on both sides.
     """
     (rows_MK, rows_scale), (code_CNK, scale) = parts_of(rows), parts_of(stack)
     _check_multiply(rows_MK, rows_scale, code_CNK, scale, ends, first)
@@ -252,6 +266,8 @@ def grouped_matmul(
     if tile is None:
         way, rows_of_one = way_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
         tile = choose_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
+    if rows_scale is not None:
+        rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
     _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))
     return out
 
@@ -259,6 +275,15 @@ def grouped_matmul(
 def parts_of(operand: Tensor | Scaled | IdleStack) -> tuple[Tensor, Tensor | None]:
     """Return an operand's numbers and its scale, None for plain ones."""
     return (operand, None) if isinstance(operand, Tensor) else (operand.code, operand.scale)
+
+
+def fill_lines(code: Tensor) -> Tensor:
+    """Return codes with zeros behind each row up to whole 16 bytes, themselves where there are.
+
+    Others could be read byte by byte only, and addresses would fill the registers.
+    """
+    missing = -code.shape[-1] % 16
+    return F.pad(code, (0, missing)) if missing else code
 
 
 def form_of(tensor: Tensor | None) -> str:
@@ -293,10 +318,15 @@ def _check_multiply(
     if rows_scale is None and rows.dtype not in FLOATING:
         raise ShapeError(f"{what}; rows without a scale are fp32, bf16 or fp16.")
     if rows_scale is not None:
-        is_right = rows.dtype == code.dtype == torch.uint8 and rows_scale.dtype == torch.float32
-        is_right = is_right and list(rows_scale.shape) == [rows.shape[0], blocks]
+        is_int8 = rows.dtype == torch.int8
+        is_right = rows.dtype == code.dtype in (torch.uint8, torch.int8) and found == needed[0]
+        is_right = is_right and rows_scale.dtype == torch.float32
+        is_right = is_right and list(rows_scale.shape) == [rows.shape[0], 1 if is_int8 else blocks]
         if not is_right or not all(t.is_contiguous() for t in (rows, rows_scale, code, scale) if t is not None):
-            raise ShapeError(f"{what}; E4M3 rows need scales [M, {blocks}] and an E4M3 stack, all contiguous.")
+            rule = f"E4M3 rows need scales [M, {blocks}] and an E4M3 stack, int8 rows [M, 1] and one of [C, N, 1]"
+            raise ShapeError(f"{what}; {rule}, all contiguous.")
+        if is_int8 and rows.shape[1] > MOST_INT8:
+            raise ShapeError(f"{what}; int32 holds int8's sums over {MOST_INT8} at most.")
     check_ends("grouped_matmul", ends, first + count, rows.device)
     if code.device != rows.device:
         raise ShapeError(f"{what}; the stack lies on {code.device}, the rows on {rows.device}.")

@@ -180,7 +180,7 @@ def multiply_fp8_kernel(
     right_at = right_ptr + place_n[None, :] * K + at_k[:, None]
     left_scale_ptr += row.to(tl.int64) * blocks
     right_scale_ptr += (expert.to(tl.int64) * tl.cdiv(N, 128) + column * BLOCK_N // 128) * blocks
-    place_scale = (place_m * blocks)[:, None]
+    place_scale = place_m * blocks
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         if HAS_WHOLE_K:
@@ -189,10 +189,60 @@ def multiply_fp8_kernel(
             in_k = at_k < K - k
             left = tl.load(left_at, mask=in_k[None, :], other=0)
             right = tl.load(right_at, mask=in_k[:, None], other=0)
+        # A vector, broadcast after it is loaded: a load of a column would be repeated for each column of the product.
         left_scale, right_scale = tl.load(left_scale_ptr + k // 128 + place_scale), tl.load(right_scale_ptr + k // 128)
-        total = dot_scaled(left, left_scale, right, right_scale, total, WAY)
+        total = dot_scaled(left, left_scale[:, None], right, right_scale, total, WAY)
         left_at += BLOCK_K
         right_at += BLOCK_K
     out_ptr += row.to(tl.int64) * N
     in_out = (at_m < end - row)[:, None] & (at_n < N)[None, :]
     tl.store(out_ptr + at_m[:, None] * N + at_n[None, :], total.to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+@triton.jit
+def multiply_int8_kernel(
+    left_ptr,
+    left_scale_ptr,
+    right_ptr,
+    right_scale_ptr,
+    ends_ptr,
+    out_ptr,
+    N,
+    K,
+    slots,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HAS_WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Multiply each slice of int8 rows by its int8 matrix transposed: whole numbers in int32, scaled once."""
+    slot, column = order(tl.program_id(0), slots, tl.cdiv(N, BLOCK_N), GROUP)
+    expert, row, end = _find_tile(ends_ptr, slot, FIRST, COUNT, EXPERTS, BLOCK_M)
+    if row >= end:
+        return
+    at_m, at_k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    at_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    place_m, place_n = tl.minimum(at_m, end - 1 - row), tl.minimum(at_n, N - 1)
+    left_at = left_ptr + row.to(tl.int64) * K + place_m[:, None] * K + at_k[None, :]
+    right_at = right_ptr + expert.to(tl.int64) * N * K + place_n[None, :] * K + at_k[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for k in range(0, K, BLOCK_K):
+        if HAS_WHOLE_K:
+            left, right = tl.load(left_at), tl.load(right_at)
+        else:
+            in_k = at_k < K - k
+            left = tl.load(left_at, mask=in_k[None, :], other=0)
+            right = tl.load(right_at, mask=in_k[:, None], other=0)
+        total = tl.dot(left, right, total, out_dtype=tl.int32)
+        left_at += BLOCK_K
+        right_at += BLOCK_K
+    left_scale = tl.load(left_scale_ptr + row + place_m)
+    right_scale = tl.load(right_scale_ptr + expert * N + place_n)
+    value = total.to(tl.float32) * left_scale[:, None] * right_scale[None, :]
+    out_ptr += row.to(tl.int64) * N
+    in_out = (at_m < end - row)[:, None] & (at_n < N)[None, :]
+    tl.store(out_ptr + at_m[:, None] * N + at_n[None, :], value.to(out_ptr.dtype.element_ty), mask=in_out)

@@ -5,10 +5,12 @@
 One program makes one tile of one expert and walks its rows, so that every element is written, zeros for an expert
 without rows, and nothing is added atomically: sums are fp32 and in one fixed order.  The ends lie on the device.
 
-E4M3 comes from `quantise.quantise_columns`: blocks of 128 rows at multiples of 128, wherever slices end.  A block that
-straddles two slices has one scale for both: a NaN in it is both experts' NaN.
+E4M3 and int8 come from `quantise.quantise_columns`.  E4M3 has blocks of 128 rows at multiples of 128, wherever slices
+end: one that straddles two slices has one scale for both, and a NaN in it is both experts' NaN.  Int8 has one scale for
+a column of all rows: a NaN in it is the NaN of every expert that has rows.  Its sums are int32, which is exact.
 
-Alive: the result alone.  Bytes moved: both sides and the result, once.  Operations: 2·M·O·I.
+Alive: the result alone; copies of both codes where M is no multiple of 16.  Bytes moved: both sides and the result,
+once.  Operations: 2·M·O·I.
 Source: the chain rule of `grouped_matmul`.
 
 Shapes: M rows, sorted by expert; E experts, W of them resident; each result is [O, I].
@@ -33,12 +35,16 @@ from lowvram_kernels.grouped_matmul import (
     check_ends,
     choose_tile,
     decoded,
+    fill_lines,
     form_of,
     mask_M,
     parts_of,
     way_of,
 )
 from lowvram_kernels.quantise import Scaled
+
+# Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
+_TERMS = 2**17
 
 
 def reference(left: Tensor | Scaled, right: Tensor | Scaled, ends: Tensor, resident: int, dtype: torch.dtype) -> Tensor:
@@ -69,7 +75,12 @@ def _launch_outer(
     constants: dict[str, Any] = {"BLOCK_O": it.rows, "BLOCK_I": it.columns, "BLOCK_M": it.depth, "GROUP": GROUP}
     arguments: tuple[Any, ...]
     if left_scale is not None:
-        kernel, constants["WAY"], rows = "outer_fp8_kernel", way, left.shape[1]
+        rows = left.shape[1]
+        if way == "int8":
+            kernel = "outer_int8_kernel"
+            constants |= {"TERMS": _TERMS, "IS_LONG": rows > _TERMS}
+        else:
+            kernel, constants["WAY"] = "outer_fp8_kernel", way
         arguments = (left, left_scale, right, right_scale, ends_E, out_WOI, rows, outputs, inputs)
     else:
         kernel, rows = "outer_kernel", left.shape[0]
@@ -100,7 +111,8 @@ def grouped_outer(
 ) -> Tensor:
     """Sum left[m]ᵀ right[m] over each expert's rows: the gradients of a stack's matrices, in one launch.
 
-    left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or E4M3 columns [O, M] and [I, M] in blocks of 1×128.
+    left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or columns [O, M] and [I, M], both
+    E4M3 in blocks of 1×128 or both int8 with scales [O, 1] and [I, 1].
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  resident: how many experts, from
     the first.  dtype: of the result, rounded once from fp32.  tile: one of `tiles`, chosen without it.
     Returns [resident, O, I], zeros for an expert without rows.  Has no gradient of its own.
@@ -117,6 +129,8 @@ def grouped_outer(
     if tile is None:
         way = way_of(left_code, right_code, left_scale is not None)
         tile = choose_tile(card, way, outputs, inputs, resident, is_outer=True)
+    if left_scale is not None:
+        left_code, right_code = fill_lines(left_code), fill_lines(right_code)
     _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))
     return out
 
@@ -134,13 +148,13 @@ def _check_outer(
     what += f"; right {form_of(right)}, scale {form_of(right_scale)}"
     side = 0 if left_scale is None else 1
     if left.dim() != 2 or right.dim() != 2 or left.shape[side] != right.shape[side] or left.dtype != right.dtype:
-        raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or E4M3 [O, M] and [I, M].")
+        raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or scaled [O, M] and [I, M].")
     if left_scale is None and right_scale is None:
         is_right = left.dtype in FLOATING
     else:
-        blocks = -(-left.shape[1] // BLOCK)
+        blocks = 1 if left.dtype == torch.int8 else -(-left.shape[1] // BLOCK)
         pairs = ((left, left_scale), (right, right_scale))
-        is_right = left.dtype == torch.uint8 and all(
+        is_right = left.dtype in (torch.uint8, torch.int8) and all(
             scale is not None
             and list(scale.shape) == [code.shape[0], blocks]
             and scale.dtype == torch.float32
@@ -149,7 +163,8 @@ def _check_outer(
             for code, scale in pairs
         )
     if not is_right:
-        raise ShapeError(f"{what}; needs fp32, bf16 or fp16 without scales, or uint8 with fp32 of 1×128, contiguous.")
+        rule = "needs fp32, bf16 or fp16 without scales, or contiguous with fp32 scales, uint8 of 1×128 or int8 of rows"
+        raise ShapeError(f"{what}; {rule}.")
     if resident < 1 or dtype not in FLOATING:
         raise ShapeError(f"grouped_outer: resident is {resident}, dtype {dtype}; needs 1 or more, fp32, bf16 or fp16.")
     check_ends("grouped_outer", ends, resident, left.device)

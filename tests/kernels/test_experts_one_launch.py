@@ -179,7 +179,7 @@ def test_on_paper_each_product_is_a_launch_that_tells_of_its_operations(form: st
     kernels, work, _ = on_paper_of(CARDS["sm86"], form)
     assert kernels.count("multiply_kernel") == (4 if form is None else 8)
     assert kernels.count("outer_kernel") == 2
-    told = sum(float(sum(part[:1]) or part[-1]) for part in work)
+    told = sum(part.product_flops for part in work)
     both = 2 * 192 * 64 * (80 + 40)
     assert told == pytest.approx(2 * both + both * (1 if form is None else 2 / 8))
 
