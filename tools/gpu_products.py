@@ -38,7 +38,7 @@ def products(scene: Scene) -> Iterator[Kernel]:
 def _scaled(scene: Scene) -> Iterator[Kernel]:
     """Yield products of a layer: square, a wide model's feed-forward, tr-125m's and tiny-llm-v1's."""
     shapes = [(4_096, 4_096, 4_096), (8_192, 8_192, 8_192), (8_192, 11_264, 2_048), (8_192, 4_096, 768)]
-    for index, (rows, outputs, inner) in enumerate([(20, 40, 200)] if scene.is_tiny else shapes):
+    for index, (rows, outputs, inner) in enumerate([(20, 40, 208)] if scene.is_tiny else shapes):
         for form in q8.FORMATS:
             inputs = functools.partial(_operands, scene, form, rows, outputs, inner)
             run = functools.partial(scaled_matmul, dtype=scene.dtype)
@@ -103,7 +103,7 @@ def _torch_operands(scene: Scene, name: str, rows: int, outputs: int, inner: int
 
 def _small(scene: Scene) -> Iterator[Kernel]:
     """Yield what decoding asks for: one row, a few, sixteen."""
-    shapes = [(1, 40, 200)] if scene.is_tiny else [(1, 4_096, 4_096), (4, 4_096, 4_096), (16, 4_096, 4_096)]
+    shapes = [(1, 40, 208)] if scene.is_tiny else [(1, 4_096, 4_096), (4, 4_096, 4_096), (16, 4_096, 4_096)]
     shapes += [] if scene.is_tiny else [(1, 11_264, 2_048), (1, 2_048, 2_048), (1, 32_768, 768)]
     for index, (rows, outputs, inner) in enumerate(shapes):
         for form in q8.FORMATS:
@@ -139,7 +139,7 @@ def _loads(scene: Scene, experts: int, rows: int) -> Tensor:
 def _grouped_shapes(scene: Scene) -> list[tuple[int, int, int, int]]:
     """Return experts, rows of each in the mean, outputs and inputs: of tr-600m-moe, ismail-512 and tr-2b-moe."""
     if scene.is_tiny:
-        return [(3, 12, 24, 40)]
+        return [(3, 12, 24, 48)]
     return [(8, 1_024, 1_536, 1_024), (8, 256, 1_536, 1_024), (4, 4_096, 1_024, 512), (16, 512, 2_048, 1_536)]
 
 
