@@ -6,7 +6,7 @@ Truths are products of the decoded operands in fp32, on the same device.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from lowvram_kernels import quantise as q8
@@ -139,14 +139,14 @@ def _loads(scene: Scene, experts: int, rows: int) -> Tensor:
 def _grouped_shapes(scene: Scene) -> list[tuple[int, int, int, int]]:
     """Return experts, rows of each in the mean, outputs and inputs: of tr-600m-moe, ismail-512 and tr-2b-moe."""
     if scene.is_tiny:
-        return [(3, 12, 24, 48)]
+        return [(3, 16, 24, 48)]
     return [(8, 1_024, 1_536, 1_024), (8, 256, 1_536, 1_024), (4, 4_096, 1_024, 512), (16, 512, 2_048, 1_536)]
 
 
 def _grouped(scene: Scene) -> Iterator[Kernel]:
     for index, (experts, mean, outputs, inner) in enumerate(_grouped_shapes(scene)):
         rows = experts * mean
-        for form in ("bf16", "e4m3"):
+        for form in ("bf16", *q8.FORMATS):
             inputs = functools.partial(_grouped_operands, scene, form, experts, rows, outputs, inner)
             run = functools.partial(grouped_matmul, dtype=scene.dtype)
             element = 2.0 if form == "bf16" else 1.0
@@ -159,7 +159,7 @@ def _grouped(scene: Scene) -> Iterator[Kernel]:
                 tolerance=_ROUNDED,
                 moved_bytes=element * (rows + experts * outputs) * inner + 2.0 * rows * outputs,
                 operations=2.0 * rows * outputs * inner,
-                numbers="bf16" if form == "bf16" else "fp8",
+                numbers=NUMBERS.get(form, form),
                 rivals=tuple(_grouped_rivals(scene, experts, rows, outputs, inner)),
                 aims=(Aim(DENSE, 0.9),) if form == "bf16" else (),
                 rank=0 if index < 2 else 1,
@@ -197,36 +197,48 @@ def _grouped_rivals(scene: Scene, experts: int, rows: int, outputs: int, inner: 
 def _outer(scene: Scene) -> Iterator[Kernel]:
     for index, (experts, mean, outputs, inner) in enumerate(_grouped_shapes(scene)):
         rows = experts * mean
-
-        def inputs(rows: int = rows, outputs: int = outputs, inner: int = inner, experts: int = experts) -> Inputs:
-            return scene.randn(rows, outputs), scene.randn(rows, inner), _loads(scene, experts, rows)
-
-        def library(inputs: Callable[[], Inputs] = inputs) -> Inputs:
-            left_MO, right_MI, ends = inputs()
-            return left_MO.mT, right_MI, ends.int()
-
-        def dense(rows: int = rows, outputs: int = outputs, inner: int = inner) -> Inputs:
-            return scene.randn(rows, outputs).mT, scene.randn(rows, inner)
-
-        rivals = [Rival(DENSE, dense, torch.mm)]
-        if scene.is_card:
-            rivals.append(Rival("torch grouped_mm", library, lambda a, b, ends: F.grouped_mm(a, b, offs=ends)))
-        yield Kernel(
-            op="grouped_outer",
-            shape=f"bf16 {experts} × {mean} × {outputs} × {inner}",
-            inputs=inputs,
-            run=functools.partial(grouped_outer, resident=experts, dtype=scene.dtype),
-            error=functools.partial(_outer_error, scene),
-            tolerance=_ROUNDED,
-            moved_bytes=2.0 * (rows * (outputs + inner) + experts * outputs * inner),
-            operations=2.0 * rows * outputs * inner,
-            rivals=tuple(rivals),
-            rank=0 if index == 0 else 1,
-        )
+        for form in ("bf16", *q8.FORMATS):
+            element = 2.0 if form == "bf16" else 1.0
+            yield Kernel(
+                op="grouped_outer",
+                shape=f"{form} {experts} × {mean} × {outputs} × {inner}",
+                inputs=functools.partial(_outer_operands, scene, form, experts, rows, outputs, inner),
+                run=functools.partial(grouped_outer, resident=experts, dtype=scene.dtype),
+                error=functools.partial(_outer_error, scene),
+                tolerance=_ROUNDED,
+                moved_bytes=element * rows * (outputs + inner) + 2.0 * experts * outputs * inner,
+                operations=2.0 * rows * outputs * inner,
+                numbers=NUMBERS.get(form, form),
+                rivals=tuple(_outer_rivals(scene, experts, rows, outputs, inner)),
+                rank=0 if index == 0 and form == "bf16" else 1,
+            )
 
 
-def _outer_error(scene: Scene, left: Tensor, right: Tensor, ends: Tensor) -> float:
+def _outer_operands(scene: Scene, form: str, experts: int, rows: int, outputs: int, inner: int) -> Inputs:
+    left_MO, right_MI, ends = scene.randn(rows, outputs), scene.randn(rows, inner), _loads(scene, experts, rows)
+    if form == "bf16":
+        return left_MO, right_MI, ends
+    return q8.quantise_columns(left_MO, form), q8.quantise_columns(right_MI, form), ends
+
+
+def _outer_rivals(scene: Scene, experts: int, rows: int, outputs: int, inner: int) -> Iterator[Rival]:
+    def dense() -> Inputs:
+        return scene.randn(rows, outputs).mT, scene.randn(rows, inner)
+
+    def library() -> Inputs:
+        left_MO, right_MI, ends = _outer_operands(scene, "bf16", experts, rows, outputs, inner)
+        return left_MO.mT, right_MI, ends.int()
+
+    yield Rival(DENSE, dense, torch.mm)
+    if scene.is_card:
+        yield Rival("torch grouped_mm", library, lambda left, right, ends: F.grouped_mm(left, right, offs=ends))
+
+
+def _outer_error(scene: Scene, left: Tensor | Scaled, right: Tensor | Scaled, ends: Tensor) -> float:
     experts = len(ends)
-    masks = [mask_M(ends, len(left), expert)[:, None] for expert in range(experts)]
-    truth = torch.stack([(left.float() * mask).mT @ right.float() for mask in masks])
-    return distance(grouped_outer(left, right, ends, experts, scene.dtype), truth)
+    found = grouped_outer(left, right, ends, experts, scene.dtype)
+    left_MO, right_MI = (
+        side.float() if isinstance(side, Tensor) else q8.dequantise(side, torch.float32).mT for side in (left, right)
+    )
+    masks = [mask_M(ends, len(left_MO), expert)[:, None] for expert in range(experts)]
+    return distance(found, torch.stack([(left_MO * mask).mT @ right_MI for mask in masks]))
