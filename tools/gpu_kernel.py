@@ -1,0 +1,169 @@
+"""What a case of the GPU report is, and how one is checked and timed; knows no single kernel and no file."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from lowvram_kernels.dispatch import Card, imagining
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from tools.gpu_timing import Timing, count_sets, distance, time_runs
+
+Inputs = tuple[Any, ...]
+Row = dict[str, Any]
+# What a case may raise that says something about it and not about this tool: a launch that the card refuses, a library
+# that does not take these shapes or has no such function.  Triton's own errors are added where it is installed.
+Refusal = (RuntimeError, ValueError, TypeError, AttributeError)
+_PLAIN = Card("cpu")
+
+
+class Scene(NamedTuple):
+    """Where cases run.  is_tiny: smallest shapes, only to see that all runs.  dtype: of 16 bits."""
+
+    device: torch.device
+    is_tiny: bool
+    dtype: torch.dtype
+
+    @property
+    def is_card(self) -> bool:
+        """Say whether this is a CUDA card, and libraries' kernels for one are here."""
+        return self.device.type == "cuda"
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return normal numbers, of the 16-bit dtype if none is named."""
+        return torch.randn(shape, device=self.device).to(dtype or self.dtype)
+
+
+class Rival(NamedTuple):
+    """What a library offers for the same work."""
+
+    name: str
+    inputs: Callable[[], Inputs]
+    run: Callable[..., Any]
+
+
+class Aim(NamedTuple):
+    """What a figure should reach on an H200.
+
+    of: "copy" (a share of the copy's bandwidth), a rival's name (its seconds by ours) or "tokens_per_second".
+    """
+
+    of: str
+    least: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One op at one shape.
+
+    inputs: makes a fresh set.  error: runs it once on such a set and returns its distance from the truth, which
+    tolerance bounds.  moved_bytes: the least that must be read and written.  numbers: whose product rate bounds
+    operations: "bf16", "fp8" or "int8".  rank: 0 comes first.
+    """
+
+    op: str
+    shape: str
+    inputs: Callable[[], Inputs]
+    run: Callable[..., Any]
+    error: Callable[..., float]
+    tolerance: float
+    moved_bytes: float
+    operations: float = 0.0
+    numbers: str = "bf16"
+    rivals: tuple[Rival, ...] = ()
+    aims: tuple[Aim, ...] = ()
+    rank: int = 1
+
+    @property
+    def name(self) -> str:
+        """Return op and shape, by which --only finds it."""
+        return f"{self.op} {self.shape}"
+
+    def measure(self, scene: Scene) -> Row:
+        """Check the kernel, then time it and its rivals; what is wrong is not timed."""
+        torch.manual_seed(0)
+        error = self.error(*self.inputs())
+        row: Row = {
+            "kind": "kernel",
+            "error": error,
+            "tolerance": self.tolerance,
+            "moved_bytes": self.moved_bytes,
+            "operations": self.operations,
+            "numbers": self.numbers,
+            "aims": [] if scene.is_tiny else [aim._asdict() for aim in self.aims],
+        }
+        if not error <= self.tolerance:
+            return row | {"status": "wrong", "note": "not timed, because its result is not the reference's"}
+        row |= self._time(self.inputs, self.run, scene)._asdict()
+        row["rivals"] = [self._time_rival(rival, scene) for rival in self.rivals]
+        return row | {"status": "ok"}
+
+    def _time(self, inputs: Callable[[], Inputs], run: Callable[..., Any], scene: Scene) -> Timing:
+        sets = [inputs() for _ in range(count_sets(self.moved_bytes, scene.device))]
+        return time_runs([functools.partial(run, *values) for values in sets], scene.device)
+
+    def _time_rival(self, rival: Rival, scene: Scene) -> Row:
+        try:
+            return {"name": rival.name, **self._time(rival.inputs, rival.run, scene)._asdict()}
+        except Refusal as error:
+            if is_lost(scene):
+                raise
+            return {"name": rival.name, "note": first_line(error)}
+
+
+def is_lost(scene: Scene) -> bool:
+    """Say whether this process has lost its card, as after an illegal access: only another process gets it back."""
+    if not scene.is_card:
+        return False
+    try:
+        torch.cuda.synchronize(scene.device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+
+
+def bytes_of(*tensors: Tensor | None) -> float:
+    """Return the bytes of tensors."""
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None))
+
+
+def plainly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what runs an op in its plain PyTorch form, wherever its tensors lie."""
+
+    def plain(*inputs: Any) -> Any:
+        with imagining(_PLAIN):
+            return run(*inputs)
+
+    return plain
+
+
+def error_of(run: Callable[..., Tensor], truth: Callable[..., Tensor]) -> Callable[..., float]:
+    """Return what measures the distance of a run's result from the truth's, of the same inputs."""
+
+    def error(*inputs: Any) -> float:
+        return distance(run(*inputs), truth(*inputs))
+
+    return error
+
+
+def change_error(run: Callable[..., Any], changed: Callable[..., list[Tensor]]) -> Callable[..., float]:
+    """Return what holds an op in place against its plain form: the worst distance of the tensors that it changes."""
+
+    def error(*inputs: Any) -> float:
+        copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
+        run(*inputs)
+        plainly(run)(*copies)
+        return max(distance(a, b) for a, b in zip(changed(*inputs), changed(*copies), strict=True))
+
+    return error

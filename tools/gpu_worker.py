@@ -1,0 +1,194 @@
+"""Measures the cases of the GPU report one after the other and tells of each in a line of JSON; keeps nothing.
+
+It is started by gpu_report.py, which starts another one where a kernel takes the process or the card with it, or does
+not come back.  Lines on stdout are objects with an "event"; what else is printed there is not for the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+import torch
+from lowvram_kernels.dispatch import Card, imagining, is_interpreted
+
+from lowvram.errors import LowvramError
+from tools.gpu_cases import kernels
+from tools.gpu_kernel import Refusal, Row, Scene, first_line, is_lost
+from tools.gpu_timing import time_runs
+from tools.gpu_training import trainings
+
+TESTS = "tests"
+# Whose path kernels take in the interpreter.
+INTERPRETED = Card("cuda", (8, 6))
+_GIB = 2**30
+
+
+class Case(NamedTuple):
+    """A name and what is measured.  needs_s: what it takes at least; limit_s: when it is given up."""
+
+    name: str
+    measure: Callable[[Scene], Row] | None
+    needs_s: float
+    limit_s: float
+
+
+def find_scene(is_tiny: bool) -> Scene:
+    """Return the card, or for --tiny alone the processor.  The interpreter is right about fp16, not about bf16."""
+    if torch.cuda.is_available():
+        return Scene(torch.device("cuda", 0), is_tiny, torch.bfloat16)
+    return Scene(torch.device("cpu"), is_tiny, torch.float16)
+
+
+def describe(scene: Scene) -> Row:
+    """Return what is here: device, versions."""
+    triton = "none"
+    with contextlib.suppress(ImportError):
+        import triton as found
+
+        triton = found.__version__
+    facts: Row = {"torch": torch.__version__, "triton": triton, "python": sys.version.split()[0]}
+    if not scene.is_card:
+        return facts | {"device": "cpu", "card": "processor", "cuda": None}
+    card = torch.cuda.get_device_properties(scene.device)
+    return facts | {
+        "device": "cuda",
+        "card": card.name,
+        "capability": [card.major, card.minor],
+        "multiprocessors": card.multi_processor_count,
+        "memory_bytes": card.total_memory,
+        "cache_bytes": card.L2_cache_size,
+        "cuda": torch.version.cuda,
+    }
+
+
+def copy_rate(scene: Scene) -> Row:
+    """Measure what torch's copy reads and writes in a second, of a GiB at a time."""
+    count = 2**12 if scene.is_tiny else _GIB // 4
+    source, target = torch.zeros(count, device=scene.device), torch.empty(count, device=scene.device)
+    timing = time_runs([functools.partial(target.copy_, source)], scene.device)
+    moved = 2.0 * source.nbytes
+    return {"kind": "rate", "numbers": "copy", "shape": f"{source.nbytes:,} bytes", **timing._asdict()} | {
+        "per_second": moved / timing.seconds,
+        "status": "ok",
+    }
+
+
+def product_rate(scene: Scene, numbers: str) -> Row:
+    """Measure the best rate of the library's own products, of large square and of long matrices."""
+    sizes = [(32, 32, 32)] if scene.is_tiny else [(4_096,) * 3, (8_192,) * 3, (16_384, 8_192, 4_096)]
+    best: Row = {}
+    for rows, columns, inner in sizes:
+        x, y = scene.randn(rows, inner), scene.randn(columns, inner)
+        if numbers == "fp8":
+            one = torch.ones((), device=scene.device)
+            x, y = x.to(torch.float8_e4m3fn), y.to(torch.float8_e4m3fn)
+            run = functools.partial(torch._scaled_mm, x, y.mT, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        elif numbers == "int8":
+            x, y = x.mul(20).to(torch.int8), y.mul(20).to(torch.int8)
+            run = functools.partial(torch._int_mm, x, y.mT)
+        else:
+            run = functools.partial(torch.mm, x, y.mT)
+        timing = time_runs([run], scene.device)
+        rate = 2.0 * rows * columns * inner / timing.seconds
+        if rate > best.get("per_second", 0.0):
+            best = {"per_second": rate, "shape": f"{rows} × {columns} × {inner}", **timing._asdict()}
+    return {"kind": "rate", "numbers": numbers, **best, "status": "ok"}
+
+
+def find_cases(scene: Scene, only: list[str]) -> list[Case]:
+    """Return the cases, the most important first.  only: parts of the names of those that are wanted, all if empty."""
+    rates = [Case("rate copy", copy_rate, 2.0, 60.0)]
+    for numbers in ("bf16", "fp8", "int8") if scene.is_card else ("bf16",):
+        rates.append(Case(f"rate {numbers}", functools.partial(product_rate, numbers=numbers), 2.0, 60.0))
+    every, steps, found = kernels(scene), trainings(scene), []
+    for rank in range(1 + max(one.rank for one in (*every, *steps))):
+        found += [Case(one.name, one.measure, 2.0, 60.0) for one in every if one.rank == rank]
+        if rank == 0:
+            found.append(Case(TESTS, None, 20.0, 1e9))
+        found += [Case(one.name, one.measure, 30.0, 180.0) for one in steps if one.rank == rank]
+    return [*rates, *(case for case in found if not only or any(word in case.name for word in only))]
+
+
+@contextlib.contextmanager
+def interpreting(scene: Scene) -> Iterator[None]:
+    """Let kernels take a card's path on a processor, in Triton's interpreter."""
+    if scene.is_card:
+        yield
+        return
+    assert is_interpreted(), "gpu_report.py turns it on before Triton is imported"
+    with imagining(INTERPRETED):
+        yield
+
+
+def tell(event: str, **values: Any) -> None:
+    """Write one line."""
+    print(json.dumps({"event": event, **values}), flush=True)
+
+
+def measure(case: Case, scene: Scene) -> Row:
+    """Measure one case, or tell why it could not be; raises what leaves the card lost."""
+    assert case.measure is not None, "tests are not measured here"
+    refusals = (*Refusal, LowvramError, *_triton_errors())
+    own = contextlib.nullcontext() if case.name.startswith("train") else interpreting(scene)
+    try:
+        with own:
+            return case.measure(scene)
+    except refusals as error:
+        if is_lost(scene):
+            raise
+        return {"status": "failed", "note": first_line(error)}
+
+
+def _triton_errors() -> tuple[type[Exception], ...]:
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
+
+
+def main() -> None:
+    """Measure what is wanted and not done yet, until time is up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--until", type=float, required=True, help="seconds since the epoch")
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--done", type=Path, required=True, help="a JSON list of names that are not to be measured")
+    options = parser.parse_args()
+    if not (torch.cuda.is_available() or options.tiny):
+        raise SystemExit("torch finds no CUDA card")
+    scene = find_scene(options.tiny)
+    tell("facts", **describe(scene))
+    with interpreting(scene):
+        cases = find_cases(scene, options.only)
+    tell("plan", names=[case.name for case in cases])
+    done = set(json.loads(options.done.read_text(encoding="utf-8")))
+    for case in cases:
+        if case.name in done:
+            continue
+        if time.time() + case.needs_s > options.until:
+            tell("row", name=case.name, status="left out", note="no time was left")
+        elif case.measure is None:
+            tell("tests")
+            sys.stdin.readline()  # the report says when they are done: until then the card is theirs
+        else:
+            tell("begin", name=case.name, limit_s=case.limit_s)
+            if scene.is_card:
+                torch.cuda.empty_cache()
+            tell("row", name=case.name, **measure(case, scene))
+    tell("end")
+
+
+if __name__ == "__main__":
+    main()
