@@ -139,7 +139,7 @@ def small_matmul_cases(card: Card) -> Iterator[Call]:
 
 
 def grouped_cases(card: Card) -> Iterator[Call]:
-    """Yield products and outer products of 8 experts, plain, E4M3, and with idle copies in every form."""
+    """Yield products and outer products of 8 experts, plain, E4M3, int8, and with idle copies in every form."""
     if choose("grouped_matmul", card).backend != "triton":
         return
     experts, outputs, inputs, ends = 8, 1408, 1024, meta(8, dtype=torch.int64)
@@ -171,6 +171,15 @@ def grouped_cases(card: Card) -> Iterator[Call]:
     columns = scaled(outputs, 4096, "e4m3"), scaled(inputs, 4096, "e4m3")
     for tile in grouped_matmul.tiles(card, way, is_outer=True):
         yield partial(grouped_outer.grouped_outer, *columns, ends, experts, FP32, tile=tile)
+    # Whole tiles, and rows that end within one; sums that int32 holds, and those that it does not.
+    for tile in grouped_matmul.tiles(card, "int8"):
+        for inputs, dtype in ((1024, BF16), (688, FP32), (100, BF16)):
+            rows8, stack8 = scaled(4096, inputs, "int8"), scaled(outputs, inputs, "int8", stack=experts)
+            yield partial(grouped_matmul.grouped_matmul, rows8, stack8, ends, dtype=dtype, tile=tile)
+    for tile in grouped_matmul.tiles(card, "int8", is_outer=True):
+        for count, dtype in ((4096, FP32), (2**18, BF16)):
+            columns = scaled(outputs, count, "int8"), scaled(inputs, count, "int8")
+            yield partial(grouped_outer.grouped_outer, *columns, ends, experts, dtype, tile=tile)
 
 
 def latent_attention_cases(card: Card) -> Iterator[Call]:

@@ -7,9 +7,9 @@ device and stay there: M // block + C rows of tiles are launched, as many as any
 out its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
 
 Rows and stack are of one dtype; or both are E4M3 or both int8 (`quantise.py`), whose sums are int32 and scaled once; or
-the stack is a low-precision copy (`idle.py`) that is decoded in registers and rounded to the rows' dtype, as `idle.decode` rounds: the numbers are those of a product with
-the decoded copy, which never exists.  Scales of E4M3 must be powers of two where the card applies them itself
-("mxfp8"), as `quantise.py` makes them unless it is told otherwise.
+the stack is a low-precision copy (`idle.py`) that is decoded in registers and rounded to the rows' dtype, as
+`idle.decode` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3 must
+be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless it is told otherwise.
 
 Alive: the result alone; copies of codes on both sides where K is no multiple of 16.  Bytes moved: rows, stack and
 result, once.  Operations: 2·M·N·K.
@@ -38,7 +38,14 @@ GROUP = 8
 # Products of two numbers up to 127 whose sum int32 holds.
 MOST_INT8 = (2**31 - 1) // 127**2
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-PROMISES = {"mxfp8": "mxf8", "tensor": "e4m3", "storage": "f16", "int8": "s8", torch.bfloat16: "bf16", torch.float16: "f16"}
+PROMISES = {
+    "mxfp8": "mxf8",
+    "tensor": "e4m3",
+    "storage": "f16",
+    "int8": "s8",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+}
 
 
 class Tile(NamedTuple):
@@ -236,13 +243,13 @@ def grouped_matmul(
 ) -> Tensor:
     """Multiply each expert's rows by its matrix transposed, in one launch and without waiting for the device.
 
-    rows: [M, K] fp32|bf16|fp16, E4M3 in blocks of 1×128, or int8 with scales [M, 1].  stack: the matrices of experts first … first + C − 1,
-    [C, N, K] fp32|bf16|fp16, E4M3 in blocks of 128×128 or int8 with scales [C, N, 1] or [C, 1, K]; any strides, so
-    that a stack [C, K, N] comes as its views' `.mT`.  E4M3 rows need an E4M3 stack, int8 rows an int8 stack with scales
-    [C, N, 1], and both contiguous.
+    rows: [M, K] fp32|bf16|fp16, E4M3 in blocks of 1×128, or int8 with scales [M, 1].  stack: the matrices of experts
+    first … first + C − 1, [C, N, K] fp32|bf16|fp16, E4M3 in blocks of 128×128 or int8 with scales [C, N, 1] or
+    [C, 1, K]; any strides, so that a stack [C, K, N] comes as its views' `.mT`.  E4M3 rows need an E4M3 stack, int8
+    rows an int8 stack with scales [C, N, 1], and both contiguous.
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  dtype: of the result; without it
-    rows' dtype, bf16 for E4M3 and int8.  out: [M, N], contiguous: other experts' rows stay as they are there; in a result made
-    here they mean nothing.  tile: one of `tiles`, chosen without it.
+    rows' dtype, bf16 for E4M3 and int8.  out: [M, N], contiguous: other experts' rows stay as they are there; in a
+    result made here they mean nothing.  tile: one of `tiles`, chosen without it.
     Returns [M, N].  Has no gradient of its own.  Where there is no Triton it is `reference`, C times the work.
     Raises ShapeError if shapes, dtypes or devices do not fit together, or K is over 133,144 for int8 on both sides.
     """

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from lowvram_kernels import experts as module
 from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
 from lowvram_kernels.experts import experts, reference
 from lowvram_kernels.idle import FORMATS, IdleStack, encode_, new_idle
+from lowvram_kernels.product import Form
 from measures import LiveBytes, relative_error, saved_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,8 +20,19 @@ from tests.kernels.cards import CARDS, DEVICE, running_on
 # The interpreter's bf16 is wrong, its fp16 and fp32 are right.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+# Two products, each with the error that tests/kernels/test_product.py gives one.
+BOUND = {"e4m3": 2 * 0.045, "int8": 2 * 0.02}
+# Between two ways of adding: of a thousand numbers one that rounds to its neighbour, which is up to an eighth away
+# (E4M3), or the 127th part of some 3 σ (INT8).  In fp16 one of sixteen does, for 2⁻¹¹ of 127 steps is a sixteenth.
+SAME = {
+    ("e4m3", torch.float32): 1e-2,
+    ("e4m3", torch.float16): 1e-2,
+    ("int8", torch.float32): 2e-3,
+    ("int8", torch.float16): 6e-3,
+}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_form = pytest.mark.parametrize("form", [None, *FORMATS], ids=["all resident", *FORMATS])
+each_low = pytest.mark.parametrize("form", ["e4m3", "int8"])
 Idle = tuple[IdleStack, IdleStack] | None
 
 
@@ -151,6 +164,94 @@ def test_it_compiles_into_one_graph(form: str | None) -> None:
             found.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
     for got, expected in zip(*found, strict=True):
         assert relative_error(got, expected) < TOLERANCE[torch.float32]
+
+
+def compare_low(leaves: list[Tensor], ids: Tensor, idle: Idle, form: Form, card: str = "sm86") -> list[Tensor]:
+    """Hold values and gradients against the loop, which rounds the same operands, and against the textbook."""
+    dtype, found = leaves[0].dtype, []
+    upstream = torch.randn(leaves[0].shape).to(dtype).to(DEVICE)
+    for where in (running_on(card), imagining(Card(DEVICE))):
+        with where:
+            y = experts(*leaves, ids, idle, form)
+            found.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    truths = [t.detach().double().requires_grad_() for t in leaves]
+    truth = reference(*truths, ids, idle)
+    textbook = [truth, *torch.autograd.grad(truth, truths, upstream.double())]
+    for own, loop, right in zip(*found, textbook, strict=True):
+        assert own.dtype == loop.dtype
+        assert relative_error(own, loop) < SAME[form, dtype]
+        assert SAME[form, torch.float32] < relative_error(own, right) < BOUND[form]
+    return found[0]
+
+
+@pytest.mark.parametrize("is_idle", [False, True], ids=["all resident", "with idle copies"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@each_low
+def test_low_forms_compute_what_the_loop_computes(form: Form, dtype: torch.dtype, is_idle: bool) -> None:
+    compare_low(*draw(dtype, "e4m3" if is_idle else None), form)
+
+
+@each_low
+def test_low_forms_give_zeros_where_nobody_chose(form: Form) -> None:
+    for idle_form, chosen in ((None, [1, 3]), ("int8", [0, 4])):
+        leaves, ids, idle = draw(torch.float32, idle_form)
+        _, _, dgate_up, ddown, _ = compare_low(leaves, torch.tensor([chosen] * len(ids), device=DEVICE), idle, form)
+        for expert in set(range(len(dgate_up))) - set(chosen):
+            assert (dgate_up[expert] == 0).all()
+            assert (ddown[expert] == 0).all()
+
+
+@each_low
+def test_tokens_that_are_rounded_before_they_are_repeated_have_the_same_bits(form: Form) -> None:
+    (x, gate_up, *_), ids, _ = draw(torch.float16, None)
+    order, ends = module._sort(ids, 5)
+    with running_on("sm86"):
+        early = module._multiply_tokens(x, order // 2, gate_up, (None, None), ends, form)
+        late = module._multiply(x[order // 2], gate_up, (None, None), ends, True, form)
+    assert torch.equal(early, late)
+
+
+@each_low
+def test_low_forms_are_one_graph_and_read_nothing_of_the_device(form: Form) -> None:
+    torch.use_deterministic_algorithms(False)
+    torch._dynamo.reset()
+
+    def run(*given: Tensor) -> Tensor:
+        return experts(*given, form=form)
+
+    (x, gate_up, down, weights), ids, _ = draw(torch.float32, None)
+    leaves = [t.detach().requires_grad_() for t in (x[:7], gate_up[:2], down[:2], weights[:7])]
+    ids = ids[:7] % 2
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    with running_on("sm86"):
+        eager, traced = run(*leaves, ids), compiled(*leaves, ids)
+        found = [torch.autograd.grad(y, leaves, torch.ones_like(y)) for y in (eager, traced)]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            y = run(*leaves, ids)
+            shapes = [gradient.shape for gradient in torch.autograd.grad(y, leaves, torch.ones_like(y))]
+    assert torch.equal(eager, traced)
+    assert all(torch.equal(own, other) for own, other in zip(*found, strict=True))
+    assert shapes == [leaf.shape for leaf in leaves]
+
+
+@pytest.mark.parametrize(("form", "kind"), [("e4m3", "fp8"), ("int8", "int8")])
+def test_on_paper_low_forms_make_low_products_alone_and_round_each_token_once(form: Form, kind: str) -> None:
+    launches: list[Launch] = []
+    work: list[HiddenWork] = []
+    with torch.device("meta"), on_paper(CARDS["sm86"], work.append, note_launch=launches.append):
+        leaves = [torch.ones(96, 64), torch.ones(8, 96, 64), torch.ones(8, 64, 48), torch.ones(96, 2)]
+        ids = torch.zeros(96, 2, dtype=torch.int64)
+        y = experts(*(leaf.requires_grad_() for leaf in leaves), ids, form=form)
+        forward = len(launches)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    kernels = [what.kernel for what in launches]
+    assert kernels.count(f"multiply_{kind}_kernel") == 4
+    assert kernels.count(f"outer_{kind}_kernel") == 2
+    assert not {"multiply_kernel", "outer_kernel"} & set(kernels)
+    rounded = [what.arguments[0].shape for what in launches[:forward] if "rows" in what.kernel]
+    assert (96, 64) in rounded
+    assert (192, 64) not in rounded, "the tokens, repeated"
+    assert sum(part.low_flops + part.product_flops for part in work) == 3 * 2 * 192 * 64 * (96 + 48)
 
 
 def on_paper_of(card: Card, form: str | None, tokens: int = 96) -> tuple[list[str], list[HiddenWork], int]:
