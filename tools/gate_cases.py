@@ -160,8 +160,13 @@ def grouped_cases(card: Card) -> Iterator[Call]:
         turned_rows = IdleStack(
             meta(experts, inputs, outputs, dtype=torch.int8).mT, meta(experts, inputs, 1, dtype=FP32).mT
         )
+        turned_copies = IdleStack(
+            meta(experts, inputs, outputs, dtype=BYTES).mT,
+            meta(experts, -(-inputs // BLOCK), -(-outputs // BLOCK), dtype=FP32).mT,
+        )
+        masters = IdleStack(meta(experts, outputs, inputs, dtype=FP32), None)  # read in place of their copies
         for tile in grouped_matmul.tiles(card, "decode")[:most]:
-            for idle in (copies, in_rows, turned_rows):
+            for idle in (copies, turned_copies, in_rows, turned_rows, masters):
                 yield partial(grouped_matmul.grouped_matmul, rows, idle, ends, tile=tile)
     fp8 = scaled(4096, inputs, "e4m3")
     stack8 = scaled(outputs, inputs, "e4m3", BLOCK, experts)
