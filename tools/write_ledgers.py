@@ -1,6 +1,8 @@
 """Rehearses every preset on every card path and writes `lowvram/presets/ledgers.json`, from which `fit` answers.
 
 python tools/write_ledgers.py [PRESET ...]        only these presets anew; the others' rows stay
+
+Each preset is written when it is done, so that one that was interrupted goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:
 
 
 def main() -> None:
-    """Write the file."""
+    """Rehearse and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("presets", nargs="*", help="(default: all)")
     asked = parser.parse_args().presets or preset_names()
@@ -51,6 +53,11 @@ def main() -> None:
             presets[name] = {"hash": hash_of(*load_preset(name)), "paths": paths}
             count = sum(map(len, paths.values()))
             print(f"{name}: {count} rehearsals, {time.perf_counter() - began:.0f} s waited", flush=True)
+            write(presets)
+
+
+def write(presets: dict[str, Any]) -> None:
+    """Write the whole file."""
     versions = {"lowvram": lowvram.__version__, "torch": torch.__version__.partition("+")[0]}
     tables = {"versions": versions, "presets": dict(sorted(presets.items()))}
     text = json.dumps(tables, indent=1)
