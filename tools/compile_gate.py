@@ -80,6 +80,12 @@ def source_of(what: Launch) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
+def options_of(what: Launch) -> dict[str, Any]:
+    """Return what a launch tells the compiler beside the kernel's own constants."""
+    kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
+    return {name: value for name, value in what.constants.items() if name not in kernel.arg_names}
+
+
 def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).removeprefix("torch.")]
@@ -94,7 +100,7 @@ def compile_launch(what: Launch, card: Card) -> Compiled:
     """Compile a launch for a card; raises triton's errors where the card refuses it."""
     assert card.capability is not None
     target = GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32)
-    options = {"num_warps": what.warps, "num_stages": what.stages}
+    options = {"num_warps": what.warps, "num_stages": what.stages, **options_of(what)}
     found = triton.compile(source_of(what), target=target, options=options)
     pattern = INSTRUCTIONS.get(what.promise)
     match = re.search(pattern, found.asm["ptx"]) if pattern else None
@@ -151,7 +157,10 @@ def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
     for what in launches:
         source = source_of(what)
         text = f"{about} {what.module} {what.kernel} {source.signature} {source.constants} {source.attrs}"
-        key = hashlib.sha256(f"{text} {what.warps} {what.stages} {what.promise}".encode()).hexdigest()[:32]
+        text += f" {what.warps} {what.stages} {what.promise}"
+        if options := options_of(what):
+            text += f" {options}"
+        key = hashlib.sha256(text.encode()).hexdigest()[:32]
         jobs.setdefault(key, Job(card, what, key))
     return jobs
 

@@ -9,6 +9,8 @@ The products come in a form of `product.py`.
 
 Saved for backward: gate_up and the master; silu and the product are computed again.
 Source: Shazeer 2020, eq. 6; the gradient is its derivative.
+No Triton form: compiled blocks have these passes fused by torch.compile, and on no card has another been measured to be
+faster.
 
 Shapes: N rows, I inner width, D out.
 """
