@@ -11,6 +11,7 @@ table into kernels/README.md.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib
 import json
@@ -144,19 +145,21 @@ class Job(NamedTuple):
         return f"{self.launch.module.removesuffix('_triton')}: {self.launch.kernel}"
 
 
-def hash_sources() -> str:
-    """Return a hash of all device code."""
-    paths = sorted((ROOT / "kernels/lowvram_kernels").glob("*_triton.py"))
-    return hashlib.sha256("".join(path.read_text(encoding="utf-8") for path in paths).encode()).hexdigest()[:16]
+@functools.cache
+def hash_sources(module: str) -> str:
+    """Return a hash of a module of device code and of those that it imports."""
+    text = (ROOT / f"kernels/lowvram_kernels/{module}.py").read_text(encoding="utf-8")
+    imported = sorted(set(re.findall(r"^from lowvram_kernels\.(\w+_triton) import", text, re.MULTILINE)))
+    return hashlib.sha256("".join([text, *map(hash_sources, imported)]).encode()).hexdigest()[:16]
 
 
 def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
     """Return the launches that become different machine code on a card, by a hash of everything that decides it."""
-    about = f"{triton.__version__} {card.capability} {hash_sources()}"
+    about = f"{triton.__version__} {card.capability}"
     jobs: dict[str, Job] = {}
     for what in launches:
         source = source_of(what)
-        text = f"{about} {what.module} {what.kernel} {source.signature} {source.constants} {source.attrs}"
+        text = f"{about} {hash_sources(what.module)} {what.kernel} {source.signature} {source.constants} {source.attrs}"
         text += f" {what.warps} {what.stages} {what.promise}"
         if options := options_of(what):
             text += f" {options}"
