@@ -92,7 +92,13 @@ def remember(
 
 
 @triton.jit
-def count_stored(count, skip_ptr):
+def left_of(count, base, ROWS: tl.constexpr):
+    """Return how many elements there are from number `base` on, int32: at most those of ROWS blocks."""
+    return tl.minimum(count - base, ROWS * 256).to(tl.int32)
+
+
+@triton.jit
+def stored_of(count, skip_ptr):
     """Return how many elements are stored: none where a step is skipped."""
     if skip_ptr is not None:
         count = tl.where(tl.load(skip_ptr) == 0, count, 0)
@@ -146,8 +152,8 @@ def adamw8_kernel(
     weight_ptr, gradient_ptr = weight_ptr + base, gradient_ptr + base
     code_m_ptr, code_v_ptr = code_m_ptr + base, code_v_ptr + base
     absmax_m_ptr, absmax_v_ptr = absmax_m_ptr + base // 256, absmax_v_ptr + base // 256
-    stored = count_stored(count, skip_ptr) - base
-    count -= base
+    count = left_of(count, base, ROWS)
+    stored = stored_of(count, skip_ptr)
     step = tl.load(step_ptr)
 
     if EXACT:

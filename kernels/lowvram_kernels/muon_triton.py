@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lowvram_kernels.adamw8_triton import count_stored, multiply_add, recall, remember
+from lowvram_kernels.adamw8_triton import left_of, multiply_add, recall, remember, stored_of
 from lowvram_kernels.keyed_triton import draw_bits, fold_word
 from lowvram_kernels.rounding_triton import drawn_bf16, from_bf16, nearest_bf16
 
@@ -36,8 +36,8 @@ def lead_kernel(
     block = tl.arange(0, ROWS)
     at = block[:, None] * 256 + tl.arange(0, 256)[None, :]
     code_ptr, absmax_ptr = code_ptr + base, absmax_ptr + base // 256
-    stored = count_stored(count, skip_ptr) - base
-    count -= base
+    count = left_of(count, base, ROWS)
+    stored = stored_of(count, skip_ptr)
 
     gradient = tl.load(gradient_ptr + base + at, mask=at < count, other=0.0).to(tl.float32)
     gradient *= scale if scale_ptr is None else tl.load(scale_ptr).to(tl.float32)
@@ -47,11 +47,11 @@ def lead_kernel(
         m = from_bf16(tl.load(code_ptr + at, mask=at < count, other=0))
     m = multiply_add(gradient, share, m * beta, FUSED)
     lead = multiply_add(m, beta, gradient * share, FUSED)
-    tl.store(lead_ptr + base + at, nearest_bf16(lead), mask=at < count)
     if CODED:
         remember(m, code_ptr, absmax_ptr, midpoint_ptr, at, block, count, stored, True, FUSED)
     else:
         tl.store(code_ptr + at, nearest_bf16(m), mask=at < stored)
+    tl.store(lead_ptr + base + at, nearest_bf16(lead), mask=at < count)
 
 
 @triton.jit(do_not_specialize=["first", "named"])
@@ -74,8 +74,8 @@ def move_kernel(
     base = tl.program_id(0).to(tl.int64) * (ROWS * 256)
     at = tl.arange(0, ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
     weight_ptr = weight_ptr + base
-    stored = count_stored(count, skip_ptr) - base
-    count -= base
+    count = left_of(count, base, ROWS)
+    stored = stored_of(count, skip_ptr)
 
     change = tl.load(direction_ptr + base + at, mask=at < count, other=0.0).to(tl.float32)
     change *= rate if rate_ptr is None else tl.load(rate_ptr).to(tl.float32)
