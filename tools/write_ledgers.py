@@ -42,14 +42,18 @@ def main() -> None:
     """Rehearse and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("presets", nargs="*", help="(default: all)")
-    asked = parser.parse_args().presets or preset_names()
+    parser.add_argument("--platform", choices=("cuda", "mps", "cpu"), help="only the paths of one platform anew")
+    arguments = parser.parse_args()
+    asked = arguments.presets or preset_names()
+    anew = [path for path in PATHS if arguments.platform in (None, path.platform)]
     before = json.loads(PATH.read_text(encoding="utf-8"))["presets"] if PATH.exists() else {}
     presets = {name: rows for name, rows in before.items() if name in preset_names()}
     with ProcessPoolExecutor() as pool:
-        found = {(name, path.key): pool.submit(rows_of, name, path) for name in asked for path in PATHS}
+        found = {(name, path.key): pool.submit(rows_of, name, path) for name in asked for path in anew}
         for name in asked:
             began = time.perf_counter()
-            paths = {path.key: found[name, path.key].result() for path in PATHS}
+            kept = presets[name]["paths"] if name in presets else {}
+            paths = {**kept, **{path.key: found[name, path.key].result() for path in anew}}
             presets[name] = {"hash": hash_of(*load_preset(name)), "paths": paths}
             count = sum(map(len, paths.values()))
             print(f"{name}: {count} rehearsals, {time.perf_counter() - began:.0f} s waited", flush=True)
