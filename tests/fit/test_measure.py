@@ -60,7 +60,7 @@ def _be_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(under_test, "_LOAD_LENGTH", 32)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_gives_positive_finite_numbers(kind: str, precision: str) -> None:
     found = measure_tiny(kind, precision=precision)
@@ -119,7 +119,8 @@ def test_what_compiling_gains_is_a_ratio_of_micro_batches(monkeypatch: pytest.Mo
 def test_bytes_get_the_time_that_products_do_not_explain() -> None:
     seconds = work_seconds(WORK, RATES._replace(bytes_per_s=1.1e10), "cpu")
     found = under_test._explain_rest(WORK, seconds, RATES, "cpu")
-    assert found == pytest.approx(RATES._replace(bytes_per_s=1.1e10), rel=EXACT)
+    assert found.bytes_per_s == pytest.approx(1.1e10, rel=EXACT)
+    assert found._replace(bytes_per_s=0.0) == RATES._replace(bytes_per_s=0.0), "nothing else moves"
 
 
 @pytest.mark.parametrize(("seconds", "bytes_per_s"), [(0.1, 2.5e10), (60.0, 0.5e10)], ids=["too-fast", "too-slow"])

@@ -109,6 +109,30 @@ def test_no_efficiency_promises_more_products_than_the_card_has() -> None:
             assert rates.attention_flops_per_s < rates.product_flops_per_s <= tflops * 1e12, profile.id
 
 
+def test_8_bits_have_a_rate_of_their_own_and_the_rest_is_bf16s() -> None:
+    ada, blackwell, ampere = (load_profile(name) for name in ("rtx4070", "rtx5070", "rtx3060-12gb"))
+    for profile in (ada, blackwell, ampere):
+        plain, low = published_rates(profile, "bf16"), published_rates(profile, "int8")
+        assert plain is not None
+        assert low is not None
+        assert low._replace(low_flops_per_s=None) == plain._replace(low_flops_per_s=None)
+        assert low.low_flops_per_s == pytest.approx(0.5 * profile.tflops["int8"] * 1e12, rel=EXACT)
+    assert published_rates(ada, "fp8") != published_rates(ada, "int8"), "FP8 tensor cores are half as fast there"
+    assert published_rates(blackwell, "fp8") == published_rates(blackwell, "int8"), "block scales are in the instruction"
+    fp8_there = published_rates(ampere, "fp8")
+    assert fp8_there is not None
+    assert fp8_there.low_flops_per_s is None
+
+
+def test_products_of_8_bits_take_their_own_time() -> None:
+    rates = published_rates(load_profile("rtx4070"), "int8")
+    assert rates is not None
+    plain, low = Work(4e12, 0.0, 0.0), Work(0.0, 0.0, 0.0, low_flops=4e12)
+    times = work_seconds(plain, rates, "cuda") / work_seconds(low, rates, "cuda")
+    assert times == pytest.approx((rates.low_flops_per_s or 0.0) / rates.product_flops_per_s, rel=EXACT)
+    assert work_seconds(low, rates._replace(low_flops_per_s=None), "cuda") == work_seconds(plain, rates, "cuda")
+
+
 def test_a_large_cache_serves_bytes_faster_than_memory_does() -> None:
     small, large = (published_rates(card(capability=capability), "bf16") for capability in ((8, 6), (8, 9)))
     assert small is not None
