@@ -130,7 +130,7 @@ def propose_faster(model: ModelConfig, train: TrainConfig, limit_bytes: int, wei
         if before is None or weighed.tokens_per_second is None or not _fits(weighed, limit_bytes):
             continue
         if (times := weighed.tokens_per_second / before) >= LEAST_GAIN:
-            costs = f"{times:.1f} times as fast; {QUALITY[precision]}"
+            costs = f"about {times:.1f} times as fast; {QUALITY[precision]}"
             yield Change((f"train.precision={precision}",), f"{precision.upper()} products", weighed.peak_bytes, costs)
 
 

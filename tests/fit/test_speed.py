@@ -118,7 +118,9 @@ def test_8_bits_have_a_rate_of_their_own_and_the_rest_is_bf16s() -> None:
         assert low._replace(low_flops_per_s=None) == plain._replace(low_flops_per_s=None)
         assert low.low_flops_per_s == pytest.approx(0.5 * profile.tflops["int8"] * 1e12, rel=EXACT)
     assert published_rates(ada, "fp8") != published_rates(ada, "int8"), "FP8 tensor cores are half as fast there"
-    assert published_rates(blackwell, "fp8") == published_rates(blackwell, "int8"), "block scales are in the instruction"
+    assert published_rates(blackwell, "fp8") == published_rates(blackwell, "int8"), (
+        "block scales are in the instruction"
+    )
     fp8_there = published_rates(ampere, "fp8")
     assert fp8_there is not None
     assert fp8_there.low_flops_per_s is None

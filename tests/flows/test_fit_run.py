@@ -88,6 +88,24 @@ def test_a_run_file_that_does_not_fit_is_told_what_would_and_it_does(large: Path
         assert change["peak_bytes"] <= found["limit_bytes"]
 
 
+WIDE = ("precision=bf16", "layers=2", "model.dim=2048", "seq_len=512", "batch_tokens=16384", "tokens=16384")
+
+
+def test_a_wide_run_is_told_which_8_bits_are_faster_on_a_card_that_has_them_and_nothing_elsewhere(large: Path) -> None:
+    sets = [word for assignment in WIDE for word in ("--set", assignment)]
+    offered = {
+        gpu: [change["sets"] for change in values(large, "--gpu", gpu, "--desktop", "none", *sets)["faster"]]
+        for gpu in ("rtx5070", "rtx3060-12gb", "rtx2070")
+    }
+    assert offered["rtx5070"] == [["train.precision=fp8"], ["train.precision=int8"]]
+    assert offered["rtx3060-12gb"] == [["train.precision=int8"]], "FP8 is decoded there"
+    assert offered["rtx2070"] == []
+    screen = typed("fit", large, "--gpu", "rtx5070", "--desktop", "none", *sets).out
+    assert re.search(
+        r"  INT8 products \(--set train\.precision=int8\): about \d\.\d times as fast; 0\.6 % more", screen
+    )
+
+
 def test_the_screen_of_a_run_that_does_not_fit_names_its_largest_lines_and_the_changes(large: Path) -> None:
     answer = typed("fit", large, "--memory", "2GB", "--desktop", "none")
     assert answer.code == 0, "not to fit is an answer"
