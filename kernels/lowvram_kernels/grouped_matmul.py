@@ -129,7 +129,8 @@ def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     sides), or for E4M3 on both sides "mxfp8", "tensor" or "storage".
     """
     is_hopper = card.capability is not None and card.capability[0] in (9, 10)
-    found = (_HOPPER_TILES.get(way, _TILES[way]) if is_hopper else _TILES[way])[is_outer]
+    # An int, because Dynamo of torch 2.11 takes no truth for an index.
+    found = (_HOPPER_TILES.get(way, _TILES[way]) if is_hopper else _TILES[way])[int(is_outer)]
     bytes_of_both = {"half": 4, "decode": 4, "single": 8}.get(way, 2)
     return [
         tile
