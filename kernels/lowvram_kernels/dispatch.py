@@ -197,6 +197,16 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def converts_e4m3(device: torch.device) -> bool:
+    """Say whether kernels there leave conversions to E4M3 and back to the card, which has them from 8.9 on."""
+    return (card_of(device).capability or (0, 0)) >= (8, 9) and not is_interpreted()
+
+
+def bytes_of(*tensors: Tensor | None) -> int:
+    """Return the bytes of all numbers that are there, whatever memory lies between them."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
 def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
     """Launch a kernel; on paper only tell of it.
 

@@ -24,13 +24,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lowvram_kernels import e4m3
-from lowvram_kernels.dispatch import Card, Launch, card_of, choose, is_interpreted, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_interpreted, is_on_paper, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.idle import IdleStack
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.quantise import Scaled, fill_lines
 
 BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
@@ -219,11 +218,6 @@ def _launch_multiply(
     launch(what, 2.0 * share * rows * outputs * inputs, moved)
 
 
-def bytes_of(*tensors: Tensor | None) -> int:
-    """Return the bytes of all."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
 _multiply_op = torch.library.custom_op("lowvram_kernels::grouped_matmul", _launch_multiply, mutates_args=("out_MN",))
 
 
@@ -283,15 +277,6 @@ def grouped_matmul(
 def parts_of(operand: Tensor | Scaled | IdleStack) -> tuple[Tensor, Tensor | None]:
     """Return an operand's numbers and its scale, None for plain ones."""
     return (operand, None) if isinstance(operand, Tensor) else (operand.code, operand.scale)
-
-
-def fill_lines(code: Tensor) -> Tensor:
-    """Return codes with zeros behind each row up to whole 16 bytes, themselves where there are.
-
-    Others could be read byte by byte only, and addresses would fill the registers.
-    """
-    missing = -code.shape[-1] % 16
-    return F.pad(code, (0, missing)) if missing else code
 
 
 def form_of(tensor: Tensor | None) -> str:

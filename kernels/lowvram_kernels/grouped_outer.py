@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, card_of, choose, is_on_paper, launch
+from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, is_on_paper, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.grouped_matmul import (
     BLOCK,
@@ -31,17 +31,15 @@ from lowvram_kernels.grouped_matmul import (
     GROUP,
     PROMISES,
     Tile,
-    bytes_of,
     check_ends,
     choose_tile,
     decoded,
-    fill_lines,
     form_of,
     mask_M,
     parts_of,
     way_of,
 )
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.quantise import Scaled, fill_lines
 
 # Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
 _TERMS = 2**17

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowvram_kernels.dispatch import bytes_of
 from lowvram_kernels.errors import ShapeError
 
 FORMATS = ("bf16", "int8", "e4m3")
@@ -84,7 +85,7 @@ def new_idle(count: int, outputs: int, inputs: int, form: str, device: torch.dev
 
 def nbytes(stack: IdleStack) -> int:
     """Return the bytes of all copies and their scales."""
-    return sum(part.numel() * part.element_size() for part in stack if part is not None)
+    return bytes_of(*stack)
 
 
 def check_stack(stack: IdleStack, what: str) -> None:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lowvram_kernels import e4m3
-from lowvram_kernels.dispatch import Card, Launch, card_of, choose, is_interpreted, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_on_paper, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quantise import Scaled, quantise_rows
 
@@ -164,7 +164,7 @@ def _launch_both(
     arguments = (*tensors, latent_scale, lengths, partial, largest, total, *strides, heads, latent.shape[1], splits)
     constants = {"C": channels, "CHANNELS": _padded(channels), "R": rotated, "ROTATED": _padded(rotated)}
     constants |= {"HEADS": _HEADS, "POSITIONS": positions, "TURNED": bool(is_turned)}
-    constants["NATIVE"] = (card_of(out.device).capability or (0, 0)) >= (8, 9) and not is_interpreted()
+    constants["NATIVE"] = converts_e4m3(out.device)
     what = Launch(
         "latent_attention_triton",
         "attend_kernel",
@@ -178,15 +178,13 @@ def _launch_both(
     seen = batch * min(window, latent.shape[1])
     position_bytes = channels * latent.element_size() + rotated * rope.element_size()
     position_bytes += 4 * latent_scale.shape[2] if latent_scale is not None else 0
-    partial_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (partial, largest, total))
-    q_bytes = (q_latent.numel() + q_rope.numel()) * q_latent.element_size()
     flops = 2.0 * heads * seen * (2 * channels + rotated)
-    launch(what, flops, seen * position_bytes + q_bytes + partial_bytes)
+    launch(what, flops, seen * position_bytes + bytes_of(q_latent, q_rope, partial, largest, total))
     width = min(_padded(channels), _JOINED_CHANNELS)
     grid = (batch * heads, -(-channels // width))
     constants = {"C": channels, "CHANNELS": width, "SPLITS": _JOINED_SPLITS}
     what = Launch("latent_attention_triton", "combine_kernel", grid, (partial, largest, total, out, splits), constants)
-    launch(what, moved_bytes=partial_bytes + out.numel() * out.element_size())
+    launch(what, moved_bytes=bytes_of(partial, largest, total, out))
 
 
 # One op, which a compiler does not look into; its memory is made outside, where a rehearsal sees it.

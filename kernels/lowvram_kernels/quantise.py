@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lowvram_kernels import blocks, e4m3
-from lowvram_kernels.dispatch import Launch, card_of, choose, is_interpreted, is_on_paper, launch
+from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, converts_e4m3, is_on_paper, launch
 from lowvram_kernels.errors import ShapeError
 
 FORMATS = ("e4m3", "int8")
@@ -181,6 +182,15 @@ def dequantise(scaled: Scaled, dtype: torch.dtype) -> Tensor:
     return x
 
 
+def fill_lines(code: Tensor) -> Tensor:
+    """Return codes with zeros behind each row up to whole 16 bytes, themselves where there are.
+
+    Others could be read byte by byte only, and addresses would fill the registers.
+    """
+    missing = -code.shape[-1] % 16
+    return F.pad(code, (0, missing)) if missing else code
+
+
 def _check(what: str, x: Tensor, form: str, fp32_scales: bool, dimensions: tuple[int, ...]) -> None:
     if form not in FORMATS or (fp32_scales and form != "e4m3"):
         raise ShapeError(f"{what}: form is {form!r}; needs one of {', '.join(FORMATS)}, for fp32_scales e4m3.")
@@ -278,23 +288,14 @@ def _axes(x: Tensor) -> tuple[int, int, int, int, int, int]:
     return count, x.shape[-2], x.shape[-1], stride, x.stride(-2), x.stride(-1)
 
 
-def _bytes(*tensors: Tensor | None) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _is_native(device: torch.device) -> bool:
-    """Say whether the card rounds to E4M3 by itself."""
-    return (card_of(device).capability or (0, 0)) >= (8, 9) and not is_interpreted()
-
-
 @_opaque("quantise_e4m3_rows", "code", "scale")
 def _launch_e4m3_rows(x: Tensor, code: Tensor, scale: Tensor, fp32_scales: bool, tile: list[int]) -> None:
     count, *axes = _axes(x)
     rows, columns, warps, _ = tile
-    constants = {"ROWS": rows, "COLUMNS": columns, "HAS_FP32_SCALES": fp32_scales, "NATIVE": _is_native(x.device)}
+    constants = {"ROWS": rows, "COLUMNS": columns, "HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(x.device)}
     grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     what = Launch("quantise_triton", "e4m3_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
-    launch(what, moved_bytes=_bytes(x, code, scale))
+    launch(what, moved_bytes=bytes_of(x, code, scale))
 
 
 @_opaque("quantise_e4m3_blocks", "code", "scale", "turned_code", "turned_scale")
@@ -308,10 +309,10 @@ def _launch_e4m3_blocks(
 ) -> None:
     count, *axes = _axes(w)
     results = (code, scale, turned_code, turned_scale)
-    constants = {"HAS_FP32_SCALES": fp32_scales, "NATIVE": _is_native(w.device)}
+    constants = {"HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(w.device)}
     grid = (-(-axes[0] // BLOCK), -(-axes[1] // BLOCK), count)
     what = Launch("quantise_triton", "e4m3_blocks_kernel", grid, (w, *results, *axes), constants, warps=16)
-    launch(what, moved_bytes=_bytes(w, *results))
+    launch(what, moved_bytes=bytes_of(w, *results))
 
 
 @_opaque("quantise_int8_rows", "code", "scale")
@@ -321,19 +322,19 @@ def _launch_int8_rows(x: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -
     constants = {"ROWS": rows, "COLUMNS": columns}
     grid = (-(-axes[0] // rows), 1, count)
     what = Launch("quantise_triton", "int8_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
-    launch(what, moved_bytes=_bytes(x, code, scale))
+    launch(what, moved_bytes=bytes_of(x, code, scale))
 
 
 @_opaque("quantise_absmax", "absmax")
 def _launch_absmax(x: Tensor, absmax: Tensor, tile: list[int]) -> None:
     what = _sliced("absmax_kernel", x, (x, absmax), tile)
-    launch(what, moved_bytes=_bytes(x, absmax))
+    launch(what, moved_bytes=bytes_of(x, absmax))
 
 
 @_opaque("quantise_int8_slices", "code", "scale")
 def _launch_int8_slices(x: Tensor, absmax: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -> None:
     what = _sliced("int8_slices_kernel", x, (x, absmax, code, scale), tile)
-    launch(what, moved_bytes=_bytes(x, absmax, code, scale))
+    launch(what, moved_bytes=bytes_of(x, absmax, code, scale))
 
 
 def _sliced(kernel: str, x: Tensor, tensors: tuple[Tensor, ...], tile: list[int]) -> Launch:
@@ -352,4 +353,4 @@ def _launch_dequantise(code: Tensor, scale: Tensor, x: Tensor, block_rows: int) 
     constants = {"BLOCK_ROWS": block_rows, "ROWS": tile.rows, "COLUMNS": tile.columns, "IS_E4M3": is_e4m3}
     grid = (-(-rows // tile.rows), -(-width // tile.columns), count)
     what = Launch("quantise_triton", "dequantise_kernel", grid, (code, scale, x, *sizes), constants, tile.warps)
-    launch(what, moved_bytes=_bytes(code, scale, x))
+    launch(what, moved_bytes=bytes_of(code, scale, x))

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, card_of, choose, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_on_paper, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quantise import Scaled, dequantise, fill_lines
 
 BLOCK = 128
 # Tiles of rows that run down before the next tile of columns begins, so that operands come from the L2 cache.
@@ -168,9 +168,7 @@ def multiply_tiles(a: Scaled, b: Scaled, dtype: torch.dtype, backend: str, tile:
     backend: a key of `tiles`, for the gate and the tests, which force each one.
     """
     y_MN = torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
-    # Rows of whole 16 bytes: others could be read byte by byte only, and addresses would fill the registers.
-    a_code, b_code = (F.pad(s.code, (0, -s.code.shape[1] % 16)) if s.code.shape[1] % 16 else s.code for s in (a, b))
-    _launch_tiles(a_code, a.scale, b_code, b.scale, y_MN, backend, list(tile))
+    _launch_tiles(fill_lines(a.code), a.scale, fill_lines(b.code), b.scale, y_MN, backend, list(tile))
     return y_MN
 
 
@@ -191,7 +189,7 @@ def _launch_kernel(
         operands = (a_code.view(torch.float8_e4m3fn), b_code.view(torch.float8_e4m3fn))
     arguments = (operands[0], a_scale, operands[1], b_scale, y_MN, M, N, K)
     grid = (_count(chosen, M, N),)
-    moved = sum(part.numel() * part.element_size() for part in (a_code, a_scale, b_code, b_scale, y_MN))
+    moved = bytes_of(a_code, a_scale, b_code, b_scale, y_MN)
     what = Launch("scaled_matmul_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, promise)
     launch(what, flops=2.0 * M * N * K, moved_bytes=moved)
 

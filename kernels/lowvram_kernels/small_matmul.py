@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, card_of, choose, is_interpreted, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_on_paper, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quantise import Scaled, dequantise
 from lowvram_kernels.scaled_matmul import BLOCK, rows_of_scale
@@ -128,9 +128,8 @@ def _launch_kernel(
 ) -> None:
     (N, I), O, chosen = x_NI.shape, code_OI.shape[0], Tile(*tile)  # noqa: E741
     is_e4m3 = code_OI.dtype == torch.uint8
-    is_native = (card_of(x_NI.device).capability or (0, 0)) >= (8, 9) and not is_interpreted()
     constants: dict[str, Any] = {"SCALE_ROWS": rows_of_scale(Scaled(code_OI, scale), "weight"), "BAND": chosen.band}
-    constants |= {"IS_E4M3": is_e4m3, "NATIVE": is_e4m3 and is_native}
+    constants |= {"IS_E4M3": is_e4m3, "NATIVE": is_e4m3 and converts_e4m3(x_NI.device)}
     groups, promise = 1, "bf16" if x_NI.dtype == torch.bfloat16 else "f16"
     if kernel == "few_rows_kernel":
         constants["ROWS"] = 1 if N == 1 else 2 if N == 2 else _MOST_FEW
@@ -140,9 +139,8 @@ def _launch_kernel(
     grid = (-(-O // chosen.band), splits, groups)
     blocks = -(-I // BLOCK)
     arguments = (x_NI, code_OI, scale, part, N, O, I, -(-blocks // splits))
-    moved = sum(each.numel() * each.element_size() for each in (x_NI, code_OI, scale, part))
     what = Launch("small_matmul_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, promise)
-    launch(what, flops=2.0 * N * O * I, moved_bytes=moved)
+    launch(what, flops=2.0 * N * O * I, moved_bytes=bytes_of(x_NI, code_OI, scale, part))
 
 
 _launch_bands = torch.library.custom_op("lowvram_kernels::small_matmul", _launch_kernel, mutates_args=("part",))

@@ -7,14 +7,13 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels import grouped_matmul as multiply_module
 from lowvram_kernels import grouped_outer as outer_module
 from lowvram_kernels.dispatch import Card, HiddenWork, Launch, choose, imagining, on_paper
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.grouped_matmul import MOST_INT8, Tile, choose_tile, grouped_matmul, tiles
 from lowvram_kernels.grouped_outer import grouped_outer
 from lowvram_kernels.idle import IdleStack
-from lowvram_kernels.quantise import Scaled, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quantise import Scaled, fill_lines, quantise_columns, quantise_rows, quantise_weight
 from measures import LiveBytes, relative_error
 from torch import Tensor
 
@@ -277,7 +276,7 @@ def test_rows_that_end_within_16_bytes_are_copied_and_long_slices_told() -> None
 def test_e4m3_too_is_read_in_whole_lines() -> None:
     rows = quantise_rows(draw(20, 100), "e4m3")
     stack = quantise_weight(draw(1, 18, 100, seed=1), "e4m3")
-    filled = [Scaled(multiply_module.fill_lines(part.code), part.scale) for part in (rows, stack)]
+    filled = [Scaled(fill_lines(part.code), part.scale) for part in (rows, stack)]
     assert [part.code.shape[-1] for part in filled] == [112, 112]
     with running_on("sm86"):
         short, whole = (grouped_matmul(*pair, ends_of((20,)), dtype=torch.float32) for pair in ((rows, stack), filled))

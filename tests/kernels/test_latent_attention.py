@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowvram_kernels import e4m3
 from lowvram_kernels import latent_attention as op
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, is_interpreted, on_paper
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.latent_attention import encode_latent, latent_attention, on_card, reference
 from torch import Tensor
@@ -19,7 +19,7 @@ from tests.kernels.measures import LiveBytes, relative_error
 # One rounding of the result, of the weights and of the latent's decoded numbers, in units of the last place.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # The interpreter cannot multiply in bf16, a card's kernels never get fp32.
-EXACT = torch.float32 if op.is_interpreted() else torch.bfloat16
+EXACT = torch.float32 if is_interpreted() else torch.bfloat16
 SCALE = 0.11
 TILES = {
     "narrow": op._NARROW,
@@ -247,7 +247,7 @@ def test_on_paper_the_card_s_memory_and_launches_are_counted(is_coded: bool) -> 
     assert [what.kernel for what in launches] == ["attend_kernel", "combine_kernel"]
     assert [what.grid for what in launches] == [(1, splits, 2), (24, 4)]
     assert launches[0].promise == "bf16"
-    assert launches[0].constants["NATIVE"] is (not op.is_interpreted())
+    assert launches[0].constants["NATIVE"] is (not is_interpreted())
     position_bytes = 512 + 4 * 4 + 128 if is_coded else 1024 + 128
     assert work[0].moved_bytes == 2 * 4096 * position_bytes + 2 * 12 * 576 * 2 + partial_bytes
     assert work[0].product_flops == 2 * 2 * 4096 * 12 * (2 * 512 + 64)
