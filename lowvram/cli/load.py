@@ -21,7 +21,8 @@ class Loaded:
     """A model on its device and its tokenizer.
 
     checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
-    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was trained on.
+    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was
+    trained on.
     """
 
     checkpoint: Checkpoint | None
@@ -47,12 +48,12 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource, load_for_reading
     from lowvram.objective import DTYPES
-    from lowvram.runfile import from_portable
+    from lowvram.train.guard import free_memory
 
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
+    what = _read_config(checkpoint)
     tokenizer = Tokenizer.load(checkpoint.directory)
     place = choose_device(device)
     if as_trained and precision is None:
@@ -61,6 +62,7 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
         reading = choose_here(place, precision)
     dtype = DTYPES[reading.flow]
     model = load_for_reading(CheckpointSource(checkpoint, what.model), reading.kept, place, dtype)
+    free_memory(place)
     seq_len = what.train.seq_len
     return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason, seq_len)
 
@@ -76,3 +78,22 @@ def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_fast_bf16 = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return choose_reading(card_of(device), precision, has_fast_bf16)
+
+
+def _read_config(checkpoint: Checkpoint) -> RunConfig:
+    from pydantic import ValidationError
+
+    from lowvram.errors import CheckpointError
+    from lowvram.runfile import from_portable
+
+    try:
+        return from_portable(checkpoint.config(), checkpoint.directory.parent)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        version = checkpoint.manifest.get("versions", {}).get("lowvram")
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes a run that this lowvram does not know.",
+            f"{where}: {problem['msg']}.",
+            f"Update lowvram{f' to {version}, which wrote it' if version else ''}.",
+        ) from error

@@ -185,18 +185,6 @@ def _again(layer: nn.Module) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def cast_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Keep the model's matrices in `dtype`, in place, where they would be cast at every use: nothing is learnt then.
-
-    Norms and routers, which compute in fp32, keep their precision, so every answer stays the same to the bit.
-    """
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1 and not name.endswith("router.weight"):
-            weight.data = weight.data.to(dtype)
-    return model.requires_grad_(False)
-
-
-@torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
     """Draw every matrix from N(0, 0.02²), those that write into the stream scaled by 1 / √(2 · layers); norms are 1.
 
