@@ -289,7 +289,9 @@ class Store:
         return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, said: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, said: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file and return when it is on the drive.  said: plain words in its header."""
     whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 

@@ -119,7 +119,9 @@ def read_form(table: Mapping[str, Any]) -> Form:
     table = _DEFAULTS.get(family, {}) | dict(table)
     for key, wanted in _ONLY.items():
         if key in table and table[key] != wanted:
-            raise _cannot(key, table[key], f"it must be {wanted!r} here, and a model that wants more computes otherwise")
+            raise _cannot(
+                key, table[key], f"it must be {wanted!r} here, and a model that wants more computes otherwise"
+            )
     table["rope_parameters"] = _gather_rotary(table)
     try:
         settings = _Settings.model_validate(table)
@@ -137,7 +139,9 @@ def read_form(table: Mapping[str, Any]) -> Form:
     except ValidationError as error:
         raise ConfigError(*_explain(error)) from error
     if family == "deepseek_v3" and model.norm_eps != MLA_NORM_EPS:
-        raise _cannot("rms_norm_eps", model.norm_eps, f"the norms inside MLA have {MLA_NORM_EPS:g}, and ours are all alike")
+        raise _cannot(
+            "rms_norm_eps", model.norm_eps, f"the norms inside MLA have {MLA_NORM_EPS:g}, and ours are all alike"
+        )
     longest = settings.max_position_embeddings
     return Form(model, longest, settings.lowvram.trained_positions or longest)
 
@@ -271,7 +275,9 @@ def _mla_mscale(rotary: _Rotary, factor: float) -> float:
     """DeepSeek's softmax takes mscale_all_dim; ours has nothing in the table, where theirs then cancels."""
     if not rotary.mscale_all_dim or rotary.mscale != rotary.mscale_all_dim or rotary.attention_factor is not None:
         said = (rotary.mscale, rotary.mscale_all_dim, rotary.attention_factor)
-        raise _cannot("rope_parameters", said, "mscale and mscale_all_dim must be equal and not 0, without attention_factor")
+        raise _cannot(
+            "rope_parameters", said, "mscale and mscale_all_dim must be equal and not 0, without attention_factor"
+        )
     return rotary.mscale_all_dim
 
 

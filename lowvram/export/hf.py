@@ -97,7 +97,9 @@ def write_directory(
 def refuse_existing(out: Path) -> None:
     """Raise CheckpointError where something would be written over."""
     if out.exists():
-        raise CheckpointError(f"{out} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+        raise CheckpointError(
+            f"{out} exists already.", "It is not overwritten.", "Give --out another name, or delete it."
+        )
 
 
 def as_json(value: Any) -> bytes:

@@ -188,7 +188,9 @@ def _read_table(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON.", f"{error}.", "Copy the directory anew.") from error
     if not isinstance(table, dict):
-        raise CheckpointError(f"{path} holds no table.", f"It holds {type(table).__name__}.", "Copy the directory anew.")
+        raise CheckpointError(
+            f"{path} holds no table.", f"It holds {type(table).__name__}.", "Copy the directory anew."
+        )
     return table
 
 
@@ -216,7 +218,9 @@ def _find_files(directory: Path) -> list[Path]:
         )
     where = _read_table(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index} has no weight_map.", "It says which file holds what.", "Copy the directory anew.")
+        raise CheckpointError(
+            f"{index} has no weight_map.", "It says which file holds what.", "Copy the directory anew."
+        )
     names = sorted(set(where.values()))
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():

@@ -41,7 +41,9 @@ def choose_family(model: ModelConfig) -> str:
         raise ConfigError('positions.kind is "alibi".', why, fix)
     if model.attention.kind == "mla":
         if model.window is not None:
-            raise _no_class(f"window.size is {model.window.size}", "DeepseekV3ForCausalLM sees all tokens in every layer")
+            raise _no_class(
+                f"window.size is {model.window.size}", "DeepseekV3ForCausalLM sees all tokens in every layer"
+            )
         if model.norm_eps != MLA_NORM_EPS:
             why = f"transformers computes the norms inside MLA with {MLA_NORM_EPS:g}, whatever config.json says"
             raise _no_class(f"norm_eps is {model.norm_eps:g}", why)
@@ -59,7 +61,9 @@ def choose_family(model: ModelConfig) -> str:
 
 
 def _no_class(what: str, why: str) -> ConfigError:
-    return ConfigError(f"{what}.", f"{why}.", "Such a model opens in lowvram only; choose another form before training.")
+    return ConfigError(
+        f"{what}.", f"{why}.", "Such a model opens in lowvram only; choose another form before training."
+    )
 
 
 def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
