@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from lowvram.config import Gqa, Mla, ModelConfig, Moe, Rope, SwiGlu, Window, Yarn
 from lowvram.errors import ConfigError
-from lowvram.export.settings import MLA_NORM_EPS, OWN
+from lowvram.export.settings import MLA_NORM_EPS
 
 # Keys that may have one value only, since our model does just that.
 _ONLY: dict[str, Any] = {
@@ -139,9 +139,8 @@ def read_form(table: Mapping[str, Any]) -> Form:
     except ValidationError as error:
         raise ConfigError(*_explain(error)) from error
     if family == "deepseek_v3" and model.norm_eps != MLA_NORM_EPS:
-        raise _cannot(
-            "rms_norm_eps", model.norm_eps, f"the norms inside MLA have {MLA_NORM_EPS:g}, and ours are all alike"
-        )
+        why = f"the norms inside MLA have {MLA_NORM_EPS:g}, and ours are all alike"
+        raise _cannot("rms_norm_eps", model.norm_eps, why)
     longest = settings.max_position_embeddings
     return Form(model, longest, settings.lowvram.trained_positions or longest)
 

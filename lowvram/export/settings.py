@@ -11,10 +11,9 @@ modeling_*.py; that every one of them gives our logits is tested.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from lowvram.config import Alibi, Gqa, Mla, ModelConfig, Moe, Rope, Window, Yarn
+from lowvram.config import Mla, ModelConfig, Moe, Window
 from lowvram.errors import ConfigError
 
 CLASSES = {
