@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Loaded:
     """A model on its device and its tokenizer.
 
-    checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
-    of its matrices.  reason: why that one, as half a sentence.
+    checkpoint, what: what it was trained as; None where another program wrote it.  trained_len: tokens of the longest
+    text that it was trained on.  dtype: to compute in.  precision: of its matrices.  reason: why that one, as half a
+    sentence.
     """
 
     checkpoint: Checkpoint | None
@@ -32,10 +33,11 @@ class Loaded:
     dtype: torch.dtype
     precision: str
     reason: str
+    trained_len: int
 
 
 def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
-    """Open the newest whole checkpoint of a run, or the one named.
+    """Open the newest whole checkpoint of a run, or the one named, or a directory as `lowvram export` writes it.
 
     precision: of its matrices; without it the card's choice or, as_trained, the one that the run validates in.
     """
@@ -43,11 +45,14 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.outside import is_outside
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource, load_for_reading
     from lowvram.objective import DTYPES
     from lowvram.runfile import from_portable
 
+    if is_outside(path):
+        return _load_outside(path, choose_device(device), precision)
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
@@ -60,7 +65,25 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
         reading = choose_here(place, precision)
     dtype = DTYPES[reading.flow]
     model = load_for_reading(CheckpointSource(checkpoint, what.model), reading.kept, place, dtype)
-    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason)
+    trained_len = what.train.seq_len
+    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason, trained_len)
+
+
+def _load_outside(directory: Path, device: torch.device, precision: Precision | None) -> Loaded:
+    from lowvram.cli.show import notice
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.outside import open_outside
+    from lowvram.generate.weights import load_for_reading
+    from lowvram.objective import DTYPES
+
+    outside = open_outside(directory)
+    for said in outside.notices:
+        notice(said, "yellow")
+    tokenizer, reading = Tokenizer.load(directory), choose_here(device, precision)
+    dtype = DTYPES[reading.flow]
+    model = load_for_reading(outside, reading.kept, device, dtype)
+    trained_len = outside.form.trained_positions
+    return Loaded(None, None, outside.config, tokenizer, model, dtype, reading.kept, reading.reason, trained_len)
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:
