@@ -97,7 +97,10 @@ class _Settings(_Table):
 
 
 class Form(NamedTuple):
-    """What a config.json describes.  max_positions: how far it is said to reach.  trained: on how long texts, if said."""
+    """What a config.json describes.
+
+    max_positions: how far it is said to reach.  trained_positions: the longest texts in training, where that is said.
+    """
 
     model: ModelConfig
     max_positions: int

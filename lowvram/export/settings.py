@@ -34,7 +34,8 @@ def choose_family(model: ModelConfig) -> str:
     """Return the `model_type` that is this model; raises ConfigError where transformers has none, naming the key."""
     if model.positions.kind == "alibi":
         fix = "Such a model opens in lowvram only; choose another form before training."
-        if model.ffn.kind == "swiglu" and model.window is None and not model.attention.qk_norm:
+        has_norms = model.attention.kind == "gqa" and model.attention.qk_norm
+        if model.ffn.kind == "swiglu" and model.window is None and not has_norms:
             fix = "Export it with --to gguf: llama.cpp's architecture refact is exactly this model."
         why = "transformers has no class with ALiBi, grouped queries and SwiGLU."
         raise ConfigError('positions.kind is "alibi".', why, fix)
@@ -68,12 +69,15 @@ def _no_class(what: str, why: str) -> ConfigError:
 def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
     """Return the keys of config.json that describe a model; see `choose_family` for what is refused.
 
-    max_positions: the longest text that it was trained on; with YaRN what that reaches to is written.
+    max_positions: the longest text that it was trained on; where YaRN reaches further, that is written.
     """
     family = choose_family(model)
     attention, ffn = model.attention, model.ffn
     rope = rope_settings(model)
+    if family == "glm4_moe":  # which otherwise turns half of each head
+        rope["partial_rotary_factor"] = 1.0
     is_long = rope["rope_type"] == "yarn"
+    reach = round(rope["factor"] * rope["original_max_position_embeddings"]) if is_long else 0
     common = {
         "architectures": [CLASSES[family]],
         "model_type": family,
@@ -88,9 +92,7 @@ def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         "tie_word_embeddings": model.tied,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "max_position_embeddings": round(rope["factor"] * rope["original_max_position_embeddings"])
-        if is_long
-        else max_positions,
+        "max_position_embeddings": max(max_positions, reach),
         # Both forms: MLX and older programs know the second one only.
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
@@ -106,16 +108,14 @@ def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         common |= {"mlp_bias": False}
     if family == "glm4_moe":
         common |= {"use_qk_norm": attention.kind == "gqa" and attention.qk_norm, "partial_rotary_factor": 1.0}
-        rope["partial_rotary_factor"] = 1.0
     if model.window is not None:
         common |= _window_settings(model, model.window)
+        common[OWN]["window_pattern"] = model.window.pattern
     if ffn.kind == "moe":
         common |= _moe_settings(ffn)
         common[OWN]["balance_rate"] = ffn.balance_rate
     elif family == "deepseek_v3":
         common |= {"first_k_dense_replace": model.layers}
-    if model.window is not None:
-        common[OWN]["window_pattern"] = model.window.pattern
     return common
 
 
