@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowvram.config import ModelConfig, RunConfig
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.precision import Precision, Reading
+    from lowvram.generate.source import Source
     from lowvram.model.transformer import Transformer
 
 
@@ -37,34 +38,48 @@ class Loaded:
 
 
 def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
-    """Open the newest whole checkpoint of a run, or the one named.
+    """Open the newest whole checkpoint of a run, or the one named, or a directory as `lowvram export` writes it.
 
-    precision: of its matrices; without it the card's choice or, as_trained, the one that the run validates in.
+    precision: of its matrices; without it the card's choice or, as_trained, the one that a run validates in.
     """
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.outside import is_outside, open_outside
     from lowvram.generate.precision import read_as_trained
-    from lowvram.generate.weights import CheckpointSource, load_for_reading
-    from lowvram.objective import DTYPES
-    from lowvram.train.guard import free_memory
+    from lowvram.generate.weights import CheckpointSource
 
+    if is_outside(path):
+        outside = open_outside(path)
+        for said in outside.notices:
+            notice(said, "yellow")
+        tokenizer, place = Tokenizer.load(path), choose_device(device)
+        model, *read = _read(outside, choose_here(place, precision), place)
+        return Loaded(None, None, outside.config, tokenizer, model, *read, outside.form.trained_positions)
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
     what = _read_config(checkpoint)
-    tokenizer = Tokenizer.load(checkpoint.directory)
-    place = choose_device(device)
+    tokenizer, place = Tokenizer.load(checkpoint.directory), choose_device(device)
     if as_trained and precision is None:
         reading = read_as_trained(what.train.precision)
     else:
         reading = choose_here(place, precision)
+    model, *read = _read(CheckpointSource(checkpoint, what.model), reading, place)
+    return Loaded(checkpoint, what, what.model, tokenizer, model, *read, what.train.seq_len)
+
+
+def _read(source: Source, reading: Reading, device: torch.device) -> tuple[Transformer, torch.dtype, str, str]:
+    """Return the model, what it computes in, what its matrices are kept in, and why."""
+    from lowvram.generate.weights import load_for_reading
+    from lowvram.objective import DTYPES
+    from lowvram.train.guard import free_memory
+
     dtype = DTYPES[reading.flow]
-    model = load_for_reading(CheckpointSource(checkpoint, what.model), reading.kept, place, dtype)
-    free_memory(place)
-    seq_len = what.train.seq_len
-    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason, seq_len)
+    model = load_for_reading(source, reading.kept, device, dtype)
+    free_memory(device)
+    return model, dtype, reading.kept, reading.reason
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:
