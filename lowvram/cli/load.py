@@ -10,39 +10,111 @@ if TYPE_CHECKING:
     import torch
 
     from lowvram.checkpoint import Checkpoint
-    from lowvram.config import RunConfig
+    from lowvram.config import ModelConfig, RunConfig
     from lowvram.data.tokenizer import Tokenizer
+    from lowvram.generate.precision import Precision, Reading
+    from lowvram.generate.source import Source
     from lowvram.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model on its device, its tokenizer, and what it was trained as."""
+    """A model on its device and its tokenizer.
 
-    checkpoint: Checkpoint
-    what: RunConfig
+    checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
+    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was
+    trained on.
+    """
+
+    checkpoint: Checkpoint | None
+    what: RunConfig | None
+    config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
     dtype: torch.dtype
+    precision: str
+    reason: str
+    trained_len: int
 
 
-def load_model(path: Path, device: str) -> Loaded:
-    """Open the newest whole checkpoint of a run, or the one named; the dtype is the one it was trained in."""
+def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
+    """Open the newest whole checkpoint of a run, or the one named, or a directory as `lowvram export` writes it.
+
+    precision: of its matrices; without it the card's choice or, as_trained, the one that a run validates in.
+    """
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.model.transformer import Transformer, cast_for_reading
-    from lowvram.objective import DTYPES
-    from lowvram.runfile import from_portable
-    from lowvram.train.state import load_weights
+    from lowvram.export.outside import is_outside, open_outside
+    from lowvram.generate.precision import read_as_trained
+    from lowvram.generate.weights import CheckpointSource
 
+    place = choose_device(device)
+    if is_outside(path):
+        outside = open_outside(path)
+        for said in outside.notices:
+            notice(said, "yellow")
+        return _load(
+            outside, Tokenizer.load(path), choose_here(place, precision), place, outside.form.trained_positions
+        )
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
-    dtype = DTYPES[what.train.precision]
-    model = Transformer(what.model, seed=None, device=choose_device(device), dtype=dtype).eval()
-    load_weights(model, checkpoint)
-    tokenizer = Tokenizer.load(checkpoint.directory)
-    return Loaded(checkpoint, what, tokenizer, cast_for_reading(model, dtype), dtype)
+    what, tokenizer = _read_config(checkpoint), Tokenizer.load(checkpoint.directory)
+    is_asked = precision is not None or not as_trained
+    reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
+    source = CheckpointSource(checkpoint, what.model)
+    return _load(source, tokenizer, reading, place, what.train.seq_len, checkpoint, what)
+
+
+def _load(
+    source: Source,
+    tokenizer: Tokenizer,
+    reading: Reading,
+    device: torch.device,
+    trained_len: int,
+    checkpoint: Checkpoint | None = None,
+    what: RunConfig | None = None,
+) -> Loaded:
+    from lowvram.generate.weights import load_for_reading
+    from lowvram.objective import DTYPES
+    from lowvram.train.guard import free_memory
+
+    dtype = DTYPES[reading.flow]
+    model = load_for_reading(source, reading.kept, device, dtype)
+    free_memory(device)
+    read_in = (dtype, reading.kept, reading.reason)
+    return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)
+
+
+def choose_here(device: torch.device, precision: Precision | None) -> Reading:
+    """Choose how a model is read on a device of this machine."""
+    import torch
+    from lowvram_kernels.dispatch import card_of
+
+    from lowvram.generate.precision import choose_reading
+
+    # Of x86 and of ARM; torch before 2.10 tells of none.
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_fast_bf16 = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return choose_reading(card_of(device), precision, has_fast_bf16)
+
+
+def _read_config(checkpoint: Checkpoint) -> RunConfig:
+    from pydantic import ValidationError
+
+    from lowvram.errors import CheckpointError
+    from lowvram.runfile import from_portable
+
+    try:
+        return from_portable(checkpoint.config(), checkpoint.directory.parent)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        version = checkpoint.manifest.get("versions", {}).get("lowvram")
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes a run that this lowvram does not know.",
+            f"{where}: {problem['msg']}.",
+            f"Update lowvram{f' to {version}, which wrote it' if version else ''}.",
+        ) from error
