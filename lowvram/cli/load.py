@@ -44,7 +44,7 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.outside import is_outside
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource, load_for_reading
@@ -57,7 +57,7 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
     what = from_portable(checkpoint.config(), checkpoint.directory.parent)
-    tokenizer = Tokenizer.load(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory)
     place = choose_device(device)
     if as_trained and precision is None:
         reading = read_as_trained(what.train.precision)
@@ -71,7 +71,7 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
 
 def _load_outside(directory: Path, device: torch.device, precision: Precision | None) -> Loaded:
     from lowvram.cli.show import notice
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.outside import open_outside
     from lowvram.generate.weights import load_for_reading
     from lowvram.objective import DTYPES
@@ -79,7 +79,8 @@ def _load_outside(directory: Path, device: torch.device, precision: Precision | 
     outside = open_outside(directory)
     for said in outside.notices:
         notice(said, "yellow")
-    tokenizer, reading = Tokenizer.load(directory), choose_here(device, precision)
+    tokenizer = load_tokenizer(directory, outside.config.vocabulary)
+    reading = choose_here(device, precision)
     dtype = DTYPES[reading.flow]
     model = load_for_reading(outside, reading.kept, device, dtype)
     trained_len = outside.form.trained_positions
