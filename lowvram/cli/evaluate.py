@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.evaluate.bits_per_byte import score
 
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision, as_trained=True)
-    place = arguments.data or (loaded.what.data.valid if loaded.what else None)
-    opened = loaded.checkpoint.directory if loaded.checkpoint else arguments.checkpoint
+    place = arguments.data or (loaded.what.data.valid if loaded.what is not None else None)
     if place is None:
         raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
+    directory = loaded.checkpoint.directory if loaded.checkpoint is not None else arguments.checkpoint
     tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
     shards = ShardSet.open(place, tokenizer.hash)
     with bar("Reading held-out text") as line:
@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     baseline = _baseline(loaded, shards, arguments.tokens)
     if arguments.json:
         values = {
-            "checkpoint": str(opened),
-            "step": loaded.checkpoint.step if loaded.checkpoint else None,
+            "checkpoint": str(directory),
+            "step": loaded.checkpoint.step if loaded.checkpoint is not None else None,
+            "precision": loaded.precision,
             "data": str(place),
             "bits_per_byte": found.bits_per_byte if math.isfinite(found.nats) else None,
             "loss": found.loss if math.isfinite(found.nats) else None,
@@ -66,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         }
         result(json.dumps(values))
         return
-    result(f"{opened} on {place}: {found.targets:,} tokens in windows of {seq_len}")
+    result(f"{directory} on {place}: {found.targets:,} tokens in windows of {seq_len}, weights in {loaded.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
     if baseline is not None:
         bigram, counted = baseline

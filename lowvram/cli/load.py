@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowvram.config import ModelConfig, RunConfig
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.precision import Precision, Reading
+    from lowvram.generate.source import Source
     from lowvram.model.transformer import Transformer
 
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 class Loaded:
     """A model on its device and its tokenizer.
 
-    checkpoint, what: what it was trained as; None where another program wrote it.  trained_len: tokens of the longest
-    text that it was trained on.  dtype: to compute in.  precision: of its matrices.  reason: why that one, as half a
-    sentence.
+    checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
+    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was
+    trained on.
     """
 
     checkpoint: Checkpoint | None
@@ -39,52 +40,46 @@ class Loaded:
 def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
     """Open the newest whole checkpoint of a run, or the one named, or a directory as `lowvram export` writes it.
 
-    precision: of its matrices; without it the card's choice or, as_trained, the one that the run validates in.
+    precision: of its matrices; without it the card's choice or, as_trained, the one that a run validates in.
     """
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.export.outside import is_outside
+    from lowvram.export.outside import is_outside, open_outside
     from lowvram.generate.precision import read_as_trained
-    from lowvram.generate.weights import CheckpointSource, load_for_reading
-    from lowvram.objective import DTYPES
-    from lowvram.runfile import from_portable
+    from lowvram.generate.weights import CheckpointSource
 
     if is_outside(path):
-        return _load_outside(path, choose_device(device), precision)
+        outside = open_outside(path)
+        for said in outside.notices:
+            notice(said, "yellow")
+        tokenizer, place = load_tokenizer(path, outside.config.vocabulary), choose_device(device)
+        model, *read = _read(outside, choose_here(place, precision), place)
+        return Loaded(None, None, outside.config, tokenizer, model, *read, outside.form.trained_positions)
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
-    tokenizer = load_tokenizer(checkpoint.directory)
-    place = choose_device(device)
+    what = _read_config(checkpoint)
+    tokenizer, place = load_tokenizer(checkpoint.directory), choose_device(device)
     if as_trained and precision is None:
         reading = read_as_trained(what.train.precision)
     else:
         reading = choose_here(place, precision)
-    dtype = DTYPES[reading.flow]
-    model = load_for_reading(CheckpointSource(checkpoint, what.model), reading.kept, place, dtype)
-    trained_len = what.train.seq_len
-    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason, trained_len)
+    model, *read = _read(CheckpointSource(checkpoint, what.model), reading, place)
+    return Loaded(checkpoint, what, what.model, tokenizer, model, *read, what.train.seq_len)
 
 
-def _load_outside(directory: Path, device: torch.device, precision: Precision | None) -> Loaded:
-    from lowvram.cli.show import notice
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.export.outside import open_outside
+def _read(source: Source, reading: Reading, device: torch.device) -> tuple[Transformer, torch.dtype, str, str]:
+    """Return the model, what it computes in, what its matrices are kept in, and why."""
     from lowvram.generate.weights import load_for_reading
     from lowvram.objective import DTYPES
+    from lowvram.train.guard import free_memory
 
-    outside = open_outside(directory)
-    for said in outside.notices:
-        notice(said, "yellow")
-    tokenizer = load_tokenizer(directory, outside.config.vocabulary)
-    reading = choose_here(device, precision)
     dtype = DTYPES[reading.flow]
-    model = load_for_reading(outside, reading.kept, device, dtype)
-    trained_len = outside.form.trained_positions
-    return Loaded(None, None, outside.config, tokenizer, model, dtype, reading.kept, reading.reason, trained_len)
+    model = load_for_reading(source, reading.kept, device, dtype)
+    free_memory(device)
+    return model, dtype, reading.kept, reading.reason
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:
@@ -98,3 +93,22 @@ def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_fast_bf16 = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return choose_reading(card_of(device), precision, has_fast_bf16)
+
+
+def _read_config(checkpoint: Checkpoint) -> RunConfig:
+    from pydantic import ValidationError
+
+    from lowvram.errors import CheckpointError
+    from lowvram.runfile import from_portable
+
+    try:
+        return from_portable(checkpoint.config(), checkpoint.directory.parent)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        version = checkpoint.manifest.get("versions", {}).get("lowvram")
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes a run that this lowvram does not know.",
+            f"{where}: {problem['msg']}.",
+            f"Update lowvram{f' to {version}, which wrote it' if version else ''}.",
+        ) from error

@@ -1,4 +1,4 @@
-"""Layers that own one weight and hand it to a lean op: masters, cast where they are used, or codes of 8 bits to read."""
+"""Layers that own one weight and hand it to a lean op: a master, cast where it is used, or codes of 8 bits to read."""
 
 from __future__ import annotations
 
