@@ -16,17 +16,18 @@ import numpy as np
 import pytest
 import torch
 
+from lowvram.config import Mla, Moe
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.export.gguf import write_gguf
 from lowvram.model.transformer import Transformer
 from tests.conftest import TURKISH
-from tests.export.models import FORMS, VOCABULARY, hold
+from tests.export.models import FORMS, VOCABULARY, hold, small
 
 pytestmark = pytest.mark.heavy
 llama_cpp = pytest.importorskip("llama_cpp")
 
 each_form = pytest.mark.parametrize("form", FORMS)
-ABSOLUTE = 1e-2
+ABSOLUTE = 1e-3  # at most 1.7e-5 was measured; a wrong YaRN magnitude must not pass
 LENGTH = 160  # five times what the YaRN forms were "trained" on
 GREEDY_TOKENS = 64
 REAL_IDS = 4_000
@@ -58,9 +59,7 @@ def random_ids(count: int) -> list[int]:
 
 
 @each_form
-def test_llama_cpp_computes_the_same_logits_at_every_position(
-    form: str, tokenizer: Tokenizer, tmp_path: Path, record_property: Any
-) -> None:
+def test_llama_cpp_computes_the_same_logits_at_every_position(form: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, source = hold(FORMS[form][1])
     written = write_gguf(source, tokenizer, tmp_path / "model.gguf", LENGTH, "f32")
     ids = random_ids(LENGTH)
@@ -93,12 +92,17 @@ def test_llama_cpp_goes_on_with_the_same_64_tokens(form: str, tokenizer: Tokeniz
     assert len(set(found)) > 1
 
 
-@pytest.mark.parametrize("numbers, most", [("bf16", 0.1), ("f16", 0.02), ("q8_0", 0.3)])
+# Twice what was measured at most over seeds 0 to 2 (llama-cpp-python 0.3.36): 8.2e-3, 1.0e-3 and 2.8e-2.  For q8_0 our
+# own model with the weights rounded differs by 2.1e-2, and llama.cpp, which rounds activations too, by 1.9e-2 from that.
+@pytest.mark.parametrize("numbers, most", [("bf16", 1.6e-2), ("f16", 2e-3), ("q8_0", 5.6e-2)])
 def test_llama_cpp_reads_the_shorter_numbers_too(
     numbers: Any, most: float, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    model, source = hold(FORMS["llama"][1])
+    mla = Mla(heads=3, kv_lora_rank=64, nope_dim=32, rope_dim=16, value_dim=32)
+    moe = Moe(hidden=160, dense_layers=1, experts=5, top_k=5, shared=1, expert_hidden=64)
+    model, source = hold(small(dim=96, attention=mla, ffn=moe))
     written = write_gguf(source, tokenizer, tmp_path / "model.gguf", LENGTH, numbers)
+    assert written.kept_wider == ()
     ids = random_ids(LENGTH)
     with closing(open_file(written.path)) as llama, torch.no_grad():
         ours, theirs = model.logits(torch.tensor([ids]))[0], logits_of(llama, ids)
