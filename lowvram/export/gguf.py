@@ -149,7 +149,8 @@ def _general_keys(numbers: Numbers, metadata: Mapping[str, str]) -> dict[str, Va
 
 
 def _add_keys(writer: GGUFWriter, keys: Mapping[str, Value]) -> None:
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    add[str] = writer.add_string
     for key, value in keys.items():
         add[type(value)](key, value)
 

@@ -197,13 +197,14 @@ def cuts_of(config: ModelConfig, name: str) -> list[Cut]:
 def _cuts_in_layer(config: ModelConfig, rest: str) -> list[Cut]:
     if rest in _GATE_AND_UP:
         return [Cut(name, partial(_half, number=number)) for number, name in enumerate(_GATE_AND_UP[rest])]
-    if rest == "attention.kv_b_proj.weight":
-        cut = partial(_up, attention=config.attention)
+    attention = config.attention
+    if attention.kind == "mla" and rest == "attention.kv_b_proj.weight":
+        cut = partial(_up, attention=attention)
         return [Cut("attn_k_b.weight", partial(cut, of_keys=True)), Cut("attn_v_b.weight", partial(cut, of_keys=False))]
-    take = _whole
-    if rest in ("attention.q_proj.weight", "attention.k_proj.weight") and architecture_of(config) == "llama":
-        take = partial(_as_neighbours, head_dim=config.attention.head_dim)
-    return [Cut(_WHOLE[rest], take, is_exact=rest.startswith("ffn.router."))]
+    is_rotated = rest in ("attention.q_proj.weight", "attention.k_proj.weight")
+    if attention.kind == "gqa" and is_rotated and architecture_of(config) == "llama":
+        return [Cut(_WHOLE[rest], partial(_as_neighbours, head_dim=attention.head_dim))]
+    return [Cut(_WHOLE[rest], _whole, is_exact=rest.startswith("ffn.router."))]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -216,11 +217,11 @@ def _half(tensor: Tensor, number: int) -> Tensor:
 
 def _up(weight: Tensor, attention: Mla, of_keys: bool) -> Tensor:
     """Return W_uk as [H, C, N], turned for the query that it is absorbed into, or W_uv as [H, V, C]."""
-    both = weight.unflatten(0, (attention.heads, attention.nope_dim + attention.value_dim))
-    k_HNC, v_HVC = both.split([attention.nope_dim, attention.value_dim], dim=1)
+    both = weight.reshape(attention.heads, attention.nope_dim + attention.value_dim, attention.kv_lora_rank)
+    k_HNC, v_HVC = both[:, : attention.nope_dim], both[:, attention.nope_dim :]
     return k_HNC.transpose(1, 2) if of_keys else v_HVC
 
 
 def _as_neighbours(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder each head's rows: `llama` turns neighbours (2i, 2i + 1) where we turn (i, i + K/2)."""
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)

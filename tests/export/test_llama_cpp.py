@@ -92,8 +92,8 @@ def test_llama_cpp_goes_on_with_the_same_64_tokens(form: str, tokenizer: Tokeniz
     assert len(set(found)) > 1
 
 
-# Twice what was measured at most over seeds 0 to 2 (llama-cpp-python 0.3.36): 8.2e-3, 1.0e-3 and 2.8e-2.  For q8_0 our
-# own model with the weights rounded differs by 2.1e-2, and llama.cpp, which rounds activations too, by 1.9e-2 from that.
+# Twice the most that was measured over seeds 0 to 2 (llama-cpp-python 0.3.36): 8.2e-3, 1.0e-3 and 2.8e-2.  For q8_0
+# our own model with rounded weights differs by 2.1e-2, and llama.cpp, rounding activations too, by 1.9e-2 from that.
 @pytest.mark.parametrize("numbers, most", [("bf16", 1.6e-2), ("f16", 2e-3), ("q8_0", 5.6e-2)])
 def test_llama_cpp_reads_the_shorter_numbers_too(
     numbers: Any, most: float, tokenizer: Tokenizer, tmp_path: Path
