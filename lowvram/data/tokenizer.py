@@ -179,6 +179,10 @@ class Tokenizer:
         """Return a decoder for ids that come one at a time."""
         return TokenStream(self)
 
+    def parsed(self, name: str) -> dict[str, Any]:
+        """Return what tokenizer.json or tokenizer_config.json said when it was loaded."""
+        return json.loads(self._files[name])
+
     def save(self, directory: Path, disk: Disk = DISK) -> None:
         """Write both files, as they were loaded, to another directory."""
         _write(self._files, directory, disk)
