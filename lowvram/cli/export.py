@@ -28,7 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
     parser.add_argument("--to", choices=("hf", "fp8", "gguf"), required=True, help="the format")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; must not exist yet")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="a directory, for gguf a file; must not exist"
+    )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "f16", "q8_0"),
