@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DiskFullError",
+    "ExportError",
     "LowvramError",
     "MachineError",
     "MemoryRanOutError",
@@ -62,6 +63,10 @@ class MachineError(LowvramError):
 
 class PromptError(LowvramError):
     """A prompt that the model cannot take."""
+
+
+class ExportError(LowvramError):
+    """A model that another program's form cannot hold, or such a form that cannot be read."""
 
 
 class TrainingError(LowvramError):

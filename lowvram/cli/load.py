@@ -45,7 +45,7 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.outside import is_outside, open_outside
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource
@@ -56,12 +56,16 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
         for said in outside.notices:
             notice(said, "yellow")
         return _load(
-            outside, Tokenizer.load(path), choose_here(place, precision), place, outside.form.trained_positions
+            outside,
+            load_tokenizer(path, outside.config.vocabulary),
+            choose_here(place, precision),
+            place,
+            outside.form.trained_positions,
         )
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what, tokenizer = _read_config(checkpoint), Tokenizer.load(checkpoint.directory)
+    what, tokenizer = _read_config(checkpoint), load_tokenizer(checkpoint.directory)
     is_asked = precision is not None or not as_trained
     reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
     source = CheckpointSource(checkpoint, what.model)

@@ -62,10 +62,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the run file and train."""
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.runfile import load_run
 
-    what = load_run(arguments.run_file, arguments.set, lambda directory: Tokenizer.load(directory).size)
+    what = load_run(arguments.run_file, arguments.set, lambda directory: load_tokenizer(directory).size)
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
     train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
 
