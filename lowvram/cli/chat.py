@@ -59,6 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer one prompt, or turn after turn."""
+    from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
     from lowvram.cli.talk import Talk
     from lowvram.errors import ConfigError
@@ -68,11 +69,15 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
     text = _read_prompt(arguments.prompt)
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
-    conversation, notes = open_conversation(loaded, arguments)
+    context = find_max_context(loaded, 1, arguments.context)
+    conversation = open_conversation(loaded, context.max_context, arguments)
     if text is not None:
         _answer_once(conversation, text, sampler, arguments)
         return
-    Talk(conversation, sampler, arguments.tokens, notes, keeps_history=not arguments.no_history).run()
+    where = "a text that goes on" if conversation.template is None else "turns"
+    notes = [f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}", f"The model writes {where}."]
+    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len)
+    talk.run(keeps_history=not arguments.no_history)
 
 
 _SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -93,9 +98,8 @@ def build_sampler(values: dict[str, object]) -> Sampler:
         raise ConfigError(f"{option} is {problem['input']}: {problem['msg'].lower()}.") from error
 
 
-def open_conversation(loaded: Loaded, arguments: argparse.Namespace) -> tuple[Conversation, list[str]]:
-    """Return a conversation with the model, and what is to be said about how it is read."""
-    from lowvram.cli.context import find_max_context
+def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Namespace) -> Conversation:
+    """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
     from lowvram.errors import ConfigError, TokenizerError
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
@@ -116,15 +120,9 @@ def open_conversation(loaded: Loaded, arguments: argparse.Namespace) -> tuple[Co
             "Nobody speaks in a text, so nobody can be told anything first.",
             "Leave it out, or try --as dialogue.",
         )
-    context = find_max_context(loaded, 1, arguments.context)
-    decoder = Decoder(loaded.model, context.max_context, dtype=loaded.dtype)
+    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype)
     system = unicodedata.normalize("NFC", arguments.system) if arguments.system else None
-    where = "turns" if template is not None else "a text that goes on"
-    notes = [
-        f"Weights in {loaded.precision} ({loaded.reason}); {context.max_context:,} tokens of context "
-        f"({context.reason}); {where}."
-    ]
-    return Conversation(Engine(decoder, loaded.tokenizer), template, system), notes
+    return Conversation(Engine(decoder, loaded.tokenizer), template, system)
 
 
 def _read_prompt(given: str | None) -> str | None:

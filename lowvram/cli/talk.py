@@ -35,23 +35,28 @@ _LONG = '"""'
 
 @dataclass
 class Talk:
-    """The loop.  notes: what is said at the beginning.  tokens: longest answer."""
+    """The loop.  tokens: longest answer.  notes, warning: what is said at the beginning, and again by /stats.
+
+    trained_len: tokens of the longest text that the model was trained on.
+    """
 
     conversation: Conversation
     sampler: Sampler
     tokens: int
     notes: list[str]
-    keeps_history: bool = True
-    trained_len: int | None = None
+    warning: str
+    trained_len: int
     _is_over: bool = field(default=False, init=False)
     _has_warned: bool = field(default=False, init=False)
 
-    def run(self) -> None:
+    def run(self, keeps_history: bool = True) -> None:
         """Talk until Ctrl-D, /quit, or Ctrl-C twice."""
         for note in self.notes:
             notice(note, "dim")
+        if self.warning:
+            notice(self.warning, "yellow")
         notice("/help lists what can be typed; Ctrl-D ends.", "dim")
-        with _history() if self.keeps_history and sys.stdin.isatty() else contextlib.nullcontext():
+        with _history() if keeps_history and sys.stdin.isatty() else contextlib.nullcontext():
             for text in self._texts():
                 try:
                     self._take(text)
@@ -145,7 +150,7 @@ class Talk:
         if conversation.dropped > dropped:
             what = "turns" if conversation.template is not None else "part of the text"
             notice(f"(The oldest {what} no longer fit the context and are forgotten.)", "dim")
-        if self.trained_len is not None and len(engine.ids) > self.trained_len and not self._has_warned:
+        if len(engine.ids) > self.trained_len and not self._has_warned:
             self._has_warned = True
             notice(f"(From here on the text is longer than the {self.trained_len:,} tokens of training.)", "yellow")
 
