@@ -75,7 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
         _answer_once(conversation, text, sampler, arguments)
         return
     where = "a text that goes on" if conversation.template is None else "turns"
-    notes = [f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}", f"The model writes {where}."]
+    notes = [
+        f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
+        f"The model writes {where}.",
+    ]
     talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len)
     talk.run(keeps_history=not arguments.no_history)
 

@@ -239,7 +239,7 @@ def test_a_person_at_a_terminal_edits_lines_stops_an_answer_and_goes_on(run: Pat
     import termios
 
     command = [sys.executable, "-m", "lowvram", "chat", str(run), "--device", "cpu", "--tokens", "100000"]
-    command += ["--temperature", "1", "--context", "100000"]
+    command += ["--temperature", "0", "--repetition-penalty", "1", "--context", "100000"]  # which never ends
     keyboard, terminal = pty.openpty()
     variables = environment(XDG_STATE_HOME=str(tmp_path), TERM="xterm", COLUMNS="200", PYTHONIOENCODING="utf-8")
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=variables, close_fds=True,
