@@ -18,6 +18,7 @@ __all__ = [
     "MachineError",
     "MemoryRanOutError",
     "PromptError",
+    "PromptTooLongError",
     "ShapeError",
     "TokenizerError",
     "TrainingError",
@@ -67,6 +68,10 @@ class PromptError(LowvramError):
 
 class ExportError(LowvramError):
     """A model that another program's form cannot hold, or such a form that cannot be read."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt that does not fit the context; its newest part would."""
 
 
 class TrainingError(LowvramError):
