@@ -1,0 +1,142 @@
+"""`lowvram serve`: the model behind an OpenAI-compatible server, and a page to talk to it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.cli.options import add_device, count, memory
+from lowvram.errors import ConfigError, MachineError
+
+if TYPE_CHECKING:
+    from lowvram.cli.load import Loaded
+    from lowvram.serve.limits import Limits
+    from lowvram.serve.prompt import Served
+
+_KEY = "LOWVRAM_API_KEY"
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "serve",
+        help="answer OpenAI's clients and a page in the browser",
+        description="Serve a trained model at /v1 as OpenAI's API does, and a page to talk to it at /.  Needs the "
+        "extra serve.  Ctrl-C lets running answers end; twice cuts them.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
+    parser.add_argument("--host", default="127.0.0.1", help="another than this machine's needs a key (%(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 takes any that is free (default: %(default)s)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"ask every client for it (default: ${_KEY}, or none)")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--as", dest="manner", choices=("base", "dialogue"), help="how to answer (default: as the model was trained)"
+    )
+    parser.add_argument("--slots", type=count, default=16, metavar="N", help="answers at once (default: %(default)s)")
+    parser.add_argument("--context", type=count, metavar="N", help="tokens of a text (default: the most that fit)")
+    parser.add_argument(
+        "--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)"
+    )
+    parser.add_argument("--max-body", type=memory, default="4MiB", metavar="SIZE", help="(default: %(default)s)")
+    parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
+    parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")
+    add_device(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model and serve it until Ctrl-C."""
+    from lowvram.cli.load import load_model
+    from lowvram.cli.show import notice
+
+    key = _choose_key(arguments.host, arguments.api_key or os.environ.get(_KEY))
+    _require_extra()
+    from lowvram.generate.decoder import Decoder
+    from lowvram.serve.app import Door, build_app
+    from lowvram.serve.batch import Batcher
+    from lowvram.serve.guard import is_loopback
+    from lowvram.serve.metrics import Metrics
+    from lowvram.serve.server import Server, open_socket
+
+    # Before the model is read: what is wrong with an address is said at once.
+    with open_socket(arguments.host, arguments.port) as listening:
+        loaded = load_model(arguments.checkpoint, arguments.device)
+        max_context = arguments.context or loaded.what.train.seq_len
+        limits = _build_limits(arguments, max_context)
+        served = _describe(arguments, loaded, max_context)
+        decoder = Decoder(loaded.model, max_context, limits.slots, loaded.dtype)
+        batcher = Batcher(decoder, loaded.tokenizer, limits.queue, Metrics())
+        app = build_app(served, batcher, limits, Door(key, is_loopback(arguments.host)))
+        for line in _greet(arguments, served, limits, listening.getsockname()[1]):
+            notice(line)
+        Server(app, batcher).serve_on(listening)
+    notice("Stopped.", "dim")
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{number} is no port; they are 0 to {2**16 - 1}")
+    return number
+
+
+def _length(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def _choose_key(host: str, key: str | None) -> str | None:
+    """Return the key that clients must have; raises ConfigError where there has to be one."""
+    from lowvram.serve.addresses import is_loopback
+
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip() and key):
+        raise ConfigError("--api-key is no key.", "A header can hold visible ASCII characters only.", "Choose another.")
+    if key is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host is {host}, and there is no API key.",
+            "Whoever reaches that address could use the model.",
+            f"Set {_KEY} (or give --api-key), or leave --host out to serve this machine alone.",
+        )
+    return key
+
+
+def _require_extra() -> None:
+    try:
+        import starlette
+        import uvicorn
+    except ImportError as error:
+        raise MachineError(
+            "The server's packages are not installed.", f"{error}.", "Type: pip install 'lowvram[serve]'."
+        ) from error
+    del starlette, uvicorn
+
+
+def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
+    from lowvram.serve.limits import Limits
+
+    longest = max(1, max_context - 1)
+    return Limits(
+        slots=arguments.slots,
+        queue=arguments.queue,
+        body_bytes=arguments.max_body,
+        prompt_tokens=min(longest, arguments.max_prompt or longest),
+        output_tokens=min(longest, arguments.max_output or longest),
+    )
+
+
+def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -> Served:
+    """Return what is served, by the name that clients will use."""
+    from lowvram.serve.prompt import Served
+
+    path = arguments.checkpoint.resolve()
+    name = arguments.name or path.name
+    return Served(name, "fp_", loaded.tokenizer, max_context)
+
+
+def _greet(arguments: argparse.Namespace, served: Served, limits: Limits, port: int) -> list[str]:
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    return [f"http://{host}:{port}"]
