@@ -36,9 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--slots", type=count, default=16, metavar="N", help="answers at once (default: %(default)s)")
     parser.add_argument("--context", type=count, metavar="N", help="tokens of a text (default: the most that fit)")
-    parser.add_argument(
-        "--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)"
-    )
+    parser.add_argument("--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)")
     parser.add_argument("--max-body", type=memory, default="4MiB", metavar="SIZE", help="(default: %(default)s)")
     parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
     parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")

@@ -243,7 +243,8 @@ class _Stream(StreamingResponse):
             for body in reply.opening():
                 yield to_event(body)
             while not isinstance(event, Ended):
-                yield to_event(reply.chunk(event.text, event.said))
+                if event.text or event.said:
+                    yield to_event(reply.chunk(event.text, event.said))
                 event = await self._visit.next_event()
             for body in (reply.chunk("", (), event.reason), *reply.usage(event)):
                 yield to_event(body)

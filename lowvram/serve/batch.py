@@ -270,7 +270,8 @@ class Batcher:
         return "length" if is_full else None
 
     def _deliver(self, job: Job, piece: Piece) -> None:
-        if piece.text or piece.said:
+        # The first token is always told, if it is but half a character: from then on the answer is on its way.
+        if piece.text or piece.said or job.written == 1:
             job.deliver(piece)
 
     def _fail_by(self, error: Exception, slots: Sequence[int]) -> None:

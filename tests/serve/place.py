@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import httpx
 import torch
 from openai import OpenAI
+from torch import Tensor
 
 from lowvram.data.tokenizer import SPECIALS, Tokenizer
 from lowvram.generate.decoder import Decoder
@@ -45,6 +46,40 @@ def speak(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     for role, content in turns:
         ids += [SPECIALS.index(f"<|{role}|>"), *tokenizer.encode(content), tokenizer.end_of_turn_id]
     return [*ids, SPECIALS.index("<|assistant|>")]
+
+
+class Scripted(Decoder):
+    """A decoder that writes one text to whoever asks, then the end; `hold` keeps it before its next token."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str, max_context: int, slots: int) -> None:
+        self.max_context, self.slots = max_context, slots
+        self.script = [*tokenizer.encode(text), tokenizer.eos_id]
+        self.may_write = threading.Event()
+        self.may_write.set()
+        self._size = tokenizer.size
+        self._lengths, self._said = [0] * slots, [0] * slots
+
+    def length(self, slot: int) -> int:
+        """Return how many tokens the slot holds."""
+        return self._lengths[slot]
+
+    def rewind(self, slot: int, length: int) -> int:
+        """Forget; the text is begun again."""
+        self._lengths[slot], self._said[slot] = min(self._lengths[slot], length), 0
+        return self._lengths[slot]
+
+    def prefill(self, slot: int, token_T: Sequence[int]) -> Tensor:
+        """Return logits of the next scripted token."""
+        self.may_write.wait(30)
+        self._lengths[slot] += len(token_T)
+        logit_V = torch.full((self._size,), -100.0)
+        logit_V[self.script[min(self._said[slot], len(self.script) - 1)]] = 100.0
+        self._said[slot] += 1
+        return logit_V
+
+    def decode_one_token(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
+        """Return the same of each slot."""
+        return torch.stack([self.prefill(slot, [token]) for slot, token in zip(slot_N, token_N, strict=True)])
 
 
 @dataclass
@@ -93,7 +128,10 @@ def served(
     encode = (lambda turns: speak(tokenizer, turns)) if speaks else None
     about = Served("small", "fp_test", tokenizer, max_context, encode)
     bounds = Limits(
-        **({"slots": slots, "queue": queue, "prompt_tokens": max_context - 1, "output_tokens": max_context - 1} | limits)
+        **(
+            {"slots": slots, "queue": queue, "prompt_tokens": max_context - 1, "output_tokens": max_context - 1}
+            | limits
+        )
     )
     batcher = Batcher(decoder, tokenizer, queue, Metrics())
     server = Server(build_app(about, batcher, bounds, Door(api_key, own_names_only)), batcher, grace_s)

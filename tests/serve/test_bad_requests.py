@@ -111,9 +111,7 @@ def refused(answer: httpx.Response, status: int = 400) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path, added, param, word", WRONG.values(), ids=WRONG)
-def test_a_wrong_field_is_named(
-    http: httpx.Client, path: str, added: dict[str, Any], param: str, word: str
-) -> None:
+def test_a_wrong_field_is_named(http: httpx.Client, path: str, added: dict[str, Any], param: str, word: str) -> None:
     content = json.dumps(GOOD[path] | added)
     error = refused(http.post(path, content=content), 404 if param == "model" else 400)
     assert error["type"] == "invalid_request_error"
@@ -195,8 +193,31 @@ _VALUE = st.recursive(
     max_leaves=5,
 )
 _FIELDS = st.sampled_from(
-    "model prompt messages max_tokens max_completion_tokens stop stream stream_options temperature top_p top_k min_p "
-    "repetition_penalty seed truncation logprobs top_logprobs n user tools response_format role content".split()
+    [
+        "model",
+        "prompt",
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "truncation",
+        "logprobs",
+        "top_logprobs",
+        "n",
+        "user",
+        "tools",
+        "response_format",
+        "role",
+        "content",
+    ]
 )
 _MESSAGE = st.dictionaries(st.sampled_from(["role", "content", "name", "type"]), _VALUE, max_size=3)
 

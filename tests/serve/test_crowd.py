@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
-from lowvram.data.tokenizer import Tokenizer
+from lowvram.data.tokenizer import SMALLEST, Tokenizer
 from lowvram.generate.decoder import Decoder
 from lowvram.model.transformer import Transformer
 from lowvram.serve import batch
@@ -21,6 +22,7 @@ from tests.conftest import TURKISH
 from tests.serve.place import Place, alone, served, small_model
 
 CLIENTS = 200
+_LETTER = SMALLEST - 256 + ord("a") - ord("!")  # byte-level vocabularies begin with the printable ASCII characters
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +94,20 @@ def test_two_hundred_clients_at_once_are_all_answered_and_nothing_is_mixed(
 
 
 class Slow(Decoder):
-    """A decoder that never ends an answer by itself and can be held between two tokens."""
+    """A decoder whose model writes one letter without end, and that can be held between two tokens."""
 
     def __init__(self, *words: Any) -> None:
         super().__init__(*words)
         self.steps = threading.Semaphore(0)
         self.is_free = False
 
+    def prefill(self, slot: int, token_T: Any) -> Any:
+        return torch.eye(self.model.config.vocabulary)[_LETTER] * super().prefill(slot, token_T).abs().max() * 99
+
     def decode_one_token(self, slot_N: Any, token_N: Any) -> Any:
         if not self.is_free:
             self.steps.acquire(timeout=30)
-        logit_NV = super().decode_one_token(slot_N, token_N)
-        logit_NV[:, :6] = -1e9
-        return logit_NV
+        return torch.stack([self.prefill(slot, [token]) for slot, token in zip(slot_N, token_N, strict=True)])
 
     def let_go(self) -> None:
         """Hold nothing any more."""

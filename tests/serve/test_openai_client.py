@@ -198,7 +198,9 @@ def test_a_prompt_longer_than_the_context_says_by_how_much_and_can_be_cut(
     client: openai.OpenAI, small_tokenizer: Tokenizer, model: Transformer
 ) -> None:
     ids = text_ids(small_tokenizer, PROMPT * 20)
-    with pytest.raises(openai.BadRequestError, match=rf"{len(ids)} tokens.*Shorten it by {len(ids) - 95} tokens") as got:
+    with pytest.raises(
+        openai.BadRequestError, match=rf"{len(ids)} tokens.*Shorten it by {len(ids) - 95} tokens"
+    ) as got:
         client.completions.create(prompt=ids, **PLAIN)
     assert (got.value.code, got.value.param) == ("context_length_exceeded", "prompt")
     cut = client.completions.create(prompt=PROMPT * 20, extra_body={"truncation": "auto"}, **PLAIN)
