@@ -22,6 +22,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,29 @@ _MANIFEST = "manifest.json"
 _STATE = "state.safetensors"
 _STEP = re.compile(r"step-([0-9]{8,})")
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
+
+
+class MappedTensors:
+    """The tensors of a safetensors file, each mapped when it is asked for: what is not touched takes no memory.
+
+    A tensor is the file's own bytes, and changing it changes no file; it stays valid when the file is deleted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt", device="cpu")
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        """Return a tensor's shape without touching its numbers."""
+        return list(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
 
 
 class _NewerFormatError(CheckpointError):
@@ -61,6 +85,10 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """Return the model's tensors by name."""
         return load_file(self.directory / "weights.safetensors")
+
+    def map_weights(self) -> MappedTensors:
+        """Return the model's tensors without loading any."""
+        return MappedTensors(self.directory / "weights.safetensors")
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors by name."""

@@ -40,11 +40,12 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.load import load_model
     from lowvram.cli.show import notice, show_error
     from lowvram.errors import PromptError
+    from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine
 
     sampler = build_sampler(arguments)
     loaded = load_model(arguments.checkpoint, arguments.device)
-    engine = Engine(loaded.model, loaded.tokenizer, loaded.what.train.seq_len, loaded.dtype)
+    engine = Engine(Decoder(loaded.model, loaded.what.train.seq_len, dtype=loaded.dtype), loaded.tokenizer)
     if arguments.prompt is not None:
         answer(engine, arguments.prompt, sampler, arguments.tokens)
         return
@@ -76,7 +77,7 @@ def answer(engine: Engine, text: str, sampler: Sampler, tokens: int, shown: str 
     """Stream the continuation of `text`, the text itself first; Ctrl-C ends the answer only."""
     from lowvram.cli.show import notice, result, stream
 
-    pieces = engine.generate(unicodedata.normalize("NFC", text), sampler, tokens)
+    pieces = engine.generate(_lengthen(engine, unicodedata.normalize("NFC", text)), sampler, tokens)
     stream(text if shown is None else shown)
     try:
         for piece in pieces:
@@ -88,6 +89,17 @@ def answer(engine: Engine, text: str, sampler: Sampler, tokens: int, shown: str 
         notice(f"(The context of {engine.max_context} tokens is full; a next turn keeps its newest half.)", "dim")
     elif engine.ended == "text":
         notice("(The model ended the text here.)", "dim")
+
+
+def _lengthen(engine: Engine, text: str) -> list[int]:
+    """Return the ids of all that was said and of `text`; what has outgrown the context keeps its newest half."""
+    new = engine.tokenizer.encode(text)
+    if not engine.ids:
+        return [engine.tokenizer.bos_id, *new]
+    kept = len(engine.ids)
+    if kept + len(new) >= engine.max_context:
+        kept = max(0, min(engine.max_context // 2, engine.max_context - 1 - len(new)))
+    return [*engine.ids[len(engine.ids) - kept :], *new]
 
 
 def _ask() -> str:

@@ -230,10 +230,11 @@ def _evaluate(run_dir: Path, device: str) -> None:
 def _answer(run_dir: Path, device: str) -> None:
     from lowvram.cli.chat import answer
     from lowvram.cli.load import load_model
+    from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine
     from lowvram.generate.sampling import Sampler
 
     loaded = load_model(run_dir, device)
     for prompt in PROMPTS:
-        engine = Engine(loaded.model, loaded.tokenizer, loaded.what.train.seq_len, loaded.dtype)
-        answer(engine, prompt, Sampler(temperature=0.6), tokens=40, shown=f"    {prompt}")
+        decoder = Decoder(loaded.model, loaded.what.train.seq_len, dtype=loaded.dtype)
+        answer(Engine(decoder, loaded.tokenizer), prompt, Sampler(temperature=0.6), tokens=40, shown=f"    {prompt}")

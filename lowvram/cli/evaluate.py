@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_device, count
+from lowvram.cli.options import add_device, add_precision, count
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
@@ -29,6 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="shards to measure on (default: the run's own)")
     parser.add_argument("--tokens", type=count, metavar="N", help="only the first N tokens (default: all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    add_precision(parser, "what the run validates in")
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score
 
-    loaded = load_model(arguments.checkpoint, arguments.device)
+    loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision, as_trained=True)
     place = arguments.data or loaded.what.data.valid
     if place is None:
         raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")

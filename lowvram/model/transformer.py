@@ -16,6 +16,8 @@ from lowvram_kernels.dropout import dropout
 from lowvram_kernels.embedding import embedding
 from lowvram_kernels.linear import linear
 from lowvram_kernels.product import Form
+from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.weight_only import decoded, look_up, weight_only_linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -80,8 +82,11 @@ class Transformer(nn.Module):
 
     dtype: of the matrices; norms and routers are fp32 always.  rotation: how many experts of a layer are weights, and
     as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.  form: the numbers that
-    the blocks' layers multiply.
+    the blocks' layers multiply.  is_hollow: matrices have no memory, see `Kept`.
     """
+
+    embedding_scale: Tensor | None
+    head_scale: Tensor | None
 
     def __init__(
         self,
@@ -91,10 +96,13 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         rotation: Rotation | None = None,
         form: Form = "plain",
+        is_hollow: bool = False,
     ) -> None:
         super().__init__()
-        self.config, kept = config, Kept(device, dtype, rotation, form)
+        self.config, kept = config, Kept(device, dtype, rotation, form, is_hollow)
         self.embedding = kept.matrix(config.vocabulary, config.dim)
+        self.register_buffer("embedding_scale", None)
+        self.register_buffer("head_scale", None)
         self.blocks = nn.ModuleList(Block(config, layer, kept) for layer in range(config.layers))
         self.norm = RmsNorm(config.dim, config.norm_eps, device)
         if not config.tied:
@@ -107,8 +115,25 @@ class Transformer(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix [V, D]: the embedding itself where the two are tied."""
+        """The output matrix [V, D] as it is kept: the embedding itself where the two are tied."""
         return self.embedding if self.config.tied else self.head
+
+    def head_matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the output matrix in dtype, [V, D]: itself where it is kept so, else a copy."""
+        return decoded(self.head_VD, self.embedding_scale if self.config.tied else self.head_scale, dtype)
+
+    def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None, which codes have not)."""
+        if self.embedding_scale is not None:
+            return look_up(token_BT, Scaled(self.embedding, self.embedding_scale), dtype or torch.float32)
+        return embedding(token_BT, self.embedding, dtype)
+
+    def read_out(self, stream_D: Tensor) -> Tensor:
+        """Return the logits behind a normed stream: [..., V] from [..., D], in its dtype."""
+        scale = self.embedding_scale if self.config.tied else self.head_scale
+        if scale is not None:
+            return weight_only_linear(stream_D, Scaled(self.head_VD, scale))
+        return linear(stream_D, self.head_VD)
 
     def forward(
         self,
@@ -122,7 +147,7 @@ class Transformer(nn.Module):
 
         With a cache the tokens continue what it holds, and are stored in it.  recompute: what backward computes again.
         """
-        x_BTD = embedding(token_BT, self.embedding, dtype)
+        x_BTD = self.embed(token_BT, dtype)
         if drop is not None and drop.rate > 0.0:
             x_BTD = dropout(x_BTD, drop.rate, drop.key_B, 0)
         start = cache.length if cache is not None else 0
@@ -140,7 +165,7 @@ class Transformer(nn.Module):
     def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: Cache | None = None) -> Tensor:
         """Return the logits of every position, [B, T, V] in `dtype`; for a loss use `linear_cross_entropy`."""
         stream_BTD, _ = self(token_BT, dtype, cache=cache)
-        return linear(stream_BTD, self.head_VD)
+        return self.read_out(stream_BTD)
 
     def moe_layers(self) -> list[MoeFfn]:
         """Return the layers that have experts, in the order of the rows of `forward`'s loads."""

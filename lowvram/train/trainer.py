@@ -20,6 +20,7 @@ from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import TrainingError
 from lowvram.evaluate.bits_per_byte import score
+from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.objective import DTYPES, Batch, count_targets
@@ -296,8 +297,9 @@ class Trainer:
     def _sample(self) -> Iterator[Sampled]:
         run, train = self.what.run, self.what.train
         for prompt in run.prompts:
-            engine = Engine(self.state.model, self.tokenizer, train.seq_len, DTYPES[train.precision])
-            pieces = engine.generate(prompt, Sampler(seed=train.seed), run.sample_tokens)
+            decoder = Decoder(self.state.model, train.seq_len, dtype=DTYPES[train.precision])
+            id_T = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
+            pieces = Engine(decoder, self.tokenizer).generate(id_T, Sampler(seed=train.seed), run.sample_tokens)
             yield Sampled(self.state.step, prompt, "".join(pieces))
 
     def _save_is_due(self) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from lowvram.cli.load import load_model
 from lowvram.cli.show import clean
+from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from tests.flows.typed import Answer, fill_home, typed
@@ -55,10 +56,13 @@ def converse(monkeypatch: pytest.MonkeyPatch, run: Path, *turns: str | type[Base
 
 def test_each_turn_joins_the_text_so_far(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     loaded = load_model(run, "cpu")
-    engine = Engine(loaded.model, loaded.tokenizer, 32)
+    engine = Engine(Decoder(loaded.model, 32), loaded.tokenizer)
     sampler = Sampler(temperature=0.0)
     texts = ("Kış", "\nEvet", "\nçay")
-    expected = "".join(clean("".join(engine.generate(text, sampler, 7))) + "\n" for text in texts)
+    expected, ids = "", [loaded.tokenizer.bos_id]
+    for text in texts:
+        pieces = engine.generate([*ids, *loaded.tokenizer.encode(text)], sampler, 7)
+        expected, ids = expected + clean("".join(pieces)) + "\n", engine.ids
     answer = converse(monkeypatch, run, "Kış", "  Evet ", "çay")
     assert (answer.code, answer.out) == (0, expected)
     assert "context of 32 tokens.  Ctrl-D ends." in answer.err
@@ -93,7 +97,7 @@ def test_a_turn_longer_than_the_context_is_an_error_with_numbers_and_the_talk_go
 ) -> None:
     answer = converse(monkeypatch, run, "Kış", "uzun " * 50, "Evet")
     assert answer.code == 0
-    assert "Error: The prompt has " in answer.err
+    assert "Error: The text has " in answer.err
     assert "The context holds 32" in answer.err
     assert answer.out == converse(monkeypatch, run, "Kış", "Evet").out
 

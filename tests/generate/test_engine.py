@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from lowvram.config import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError
+from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from lowvram.model.cache import Cache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS
@@ -24,7 +26,7 @@ def engine_of(config: ModelConfig, tokenizer: Tokenizer, max_context: int = 64) 
     # Untied and with large weights: a small tied model only repeats its last token, and positions would not matter.
     config = config.model_copy(update={"vocabulary": tokenizer.size, "tied": False})
     model = randomise(Transformer(config), std=0.25)
-    return Engine(model, tokenizer, max_context)
+    return Engine(Decoder(model, max_context), tokenizer)
 
 
 def recomputed(engine: Engine, ids: list[int], count: int) -> list[int]:
@@ -33,7 +35,7 @@ def recomputed(engine: Engine, ids: list[int], count: int) -> list[int]:
     ids = list(ids)
     for _ in range(count):
         with torch.no_grad():
-            token = int(engine.model.logits(torch.tensor([ids]))[0, -1].argmax())
+            token = int(engine.decoder.model.logits(torch.tensor([ids]))[0, -1].argmax())
         if token in stops:
             break
         ids.append(token)
@@ -41,23 +43,40 @@ def recomputed(engine: Engine, ids: list[int], count: int) -> list[int]:
 
 
 class Scripted:
-    """A model that says fixed tokens, one after each reading, and counts what it is given to read."""
+    """A decoder that says fixed tokens, one after each reading, and counts what it is given to read."""
 
-    def __init__(self, tokenizer: Tokenizer, script: list[int]) -> None:
-        self.config = VARIANTS["gqa-rope"].model_copy(update={"vocabulary": tokenizer.size})
-        self.embedding, self.head_VD = torch.zeros(1), torch.eye(tokenizer.size)
-        self.script, self.read = list(script), list[int]()
+    def __init__(self, tokenizer: Tokenizer, script: list[int], max_context: int) -> None:
+        self.max_context, self.vocabulary = max_context, tokenizer.size
+        self.script, self.read, self.held = list(script), list[int](), 0
 
-    def __call__(self, token_BT: torch.Tensor, dtype: torch.dtype, cache: Cache) -> tuple[torch.Tensor, None]:
-        self.read.append(token_BT.shape[1])
-        cache.advance(token_BT.shape[1])
-        stream_BTD = torch.zeros(*token_BT.shape, len(self.head_VD))
-        stream_BTD[0, -1, self.script.pop(0)] = 1.0
-        return stream_BTD, None
+    def length(self, slot: int) -> int:
+        return self.held
+
+    def rewind(self, slot: int, length: int) -> int:
+        self.held = min(self.held, length)
+        return self.held
+
+    def prefill(self, slot: int, token_T: list[int]) -> torch.Tensor:
+        self.read.append(len(token_T))
+        self.held += len(token_T)
+        return torch.nn.functional.one_hot(torch.tensor(self.script.pop(0)), self.vocabulary).float()
+
+    def decode_one_token(self, slot_N: list[int], token_N: list[int]) -> torch.Tensor:
+        return self.prefill(slot_N[0], token_N)[None]
 
 
 def scripted(tokenizer: Tokenizer, script: list[int], max_context: int = 64) -> Engine:
-    return Engine(Scripted(tokenizer, script), tokenizer, max_context)  # type: ignore[arg-type]
+    return Engine(Scripted(tokenizer, script, max_context), tokenizer)  # type: ignore[arg-type]
+
+
+def pieces_behind(engine: Engine, text: str, count: int, sampler: Sampler = GREEDY) -> Iterator[str]:
+    """Put `text` behind all that was said; returns the pieces of what is written then."""
+    ids = [*(engine.ids or [engine.tokenizer.bos_id]), *engine.tokenizer.encode(text)]
+    return engine.generate(ids, sampler, count)
+
+
+def go_on(engine: Engine, text: str, count: int, sampler: Sampler = GREEDY) -> str:
+    return "".join(pieces_behind(engine, text, count, sampler))
 
 
 def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -72,7 +91,7 @@ def test_streaming_through_the_cache_writes_what_recomputing_everything_would(
     config: ModelConfig, small_tokenizer: Tokenizer
 ) -> None:
     engine = engine_of(config, small_tokenizer)
-    pieces = list(engine.generate(PROMPT, GREEDY, 24))
+    pieces = list(pieces_behind(engine, PROMPT, 24))
     read = [small_tokenizer.bos_id, *small_tokenizer.encode(PROMPT)]
     assert engine.ids == recomputed(engine, read, 24)
     assert len(set(engine.ids[len(read) :])) > 3
@@ -85,9 +104,9 @@ def test_a_second_turn_goes_on_as_if_the_conversation_had_been_read_at_once(
     kind: str, small_tokenizer: Tokenizer
 ) -> None:
     engine = engine_of(VARIANTS[kind], small_tokenizer)
-    "".join(engine.generate(PROMPT, GREEDY, 9))
+    go_on(engine, PROMPT, 9)
     before = list(engine.ids)
-    "".join(engine.generate("\nEvet, çay.", GREEDY, 9))
+    go_on(engine, "\nEvet, çay.", 9)
     assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet, çay.")], 9)
 
 
@@ -96,7 +115,7 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(small_token
     texts = []
     for seed in (3, 3, 4):
         engine = engine_of(VARIANTS["gqa-rope"], small_tokenizer)
-        texts.append("".join(engine.generate(PROMPT, Sampler(seed=seed), 30)))
+        texts.append(go_on(engine, PROMPT, 30, Sampler(seed=seed)))
     assert texts[0] == texts[1]
     assert texts[0] != texts[2]
 
@@ -104,28 +123,28 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(small_token
 @pytest.mark.covers("generation")
 def test_a_second_turn_reads_only_its_new_tokens(small_tokenizer: Tokenizer) -> None:
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefgh"))
-    "".join(engine.generate(PROMPT, GREEDY, 3))
-    before = engine.cache.length
+    go_on(engine, PROMPT, 3)
+    before = engine.decoder.length(0)
     assert before == 1 + len(small_tokenizer.encode(PROMPT)) + 3 == len(engine.ids)
-    "".join(engine.generate("Evet!", GREEDY, 2))
+    go_on(engine, "Evet!", 2)
     new = len(small_tokenizer.encode("Evet!"))
-    assert engine.model.read == [before - 3, 1, 1, 1, new, 1, 1]
-    assert engine.cache.length == before + new + 2
+    assert engine.decoder.read == [before - 3, 1, 1, 1, new, 1, 1]
+    assert engine.decoder.length(0) == before + new + 2
 
 
 def test_only_the_first_turn_begins_a_document(small_tokenizer: Tokenizer) -> None:
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcd"))
     for text in ("Evet", "Hayır"):
-        "".join(engine.generate(text, GREEDY, 1))
+        go_on(engine, text, 1)
     assert engine.ids.count(small_tokenizer.bos_id) == 1
     assert engine.ids[0] == small_tokenizer.bos_id
 
 
 def test_an_empty_turn_goes_on_writing(small_tokenizer: Tokenizer) -> None:
     engine = engine_of(VARIANTS["mla-moe"], small_tokenizer)
-    "".join(engine.generate(PROMPT, GREEDY, 4))
+    go_on(engine, PROMPT, 4)
     before = list(engine.ids)
-    "".join(engine.generate("", GREEDY, 4))
+    go_on(engine, "", 4)
     assert engine.ids == recomputed(engine, before, 4)
     assert len(engine.ids) > len(before)
 
@@ -135,7 +154,7 @@ def test_an_empty_turn_goes_on_writing(small_tokenizer: Tokenizer) -> None:
 def test_writing_ends_at_a_document_or_turn_end_which_is_not_kept(small_tokenizer: Tokenizer, name: str) -> None:
     script = [*byte_ids(small_tokenizer, "ab"), getattr(small_tokenizer, name), *byte_ids(small_tokenizer, "cd")]
     engine = scripted(small_tokenizer, script)
-    assert "".join(engine.generate("Evet", GREEDY, 50)) == "ab"
+    assert go_on(engine, "Evet", 50) == "ab"
     assert small_tokenizer.decode(engine.ids) == "Evetab"
     assert getattr(small_tokenizer, name) not in engine.ids[1:]
 
@@ -143,37 +162,36 @@ def test_writing_ends_at_a_document_or_turn_end_which_is_not_kept(small_tokenize
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_no_more_tokens_are_written_than_were_asked_for(small_tokenizer: Tokenizer, count: int) -> None:
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefghij"))
-    assert "".join(engine.generate("Evet", GREEDY, count)) == "abcdefghij"[:count]
+    assert go_on(engine, "Evet", count) == "abcdefghij"[:count]
 
 
 @pytest.mark.parametrize("text", ["ğüşıöç", "“çay”", "a€b🫖c"], ids=["two bytes", "three bytes", "four bytes"])
 def test_a_character_is_never_split_between_pieces(small_tokenizer: Tokenizer, text: str) -> None:
     script = byte_ids(small_tokenizer, text)
     engine = scripted(small_tokenizer, [*script, small_tokenizer.eos_id])
-    assert list(engine.generate("Evet", GREEDY, 99)) == list(text)
+    assert list(pieces_behind(engine, "Evet", 99)) == list(text)
 
 
 def test_half_a_character_at_the_end_is_shown_as_one_replacement(small_tokenizer: Tokenizer) -> None:
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "aş"))
-    assert list(engine.generate("Evet", GREEDY, 2)) == ["a", "\ufffd"]
+    assert list(pieces_behind(engine, "Evet", 2)) == ["a", "\ufffd"]
 
 
 def test_a_special_token_that_ends_nothing_has_no_text(small_tokenizer: Tokenizer) -> None:
     script = [small_tokenizer.pad_id, *byte_ids(small_tokenizer, "a"), small_tokenizer.mask_id, small_tokenizer.eos_id]
-    assert list(scripted(small_tokenizer, script).generate("Evet", GREEDY, 9)) == ["a"]
+    assert list(pieces_behind(scripted(small_tokenizer, script), "Evet", 9)) == ["a"]
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_numbers_and_forgets_nothing(small_tokenizer: Tokenizer) -> None:
     engine = engine_of(VARIANTS["gqa-rope"], small_tokenizer, max_context=40)
-    "".join(engine.generate(PROMPT, GREEDY, 3))
+    go_on(engine, PROMPT, 3)
     before = list(engine.ids)
     text = "ab" * 60
-    count = len(small_tokenizer.encode(text))
-    assert count > 40
+    count = len(before) + len(small_tokenizer.encode(text))
     with pytest.raises(PromptError, match=rf"has {count} tokens.*holds 40.*by at least {count - 39} tokens"):
-        next(engine.generate(text, GREEDY, 3))
+        pieces_behind(engine, text, 3)
     assert engine.ids == before
-    "".join(engine.generate("\nEvet", GREEDY, 3))
+    go_on(engine, "\nEvet", 3)
     assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet")], 3)
 
 
@@ -183,59 +201,45 @@ def test_a_prompt_may_fill_the_context_up_to_its_last_token(small_tokenizer: Tok
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdef"), max_context=count + room)
     if room == 0:
         with pytest.raises(PromptError, match=f"has {count} tokens.*at least 1 tokens"):
-            list(engine.generate(PROMPT, GREEDY, 9))
+            list(pieces_behind(engine, PROMPT, 9))
     else:
-        assert "".join(engine.generate(PROMPT, GREEDY, 9)) == "abcdef"[:room]
+        assert go_on(engine, PROMPT, 9) == "abcdef"[:room]
 
 
 @pytest.mark.covers("generation")
 @pytest.mark.parametrize("kind", ["gqa-rope", "gqa-window", "mla-rope"])
 def test_writing_ends_when_the_context_is_full(kind: str, small_tokenizer: Tokenizer) -> None:
     engine = engine_of(VARIANTS[kind], small_tokenizer, max_context=23)
-    "".join(engine.generate(PROMPT, GREEDY, 500))
+    go_on(engine, PROMPT, 500)
     read = [small_tokenizer.bos_id, *small_tokenizer.encode(PROMPT)]
     assert engine.ids == recomputed(engine, read, 23 - len(read))
-    assert len(engine.ids) == engine.cache.length == 23
+    assert len(engine.ids) == engine.decoder.length(0) == 23
 
 
-@pytest.mark.covers("generation")
-def test_a_conversation_that_outgrows_the_context_keeps_its_newest_half(small_tokenizer: Tokenizer) -> None:
-    engine = engine_of(VARIANTS["mla-moe"], small_tokenizer, max_context=30)
-    "".join(engine.generate(PROMPT, GREEDY, 500))
-    before = list(engine.ids)
-    assert len(before) == 30
-    new = small_tokenizer.encode("\nEvet")
-    "".join(engine.generate("\nEvet", GREEDY, 3))
-    assert engine.ids == recomputed(engine, [*before[-15:], *new], 3)
-
-
-def test_a_long_turn_leaves_less_than_half_of_what_was_before(small_tokenizer: Tokenizer) -> None:
-    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "a" * 60), max_context=30)
-    "".join(engine.generate("Evet", GREEDY, 99))
-    before, text = list(engine.ids), "xyzwqxyzwqxyzwqxyzwqxyzwq"
-    new = small_tokenizer.encode(text)
-    assert 15 < len(new) < 29
-    "".join(engine.generate(text, GREEDY, 99))
-    assert engine.ids[: 29 - len(new)] == before[len(before) - (29 - len(new)) :]
-    assert engine.ids[29 - len(new) : 29] == new
-    assert len(engine.ids) == 30
+def test_a_text_that_changed_is_read_from_the_change_on(small_tokenizer: Tokenizer) -> None:
+    engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefgh"))
+    go_on(engine, PROMPT, 3)
+    changed = [*engine.ids[:4], small_tokenizer.pad_id, *engine.ids[5:]]
+    "".join(engine.generate(changed, GREEDY, 1))
+    assert engine.decoder.read[4:] == [len(changed) - 4, 1]
+    assert engine.ids[:-1] == changed
 
 
 def test_an_answer_that_is_broken_off_is_part_of_the_conversation(small_tokenizer: Tokenizer) -> None:
     engine = engine_of(VARIANTS["gqa-alibi"], small_tokenizer)
-    pieces = engine.generate(PROMPT, GREEDY, 30)
+    pieces = pieces_behind(engine, PROMPT, 30)
     for _ in range(3):
         next(pieces)
     pieces.close()
     before = list(engine.ids)
     assert len(before) > 1 + len(small_tokenizer.encode(PROMPT))
-    "".join(engine.generate("\nEvet", GREEDY, 5))
+    go_on(engine, "\nEvet", 5)
     assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet")], 5)
 
 
 def test_the_engine_says_why_it_ended(small_tokenizer: Tokenizer) -> None:
     engine = engine_of(VARIANTS["gqa-moe-untied"], small_tokenizer, max_context=24)
-    "".join(engine.generate("Kış", GREEDY, 3))
+    go_on(engine, "Kış", 3)
     assert engine.ended == "tokens"
-    "".join(engine.generate("Evet", GREEDY, 100))
+    go_on(engine, "Evet", 100)
     assert engine.ended == "context"
