@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_device, count, memory
+from lowvram.cli.options import add_device, add_precision, count, memory
 from lowvram.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from lowvram.serve.prompt import Served
 
 _KEY = "LOWVRAM_API_KEY"
+_KEYED = "  Both ask for the API key."
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--max-body", type=memory, default="4MiB", metavar="SIZE", help="(default: %(default)s)")
     parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
     parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")
+    add_precision(parser)
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -49,7 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.load import load_model
     from lowvram.cli.show import notice
 
-    key = _choose_key(arguments.host, arguments.api_key or os.environ.get(_KEY))
+    given = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
+    key = _choose_key(arguments.host, given)
     _require_extra()
     from lowvram.generate.decoder import Decoder
     from lowvram.serve.app import Door, build_app
@@ -60,15 +65,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Before the model is read: what is wrong with an address is said at once.
     with open_socket(arguments.host, arguments.port) as listening:
-        loaded = load_model(arguments.checkpoint, arguments.device)
-        max_context = arguments.context or loaded.what.train.seq_len
+        loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
+        max_context, reason = _choose_context(loaded, arguments.context)
         limits = _build_limits(arguments, max_context)
         served = _describe(arguments, loaded, max_context)
         decoder = Decoder(loaded.model, max_context, limits.slots, loaded.dtype)
         batcher = Batcher(decoder, loaded.tokenizer, limits.queue, Metrics())
         app = build_app(served, batcher, limits, Door(key, is_loopback(arguments.host)))
-        for line in _greet(arguments, served, limits, listening.getsockname()[1]):
-            notice(line)
+        host, port = listening.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        notice(f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))
+        notice(_introduce(loaded, served))
+        notice(f"{_explain(limits, max_context, reason)}  Ctrl-C ends.")
         Server(app, batcher).serve_on(listening)
     notice("Stopped.", "dim")
 
@@ -130,11 +138,39 @@ def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -
     """Return what is served, by the name that clients will use."""
     from lowvram.serve.prompt import Served
 
-    path = arguments.checkpoint.resolve()
-    name = arguments.name or path.name
-    return Served(name, "fp_", loaded.tokenizer, max_context)
+    name = arguments.name or arguments.checkpoint.resolve().name
+    encode = _find_encoder(loaded, arguments.manner)
+    return Served(name, _fingerprint(loaded, name), loaded.tokenizer, max_context, encode)
 
 
-def _greet(arguments: argparse.Namespace, served: Served, limits: Limits, port: int) -> list[str]:
-    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
-    return [f"http://{host}:{port}"]
+def _fingerprint(loaded: Loaded, name: str) -> str:
+    """Return a short name of everything on which an answer depends beside the request."""
+    import torch
+
+    import lowvram
+
+    weights = name if loaded.checkpoint is None else json.dumps(loaded.checkpoint.manifest, sort_keys=True)
+    words = (weights, loaded.tokenizer.hash, loaded.precision, loaded.dtype, torch.__version__, lowvram.__version__)
+    return "fp_" + hashlib.sha256("/".join(map(str, words)).encode("utf-8")).hexdigest()[:12]
+
+
+def _introduce(loaded: Loaded, served: Served) -> str:
+    manner = "speaks" if served.encode_chat else "continues texts"
+    size = f"{loaded.config.num_parameters():,} parameters in {loaded.precision} ({loaded.reason})"
+    return f"{served.name} {manner}: {size}."
+
+
+def _explain(limits: Limits, max_context: int, reason: str) -> str:
+    waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
+    return f"Context of {max_context} tokens ({reason}); {waiting}."
+
+
+def _choose_context(loaded: Loaded, asked: int | None) -> tuple[int, str]:
+    if asked is not None:
+        return asked, "as asked"
+    assert loaded.what is not None
+    return loaded.what.train.seq_len, "as trained"
+
+
+def _find_encoder(loaded: Loaded, manner: str | None) -> None:
+    return None

@@ -127,12 +127,8 @@ def served(
     decoder = decoder or Decoder(model or small_model(tokenizer), max_context, slots)
     encode = (lambda turns: speak(tokenizer, turns)) if speaks else None
     about = Served("small", "fp_test", tokenizer, max_context, encode)
-    bounds = Limits(
-        **(
-            {"slots": slots, "queue": queue, "prompt_tokens": max_context - 1, "output_tokens": max_context - 1}
-            | limits
-        )
-    )
+    longest = {"prompt_tokens": max_context - 1, "output_tokens": max_context - 1}
+    bounds = Limits(**({"slots": slots, "queue": queue} | longest | limits))
     batcher = Batcher(decoder, tokenizer, queue, Metrics())
     server = Server(build_app(about, batcher, bounds, Door(api_key, own_names_only)), batcher, grace_s)
     listening = open_socket("127.0.0.1", 0)

@@ -1,4 +1,4 @@
-"""What cannot be meant is refused in OpenAI's form of an error, naming the field; nothing is ever the server's fault."""
+"""What cannot be meant is refused in OpenAI's form of an error, naming the field; none is the server's fault."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ def test_what_others_reach_is_no_loopback(host: str) -> None:
     assert not is_loopback(host)
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.com", "evil.com:8000", "192.168.1.5", "127.0.0.1.nip.io", "[", "", "a@evil.com"]
-)
+@pytest.mark.parametrize("host", ["evil.com", "evil.com:80", "192.168.1.5", "127.0.0.1.nip.io", "[", "", "a@evil.com"])
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/health", "/metrics"])
 def test_a_foreign_host_is_refused(http: httpx.Client, host: str, path: str) -> None:
     answer = http.get(path, headers={"Host": host})

@@ -198,9 +198,8 @@ def test_a_prompt_longer_than_the_context_says_by_how_much_and_can_be_cut(
     client: openai.OpenAI, small_tokenizer: Tokenizer, model: Transformer
 ) -> None:
     ids = text_ids(small_tokenizer, PROMPT * 20)
-    with pytest.raises(
-        openai.BadRequestError, match=rf"{len(ids)} tokens.*Shorten it by {len(ids) - 95} tokens"
-    ) as got:
+    size, over = len(ids), len(ids) - 95
+    with pytest.raises(openai.BadRequestError, match=rf"{size} tokens.*Shorten it by {over} tokens") as got:
         client.completions.create(prompt=ids, **PLAIN)
     assert (got.value.code, got.value.param) == ("context_length_exceeded", "prompt")
     cut = client.completions.create(prompt=PROMPT * 20, extra_body={"truncation": "auto"}, **PLAIN)
@@ -229,7 +228,7 @@ def test_a_conversation_longer_than_the_context_loses_its_oldest_turns(
 
 def test_a_base_model_says_where_it_answers(small_tokenizer: Tokenizer) -> None:
     with served(small_tokenizer, speaks=False) as place:
-        with pytest.raises(openai.BadRequestError, match="/v1/completions.*--as dialogue"):
+        with pytest.raises(openai.BadRequestError, match=r"/v1/completions.*--as dialogue"):
             place.openai().chat.completions.create(messages=TURNS, **PLAIN)
         assert place.openai().completions.create(prompt=PROMPT, **PLAIN).choices[0].text
 

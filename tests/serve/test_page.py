@@ -28,9 +28,8 @@ ANSWER = (
     "gazetenin bulmacasını çözüyordu.\n\nYağmur dinince çocuklar sokağa koştular; su birikintilerinde gemiler "
     "yüzdürdüler."
 )
-HOSTILE = (
-    "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script><b>kalın</b> &amp; \x1b[31m"
-)
+TAKE = "document.title='taken'"
+HOSTILE = f'<img src=x onerror="{TAKE}"><script>{TAKE}</script><b>kalın</b> &amp; \x1b[31m'
 
 pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver")
 
@@ -210,10 +209,8 @@ def test_the_key_is_asked_for_and_a_wrong_one_again(small_tokenizer: Tokenizer, 
         find(page, "#open-settings").click()
         assert find(page, "#temperature").get_property("value") == "0.8"
         shoot(page, "settings-tr")
-        overflow = page.execute_script(
-            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
-        assert overflow <= 0
+        root = "document.documentElement"
+        assert page.execute_script(f"return {root}.scrollWidth - {root}.clientWidth") <= 0
 
 
 def test_an_error_is_told_and_the_question_is_not_lost(small_tokenizer: Tokenizer, open_page) -> None:
