@@ -17,6 +17,7 @@ __all__ = [
     "MachineError",
     "MemoryRanOutError",
     "PromptError",
+    "PromptTooLongError",
     "ShapeError",
     "TokenizerError",
     "TrainingError",
@@ -62,6 +63,10 @@ class MachineError(LowvramError):
 
 class PromptError(LowvramError):
     """A prompt that the model cannot take."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt that does not fit the context; its newest part would."""
 
 
 class TrainingError(LowvramError):

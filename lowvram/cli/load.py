@@ -21,7 +21,7 @@ class Loaded:
     """A model on its device and its tokenizer.
 
     checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
-    of its matrices.  reason: why that one, as half a sentence.
+    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was trained on.
     """
 
     checkpoint: Checkpoint | None
@@ -32,6 +32,7 @@ class Loaded:
     dtype: torch.dtype
     precision: str
     reason: str
+    trained_len: int
 
 
 def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
@@ -60,7 +61,8 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
         reading = choose_here(place, precision)
     dtype = DTYPES[reading.flow]
     model = load_for_reading(CheckpointSource(checkpoint, what.model), reading.kept, place, dtype)
-    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason)
+    seq_len = what.train.seq_len
+    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason, seq_len)
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:

@@ -149,6 +149,11 @@ class Tokenizer:
         """The number of ids, specials included."""
         return len(self._bytes)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says, names of special tokens and the chat template among it."""
+        return dict(json.loads(self._files["tokenizer_config.json"]))
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""
         _count_bytes(text)

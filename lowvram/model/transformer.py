@@ -115,12 +115,16 @@ class Transformer(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix [V, D] as it is kept: the embedding itself where the two are tied."""
-        return self.embedding if self.config.tied else self.head
+        """The output matrix [V, D]: the embedding itself where the two are tied; of codes a copy in fp32."""
+        plain, scale = self._head()
+        return plain if scale is None else self.head_matrix(torch.float32)
 
     def head_matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the output matrix in dtype, [V, D]: itself where it is kept so, else a copy."""
-        return decoded(self.head_VD, self.embedding_scale if self.config.tied else self.head_scale, dtype)
+        return decoded(*self._head(), dtype)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        return (self.embedding, self.embedding_scale) if self.config.tied else (self.head, self.head_scale)
 
     def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None, which codes have not)."""
@@ -130,10 +134,10 @@ class Transformer(nn.Module):
 
     def read_out(self, stream_D: Tensor) -> Tensor:
         """Return the logits behind a normed stream: [..., V] from [..., D], in its dtype."""
-        scale = self.embedding_scale if self.config.tied else self.head_scale
+        head_VD, scale = self._head()
         if scale is not None:
-            return weight_only_linear(stream_D, Scaled(self.head_VD, scale))
-        return linear(stream_D, self.head_VD)
+            return weight_only_linear(stream_D, Scaled(head_VD, scale))
+        return linear(stream_D, head_VD)
 
     def forward(
         self,
