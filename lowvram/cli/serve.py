@@ -6,16 +6,17 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, add_precision, count, memory
-from lowvram.errors import ConfigError, MachineError
+from lowvram.errors import ConfigError, MachineError, TokenizerError
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.serve.limits import Limits
-    from lowvram.serve.prompt import Served
+    from lowvram.serve.prompt import Served, Turn
 
 _KEY = "LOWVRAM_API_KEY"
 _KEYED = "  Both ask for the API key."
@@ -50,6 +51,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and serve it until Ctrl-C."""
+    from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
     from lowvram.cli.show import notice
 
@@ -66,17 +68,20 @@ def run(arguments: argparse.Namespace) -> None:
     # Before the model is read: what is wrong with an address is said at once.
     with open_socket(arguments.host, arguments.port) as listening:
         loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
-        max_context, reason = _choose_context(loaded, arguments.context)
-        limits = _build_limits(arguments, max_context)
-        served = _describe(arguments, loaded, max_context)
-        decoder = Decoder(loaded.model, max_context, limits.slots, loaded.dtype)
+        context = find_max_context(loaded, arguments.slots, arguments.context)
+        limits = _build_limits(arguments, context.max_context)
+        served = _describe(arguments, loaded, context.max_context)
+        decoder = Decoder(loaded.model, context.max_context, limits.slots, loaded.dtype)
         batcher = Batcher(decoder, loaded.tokenizer, limits.queue, Metrics())
         app = build_app(served, batcher, limits, Door(key, is_loopback(arguments.host)))
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         notice(f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))
         notice(_introduce(loaded, served))
-        notice(f"{_explain(limits, max_context, reason)}  Ctrl-C ends.")
+        if context.warning:
+            notice(context.warning, "yellow")
+        waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
+        notice(f"Context of {context.reason}  {waiting}.  Ctrl-C ends.")
         Server(app, batcher).serve_on(listening)
     notice("Stopped.", "dim")
 
@@ -160,17 +165,17 @@ def _introduce(loaded: Loaded, served: Served) -> str:
     return f"{served.name} {manner}: {size}."
 
 
-def _explain(limits: Limits, max_context: int, reason: str) -> str:
-    waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
-    return f"Context of {max_context} tokens ({reason}); {waiting}."
+def _find_encoder(loaded: Loaded, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
+    """Return what makes ids of a conversation; None for a model that continues texts."""
+    from lowvram.generate.template import Message, is_dialogue, load_template
 
-
-def _choose_context(loaded: Loaded, asked: int | None) -> tuple[int, str]:
-    if asked is not None:
-        return asked, "as asked"
-    assert loaded.what is not None
-    return loaded.what.train.seq_len, "as trained"
-
-
-def _find_encoder(loaded: Loaded, manner: str | None) -> None:
-    return None
+    if not (is_dialogue(loaded.tokenizer) if manner is None else manner == "dialogue"):
+        return None
+    template = load_template(loaded.tokenizer)
+    if template is None:
+        raise TokenizerError(
+            "This model is to speak in turns, and its tokenizer has no chat template.",
+            f"tokenizer_config.json in {loaded.tokenizer.directory} has no chat_template.",
+            "Add one, or serve it with --as base.",
+        )
+    return lambda turns: template.encode(loaded.tokenizer, [Message(*turn) for turn in turns])

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import environment, fill_home, typed
 
 
@@ -43,13 +44,21 @@ def started(run: Path, *words: object, **variables: str) -> Iterator[tuple[subpr
             process.kill()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent as a signal")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_says_where_it_is_answers_and_ends_in_order(run: Path, number: signal.Signals) -> None:
+def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal, and expect an orderly end."""
+    if sys.platform == "win32":
+        return  # where Ctrl-C goes to a whole console
+    process.send_signal(number)
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == "Stopped.\n"
+
+
+def test_it_says_where_it_is_answers_and_ends_in_order(run: Path) -> None:
     with started(run, "--slots", 2, "--precision", "fp32") as (process, url, said):
         assert f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients.\n" in said
         assert re.search(r"run continues texts: [\d,]+ parameters in fp32 \(as asked\)\.", said)
-        assert re.search(r"Context of \d+ tokens \(.+\); 2 answers at once, 64 requests may wait\.", said)
+        assert re.search(r"Context of 32 tokens, .+\.  2 answers at once, 64 requests may wait\.", said)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         expected = typed("chat", run, "--prompt", "Kış", "--temperature", 0, "--tokens", 7, "--precision", "fp32")
         options = {"max_tokens": 7, "temperature": 0, "extra_body": {"repetition_penalty": 1.1}}
@@ -58,10 +67,21 @@ def test_it_says_where_it_is_answers_and_ends_in_order(run: Path, number: signal
         assert answer.system_fingerprint is not None
         assert answer.system_fingerprint.startswith("fp_")
         assert "lowvram" in httpx.get(url, trust_env=False).text
-        process.send_signal(number)
-        assert process.wait(30) == 0
-        assert process.stderr is not None
-        assert process.stderr.read() == "Stopped.\n"
+        end(process, signal.SIGINT)
+
+
+def test_a_model_that_is_to_speak_answers_conversations(run: Path) -> None:
+    with started(run, "--as", "dialogue", "--precision", "fp32", "--slots", 1) as (process, url, said):
+        assert "run speaks:" in said
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        messages = [{"role": "user", "content": "Kış<|end_of_turn|>"}]
+        answer = client.chat.completions.create(model="run", messages=messages, max_tokens=3, temperature=0)  # type: ignore[arg-type]
+        assert answer.choices[0].message.role == "assistant"
+        tokenizer = Tokenizer.load(run.parent / "tok")
+        # BOS, who speaks, the words, end of turn, who speaks next: what a user writes is never a special token.
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == 4 + len(tokenizer.encode("Kış<|end_of_turn|>"))
+        end(process, signal.SIGTERM)
 
 
 def test_another_address_demands_a_key(run: Path) -> None:
@@ -94,7 +114,9 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(tmp_path: Pat
     with socket.create_server(("127.0.0.1", 0)) as taken:
         answer = typed("serve", tmp_path / "no run", "--port", taken.getsockname()[1])
     assert answer.code == 1
-    assert re.search(r"Error: 127\.0\.0\.1 port \d+ cannot be listened on\. .* Choose another with --port\.", answer.err)
+    assert re.search(
+        r"Error: 127\.0\.0\.1 port \d+ cannot be listened on\. .* Choose another with --port\.", answer.err
+    )
 
 
 @pytest.mark.parametrize(

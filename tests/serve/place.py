@@ -12,10 +12,11 @@ import torch
 from openai import OpenAI
 from torch import Tensor
 
-from lowvram.data.tokenizer import SPECIALS, Tokenizer
+from lowvram.data.tokenizer import Tokenizer
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
+from lowvram.generate.template import Message, load_template
 from lowvram.model.transformer import Transformer
 from lowvram.serve.app import Door, build_app
 from lowvram.serve.batch import Batcher
@@ -41,11 +42,10 @@ def alone(model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], max_toke
 
 
 def speak(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
-    """Return a conversation's ids as the tokenizer's own template would have them."""
-    ids = [tokenizer.bos_id]
-    for role, content in turns:
-        ids += [SPECIALS.index(f"<|{role}|>"), *tokenizer.encode(content), tokenizer.end_of_turn_id]
-    return [*ids, SPECIALS.index("<|assistant|>")]
+    """Return a conversation's ids, through the template that lies with the tokenizer."""
+    template = load_template(tokenizer)
+    assert template is not None
+    return template.encode(tokenizer, [Message(*turn) for turn in turns])
 
 
 class Scripted(Decoder):
