@@ -161,7 +161,7 @@ def _check_prompt(value: Any) -> str | list[int]:
         raise PydanticCustomError("prompt", "It should be a string, or a list of token ids.")
     if isinstance(value, str) and not _is_unicode(value):
         raise PydanticCustomError("surrogate", "It holds half a character, a lone surrogate.")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _is_unicode(text: str) -> bool:
@@ -187,7 +187,7 @@ class CompletionAsk(Ask):
         return self.logprobs
 
 
-AnyAsk = TypeVar("AnyAsk", ChatAsk, CompletionAsk)
+AnyAsk = TypeVar("AnyAsk", bound=Ask)
 
 
 def read_ask(kind: type[AnyAsk], body: bytes) -> AnyAsk:

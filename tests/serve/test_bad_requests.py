@@ -223,7 +223,7 @@ _MESSAGE = st.dictionaries(st.sampled_from(["role", "content", "name", "type"]),
 
 
 @pytest.mark.parametrize("path", GOOD)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(added=st.dictionaries(_FIELDS, _VALUE | st.lists(_MESSAGE, max_size=2), max_size=4))
 def test_no_body_is_the_servers_fault(http: httpx.Client, path: str, added: dict[str, Any]) -> None:
     answer = http.post(path, content=json.dumps(GOOD[path] | added))
@@ -232,7 +232,7 @@ def test_no_body_is_the_servers_fault(http: httpx.Client, path: str, added: dict
         assert refused(answer, answer.status_code)["message"]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace")))
 def test_no_bytes_are_the_servers_fault(http: httpx.Client, body: bytes) -> None:
     refused(http.post(CHAT, content=body))
