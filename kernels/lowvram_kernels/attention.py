@@ -50,10 +50,7 @@ class _CudaOnPaper(torch.autograd.Function):
     def forward(ctx: Any, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, is_flash: bool) -> Tensor:
         batch, heads, rows, width = q_BHTK.shape
         # Flash keeps the queries' strides, the other makes rows of all heads: who reads them copies the rest.
-        if is_flash:
-            out_BHTK = torch.empty_like(q_BHTK)
-        else:
-            out_BHTK = q_BHTK.new_empty(batch, rows, heads, width).transpose(1, 2)
+        out_BHTK = torch.empty_like(q_BHTK) if is_flash else q_BHTK.new_empty(batch, rows, heads, width).transpose(1, 2)
         lse_BHT = q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
         ctx.is_flash = is_flash
         note_work(causal_flops(q_BHTK, k_BGSK))

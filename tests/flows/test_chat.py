@@ -244,8 +244,15 @@ def test_a_person_at_a_terminal_edits_lines_stops_an_answer_and_goes_on(run: Pat
     command += ["--temperature", "0", "--repetition-penalty", "1", "--context", "100000"]  # which never ends
     keyboard, terminal = pty.openpty()
     variables = environment(XDG_STATE_HOME=str(tmp_path), TERM="xterm", COLUMNS="200", PYTHONIOENCODING="utf-8")
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=variables, close_fds=True,
-                               start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=variables,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
     os.close(terminal)
     screen = bytearray()
 
