@@ -224,7 +224,7 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 def _evaluate(run_dir: Path, device: str) -> None:
     from lowvram.cli.evaluate import run as evaluate
 
-    evaluate(argparse.Namespace(checkpoint=run_dir, data=None, tokens=None, json=False, device=device))
+    evaluate(argparse.Namespace(checkpoint=run_dir, data=None, tokens=None, json=False, device=device, precision=None))
 
 
 def _answer(run_dir: Path, device: str) -> None:
