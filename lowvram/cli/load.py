@@ -32,7 +32,7 @@ def load_model(path: Path, device: str) -> Loaded:
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.model.transformer import Transformer, cast_for_reading
+    from lowvram.model.transformer import Transformer, cast_for_reading, lay_by_columns
     from lowvram.objective import DTYPES
     from lowvram.runfile import from_portable
     from lowvram.train.state import load_weights
@@ -45,4 +45,7 @@ def load_model(path: Path, device: str) -> Loaded:
     model = Transformer(what.model, seed=None, device=choose_device(device), dtype=dtype).eval()
     load_weights(model, checkpoint)
     tokenizer = Tokenizer.load(checkpoint.directory)
-    return Loaded(checkpoint, what, tokenizer, cast_for_reading(model, dtype), dtype)
+    model = cast_for_reading(model, dtype)
+    if model.embedding.device.type == "cpu":
+        model = lay_by_columns(model)
+    return Loaded(checkpoint, what, tokenizer, model, dtype)

@@ -21,13 +21,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lowvram.config import ModelConfig
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
-from lowvram.model.cache import Cache
+from lowvram.model.cache import SlotOfCache
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
 from lowvram.model.linear import Kept, RmsNorm
 from lowvram.model.positions import RotaryTable
 from lowvram.plan import Recompute
 from lowvram.recipe import Rotation
 
+_READ_BY_HEADS = "kv_b_proj.weight"  # each head multiplies its own part, from both sides
 INIT_STD = 0.02  # GPT-2's; the seed report uses it too
 _SITES = 2  # places in a block that drop: after attention, after the feed-forward layer
 
@@ -57,7 +58,12 @@ class Block(nn.Module):
             self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, kept)
 
     def forward(
-        self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None, recompute: Recompute = "none"
+        self,
+        x_BTD: Tensor,
+        table: Table,
+        drop: Dropout | None,
+        cache: SlotOfCache | None,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
         attention = _again(self.attention) if recompute == "attention" else self.attention
@@ -110,19 +116,27 @@ class Transformer(nn.Module):
         """The output matrix [V, D]: the embedding itself where the two are tied."""
         return self.embedding if self.config.tied else self.head
 
+    def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None)."""
+        return embedding(token_BT, self.embedding, dtype)
+
+    def read_out(self, stream_D: Tensor) -> Tensor:
+        """Return the logits behind a normed stream: [..., V] from [..., D], in its dtype."""
+        return linear(stream_D, self.head_VD)
+
     def forward(
         self,
         token_BT: Tensor,
         dtype: torch.dtype | None = None,
         drop: Dropout | None = None,
-        cache: Cache | None = None,
+        cache: SlotOfCache | None = None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normed stream [B, T, D] in `dtype` (the weights' own if None) and all loads [MoE layers, E].
 
         With a cache the tokens continue what it holds, and are stored in it.  recompute: what backward computes again.
         """
-        x_BTD = embedding(token_BT, self.embedding, dtype)
+        x_BTD = self.embed(token_BT, dtype)
         if drop is not None and drop.rate > 0.0:
             x_BTD = dropout(x_BTD, drop.rate, drop.key_B, 0)
         start = cache.length if cache is not None else 0
@@ -137,10 +151,10 @@ class Transformer(nn.Module):
             cache.advance(token_BT.shape[1])
         return self.norm(x_BTD), torch.stack(loads) if loads else None
 
-    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: Cache | None = None) -> Tensor:
+    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: SlotOfCache | None = None) -> Tensor:
         """Return the logits of every position, [B, T, V] in `dtype`; for a loss use `linear_cross_entropy`."""
         stream_BTD, _ = self(token_BT, dtype, cache=cache)
-        return linear(stream_BTD, self.head_VD)
+        return self.read_out(stream_BTD)
 
     def moe_layers(self) -> list[MoeFfn]:
         """Return the layers that have experts, in the order of the rows of `forward`'s loads."""
@@ -165,6 +179,21 @@ def cast_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
         if weight.dim() > 1 and not name.endswith("router.weight"):
             weight.data = weight.data.to(dtype)
     return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def lay_by_columns(model: Transformer) -> Transformer:
+    """Lay fp32 matrices with more outputs than inputs column by column, in place: same shapes, values and bytes.
+
+    One row times such a matrix, as decoding multiplies, is then a sum of long columns, and many rows are as fast as
+    before.  For processors; elsewhere and in 16 bits nothing is gained.  Measured: EPYC (AVX2), torch 2.13, one thread:
+    0.31 ms against 0.54 at 2816×512, 3.4 against 5.0 at 32768×512; at 512×1408 0.26 against 0.21.
+    """
+    for name, weight in model.named_parameters():
+        rows, columns = weight.shape[-2:] if weight.dim() > 1 else (0, 0)
+        if weight.dtype == torch.float32 and rows > columns and not name.endswith(_READ_BY_HEADS):
+            weight.data = weight.data.mT.contiguous().mT
+    return model
 
 
 @torch.no_grad()
