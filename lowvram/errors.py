@@ -16,6 +16,7 @@ __all__ = [
     "LowvramError",
     "MachineError",
     "MemoryRanOutError",
+    "NumbersError",
     "PromptError",
     "ShapeError",
     "TokenizerError",
@@ -62,6 +63,10 @@ class MachineError(LowvramError):
 
 class PromptError(LowvramError):
     """A prompt that the model cannot take."""
+
+
+class NumbersError(LowvramError):
+    """Numbers of a model that are not finite where something must be read from them."""
 
 
 class TrainingError(LowvramError):
