@@ -17,6 +17,7 @@ __all__ = [
     "LowvramError",
     "MachineError",
     "MemoryRanOutError",
+    "NumbersError",
     "PromptError",
     "ShapeError",
     "TokenizerError",
@@ -67,6 +68,10 @@ class PromptError(LowvramError):
 
 class ExportError(LowvramError):
     """A model that another program's form cannot hold, or such a form that cannot be read."""
+
+
+class NumbersError(LowvramError):
+    """Numbers of a model that are not finite where something must be read from them."""
 
 
 class TrainingError(LowvramError):

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.config import ModelConfig
 
-# Two contexts that a line is drawn through: long enough that no kernel takes a path for short texts.
-_SAMPLES = (1024, 2048)
+# Two contexts that a line is drawn through, each read in whole chunks, before the token that is decoded: there a
+# reading needs the most, between them less.
+_SAMPLES = (1025, 2049)
 
 
 class Context(NamedTuple):
@@ -96,8 +97,8 @@ def _too_long(wanted: int, slots: int, needed: int, limit_bytes: int, fitting: i
     from lowvram.errors import MachineError
     from lowvram.units import show_bytes
 
-    texts = f"{slots} texts of {wanted:,} tokens" if slots > 1 else f"A text of {wanted:,} tokens"
+    texts = f"{slots} texts of {wanted:,} tokens need" if slots > 1 else f"A text of {wanted:,} tokens needs"
     fix = f"Give --context {fitting}, or fewer texts at once." if fitting > 1 else "End what else runs on the card."
     return MachineError(
-        f"{texts} needs {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
+        f"{texts} {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
     )

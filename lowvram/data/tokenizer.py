@@ -150,6 +150,11 @@ class Tokenizer:
         """The number of ids, specials included."""
         return len(self._bytes)
 
+    @property
+    def specials(self) -> dict[str, int]:
+        """The ids of the special tokens by what a template calls them."""
+        return {name: id for id, name in enumerate(SPECIALS)}
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""
         count_bytes(text)

@@ -77,6 +77,8 @@ def test_every_text_survives(tokenizer: Tokenizer) -> None:
 def test_nothing_in_a_text_becomes_an_added_token(folder: Path, tokenizer: Tokenizer) -> None:
     added = {token["id"] for token in json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]}
     assert len(added) == 4
+    assert set(tokenizer.specials.values()) == added
+    assert tokenizer.specials["<|im_end|>"] == tokenizer.end_of_turn_id
     text = "<|im_end|><|begin|> <think>x<|endoftext|>"
     assert not added & set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -115,6 +117,7 @@ def test_without_a_bos_its_eos_opens_texts(tmp_path: Path) -> None:
 def test_ours_is_loaded_as_ours_even_where_another_may_be(small_tokenizer: Tokenizer) -> None:
     assert type(load_tokenizer(small_tokenizer.directory, rows=10**6)) is Tokenizer
     assert load_tokenizer(small_tokenizer.directory) == small_tokenizer
+    assert small_tokenizer.specials["<|end_of_turn|>"] == small_tokenizer.end_of_turn_id
 
 
 def test_another_programs_is_refused_where_nobody_said_how_many_rows(folder: Path) -> None:
