@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from lowvram.export.card import Story
     from lowvram.generate.weights import CheckpointSource
 
-_SAID = {"fp32": "fp32", "bf16": "bf16", "fp8": "FP8 (E4M3) in blocks of 128 × 128, the rest in bf16 and fp32"}
+_SAID = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "fp8": "FP8 (E4M3) in blocks of 128 × 128, the rest in bf16 and fp32; transformers opens them with `accelerate`",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,7 +1,7 @@
 """A byte-level BPE that another program trained, with the interface of ours; knows no model and no template.
 
-Every text in NFC survives it, and what a text says never becomes a special id: the library is given its vocabulary without the
-added tokens, which are known here by their ids alone.
+Every text in NFC survives it, and what a text says never becomes a special id: the library is given its vocabulary
+without the added tokens, which are known here by their ids alone.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from typing import Any
 import filelock
 import numpy as np
 
+from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.shard_set import COUNTS, DTYPES, FORMAT, INDEX, ShardSet, add_up, other_tokenizer, read_json
 from lowvram.data.text import documents, find_files
-from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import BusyError, DataError, MachineError, TokenizerError
 from lowvram.files import DISK, Disk, explain_full_disk, sha256

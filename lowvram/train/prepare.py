@@ -10,8 +10,8 @@ import torch
 from lowvram.checkpoint import Store
 from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
-from lowvram.data.shards import ShardSet
 from lowvram.data.outside_tokenizer import load_tokenizer
+from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
 from lowvram.files import DISK, Disk

@@ -19,7 +19,10 @@ from lowvram.errors import TokenizerError
 from tests.conftest import TURKISH
 
 # Qwen's, whose numbers and contractions are cut otherwise than ours.
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEXTS = (*TURKISH, "I'm <|im_end|> said <think> 42 times\r\n\n", "çok   boşluk \n", "🫖 日本 \u00a0\u200d", "")
 
 
@@ -39,9 +42,7 @@ def make(out: Path, bos: str | None = "<|begin|>") -> Path:
     library.add_special_tokens(["<|begin|>", "<|endoftext|>", "<|im_end|>"])
     library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     begin = library.token_to_id("<|begin|>")
-    library.post_processor = processors.TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
-    )
+    library.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=library, bos_token=bos, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
     )
@@ -156,7 +157,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no end": (CONFIG, lambda table: table.update(eos_token=None), "names no eos_token"),
     "an end that is no token": (CONFIG, lambda table: table.update(eos_token="</s>"), "names no eos_token"),
     "no vocabulary": (MODEL, lambda table: table["model"].pop("vocab"), "KeyError"),
-    "a broken pre-tokenizer": (MODEL, lambda table: table.update(pre_tokenizer={"type": "X"}), "library tokenizers says"),
+    "a broken pre-tokenizer": (MODEL, lambda table: table.update(pre_tokenizer={"type": "X"}), "tokenizers says"),
 }
 
 

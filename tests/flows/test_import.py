@@ -87,12 +87,12 @@ def test_a_model_with_a_tokenizer_of_its_own_is_talked_to_and_trained_further(ho
         assert typed("data", "pack", home / f"{name}.txt", *shards).code == 0
     form = find_checkpoint(run)[0].config()["model"]
     further = FURTHER.replace('start_from = "imported"', 'start_from = "run"').replace('"tok"', '"run/tokenizer"')
-    head = f"""[model]
+    head = """[model]
 layers = 3
 dim = 48
 tied = false
-attention = {{ kind = "gqa", heads = 4, kv_heads = 2, head_dim = 16 }}
-ffn = {{ kind = "swiglu", hidden = 60 }}
+attention = { kind = "gqa", heads = 4, kv_heads = 2, head_dim = 16 }
+ffn = { kind = "swiglu", hidden = 60 }
 """
     (tmp_path / "further.toml").write_text(head + further[further.index("[data]") :], encoding="utf-8")
     answer = typed("train", tmp_path / "further.toml", "--device", "cpu")
