@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from lowvram.export.card import Story
     from lowvram.generate.weights import CheckpointSource
 
-_SAID = {"fp32": "fp32", "bf16": "bf16", "fp8": "FP8 (E4M3) in blocks of 128 × 128, the rest in bf16 and fp32"}
+_SAID = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "fp8": "FP8 (E4M3) in blocks of 128 × 128, the rest in bf16 and fp32; transformers opens them with `accelerate`",
+}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,18 +50,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Write it and say where."""
     from lowvram.checkpoint import find_checkpoint
+    from lowvram.cli.load import read_config
     from lowvram.cli.show import notice
     from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.hf import refuse_existing
     from lowvram.generate.weights import CheckpointSource
-    from lowvram.runfile import from_portable
 
     _check_options(arguments)
     refuse_existing(arguments.out)
     checkpoint, passed_over = find_checkpoint(arguments.checkpoint, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
+    what = read_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.directory)
     source = CheckpointSource(checkpoint, what.model)
     if arguments.to == "gguf":

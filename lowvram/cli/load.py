@@ -55,17 +55,12 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
         outside = open_outside(path)
         for said in outside.notices:
             notice(said, "yellow")
-        return _load(
-            outside,
-            load_tokenizer(path, outside.config.vocabulary),
-            choose_here(place, precision),
-            place,
-            outside.form.trained_positions,
-        )
+        tokenizer, reading = load_tokenizer(path, outside.config.vocabulary), choose_here(place, precision)
+        return _load(outside, tokenizer, reading, place, outside.form.trained_positions)
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what, tokenizer = _read_config(checkpoint), load_tokenizer(checkpoint.directory)
+    what, tokenizer = read_config(checkpoint), load_tokenizer(checkpoint.directory)
     is_asked = precision is not None or not as_trained
     reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
     source = CheckpointSource(checkpoint, what.model)
@@ -108,7 +103,8 @@ def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     return choose_reading(card_of(device), precision, has_fast_bf16)
 
 
-def _read_config(checkpoint: Checkpoint) -> RunConfig:
+def read_config(checkpoint: Checkpoint) -> RunConfig:
+    """Return the run that a checkpoint is of; raises CheckpointError where this lowvram does not know such a run."""
     from pydantic import ValidationError
 
     from lowvram.errors import CheckpointError

@@ -72,6 +72,7 @@ class OutsideTokenizer(Tokenizer):
     mask_id: int = 0
     end_of_turn_id: int = 0
     _model: str = field(default="", compare=False, repr=False)
+    _added: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
     def read(directory: Path, rows: int) -> OutsideTokenizer:
@@ -100,6 +101,7 @@ class OutsideTokenizer(Tokenizer):
             _bytes=tuple(found.get(id, b"") for id in range(rows)),
             _files=files,
             _model=plain,
+            _added=added,
             **ids,
         )
         tokenizer._check_that_texts_survive()
@@ -110,6 +112,11 @@ class OutsideTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Library
 
         return Library.from_str(self._model)
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """The ids of the added tokens by what a template calls them."""
+        return self._added
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""

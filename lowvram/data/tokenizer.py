@@ -155,6 +155,11 @@ class Tokenizer:
         """What tokenizer_config.json says, names of special tokens and the chat template among it."""
         return dict(json.loads(self._files["tokenizer_config.json"]))
 
+    @property
+    def specials(self) -> dict[str, int]:
+        """The ids of the special tokens by what a template calls them."""
+        return {name: id for id, name in enumerate(SPECIALS)}
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""
         count_bytes(text)

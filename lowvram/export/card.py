@@ -118,7 +118,7 @@ def _use(story: Story) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{story.name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{story.name}")\n'
         f"{opening}"
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0], skip_special_tokens=True))\n"
+        "text = tokenizer.decode(model.generate(ids, max_new_tokens=60)[0], skip_special_tokens=True)\n"
         "```\n\n"
         f"or `lowvram chat {story.name}`.\n"
     )

@@ -96,7 +96,7 @@ def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         # Both forms: MLX and older programs know the second one only.
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": {**rope, "type": "yarn"} if is_long else None,
+        "rope_scaling": _older_form(rope) if is_long else None,
         "use_cache": True,
         OWN: {"trained_positions": max_positions},
     }
@@ -139,6 +139,12 @@ def rope_settings(model: ModelConfig) -> dict[str, Any]:
     return found | (
         {"mscale_all_dim": yarn.mscale} if model.attention.kind == "mla" else {"attention_factor": yarn.magnitude}
     )
+
+
+def _older_form(rope: dict[str, Any]) -> dict[str, Any]:
+    """Return `rope_scaling`, beside which older programs look for theta and the rotated part."""
+    apart = ("rope_theta", "partial_rotary_factor")
+    return {"type": rope["rope_type"], **{key: value for key, value in rope.items() if key not in apart}}
 
 
 def _mla_settings(attention: Mla) -> dict[str, Any]:
