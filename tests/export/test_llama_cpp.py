@@ -72,7 +72,7 @@ def test_llama_cpp_computes_the_same_logits_at_every_position(form: str, tokeniz
 
 
 def greedy(model: Transformer, ids: list[int]) -> list[int]:
-    """Return the ids that our model goes on with, none of them special."""
+    """Return the ids that our model goes on with, special ones too."""
     found = list(ids)
     for _ in range(GREEDY_TOKENS):
         found.append(int(model.logits(torch.tensor([found]))[0, -1].argmax()))
