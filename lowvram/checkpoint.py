@@ -22,6 +22,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,29 @@ _MANIFEST = "manifest.json"
 _STATE = "state.safetensors"
 _STEP = re.compile(r"step-([0-9]{8,})")
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
+
+
+class MappedTensors:
+    """The tensors of a safetensors file, each mapped when it is asked for: what is not touched takes no memory.
+
+    A tensor is the file's own bytes, and changing it changes no file; it stays valid when the file is deleted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt", device="cpu")
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        """Return a tensor's shape without touching its numbers."""
+        return list(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
 
 
 class _NewerFormatError(CheckpointError):
@@ -61,6 +85,10 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """Return the model's tensors by name."""
         return load_file(self.directory / "weights.safetensors")
+
+    def map_weights(self) -> MappedTensors:
+        """Return the model's tensors without loading any."""
+        return MappedTensors(self.directory / "weights.safetensors")
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors by name."""
@@ -220,8 +248,8 @@ class Store:
                 if free_bytes(self.run) < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
                 draft.mkdir()
-                self._write_tensors(draft / "weights.safetensors", weights)
-                self._write_tensors(draft / _STATE, state)
+                write_tensors(draft / "weights.safetensors", weights, self.disk)
+                write_tensors(draft / _STATE, state, self.disk)
                 self.disk.write(draft / "state.json", _to_json(numbers))
                 self.disk.write(draft / "config.json", _to_json(config))
                 for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -237,19 +265,6 @@ class Store:
             self.disk.remove_tree(draft, ignore_errors=True)
             raise
         return Checkpoint(final, manifest)
-
-    def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-
-        def save(place: Path) -> None:
-            try:
-                save_file(whole, place)
-            except safetensors.SafetensorError as error:
-                # safetensors reports a full disk as its own error; the plain one is raised for it.
-                raise OSError(*_errno_of(error)) from error
-            place.chmod(0o644)
-
-        self.disk.write_with(path, save)
 
     def _let_go(self, newest: Path) -> None:
         others = [path for path in _newest_first(self.run) if path != newest][::-1]
@@ -272,6 +287,23 @@ class Store:
 
     def _is_milestone(self, path: Path) -> bool:
         return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, said: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file and return when it is on the drive.  said: plain words in its header."""
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+    def save(place: Path) -> None:
+        try:
+            save_file(whole, place, said)
+        except safetensors.SafetensorError as error:
+            # safetensors reports a full disk as its own error; the plain one is raised for it.
+            raise OSError(*_errno_of(error)) from error
+        place.chmod(0o644)
+
+    disk.write_with(path, save)
 
 
 def _errno_of(error: Exception) -> tuple[int, str]:

@@ -153,7 +153,10 @@ def _multiply(
     """
     code, scale = idle
     if _is_one_launch(rows_MI.device):
-        out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, form)
+        if master.shape[0]:
+            out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, form)
+        else:
+            out_MO = rows_MI.new_empty(rows_MI.shape[0], master.shape[1 if is_turned else 2])
         if code is not None and code.shape[0]:
             copies = IdleStack(code, scale)
             if not is_turned:
@@ -301,7 +304,7 @@ def experts(
     x: [N, D] fp32|bf16|fp16.  gate_up: [W, 2I, D], gate first; down: [W, D, I]: masters of any floating dtype,
     each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
     gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole; without it
-    E = W.  Returns [N, D] in x's dtype.
+    E = W, with it W may be 0, where experts are only read.  Returns [N, D] in x's dtype.
     form: the numbers that resident experts multiply, see `product.py`; where a loop calls the library, operands are
     rounded to them and multiplied in x's dtype.
     Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
@@ -310,9 +313,9 @@ def experts(
     Raises ShapeError if shapes or dtypes do not fit together.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2.
     """
-    count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
-    fits = count > 0 and x.dim() == 2 and x.shape[1] == width and 2 * down.shape[-1] == twice_inner
-    fits = fits and down.shape == (count, width, twice_inner // 2)
+    count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (-1, 0, 0)
+    fits = count >= (0 if idle is not None else 1) and x.dim() == 2 and x.shape[1] == width
+    fits = fits and down.shape == (count, width, twice_inner // 2) and 2 * down.shape[-1] == twice_inner
     if not fits or ids.dim() != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
         shapes = [list(t.shape) for t in (x, gate_up, down, weights, ids)]
         raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowvram_kernels import e4m3
 from lowvram_kernels.dispatch import bytes_of
 from lowvram_kernels.errors import ShapeError
 
@@ -147,6 +148,9 @@ def decode(stack: IdleStack, index: int, dtype: torch.dtype, out: Tensor | None 
             continue
         if code_RN.device.type == "mps":
             rows_RN.copy_(_look_up(code_RN, dtype))
+        elif code_RN.device.type == "cpu":
+            # By way of fp32, since torch's cast from fp16 to bf16 is seven times as slow as these two.
+            rows_RN.copy_(e4m3.decode_finite(code_RN).float().mul_(256.0))
         else:
             rows_RN.copy_(code_RN.view(torch.float8_e4m3fn))
         _multiply_blocks_(rows_RN, scale[start // BLOCK : -(-end // BLOCK)])

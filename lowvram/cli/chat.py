@@ -45,11 +45,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     sampler = build_sampler(arguments)
     loaded = load_model(arguments.checkpoint, arguments.device)
-    engine = Engine(Decoder(loaded.model, loaded.what.train.seq_len, dtype=loaded.dtype), loaded.tokenizer)
+    engine = Engine(Decoder(loaded.model, loaded.trained_len, dtype=loaded.dtype), loaded.tokenizer)
     if arguments.prompt is not None:
         answer(engine, arguments.prompt, sampler, arguments.tokens)
         return
-    notice(f"{loaded.checkpoint.directory}, context of {engine.max_context} tokens.  Ctrl-D ends.", "dim")
+    place = loaded.checkpoint.directory if loaded.checkpoint else arguments.checkpoint
+    notice(f"{place}, context of {engine.max_context} tokens.  Ctrl-D ends.", "dim")
     while text := _ask():
         try:
             # A line of its own for each turn: a base model knows texts, not speakers.

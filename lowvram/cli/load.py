@@ -10,42 +10,108 @@ if TYPE_CHECKING:
     import torch
 
     from lowvram.checkpoint import Checkpoint
-    from lowvram.config import RunConfig
+    from lowvram.config import ModelConfig, RunConfig
     from lowvram.data.tokenizer import Tokenizer
+    from lowvram.generate.precision import Precision, Reading
+    from lowvram.generate.source import Source
     from lowvram.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model on its device, its tokenizer, and what it was trained as."""
+    """A model on its device and its tokenizer.
 
-    checkpoint: Checkpoint
-    what: RunConfig
+    checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
+    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was
+    trained on.
+    """
+
+    checkpoint: Checkpoint | None
+    what: RunConfig | None
+    config: ModelConfig
     tokenizer: Tokenizer
     model: Transformer
     dtype: torch.dtype
+    precision: str
+    reason: str
+    trained_len: int
 
 
-def load_model(path: Path, device: str) -> Loaded:
-    """Open the newest whole checkpoint of a run, or the one named; the dtype is the one it was trained in."""
+def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
+    """Open the newest whole checkpoint of a run, or the one named, or a directory as `lowvram export` writes it.
+
+    precision: of its matrices; without it the card's choice or, as_trained, the one that a run validates in.
+    """
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.model.transformer import Transformer, cast_for_reading, lay_by_columns
-    from lowvram.objective import DTYPES
-    from lowvram.runfile import from_portable
-    from lowvram.train.state import load_weights
+    from lowvram.export.outside import is_outside, open_outside
+    from lowvram.generate.precision import read_as_trained
+    from lowvram.generate.weights import CheckpointSource
 
+    if is_outside(path):
+        outside = open_outside(path)
+        for said in outside.notices:
+            notice(said, "yellow")
+        tokenizer, place = Tokenizer.load(path), choose_device(device)
+        model, *read = _read(outside, choose_here(place, precision), place)
+        return Loaded(None, None, outside.config, tokenizer, model, *read, outside.form.trained_positions)
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
-    dtype = DTYPES[what.train.precision]
-    model = Transformer(what.model, seed=None, device=choose_device(device), dtype=dtype).eval()
-    load_weights(model, checkpoint)
-    tokenizer = Tokenizer.load(checkpoint.directory)
-    model = cast_for_reading(model, dtype)
-    if model.embedding.device.type == "cpu":
+    what = _read_config(checkpoint)
+    tokenizer, place = Tokenizer.load(checkpoint.directory), choose_device(device)
+    if as_trained and precision is None:
+        reading = read_as_trained(what.train.precision)
+    else:
+        reading = choose_here(place, precision)
+    model, *read = _read(CheckpointSource(checkpoint, what.model), reading, place)
+    return Loaded(checkpoint, what, what.model, tokenizer, model, *read, what.train.seq_len)
+
+
+def _read(source: Source, reading: Reading, device: torch.device) -> tuple[Transformer, torch.dtype, str, str]:
+    """Return the model, what it computes in, what its matrices are kept in, and why."""
+    from lowvram.generate.weights import load_for_reading
+    from lowvram.model.transformer import lay_by_columns
+    from lowvram.objective import DTYPES
+    from lowvram.train.guard import free_memory
+
+    dtype = DTYPES[reading.flow]
+    model = load_for_reading(source, reading.kept, device, dtype)
+    if device.type == "cpu":
         model = lay_by_columns(model)
-    return Loaded(checkpoint, what, tokenizer, model, dtype)
+    free_memory(device)
+    return model, dtype, reading.kept, reading.reason
+
+
+def choose_here(device: torch.device, precision: Precision | None) -> Reading:
+    """Choose how a model is read on a device of this machine."""
+    import torch
+    from lowvram_kernels.dispatch import card_of
+
+    from lowvram.generate.precision import choose_reading
+
+    # Of x86 and of ARM; torch before 2.10 tells of none.
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_fast_bf16 = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return choose_reading(card_of(device), precision, has_fast_bf16)
+
+
+def _read_config(checkpoint: Checkpoint) -> RunConfig:
+    from pydantic import ValidationError
+
+    from lowvram.errors import CheckpointError
+    from lowvram.runfile import from_portable
+
+    try:
+        return from_portable(checkpoint.config(), checkpoint.directory.parent)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        version = checkpoint.manifest.get("versions", {}).get("lowvram")
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes a run that this lowvram does not know.",
+            f"{where}: {problem['msg']}.",
+            f"Update lowvram{f' to {version}, which wrote it' if version else ''}.",
+        ) from error

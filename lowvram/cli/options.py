@@ -45,6 +45,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_precision(parser: argparse.ArgumentParser, default: str = "by the card") -> None:
+    """Add --precision.  default: what holds without it, in words."""
+    parser.add_argument(
+        "--precision", choices=("fp8", "int8", "bf16", "fp32"), help=f"numbers of the weights (default: {default})"
+    )
+
+
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the texts to read, and --field."""
     parser.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")

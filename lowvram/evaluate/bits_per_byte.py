@@ -60,6 +60,7 @@ def score(
     total = _count_tokens(shards, most_tokens)
     windows = math.ceil((total - 1) / seq_len)
     nats, targets = 0.0, 0
+    head_VD = model.head_VD  # once for all windows, since codes are decoded for it
     for first in range(0, windows, batch):
         count = min(batch, windows - first)
         flat = np.full(count * seq_len + 1, _IGNORED, dtype=np.int64)
@@ -69,7 +70,7 @@ def score(
         target_N[target_N == bos_id] = _IGNORED
         input_BT = torch.from_numpy(np.maximum(flat[:-1], 0)).unflatten(0, (count, seq_len))
         stream_BTD, _ = model(input_BT.to(device), dtype)
-        nats += linear_cross_entropy(stream_BTD.flatten(0, 1), model.head_VD, target_N.to(device)).item()
+        nats += linear_cross_entropy(stream_BTD.flatten(0, 1), head_VD, target_N.to(device)).item()
         targets += int((target_N != _IGNORED).sum())
         if progress:
             progress(min(first + batch, windows), windows)

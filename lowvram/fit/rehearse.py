@@ -30,7 +30,7 @@ from lowvram.train.step import gradients, learn_in_backward, loss_for, update
 
 # What torch's caching allocator rounds every block up to (c10/cuda/CUDACachingAllocator, kMinBlockSize); the CPU's
 # takes what it is asked for.  That a large block may stay unsplit is left to the profile's fragmentation.
-_BLOCK_BYTES = {"cuda": 512, "mps": 512, "cpu": 1}
+BLOCK_BYTES = {"cuda": 512, "mps": 512, "cpu": 1}
 _PAPER = torch.device("meta")
 # Ops that make one new tensor, and whose form torch works out in Python: half of a rehearsal's time, unless remembered.
 _SLOW_ON_PAPER = frozenset(
@@ -121,6 +121,20 @@ class LiveStorage(TorchDispatchMode):
     def life_of(self, tensor: Tensor) -> _Storage:
         """Return the life of a tensor's storage."""
         return self._alive[tensor.untyped_storage()._cdata][1]
+
+    def find_peak(self) -> tuple[int, int]:
+        """Return the most bytes alive at once on the card, and the moment when they first were."""
+        change = [0] * (self.moment + 2)
+        for life in self.lives:
+            if not life.is_on_host:
+                change[life.born] += life.size
+                change[self.moment + 1 if life.died is None else life.died] -= life.size
+        now = peak = moment = 0
+        for index in range(self.moment + 1):
+            now += change[index]
+            if now > peak:
+                peak, moment = now, index
+        return peak, moment
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
@@ -227,7 +241,7 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     One micro-batch stands for all: where plan.accumulate is above 1 its gradients are added to some that exist already,
     as they do from the second one on.  The optimizer's states exist from the beginning, as in every later step.
     """
-    counter = LiveStorage(_BLOCK_BYTES[card.platform])
+    counter = LiveStorage(BLOCK_BYTES[card.platform])
     # Apple's memory and a processor's are one for both sides: what would leave the card stays in it.
     aside = {"note_host": counter.mark_host} if card.platform == "cuda" else {}
     with on_paper(card, counter.add_hidden, **aside), counter:
@@ -337,17 +351,8 @@ def _noting_backward(loss_of: Callable[[Batch], Loss], counter: LiveStorage) -> 
 
 def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, files: list[list[_Storage]]) -> Ledger:
     """Find the moment with the most bytes alive on the card, and sort what lives then by birthplace."""
-    end = counter.moment
+    end, (peak, moment) = counter.moment, counter.find_peak()
     on_card = [life for life in counter.lives if not life.is_on_host]
-    change = [0] * (end + 2)
-    for life in on_card:
-        change[life.born] += life.size
-        change[end + 1 if life.died is None else life.died] -= life.size
-    now = peak = moment = 0
-    for index in range(end + 1):
-        now += change[index]
-        if now > peak:
-            peak, moment = now, index
     lines = dict.fromkeys(LEDGER_LINES, 0)
     for life in on_card:
         if life.born <= moment < (end + 1 if life.died is None else life.died):

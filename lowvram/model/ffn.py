@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lowvram_kernels.experts import experts
 from lowvram_kernels.idle import IdleStack, new_idle
-from lowvram_kernels.swiglu import swiglu
+from lowvram_kernels.swiglu import gated_product, swiglu
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -32,7 +32,13 @@ class SwiGluFfn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D].  Returns SwiGLU of norm(x), [..., D]."""
         (gate_up,) = project(self.norm, x, self.gate_up_proj)
-        return swiglu(gate_up, self.down_proj.weight, self.down_proj.form)
+        return _gate_and_project(gate_up, self.down_proj)
+
+
+def _gate_and_project(gate_up: Tensor, down_proj: Linear) -> Tensor:
+    if down_proj.weight_scale is not None:
+        return down_proj(gated_product(gate_up))
+    return swiglu(gate_up, down_proj.weight, down_proj.form)
 
 
 class SharedExpert(nn.Module):
@@ -45,7 +51,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """x: [N, D].  Returns [N, D]."""
-        return swiglu(self.gate_up_proj(x_ND), self.down_proj.weight, self.down_proj.form)
+        return _gate_and_project(self.gate_up_proj(x_ND), self.down_proj)
 
 
 class _Fp32Linear(torch.autograd.Function):
@@ -104,9 +110,12 @@ class MoeFfn(ExactBuffers):
 
     Where experts rotate, the window's are weights, in the first slots; the others are low-precision copies in buffers,
     which answer as ever and do not learn.  `slot_E` says which expert lies where; only `place_experts` changes it.
+    Where a model is only read, all experts may be codes of 8 bits; their scales then lie beside the stacks.
     """
 
     slot_E: Tensor | None
+    gate_up_EHD_scale: Tensor | None
+    down_EDI_scale: Tensor | None
 
     def __init__(self, dim: int, config: Moe, eps: float, kept: Kept = KEPT) -> None:
         super().__init__()
@@ -118,6 +127,8 @@ class MoeFfn(ExactBuffers):
         self.down_EDI = kept.matrix(window, dim, hidden)
         self.form = kept.form
         self.shared = SharedExpert(dim, config.shared * hidden, kept)
+        self.register_buffer("gate_up_EHD_scale", None)
+        self.register_buffer("down_EDI_scale", None)
         self.register_buffer("slot_E", None, persistent=False)
         # Set while the masters are read in place of the copies: returns those of the idle slots, layer by layer.
         self.read_masters: Callable[[], tuple[IdleStack, IdleStack]] | None = None
@@ -138,7 +149,12 @@ class MoeFfn(ExactBuffers):
         if self.slot_E is not None:
             slot_NK = self.slot_E[id_NK]
             idle = self.idle() if self.read_masters is None else self.read_masters()
-        routed_ND = experts(x_ND, self.gate_up_EHD, self.down_EDI, weight_NK, slot_NK, idle, self.form)
+        gate_up, down = self.gate_up_EHD, self.down_EDI
+        if self.gate_up_EHD_scale is not None:
+            # All experts are copies that do not learn: none is resident.
+            idle = IdleStack(gate_up, self.gate_up_EHD_scale), IdleStack(down, self.down_EDI_scale)
+            gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))
+        routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.form)
         return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
 
     def idle(self) -> tuple[IdleStack, IdleStack]:

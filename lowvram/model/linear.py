@@ -1,4 +1,4 @@
-"""Layers that own one weight and hand it to a lean op: masters, cast where they are used."""
+"""Layers that own one weight and hand it to a lean op: a master, cast where it is used, or codes of 8 bits to read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.linear import linear
 from lowvram_kernels.norm_linears import norm_linears
 from lowvram_kernels.product import Form
+from lowvram_kernels.quantise import Scaled
 from lowvram_kernels.rms_norm import rms_norm
+from lowvram_kernels.weight_only import decoded, weight_only_linear
 from torch import Tensor, nn
 
 from lowvram.recipe import Rotation
@@ -19,17 +22,20 @@ class Kept(NamedTuple):
     """How weights are kept and multiplied: where, matrices in which numbers, and how a layer's experts take turns.
 
     Norms and routers, which compute in fp32, are fp32 always.  form: of the products of every Linear and expert; the
-    embedding, the head and the router multiply plainly.
+    embedding, the head and the router multiply plainly.  is_hollow: matrices have no memory yet; `generate/weights.py`
+    puts what it reads in their place, in whatever numbers it keeps them.
     """
 
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
     rotation: Rotation | None = None
     form: Form = "plain"
+    is_hollow: bool = False
 
     def matrix(self, *shape: int) -> nn.Parameter:
         """Return a matrix, or a stack of them, for a load or a draw to fill."""
-        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device))
+        device = "meta" if self.is_hollow else self.device
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=device))
 
 
 KEPT = Kept()
@@ -39,19 +45,27 @@ _LEAST_WIDENED = 8
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ without bias; computes in x's dtype whatever dtype the weight is kept in."""
+    """y = x Wᵀ without bias; computes in x's dtype whatever dtype the weight is kept in.
+
+    weight_scale: the scales of a weight of 8 bits, which can be read and not learnt; None where it is plain.
+    """
+
+    weight_scale: Tensor | None
 
     def __init__(self, inputs: int, outputs: int, kept: Kept = KEPT) -> None:
         super().__init__()
         self.weight, self.form = kept.matrix(outputs, inputs), kept.form
+        self.register_buffer("weight_scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs].  Returns [..., outputs] in x's dtype."""
+        if self.weight_scale is not None:
+            return weight_only_linear(x, Scaled(self.weight, self.weight_scale))
         return linear(x, self.weight, self.form)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in dtype, [outputs, inputs]: itself where it is kept so, else a copy."""
-        return self.weight.to(dtype)
+        return decoded(self.weight, self.weight_scale, dtype)
 
 
 class RmsNorm(nn.Module):
@@ -82,7 +96,7 @@ def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 def is_slow_in_half(x: Tensor) -> bool:
     """Say whether products of x's numbers are of 16 bits on a processor that has no instructions for them."""
     has_none = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
+    return card_of(x.device).platform == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
 
 
 def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
@@ -90,4 +104,7 @@ def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
 
     layers: of one form.  x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
     """
+    if any(layer.weight_scale is not None for layer in layers):
+        normed = norm(x)
+        return [layer(normed) for layer in layers]
     return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps, layers[0].form)

@@ -40,7 +40,7 @@ def read_one_token(model: Transformer, token_N: Tensor, rows: Rows, dtype: torch
 
 def read_out(model: Transformer, stream_ND: Tensor) -> Tensor:
     """Return the logits behind normed streams: [N, V] from [N, D], in their dtype."""
-    head_VD = model.head_VD
+    head_VD = model.embedding if model.config.tied else model.head
     return multiply(stream_ND, head_VD) if head_VD.dtype.is_floating_point else model.read_out(stream_ND)
 
 

@@ -16,6 +16,8 @@ from lowvram_kernels.dropout import dropout
 from lowvram_kernels.embedding import embedding
 from lowvram_kernels.linear import linear
 from lowvram_kernels.product import Form
+from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.weight_only import decoded, look_up, weight_only_linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -86,8 +88,11 @@ class Transformer(nn.Module):
 
     dtype: of the matrices; norms and routers are fp32 always.  rotation: how many experts of a layer are weights, and
     as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.  form: the numbers that
-    the blocks' layers multiply.
+    the blocks' layers multiply.  is_hollow: matrices have no memory, see `Kept`.
     """
+
+    embedding_scale: Tensor | None
+    head_scale: Tensor | None
 
     def __init__(
         self,
@@ -97,10 +102,13 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         rotation: Rotation | None = None,
         form: Form = "plain",
+        is_hollow: bool = False,
     ) -> None:
         super().__init__()
-        self.config, kept = config, Kept(device, dtype, rotation, form)
+        self.config, kept = config, Kept(device, dtype, rotation, form, is_hollow)
         self.embedding = kept.matrix(config.vocabulary, config.dim)
+        self.register_buffer("embedding_scale", None)
+        self.register_buffer("head_scale", None)
         self.blocks = nn.ModuleList(Block(config, layer, kept) for layer in range(config.layers))
         self.norm = RmsNorm(config.dim, config.norm_eps, device)
         if not config.tied:
@@ -113,16 +121,29 @@ class Transformer(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix [V, D]: the embedding itself where the two are tied."""
-        return self.embedding if self.config.tied else self.head
+        """The output matrix [V, D]: the embedding itself where the two are tied; of codes a copy in fp32."""
+        plain, scale = self._head()
+        return plain if scale is None else self.head_matrix(torch.float32)
+
+    def head_matrix(self, dtype: torch.dtype) -> Tensor:
+        """Return the output matrix in dtype, [V, D]: itself where it is kept so, else a copy."""
+        return decoded(*self._head(), dtype)
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        return (self.embedding, self.embedding_scale) if self.config.tied else (self.head, self.head_scale)
 
     def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None)."""
+        """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None, which codes have not)."""
+        if self.embedding_scale is not None:
+            return look_up(token_BT, Scaled(self.embedding, self.embedding_scale), dtype or torch.float32)
         return embedding(token_BT, self.embedding, dtype)
 
     def read_out(self, stream_D: Tensor) -> Tensor:
         """Return the logits behind a normed stream: [..., V] from [..., D], in its dtype."""
-        return linear(stream_D, self.head_VD)
+        head_VD, scale = self._head()
+        if scale is not None:
+            return weight_only_linear(stream_D, Scaled(head_VD, scale))
+        return linear(stream_D, head_VD)
 
     def forward(
         self,
@@ -167,18 +188,6 @@ def _again(layer: nn.Module) -> Callable[..., Any]:
     No generator's state is kept: dropout is keyed, and routing depends on nothing that a step changes.
     """
     return functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-
-
-@torch.no_grad()
-def cast_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Keep the model's matrices in `dtype`, in place, where they would be cast at every use: nothing is learnt then.
-
-    Norms and routers, which compute in fp32, keep their precision, so every answer stays the same to the bit.
-    """
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1 and not name.endswith("router.weight"):
-            weight.data = weight.data.to(dtype)
-    return model.requires_grad_(False)
 
 
 @torch.no_grad()

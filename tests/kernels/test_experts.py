@@ -283,7 +283,8 @@ def test_idle_experts_take_one_scratch_for_all_which_a_rehearsal_sees(
     slack = 48 * 1024  # rows of four tokens
     assert expected <= live.peak < expected + slack < expected + matrix
     if dtype == torch.float32:  # the allocator's own word; bf16 products take scratch of oneDNN's there
-        assert hidden_bytes(run) <= live.peak + slack
+        decoding = 6 * 2 * inner * width if form == "e4m3" else 0  # a chunk at work, at most `idle.CHUNK` elements
+        assert hidden_bytes(run) <= live.peak + slack + decoding
 
 
 @each_form

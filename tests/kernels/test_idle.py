@@ -182,7 +182,8 @@ def test_decoding_makes_no_temporary_as_large_as_two_copies(
     stack, out = new_idle(2, 1024, 512, form), torch.empty(1024, 512, dtype=dtype)
     with LiveBytes().ignore(*[part for part in stack if part is not None], out) as live:
         decode(stack, 1, dtype, out)
-    assert live.peak <= 3 * 2**12  # E4M3's scales, one for each row and block of columns
+    at_work = 6 * 128 * 512 if form == "e4m3" else 0  # 2 bytes of fp16 and 4 of fp32, of one block of rows
+    assert live.peak <= at_work + 3 * 2**12  # E4M3's scales, one for each row and block of columns
     # What torch's own kernels take besides, by the allocator's events: 12 bytes of a chunk, which is one block of rows.
     assert hidden_bytes(lambda: decode(stack, 1, dtype, out)) <= 12 * 128 * 512 < nbytes(stack)
 

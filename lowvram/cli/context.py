@@ -1,0 +1,103 @@
+"""How long a text may get here: what the model was trained for, what the user asks for, and what fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from lowvram.cli.load import Loaded
+    from lowvram.config import ModelConfig
+
+# Two contexts that a line is drawn through: long enough that no kernel takes a path for short texts.
+_SAMPLES = (1024, 2048)
+
+
+class Context(NamedTuple):
+    """max_context: tokens of one text, the answer included.  reason: why, as a sentence.  warning: "" for none."""
+
+    max_context: int
+    trained_len: int
+    reason: str
+    warning: str = ""
+
+
+def find_max_context(loaded: Loaded, slots: int = 1, asked: int | None = None) -> Context:
+    """Return the longest text that each of `slots` may hold.
+
+    asked: by the user; None: what the model is made for, or as much of it as fits.
+    Raises MachineError where what is asked for, or any text, does not fit.
+    """
+    from lowvram.cli.place import find_card_of
+
+    trained, made_for = loaded.trained_len, reach(loaded.config, loaded.trained_len)
+    wanted = asked or made_for
+    place = find_card_of(loaded.model.embedding.device).place("bf16")
+    needed = _needed(loaded, slots, wanted)
+    if needed <= place.limit_bytes:
+        return Context(wanted, trained, _explain(wanted, trained, made_for, asked), _warn(loaded, wanted))
+    fitting = min(wanted - 1, _solve(loaded, slots, place.limit_bytes))
+    # A line is drawn through two points, so its end is looked at too.
+    while fitting > 1 and _needed(loaded, slots, fitting) > place.limit_bytes:
+        fitting = fitting * 7 // 8
+    if asked is not None or fitting <= 1:
+        raise _too_long(wanted, slots, needed, place.limit_bytes, fitting)
+    reason = f"{fitting:,} tokens are what fits beside the weights; the model is made for {made_for:,}."
+    return Context(fitting, trained, reason, _warn(loaded, fitting))
+
+
+def reach(config: ModelConfig, trained_len: int) -> int:
+    """Return the tokens that a model is made for: those that it was trained on, times what YaRN stretches them by."""
+    yarn = config.positions.yarn if config.positions.kind == "rope" else None
+    if yarn is None:
+        return trained_len
+    # A run whose sequences are longer than the original ones has been trained on stretched ones.
+    return max(trained_len, int(min(trained_len, yarn.original_len) * yarn.factor))
+
+
+def _needed(loaded: Loaded, slots: int, max_context: int) -> int:
+    from lowvram_kernels.dispatch import card_of
+
+    from lowvram.fit.reading import rehearse_reading
+
+    card = card_of(loaded.model.embedding.device)
+    return rehearse_reading(loaded.model, loaded.dtype, slots, max_context, card)
+
+
+def _solve(loaded: Loaded, slots: int, limit_bytes: int) -> int:
+    few, many = (_needed(loaded, slots, length) for length in _SAMPLES)
+    per_token = (many - few) / (_SAMPLES[1] - _SAMPLES[0])
+    return max(1, int(_SAMPLES[0] + (limit_bytes - few) / per_token))
+
+
+def _explain(wanted: int, trained: int, made_for: int, asked: int | None) -> str:
+    if asked is not None:
+        return f"{wanted:,} tokens, as asked."
+    if made_for > trained:
+        return f"{wanted:,} tokens: trained on {trained:,}, which YaRN stretches."
+    return f"{wanted:,} tokens, the length that it was trained on."
+
+
+def _warn(loaded: Loaded, max_context: int) -> str:
+    trained, positions = loaded.trained_len, loaded.config.positions
+    if max_context <= trained:
+        return ""
+    untested = f"Quality is untested beyond {trained:,} tokens, the longest text that this model was trained on"
+    if positions.kind == "alibi":
+        return f"{untested}; ALiBi's penalty goes on, and far tokens count less and less."
+    if positions.yarn is None:
+        return f"{untested}; plain RoPE usually fails there: train with positions.yarn, or keep to {trained:,}."
+    stretched = reach(loaded.config, trained)
+    if max_context > stretched:
+        return f"{untested}, and YaRN stretches to {stretched:,} only."
+    return f"{untested}; YaRN stretches its positions to {stretched:,}."
+
+
+def _too_long(wanted: int, slots: int, needed: int, limit_bytes: int, fitting: int) -> Exception:
+    from lowvram.errors import MachineError
+    from lowvram.units import show_bytes
+
+    texts = f"{slots} texts of {wanted:,} tokens" if slots > 1 else f"A text of {wanted:,} tokens"
+    fix = f"Give --context {fitting}, or fewer texts at once." if fitting > 1 else "End what else runs on the card."
+    return MachineError(
+        f"{texts} needs {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
+    )

@@ -1,0 +1,55 @@
+"""In which numbers a model is read, and why; knows no tensor and no file."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+from lowvram_kernels.dispatch import Card, choose
+
+Flow = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp8", "int8", "bf16", "fp32"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+class Reading(NamedTuple):
+    """kept: the numbers of the matrices.  flow: those between them.  reason: why, as half a sentence."""
+
+    kept: Precision | Flow
+    flow: Flow
+    reason: str
+
+
+def choose_reading(card: Card, asked: Precision | None = None, has_fast_bf16: bool = True) -> Reading:
+    """Choose how a model is read on a card.
+
+    asked: what the user wants, None where the card decides.  has_fast_bf16: of the processor, where that computes.
+    """
+    flow = _choose_flow(card, has_fast_bf16)
+    if asked in ("fp8", "int8"):
+        return Reading(asked, flow, "as asked")
+    if asked is not None:
+        return Reading(asked, asked, "as asked")
+    if card.platform == "cpu":
+        has = "has" if has_fast_bf16 else "has no"
+        return Reading(flow, flow, f"the processor {has} instructions that multiply bf16")
+    if card.platform == "mps":
+        return Reading("bf16", flow, "half of fp32's bytes; 8 bits would be decoded by plain PyTorch at every token")
+    small = choose("small_matmul", card)
+    if small.backend == "triton":
+        return Reading("fp8", flow, "half of bf16's bytes to read for each token, decoded in registers")
+    if flow == "fp16":
+        return Reading("int8", flow, f"{small.reason}; INT8 is decoded with the fewest passes")
+    return Reading("bf16", flow, small.reason)
+
+
+def read_as_trained(precision: str) -> Reading:
+    """Return the reading in which a run's own validation reads.  precision: the run's `train.precision`."""
+    flow: Flow = "fp32" if precision == "fp32" else "fp16" if precision == "fp16" else "bf16"
+    return Reading(flow, flow, "as the run validates")
+
+
+def _choose_flow(card: Card, has_fast_bf16: bool) -> Flow:
+    if card.platform == "cpu" and not has_fast_bf16:
+        return "fp32"
+    # Before capability 8.0 bf16 has no tensor cores.
+    return "fp16" if card.capability is not None and card.capability < (8, 0) else "bf16"
