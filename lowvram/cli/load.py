@@ -73,14 +73,14 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
 def _read(source: Source, reading: Reading, device: torch.device) -> tuple[Transformer, torch.dtype, str, str]:
     """Return the model, what it computes in, what its matrices are kept in, and why."""
     from lowvram.generate.weights import load_for_reading
-    from lowvram.model.transformer import lay_by_columns
+    from lowvram.model.transformer import lay_for_decoding
     from lowvram.objective import DTYPES
     from lowvram.train.guard import free_memory
 
     dtype = DTYPES[reading.flow]
     model = load_for_reading(source, reading.kept, device, dtype)
     if device.type == "cpu":
-        model = lay_by_columns(model)
+        model = lay_for_decoding(model)
     free_memory(device)
     return model, dtype, reading.kept, reading.reason
 

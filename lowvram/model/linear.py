@@ -82,13 +82,14 @@ class RmsNorm(nn.Module):
 
 
 def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Return x Wᵀ in x's dtype, for reading: what `linear` gives, by whatever is fastest for so few or many rows."""
+    """Return x Wᵀ in x's dtype, for reading: what `linear` gives, by whatever is fastest for so few or many rows.
+
+    x: [N, inputs], or one row as a vector.
+    """
     if weight_OI.dtype != x_NI.dtype:
         weight_OI = weight_OI.to(x_NI.dtype)
-    if x_NI.device.type != "cpu":
-        return F.linear(x_NI, weight_OI)
-    if x_NI.shape[0] == 1:
-        return torch.mv(weight_OI, x_NI[0])[None]
+    if x_NI.dim() == 1:
+        return torch.mv(weight_OI, x_NI)
     if x_NI.shape[0] >= _LEAST_WIDENED and is_slow_in_half(x_NI):
         return F.linear(x_NI.float(), weight_OI.float()).to(x_NI.dtype)
     return F.linear(x_NI, weight_OI)
