@@ -13,11 +13,13 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DiskFullError",
+    "ExportError",
     "LowvramError",
     "MachineError",
     "MemoryRanOutError",
     "NumbersError",
     "PromptError",
+    "PromptTooLongError",
     "ShapeError",
     "TokenizerError",
     "TrainingError",
@@ -67,6 +69,14 @@ class PromptError(LowvramError):
 
 class NumbersError(LowvramError):
     """Numbers of a model that are not finite where something must be read from them."""
+
+
+class ExportError(LowvramError):
+    """A model that another program's form cannot hold, or such a form that cannot be read."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt that does not fit the context; its newest part would."""
 
 
 class TrainingError(LowvramError):

@@ -13,6 +13,10 @@ from lowvram.machine import find_card
 if find_card() is None:
     # Read when Triton is imported: without a card its kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as lowvram does where it chooses its device
 
 TURKISH = (
     "Ankara'da sabah erkenden yola çıktık; hava serindi, gökyüzü ise bulutsuzdu.",

@@ -27,7 +27,7 @@ LADDER = [
     ["cli"],
     ["fit"],
     ["train"],
-    ["export", "evaluate"],
+    ["export", "evaluate", "serve"],
     ["generate"],
     ["objective"],
     ["checkpoint"],

@@ -35,7 +35,7 @@ from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
 from lowvram.generate.weights import is_matrix
 from lowvram.model.cache import CacheForm
-from lowvram.model.transformer import Transformer, lay_for_decoding
+from lowvram.model.transformer import Transformer, lay_by_columns
 from lowvram.runfile import load_preset
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
@@ -96,7 +96,7 @@ def measure(
     for name, weight in model.named_parameters():
         if is_matrix(name, weight.shape):
             weight.data = weight.data.to(dtype)
-    model = lay_for_decoding(model.requires_grad_(False))
+    model = lay_by_columns(model.requires_grad_(False))
     # Without zeros, which generate() takes for padding.
     prompt_BT = torch.randint(1, config.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, context + tokens + 1, dtype=dtype, cache=cache)

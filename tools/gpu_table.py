@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 _GIB = 2**30
+# How steps are timed; rows have those that were possible.
+_MODES = ("eager", "played", "compiled", "compiled and played")
 
 
 class Roofs(NamedTuple):
@@ -200,22 +202,27 @@ def _trainings(rows: Sequence[Row], roofs: Roofs) -> str:
             [
                 row["name"].removeprefix("train "),
                 f"{plan['micro_batch']} × {plan['accumulate']}, {plan['recompute']}",
-                *(_say_mode(row["modes"].get(mode)) for mode in ("eager", "compiled")),
+                *(_say_mode(row["modes"].get(mode)) for mode in _MODES),
                 f"{speed / 1e12:,.1f} ({_percent(_share(speed, roofs.measured.get('bf16'), 1.0))})",
-                " / ".join(_say_bytes(mode["peak_bytes"]) for mode in row["modes"].values()),
+                " / ".join(_say_peak(row["modes"].get(mode)) for mode in _MODES),
                 _say_bytes(row["ledger_bytes"]),
                 _say_bytes(row["limit_bytes"]),
                 _say_aims(row, roofs),
             ]
         )
-    head = ["preset and card whose memory it has", "plan", "eager tokens/s", "compiled tokens/s"]
-    head += ["TFLOP/s (of cuBLAS bf16)", "peak GiB: eager / compiled", "ledger GiB", "limit GiB", "aim"]
+    head = ["preset and card whose memory it has", "plan", *(f"{mode} tokens/s" for mode in _MODES)]
+    head += ["TFLOP/s (of cuBLAS bf16)", f"peak GiB: {' / '.join(_MODES)}", "ledger GiB", "limit GiB", "aim"]
     title = (
         "## Training\n\nlowvram's own steps on random tokens, with the plan that `fit` chooses within the smaller "
         "card's memory (sequences × accumulation, what is recomputed). Operations are the rehearsal's, what is "
-        "recomputed included.\n\n"
+        "recomputed included. Played: a micro-batch's passes come from CUDA graphs; its peak is what the allocator "
+        "holds.\n\n"
     )
     return title + _table(head, lines) if lines else ""
+
+
+def _say_peak(mode: Row | None) -> str:
+    return _say_bytes(None if mode is None else mode["peak_bytes"])
 
 
 def _say_mode(mode: Row | None) -> str:

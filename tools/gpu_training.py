@@ -7,6 +7,7 @@ this card within that limit.  A step of many micro-batches is timed by some of t
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ from lowvram.profile import load_profile
 from lowvram.runfile import load_preset
 from lowvram.train.compilation import compiled, forget_compiled
 from lowvram.train.guard import cap_memory, free_memory
+from lowvram.train.recording import Recording
 from lowvram.train.state import build_state
-from lowvram.train.step import gradients, loss_for, update
+from lowvram.train.step import Add, add_gradients, discard, gradients, loss_for, update
 from tools.gpu_kernel import Aim, Row, Scene, first_line
 
 LEAST_REPEATS, MOST_REPEATS = 3, 7
@@ -144,13 +146,24 @@ class _Steps:
 
     def __init__(self, model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device) -> None:
         state = build_state(model, train, plan, device, train.seed)
-        self.network, self._optimizer = state.model, state.optimizer
+        self.network, self.optimizer = state.model, state.optimizer
         self._loss_of, self._train, self._plan = loss_for(state.model, train, plan), train, plan
         shape = (train.batch_samples, train.seq_len + 1)
         self._token_BT = torch.randint(0, model.vocabulary, shape, device=device)
         self._sample_B = torch.arange(shape[0], device=device)
         self.timed = min(2, plan.accumulate)
         self.losses: list[float] = []
+        self._add: Add | None = None
+
+    def record(self) -> None:
+        """Play a recording of the passes from now on."""
+        batch = Batch(*(part[: self._plan.micro_batch] for part in (self._token_BT, self._sample_B)))
+        add = functools.partial(add_gradients, self.network, self._loss_of, self._train.seed)
+        self._add = Recording(self.network, add, batch, self._plan.accumulate > 1).add
+
+    def launch(self) -> None:
+        """Launch every kernel again."""
+        self._add = None
 
     def learn(self) -> tuple[float, float]:
         """Make a step of the timed micro-batches; returns the seconds of its gradients and of its update."""
@@ -158,11 +171,12 @@ class _Steps:
         parts = [slice(start * size, (start + 1) * size) for start in range(self.timed)]
         batches = [Batch(self._token_BT[part], self._sample_B[part]) for part in parts]
         began = time.perf_counter()
-        found = gradients(self.network, self._loss_of, batches, self.timed * size * self._train.seq_len)
+        targets = self.timed * size * self._train.seq_len
+        found = gradients(self.network, self._loss_of, batches, targets, 1.0, self._train.seed, self._add)
         loss, norm, _ = found.stats.tolist()  # waits for the device, as the trainer does
         learnt = time.perf_counter()
         self.losses.append(loss)
-        update(self.network, self._optimizer, found.loads, _RATE, min(1.0, self._train.clip / (norm + 1e-6)))
+        update(self.network, self.optimizer, found.loads, _RATE, min(1.0, self._train.clip / (norm + 1e-6)))
         _wait(self._token_BT.device)
         return learnt - began, time.perf_counter() - learnt
 
@@ -173,15 +187,17 @@ def _wait(device: torch.device) -> None:
 
 
 def _time_modes(model: ModelConfig, train: TrainConfig, plan: Plan, scene: Scene) -> Row:
-    """Time eager steps, then compiled ones of the same model; on a processor nothing is compiled."""
+    """Time eager steps, then played and compiled ones of the same model; a processor has eager ones alone."""
     held_bytes = torch.cuda.memory_allocated(scene.device) if scene.is_card else 0
     steps = _Steps(model, train, plan, scene.device)
     modes = {"eager": _time_mode(steps, plan, train, scene, held_bytes)}
-    notes = []
+    notes: list[str] = []
     if scene.is_card:
+        modes |= _time_played("played", steps, plan, train, scene, held_bytes, notes)
         try:
             with compiled(steps.network):
                 modes["compiled"] = _time_mode(steps, plan, train, scene, held_bytes)
+                modes |= _time_played("compiled and played", steps, plan, train, scene, held_bytes, notes)
         except MachineError as error:
             notes.append(f"not compiled: {error.why}")
         except torch.OutOfMemoryError as error:
@@ -196,6 +212,25 @@ def _time_modes(model: ModelConfig, train: TrainConfig, plan: Plan, scene: Scene
     }
 
 
+def _time_played(
+    name: str, steps: _Steps, plan: Plan, train: TrainConfig, scene: Scene, held_bytes: int, notes: list[str]
+) -> dict[str, Row]:
+    """Time steps whose passes are played from CUDA graphs; their peak is what the allocator holds then."""
+    discard(steps.optimizer)
+    free_memory(scene.device)
+    modes = {}
+    try:
+        steps.record()
+        modes[name] = _time_mode(steps, plan, train, scene, held_bytes)
+        modes[name]["peak_bytes"] = torch.cuda.memory_reserved(scene.device) - held_bytes
+    except RuntimeError as error:
+        notes.append(f"not {name}: {first_line(error)}")
+    steps.launch()
+    discard(steps.optimizer)
+    free_memory(scene.device)
+    return modes
+
+
 def _time_mode(steps: _Steps, plan: Plan, train: TrainConfig, scene: Scene, held_bytes: int) -> Row:
     began = time.perf_counter()
     steps.learn()  # compiles, or makes the optimizer's states
@@ -203,7 +238,7 @@ def _time_mode(steps: _Steps, plan: Plan, train: TrainConfig, scene: Scene, held
     steps.learn()
     gradients_s, _ = steps.learn()
     micro_s = gradients_s / steps.timed
-    steps.timed = min(plan.accumulate, max(steps.timed, round(_TIMED_S / micro_s)))
+    steps.timed = min(plan.accumulate, max(min(2, plan.accumulate), round(_TIMED_S / micro_s)))
     if scene.is_card:
         torch.cuda.reset_peak_memory_stats(scene.device)
     began, taken = time.perf_counter(), [steps.learn() for _ in range(LEAST_REPEATS)]

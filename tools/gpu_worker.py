@@ -46,6 +46,7 @@ class Case(NamedTuple):
 def find_scene(is_tiny: bool) -> Scene:
     """Return the card, or for --tiny alone the processor.  The interpreter is right about fp16, not about bf16."""
     if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as lowvram does where it chooses its device
         return Scene(torch.device("cuda", 0), is_tiny, torch.bfloat16)
     return Scene(torch.device("cpu"), is_tiny, torch.float16)
 

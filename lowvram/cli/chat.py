@@ -1,17 +1,28 @@
-"""`lowvram chat`: text in, the model's continuation out, as it is written."""
+"""`lowvram chat`: talk to a trained model, or let it go on with a text."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_device, count
+from lowvram.cli.options import add_device, add_precision, count
 
 if TYPE_CHECKING:
-    from lowvram.generate.engine import Engine
+    from lowvram.cli.load import Loaded
+    from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
+
+_EXAMPLES = """examples:
+  lowvram chat runs/first                                talk; /help lists what can be typed
+  lowvram chat runs/first --prompt "Ankara'nın en"       go on with this once
+  lowvram chat runs/first --prompt - < soru.txt          read the prompt from a file
+  lowvram chat runs/first --temperature 0 --tokens 400   the likeliest text, and more of it
+  lowvram chat runs/first --precision bf16               without rounding weights to 8 bits
+"""
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,11 +30,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "chat",
         help="talk to a trained model",
-        description="Give the model text and read how it goes on.  Each line that you type joins the text so far; "
-        "Ctrl-C stops an answer, Ctrl-D or an empty line ends.",
+        description="Talk to a model.  One that was trained on dialogues answers in turns; any other goes on with the "
+        "text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this once and exit")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this once and exit; - reads standard input")
+    parser.add_argument("--json", action="store_true", help="with --prompt: one object, for programs")
+    parser.add_argument("--system", metavar="TEXT", help="what a dialogue model is told first")
+    parser.add_argument(
+        "--as", choices=("base", "dialogue"), dest="form", help="how to talk (default: as it was trained)"
+    )
+    parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
+    parser.add_argument("--context", type=count, metavar="N", help="tokens to remember (default: what was trained)")
+    parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0 is all (default: %(default)s)")
@@ -31,83 +52,106 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="(default: %(default)s)")
     parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="R", help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    add_precision(parser)
     add_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer one prompt, or turn after turn."""
+    from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
-    from lowvram.cli.show import notice, show_error
-    from lowvram.errors import PromptError
-    from lowvram.generate.decoder import Decoder
-    from lowvram.generate.engine import Engine
+    from lowvram.cli.talk import Talk
+    from lowvram.errors import ConfigError
 
-    sampler = build_sampler(arguments)
-    loaded = load_model(arguments.checkpoint, arguments.device)
-    engine = Engine(Decoder(loaded.model, loaded.trained_len, dtype=loaded.dtype), loaded.tokenizer)
-    if arguments.prompt is not None:
-        answer(engine, arguments.prompt, sampler, arguments.tokens)
+    sampler = build_sampler({name: getattr(arguments, name) for name in _SAMPLER_OPTIONS})
+    if arguments.json and arguments.prompt is None:
+        raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
+    text = _read_prompt(arguments.prompt)
+    loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
+    context = find_max_context(loaded, 1, arguments.context)
+    conversation = open_conversation(loaded, context.max_context, arguments)
+    if text is not None:
+        _answer_once(conversation, text, sampler, arguments)
         return
-    place = loaded.checkpoint.directory if loaded.checkpoint else arguments.checkpoint
-    notice(f"{place}, context of {engine.max_context} tokens.  Ctrl-D ends.", "dim")
-    while text := _ask():
-        try:
-            # A line of its own for each turn: a base model knows texts, not speakers.
-            answer(engine, f"\n{text}" if engine.ids else text, sampler, arguments.tokens, shown="")
-        except PromptError as error:
-            show_error(str(error))
+    where = "a text that goes on" if conversation.template is None else "turns"
+    notes = [
+        f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
+        f"The model writes {where}.",
+    ]
+    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len)
+    talk.run(keeps_history=not arguments.no_history)
 
 
-def build_sampler(arguments: argparse.Namespace) -> Sampler:
-    """Return the sampler that the options describe; raises ConfigError naming the one that is out of range."""
+_SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def build_sampler(values: dict[str, object]) -> Sampler:
+    """Return the sampler of these values; raises ConfigError naming the option that is out of range."""
     from pydantic import ValidationError
 
     from lowvram.errors import ConfigError
     from lowvram.generate.sampling import Sampler
 
     try:
-        return Sampler(**{name: getattr(arguments, name) for name in Sampler.model_fields})
+        return Sampler.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
         option = f"--{str(problem['loc'][0]).replace('_', '-')}"
         raise ConfigError(f"{option} is {problem['input']}: {problem['msg'].lower()}.") from error
 
 
-def answer(engine: Engine, text: str, sampler: Sampler, tokens: int, shown: str | None = None) -> None:
-    """Stream the continuation of `text`, the text itself first; Ctrl-C ends the answer only."""
-    from lowvram.cli.show import notice, result, stream
+def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Namespace) -> Conversation:
+    """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
+    from lowvram.errors import ConfigError, TokenizerError
+    from lowvram.generate.conversation import Conversation
+    from lowvram.generate.decoder import Decoder
+    from lowvram.generate.engine import Engine
+    from lowvram.generate.template import is_dialogue, load_template
 
-    pieces = engine.generate(_lengthen(engine, unicodedata.normalize("NFC", text)), sampler, tokens)
-    stream(text if shown is None else shown)
+    speaks = is_dialogue(loaded.tokenizer) if arguments.form is None else arguments.form == "dialogue"
+    template = load_template(loaded.tokenizer) if speaks else None
+    if speaks and template is None:
+        raise TokenizerError(
+            "This model is to speak in turns, and its tokenizer has no chat template.",
+            f"tokenizer_config.json in {loaded.tokenizer.directory} has no chat_template.",
+            "Add one, or let it go on with a text: --as base.",
+        )
+    if arguments.system and template is None:
+        raise ConfigError(
+            "--system is given, and this model goes on with a text.",
+            "Nobody speaks in a text, so nobody can be told anything first.",
+            "Leave it out, or try --as dialogue.",
+        )
+    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype)
+    system = unicodedata.normalize("NFC", arguments.system) if arguments.system else None
+    return Conversation(Engine(decoder, loaded.tokenizer), template, system)
+
+
+def _read_prompt(given: str | None) -> str | None:
+    if given != "-":
+        return given
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _answer_once(conversation: Conversation, text: str, sampler: Sampler, arguments: argparse.Namespace) -> None:
+    """Stream the answer to one prompt, of a base model behind the prompt itself; Ctrl-C ends it early."""
+    from lowvram.cli.show import result, stream
+
+    text = unicodedata.normalize("NFC", text)
+    pieces = conversation.ask(text, sampler, arguments.tokens, arguments.newest)
+    if arguments.json:
+        answer = "".join(pieces)
+        counts = conversation.counts
+        found = {"text": answer, "ended": conversation.engine.ended, "tokens_read": counts.read}
+        found |= {"tokens_written": counts.written, "seconds": counts.reading_s + counts.writing_s}
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    if conversation.template is None:
+        stream(text)
     try:
         for piece in pieces:
             stream(piece)
     except KeyboardInterrupt:
         pass
     result()
-    if engine.ended == "context":
-        notice(f"(The context of {engine.max_context} tokens is full; a next turn keeps its newest half.)", "dim")
-    elif engine.ended == "text":
-        notice("(The model ended the text here.)", "dim")
-
-
-def _lengthen(engine: Engine, text: str) -> list[int]:
-    """Return the ids of all that was said and of `text`; what has outgrown the context keeps its newest half."""
-    new = engine.tokenizer.encode(text)
-    if not engine.ids:
-        return [engine.tokenizer.bos_id, *new]
-    kept = len(engine.ids)
-    if kept + len(new) >= engine.max_context:
-        kept = max(0, min(engine.max_context // 2, engine.max_context - 1 - len(new)))
-    return [*engine.ids[len(engine.ids) - kept :], *new]
-
-
-def _ask() -> str:
-    from lowvram.cli.show import notice
-
-    try:
-        return input("› ").strip()
-    except (EOFError, KeyboardInterrupt):
-        notice("")  # the prompt's line is still open
-        return ""

@@ -34,10 +34,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run_pack(arguments: argparse.Namespace) -> None:
     """Pack and say what came out."""
     from lowvram.cli.show import result
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.units import show_bytes, show_count
 
-    tokenizer = Tokenizer.load(arguments.tokenizer)
+    tokenizer = load_tokenizer(arguments.tokenizer)
     shards = pack_with_progress(arguments.text, tokenizer, arguments.out, arguments.field, arguments.processes)
     ratio = shards.text_bytes / max(1, shards.tokens - shards.documents)
     result(

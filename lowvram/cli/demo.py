@@ -224,17 +224,22 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 def _evaluate(run_dir: Path, device: str) -> None:
     from lowvram.cli.evaluate import run as evaluate
 
-    evaluate(argparse.Namespace(checkpoint=run_dir, data=None, tokens=None, json=False, device=device))
+    evaluate(argparse.Namespace(checkpoint=run_dir, data=None, tokens=None, json=False, device=device, precision=None))
 
 
 def _answer(run_dir: Path, device: str) -> None:
-    from lowvram.cli.chat import answer
     from lowvram.cli.load import load_model
+    from lowvram.cli.show import result, stream
+    from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine
     from lowvram.generate.sampling import Sampler
 
     loaded = load_model(run_dir, device)
+    decoder = Decoder(loaded.model, loaded.trained_len, dtype=loaded.dtype)
     for prompt in PROMPTS:
-        decoder = Decoder(loaded.model, loaded.what.train.seq_len, dtype=loaded.dtype)
-        answer(Engine(decoder, loaded.tokenizer), prompt, Sampler(temperature=0.6), tokens=40, shown=f"    {prompt}")
+        conversation = Conversation(Engine(decoder, loaded.tokenizer))
+        stream(f"    {prompt}")
+        for piece in conversation.ask(prompt, Sampler(temperature=0.6), 40):
+            stream(piece)
+        result()

@@ -28,7 +28,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
     parser.add_argument("--to", choices=("hf", "fp8", "gguf"), required=True, help="the format")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; must not exist yet")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="PATH", help="a directory, for gguf a file; must not exist"
+    )
     parser.add_argument(
         "--dtype",
         choices=("fp32", "bf16", "f16", "q8_0"),
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write it and say where."""
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.show import notice
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.hf import refuse_existing
     from lowvram.generate.weights import CheckpointSource
     from lowvram.runfile import from_portable
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
     what = from_portable(checkpoint.config(), checkpoint.directory.parent)
-    tokenizer = Tokenizer.load(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory)
     source = CheckpointSource(checkpoint, what.model)
     if arguments.to == "gguf":
         _write_gguf(arguments, source, tokenizer, what)
@@ -88,12 +90,14 @@ def _write_directory(
     what: RunConfig,
 ) -> None:
     from lowvram.cli.show import bar, result
+    from lowvram.data.outside_tokenizer import OutsideTokenizer
     from lowvram.export.card import write_card
     from lowvram.export.hf import Wish, estimate_bytes, write_directory
     from lowvram.units import show_bytes
 
     numbers = "fp8" if arguments.to == "fp8" else arguments.dtype
-    story = _tell_story(arguments, checkpoint, what, numbers, estimate_bytes(source, numbers))
+    needs_bos = not isinstance(tokenizer, OutsideTokenizer)
+    story = _tell_story(arguments, checkpoint, what, numbers, estimate_bytes(source, numbers), needs_bos)
     with bar("Writing") as line:
         wish = Wish(what.train.seq_len, numbers)
         size = write_directory(
@@ -104,7 +108,12 @@ def _write_directory(
 
 
 def _tell_story(
-    arguments: argparse.Namespace, checkpoint: Checkpoint, what: RunConfig, numbers: str | None, size: int
+    arguments: argparse.Namespace,
+    checkpoint: Checkpoint,
+    what: RunConfig,
+    numbers: str | None,
+    size: int,
+    needs_bos: bool,
 ) -> Story:
     from lowvram.export.card import Story, read_curve
 
@@ -116,15 +125,21 @@ def _tell_story(
         weight_bytes=size,
         licence=arguments.license,
         languages=tuple(filter(None, arguments.language.split(","))),
+        needs_bos=needs_bos,
         points=read_curve(checkpoint.directory.parent / "log.jsonl", checkpoint.step),
     )
 
 
 def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokenizer: Tokenizer, what: RunConfig) -> None:
     from lowvram.cli.show import bar, notice, result
+    from lowvram.data.outside_tokenizer import OutsideTokenizer
+    from lowvram.errors import TokenizerError
     from lowvram.export.gguf import write_gguf
     from lowvram.units import show_bytes
 
+    if isinstance(tokenizer, OutsideTokenizer):
+        why = "llama.cpp knows pre-tokenizers by name, and lowvram knows the name of its own only."
+        raise TokenizerError("This model's tokenizer is another program's.", why, "Export it with --to hf.")
     numbers = {"fp32": "f32"}.get(arguments.dtype, arguments.dtype) or "bf16"
     said = {"name": arguments.out.stem, "license": arguments.license or "unknown"}
     with bar("Writing"):

@@ -177,13 +177,13 @@ def _wish(arguments: argparse.Namespace, train: TrainConfig) -> Wish:
 def _read_run(arguments: argparse.Namespace) -> RunConfig:
     """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
     from lowvram.cli.show import notice
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.runfile import load_run, name_vocabulary
 
     def count_ids(directory: Path) -> int:
         said = None if directory.exists() else name_vocabulary(arguments.run_file, arguments.set)
         if said is None:
-            return Tokenizer.load(directory).size
+            return load_tokenizer(directory).size
         notice(f"There is no tokenizer yet: {said:,} ids are taken, as the run file or its preset says.", "yellow")
         return said
 

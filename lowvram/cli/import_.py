@@ -25,14 +25,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Read, check, write, and say what came out."""
     from lowvram.cli.show import bar, notice, result
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.adopt import adopt
     from lowvram.export.hf import refuse_existing
     from lowvram.export.outside import open_outside
 
     refuse_existing(arguments.out)
     outside = open_outside(arguments.directory)
-    tokenizer = Tokenizer.load(arguments.tokenizer or arguments.directory)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.directory, outside.config.vocabulary)
     for said in outside.notices:
         notice(said, "yellow")
     with bar("Reading") as line:

@@ -45,44 +45,54 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.outside import is_outside, open_outside
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource
 
+    place = choose_device(device)
     if is_outside(path):
         outside = open_outside(path)
         for said in outside.notices:
             notice(said, "yellow")
-        tokenizer, place = Tokenizer.load(path), choose_device(device)
-        model, *read = _read(outside, choose_here(place, precision), place)
-        return Loaded(None, None, outside.config, tokenizer, model, *read, outside.form.trained_positions)
+        return _load(
+            outside,
+            load_tokenizer(path, outside.config.vocabulary),
+            choose_here(place, precision),
+            place,
+            outside.form.trained_positions,
+        )
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = _read_config(checkpoint)
-    tokenizer, place = Tokenizer.load(checkpoint.directory), choose_device(device)
-    if as_trained and precision is None:
-        reading = read_as_trained(what.train.precision)
-    else:
-        reading = choose_here(place, precision)
-    model, *read = _read(CheckpointSource(checkpoint, what.model), reading, place)
-    return Loaded(checkpoint, what, what.model, tokenizer, model, *read, what.train.seq_len)
+    what, tokenizer = _read_config(checkpoint), load_tokenizer(checkpoint.directory)
+    is_asked = precision is not None or not as_trained
+    reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
+    source = CheckpointSource(checkpoint, what.model)
+    return _load(source, tokenizer, reading, place, what.train.seq_len, checkpoint, what)
 
 
-def _read(source: Source, reading: Reading, device: torch.device) -> tuple[Transformer, torch.dtype, str, str]:
-    """Return the model, what it computes in, what its matrices are kept in, and why."""
+def _load(
+    source: Source,
+    tokenizer: Tokenizer,
+    reading: Reading,
+    device: torch.device,
+    trained_len: int,
+    checkpoint: Checkpoint | None = None,
+    what: RunConfig | None = None,
+) -> Loaded:
     from lowvram.generate.weights import load_for_reading
-    from lowvram.model.transformer import lay_for_decoding
+    from lowvram.model.transformer import lay_by_columns
     from lowvram.objective import DTYPES
     from lowvram.train.guard import free_memory
 
     dtype = DTYPES[reading.flow]
     model = load_for_reading(source, reading.kept, device, dtype)
     if device.type == "cpu":
-        model = lay_for_decoding(model)
+        model = lay_by_columns(model)
     free_memory(device)
-    return model, dtype, reading.kept, reading.reason
+    read_in = (dtype, reading.kept, reading.reason)
+    return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:

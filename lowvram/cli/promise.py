@@ -39,7 +39,7 @@ class Promise:
         self._rehearsal: Rehearsal | None = None
         self._speed: Speed | None = None
         self._steps = 0
-        self._is_compiled = False
+        self._is_compiled = self._is_recorded = False
         self._clock = (0.0, 0)
 
     def judge(self, wish: Wish = ANY) -> Answer:
@@ -108,12 +108,13 @@ class Promise:
             error.what, error.why, f"{error.fix}  In a new run.dir would fit: {'; or '.join(rows)}."
         )
 
-    def bind(self, plan: Plan) -> None:
+    def bind(self, plan: Plan, is_recorded: bool = False) -> None:
         """Hold the run to its plan: cap the card's memory, and reckon what the plan takes where that can be checked.
 
-        Called again where the micro-batch was halved.
+        Called again where the micro-batch was halved.  is_recorded: passes are played, so what they take is no longer
+        seen to come and go.
         """
-        self._steps, self._is_compiled = 0, plan.compile
+        self._steps, self._is_compiled, self._is_recorded = 0, plan.compile, is_recorded
         if self._device.type != "cuda":
             return
         profile = self.place.profile
@@ -149,7 +150,7 @@ class Promise:
     def _compare(self, measured_bytes: int, ledger_bytes: int) -> str | None:
         """Compare a peak with the ledger, which knows nothing of torch's workspace nor of what compiling saves."""
         beside = self.place.profile.workspace_bytes
-        if measured_bytes < ledger_bytes and self._is_compiled:
+        if self._is_recorded or (measured_bytes < ledger_bytes and self._is_compiled):
             return None
         if ledger_bytes <= measured_bytes <= ledger_bytes + beside:
             return None

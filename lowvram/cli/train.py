@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lowvram.train.trainer import Trainer
 
 
+_SWITCH = {"auto": None, "on": True, "off": False}
+
+
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
     parser = commands.add_parser(
@@ -47,18 +50,24 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="compile the blocks (default: tried where a new run is on CUDA, then kept)",
     )
+    parser.add_argument(
+        "--graphs",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="play the passes of a micro-batch from CUDA graphs (default: where that is faster and fits)",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the run file and train."""
-    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.runfile import load_run
 
-    what = load_run(arguments.run_file, arguments.set, lambda directory: Tokenizer.load(directory).size)
-    compiled = {"auto": None, "on": True, "off": False}[arguments.compile]
-    train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled)
+    what = load_run(arguments.run_file, arguments.set, lambda directory: load_tokenizer(directory).size)
+    compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
+    train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
 
 
 def train(
@@ -68,6 +77,7 @@ def train(
     stop_at: int | None = None,
     recompute: Recompute | None = None,
     compiled: bool | None = None,
+    recorded: bool | None = None,
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.cli.machine import choose_device
@@ -80,7 +90,7 @@ def train(
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run, settle_plan
-    from lowvram.train.trial import settle_compilation
+    from lowvram.train.trial import settle_compilation, settle_recording
 
     place = choose_device(device)
     with ExitStack() as stack:
@@ -100,6 +110,9 @@ def train(
         promise.bind(plan)
         room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
         for sentence in settle_compilation(trainer, compiled, not is_kept, room):
+            notice(sentence)
+        room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
+        for sentence in settle_recording(trainer, recorded, room):
             notice(sentence)
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
@@ -123,7 +136,7 @@ def _follow(
     for event in trainer.run():
         if isinstance(event, Started | Halved):
             keep_plan(trainer.what.run.dir, trainer.plan)
-            promise.bind(trainer.plan)
+            promise.bind(trainer.plan, trainer.recording is not None)
         for log in logs:
             log.write(event)
         screen.show(event)

@@ -24,6 +24,7 @@ from typing import Any
 import filelock
 import numpy as np
 
+from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.shard_set import COUNTS, DTYPES, FORMAT, INDEX, ShardSet, add_up, other_tokenizer, read_json
 from lowvram.data.text import documents, find_files
 from lowvram.data.tokenizer import Tokenizer
@@ -275,7 +276,7 @@ def _encode(part: _Part, directory: Path, tokenizer_hash: str, target: Path, dis
 
 @functools.lru_cache(1)
 def _load_tokenizer(directory: Path, expected_hash: str) -> Tokenizer:
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = load_tokenizer(directory)
     if tokenizer.hash != expected_hash:
         why = "Another process wrote to that folder."
         raise TokenizerError(f"The tokenizer in {directory} has changed.", why, "Pack again.")

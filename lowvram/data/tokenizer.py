@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk
     def normalised() -> Iterator[str]:
         nonlocal text_bytes
         for text in texts:
-            text_bytes += _count_bytes(text)
+            text_bytes += count_bytes(text)
             yield unicodedata.normalize("NFC", text)
 
     model = Model(models.BPE())
@@ -93,7 +93,8 @@ def _write(files: dict[str, bytes], directory: Path, disk: Disk) -> None:
         disk.write(directory / name, files[name])
 
 
-def _count_bytes(text: str) -> int:
+def count_bytes(text: str) -> int:
+    """Return the length of a text in UTF-8; raises TokenizerError on a lone surrogate, which has none."""
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
@@ -149,14 +150,19 @@ class Tokenizer:
         """The number of ids, specials included."""
         return len(self._bytes)
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What tokenizer_config.json says, names of special tokens and the chat template among it."""
+        return dict(json.loads(self._files["tokenizer_config.json"]))
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""
-        _count_bytes(text)
+        count_bytes(text)
         return [id for piece in _pieces(text) for id in self._encoding.encode_ordinary(piece)]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as uint32 [tokens]; faster where an array is wanted."""
-        _count_bytes(text)
+        count_bytes(text)
         found = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -177,6 +183,10 @@ class Tokenizer:
     def stream(self) -> TokenStream:
         """Return a decoder for ids that come one at a time."""
         return TokenStream(self)
+
+    def parsed(self, name: str) -> dict[str, Any]:
+        """Return what tokenizer.json or tokenizer_config.json said when it was loaded."""
+        return json.loads(self._files[name])
 
     def save(self, directory: Path, disk: Disk = DISK) -> None:
         """Write both files, as they were loaded, to another directory."""
@@ -206,12 +216,12 @@ def _read_table(model: dict[str, Any]) -> tuple[bytes, ...]:
         raise ValueError("ids are missing or double")
     if tuple(tokens[: len(SPECIALS)]) != SPECIALS or ["".join(pair) for pair in merges] != tokens[SMALLEST:]:
         raise ValueError("ids are not in the order of the merges")
-    byte_of = _byte_of_letter()
+    byte_of = byte_of_letter()
     rest = [bytes(byte_of[letter] for letter in token) for token in tokens[len(SPECIALS) :]]
     return (*(b"" for _ in SPECIALS), *rest)
 
 
-def _byte_of_letter() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """Return the byte behind each letter of a byte-level vocabulary: printable Latin-1 stands for itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

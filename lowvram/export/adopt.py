@@ -28,7 +28,7 @@ def adopt(
     tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
 ) -> Checkpoint:
-    """Write a model from outside as the first checkpoint of the run directory `run`.
+    """Write a model from outside as the first checkpoint of the run directory `run`, its tokenizer beside it.
 
     Every number stays what it is: fp16 becomes fp32, and FP8 becomes bf16 where that is exact, else fp32.
     Raises CheckpointError where the tokenizer has ids that the model has no row for.
@@ -45,9 +45,10 @@ def adopt(
         weights[name] = _keep(outside.read(name))
         tell(done + 1, len(outside.names()))
     what = _describe(outside, weights["embedding"].dtype, run)
+    tokenizer.save(run / "tokenizer", disk)
     hashes = {"tokenizer": tokenizer.hash}
     numbers = {"step": 0, "tokens": 0, "imported_from": outside.directory.resolve().name}
-    return Store(run, disk=disk).save(weights, {}, numbers, to_portable(what, run), tokenizer.directory, hashes)
+    return Store(run, disk=disk).save(weights, {}, numbers, to_portable(what, run), run / "tokenizer", hashes)
 
 
 def _keep(found: Tensor | Scaled) -> Tensor:
@@ -65,7 +66,7 @@ def _describe(outside: Outside, dtype: torch.dtype, run: Path) -> RunConfig:
     numbers = "bf16" if dtype == torch.bfloat16 else "fp32"
     return RunConfig(
         model=outside.config,
-        data=DataConfig(train=(Corpus(path=run / _NO_DATA),), tokenizer=run / "step-00000000"),
+        data=DataConfig(train=(Corpus(path=run / _NO_DATA),), tokenizer=run / "tokenizer"),
         train=TrainConfig.model_validate(
             {"tokens": length, "seq_len": length, "batch_tokens": length, "precision": numbers, "weights": numbers}
         ),

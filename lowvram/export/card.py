@@ -32,7 +32,11 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Story:
-    """What a card tells.  licence: None where nobody said.  numbers: of the matrices in the directory, as words."""
+    """What a card tells.
+
+    numbers: of the matrices in the directory, as words.  licence: None where nobody said.  needs_bos: whether it is the
+    user who puts BOS before a text.
+    """
 
     name: str
     checkpoint: Checkpoint
@@ -41,6 +45,7 @@ class Story:
     weight_bytes: int
     licence: str | None = None
     languages: tuple[str, ...] = ("tr",)
+    needs_bos: bool = True
     points: Sequence[Point] = field(default_factory=tuple)
 
 
@@ -100,14 +105,19 @@ def _opening(story: Story) -> str:
 
 
 def _use(story: Story) -> str:
+    opening = 'ids = tokenizer("Bir gün", return_tensors="pt").input_ids\n'
+    if story.needs_bos:
+        opening = (
+            "# Every text that the model has read begins with this token; the tokenizer does not add it.\n"
+            'ids = tokenizer(tokenizer.bos_token + "Bir gün", return_tensors="pt").input_ids\n'
+        )
     return (
         "## Use\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{story.name}")\n'
         f'model = AutoModelForCausalLM.from_pretrained("{story.name}")\n'
-        "# Every text that the model has read begins with this token; the tokenizer does not add it.\n"
-        'ids = tokenizer(tokenizer.bos_token + "Bir gün", return_tensors="pt").input_ids\n'
+        f"{opening}"
         "print(tokenizer.decode(model.generate(ids, max_new_tokens=60)[0], skip_special_tokens=True))\n"
         "```\n\n"
         f"or `lowvram chat {story.name}`.\n"

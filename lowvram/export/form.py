@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from lowvram.config import Gqa, Mla, ModelConfig, Moe, Rope, SwiGlu, Window, Yarn
-from lowvram.errors import ConfigError
+from lowvram.errors import ExportError
 from lowvram.export.settings import MLA_NORM_EPS
 
 # Keys that may have one value only, since our model does just that.
@@ -110,11 +110,11 @@ class Form(NamedTuple):
 def read_form(table: Mapping[str, Any]) -> Form:
     """Return the model that the values of a config.json describe.
 
-    Raises ConfigError naming the key and the value that is missing, malformed, or that our model cannot be.
+    Raises ExportError naming the key and the value that is missing, malformed, or that our model cannot be.
     """
     family = table.get("model_type")
     if family not in _FAMILIES:
-        raise ConfigError(
+        raise ExportError(
             f"model_type is {family!r}.",
             "Only models of these types have a form that lowvram knows.",
             f"It can take: {', '.join(_FAMILIES)}.",
@@ -140,7 +140,7 @@ def read_form(table: Mapping[str, Any]) -> Form:
             norm_eps=settings.rms_norm_eps,
         )
     except ValidationError as error:
-        raise ConfigError(*_explain(error)) from error
+        raise ExportError(*_explain(error)) from error
     if family == "deepseek_v3" and model.norm_eps != MLA_NORM_EPS:
         why = f"the norms inside MLA have {MLA_NORM_EPS:g}, and ours are all alike"
         raise _cannot("rms_norm_eps", model.norm_eps, why)
@@ -148,8 +148,8 @@ def read_form(table: Mapping[str, Any]) -> Form:
     return Form(model, longest, settings.lowvram.trained_positions or longest)
 
 
-def _cannot(key: str, value: Any, why: str) -> ConfigError:
-    return ConfigError(f"{key} is {value!r}.", f"{why[0].upper()}{why[1:]}.", "lowvram cannot open this model.")
+def _cannot(key: str, value: Any, why: str) -> ExportError:
+    return ExportError(f"{key} is {value!r}.", f"{why[0].upper()}{why[1:]}.", "lowvram cannot open this model.")
 
 
 def _explain(error: ValidationError) -> tuple[str, str, str]:
@@ -168,7 +168,7 @@ def _need(settings: _Settings, key: str) -> Any:
     value = getattr(settings, key)
     if value is None:
         fix = "Copy the directory anew, or write it in."
-        raise ConfigError(f"config.json has no {key}.", "This model_type has no form without it.", fix)
+        raise ExportError(f"config.json has no {key}.", "This model_type has no form without it.", fix)
     return value
 
 
@@ -182,7 +182,7 @@ def _attention(family: str, settings: _Settings, table: Mapping[str, Any]) -> Gq
             qk_norm=family in ("qwen3", "dots1") or (family == "glm4_moe" and settings.use_qk_norm),
         )
     if "q_lora_rank" not in table:
-        raise ConfigError("config.json has no q_lora_rank.", "It may be a number or null.", "Write which.")
+        raise ExportError("config.json has no q_lora_rank.", "It may be a number or null.", "Write which.")
     return Mla(
         heads=heads,
         kv_lora_rank=_need(settings, "kv_lora_rank"),
@@ -240,7 +240,7 @@ def _gather_rotary(table: Mapping[str, Any]) -> dict[str, Any]:
     newer, older = table.get("rope_parameters"), table.get("rope_scaling")
     for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{key} is {value!r}.", "It must be a table or null.", "Copy the directory anew.")
+            raise ExportError(f"{key} is {value!r}.", "It must be a table or null.", "Copy the directory anew.")
     # transformers, too, obeys the older one where both are there.
     found = dict(older or newer or {})
     found.setdefault("rope_type", found.get("type", "default"))

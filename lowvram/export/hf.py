@@ -61,7 +61,7 @@ def write_directory(
     """Write a model, its tokenizer and `more` files by name; returns the bytes of its weights.
 
     tell: is told how many of how many tensors are done.
-    Raises ConfigError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
+    Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
     """
     settings = to_settings(source.config, wish.max_positions)
     refuse_existing(out)

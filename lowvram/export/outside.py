@@ -16,7 +16,7 @@ from lowvram_kernels.quantise import BLOCK, Scaled, dequantise
 from torch import Tensor
 
 from lowvram.config import ModelConfig
-from lowvram.errors import CheckpointError, ConfigError
+from lowvram.errors import CheckpointError, ExportError
 from lowvram.export.form import Form, read_form
 from lowvram.export.fp8 import SCALE
 from lowvram.export.names import EMBEDDING, HEAD, join, join_scaled, name_pieces, shapes_of
@@ -42,7 +42,7 @@ def is_outside(directory: Path) -> bool:
 def open_outside(directory: Path) -> Outside:
     """Return the model in a directory as transformers lays it out: config.json and safetensors.
 
-    Raises ConfigError for a form that our model has not, CheckpointError for files that are missing, damaged or hold
+    Raises ExportError for a form that our model has not, CheckpointError for files that are missing, damaged or hold
     other tensors.
     """
     table = _read_table(directory / "config.json")
@@ -51,8 +51,8 @@ def open_outside(directory: Path) -> Outside:
         _check_quantised(quantised)
     try:
         form = read_form(table)
-    except ConfigError as error:
-        raise ConfigError(f"{directory / 'config.json'}: {error.what}", error.why, error.fix) from error
+    except ExportError as error:
+        raise ExportError(f"{directory / 'config.json'}: {error.what}", error.why, error.fix) from error
     return Outside(directory, form, quantised is not None)
 
 
@@ -196,10 +196,10 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _check_quantised(said: Any) -> None:
     if not isinstance(said, dict):
-        raise ConfigError(f"quantization_config is {said!r}.", "It must be a table.", "Copy the directory anew.")
+        raise ExportError(f"quantization_config is {said!r}.", "It must be a table.", "Copy the directory anew.")
     for key, wanted in _QUANTISED.items():
         if said.get(key, wanted) != wanted or (key == "quant_method" and key not in said):
-            raise ConfigError(
+            raise ExportError(
                 f"quantization_config.{key} is {said.get(key)!r}.",
                 f"lowvram reads {wanted!r} only: E4M3 in blocks of {BLOCK} × {BLOCK}, as DeepSeek-V3 has it.",
                 "Take the model in another precision.",

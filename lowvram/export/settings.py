@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowvram.config import Mla, ModelConfig, Moe, Window
-from lowvram.errors import ConfigError
+from lowvram.errors import ExportError
 
 CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -31,14 +31,14 @@ OWN = "lowvram"
 
 
 def choose_family(model: ModelConfig) -> str:
-    """Return the `model_type` that is this model; raises ConfigError where transformers has none, naming the key."""
+    """Return the `model_type` that is this model; raises ExportError where transformers has none, naming the key."""
     if model.positions.kind == "alibi":
         fix = "Such a model opens in lowvram only; choose another form before training."
         has_norms = model.attention.kind == "gqa" and model.attention.qk_norm
         if model.ffn.kind == "swiglu" and model.window is None and not has_norms:
             fix = "Export it with --to gguf: llama.cpp's architecture refact is exactly this model."
         why = "transformers has no class with ALiBi, grouped queries and SwiGLU."
-        raise ConfigError('positions.kind is "alibi".', why, fix)
+        raise ExportError('positions.kind is "alibi".', why, fix)
     if model.attention.kind == "mla":
         if model.window is not None:
             raise _no_class(
@@ -60,8 +60,8 @@ def choose_family(model: ModelConfig) -> str:
     return "llama" if model.window is None else "ministral"
 
 
-def _no_class(what: str, why: str) -> ConfigError:
-    return ConfigError(
+def _no_class(what: str, why: str) -> ExportError:
+    return ExportError(
         f"{what}.", f"{why}.", "Such a model opens in lowvram only; choose another form before training."
     )
 

@@ -84,7 +84,7 @@ class GqaAttention(ExactBuffers):
         self.o_proj = Linear(config.heads * config.head_dim, model.dim, kept)
         self.q_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
         self.k_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
-        # The three projections' weights as one matrix, of which theirs are parts: see `lay_for_decoding`.
+        # The three projections' weights as one matrix, of which theirs are parts: see `lay_by_columns`.
         self.qkv: Tensor | None = None
         slope_H = slopes(config.heads).to(kept.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)

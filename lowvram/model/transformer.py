@@ -191,7 +191,7 @@ def _again(layer: nn.Module) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def lay_for_decoding(model: Transformer) -> Transformer:
+def lay_by_columns(model: Transformer) -> Transformer:
     """Lay a processor's plain weights as decoding multiplies them fastest, in place: same shapes, values and bytes.
 
     Queries, keys and values of GQA become parts of one matrix.  In fp32, matrices with more outputs than inputs lie

@@ -10,6 +10,7 @@ import torch
 from lowvram.checkpoint import Store
 from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
+from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
@@ -25,7 +26,7 @@ def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK
 
     Raises DataError for shards that are damaged or of another tokenizer, PromptError for a sample prompt too long.
     """
-    tokenizer = Tokenizer.load(what.data.tokenizer)
+    tokenizer = load_tokenizer(what.data.tokenizer)
     _check_prompts(what, tokenizer)
     corpora = [(_open(c.path, tokenizer), c.weight) for c in what.data.train]
     valid = _open(what.data.valid, tokenizer) if what.data.valid else None

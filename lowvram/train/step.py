@@ -32,6 +32,10 @@ class Found(NamedTuple):
     loads: Tensor | None
 
 
+# Passes a micro-batch forward and backward; the factor is what its loss counts.
+Add = Callable[[Batch, float], Loss]
+
+
 def loss_for(model: Transformer, train: TrainConfig, plan: Plan) -> Callable[[Batch], Loss]:
     """Return what maps a micro-batch to its loss: the one that is trained, rehearsed and timed."""
     return functools.partial(
@@ -52,20 +56,20 @@ def gradients(
     targets: int,
     loss_scale: float = 1.0,
     seed: int = 0,
+    add: Add | None = None,
 ) -> Found:
     """Accumulate the gradients of the mean loss over all micro-batches in `.grad`, times loss_scale.
 
     targets: predicted tokens of the whole step, by which every micro-batch's sum is divided.  seed: with a
-    micro-batch's first sample it decides how the sums of bf16 gradients are rounded.
+    micro-batch's first sample it decides how the sums of bf16 gradients are rounded.  add: what passes through the
+    model in place of `add_gradients`, with the same loss and seed.
     """
+    add = add or functools.partial(add_gradients, model, loss_of, seed)
     total: Tensor | None = None
     loads: Tensor | None = None
     for batch in micro_batches:
-        loss = loss_of(batch)
-        with _adding_rounded(model, seed, batch.sample_B[0]):
-            (loss.total * (loss_scale / targets)).backward()
-        seen = loss.total.detach()
-        total = seen if total is None else total + seen
+        loss = add(batch, loss_scale / targets)
+        total = loss.total if total is None else total + loss.total
         if loss.loads is not None:
             loads = loss.loads if loads is None else loads + loss.loads
     assert total is not None, "a step has at least one micro-batch"
@@ -73,6 +77,16 @@ def gradients(
     norm = total_norm(grads) / loss_scale
     mean = total / targets
     return Found(torch.stack([mean, norm, (~(mean + norm).isfinite()).float()]), loads)
+
+
+def add_gradients(
+    model: Transformer, loss_of: Callable[[Batch], Loss], seed: int, batch: Batch, factor: float | Tensor
+) -> Loss:
+    """Add the gradients of one micro-batch's summed loss, times factor, to `.grad`; returns the loss and the loads."""
+    loss = loss_of(batch)
+    with _adding_rounded(model, seed, batch.sample_B[0]):
+        (loss.total * factor).backward()
+    return Loss(loss.total.detach(), loss.loads)
 
 
 @contextmanager

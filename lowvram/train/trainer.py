@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +39,10 @@ from lowvram.train.guard import (
     is_out_of_memory,
 )
 from lowvram.train.optim import learning_rate
+from lowvram.train.recording import Recording
 from lowvram.train.start import refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState
-from lowvram.train.step import Found, discard, gradients, learn_in_backward, loss_for, update
+from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 
 # Consecutive steps without a finite gradient after which going on only burns electricity.
 MOST_SKIPPED = 25
@@ -61,6 +63,7 @@ class Trainer:
     store: Store
     hashes: dict[str, str]
     valid: ShardSet | None = None
+    recording: Recording | None = field(default=None, init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
     _saved_at: float = field(default=0.0, init=False)
@@ -77,15 +80,15 @@ class Trainer:
         self._start_clock()
         while self.state.step < self.what.train.steps and not self._stopping:
             yield from self._advance()
-            yield from self._try(self._look())
+            yield from self._try(self._look)
             if self._save_is_due():
                 yield self._save()
-                yield from self._try(self._look_at_masters())
+                yield from self._try(self._look_at_masters)
         is_finished = self.state.step >= self.what.train.steps
         if self._saved_step != self.state.step:
             yield self._save()
             if is_finished:  # whoever stops a run waits for its save alone
-                yield from self._try(self._look_at_masters())
+                yield from self._try(self._look_at_masters)
         yield Stopped(self.state.step, is_finished)
 
     def _begin(self) -> Started:
@@ -136,7 +139,7 @@ class Trainer:
         self._give_up_if_lost()
         speed = self._measure_pace()
         left_s = (train.steps - state.step) * train.batch_tokens / speed
-        memory = memory_in_use(state.model.embedding.device)
+        memory = memory_in_use(state.model.embedding.device, self.recording is not None)
         yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, int(lost))
 
     def _rotate(self) -> Iterator[Rotated]:
@@ -159,7 +162,7 @@ class Trainer:
         train, state = self.what.train, self.state
         state.optimizer.has_stepped = False
         loss_of = loss_for(state.model, train, self.plan)
-        (batch,) = self._micro_batches([0])
+        (batch,) = self.micro_batches([0])
         try:
             with compiled(state.model) if self.plan.compile else nullcontext():
                 return learn_in_backward(
@@ -211,6 +214,7 @@ class Trainer:
     def _halve(self) -> Halved:
         """Leave nothing of the failed try behind; the same sequences come again, fewer at a time."""
         discard(self.state.optimizer)
+        self.recording = None
         if self.plan.compile:
             forget_compiled()
         free_memory(self.state.model.embedding.device)
@@ -230,12 +234,25 @@ class Trainer:
     def accumulate(self, numbers: Sequence[int] | None = None) -> Found:
         """Leave the gradients of the next step in `.grad`, or only those of its micro-batches of these numbers."""
         loss_of = loss_for(self.state.model, self.what.train, self.plan)
-        batches = self._micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
+        batches = self.micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
         targets = sum(count_targets(batch) for batch in batches)
+        scale, seed = self.state.loss_scale, self.what.train.seed
+        if self.recording is not None:
+            return gradients(self.state.model, loss_of, batches, targets, scale, seed, self.recording.add)
         with compiled(self.state.model) if self.plan.compile else nullcontext():
-            return gradients(self.state.model, loss_of, batches, targets, self.state.loss_scale, self.what.train.seed)
+            return gradients(self.state.model, loss_of, batches, targets, scale, seed)
 
-    def _micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
+    def record(self) -> None:
+        """From now on play a recording of a micro-batch's passes; no state changes but `.grad`, which is dropped."""
+        state, train = self.state, self.what.train
+        self.recording = None
+        (batch,) = self.micro_batches([0])
+        add = functools.partial(add_gradients, state.model, loss_for(state.model, train, self.plan), train.seed)
+        with compiled(state.model) if self.plan.compile else nullcontext():
+            self.recording = Recording(state.model, add, batch, self.plan.accumulate > 1)
+
+    def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
+        """Return the next step's micro-batches of these numbers."""
         device = self.state.model.embedding.device
         first, count = self.state.step * self.what.train.batch_samples, self.plan.micro_batch
         starts = [first + number * count for number in numbers]
@@ -256,14 +273,22 @@ class Trainer:
                 "checkpoint if you like.",
             )
 
-    def _try(self, look: Iterator[Event]) -> Iterator[Event]:
-        """Look at the model; where memory runs out there, what was learnt is saved before the run ends."""
-        try:
-            yield from look
-            return
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+    def _try(self, look: Callable[[], Iterator[Event]]) -> Iterator[Event]:
+        """Look at the model; where memory runs out there, what was learnt is saved before the run ends.
+
+        A recording, which keeps its memory, goes first: the run is slower after that, and the same.
+        """
+        for has_recording in (True, False):
+            try:
+                yield from look()
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            if not has_recording or self.recording is None:
+                break
+            self.recording = None
+            free_memory(self.state.model.embedding.device)
         yield from self._rescue()
         raise explain_out_of_memory_in_look(self.state.step)
 
@@ -329,10 +354,14 @@ class Trainer:
         return (tokens - tokens_then) / max(1e-9, now - began)
 
 
-def memory_in_use(device: torch.device) -> int:
-    """Return the most bytes that tensors took on a CUDA card, what MPS holds now, or this process's resident bytes."""
+def memory_in_use(device: torch.device, is_recorded: bool = False) -> int:
+    """Return the most bytes that tensors took on a CUDA card, what MPS holds now, or this process's resident bytes.
+
+    is_recorded: tensors of a recording are seen by nobody, so what the allocator holds is returned.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+        held = torch.cuda.memory_reserved if is_recorded else torch.cuda.max_memory_allocated
+        return int(held(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""Whether compiled blocks pay on this machine: measured on the run's first step, whose gradients are thrown away."""
+"""What pays on this machine, compiled blocks or recorded passes: measured on gradients that are thrown away."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from lowvram.errors import MachineError
 from lowvram.plan import Plan
 from lowvram.train.guard import free_memory, is_out_of_memory
-from lowvram.train.step import discard
+from lowvram.train.step import discard, loss_for
 from lowvram.train.trainer import Trainer
 from lowvram.units import show_bytes
 
 # Micro-batches before the clock runs (the first compiles, the second lets the allocator settle), and while it runs.
 _UNTIMED, _TIMED = 2, 5
+# What the update and a sample may need beside a recording, whose memory nothing else can use, more than validation.
+_SPARE_BYTES = 128 * 2**20
 # Compiling must gain more than two measurements of the same thing differ by.
 _LEAST_GAIN = 1.03
 
@@ -82,6 +84,55 @@ def try_compilation(trainer: Trainer, limit_bytes: int | None = None) -> tuple[P
     if gain < _LEAST_GAIN:
         return eager, f"Blocks are not compiled, which would be {gain:.2f} times as fast: {times}."
     return both, f"Compiled blocks are {gain:.2f} times as fast: {times}."
+
+
+def settle_recording(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
+    """Let the trainer play a recording of its passes where that is faster and fits; yields why it came out so.
+
+    For CUDA alone, and not where weights move during backward.  asked: True keeps it without a gain and raises
+    MachineError where it cannot be, False leaves it.  limit_bytes: see `try_compilation`.
+    """
+    device, kind = trainer.state.model.embedding.device, "CUDA graphs"
+    if asked is False:
+        return
+    if device.type != "cuda" or trainer.what.train.update_during_backward:
+        if asked:
+            why = (
+                "They need a CUDA card." if device.type != "cuda" else "Weights that move during backward need Python."
+            )
+            raise MachineError(f"This run cannot use {kind}.", why, "Leave out --graphs on.")
+        return
+    launched, problem = _measure(trainer, trainer.plan), ""
+    free_memory(device)
+    try:
+        trainer.record()
+        _look_on(trainer)
+        took_bytes = torch.cuda.memory_reserved(device) + _SPARE_BYTES
+        played = _measure(trainer, trainer.plan)
+    except RuntimeError as error:
+        problem = "memory ran out." if is_out_of_memory(error) else f"{str(error).strip().splitlines()[0]}."
+    else:
+        gain = launched.micro_batch_s / played.micro_batch_s
+        times = f"{1e3 * played.micro_batch_s:,.0f} against {1e3 * launched.micro_batch_s:,.0f} ms for a micro-batch"
+        if limit_bytes is not None and took_bytes > limit_bytes:
+            problem = f"they would take {show_bytes(took_bytes)} of {show_bytes(limit_bytes)}."
+        elif gain < _LEAST_GAIN and not asked:
+            problem = f"they would be {gain:.2f} times as fast: {times}."
+        else:
+            yield f"Passes are played from {kind}, {gain:.2f} times as fast: {times}."
+            return
+    trainer.recording = None
+    free_memory(device)
+    if asked:
+        raise MachineError(f"This run cannot use {kind}.", problem[0].upper() + problem[1:], "Leave out --graphs on.")
+    yield f"Passes are not played from {kind}: {problem}"
+
+
+@torch.no_grad()
+def _look_on(trainer: Trainer) -> None:
+    """Pass a micro-batch forward as validation does, so that the memory for it is there."""
+    (batch,) = trainer.micro_batches([0])
+    loss_for(trainer.state.model, trainer.what.train, trainer.plan)(batch)
 
 
 def _find_problem(trainer: Trainer) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowvram.config import Gqa, Mla, Moe, SwiGlu, Window
-from lowvram.errors import ConfigError
+from lowvram.errors import ExportError
 from lowvram.export.form import read_form
 from lowvram.export.settings import to_settings
 from tests.export.forms import FORMS
@@ -175,7 +175,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("table, words", REFUSALS.values(), ids=REFUSALS)
 def test_what_our_model_cannot_be_is_named_by_key_and_value(table: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ExportError) as caught:
         read_form(table)
     assert words in str(caught.value)
     assert all((caught.value.what, caught.value.why, caught.value.fix))

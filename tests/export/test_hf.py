@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import CheckpointError, ConfigError, DiskFullError
+from lowvram.errors import CheckpointError, DiskFullError, ExportError
 from lowvram.export.hf import Wish, estimate_bytes, write_directory
 from lowvram.export.settings import to_settings
 from tests.export.forms import FORMS, REFUSED
@@ -66,7 +66,7 @@ def test_a_model_without_a_class_is_refused_and_nothing_is_written(
     name: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     config, words = REFUSED[name]
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ExportError) as caught:
         written(config, small_tokenizer, tmp_path / "out")
     assert words in str(caught.value)
     assert all((caught.value.what, caught.value.why, caught.value.fix))

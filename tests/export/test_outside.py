@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import CheckpointError, ConfigError, LowvramError
+from lowvram.errors import CheckpointError, ExportError, LowvramError
 from lowvram.export.outside import is_outside, open_outside
 from lowvram.generate.weights import load_for_reading
 from tests.export.forms import FORMS, LATENT, SMALL, windowed
@@ -218,7 +218,7 @@ def test_damage_is_named(damage: Callable[[Path], Any], words: str, small_tokeni
     damage(out)
     with pytest.raises(LowvramError) as caught:
         open_outside(out)
-    assert isinstance(caught.value, CheckpointError | ConfigError)
+    assert isinstance(caught.value, CheckpointError | ExportError)
     assert words in str(caught.value)
     assert caught.value.fix
 

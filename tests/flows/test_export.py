@@ -151,3 +151,18 @@ def test_a_corrupt_checkpoint_is_passed_over(home: Path, out: Path, tmp_path: Pa
 def test_a_format_and_a_place_must_be_named(home: Path) -> None:
     assert typed("export", home / "run", "--to", "onnx", "--out", home / "out").code == 2
     assert typed("export", home / "run", "--to", "hf").code == 2
+
+
+@pytest.mark.parametrize("name", ["run", "alibi"])
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "q8_0")], ids=["bf16", "q8_0"])
+def test_one_file_for_llama_cpp_is_written_of_either_kind(
+    home: Path, name: str, dtype: tuple[str, ...], tmp_path: Path
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    file = tmp_path / "model.gguf"
+    answer = typed("export", home / name, "--to", "gguf", "--out", file, *dtype)
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith(f"{file}: ")
+    read = gguf.GGUFReader(file)
+    assert read.fields["general.architecture"].contents() == ("refact" if name == "alibi" else "llama")
+    assert read.fields["tokenizer.ggml.pre"].contents() == "ufakzeka"

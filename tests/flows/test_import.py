@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowvram.checkpoint import find_checkpoint
-from tests.export.forms import LATENT
+from tests.data.test_outside_tokenizer import make
+from tests.export.forms import LATENT, SMALL
 from tests.flows.typed import RUN_FILE, fill_home, typed
 
 # The further stage: the imported weights, a schedule of its own.
@@ -69,6 +70,35 @@ def test_deepseek_as_transformers_writes_it_is_imported_with_a_tokenizer_of_ours
     answer = typed("chat", tmp_path / "run", "--prompt", "Kış", "--tokens", 3, "--device", "cpu")
     assert answer.code == 0
     assert answer.out.startswith("Kış")
+
+
+def test_a_model_with_a_tokenizer_of_its_own_is_talked_to_and_trained_further(home: Path, tmp_path: Path) -> None:
+    theirs = make(tmp_path / "theirs")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**(SMALL | {"vocab_size": 450}))).save_pretrained(theirs)
+    words = ("--prompt", "Kış", "--temperature", 0, "--tokens", 5, "--device", "cpu")
+    direct = typed("chat", theirs, *words)
+    assert (direct.code, direct.out[:3]) == (0, "Kış")
+    run = tmp_path / "run"
+    assert typed("import", theirs, "--out", run).code == 0
+    assert typed("chat", run, *words).out == direct.out
+    for name in ("train", "valid"):
+        shards = ("--tokenizer", run / "tokenizer", "--out", tmp_path / "shards" / name)
+        assert typed("data", "pack", home / f"{name}.txt", *shards).code == 0
+    form = find_checkpoint(run)[0].config()["model"]
+    further = FURTHER.replace('start_from = "imported"', 'start_from = "run"').replace('"tok"', '"run/tokenizer"')
+    head = """[model]
+layers = 3
+dim = 48
+tied = false
+attention = { kind = "gqa", heads = 4, kv_heads = 2, head_dim = 16 }
+ffn = { kind = "swiglu", hidden = 60 }
+"""
+    (tmp_path / "further.toml").write_text(head + further[further.index("[data]") :], encoding="utf-8")
+    answer = typed("train", tmp_path / "further.toml", "--device", "cpu")
+    assert (answer.code, form["vocabulary"]) == (0, 450)
+    assert typed("export", tmp_path / "further", "--to", "hf", "--out", tmp_path / "again").code == 0
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (theirs / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,9 @@ def test_idle_copies_are_decoded_to_the_numbers_that_they_stand_for(
         y = grouped_matmul(rows, stack, ends, first=1)[3:33]
         same = grouped_matmul(rows, whole, ends, first=1, tile=choose_tile(CARDS["sm86"], "half", 10, 1, 1))[3:33]
     assert relative_error(y, truth(rows, whole, ends, 1)[3:33]) < TOLERANCE[dtype]
-    if dtype != torch.float32:  # whose tile may be another
+    if DEVICE == "cuda":  # which adds up operands from registers and from shared memory in another order
+        assert relative_error(y, same) < TOLERANCE[dtype]
+    elif dtype != torch.float32:  # whose tile may be another
         assert torch.equal(y, same)
 
 

@@ -55,7 +55,7 @@ def truth(left: Tensor, right: Tensor, ends: Tensor, resident: int) -> Tensor:
 
 def test_the_reference_is_the_sum_over_each_slice() -> None:
     left, right = draw(6, 3), draw(6, 2, seed=1)
-    found = reference(left, right, torch.tensor([2, 2, 6]), 3, torch.float32)
+    found = reference(left, right, torch.tensor([2, 2, 6], device=left.device), 3, torch.float32)
     assert relative_error(found[0], left[:2].mT @ right[:2]) < 1e-6
     assert found[1].abs().sum() == 0
     assert relative_error(found[2], left[2:].mT @ right[2:]) < 1e-6

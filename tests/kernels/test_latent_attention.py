@@ -321,7 +321,7 @@ def replaced(**parts: Any) -> dict[str, Any]:
         ({"latent": lambda x: x.mT.contiguous().mT}, r"the last needs to be 1"),
         ({"q_rope": lambda x: x.half()}, r"needs q's two alike"),
         ({"latent": lambda x: x.to(torch.uint8)}, r"all floating but a coded latent"),
-        ({"latent_scale": lambda _: torch.ones(2, 10, 1, device=DEVICE)}, r"torch.float32, latent_scale.*needs uint8"),
+        ({"latent_scale": lambda _: torch.ones(2, 10, 1, device=DEVICE)}, r"latent_scale \[2, 10, 1\].*needs uint8"),
         ({"window": lambda _: 0}, r"window is 0; needs 1"),
     ],
 )

@@ -22,7 +22,7 @@ from lowvram_kernels.quantise import (
 )
 from torch import Tensor
 
-from tests.kernels.cards import CARDS, running_on, unwritten
+from tests.kernels.cards import CARDS, DEVICE, running_on, unwritten
 from tests.kernels.measures import LiveBytes
 
 N, K = 300, 688
@@ -153,7 +153,7 @@ def test_a_compiler_takes_everything_as_one_graph(form: str, card: Card) -> None
         )
         return tuple(dequantise(part, torch.float32) for part in scaled)
 
-    x = torch.randn(20, 300, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(20, 300, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     with imagining(card):
         torch._dynamo.reset()
         found = torch.compile(round_trip, backend="eager", fullgraph=True)(x)
@@ -163,7 +163,7 @@ def test_a_compiler_takes_everything_as_one_graph(form: str, card: Card) -> None
 
 
 def test_no_gradient_is_kept() -> None:
-    x = torch.randn(3, 200, requires_grad=True)
+    x = torch.randn(3, 200, device=DEVICE, requires_grad=True)
     for card in (Card("cpu"), Card("cuda", (8, 6))):
         with imagining(card):
             scaled = [quantise_rows(x, "e4m3"), quantise_columns(x, "int8"), quantise_weight(x, "e4m3")]

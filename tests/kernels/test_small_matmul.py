@@ -174,8 +174,8 @@ def rehearse(card: Card, rows: int, dtype: torch.dtype, outputs: int = 512) -> t
     "card, rows, dtype, kernel, promise",
     [
         ("sm75", 16, torch.float16, FEW, ""),
-        ("sm86", 4, torch.float16, FEW, ""),
-        ("sm86", 5, torch.float16, SIXTEEN, "f16"),
+        ("sm86", 1, torch.float16, FEW, ""),
+        ("sm86", 2, torch.float16, SIXTEEN, "f16"),
         ("sm89", 16, torch.bfloat16, SIXTEEN, "bf16"),
         ("sm120", 16, torch.float32, FEW, ""),
     ],

@@ -15,7 +15,7 @@ from lowvram.model.cache import Cache, CacheForm
 from lowvram.model.one_token import read_one_token
 from lowvram.model.positions import rotate, rotate_one, turn_at
 from lowvram.model.rows import AllTexts, EachText, Rows
-from lowvram.model.transformer import Transformer, lay_for_decoding
+from lowvram.model.transformer import Transformer, lay_by_columns
 from tests.kernels.measures import relative_error
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -69,7 +69,7 @@ def test_decoding_token_by_token_equals_the_full_forward_at_every_position(confi
 @pytest.mark.covers("generation")
 @every_variant
 def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
-    model = lay_for_decoding(randomise(Transformer(config)))
+    model = lay_by_columns(randomise(Transformer(config)))
     alone = decoded(model, tokens()[:1], Cache(config, 1, LENGTH), each)
     beside = decoded(model, tokens(), Cache(config, 2, LENGTH), each)
     torch.testing.assert_close(beside[:1], alone, atol=ABSOLUTE, rtol=0)

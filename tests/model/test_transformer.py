@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram.config import ModelConfig
-from lowvram.model.transformer import Dropout, Transformer, lay_for_decoding
+from lowvram.model.transformer import Dropout, Transformer, lay_by_columns
 from lowvram.objective import Batch, causal_loss
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -71,12 +71,12 @@ def test_bf16_weights_and_bf16_computation_stay_near_fp32(config: ModelConfig) -
 
 
 @every_variant
-def test_a_model_laid_for_decoding_is_the_same_model(config: ModelConfig) -> None:
+def test_a_model_laid_by_columns_is_the_same_model(config: ModelConfig) -> None:
     model = randomise(Transformer(config))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
         expected = model.logits(tokens())
-        laid = lay_for_decoding(model)
+        laid = lay_by_columns(model)
         torch.testing.assert_close(laid.logits(tokens()), expected, atol=ABSOLUTE, rtol=0)
     assert all(torch.equal(weight, before[name]) for name, weight in laid.state_dict().items())
     assert laid.embedding.stride() == (1, VOCABULARY), "there are more tokens than dimensions"

@@ -1,0 +1,181 @@
+"""`lowvram serve`: the model behind an OpenAI-compatible server, and a page to talk to it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.cli.options import add_device, add_precision, count, memory
+from lowvram.errors import ConfigError, MachineError, TokenizerError
+
+if TYPE_CHECKING:
+    from lowvram.cli.load import Loaded
+    from lowvram.serve.limits import Limits
+    from lowvram.serve.prompt import Served, Turn
+
+_KEY = "LOWVRAM_API_KEY"
+_KEYED = "  Both ask for the API key."
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "serve",
+        help="answer OpenAI's clients and a page in the browser",
+        description="Serve a trained model at /v1 as OpenAI's API does, and a page to talk to it at /.  Needs the "
+        "extra serve.  Ctrl-C lets running answers end; twice cuts them.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
+    parser.add_argument("--host", default="127.0.0.1", help="another than this machine's needs a key (%(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 takes any that is free (default: %(default)s)")
+    parser.add_argument("--api-key", metavar="KEY", help=f"ask every client for it (default: ${_KEY}, or none)")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--as", dest="manner", choices=("base", "dialogue"), help="how to answer (default: as the model was trained)"
+    )
+    parser.add_argument("--slots", type=count, default=16, metavar="N", help="answers at once (default: %(default)s)")
+    parser.add_argument("--context", type=count, metavar="N", help="tokens of a text (default: the most that fit)")
+    parser.add_argument("--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)")
+    parser.add_argument("--max-body", type=memory, default="4MiB", metavar="SIZE", help="(default: %(default)s)")
+    parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
+    parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")
+    add_precision(parser)
+    add_device(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the model and serve it until Ctrl-C."""
+    from lowvram.cli.context import find_max_context
+    from lowvram.cli.load import load_model
+    from lowvram.cli.show import notice
+
+    given = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
+    key = _choose_key(arguments.host, given)
+    _require_extra()
+    from lowvram.generate.decoder import Decoder
+    from lowvram.serve.app import Door, build_app
+    from lowvram.serve.batch import Batcher
+    from lowvram.serve.guard import is_loopback
+    from lowvram.serve.metrics import Metrics
+    from lowvram.serve.server import Server, open_socket
+
+    # Before the model is read: what is wrong with an address is said at once.
+    with open_socket(arguments.host, arguments.port) as listening:
+        loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
+        context = find_max_context(loaded, arguments.slots, arguments.context)
+        limits = _build_limits(arguments, context.max_context)
+        served = _describe(arguments, loaded, context.max_context)
+        decoder = Decoder(loaded.model, context.max_context, limits.slots, loaded.dtype)
+        batcher = Batcher(decoder, loaded.tokenizer, limits.queue, Metrics())
+        app = build_app(served, batcher, limits, Door(key, is_loopback(arguments.host)))
+        host, port = listening.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        notice(f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))
+        notice(_introduce(loaded, served))
+        if context.warning:
+            notice(context.warning, "yellow")
+        waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
+        notice(f"Context of {context.reason}  {waiting}.  Ctrl-C ends.")
+        Server(app, batcher).serve_on(listening)
+    notice("Stopped.", "dim")
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**16:
+        raise argparse.ArgumentTypeError(f"{number} is no port; they are 0 to {2**16 - 1}")
+    return number
+
+
+def _length(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    return number
+
+
+def _choose_key(host: str, key: str | None) -> str | None:
+    """Return the key that clients must have; raises ConfigError where there has to be one."""
+    from lowvram.serve.addresses import is_loopback
+
+    if key is not None and not (key.isascii() and key.isprintable() and key == key.strip() and key):
+        raise ConfigError("--api-key is no key.", "A header can hold visible ASCII characters only.", "Choose another.")
+    if key is None and not is_loopback(host):
+        raise ConfigError(
+            f"--host is {host}, and there is no API key.",
+            "Whoever reaches that address could use the model.",
+            f"Set {_KEY} (or give --api-key), or leave --host out to serve this machine alone.",
+        )
+    return key
+
+
+def _require_extra() -> None:
+    try:
+        import starlette
+        import uvicorn
+    except ImportError as error:
+        raise MachineError(
+            "The server's packages are not installed.", f"{error}.", "Type: pip install 'lowvram[serve]'."
+        ) from error
+    del starlette, uvicorn
+
+
+def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
+    from lowvram.serve.limits import Limits
+
+    longest = max(1, max_context - 1)
+    return Limits(
+        slots=arguments.slots,
+        queue=arguments.queue,
+        body_bytes=arguments.max_body,
+        prompt_tokens=min(longest, arguments.max_prompt or longest),
+        output_tokens=min(longest, arguments.max_output or longest),
+    )
+
+
+def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -> Served:
+    """Return what is served, by the name that clients will use."""
+    from lowvram.serve.prompt import Served
+
+    name = arguments.name or arguments.checkpoint.resolve().name
+    encode = _find_encoder(loaded, arguments.manner)
+    return Served(name, _fingerprint(loaded, name), loaded.tokenizer, max_context, encode)
+
+
+def _fingerprint(loaded: Loaded, name: str) -> str:
+    """Return a short name of everything on which an answer depends beside the request."""
+    import torch
+
+    import lowvram
+
+    weights = name if loaded.checkpoint is None else json.dumps(loaded.checkpoint.manifest, sort_keys=True)
+    words = (weights, loaded.tokenizer.hash, loaded.precision, loaded.dtype, torch.__version__, lowvram.__version__)
+    return "fp_" + hashlib.sha256("/".join(map(str, words)).encode("utf-8")).hexdigest()[:12]
+
+
+def _introduce(loaded: Loaded, served: Served) -> str:
+    manner = "speaks" if served.encode_chat else "continues texts"
+    size = f"{loaded.config.num_parameters():,} parameters in {loaded.precision} ({loaded.reason})"
+    return f"{served.name} {manner}: {size}."
+
+
+def _find_encoder(loaded: Loaded, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
+    """Return what makes ids of a conversation; None for a model that continues texts."""
+    from lowvram.generate.template import Message, is_dialogue, load_template
+
+    if not (is_dialogue(loaded.tokenizer) if manner is None else manner == "dialogue"):
+        return None
+    template = load_template(loaded.tokenizer)
+    if template is None:
+        raise TokenizerError(
+            "This model is to speak in turns, and its tokenizer has no chat template.",
+            f"tokenizer_config.json in {loaded.tokenizer.directory} has no chat_template.",
+            "Add one, or serve it with --as base.",
+        )
+    return lambda turns: template.encode(loaded.tokenizer, [Message(*turn) for turn in turns])

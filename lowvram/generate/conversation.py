@@ -1,0 +1,143 @@
+"""What was said so far, as the ids that a model reads: a text that goes on, or turns; knows no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lowvram.errors import PromptError, PromptTooLongError
+from lowvram.generate.engine import Engine
+from lowvram.generate.sampling import Sampler
+from lowvram.generate.template import Message, Template
+
+# Of the context, what a prompt that is cut to its newest part leaves for the answer at least.
+_ANSWER_SHARE = 4
+
+
+@dataclass
+class Counts:
+    """Tokens that were read, found read already and written, and the seconds until the first piece and after it."""
+
+    read: int = 0
+    reused: int = 0
+    written: int = 0
+    reading_s: float = 0.0
+    writing_s: float = 0.0
+
+
+@dataclass
+class Conversation:
+    """All that was said, and what of it the context holds.
+
+    template: how turns become ids; None: a base model, for which what is said is one text, a line for each turn.
+    dropped: messages, of a base model tokens, that the context has no room for any more.
+    """
+
+    engine: Engine
+    template: Template | None = None
+    system: str | None = None
+    messages: list[Message] = field(default_factory=list)
+    dropped: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def ask(self, text: str, sampler: Sampler, max_tokens: int, newest: bool = False) -> Iterator[str]:
+        """Say `text` and return the pieces of the answer as they come; close the iterator to stop it.
+
+        newest: of a text that does not fit the newest part that does is said.  What was written stays said, however
+        the answer ends.  Raises PromptTooLongError, with nothing said, where the text alone does not fit.
+        """
+        said = Message("user", text)
+        if newest:
+            said = self._newest_of(said, max_tokens)
+        ids = self._fit([*self.messages, said])
+        self.messages.append(said)
+        return self._write(ids, sampler, max_tokens)
+
+    def retry(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
+        """Forget the last answer and return another; raises PromptError where nothing was asked yet."""
+        if self.messages and self.messages[-1].role == "assistant":
+            self.messages.pop()
+        if not self.messages:
+            raise PromptError("There is nothing to answer again.", "Nothing was said yet.", "Type something first.")
+        return self._write(self._fit(self.messages), sampler, max_tokens)
+
+    def reset(self) -> None:
+        """Forget all that was said; what the system said stays."""
+        self.messages.clear()
+        self.dropped = 0
+
+    def _write(self, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[str]:
+        engine, counts = self.engine, self.counts
+        began = time.perf_counter()
+        pieces = engine.generate(ids, sampler, max_tokens)
+        reused = engine.decoder.length(engine.slot)
+        counts.reused += reused
+        counts.read += len(ids) - reused
+        first_at, text = None, ""
+        try:
+            for piece in pieces:
+                first_at = first_at or time.perf_counter()
+                text += piece
+                yield piece
+        finally:
+            ended = time.perf_counter()
+            written = tuple(engine.ids[len(ids) :])
+            counts.written += len(written)
+            counts.reading_s += (first_at or ended) - began
+            counts.writing_s += ended - (first_at or ended)
+            self.messages.append(Message("assistant", text, written))
+
+    def _ids(self, messages: list[Message]) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        if self.template is not None:
+            spoken = [Message("system", self.system)] if self.system else []
+            return self.template.encode(tokenizer, [*spoken, *messages])
+        ids = [tokenizer.bos_id]
+        for number, message in enumerate(messages):
+            # A line of its own for each turn: a base model knows texts, not speakers.
+            text = message.content if number == 0 else f"\n{message.content}"
+            ids += tokenizer.encode(text) if message.ids is None else message.ids
+        return ids
+
+    def _fit(self, messages: list[Message]) -> list[int]:
+        """Return the ids of as much as fits, the last message whole, and leave room for an answer."""
+        most = self.engine.max_context - 1
+        if self.template is None:
+            return self._fit_text(messages, most)
+        while len(ids := self._ids(messages[self.dropped :])) > most:
+            later = (n for n, m in enumerate(messages) if n > self.dropped and m.role == "user")
+            first = next(later, None)
+            if first is None:
+                raise _too_long(len(ids), self.engine.max_context)
+            self.dropped = first
+        return ids
+
+    def _fit_text(self, messages: list[Message], most: int) -> list[int]:
+        ids, alone = self._ids(messages), len(self._ids(messages[-1:]))
+        if alone > most:
+            raise _too_long(alone, self.engine.max_context)
+        if len(ids) - self.dropped > most:
+            self.dropped = len(ids) - max(alone, self.engine.max_context // 2)
+        return ids[self.dropped :]
+
+    def _newest_of(self, said: Message, max_tokens: int) -> Message:
+        tokenizer = self.engine.tokenizer
+        ids = tokenizer.encode(said.content)
+        around = len(self._ids([said._replace(content="")]))
+        room = self.engine.max_context - 1 - around
+        if len(ids) <= room:
+            return said
+        room -= min(max_tokens, room // _ANSWER_SHARE)
+        # The cut may lie inside a character, of which the rest is no text.
+        text = tokenizer.decode(ids[len(ids) - max(1, room) :]).lstrip("\ufffd")
+        return said._replace(content=text)
+
+
+def _too_long(count: int, max_context: int) -> PromptTooLongError:
+    over = count - max_context + 1
+    return PromptTooLongError(
+        f"The text has {count:,} tokens, {over:,} too many.",
+        f"The context holds {max_context:,}, and the answer needs room in it too.",
+        "Shorten it, or let its newest part alone be read: --newest.",
+    )

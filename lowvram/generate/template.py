@@ -1,0 +1,172 @@
+"""Conversations as token ids, through the chat template that lies with a tokenizer; knows no model and no terminal.
+
+What people and models wrote stands in the template as placeholders while it is rendered, and is encoded as plain text
+afterwards: whatever they write, they never write a special token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lowvram.data.tokenizer import SPECIALS, Tokenizer
+from lowvram.errors import PromptError, TokenizerError
+
+if TYPE_CHECKING:
+    import jinja2
+
+ROLES = ("system", "user", "assistant")
+_SPECIAL = re.compile("|".join(map(re.escape, SPECIALS)))
+# Around each placeholder: white space that nobody types, and that is gone where the template trims.
+_PAD = "\u2003"
+# At both ends of a placeholder: no template's own text has an editorial coronis.
+_MARK = "\u2e0e"
+
+
+class Message(NamedTuple):
+    """What one side has said.  ids: the tokens that a model wrote it in, which then stand for the content."""
+
+    role: str
+    content: str
+    ids: tuple[int, ...] | None = None
+
+
+class Template:
+    """A chat template in Jinja, as transformers renders it, in a sandbox.
+
+    names: special tokens by the names that the template knows them by, such as bos_token.
+    Raises TokenizerError where the source does not compile.
+    """
+
+    def __init__(self, source: str, names: dict[str, str]) -> None:
+        import jinja2
+
+        self._names = names
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TokenizerError(
+                "The chat template does not compile.",
+                f"Line {error.lineno} of chat_template: {error.message}",
+                "Mend it in tokenizer_config.json, or go on with --as base, which needs none.",
+            ) from error
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Return the ids of a conversation, and with add_generation_prompt of what opens the answer to it.
+
+        Special tokens come from the template alone.  Raises PromptError where the template refuses the conversation or
+        does something to its words that cannot be followed.
+        """
+        ids: list[int] = []
+        text = ""
+        for part in self._parts(messages, add_generation_prompt):
+            if isinstance(part, str):
+                text += part
+            else:
+                ids += [*tokenizer.encode(text), *part]
+                text = ""
+        return [*ids, *tokenizer.encode(text)]
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """Return the text that `encode` encodes; special tokens in it may be the template's or somebody's words."""
+        plain = [message._replace(ids=None) for message in messages]
+        parts = self._parts(plain, add_generation_prompt)
+        return "".join(part if isinstance(part, str) else SPECIALS[part[0]] for part in parts)
+
+    def _parts(self, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[str | tuple[int, ...]]:
+        """Yield plain text, and the ids of special tokens and of what models wrote."""
+        key = secrets.token_hex(8)
+        contents = [f"{_PAD}{_MARK}{key}-{number}{_MARK}{_PAD}" for number in range(len(messages))]
+        rendered = self._render(messages, contents, add_generation_prompt)
+        # Text and number by turns: all that is left of a placeholder is its number and the spaces that it kept.
+        pieces = re.split(f"({_PAD}?){_MARK}{key}-([0-9]+){_MARK}({_PAD}?)", rendered)
+        if any(_MARK in piece for piece in pieces[::4]):
+            raise PromptError(
+                "The chat template changes the words of a message.",
+                "It may trim them and put them where it likes; more than that cannot be followed safely.",
+                "Use a template that leaves message.content as it is.",
+            )
+        yield from _special_parts(pieces[0])
+        for left, number, right, between in zip(*(pieces[start::4] for start in (1, 2, 3, 4)), strict=True):
+            _, content, ids = messages[int(number)]
+            content = content if left else content.lstrip()
+            yield (content if right else content.rstrip()) if ids is None else ids
+            yield from _special_parts(between)
+
+    def _render(self, messages: Sequence[Message], contents: list[str], add_generation_prompt: bool) -> str:
+        import jinja2
+
+        given = [
+            {"role": message.role, "content": content} for message, content in zip(messages, contents, strict=True)
+        ]
+        for message in messages:
+            if not isinstance(message.content, str):
+                kind = type(message.content).__name__
+                raise PromptError(f"A message's content is {kind}.", "It must be text.", "Give it as a string.")
+        try:
+            return self._template.render(
+                messages=given, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._names
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+            raise PromptError(
+                "The chat template refuses this conversation.",
+                f"{type(error).__name__}: {error}",
+                f"Its roles are usually {', '.join(ROLES)}, user and assistant by turns.",
+            ) from error
+
+
+def load_template(tokenizer: Tokenizer) -> Template | None:
+    """Return the template that lies with a tokenizer, None where there is none."""
+    settings = tokenizer.settings
+    source = settings.get("chat_template")
+    if isinstance(source, list):  # several by name, as older files have them
+        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise TokenizerError(
+            f"chat_template in {tokenizer.directory} is {type(source).__name__}.",
+            "It must be text, a template in Jinja.",
+            "Mend tokenizer_config.json, or go on with --as base, which needs none.",
+        )
+    names = {name: value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)}
+    return Template(source, names)
+
+
+def is_dialogue(tokenizer: Tokenizer) -> bool:
+    """Say whether the model that this tokenizer lies with has learnt to speak in turns, and not only to go on."""
+    return tokenizer.settings.get("lowvram_dialogue") is True
+
+
+def _special_parts(text: str) -> Iterator[str | tuple[int, ...]]:
+    """Yield a template's own text, in which the names of special tokens are those tokens."""
+    end = 0
+    for match in _SPECIAL.finditer(text):
+        yield text[end : match.start()]
+        yield (SPECIALS.index(match[0]),)
+        end = match.end()
+    yield text[end:]
+
+
+def _environment() -> jinja2.Environment:
+    """Return the dialect in which chat templates are written: transformers' settings, filters and functions."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    return environment

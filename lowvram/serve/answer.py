@@ -1,0 +1,80 @@
+"""What one answer's tokens say so far: whole characters, and nothing of a stop string; knows neither slots nor HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lowvram.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Chance:
+    """How likely the model itself, without a sampler, held a token (logprob), and the likeliest ids there (top)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Said:
+    """One token of an answer.  start: how many of the answer's characters were whole before it."""
+
+    id: int
+    start: int
+    chance: Chance
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that is certain by now, and the tokens that it came from where their chances were asked for."""
+
+    text: str
+    said: tuple[Said, ...] = ()
+
+
+class Answer:
+    """Turns tokens into pieces of text and holds back what may yet be half a character or a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        self.is_stopped = False
+        self._stream = tokenizer.stream()
+        self._stops = tuple(stops)
+        self._held, self._unsaid = "", list[Said]()
+        self._known = self._released = 0
+
+    def push(self, id: int, chance: Chance | None = None) -> Piece:
+        """Take the next token; returns what is certain now, perhaps nothing.  `is_stopped` says whether to go on."""
+        if chance is not None:
+            self._unsaid.append(Said(id, self._known, chance))
+        return self._release(self._stream.push(id), is_last=False)
+
+    def finish(self) -> Piece:
+        """Return what is still held back, when the answer ends for another reason than a stop string."""
+        if self.is_stopped:
+            return Piece("")
+        return self._release(self._stream.finish(), is_last=True)
+
+    def _release(self, new: str, is_last: bool) -> Piece:
+        self._known += len(new)
+        text = self._held + new
+        cut = min((text.find(stop) for stop in self._stops if stop in text), default=None)
+        self.is_stopped = cut is not None
+        if cut is None:
+            cut = len(text) - (0 if is_last else self._doubtful(text))
+        self._held = text[cut:]
+        self._released += cut
+        is_all = is_last and not self.is_stopped
+        said = tuple(one for one in self._unsaid if is_all or one.start < self._released)
+        del self._unsaid[: len(said)]
+        return Piece(text[:cut], said)
+
+    def _doubtful(self, text: str) -> int:
+        """Return how long the longest end of `text` is with which a stop string begins."""
+        lengths = (
+            length
+            for stop in self._stops
+            for length in range(min(len(stop) - 1, len(text)), 0, -1)
+            if text.endswith(stop[:length])
+        )
+        return max(lengths, default=0)

@@ -1,0 +1,190 @@
+"""Another program's byte-level BPE: the same ids as there, every text survives, nothing in a text is special."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Library
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lowvram.data.outside_tokenizer import ROWS, OutsideTokenizer, load_tokenizer
+from lowvram.data.tokenizer import Tokenizer, TokenStream
+from lowvram.errors import TokenizerError
+from tests.conftest import TURKISH
+
+# Qwen's, whose numbers and contractions are cut otherwise than ours.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = (*TURKISH, "I'm <|im_end|> said <think> 42 times\r\n\n", "çok   boşluk \n", "🫖 日本 \u00a0\u200d", "")
+
+
+def make(out: Path, bos: str | None = "<|begin|>") -> Path:
+    """Train a small tokenizer in the manner of Qwen and Llama 3 and save it as transformers does."""
+    library = Library(models.BPE())
+    library.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator(TURKISH, trainer)
+    library.add_special_tokens(["<|begin|>", "<|endoftext|>", "<|im_end|>"])
+    library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    begin = library.token_to_id("<|begin|>")
+    library.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", begin)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=library, bos_token=bos, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("outside"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder, rows=450)
+
+
+def test_ids_are_those_of_transformers_where_a_text_says_nothing_special(folder: Path, tokenizer: Tokenizer) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for text in TURKISH:
+        assert tokenizer.encode(text) == theirs(text, add_special_tokens=False).input_ids
+        assert np.array_equal(tokenizer.encode_array(text), np.array(tokenizer.encode(text), np.uint32))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+
+
+def test_every_text_survives(tokenizer: Tokenizer) -> None:
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        stream = TokenStream(tokenizer)
+        assert "".join(stream.push(id) for id in tokenizer.encode(text)) + stream.finish() == text
+
+
+def test_nothing_in_a_text_becomes_an_added_token(folder: Path, tokenizer: Tokenizer) -> None:
+    added = {token["id"] for token in json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]}
+    assert len(added) == 4
+    text = "<|im_end|><|begin|> <think>x<|endoftext|>"
+    assert not added & set(tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_ids_are_no_text_and_others_that_were_added_are(folder: Path, tokenizer: Tokenizer) -> None:
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.token_bytes(tokenizer.end_of_turn_id) == b""
+    assert tokenizer.end_of_turn_id == library.token_to_id("<|im_end|>")
+    assert tokenizer.token_bytes(library.token_to_id("<think>")) == b"<think>"
+
+
+def test_rows_that_no_text_gives_are_ids_of_nothing(tokenizer: Tokenizer) -> None:
+    assert tokenizer.size == 450
+    assert tokenizer.token_bytes(449) == b""
+    with pytest.raises(TokenizerError, match="450 is not a token id"):
+        tokenizer.token_bytes(450)
+
+
+def test_what_was_saved_is_loaded_with_its_rows_and_still_opens_in_transformers(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "kept")
+    again = load_tokenizer(tmp_path / "kept")
+    assert isinstance(again, OutsideTokenizer)
+    assert (again, again.size) == (tokenizer, 450)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "kept")
+    assert theirs(TURKISH[0], add_special_tokens=False).input_ids == again.encode(TURKISH[0])
+
+
+def test_without_a_bos_its_eos_opens_texts(tmp_path: Path) -> None:
+    found = load_tokenizer(make(tmp_path / "out", bos=None), rows=450)
+    assert found.bos_id == found.eos_id == found.pad_id
+
+
+def test_ours_is_loaded_as_ours_even_where_another_may_be(small_tokenizer: Tokenizer) -> None:
+    assert type(load_tokenizer(small_tokenizer.directory, rows=10**6)) is Tokenizer
+    assert load_tokenizer(small_tokenizer.directory) == small_tokenizer
+
+
+def test_another_programs_is_refused_where_nobody_said_how_many_rows(folder: Path) -> None:
+    with pytest.raises(TokenizerError, match="cannot be used"):
+        load_tokenizer(folder)
+
+
+def test_half_a_character_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="half a character"):
+        tokenizer.encode("a\ud800")
+
+
+def edited(folder: Path, out: Path, file: str, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """Return a copy of a tokenizer whose file was edited in place."""
+    out.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        table = json.loads((folder / name).read_bytes())
+        if name == file:
+            edit(table)
+        (out / name).write_text(json.dumps(table), encoding="utf-8")
+    return out
+
+
+MODEL, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "unigram": (MODEL, lambda table: table["model"].update(type="Unigram"), "its model is Unigram"),
+    "lower case": (MODEL, lambda table: table.update(normalizer={"type": "Lowercase"}), "its normalizer is Lowercase"),
+    "sentencepiece": (MODEL, lambda table: table.update(decoder={"type": "Fuse"}), "its decoder is not ByteLevel"),
+    "no decoder": (MODEL, lambda table: table.update(decoder=None), "its decoder is not ByteLevel"),
+    "a byte without a token": (MODEL, lambda table: table["model"]["vocab"].pop("Ġ"), "1 of the 256 bytes have no"),
+    "a prefix space": (
+        MODEL,
+        lambda table: table["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        "comes back as",
+    ),
+    "no end": (CONFIG, lambda table: table.update(eos_token=None), "names no eos_token"),
+    "an end that is no token": (CONFIG, lambda table: table.update(eos_token="</s>"), "names no eos_token"),
+    "no vocabulary": (MODEL, lambda table: table["model"].pop("vocab"), "KeyError"),
+    "a broken pre-tokenizer": (
+        MODEL,
+        lambda table: table.update(pre_tokenizer={"type": "X"}),
+        "library tokenizers says",
+    ),
+}
+
+
+@pytest.mark.parametrize("file, edit, words", FAULTS.values(), ids=FAULTS)
+def test_a_tokenizer_that_cannot_be_used_is_told_why(
+    file: str, edit: Callable[[dict[str, Any]], Any], words: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(edited(folder, tmp_path / "out", file, edit), rows=450)
+    assert words in str(caught.value)
+    assert all((caught.value.what, caught.value.why, caught.value.fix))
+
+
+def test_a_model_with_too_few_rows_is_told_so(folder: Path) -> None:
+    with pytest.raises(TokenizerError, match="and the model only 300 rows"):
+        load_tokenizer(folder, rows=300)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"lowvram_rows": "many"}'])
+def test_a_damaged_config_is_complained_of_as_ever(text: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((small_tokenizer.directory / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    if ROWS in text:
+        assert type(load_tokenizer(tmp_path)) is Tokenizer
+    elif text == "{":
+        with pytest.raises(TokenizerError):
+            load_tokenizer(tmp_path)
+    else:
+        assert load_tokenizer(tmp_path) == small_tokenizer

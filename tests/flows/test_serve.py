@@ -1,0 +1,154 @@
+"""`lowvram serve` as a user starts it: a process, the real client, Ctrl-C; and what it refuses to start with."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import OpenAI
+
+from lowvram.data.tokenizer import Tokenizer
+from tests.flows.typed import environment, fill_home, typed
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    fill_home(home)
+    assert typed("train", home / "run.toml", "--device", "cpu").code == 0
+    return home / "run"
+
+
+@contextmanager
+def started(run: Path, *words: object, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """Start the command on any free port; returns the process, its URL and all that it said before it was ready."""
+    command = [sys.executable, "-m", "lowvram", "serve", str(run), "--port", "0", "--device", "cpu", *map(str, words)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", env=environment(**variables)) as process:
+        assert process.stderr is not None
+        said = ""
+        while "Ctrl-C ends." not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        try:
+            yield process, re.findall(r"http://\S+?:\d+", said)[0], said
+        finally:
+            process.kill()
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal, and expect an orderly end."""
+    if sys.platform == "win32":
+        return  # where Ctrl-C goes to a whole console
+    process.send_signal(number)
+    assert process.wait(30) == 0
+    assert process.stderr is not None
+    assert process.stderr.read() == "Stopped.\n"
+
+
+def test_it_says_where_it_is_answers_and_ends_in_order(run: Path) -> None:
+    with started(run, "--slots", 2, "--precision", "fp32") as (process, url, said):
+        assert f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients.\n" in said
+        assert re.search(r"run continues texts: [\d,]+ parameters in fp32 \(as asked\)\.", said)
+        assert re.search(r"Context of 32 tokens, .+\.  2 answers at once, 64 requests may wait\.", said)
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        expected = typed("chat", run, "--prompt", "Kış", "--temperature", 0, "--tokens", 7, "--precision", "fp32")
+        options = {"max_tokens": 7, "temperature": 0, "extra_body": {"repetition_penalty": 1.1}}
+        answer = client.completions.create(model="run", prompt="Kış", **options)
+        assert f"Kış{answer.choices[0].text}\n" == expected.out
+        assert answer.system_fingerprint is not None
+        assert answer.system_fingerprint.startswith("fp_")
+        assert "lowvram" in httpx.get(url, trust_env=False).text
+        end(process, signal.SIGINT)
+
+
+def test_a_model_that_is_to_speak_answers_conversations(run: Path) -> None:
+    with started(run, "--as", "dialogue", "--precision", "fp32", "--slots", 1) as (process, url, said):
+        assert "run speaks:" in said
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        messages = [{"role": "user", "content": "Kış<|end_of_turn|>"}]
+        answer = client.chat.completions.create(model="run", messages=messages, max_tokens=3, temperature=0)  # type: ignore[arg-type]
+        assert answer.choices[0].message.role == "assistant"
+        tokenizer = Tokenizer.load(run.parent / "tok")
+        # BOS, who speaks, the words, end of turn, who speaks next: what a user writes is never a special token.
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens == 4 + len(tokenizer.encode("Kış<|end_of_turn|>"))
+        end(process, signal.SIGTERM)
+
+
+def test_another_address_demands_a_key(run: Path) -> None:
+    answer = typed("serve", run, "--host", "0.0.0.0", "--device", "cpu")
+    assert answer.code == 1
+    assert "Error: --host is 0.0.0.0, and there is no API key." in answer.err
+    assert "LOWVRAM_API_KEY" in answer.err
+
+
+@pytest.mark.parametrize("key", ["", " gizli", "gizli\n", "şifre"])
+def test_a_key_that_no_header_can_hold_is_refused(run: Path, key: str) -> None:
+    answer = typed("serve", run, "--api-key", key, "--device", "cpu")
+    assert answer.code == 1
+    assert "--api-key is no key" in answer.err
+    assert not key or key not in answer.err
+
+
+def test_the_key_of_the_environment_is_asked_for(run: Path) -> None:
+    words = ("--host", "0.0.0.0", "--name", "benim", "--slots", 1)
+    with started(run, *words, LOWVRAM_API_KEY="gizli") as (_, url, said):
+        assert "Both ask for the API key." in said
+        assert "gizli" not in said
+        url = url.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401
+        friend = OpenAI(base_url=f"{url}/v1", api_key="gizli", max_retries=0)
+        assert [model.id for model in friend.models.list()] == ["benim"]
+
+
+def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        answer = typed("serve", tmp_path / "no run", "--port", taken.getsockname()[1])
+    assert answer.code == 1
+    assert re.search(
+        r"Error: 127\.0\.0\.1 port \d+ cannot be listened on\. .* Choose another with --port\.", answer.err
+    )
+
+
+@pytest.mark.parametrize(
+    "words, word",
+    [
+        (("--port", 70_000), "70000 is no port"),
+        (("--slots", 0), "less than 1"),
+        (("--queue", -1), "less than 0"),
+        (("--max-body", "many"), "many"),
+        (("--as", "king"), "invalid choice"),
+    ],
+)
+def test_options_out_of_range_are_usage_errors(run: Path, words: tuple[object, ...], word: str) -> None:
+    answer = typed("serve", run, *words)
+    assert answer.code == 2
+    assert word in answer.err
+
+
+def test_a_host_that_is_none_is_an_error(run: Path) -> None:
+    answer = typed("serve", run, "--host", "no.such.host.invalid", "--api-key", "gizli")
+    assert answer.code == 1
+    assert "Mend --host." in answer.err
+
+
+def test_a_missing_run_is_an_error(tmp_path: Path) -> None:
+    answer = typed("serve", tmp_path / "nowhere", "--port", 0)
+    assert answer.code == 1
+    assert "nowhere" in answer.err
+
+
+def test_without_its_packages_it_says_what_to_install(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    answer = typed("serve", run)
+    assert answer.code == 1
+    assert "pip install 'lowvram[serve]'" in answer.err
