@@ -51,10 +51,6 @@ class MappedTensors:
         """Return the names of all tensors."""
         return list(self._file.keys())
 
-    def shape(self, name: str) -> list[int]:
-        """Return a tensor's shape without touching its numbers."""
-        return list(self._file.get_slice(name).get_shape())
-
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         tensor: Tensor = self._file.get_tensor(name)

@@ -50,6 +50,17 @@ def test_what_was_saved_is_what_is_read(tmp_path: Path, tokenizer: Path) -> None
     assert found.size_bytes == sum(p.stat().st_size for p in found.directory.iterdir() if p.name != "manifest.json")
 
 
+def test_weights_are_mapped_one_by_one_and_outlive_their_file(tmp_path: Path, tokenizer: Path) -> None:
+    found = save(tmp_path / "run", tokenizer, 7)
+    mapped, whole = found.map_weights(), found.weights()
+    assert sorted(mapped.names()) == sorted(whole)
+    tensors = {name: mapped.read(name) for name in mapped.names()}
+    if sys.platform != "win32":  # which lets nobody delete what is mapped
+        shutil.rmtree(found.directory)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors.items())
+    assert tensors["bf"].dtype == torch.bfloat16
+
+
 def test_weights_open_without_the_training_state(tmp_path: Path, tokenizer: Path) -> None:
     from safetensors.torch import load_file
 

@@ -121,9 +121,8 @@ class Transformer(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix [V, D]: the embedding itself where the two are tied; of codes a copy in fp32."""
-        plain, scale = self._head()
-        return plain if scale is None else self.head_matrix(torch.float32)
+        """The output matrix [V, D] as it is kept, codes too: the embedding itself where the two are tied."""
+        return self._head()[0]
 
     def head_matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the output matrix in dtype, [V, D]: itself where it is kept so, else a copy."""

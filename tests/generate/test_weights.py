@@ -127,7 +127,6 @@ def test_whole_matrices_are_read_in_one_way(precision: str) -> None:
         assert torch.equal(layer.matrix(torch.float32), truth.weight)
     assert attention.kv_b_proj.matrix(torch.bfloat16).data_ptr() == attention.kv_b_proj.weight.data_ptr()
     assert torch.equal(model.head_matrix(torch.float32), plain.head_VD)
-    assert torch.equal(model.head_VD, plain.head_VD)
     assert torch.equal(model.embed(torch.tensor([3, 66]), torch.float32), plain.embedding[[3, 66]])
 
 
