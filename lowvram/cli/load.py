@@ -84,7 +84,7 @@ def _load(
     dtype = DTYPES[reading.flow]
     model = load_for_reading(source, reading.kept, device, dtype)
     if device.type == "cpu":
-        lay_by_columns(model)
+        model = lay_by_columns(model)
     free_memory(device)
     read_in = (dtype, reading.kept, reading.reason)
     return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)

@@ -84,8 +84,22 @@ class GqaAttention(ExactBuffers):
         self.o_proj = Linear(config.heads * config.head_dim, model.dim, kept)
         self.q_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
         self.k_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
+        # The three projections' weights as one matrix, of which theirs are parts: see `lay_by_columns`.
+        self.qkv: Tensor | None = None
         slope_H = slopes(config.heads).to(kept.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)
+
+    @torch.no_grad()
+    def join_projections(self) -> None:
+        """Make the three projections' weights parts of one matrix, column by column where that is fp32."""
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if self.q_proj.form != "plain" or any(not layer.weight.dtype.is_floating_point for layer in layers):
+            return
+        self.qkv = torch.cat([layer.weight for layer in layers])
+        if self.qkv.dtype == torch.float32:
+            self.qkv = self.qkv.mT.contiguous().mT
+        for layer, part in zip(layers, self.qkv.split([layer.weight.shape[0] for layer in layers]), strict=True):
+            layer.weight.data = part
 
     def forward(self, x_BTD: Tensor, table: Table, cache: SlotOfCache | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""

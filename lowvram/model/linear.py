@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.linear import linear
 from lowvram_kernels.norm_linears import norm_linears
 from lowvram_kernels.product import Form
@@ -81,13 +82,15 @@ class RmsNorm(nn.Module):
 
 
 def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Return x Wᵀ in x's dtype, for reading: what `linear` gives, by whatever is fastest for so few or many rows."""
-    weight_OI = weight_OI.to(x_NI.dtype)
-    if x_NI.device.type != "cpu":
-        return F.linear(x_NI, weight_OI)
-    if len(x_NI) == 1:
-        return torch.mv(weight_OI, x_NI[0])[None]
-    if is_slow_in_half(x_NI) and len(x_NI) >= _LEAST_WIDENED:
+    """Return x Wᵀ in x's dtype, for reading: what `linear` gives, by whatever is fastest for so few or many rows.
+
+    x: [N, inputs], or one row as a vector.
+    """
+    if weight_OI.dtype != x_NI.dtype:
+        weight_OI = weight_OI.to(x_NI.dtype)
+    if x_NI.dim() == 1:
+        return torch.mv(weight_OI, x_NI)
+    if x_NI.shape[0] >= _LEAST_WIDENED and is_slow_in_half(x_NI):
         return F.linear(x_NI.float(), weight_OI.float()).to(x_NI.dtype)
     return F.linear(x_NI, weight_OI)
 
@@ -95,7 +98,7 @@ def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 def is_slow_in_half(x: Tensor) -> bool:
     """Say whether products of x's numbers are of 16 bits on a processor that has no instructions for them."""
     has_none = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
+    return card_of(x.device).platform == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
 
 
 def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:

@@ -141,27 +141,26 @@ def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, slope_H: Tensor, scale: fl
 
 
 class Turn(NamedTuple):
-    """By which angles the tokens of several texts turn, one of each: [N, 1, 2R] fp32, ready to multiply."""
+    """How the tokens of several texts turn, one of each: [N, 1, 2R] fp32, and each number's partner, [2R]."""
 
     cos_N1K: Tensor
     sin_N1K: Tensor
-    interleaved: bool
+    partner_K: Tensor
 
 
 def turn_at(table: RotaryTable, position_N: Tensor, interleaved: bool) -> Turn:
     """Return the turn of one token at each position.  position: [N] integers.  interleaved: as of `rotate`."""
     angle_NR = position_N[:, None].float() * table.frequency_R
     cos_NR, sin_NR = angle_NR.cos(), angle_NR.sin()
+    order_K, pairs = torch.arange(2 * cos_NR.shape[1], device=position_N.device), cos_NR.shape[1]
     if interleaved:
         cos, sin = cos_NR.repeat_interleave(2, -1), torch.stack([-sin_NR, sin_NR], -1).flatten(-2)
-    else:
-        cos, sin = torch.cat([cos_NR, cos_NR], -1), torch.cat([-sin_NR, sin_NR], -1)
-    return Turn(cos[:, None], sin[:, None], interleaved)
+        return Turn(cos[:, None], sin[:, None], order_K ^ 1)
+    cos, sin = torch.cat([cos_NR, cos_NR], -1), torch.cat([-sin_NR, sin_NR], -1)
+    return Turn(cos[:, None], sin[:, None], order_K.roll(pairs))
 
 
 def rotate_one(x_NHK: Tensor, turn: Turn) -> Tensor:
     """Rotate heads that are rotated whole: what `rotate` does, for one token a text.  x: [N, H, 2R]."""
     x = x_NHK.float()
-    pairs = x.shape[-1] // 2
-    partner = x.unflatten(-1, (pairs, 2)).flip(-1).flatten(-2) if turn.interleaved else x.roll(pairs, -1)
-    return torch.addcmul(x * turn.cos_N1K, partner, turn.sin_N1K).to(x_NHK.dtype)
+    return torch.addcmul(x * turn.cos_N1K, x.index_select(-1, turn.partner_K), turn.sin_N1K).to(x_NHK.dtype)

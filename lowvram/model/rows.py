@@ -59,20 +59,21 @@ class EachText:
         outs = []
         for row, slot in enumerate(self.slot_N):
             first, end = self._places(slot, layer)
-            k_BGSK[slot, :, end - 1], v_BGSK[slot, :, end - 1] = k_NGK[row], v_NGK[row]
+            k_1GSK, v_1GSK = k_BGSK.narrow(0, slot, 1), v_BGSK.narrow(0, slot, 1)
+            k_1GSK.select(2, end - 1).copy_(k_NGK[row])
+            v_1GSK.select(2, end - 1).copy_(v_NGK[row])
+            k_1GSK, v_1GSK = k_1GSK.narrow(2, first, end - first), v_1GSK.narrow(2, first, end - first)
             # The heads of a group are rows of one product: their keys are read once, and nothing is repeated.
-            q_1GPK = q_NHK[row].reshape(1, groups, -1, width)
-            seen = slice(slot, slot + 1), slice(None), slice(first, end)
+            q_1GPK = q_NHK[row].view(1, groups, -1, width)
             bias = None if slope_H is None else self._bias(slope_H, end - first).view(1, groups, -1, end - first)
-            out = scaled_dot_product_attention(q_1GPK, k_BGSK[seen], v_BGSK[seen], attn_mask=bias, scale=scale)
+            out = scaled_dot_product_attention(q_1GPK, k_1GSK, v_1GSK, attn_mask=bias, scale=scale)
             outs.append(out.reshape(1, -1))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def attend_latent(self, layer: int, q_NHL: Tensor, new_NL: Tensor, rank: int, scale: float) -> Tensor:
         """Keep the new latents and return the weighted sums of all that are seen, [N, H, C].  rank: C."""
         outs = []
-        parts = zip(self.cache.layers[layer], self.cache.parts_of_latent(new_NL), strict=True)
-        parts = list(parts)
+        parts = list(zip(self.cache.layers[layer], self.cache.parts_of_latent(new_NL), strict=True))
         for row, slot in enumerate(self.slot_N):
             first, end = self._places(slot, layer)
             for memory, new in parts:

@@ -80,6 +80,10 @@ def test_a_model_laid_by_columns_is_the_same_model(config: ModelConfig) -> None:
         torch.testing.assert_close(laid.logits(tokens()), expected, atol=ABSOLUTE, rtol=0)
     assert all(torch.equal(weight, before[name]) for name, weight in laid.state_dict().items())
     assert laid.embedding.stride() == (1, VOCABULARY), "there are more tokens than dimensions"
+    if config.attention.kind == "gqa":
+        layer = laid.blocks[1].attention
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
+            assert projection.weight.untyped_storage().data_ptr() == layer.qkv.untyped_storage().data_ptr()
     assert laid.blocks[0].ffn.down_proj.weight.is_contiguous(), "36 x 52 is not taller than wide"
 
 
