@@ -17,6 +17,7 @@ __all__ = [
     "LowvramError",
     "MachineError",
     "MemoryRanOutError",
+    "NumbersError",
     "PromptError",
     "PromptTooLongError",
     "ShapeError",
@@ -72,6 +73,10 @@ class ExportError(LowvramError):
 
 class PromptTooLongError(PromptError):
     """A prompt that does not fit the context; its newest part would."""
+
+
+class NumbersError(LowvramError):
+    """Numbers of a model that are not finite where something must be read from them."""
 
 
 class TrainingError(LowvramError):

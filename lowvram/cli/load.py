@@ -82,11 +82,14 @@ def _load(
     what: RunConfig | None = None,
 ) -> Loaded:
     from lowvram.generate.weights import load_for_reading
+    from lowvram.model.transformer import lay_by_columns
     from lowvram.objective import DTYPES
     from lowvram.train.guard import free_memory
 
     dtype = DTYPES[reading.flow]
     model = load_for_reading(source, reading.kept, device, dtype)
+    if device.type == "cpu":
+        model = lay_by_columns(model)
     free_memory(device)
     read_in = (dtype, reading.kept, reading.reason)
     return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)

@@ -1,0 +1,168 @@
+"""Tells how many tokens a CPU-second this project decodes, beside transformers' generate() with the same weights.
+
+python tools/bench_decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
+                             [--rounds 5] [--cache plain] [--tiny]
+
+Weights are random: speed does not depend on them.  Both models hold the same ones, in the same dtype, and compute with
+one thread, in turn within one process, so that a busy machine slows both; figures are medians over rounds of CPU
+seconds of this process.  Greedy, batch 1.  A token's time is that of `tokens` of them behind a prompt of `context`;
+generate()'s is what it takes for 1 + tokens less what it takes for one.  First token: reading the prompt, beside one
+forward pass of this model without a cache.  Cache bytes are counted, theirs as its configuration says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from lowvram.config import ModelConfig
+from lowvram.generate.decoder import Decoder
+from lowvram.generate.sampling import Sampler, sample
+from lowvram.generate.weights import is_matrix
+from lowvram.model.cache import CacheForm
+from lowvram.model.transformer import Transformer, lay_by_columns
+from lowvram.runfile import load_preset
+from tests.model.outside import outside_twin
+from tests.model.variants import VARIANTS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
+NOTHING = torch.empty(0, dtype=torch.int64)
+# Widths of 16 bytes: transformers' product of experts takes no others.
+_MOE = VARIANTS["mla-moe"].ffn.model_copy(update={"hidden": 48, "expert_hidden": 24})
+TINY = {"gqa": VARIANTS["gqa-rope"], "mla-moe": VARIANTS["mla-moe"].model_copy(update={"dim": 40, "ffn": _MOE})}
+
+
+class Figures(NamedTuple):
+    """CPU seconds of one token and of the first one, ours, theirs and of a forward pass; bytes a token takes."""
+
+    ours_s: float
+    theirs_s: float
+    first_s: float
+    forward_s: float
+    bytes_per_token: float
+    theirs_bytes_per_token: float
+    ratio: float
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Return the CPU seconds that a call takes."""
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def write(decoder: Decoder, logit_V: torch.Tensor, count: int) -> list[int]:
+    """Write greedily behind what slot 0 holds, as the engine does; returns the ids."""
+    ids = []
+    for _ in range(count):
+        ids.append(sample(logit_V, GREEDY, NOTHING, len(ids)))
+        logit_V = decoder.decode_one_token([0], ids[-1:])[0]
+    return ids
+
+
+def their_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return what transformers keeps of a token: latent and rotated part of MLA, keys and values of GQA."""
+    attention = config.attention
+    if attention.kind == "mla":
+        values = attention.kv_lora_rank + attention.rope_dim
+    else:
+        values = 2 * attention.kv_heads * attention.head_dim
+    return config.layers * values * dtype.itemsize
+
+
+@torch.inference_mode()
+def measure(
+    config: ModelConfig, dtype: torch.dtype, context: int, tokens: int, rounds: int, cache: CacheForm = "plain"
+) -> Figures:
+    """Let both write `tokens` tokens behind the same prompt, in turn; one round before is not counted."""
+    model = Transformer(config)
+    twin = outside_twin(model).to(dtype)
+    for name, weight in model.named_parameters():
+        if is_matrix(name, weight.shape):
+            weight.data = weight.data.to(dtype)
+    model = lay_by_columns(model.requires_grad_(False))
+    # Without zeros, which generate() takes for padding.
+    prompt_BT = torch.randint(1, config.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
+    decoder = Decoder(model, context + tokens + 1, dtype=dtype, cache=cache)
+    settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate(count: int) -> torch.Tensor:
+        return twin.generate(prompt_BT, max_new_tokens=count, min_new_tokens=count, **settings)
+
+    taken: list[list[float]] = []
+    for _ in range(rounds + 1):
+        decoder.rewind(0, 0)
+        forward_s = seconds_of(lambda: model(prompt_BT, dtype))
+        first_s = seconds_of(lambda: decoder.prefill(0, prompt_BT[0].tolist()))
+        logit_V = torch.zeros(config.vocabulary, dtype=dtype)
+        ours_s = seconds_of(lambda logit_V=logit_V: write(decoder, logit_V, tokens)) / tokens
+        one_s, all_s = (seconds_of(lambda count=count: generate(count)) for count in (1, 1 + tokens))
+        theirs_s = (all_s - one_s) / tokens
+        taken.append([ours_s, theirs_s, first_s, forward_s, theirs_s / ours_s])
+    *seconds, ratio = (statistics.median(column) for column in zip(*taken[1:], strict=True))
+    per_token = decoder.cache.bytes_per_token(), their_bytes_per_token(config, dtype)
+    return Figures(*seconds, *per_token, ratio)
+
+
+def describe_machine() -> str:
+    """Return date, processor, threads and versions: what a figure needs beside it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    load = f", load {os.getloadavg()[0]:.1f} of {os.cpu_count()}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, {name or platform.processor() or platform.machine()} "
+        f"({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread{load}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def show(name: str, dtype: str, context: int, found: Figures) -> str:
+    """Return one line of a table."""
+    rates = f"ours {1 / found.ours_s:6.1f} tokens/CPU-s, transformers {1 / found.theirs_s:6.1f}, {found.ratio:5.2f} x"
+    first = f"first token {found.first_s:.3f} s, {found.first_s / found.forward_s:.2f} of a forward pass"
+    kept = f"cache {found.bytes_per_token:,.0f} B a token, theirs {found.theirs_bytes_per_token:,.0f}"
+    return f"{name} {dtype} {context:>5}: {rates}; {first}; {kept}"
+
+
+def main() -> None:
+    """Read the options and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", nargs="+", default=["tr-60m", "tr-130m-moe"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--context", nargs="+", type=int, default=[128, 1024])
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cache", choices=("plain", "e4m3"), default="plain")
+    parser.add_argument("--tiny", action="store_true", help="two tiny models instead of presets, to try the tool")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(describe_machine())
+    for name in TINY if options.tiny else options.preset:
+        config = TINY[name] if options.tiny else load_preset(name)[0]
+        for dtype in options.dtype:
+            for context in options.context:
+                found = measure(config, DTYPES[dtype], context, options.tokens, options.rounds, options.cache)
+                print(show(name, dtype, context, found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
