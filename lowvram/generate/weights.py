@@ -69,7 +69,11 @@ def load_for_reading(
             put(model, name, _round(found, precision, torch.device(device)))
         else:
             wide = torch.float32 if precision == "fp32" else _PLAIN.get(precision, flow)
-            put(model, name, _decode(found, torch.bfloat16 if precision in _FORMS and wide.itemsize > 2 else wide).to(device))
+            put(
+                model,
+                name,
+                _decode(found, torch.bfloat16 if precision in _FORMS and wide.itemsize > 2 else wide).to(device),
+            )
     return model
 
 
@@ -103,6 +107,8 @@ def _compare(names: list[str], problem: str) -> None:
     if names:
         raise CheckpointError(
             "The weights are not those of the model that their configuration describes.",
-            f"Of {len(names)} tensors the first, {names[0]}, {problem}." if len(names) > 1 else f"{names[0]} {problem}.",
+            f"Of {len(names)} tensors the first, {names[0]}, {problem}."
+            if len(names) > 1
+            else f"{names[0]} {problem}.",
             "The directory was altered or mixed from two: copy it anew.",
         )
