@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
         f"The model writes {where}.",
     ]
-    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len)
+    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
     talk.run(keeps_history=not arguments.no_history)
 
 
