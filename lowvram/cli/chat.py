@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import unicodedata
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
 
+_DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other goes on
+with the text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends."""
 _EXAMPLES = """examples:
   lowvram chat runs/first                                talk; /help lists what can be typed
   lowvram chat runs/first --prompt "Ankara'nın en"       go on with this once
@@ -30,8 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "chat",
         help="talk to a trained model",
-        description="Talk to a model.  One that was trained on dialogues answers in turns; any other goes on with the "
-        "text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends.",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -45,16 +47,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
     parser.add_argument("--context", type=count, metavar="N", help="tokens to remember (default: what was trained)")
     parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
-    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0 is all (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="(default: %(default)s)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="R", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    _add_sampler(parser)
     add_precision(parser)
     add_device(parser)
     parser.set_defaults(run=run)
+
+
+def _add_sampler(parser: argparse.ArgumentParser) -> None:
+    add = partial(parser.add_argument, type=float)
+    shown = "(default: %(default)s)"
+    add("--tokens", type=count, default=128, metavar="N", help=f"longest answer {shown}")
+    add("--temperature", default=0.8, metavar="T", help=f"under 1: likelier words; 0: always the likeliest {shown}")
+    add("--top-k", type=int, default=50, metavar="K", help=f"draw from the K likeliest tokens; 0: all {shown}")
+    add("--top-p", default=0.95, metavar="P", help=f"and from the likeliest that make up this share {shown}")
+    add("--min-p", default=0.0, metavar="P", help=f"and at least this share of the likeliest one's {shown}")
+    add("--repetition-penalty", default=1.1, metavar="R", help=f"over 1: fewer words again {shown}")
+    add("--seed", type=int, default=0, help=f"the same seed gives the same text {shown}")
 
 
 def run(arguments: argparse.Namespace) -> None:
