@@ -248,8 +248,8 @@ class Store:
                 if free_bytes(self.run) < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
                 draft.mkdir()
-                self._write_tensors(draft / "weights.safetensors", weights)
-                self._write_tensors(draft / _STATE, state)
+                write_tensors(draft / "weights.safetensors", weights, self.disk)
+                write_tensors(draft / _STATE, state, self.disk)
                 self.disk.write(draft / "state.json", _to_json(numbers))
                 self.disk.write(draft / "config.json", _to_json(config))
                 for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -265,19 +265,6 @@ class Store:
             self.disk.remove_tree(draft, ignore_errors=True)
             raise
         return Checkpoint(final, manifest)
-
-    def _write_tensors(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-
-        def save(place: Path) -> None:
-            try:
-                save_file(whole, place)
-            except safetensors.SafetensorError as error:
-                # safetensors reports a full disk as its own error; the plain one is raised for it.
-                raise OSError(*_errno_of(error)) from error
-            place.chmod(0o644)
-
-        self.disk.write_with(path, save)
 
     def _let_go(self, newest: Path) -> None:
         others = [path for path in _newest_first(self.run) if path != newest][::-1]
@@ -300,6 +287,23 @@ class Store:
 
     def _is_milestone(self, path: Path) -> bool:
         return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, said: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file and return when it is on the drive.  said: plain words in its header."""
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+    def save(place: Path) -> None:
+        try:
+            save_file(whole, place, said)
+        except safetensors.SafetensorError as error:
+            # safetensors reports a full disk as its own error; the plain one is raised for it.
+            raise OSError(*_errno_of(error)) from error
+        place.chmod(0o644)
+
+    disk.write_with(path, save)
 
 
 def _errno_of(error: Exception) -> tuple[int, str]:

@@ -16,6 +16,7 @@ __all__ = [
     "LowvramError",
     "MachineError",
     "MemoryRanOutError",
+    "NumbersError",
     "PromptError",
     "PromptTooLongError",
     "ShapeError",
@@ -67,6 +68,10 @@ class PromptError(LowvramError):
 
 class PromptTooLongError(PromptError):
     """A prompt that does not fit the context; its newest part would."""
+
+
+class NumbersError(LowvramError):
+    """Numbers of a model that are not finite where something must be read from them."""
 
 
 class TrainingError(LowvramError):

@@ -313,15 +313,9 @@ def experts(
     Raises ShapeError if shapes or dtypes do not fit together.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2.
     """
-    count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (0, 0, 0)
-    fits = (
-        (count > 0 or idle is not None)
-        and gate_up.dim() == 3
-        and x.dim() == 2
-        and x.shape[1] == width
-        and 2 * down.shape[-1] == twice_inner
-    )
-    fits = fits and down.shape == (count, width, twice_inner // 2)
+    count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (-1, 0, 0)
+    fits = count >= (0 if idle is not None else 1) and x.dim() == 2 and x.shape[1] == width
+    fits = fits and down.shape == (count, width, twice_inner // 2) and 2 * down.shape[-1] == twice_inner
     if not fits or ids.dim() != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
         shapes = [list(t.shape) for t in (x, gate_up, down, weights, ids)]
         raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")

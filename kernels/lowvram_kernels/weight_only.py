@@ -8,8 +8,8 @@ otherwise the weight is decoded to x's dtype for one product of the library and 
 A processor decodes as many of the weight's rows as its cache holds and multiplies them before the next: torch's own
 cast from E4M3 alone would take thirty times as long as the product of one row in fp32, this decoding three times.
 
-Alive inside: on a processor 6 to 10 bytes for each of the `CHUNK` numbers at work; on a card the decoded weight, unless rows
-are few and Triton is there.
+Alive inside: on a processor 6 to 10 bytes for each of the `CHUNK` numbers at work; on a card the decoded weight, unless
+rows are few and Triton is there.
 Source: the definition.
 
 Shapes: N rows, O outputs, I inputs, P outputs of a part.
@@ -27,7 +27,6 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quantise import Scaled, dequantise
 from lowvram_kernels.scaled_matmul import BLOCK, rows_of_scale
 from lowvram_kernels.small_matmul import MOST_ROWS, small_matmul
-
 
 # Numbers of a weight at work on a processor at once; fewer cost more calls than they spare memory (AVX2, one thread).
 CHUNK = 2**20

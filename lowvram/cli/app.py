@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import lowvram
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
-COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat")
+COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "export", "import")
 # Read by torch's CPU libraries when they are first loaded; whoever sets them otherwise is obeyed.
 CPU_MANNERS = {
     # Threads that wait sleep.  By default they spin, and one other busy program makes a step 15 times slower.
@@ -29,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowvram {lowvram.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        importlib.import_module(f"lowvram.cli.{name}").add_parser(commands)
+        module = f"{name}_" if keyword.iskeyword(name) else name
+        importlib.import_module(f"lowvram.cli.{module}").add_parser(commands)
     return parser
 
 

@@ -96,12 +96,8 @@ def _too_long(wanted: int, slots: int, needed: int, limit_bytes: int, fitting: i
     from lowvram.errors import MachineError
     from lowvram.units import show_bytes
 
-    texts = f"{slots} texts of {wanted:,} tokens" if slots > 1 else f"A text of {wanted:,} tokens"
-    fix = (
-        f"Give --context {fitting}, or fewer texts at once."
-        if fitting > 1
-        else "Give --precision fp8, or end what else runs."
-    )
+    texts = f"{slots} texts of {wanted:,} tokens need" if slots > 1 else f"A text of {wanted:,} tokens needs"
+    fix = f"Give --context {fitting}, or fewer texts at once." if fitting > 1 else "End what else runs on the card."
     return MachineError(
-        f"{texts} needs {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
+        f"{texts} {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
     )

@@ -43,10 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.evaluate.bits_per_byte import score
 
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision, as_trained=True)
-    place = arguments.data or loaded.what.data.valid
+    place = arguments.data or (loaded.what.data.valid if loaded.what is not None else None)
     if place is None:
         raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
-    tokenizer, seq_len = loaded.tokenizer, loaded.what.train.seq_len
+    directory = loaded.checkpoint.directory if loaded.checkpoint is not None else arguments.checkpoint
+    tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
     shards = ShardSet.open(place, tokenizer.hash)
     with bar("Reading held-out text") as line:
         found = score(
@@ -55,8 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     baseline = _baseline(loaded, shards, arguments.tokens)
     if arguments.json:
         values = {
-            "checkpoint": str(loaded.checkpoint.directory),
-            "step": loaded.checkpoint.step,
+            "checkpoint": str(directory),
+            "step": loaded.checkpoint.step if loaded.checkpoint is not None else None,
+            "precision": loaded.precision,
             "data": str(place),
             "bits_per_byte": found.bits_per_byte if math.isfinite(found.nats) else None,
             "loss": found.loss if math.isfinite(found.nats) else None,
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         }
         result(json.dumps(values))
         return
-    result(f"{loaded.checkpoint.directory} on {place}: {found.targets:,} tokens in windows of {seq_len}")
+    result(f"{directory} on {place}: {found.targets:,} tokens in windows of {seq_len}, weights in {loaded.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
     if baseline is not None:
         bigram, counted = baseline
@@ -80,6 +82,8 @@ def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> tuple
     from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS, bigram_score
     from lowvram.units import show_count
 
+    if loaded.what is None:
+        return None
     path, tokenizer = loaded.what.data.train[0].path, loaded.tokenizer
     try:
         train = ShardSet.open(path, tokenizer.hash)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lowvram.config import ModelConfig, RunConfig
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.precision import Precision, Reading
+    from lowvram.generate.source import Source
     from lowvram.model.transformer import Transformer
 
 
@@ -21,7 +22,8 @@ class Loaded:
     """A model on its device and its tokenizer.
 
     checkpoint, what: what it was trained as; None where another program wrote it.  dtype: to compute in.  precision:
-    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was trained on.
+    of its matrices.  reason: why that one, as half a sentence.  trained_len: tokens of the longest text that it was
+    trained on.
     """
 
     checkpoint: Checkpoint | None
@@ -36,33 +38,57 @@ class Loaded:
 
 
 def load_model(path: Path, device: str, precision: Precision | None = None, as_trained: bool = False) -> Loaded:
-    """Open the newest whole checkpoint of a run, or the one named.
+    """Open the newest whole checkpoint of a run, or the one named, or a directory as `lowvram export` writes it.
 
-    precision: of its matrices; without it the card's choice or, as_trained, the one that the run validates in.
+    precision: of its matrices; without it the card's choice or, as_trained, the one that a run validates in.
     """
     from lowvram.checkpoint import find_checkpoint
     from lowvram.cli.machine import choose_device
     from lowvram.cli.show import notice
     from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.outside import is_outside, open_outside
     from lowvram.generate.precision import read_as_trained
-    from lowvram.generate.weights import CheckpointSource, load_for_reading
-    from lowvram.objective import DTYPES
-    from lowvram.runfile import from_portable
+    from lowvram.generate.weights import CheckpointSource
 
+    place = choose_device(device)
+    if is_outside(path):
+        outside = open_outside(path)
+        for said in outside.notices:
+            notice(said, "yellow")
+        return _load(
+            outside, Tokenizer.load(path), choose_here(place, precision), place, outside.form.trained_positions
+        )
     checkpoint, passed_over = find_checkpoint(path, needs_state=False)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
-    tokenizer = Tokenizer.load(checkpoint.directory)
-    place = choose_device(device)
-    if as_trained and precision is None:
-        reading = read_as_trained(what.train.precision)
-    else:
-        reading = choose_here(place, precision)
+    what, tokenizer = _read_config(checkpoint), Tokenizer.load(checkpoint.directory)
+    is_asked = precision is not None or not as_trained
+    reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
+    source = CheckpointSource(checkpoint, what.model)
+    return _load(source, tokenizer, reading, place, what.train.seq_len, checkpoint, what)
+
+
+def _load(
+    source: Source,
+    tokenizer: Tokenizer,
+    reading: Reading,
+    device: torch.device,
+    trained_len: int,
+    checkpoint: Checkpoint | None = None,
+    what: RunConfig | None = None,
+) -> Loaded:
+    from lowvram.generate.weights import load_for_reading
+    from lowvram.model.transformer import lay_by_columns
+    from lowvram.objective import DTYPES
+    from lowvram.train.guard import free_memory
+
     dtype = DTYPES[reading.flow]
-    model = load_for_reading(CheckpointSource(checkpoint, what.model), reading.kept, place, dtype)
-    seq_len = what.train.seq_len
-    return Loaded(checkpoint, what, what.model, tokenizer, model, dtype, reading.kept, reading.reason, seq_len)
+    model = load_for_reading(source, reading.kept, device, dtype)
+    if device.type == "cpu":
+        lay_by_columns(model)
+    free_memory(device)
+    read_in = (dtype, reading.kept, reading.reason)
+    return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:
@@ -76,3 +102,22 @@ def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_fast_bf16 = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return choose_reading(card_of(device), precision, has_fast_bf16)
+
+
+def _read_config(checkpoint: Checkpoint) -> RunConfig:
+    from pydantic import ValidationError
+
+    from lowvram.errors import CheckpointError
+    from lowvram.runfile import from_portable
+
+    try:
+        return from_portable(checkpoint.config(), checkpoint.directory.parent)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        version = checkpoint.manifest.get("versions", {}).get("lowvram")
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'} describes a run that this lowvram does not know.",
+            f"{where}: {problem['msg']}.",
+            f"Update lowvram{f' to {version}, which wrote it' if version else ''}.",
+        ) from error

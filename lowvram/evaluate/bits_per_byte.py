@@ -60,7 +60,8 @@ def score(
     total = _count_tokens(shards, most_tokens)
     windows = math.ceil((total - 1) / seq_len)
     nats, targets = 0.0, 0
-    head_VD = model.head_VD  # once for all windows, since codes are decoded for it
+    # Plain, the op reads it as it is kept; codes are decoded once for all windows.
+    head_VD = model.head_VD if model.head_VD.is_floating_point() else model.head_matrix(dtype)
     for first in range(0, windows, batch):
         count = min(batch, windows - first)
         flat = np.full(count * seq_len + 1, _IGNORED, dtype=np.int64)

@@ -20,11 +20,11 @@ def rehearse_reading(model: Transformer, dtype: torch.dtype, slots: int, max_con
     counter = LiveStorage(BLOCK_BYTES[card.platform])
     with on_paper(card, counter.add_hidden), counter:
         paper = _without_numbers(model)
-        weights, _ = counter.find_peak()
+        weights, begin = counter.alive_bytes(), counter.moment
         decoder = Decoder(paper, max_context, slots, dtype)
         decoder.prefill(0, [0] * (max_context - 1))
         decoder.decode_one_token(range(slots), [0] * slots)
-    return counter.find_peak()[0] - weights
+    return counter.find_peak(begin)[0] - weights
 
 
 def _without_numbers(model: Transformer) -> Transformer:

@@ -122,8 +122,12 @@ class LiveStorage(TorchDispatchMode):
         """Return the life of a tensor's storage."""
         return self._alive[tensor.untyped_storage()._cdata][1]
 
-    def find_peak(self) -> tuple[int, int]:
-        """Return the most bytes alive at once on the card, and the moment when they first were."""
+    def alive_bytes(self) -> int:
+        """Return the bytes that are alive on the card now."""
+        return sum(life.size for life in self.lives if life.died is None and not life.is_on_host)
+
+    def find_peak(self, since: int = 0) -> tuple[int, int]:
+        """Return the most bytes alive at once on the card from a moment on, and the moment when they first were."""
         change = [0] * (self.moment + 2)
         for life in self.lives:
             if not life.is_on_host:
@@ -132,7 +136,7 @@ class LiveStorage(TorchDispatchMode):
         now = peak = moment = 0
         for index in range(self.moment + 1):
             now += change[index]
-            if now > peak:
+            if now > peak and index >= since:
                 peak, moment = now, index
         return peak, moment
 

@@ -1,44 +1,91 @@
-"""A model and what it has read of some texts at once, each at its own length; knows neither text nor sampling."""
+"""A model and what it has read of some texts at once, each at its own length; knows neither text nor sampling.
+
+Many tokens of one text are read in chunks, so that what a chunk needs is bounded.  One token each of several texts is
+one batch; on a CUDA card it is one replayed graph.
+
+Legend: T tokens of one text, N texts, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from lowvram_kernels.dispatch import card_of
 from torch import Tensor
 
-from lowvram.model.cache import Cache
+from lowvram.generate.graphs import Graphs
+from lowvram.model.cache import Cache, CacheForm, SlotOfCache
+from lowvram.model.linear import is_slow_in_half
+from lowvram.model.one_token import read_one_token, read_out
+from lowvram.model.rows import EachText
 from lowvram.model.transformer import Transformer
 
 
 class Decoder:
-    """Reads tokens into slots, one text each, and returns the logits behind them."""
+    """Reads tokens into slots, one text each, and returns the logits behind them.
 
-    def __init__(self, model: Transformer, max_context: int, slots: int = 1, dtype: torch.dtype | None = None) -> None:
+    dtype: of the numbers it computes with, and of the cache (the weights' own if None).  cache: "e4m3" keeps MLA's
+    latents in 8 bits.  chunk: how many tokens of a text are read at once.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        max_context: int,
+        slots: int = 1,
+        dtype: torch.dtype | None = None,
+        cache: CacheForm = "plain",
+        chunk: int = 512,
+    ) -> None:
         self.model, self.max_context, self.slots = model, max_context, slots
-        self.dtype = dtype or model.embedding.dtype
-        device = model.embedding.device
-        self._caches = [Cache(model.config, 1, max_context, self.dtype, device) for _ in range(slots)]
+        self.dtype, device = dtype or model.embedding.dtype, model.embedding.device
+        self.cache = Cache(model.config, slots, max_context, self.dtype, device, cache, chunk)
+        self._graphs = Graphs(model, self.cache) if card_of(device).platform == "cuda" else None
+
+    @property
+    def cache_bytes(self) -> int:
+        """How many bytes it holds besides the model."""
+        return self.cache.bytes
 
     def length(self, slot: int) -> int:
         """Return how many tokens the slot holds."""
-        return self._caches[slot].length
+        return self.cache.lengths[slot]
 
+    @torch.inference_mode()
     def rewind(self, slot: int, length: int) -> int:
         """Forget the slot's tokens from number `length` on, or more of them; returns how many it still holds."""
-        self._caches[slot].rewind(length)
-        return self._caches[slot].length
+        return self.cache.rewind(slot, length)
 
+    @torch.inference_mode()
     def prefill(self, slot: int, token_T: Sequence[int]) -> Tensor:
         """Read tokens behind what the slot holds; returns the logits [V] after the last of them."""
-        return self._read(slot, token_T)
-
-    def decode_one_token(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
-        """Read one token into each of the slots named; returns the logits [N, V] after them."""
-        return torch.stack([self._read(slot, [token]) for slot, token in zip(slot_N, token_N, strict=True)])
-
-    @torch.no_grad()
-    def _read(self, slot: int, token_T: Sequence[int]) -> Tensor:
+        if len(token_T) == 1:
+            return self.decode_one_token([slot], token_T)[0]
         token_BT = torch.tensor([list(token_T)], device=self.model.embedding.device)
-        stream_BTD, _ = self.model(token_BT, self.dtype, cache=self._caches[slot])
-        return (stream_BTD[0, -1:] @ self.model.head_VD.to(self.dtype).T)[0]
+        for part_BT in token_BT.split(self.cache.chunk, dim=1):
+            last_D = self._read(slot, part_BT)
+        return read_out(self.model, last_D[None])[0]
+
+    def _read(self, slot: int, token_BT: Tensor) -> Tensor:
+        """Read one chunk; returns the stream [D] behind its last token."""
+        self.cache.make_room(slot, token_BT.shape[1])
+        # Without instructions for 16 bits a processor reads many tokens several times as fast in fp32.
+        is_slow = is_slow_in_half(torch.empty(0, dtype=self.dtype, device=token_BT.device))
+        dtype = torch.float32 if is_slow else self.dtype
+        stream_BTD, _ = self.model(token_BT, dtype, cache=SlotOfCache(self.cache, slot))
+        return stream_BTD[0, -1].to(self.dtype)
+
+    @torch.inference_mode()
+    def decode_one_token(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
+        """Read one token into each of the slots named, all different; returns the logits [N, V] after them."""
+        for slot in slot_N:
+            self.cache.make_room(slot, 1)
+        if self._graphs is None:
+            token = torch.tensor(list(token_N), device=self.model.embedding.device)
+            logit_NV = read_one_token(self.model, token, EachText(self.cache, slot_N), self.dtype)
+        else:
+            logit_NV = self._graphs.read(slot_N, token_N)
+        for slot in slot_N:
+            self.cache.lengths[slot] += 1
+        return logit_NV

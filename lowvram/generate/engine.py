@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowvram.data.tokenizer import Tokenizer, TokenStream
 from lowvram.errors import PromptError
@@ -13,13 +15,27 @@ from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
 
 
+class Counts(NamedTuple):
+    """What one text cost: tokens that were there already, read and written, and seconds of reading and of writing."""
+
+    reused: int = 0
+    read: int = 0
+    written: int = 0
+    read_s: float = 0.0
+    written_s: float = 0.0
+
+
 class Engine:
-    """One text that grows: what was read stays in the decoder's slot, so a second turn reads only its new tokens."""
+    """One text that grows: what was read stays in the decoder's slot, so a second turn reads only its new tokens.
+
+    ids: the text as far as it goes.  ended: why the last answer ended.  counts: what it cost.
+    """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, slot: int = 0) -> None:
         self.decoder, self.tokenizer, self.slot = decoder, tokenizer, slot
         self.ids: list[int] = []
         self.ended: Literal["text", "tokens", "context"] = "tokens"
+        self.counts = Counts()
 
     @property
     def max_context(self) -> int:
@@ -29,10 +45,14 @@ class Engine:
     def generate(self, id_T: Sequence[int], sampler: Sampler, max_tokens: int) -> Iterator[str]:
         """Return pieces of what the model writes behind a whole text, as it writes, whole characters only.
 
-        id_T: all of the text, BOS first; of it only what differs from the text before (`ids`) is read.  Stops at a
-        document's or turn's end, after max_tokens, or when the context is full; `ended` then says which.
-        Raises PromptError, at once, where the text leaves no room for an answer.
+        id_T: all of the text, BOS first; of it only what differs from the text before (`ids`) is read, and what the
+        decoder had to forget.  Stops at a document's or turn's end, after max_tokens, or when the context is full;
+        `ended` then says which.
+        Raises PromptError, at once, where there is no text or it leaves no room for an answer; NumbersError where the
+        model's numbers are broken.
         """
+        if not id_T:
+            raise PromptError("The text is empty.", "A model continues a text of at least one token.", "Write one.")
         if len(id_T) >= self.max_context:
             raise PromptError(
                 f"The text has {len(id_T)} tokens.",
@@ -43,22 +63,39 @@ class Engine:
         same = min(len(self.ids), len(id_T)) if same is None else same
         self.ids = list(id_T)
         # The last token is read again where all were read before: its logits were not kept.
-        self.decoder.rewind(self.slot, min(same, len(id_T) - 1))
+        reused = self.decoder.rewind(self.slot, min(same, len(id_T) - 1))
+        self.ended, self.counts = "tokens", Counts(reused)
         return self._write(sampler, max_tokens)
 
     def _write(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
         stops = {self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}
         stream = TokenStream(self.tokenizer)
-        self.ended = "tokens"
-        logit_V = self.decoder.prefill(self.slot, self.ids[self.decoder.length(self.slot) :])
-        for _ in range(max_tokens):
-            token = sample(logit_V, sampler, torch.tensor(self.ids), len(self.ids))
-            if token in stops or len(self.ids) >= self.max_context:
-                self.ended = "text" if token in stops else "context"
+        seen = torch.empty(self.max_context, dtype=torch.int64)
+        seen[: len(self.ids)] = torch.tensor(self.ids)
+        logit_V = self._read_new()
+        for number in range(1, max_tokens + 1):
+            began = time.perf_counter()
+            if number > 1:
+                logit_V = self.decoder.decode_one_token([self.slot], self.ids[-1:])[0]
+            token = sample(logit_V, sampler, seen[: len(self.ids)], len(self.ids))
+            if token in stops:
+                self.ended = "text"
                 break
+            seen[len(self.ids)] = token
             self.ids.append(token)
+            written_s = self.counts.written_s + time.perf_counter() - began
+            self.counts = self.counts._replace(written=number, written_s=written_s)
             if piece := stream.push(token):
                 yield piece
-            logit_V = self.decoder.decode_one_token([self.slot], [token])[0]
+            if len(self.ids) == self.max_context:
+                self.ended = "context"
+                break
         if rest := stream.finish():
             yield rest
+
+    def _read_new(self) -> Tensor:
+        """Read what the slot does not hold of the text; returns the logits [V] behind it."""
+        new, began = self.ids[self.decoder.length(self.slot) :], time.perf_counter()
+        logit_V = self.decoder.prefill(self.slot, new)
+        self.counts = self.counts._replace(read=len(new), read_s=time.perf_counter() - began)
+        return logit_V

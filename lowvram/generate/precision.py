@@ -9,6 +9,7 @@ from lowvram_kernels.dispatch import Card, choose
 Flow = Literal["fp32", "bf16", "fp16"]
 Precision = Literal["fp8", "int8", "bf16", "fp32"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+_PLAIN: dict[Precision, Flow] = {"bf16": "bf16", "fp32": "fp32"}  # those that are computed in as they are kept
 
 
 class Reading(NamedTuple):
@@ -25,10 +26,8 @@ def choose_reading(card: Card, asked: Precision | None = None, has_fast_bf16: bo
     asked: what the user wants, None where the card decides.  has_fast_bf16: of the processor, where that computes.
     """
     flow = _choose_flow(card, has_fast_bf16)
-    if asked in ("fp8", "int8"):
-        return Reading(asked, flow, "as asked")
     if asked is not None:
-        return Reading(asked, asked, "as asked")
+        return Reading(asked, _PLAIN.get(asked, flow), "as asked")
     if card.platform == "cpu":
         has = "has" if has_fast_bf16 else "has no"
         return Reading(flow, flow, f"the processor {has} instructions that multiply bf16")

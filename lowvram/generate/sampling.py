@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from lowvram.errors import NumbersError
 from lowvram.words import Words
 
 
@@ -28,32 +30,74 @@ class Sampler(Words):
     seed: int = 0
 
 
+# Of a distribution without top_k so many of the likeliest are looked at before all are sorted: top_p and min_p seldom
+# keep more, and sorting a vocabulary of 32,768 takes longer than the rest together.
+_FIRST_LOOK = 1024
+
+
 def sample(logit_V: Tensor, sampler: Sampler, seen: Tensor, index: int) -> int:
-    """Draw one token id.  logit_V: [V].  seen: ids already there.  index: the token's place, part of the random key."""
-    logit_V = logit_V.detach().to("cpu", torch.float32).clone()
+    """Draw one token id.  logit_V: [V].  seen: ids already there.  index: the token's place, part of the random key.
+
+    Raises NumbersError where the greatest logit is NaN or infinite: no distribution is left.
+    """
+    logit_V = logit_V.detach()
     if sampler.repetition_penalty != 1.0 and seen.numel():
-        known = seen.unique()
-        value = logit_V[known]
-        penalty = sampler.repetition_penalty
-        logit_V[known] = torch.where(value > 0, value / penalty, value * penalty)
+        logit_V = _penalised(logit_V, sampler.repetition_penalty, seen.to(logit_V.device))
+    greatest, likeliest = logit_V.max(-1)
+    if not math.isfinite(value := float(greatest)):
+        raise NumbersError(
+            f"The model's greatest logit is {value}.",
+            "A next token cannot be drawn from numbers that are not finite: the weights are broken, or too large for "
+            "the precision.",
+            "Try --precision bf16 or fp32; if that gives the same, go back to an earlier checkpoint.",
+        )
     if sampler.temperature == 0.0:
-        return int(logit_V.argmax())
+        return int(likeliest)
     # From the greatest down and in fp64, so that no temperature above zero can overflow.
-    scaled_V = (logit_V.double() - logit_V.max()) / sampler.temperature
-    probability_V = _filtered(scaled_V.softmax(-1), sampler)
+    scaled_V = (logit_V.to("cpu", torch.float64) - value) / sampler.temperature
+    id_C, weight_C = _filtered(scaled_V, sampler)
     # The inverse of the cumulated distribution at a keyed uniform number: one draw, no generator to carry.
-    cumulated_V = probability_V.cumsum(-1)
-    point = keyed_uniform(sampler.seed, index) * cumulated_V[-1]
-    return min(int(torch.searchsorted(cumulated_V, point, right=True)), logit_V.numel() - 1)
+    cumulated_C = weight_C.cumsum(-1)
+    point = keyed_uniform(sampler.seed, index) * cumulated_C[-1]
+    drawn = min(int(torch.searchsorted(cumulated_C, point, right=True)), weight_C.numel() - 1)
+    return drawn if id_C is None else int(id_C[drawn])
 
 
-def _filtered(probability_V: Tensor, sampler: Sampler) -> Tensor:
-    sorted_V, order_V = probability_V.sort(descending=True, stable=True)
-    keep_V = sorted_V >= sampler.min_p * sorted_V[0]
-    keep_V &= sorted_V.cumsum(-1) - sorted_V < sampler.top_p
-    if sampler.top_k:
-        keep_V[sampler.top_k :] = False
-    return torch.zeros_like(probability_V).scatter_(0, order_V[keep_V], sorted_V[keep_V])
+def _penalised(logit_V: Tensor, penalty: float, seen: Tensor) -> Tensor:
+    logit_V = logit_V.float().clone()
+    value = logit_V[seen]
+    # An id that is there twice is written twice, with the same number.
+    logit_V[seen] = torch.where(value > 0, value / penalty, value * penalty)
+    return logit_V
+
+
+def _filtered(scaled_V: Tensor, sampler: Sampler) -> tuple[Tensor | None, Tensor]:
+    """Return the ids that remain, in their order (None: all), and their weights relative to the likeliest one's."""
+    vocabulary = scaled_V.numel()
+    if not sampler.top_k and sampler.top_p == 1.0 and sampler.min_p == 0.0:
+        return None, scaled_V.exp_()
+    most = sampler.top_k or _FIRST_LOOK
+    total = float(scaled_V.exp().sum()) if sampler.top_p < 1.0 else 1.0
+    while True:
+        id_C = _likeliest(scaled_V, most)
+        weight_C = scaled_V[id_C].exp_()
+        keep_C = weight_C >= sampler.min_p
+        if sampler.top_p < 1.0:
+            keep_C &= weight_C.cumsum(-1) - weight_C < sampler.top_p * total
+        if sampler.top_k or most >= vocabulary or not keep_C[-1]:
+            break
+        most = vocabulary
+    id_C = id_C[keep_C].sort().values
+    return id_C, scaled_V[id_C].exp_()
+
+
+def _likeliest(scaled_V: Tensor, most: int) -> Tensor:
+    """Return the ids of so many greatest numbers, the greatest first, of equal ones the first."""
+    if most >= scaled_V.numel():
+        return scaled_V.sort(descending=True, stable=True).indices
+    least = scaled_V.topk(most, sorted=False).values.min()
+    id_C = (scaled_V >= least).nonzero()[:, 0]
+    return id_C[scaled_V[id_C].sort(descending=True, stable=True).indices[:most]]
 
 
 def keyed_uniform(seed: int, index: int) -> float:

@@ -7,6 +7,8 @@ multiplies by its parts in another order and would need them decoded beside the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from lowvram_kernels.dispatch import bytes_of
 from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
@@ -20,6 +22,8 @@ from lowvram.model.transformer import Transformer
 
 _FORMS = {"fp8": "e4m3", "int8": "int8"}
 _CODES = {"fp8": torch.uint8, "int8": torch.int8}
+# Of a model whose other matrices are codes.
+_IN_16_BITS = "kv_b_proj.weight"
 _PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -51,30 +55,26 @@ def load_for_reading(
     flow: what is computed in, by which the one matrix that 8 bits leave out is kept.  What is stored in the precision
     asked for is taken over: codes without a round trip, and on the CPU as the file's own bytes.
     Alive besides the model: one tensor, and what rounding it has at work.
-    Raises CheckpointError where a tensor is missing, unknown or of another shape.
+    Raises CheckpointError where a tensor is missing, unknown, of another shape, or no number.
     """
     model = Transformer(source.config, seed=None, device=device, is_hollow=True).eval().requires_grad_(False)
-    own = model.state_dict()
-    _compare(sorted(own.keys() - set(source.names())), "is missing")
-    _compare(sorted(set(source.names()) - own.keys()), "belongs to no layer")
+    own, stored = model.state_dict(), set(source.names())
+    _refuse(sorted(own.keys() - stored), "is missing")
+    _refuse(sorted(stored - own.keys()), "belongs to no layer")
     for name, place in own.items():
         found = source.read(name)
         shape = list(found.code.shape if isinstance(found, Scaled) else found.shape)
-        if shape != list(place.shape):
-            _compare([name], f"has shape {shape} where the model has {list(place.shape)}")
-        if not place.is_meta:
-            place.copy_(_decode(found, place.dtype))
-            continue
-        if precision in _FORMS and not name.endswith("kv_b_proj.weight"):
-            put(model, name, _round(found, precision, torch.device(device)))
+        _refuse([name] if shape != list(place.shape) else [], f"is {shape}, and the model needs {list(place.shape)}")
+        if is_matrix(name, shape):
+            put(model, name, _keep(name, found, precision, torch.device(device), flow))
         else:
-            wide = torch.float32 if precision == "fp32" else _PLAIN.get(precision, flow)
-            put(
-                model,
-                name,
-                _decode(found, torch.bfloat16 if precision in _FORMS and wide.itemsize > 2 else wide).to(device),
-            )
+            place.copy_(_decode(found, place.dtype))
     return model
+
+
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Say whether a tensor is kept in the precision asked for: all but norms, biases and routers are."""
+    return len(shape) > 1 and not name.endswith("router.weight")
 
 
 def put(model: Transformer, name: str, weight: Tensor | Scaled) -> None:
@@ -83,7 +83,7 @@ def put(model: Transformer, name: str, weight: Tensor | Scaled) -> None:
     layer = model.get_submodule(owner)
     code, scale = (weight.code, weight.scale) if isinstance(weight, Scaled) else (weight, None)
     layer._parameters[attribute] = nn.Parameter(code, requires_grad=False)
-    if f"{attribute}_scale" in layer._buffers:
+    if scale is not None:
         layer._buffers[f"{attribute}_scale"] = scale
 
 
@@ -92,23 +92,32 @@ def weight_bytes(model: Transformer) -> int:
     return bytes_of(*model.parameters(), *model.buffers())
 
 
-def _round(found: Tensor | Scaled, precision: str, device: torch.device) -> Scaled:
-    if isinstance(found, Scaled) and found.code.dtype == _CODES[precision]:
-        return Scaled(found.code.to(device), found.scale.to(device))
-    whole = _decode(found, torch.float32) if isinstance(found, Scaled) else found
-    return quantise_weight(whole.to(device), _FORMS[precision])
+def _keep(
+    name: str, found: Tensor | Scaled, precision: str, device: torch.device, flow: torch.dtype
+) -> Tensor | Scaled:
+    """Return a matrix as the model keeps it."""
+    if precision not in _FORMS or name.endswith(_IN_16_BITS):
+        sixteen = torch.bfloat16 if flow == torch.float32 else flow
+        return _decode(found, _PLAIN.get(precision, sixteen)).to(device)
+    if not isinstance(found, Scaled):
+        return quantise_weight(found.to(device), _FORMS[precision])
+    if found.code.dtype != _CODES[precision]:
+        return quantise_weight(dequantise(found, torch.float32).to(device), _FORMS[precision])
+    if found.code.dtype == torch.uint8:
+        # Decoding at every use leaves the question out.
+        _refuse([name] if bool(((found.code & 0x7F) == 0x7F).any()) else [], "holds NaN")
+    return Scaled(found.code.to(device), found.scale.to(device))
 
 
 def _decode(found: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
     return dequantise(found, dtype) if isinstance(found, Scaled) else found.to(dtype)
 
 
-def _compare(names: list[str], problem: str) -> None:
+def _refuse(names: list[str], problem: str) -> None:
     if names:
+        more = f", and so it is with {len(names) - 1} more" if len(names) > 1 else ""
         raise CheckpointError(
             "The weights are not those of the model that their configuration describes.",
-            f"Of {len(names)} tensors the first, {names[0]}, {problem}."
-            if len(names) > 1
-            else f"{names[0]} {problem}.",
-            "The directory was altered or mixed from two: copy it anew.",
+            f"{names[0]} {problem}{more}.",
+            "The directory was altered, or mixed from two: copy it anew.",
         )

@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.attention import attention
-from lowvram_kernels.latent_attention import has_kernel, latent_attention
 from torch import Tensor, nn
 
 from lowvram.config import Gqa, Mla, ModelConfig
-from lowvram.model.cache import Cache
+from lowvram.model.cache import SlotOfCache
 from lowvram.model.exact import ExactBuffers
 from lowvram.model.linear import Kept, Linear, RmsNorm, project
 from lowvram.model.positions import add_alibi_columns, rotate, slopes
@@ -88,7 +87,7 @@ class GqaAttention(ExactBuffers):
         slope_H = slopes(config.heads).to(kept.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Table, cache: SlotOfCache | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
         q, k, v = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
@@ -98,9 +97,9 @@ class GqaAttention(ExactBuffers):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if table is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, table, interleaved=False), rotate(k_BTGK, table, interleaved=False)
-        if cache is not None:
-            k_BTGK, v_BTGK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+        if cache is not None:
+            k_BGSK, v_BGSK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
         if self.slope_H is not None:
             q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, self.slope_H, self.scale)
         out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
@@ -128,7 +127,7 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), kept)
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, kept)
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Table, cache: SlotOfCache | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
         assert table is not None, "MLA goes with RoPE"
         q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)
@@ -137,11 +136,10 @@ class MlaAttention(nn.Module):
         if cache is None:
             out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR)
         else:
-            first = cache.length == 0
             new_BTL = torch.cat([self.kv_a_norm(latent_BTC), k_rope_BTR], dim=-1)
             memory_BSL = cache.store_latent(self.layer, new_BTL)
-            # Nothing lies before the first tokens, so they need no memory; the expanded form is cheaper for many.
-            out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR) if first else self._absorbed(q_BTHK, memory_BSL)
+            read = self._absorbed if x_BTD.shape[1] < self._least_expanded else self._expanded_memory
+            out_BTHV = read(q_BTHK, memory_BSL)
         return self.o_proj(out_BTHV.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,8 +155,16 @@ class MlaAttention(nn.Module):
 
     def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor) -> Tensor:
         """k = [W_uk c | k_rope], v = W_uv c with c = norm(latent): every head's keys and values exist."""
-        config = self.config
         (kv,) = project(self.kv_a_norm, latent_BTC, self.kv_b_proj)
+        return self._attend_expanded(q_BTHK, kv, k_rope_BTR)
+
+    def _expanded_memory(self, q_BTHK: Tensor, memory_BSL: Tensor) -> Tensor:
+        """Expand what the cache holds, for one layer and as long as it reads."""
+        latent_BSC, k_rope_BSR = memory_BSL.split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
+        return self._attend_expanded(q_BTHK, self.kv_b_proj(latent_BSC), k_rope_BSR)
+
+    def _attend_expanded(self, q_BTHK: Tensor, kv: Tensor, k_rope_BTR: Tensor) -> Tensor:
+        config = self.config
         kv_BTHL = kv.unflatten(-1, (config.heads, config.nope_dim + config.value_dim))
         k_nope, v_BTHV = kv_BTHL.split([config.nope_dim, config.value_dim], dim=-1)
         k_BTHK = torch.cat([k_nope, k_rope_BTR.unsqueeze(2).expand(-1, -1, config.heads, -1)], dim=-1)
@@ -171,24 +177,29 @@ class MlaAttention(nn.Module):
 
     def _absorbed(self, q_BTHK: Tensor, memory_BSL: Tensor) -> Tensor:
         """W_uk moves to the query and W_uv behind the sum, so the latent cache serves as the keys and the values."""
-        config = self.config
-        up = self.kv_b_proj.weight.to(q_BTHK.dtype).unflatten(0, (config.heads, config.nope_dim + config.value_dim))
-        up_k_HNC, up_v_HVC = up.split([config.nope_dim, config.value_dim], dim=1)
-        q_nope, q_rope = q_BTHK.split([config.nope_dim, config.rope_dim], dim=-1)
+        up_k_HNC, up_v_HVC = self.up_matrices(q_BTHK.dtype)
+        q_nope, q_rope = q_BTHK.split([self.config.nope_dim, self.config.rope_dim], dim=-1)
         q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, up_k_HNC)
-        if q_BTHK.shape[1] == 1 and has_kernel(q_latent, q_rope) and not torch.is_grad_enabled():
-            mixed_BTHC = self._attend_one(q_latent[:, :, 0], q_rope[:, 0], memory_BSL).unsqueeze(1)
-        else:
-            mixed_BTHC = self._attend_some(torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1), memory_BSL)
+        mixed_BTHC = self._attend_some(torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1), memory_BSL)
         return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)
 
-    def _attend_one(self, q_latent_BHC: Tensor, q_rope_BHR: Tensor, memory_BSL: Tensor) -> Tensor:
-        """Return the weighted sums of the memory for the last token of every sequence: [B, H, C]."""
-        batch, keys, _ = memory_BSL.shape
-        latent_BSC, rope_BSR = memory_BSL.split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
-        length_B = torch.full((batch,), keys, dtype=torch.int32, device=memory_BSL.device)
-        parts = (q_latent_BHC, q_rope_BHR, latent_BSC, rope_BSR, length_B)
-        return latent_attention(*parts, self.scale, window=self.window)
+    def up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return W_uk [H, nope_dim, C] and W_uv [H, V, C] in dtype: views where the weight is kept so."""
+        config = self.config
+        up = self.kv_b_proj.matrix(dtype).view(config.heads, config.nope_dim + config.value_dim, config.kv_lora_rank)
+        up_k_HNC, up_v_HVC = up.split([config.nope_dim, config.value_dim], dim=1)
+        return up_k_HNC, up_v_HVC
+
+    @property
+    def _least_expanded(self) -> float:
+        """Of how many queries the expanded form costs less: C·(N + V) to expand a position, less for each query after.
+
+        A query costs 2C + R a head and position absorbed, N + R + V expanded.
+        """
+        config = self.config
+        expanded = config.nope_dim + config.value_dim
+        saved = 2 * config.kv_lora_rank - expanded
+        return config.kv_lora_rank * expanded / saved if saved > 0 else torch.inf
 
     def _attend_some(self, q_BHTL: Tensor, memory_BSL: Tensor) -> Tensor:
         """Return the weighted sums of the memory for the last T tokens: [B, T, H, C]."""

@@ -87,13 +87,17 @@ class Router(ExactBuffers):
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return weights [N, K] fp32, expert ids [N, K], and the load of each expert [E] fp32 (choices made)."""
-        score_NE = _Fp32Linear.apply(x_ND, self.weight).sigmoid()
-        id_NK = (score_NE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
-        weight_NK = score_NE.gather(1, id_NK)
-        weight_NK = weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20) * self.scale
+        weight_NK, id_NK = self.choose(x_ND)
         choices = id_NK.flatten()
         load_E = torch.zeros_like(self.bias_E).scatter_add_(0, choices, torch.ones_like(choices, dtype=torch.float32))
         return weight_NK, id_NK, load_E
+
+    def choose(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights [N, K] fp32 and expert ids [N, K]."""
+        score_NE = _Fp32Linear.apply(x_ND, self.weight).sigmoid()
+        id_NK = (score_NE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
+        weight_NK = score_NE.gather(1, id_NK)
+        return weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20) * self.scale, id_NK
 
     @torch.no_grad()
     def balance(self, load_E: Tensor) -> None:

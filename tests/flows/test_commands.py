@@ -105,7 +105,10 @@ def test_evaluation_prints_the_model_beside_the_bigram_baseline(road: tuple[Path
     values = json.loads(told["json"].out)
     where, model, bigram = told["evaluate"].out.splitlines()
     checkpoint = home / "run" / "step-00000006"
-    assert where == f"{checkpoint} on {home / 'shards/valid'}: {values['targets']:,} tokens in windows of 32"
+    assert (
+        where
+        == f"{checkpoint} on {home / 'shards/valid'}: {values['targets']:,} tokens in windows of 32, weights in fp32"
+    )
     bits, loss, baseline = (values[key] for key in ("bits_per_byte", "loss", "bigram_bits_per_byte"))
     assert model == f"  bits per byte  {bits:.4f}   (loss {loss:.4f} nats per token)"
     assert bigram == f"  bigram model   {baseline:.4f}   (counted on {home / 'shards/train'})"
@@ -119,6 +122,7 @@ def test_the_json_of_evaluate_has_exactly_these_keys(road: tuple[Path, dict[str,
     assert kinds == {
         "checkpoint": str,
         "step": int,
+        "precision": str,
         "data": str,
         "bits_per_byte": float,
         "loss": float,
@@ -135,6 +139,17 @@ def test_evaluation_finds_what_training_logged(road: tuple[Path, dict[str, Answe
     values = json.loads(told["json"].out)
     assert logged["step"] == 6
     assert values["bits_per_byte"] == pytest.approx(logged["bits_per_byte"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8", "bf16"])
+def test_evaluation_measures_what_a_precision_loses(precision: str, road: tuple[Path, dict[str, Answer]]) -> None:
+    home, told = road
+    exact = json.loads(told["json"].out)
+    values = json.loads(typed("evaluate", home / "run", "--precision", precision, "--json").out)
+    assert (values["precision"], exact["precision"]) == (precision, "fp32")
+    assert values["targets"] == exact["targets"]
+    assert values["bits_per_byte"] != exact["bits_per_byte"]
+    assert values["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], rel=0.01)
 
 
 def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(road: tuple[Path, dict[str, Answer]]) -> None:

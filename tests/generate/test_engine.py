@@ -9,7 +9,7 @@ import torch
 
 from lowvram.config import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import PromptError
+from lowvram.errors import NumbersError, PromptError
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
@@ -125,11 +125,12 @@ def test_a_second_turn_reads_only_its_new_tokens(small_tokenizer: Tokenizer) -> 
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefgh"))
     go_on(engine, PROMPT, 3)
     before = engine.decoder.length(0)
-    assert before == 1 + len(small_tokenizer.encode(PROMPT)) + 3 == len(engine.ids)
+    # The last token that is written is read when the text goes on, if it does.
+    assert before == 1 + len(small_tokenizer.encode(PROMPT)) + 2 == len(engine.ids) - 1
     go_on(engine, "Evet!", 2)
     new = len(small_tokenizer.encode("Evet!"))
-    assert engine.decoder.read == [before - 3, 1, 1, 1, new, 1, 1]
-    assert engine.decoder.length(0) == before + new + 2
+    assert engine.decoder.read == [before - 2, 1, 1, 1 + new, 1]
+    assert engine.decoder.length(0) == before + 1 + new + 1 == len(engine.ids) - 1
 
 
 def test_only_the_first_turn_begins_a_document(small_tokenizer: Tokenizer) -> None:
@@ -213,7 +214,8 @@ def test_writing_ends_when_the_context_is_full(kind: str, small_tokenizer: Token
     go_on(engine, PROMPT, 500)
     read = [small_tokenizer.bos_id, *small_tokenizer.encode(PROMPT)]
     assert engine.ids == recomputed(engine, read, 23 - len(read))
-    assert len(engine.ids) == engine.decoder.length(0) == 23
+    assert len(engine.ids) == engine.decoder.length(0) + 1 == 23
+    assert engine.ended == "context"
 
 
 def test_a_text_that_changed_is_read_from_the_change_on(small_tokenizer: Tokenizer) -> None:
@@ -221,7 +223,7 @@ def test_a_text_that_changed_is_read_from_the_change_on(small_tokenizer: Tokeniz
     go_on(engine, PROMPT, 3)
     changed = [*engine.ids[:4], small_tokenizer.pad_id, *engine.ids[5:]]
     "".join(engine.generate(changed, GREEDY, 1))
-    assert engine.decoder.read[4:] == [len(changed) - 4, 1]
+    assert engine.decoder.read[3:] == [len(changed) - 4]
     assert engine.ids[:-1] == changed
 
 
@@ -243,3 +245,43 @@ def test_the_engine_says_why_it_ended(small_tokenizer: Tokenizer) -> None:
     assert engine.ended == "tokens"
     go_on(engine, "Evet", 100)
     assert engine.ended == "context"
+    ended = scripted(small_tokenizer, [small_tokenizer.eos_id])
+    go_on(ended, "Evet", 100)
+    assert ended.ended == "text"
+
+
+def test_an_empty_text_is_refused(small_tokenizer: Tokenizer) -> None:
+    with pytest.raises(PromptError, match="The text is empty"):
+        scripted(small_tokenizer, []).generate([], GREEDY, 3)
+
+
+@pytest.mark.covers("generation")
+def test_what_a_window_had_to_forget_is_read_again(small_tokenizer: Tokenizer) -> None:
+    config = VARIANTS["gqa-alibi-window"].model_copy(update={"vocabulary": small_tokenizer.size, "tied": False})
+    engine = Engine(Decoder(randomise(Transformer(config), std=0.25), 200, chunk=8), small_tokenizer)
+    go_on(engine, PROMPT * 5, 3)
+    shorter = engine.ids[:20]
+    assert engine.decoder.length(0) > 20 + 7 + 8, "the window has moved on"
+    "".join(engine.generate(shorter, GREEDY, 9))
+    assert engine.counts.reused == 0
+    assert engine.counts.read == 20
+    assert engine.ids == recomputed(engine, shorter, 9)
+
+
+def test_the_engine_counts_what_was_there_what_it_read_and_what_it_wrote(small_tokenizer: Tokenizer) -> None:
+    engine = scripted(small_tokenizer, [*byte_ids(small_tokenizer, "abcdef"), small_tokenizer.eos_id])
+    go_on(engine, PROMPT, 4)
+    prompt = 1 + len(small_tokenizer.encode(PROMPT))
+    assert engine.counts[:3] == (0, prompt, 4)
+    go_on(engine, "Evet", 9)
+    new = len(small_tokenizer.encode("Evet"))
+    assert engine.counts[:3] == (prompt + 3, 1 + new, 2)
+    assert engine.counts.read_s > 0 < engine.counts.written_s
+
+
+def test_broken_numbers_are_an_error_and_not_a_token(small_tokenizer: Tokenizer) -> None:
+    engine = engine_of(VARIANTS["gqa-rope"], small_tokenizer)
+    with torch.no_grad():
+        engine.decoder.model.norm.weight[0] = torch.nan
+    with pytest.raises(NumbersError, match=r"greatest logit is nan\. .*weights are broken.*earlier checkpoint"):
+        go_on(engine, PROMPT, 3)

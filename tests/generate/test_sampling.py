@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from lowvram.errors import NumbersError
 from lowvram.generate.sampling import Sampler, keyed_uniform, sample
 
 DRAWS = 4_000
@@ -128,6 +129,45 @@ def test_low_precision_logits_are_sampled_in_fp32(dtype: torch.dtype) -> None:
 def test_the_last_token_can_be_drawn_and_none_behind_it() -> None:
     assert drawn(torch.zeros(3), PLAIN) == {0, 1, 2}
     assert drawn(torch.tensor([-torch.inf, -torch.inf, 0.0]), PLAIN) == {2}
+
+
+def by_sorting_everything(logit_V: torch.Tensor, sampler: Sampler, index: int) -> int:
+    """The definition: all tokens in their order, cut by each rule, then one draw among what is left."""
+    probability_V = ((logit_V.double() - logit_V.max()) / sampler.temperature).softmax(-1)
+    sorted_V, order_V = probability_V.sort(descending=True, stable=True)
+    keep_V = sorted_V >= sampler.min_p * sorted_V[0]
+    keep_V &= sorted_V.cumsum(-1) - sorted_V < sampler.top_p
+    if sampler.top_k:
+        keep_V[sampler.top_k :] = False
+    left_V = torch.zeros_like(probability_V).scatter_(0, order_V[keep_V], sorted_V[keep_V])
+    cumulated_V = left_V.cumsum(-1)
+    point = keyed_uniform(sampler.seed, index) * cumulated_V[-1]
+    return int(torch.searchsorted(cumulated_V, point, right=True))
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0], ids=["flat", "wide", "steep"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 50}, {"top_p": 0.95}, {"min_p": 0.02}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, {"top_k": 9000}],
+    ids=str,
+)
+def test_no_more_is_sorted_than_is_needed_and_the_draw_is_that_of_sorting_all(
+    options: dict[str, float], spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    # Rounded, so that many are equal at every cut.
+    logit_V = (spread * torch.randn(5000, generator=generator)).bfloat16().float()
+    sampler = with_options(temperature=0.7, **options)
+    drawn_ids = [sample(logit_V, sampler, NOTHING, index) for index in range(40)]
+    assert drawn_ids == [by_sorting_everything(logit_V, sampler, index) for index in range(40)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_numbers_that_are_no_distribution_are_an_error(bad: float, temperature: float) -> None:
+    logit_V = torch.full((9,), bad) if bad < 0 else torch.tensor([0.5, bad, 2.0])
+    with pytest.raises(NumbersError, match="greatest logit is"):
+        sample(logit_V, with_options(temperature=temperature), NOTHING, 0)
 
 
 def test_keyed_numbers_fill_the_unit_interval_evenly() -> None:

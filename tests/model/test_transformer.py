@@ -1,4 +1,4 @@
-"""What must hold for every variant: causality, gradients, the cache, casts, initialisation, counted parameters."""
+"""What must hold for every variant: causality, gradients, casts, initialisation, counted parameters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from lowvram.config import ModelConfig
-from lowvram.model.cache import Cache
-from lowvram.model.transformer import Dropout, Transformer, cast_for_reading
+from lowvram.model.transformer import Dropout, Transformer, lay_by_columns
 from lowvram.objective import Batch, causal_loss
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -58,56 +57,6 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(config: ModelCo
         assert all(part.abs().max() > 0 for part in parts), name
 
 
-@pytest.mark.covers("generation")
-@every_variant
-def test_decoding_token_by_token_equals_the_full_forward_at_every_position(config: ModelConfig) -> None:
-    model = randomise(Transformer(config))
-    token_BT = tokens()
-    with torch.no_grad():
-        whole = model.logits(token_BT)
-        cache = Cache(config, 2, LENGTH)
-        steps = [model.logits(token_BT[:, t : t + 1], cache=cache) for t in range(LENGTH)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=ABSOLUTE, rtol=0)
-
-
-@pytest.mark.covers("generation")
-@pytest.mark.parametrize("pieces", [(12, 17), (1, 27, 1), (9, 9, 11)], ids=str)
-@every_variant
-def test_reading_in_pieces_equals_reading_at_once(config: ModelConfig, pieces: tuple[int, ...]) -> None:
-    model = randomise(Transformer(config))
-    token_BT = tokens()
-    cache = Cache(config, 2, LENGTH + 3)
-    with torch.no_grad():
-        whole = model.logits(token_BT)
-        parts = [model.logits(part, cache=cache) for part in token_BT.split(pieces, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=ABSOLUTE, rtol=0)
-    assert cache.length == LENGTH
-
-
-@pytest.mark.covers("generation")
-def test_a_rewound_cache_forgets_and_goes_on() -> None:
-    config = VARIANTS["mla-moe"]
-    model = randomise(Transformer(config))
-    cache, token_BT = Cache(config, 2, LENGTH), tokens()
-    with torch.no_grad():
-        model.logits(tokens(seed=5)[:, :20], cache=cache)
-        cache.rewind(0)
-        again = model.logits(token_BT, cache=cache)
-    torch.testing.assert_close(again, model.logits(token_BT), atol=ABSOLUTE, rtol=0)
-
-
-@pytest.mark.covers("architecture")
-def test_the_mla_cache_holds_rank_plus_rope_values_per_token_and_layer() -> None:
-    config = VARIANTS["mla-moe"]
-    assert Cache(config, 3, 11).values_per_token() == config.layers * (20 + 8)
-
-
-@pytest.mark.covers("GQA")
-def test_the_gqa_cache_holds_only_the_key_value_heads() -> None:
-    config = VARIANTS["gqa-rope"]
-    assert Cache(config, 3, 11).values_per_token() == config.layers * 2 * 2 * 8
-
-
 @pytest.mark.covers("device")
 @every_variant
 def test_bf16_weights_and_bf16_computation_stay_near_fp32(config: ModelConfig) -> None:
@@ -122,13 +71,16 @@ def test_bf16_weights_and_bf16_computation_stay_near_fp32(config: ModelConfig) -
 
 
 @every_variant
-def test_a_model_cast_for_reading_answers_with_the_same_bits(config: ModelConfig) -> None:
+def test_a_model_laid_by_columns_is_the_same_model(config: ModelConfig) -> None:
     model = randomise(Transformer(config))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with torch.no_grad():
-        before = model.logits(tokens(), torch.bfloat16)
-        cast = cast_for_reading(model, torch.bfloat16)
-        assert torch.equal(cast.logits(tokens(), torch.bfloat16), before)
-    assert cast.embedding.dtype == torch.bfloat16
+        expected = model.logits(tokens())
+        laid = lay_by_columns(model)
+        torch.testing.assert_close(laid.logits(tokens()), expected, atol=ABSOLUTE, rtol=0)
+    assert all(torch.equal(weight, before[name]) for name, weight in laid.state_dict().items())
+    assert laid.embedding.stride() == (1, VOCABULARY), "there are more tokens than dimensions"
+    assert laid.blocks[0].ffn.down_proj.weight.is_contiguous(), "36 x 52 is not taller than wide"
 
 
 def test_a_model_without_seed_is_left_for_a_load_to_fill() -> None:

@@ -1,0 +1,134 @@
+"""`lowvram export`: a checkpoint in the format of another program."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowvram.checkpoint import Checkpoint
+    from lowvram.config import RunConfig
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.card import Story
+    from lowvram.generate.weights import CheckpointSource
+
+_SAID = {"fp32": "fp32", "bf16": "bf16", "fp8": "FP8 (E4M3) in blocks of 128 × 128, the rest in bf16 and fp32"}
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "export",
+        help="write a trained model for other programs",
+        description="Write a checkpoint's weights, the masters, with its tokenizer and a model card.  hf: a directory "
+        "that transformers opens with no code of ours.  fp8: the same with FP8 weights as DeepSeek-V3 has them.  gguf: "
+        "one file for llama.cpp and what is built on it.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
+    parser.add_argument("--to", choices=("hf", "fp8", "gguf"), required=True, help="the format")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to; must not exist yet")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "f16", "q8_0"),
+        help="of the matrices: fp32 or bf16 for hf (default: as they are kept); any for gguf (default: bf16)",
+    )
+    parser.add_argument(
+        "--license", metavar="ID", help='for the card, such as "apache-2.0" (default: said to be unknown)'
+    )
+    parser.add_argument("--language", metavar="TAGS", default="tr", help="for the card (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write it and say where."""
+    from lowvram.checkpoint import find_checkpoint
+    from lowvram.cli.show import notice
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.hf import refuse_existing
+    from lowvram.generate.weights import CheckpointSource
+    from lowvram.runfile import from_portable
+
+    _check_options(arguments)
+    refuse_existing(arguments.out)
+    checkpoint, passed_over = find_checkpoint(arguments.checkpoint, needs_state=False)
+    for problem in passed_over:
+        notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+    what = from_portable(checkpoint.config(), checkpoint.directory.parent)
+    tokenizer = Tokenizer.load(checkpoint.directory)
+    source = CheckpointSource(checkpoint, what.model)
+    if arguments.to == "gguf":
+        _write_gguf(arguments, source, tokenizer, what)
+    else:
+        _write_directory(arguments, source, tokenizer, checkpoint, what)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    from lowvram.errors import ConfigError
+
+    known = {"hf": ("fp32", "bf16"), "fp8": (), "gguf": ("fp32", "bf16", "f16", "q8_0")}[arguments.to]
+    if arguments.dtype is not None and arguments.dtype not in known:
+        fix = f"Take one of {', '.join(known)}, or leave --dtype out." if known else "Leave --dtype out."
+        raise ConfigError(f"--dtype {arguments.dtype} does not go with --to {arguments.to}.", "", fix)
+    # They stand in the card's YAML: what could end a line there has no place in them.
+    if arguments.license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", arguments.license):
+        why = "The card names a licence by its identifier: letters, digits, dots and hyphens."
+        raise ConfigError(f"--license {arguments.license} is no identifier.", why, "Write --license apache-2.0.")
+    if not re.fullmatch(r"([A-Za-z-]{2,12}(,[A-Za-z-]{2,12})*)?", arguments.language):
+        why = "The card lists tags such as tr, en or tr,en."
+        raise ConfigError(f"--language {arguments.language} names no languages.", why, "Write --language tr.")
+
+
+def _write_directory(
+    arguments: argparse.Namespace,
+    source: CheckpointSource,
+    tokenizer: Tokenizer,
+    checkpoint: Checkpoint,
+    what: RunConfig,
+) -> None:
+    from lowvram.cli.show import bar, result
+    from lowvram.export.card import write_card
+    from lowvram.export.hf import Wish, estimate_bytes, write_directory
+    from lowvram.units import show_bytes
+
+    numbers = "fp8" if arguments.to == "fp8" else arguments.dtype
+    story = _tell_story(arguments, checkpoint, what, numbers, estimate_bytes(source, numbers))
+    with bar("Writing") as line:
+        wish = Wish(what.train.seq_len, numbers)
+        size = write_directory(
+            source, tokenizer, arguments.out, wish, write_card(story), lambda done, total: line.tell(done, total)
+        )
+    result(f"{arguments.out}: step {checkpoint.step}, {show_bytes(size)} of weights")
+    result(f"Next: lowvram chat {arguments.out}")
+
+
+def _tell_story(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, what: RunConfig, numbers: str | None, size: int
+) -> Story:
+    from lowvram.export.card import Story, read_curve
+
+    return Story(
+        name=arguments.out.resolve().name,
+        checkpoint=checkpoint,
+        what=what,
+        numbers=_SAID[numbers or what.train.weights],
+        weight_bytes=size,
+        licence=arguments.license,
+        languages=tuple(filter(None, arguments.language.split(","))),
+        points=read_curve(checkpoint.directory.parent / "log.jsonl", checkpoint.step),
+    )
+
+
+def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokenizer: Tokenizer, what: RunConfig) -> None:
+    from lowvram.cli.show import bar, notice, result
+    from lowvram.export.gguf import write_gguf
+    from lowvram.units import show_bytes
+
+    numbers = {"fp32": "f32"}.get(arguments.dtype, arguments.dtype) or "bf16"
+    said = {"name": arguments.out.stem, "license": arguments.license or "unknown"}
+    with bar("Writing"):
+        written = write_gguf(source, tokenizer, arguments.out, what.train.seq_len, numbers, said)
+    if written.kept_wider:
+        notice(f"{len(written.kept_wider)} matrices are in f16: blocks of 32 do not cut their rows.")
+    result(f"{written.path}: {written.tensors} tensors, {show_bytes(written.size_bytes)}")

@@ -1,0 +1,42 @@
+"""`lowvram import`: another program's model as a checkpoint to start from or to talk to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "import",
+        help="take a model of transformers as a checkpoint",
+        description="Make a Hugging Face directory (Llama, Mistral, Qwen3, DeepSeek-V3 and their like; safetensors in "
+        "fp32, bf16, fp16 or block-scaled FP8) a checkpoint, to chat with or to name in train.start_from.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a directory with config.json and safetensors")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory to write; must not exist")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="where tokenizer.json lies (default: in the directory itself)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, check, write, and say what came out."""
+    from lowvram.cli.show import bar, notice, result
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.export.adopt import adopt
+    from lowvram.export.hf import refuse_existing
+    from lowvram.export.outside import open_outside
+
+    refuse_existing(arguments.out)
+    outside = open_outside(arguments.directory)
+    tokenizer = Tokenizer.load(arguments.tokenizer or arguments.directory)
+    for said in outside.notices:
+        notice(said, "yellow")
+    with bar("Reading") as line:
+        checkpoint = adopt(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
+    count = outside.config.num_parameters()
+    result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
+    result(f'Next: lowvram chat {arguments.out}, or [train] start_from = "{arguments.out}" in a run file')

@@ -1,0 +1,73 @@
+"""Makes a model that lies outside a checkpoint of ours: step 0 of a run that others start from or talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lowvram_kernels.quantise import Scaled, dequantise
+from torch import Tensor
+
+from lowvram.checkpoint import Checkpoint, Store
+from lowvram.config import Corpus, DataConfig, RunConfig, RunOptions, TrainConfig
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import CheckpointError
+from lowvram.export.outside import Outside
+from lowvram.files import DISK, Disk
+from lowvram.runfile import to_portable
+
+# Where the corpora of a run of ours stand; nobody knows those of a model from outside.
+_NO_DATA = "unknown"
+
+
+def adopt(
+    outside: Outside,
+    tokenizer: Tokenizer,
+    run: Path,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    disk: Disk = DISK,
+) -> Checkpoint:
+    """Write a model from outside as the first checkpoint of the run directory `run`.
+
+    Every number stays what it is: fp16 becomes fp32, and FP8 becomes bf16 where that is exact, else fp32.
+    Raises CheckpointError where the tokenizer has ids that the model has no row for.
+    """
+    config = outside.config
+    if tokenizer.size != config.vocabulary:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.size} ids, and the model {config.vocabulary} rows for them (vocab_size).",
+            "Every id needs its row, and every row that is drawn an id.",
+            "Name the model's own tokenizer with --tokenizer.",
+        )
+    weights = {}
+    for done, name in enumerate(outside.names()):
+        weights[name] = _keep(outside.read(name))
+        tell(done + 1, len(outside.names()))
+    what = _describe(outside, weights["embedding"].dtype, run)
+    hashes = {"tokenizer": tokenizer.hash}
+    numbers = {"step": 0, "tokens": 0, "imported_from": outside.directory.resolve().name}
+    return Store(run, disk=disk).save(weights, {}, numbers, to_portable(what, run), tokenizer.directory, hashes)
+
+
+def _keep(found: Tensor | Scaled) -> Tensor:
+    """Return the numbers of a tensor in the narrowest of our dtypes that the file's were certainly meant in."""
+    if isinstance(found, Scaled):
+        wide = dequantise(found, torch.float32)
+        narrow = wide.to(torch.bfloat16)
+        return narrow if torch.equal(narrow.float(), wide) else wide
+    return found.float() if found.dtype == torch.float16 else found
+
+
+def _describe(outside: Outside, dtype: torch.dtype, run: Path) -> RunConfig:
+    """Return a run whose model is this one; its recipe says no more than what can be read off."""
+    length = outside.form.trained_positions
+    numbers = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return RunConfig(
+        model=outside.config,
+        data=DataConfig(train=(Corpus(path=run / _NO_DATA),), tokenizer=run / "step-00000000"),
+        train=TrainConfig.model_validate(
+            {"tokens": length, "seq_len": length, "batch_tokens": length, "precision": numbers, "weights": numbers}
+        ),
+        run=RunOptions(dir=run),
+    )

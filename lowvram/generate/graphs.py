@@ -1,0 +1,95 @@
+"""One token of several texts as one replayed CUDA graph, so that a small model does not wait for launches.
+
+A graph has fixed shapes: the first B slots, of which those that get no token stand by, and S places that are looked
+at.  B and S are powers of two (or all there are), so there are few graphs; each is captured when it is first needed.
+Off a card and on paper, where nothing can be captured, the same step runs as it is.
+
+Legend: N texts that get a token, B slots of a graph, S places, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lowvram_kernels.dispatch import is_on_paper
+from torch import Tensor
+
+from lowvram.model.cache import Cache
+from lowvram.model.one_token import read_one_token
+from lowvram.model.rows import AllTexts
+from lowvram.model.transformer import Transformer
+
+# Places that the smallest graph looks at: fewer would cost the same.
+_LEAST_PLACES = 256
+# Runs before a capture, in which libraries choose their kernels and make their workspaces (torch.cuda.graph's advice).
+_WARM_UPS = 2
+
+
+class Captured(NamedTuple):
+    """A graph and the memory that it writes its logits to, [B, V]."""
+
+    graph: torch.cuda.CUDAGraph
+    logit_BV: Tensor
+
+
+class Graphs:
+    """Reads one token each into slots of a cache by static steps; on a card these are captured and replayed."""
+
+    def __init__(self, model: Transformer, cache: Cache) -> None:
+        self.model, self.cache, self.captured = model, cache, dict[tuple[int, int], Captured]()
+        # Token, position, start and whether it takes part, of each slot: one copy to the card for each step.
+        self._input_4B = torch.zeros(4, cache.slots, dtype=torch.int64, device=model.embedding.device)
+        self._pool: tuple[int, int] | None = None
+        # Elsewhere, and on paper, the same step runs as it is.
+        self.is_captured = model.embedding.device.type == "cuda" and not is_on_paper()
+
+    def read(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
+        """Read one token into each of the slots named; returns the logits [N, V] after them."""
+        batch, places = self.shape_of(slot_N)
+        self._input_4B.copy_(self._describe(slot_N, token_N))
+        logit_BV = self._replay(batch, places) if self.is_captured else self.step(batch, places)
+        return logit_BV[torch.tensor(list(slot_N), device=logit_BV.device)]
+
+    def _replay(self, batch: int, places: int) -> Tensor:
+        if (batch, places) not in self.captured:
+            self.captured[batch, places] = self._capture(batch, places)
+        captured = self.captured[batch, places]
+        captured.graph.replay()
+        return captured.logit_BV
+
+    def shape_of(self, slot_N: Sequence[int]) -> tuple[int, int]:
+        """Return how many slots and places the smallest graph for these slots has."""
+        longest = max(self.cache.lengths[slot] for slot in slot_N) + 1
+        places = max(_LEAST_PLACES, 1 << (longest - 1).bit_length())
+        return min(self.cache.slots, 1 << max(slot_N).bit_length()), min(self.cache.max_context, places)
+
+    def _describe(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
+        """Return what each slot is to do, [4, B]; slots that stand by look at their first token alone."""
+        described_4B = torch.zeros(4, self.cache.slots, dtype=torch.int64)
+        for slot, token in zip(slot_N, token_N, strict=True):
+            row = [token, self.cache.lengths[slot], self.cache.starts[slot], 1]
+            described_4B[:, slot] = torch.tensor(row)
+        return described_4B
+
+    def step(self, batch: int, places: int) -> Tensor:
+        """Do what a graph holds: read nothing on the host, and return the logits of the first slots, [B, V]."""
+        token_B, position_B, start_B, active_B = self._input_4B[:, :batch]
+        rows = AllTexts(self.cache, position_B, start_B, active_B.bool(), places)
+        return read_one_token(self.model, token_B, rows, self.cache.dtype)
+
+    def _capture(self, batch: int, places: int) -> Captured:
+        """Run the step until its libraries are warm, which writes the same numbers each time, and record it."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self.step(batch, places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logit_BV = self.step(batch, places)
+        return Captured(graph, logit_BV)

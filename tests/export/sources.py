@@ -1,0 +1,43 @@
+"""Small models as sources, and the directories that they become, for the tests of this folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lowvram.config import ModelConfig
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.export.hf import Wish, write_directory
+from lowvram.model.transformer import Transformer
+from tests.model.outside import randomise
+
+
+@dataclass
+class Held:
+    """A source whose tensors are in memory."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+
+    def names(self) -> list[str]:
+        """Return our names."""
+        return list(self.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self.tensors[name]
+
+
+def held(config: ModelConfig, std: float = 0.08) -> tuple[Transformer, Held]:
+    """Return a model none of whose tensors can be ignored unseen, and the same as a source."""
+    model = randomise(Transformer(config), std=std).eval()
+    return model, Held(config, dict(model.state_dict()))
+
+
+def written(config: ModelConfig, tokenizer: Tokenizer, out: Path, **wish: object) -> tuple[Transformer, Path]:
+    """Write a random model of this form to `out`; returns both."""
+    model, source = held(config)
+    write_directory(source, tokenizer, out, Wish(max_positions=256, **wish), {})
+    return model, out

@@ -1,0 +1,100 @@
+"""How long a text may get: what the model is made for, what fits, and what is said where quality is untested."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram.cli import context as module
+from lowvram.cli import place
+from lowvram.cli.context import find_max_context, reach
+from lowvram.cli.load import Loaded
+from lowvram.config import ModelConfig
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import MachineError
+from lowvram.fit.answer import Place
+from lowvram.model.transformer import Transformer
+from lowvram.profile import load_profile
+from tests.model.variants import VARIANTS
+
+
+def loaded_of(kind: str, trained_len: int = 32) -> Loaded:
+    config: ModelConfig = VARIANTS[kind]
+    tokenizer = Tokenizer("", Path(), (), {})
+    model = Transformer(config).requires_grad_(False)
+    return Loaded(None, None, config, tokenizer, model, torch.float32, "fp32", "as asked", trained_len)
+
+
+def with_room(monkeypatch: pytest.MonkeyPatch, limit_bytes: int) -> None:
+    class Card:
+        def place(self, precision: str) -> Place:
+            return Place(load_profile("cpu"), limit_bytes, limit_bytes, None)
+
+    monkeypatch.setattr(place, "find_card_of", lambda device: Card())
+
+
+@pytest.mark.parametrize(
+    "kind, trained_len, expected",
+    [
+        ("gqa-rope", 32, 32),
+        ("gqa-alibi", 32, 32),
+        ("gqa-rope-yarn", 16, 64),
+        ("gqa-rope-yarn", 8, 32),
+        ("gqa-rope-yarn", 64, 64),
+        ("gqa-rope-yarn", 90, 90),
+    ],
+    ids=["rope", "alibi", "yarn", "yarn-shorter", "yarn-learnt", "yarn-longer"],
+)
+def test_a_model_is_made_for_what_it_was_trained_on_times_yarns_factor(
+    kind: str, trained_len: int, expected: int
+) -> None:
+    assert reach(VARIANTS[kind], trained_len) == expected
+    found = find_max_context(loaded_of(kind, trained_len))
+    assert (found.max_context, found.trained_len) == (expected, trained_len)
+    assert bool(found.warning) == (expected > trained_len)
+
+
+@pytest.mark.parametrize(
+    "kind, asked, message",
+    [
+        ("gqa-rope", 33, "Quality is untested beyond 32 tokens, .*plain RoPE usually fails there"),
+        ("gqa-alibi", 100, "ALiBi's penalty goes on"),
+        ("gqa-rope-yarn", 60, "YaRN stretches its positions to 64"),
+        ("gqa-rope-yarn", 65, "YaRN stretches to 64 only"),
+    ],
+)
+def test_where_quality_is_untested_is_said(kind: str, asked: int, message: str) -> None:
+    trained_len = 16 if "yarn" in kind else 32
+    found = find_max_context(loaded_of(kind, trained_len), asked=asked)
+    assert (found.max_context, found.reason) == (asked, f"{asked} tokens, as asked.")
+    assert re.search(message, found.warning)
+    assert find_max_context(loaded_of(kind, trained_len), asked=8).warning == ""
+
+
+@pytest.mark.parametrize("kind", ["gqa-rope", "gqa-window", "mla-moe"])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_what_fits_is_as_long_as_it_can_be(kind: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = loaded_of(kind, trained_len=10_000)
+    limit = module._needed(loaded, slots, 3000)
+    with_room(monkeypatch, limit)
+    found = find_max_context(loaded, slots)
+    assert 2900 <= found.max_context <= 3010
+    assert module._needed(loaded, slots, found.max_context) <= limit
+    assert (
+        f"{found.max_context:,} tokens are what fits beside the weights; the model is made for 10,000" in found.reason
+    )
+
+
+@pytest.mark.parametrize("asked, room, advice", [(5000, 1000, "Give --context "), (64, 1, "End what else runs")])
+def test_what_does_not_fit_says_what_would(asked: int, room: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = loaded_of("gqa-rope")
+    with_room(monkeypatch, module._needed(loaded, 2, room) if room > 1 else 16)
+    with pytest.raises(MachineError) as caught:
+        find_max_context(loaded, 2, asked)
+    error: Any = caught.value
+    assert error.what.startswith(f"2 texts of {asked:,} tokens need ")
+    assert advice in error.fix

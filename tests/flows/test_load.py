@@ -1,0 +1,120 @@
+"""From a path to a model: every precision by command, a reason with each, and one paragraph for what cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowvram.cli.load import choose_here, load_model
+from lowvram.generate.weights import weight_bytes
+from tests.flows.typed import fill_home, typed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    fill_home(home)
+    assert typed("train", home / "run.toml", "--device", "cpu").code == 0
+    return home / "run"
+
+
+@pytest.mark.parametrize(
+    "precision, code, dtype",
+    [("fp8", torch.uint8, None), ("int8", torch.int8, None), ("bf16", torch.bfloat16, torch.bfloat16)],
+)
+def test_the_precision_asked_for_is_what_the_matrices_are_in(
+    run: Path, precision: Any, code: torch.dtype, dtype: torch.dtype | None
+) -> None:
+    loaded, exact = load_model(run, "cpu", precision), load_model(run, "cpu", "fp32")
+    assert (loaded.precision, loaded.reason) == (precision, "as asked")
+    assert loaded.model.embedding.dtype == code
+    assert loaded.dtype == (dtype or choose_here(CPU, "fp8").flow) or loaded.dtype in (torch.bfloat16, torch.float32)
+    share = {"fp8": 0.3, "int8": 0.3, "bf16": 0.55}[precision]
+    assert weight_bytes(loaded.model) <= share * weight_bytes(exact.model)
+    assert loaded.trained_len == exact.trained_len == 32
+
+
+def test_without_a_precision_the_machine_chooses_and_says_why(run: Path) -> None:
+    loaded, chosen = load_model(run, "cpu"), choose_here(CPU, None)
+    assert (loaded.precision, loaded.reason) == (chosen.kept, chosen.reason)
+    assert "instructions" in loaded.reason
+
+
+def test_evaluation_reads_as_the_run_validates(run: Path) -> None:
+    loaded = load_model(run, "cpu", as_trained=True)
+    assert (loaded.precision, loaded.dtype, loaded.reason) == ("fp32", torch.float32, "as the run validates")
+
+
+def altered(run: Path, home: Path, name: str, change: Callable[[Path], None]) -> Path:
+    """Return a copy of a checkpoint in which one file was changed by somebody who mended the manifest too."""
+    copy = home / "step-00000006"
+    shutil.copytree(run / "step-00000006", copy)
+    change(copy / name)
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    data = (copy / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return copy
+
+
+def without_a_tensor(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: tensor.clone() for name, tensor in tensors.items() if name != "norm.weight"}, path)
+
+
+def with_another_shape(path: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(tensors | {"norm.weight": torch.ones(7)}, path)
+
+
+def with_a_strange_tensor(path: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(tensors | {"blocks.9.norm.weight": torch.ones(32)}, path)
+
+
+def from_the_future(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["model"]["attention"]["kind"] = "telepathy"
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("weights.safetensors", without_a_tensor, r"norm\.weight is missing\."),
+        ("weights.safetensors", with_another_shape, r"norm\.weight is \[7\], and the model needs \[32\]\."),
+        ("weights.safetensors", with_a_strange_tensor, r"blocks\.9\.norm\.weight belongs to no layer\."),
+        ("config.json", from_the_future, r"describes a run that this lowvram does not know\. .*Update lowvram to"),
+    ],
+    ids=["missing", "shape", "strange", "newer"],
+)
+def test_what_is_not_a_models_is_one_paragraph(
+    run: Path, tmp_path: Path, name: str, change: Callable[[Path], None], message: str
+) -> None:
+    place = altered(run, tmp_path, name, change)
+    for command in (("evaluate", place, "--data", run.parent / "shards/valid"), ("chat", place, "--prompt", "Kış")):
+        answer = typed(*command, "--device", "cpu")
+        assert (answer.code, answer.out) == (1, "")
+        assert answer.err.count("Error: ") == 1
+        assert "Traceback" not in answer.err
+        assert re.search(message, answer.err.replace("\n", " ")), answer.err
+
+
+def test_a_missing_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "step-00000006"
+    shutil.copytree(run / "step-00000006", copy)
+    (copy / "tokenizer.json").unlink()
+    answer = typed("evaluate", copy, "--device", "cpu")
+    assert answer.code == 1
+    assert re.search(r"tokenizer\.json is missing\.", answer.err.replace("\n", " "))
