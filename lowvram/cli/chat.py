@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 import unicodedata
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, add_precision, count
+from lowvram.cli.sampler import add_sampler, sampler_of
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
@@ -47,22 +47,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
     parser.add_argument("--context", type=count, metavar="N", help="tokens to remember (default: what was trained)")
     parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
-    _add_sampler(parser)
+    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
+    add_sampler(parser)
     add_precision(parser)
     add_device(parser)
     parser.set_defaults(run=run)
-
-
-def _add_sampler(parser: argparse.ArgumentParser) -> None:
-    add = partial(parser.add_argument, type=float)
-    shown = "(default: %(default)s)"
-    add("--tokens", type=count, default=128, metavar="N", help=f"longest answer {shown}")
-    add("--temperature", default=0.8, metavar="T", help=f"under 1: likelier words; 0: always the likeliest {shown}")
-    add("--top-k", type=int, default=50, metavar="K", help=f"draw from the K likeliest tokens; 0: all {shown}")
-    add("--top-p", default=0.95, metavar="P", help=f"and from the likeliest that make up this share {shown}")
-    add("--min-p", default=0.0, metavar="P", help=f"and at least this share of the likeliest one's {shown}")
-    add("--repetition-penalty", default=1.1, metavar="R", help=f"over 1: fewer words again {shown}")
-    add("--seed", type=int, default=0, help=f"the same seed gives the same text {shown}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -72,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.talk import Talk
     from lowvram.errors import ConfigError
 
-    sampler = build_sampler({name: getattr(arguments, name) for name in _SAMPLER_OPTIONS})
+    sampler = sampler_of(arguments)
     if arguments.json and arguments.prompt is None:
         raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
     text = _read_prompt(arguments.prompt)
@@ -89,24 +78,6 @@ def run(arguments: argparse.Namespace) -> None:
     ]
     talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
     talk.run(keeps_history=not arguments.no_history)
-
-
-_SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-
-def build_sampler(values: dict[str, object]) -> Sampler:
-    """Return the sampler of these values; raises ConfigError naming the option that is out of range."""
-    from pydantic import ValidationError
-
-    from lowvram.errors import ConfigError
-    from lowvram.generate.sampling import Sampler
-
-    try:
-        return Sampler.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = f"--{str(problem['loc'][0]).replace('_', '-')}"
-        raise ConfigError(f"{option} is {problem['input']}: {problem['msg'].lower()}.") from error
 
 
 def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Namespace) -> Conversation:

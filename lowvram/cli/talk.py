@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lowvram.cli.sampler import build_sampler
 from lowvram.cli.show import clean, notice, quote, result, show_error, stream
 from lowvram.errors import ConfigError, LowvramError, MachineError, PromptError, PromptTooLongError, name_nearest
 from lowvram.units import show_bytes
@@ -183,8 +184,6 @@ class Talk:
         notice(f"System: {conversation.system or 'nothing'}", "dim")
 
     def _set(self, text: str) -> None:
-        from lowvram.cli.chat import build_sampler
-
         values = self.sampler.model_dump() | {"tokens": self.tokens}
         if not text:
             notice("\n".join(f"{name} {value}" for name, value in values.items()))
