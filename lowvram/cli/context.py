@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.config import ModelConfig
 
-# Two contexts that a line is drawn through: long enough that no kernel takes a path for short texts.
-_SAMPLES = (1024, 2048)
+# Two contexts that a line is drawn through, each read in whole chunks, before the token that is decoded: there a
+# reading needs the most, between them less.
+_SAMPLES = (1025, 2049)
 
 
 class Context(NamedTuple):

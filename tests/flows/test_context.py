@@ -82,8 +82,8 @@ def test_what_fits_is_as_long_as_it_can_be(kind: str, slots: int, monkeypatch: p
     limit = module._needed(loaded, slots, 3000)
     with_room(monkeypatch, limit)
     found = find_max_context(loaded, slots)
-    assert 2900 <= found.max_context <= 3010
     assert module._needed(loaded, slots, found.max_context) <= limit
+    assert module._needed(loaded, slots, found.max_context + 600) > limit, "more than a chunk is not left"
     assert (
         f"{found.max_context:,} tokens are what fits beside the weights; the model is made for 10,000" in found.reason
     )

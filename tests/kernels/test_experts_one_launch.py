@@ -120,6 +120,18 @@ def test_no_token_is_a_batch_too() -> None:
     assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("form", ["e4m3", "int8"])
+@pytest.mark.parametrize("card", ["sm86", "sm120", "cpu"])
+def test_experts_that_are_only_read_may_all_be_copies(form: str, card: str) -> None:
+    (x, gate_up, down, weights), ids, idle = draw(torch.float16, form, resident=0)
+    assert len(gate_up) == len(down) == 0
+    with torch.no_grad():
+        with imagining(Card("cpu")) if card == "cpu" else running_on(card):
+            y = experts(x, gate_up, down, weights, ids, idle)
+        truth = reference(*(part.double() for part in (x, gate_up, down, weights)), ids, idle)
+    assert relative_error(y, truth) < TOLERANCE[torch.float16]
+
+
 def test_stacks_without_idle_copies_change_no_bit() -> None:
     leaves, ids, _ = draw(torch.float16, None)
     none = new_idle(0, 26, 37, "e4m3", DEVICE), new_idle(0, 37, 13, "e4m3", DEVICE)
