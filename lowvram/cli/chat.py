@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
+    from lowvram.model.cache import CacheForm
 
 _DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other goes on
 with the text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends."""
@@ -46,6 +47,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
     parser.add_argument("--context", type=count, metavar="N", help="tokens to remember (default: what was trained)")
+    parser.add_argument(
+        "--cache", choices=("plain", "fp8"), default="plain", help="fp8: what MLA remembers in 8 bits, half the bytes"
+    )
     parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
     add_sampler(parser)
@@ -102,7 +106,14 @@ def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Name
             "Nobody speaks in a text, so nobody can be told anything first.",
             "Leave it out, or try --as dialogue.",
         )
-    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype)
+    if arguments.cache == "fp8" and loaded.config.attention.kind != "mla":
+        raise ConfigError(
+            "--cache fp8 is given, and this model's attention is GQA.",
+            "Only MLA's latents are kept in 8 bits.",
+            "Leave it out.",
+        )
+    form: CacheForm = "e4m3" if arguments.cache == "fp8" else "plain"
+    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=form)
     system = unicodedata.normalize("NFC", arguments.system) if arguments.system else None
     return Conversation(Engine(decoder, loaded.tokenizer), template, system)
 

@@ -252,6 +252,12 @@ def test_a_prompt_from_standard_input_is_answered_like_one_that_is_typed(
     assert read.out.startswith("Kış geldi")
 
 
+def test_a_cache_in_8_bits_is_refused_where_there_are_no_latents(run: Path) -> None:
+    answer = typed("chat", run, "--prompt", "Kış", "--cache", "fp8", "--device", "cpu")
+    assert answer.code == 1
+    assert "Error: --cache fp8 is given, and this model's attention is GQA." in answer.err
+
+
 def test_a_program_gets_the_answer_as_an_object(run: Path) -> None:
     options = ("--temperature", 0, "--tokens", 5, "--device", "cpu")
     plain = typed("chat", run, "--prompt", "Kış", *options)
