@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, add_precision, count
+from lowvram.cli.sampler import add_sampler, sampler_of
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
+    from lowvram.model.cache import CacheForm
 
+_DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other goes on
+with the text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends."""
 _EXAMPLES = """examples:
   lowvram chat runs/first                                talk; /help lists what can be typed
   lowvram chat runs/first --prompt "Ankara'nın en"       go on with this once
@@ -30,8 +34,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "chat",
         help="talk to a trained model",
-        description="Talk to a model.  One that was trained on dialogues answers in turns; any other goes on with the "
-        "text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends.",
+        description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,14 +47,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
     parser.add_argument("--context", type=count, metavar="N", help="tokens to remember (default: what was trained)")
+    parser.add_argument(
+        "--cache", choices=("plain", "fp8"), default="plain", help="fp8: what MLA remembers in 8 bits, half the bytes"
+    )
     parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
     parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, metavar="K", help="0 is all (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
-    parser.add_argument("--min-p", type=float, default=0.0, metavar="P", help="(default: %(default)s)")
-    parser.add_argument("--repetition-penalty", type=float, default=1.1, metavar="R", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    add_sampler(parser)
     add_precision(parser)
     add_device(parser)
     parser.set_defaults(run=run)
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.talk import Talk
     from lowvram.errors import ConfigError
 
-    sampler = build_sampler({name: getattr(arguments, name) for name in _SAMPLER_OPTIONS})
+    sampler = sampler_of(arguments)
     if arguments.json and arguments.prompt is None:
         raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
     text = _read_prompt(arguments.prompt)
@@ -79,26 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
         f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
         f"The model writes {where}.",
     ]
-    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len)
+    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
     talk.run(keeps_history=not arguments.no_history)
-
-
-_SAMPLER_OPTIONS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-
-
-def build_sampler(values: dict[str, object]) -> Sampler:
-    """Return the sampler of these values; raises ConfigError naming the option that is out of range."""
-    from pydantic import ValidationError
-
-    from lowvram.errors import ConfigError
-    from lowvram.generate.sampling import Sampler
-
-    try:
-        return Sampler.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        option = f"--{str(problem['loc'][0]).replace('_', '-')}"
-        raise ConfigError(f"{option} is {problem['input']}: {problem['msg'].lower()}.") from error
 
 
 def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Namespace) -> Conversation:
@@ -123,7 +106,14 @@ def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Name
             "Nobody speaks in a text, so nobody can be told anything first.",
             "Leave it out, or try --as dialogue.",
         )
-    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype)
+    if arguments.cache == "fp8" and loaded.config.attention.kind != "mla":
+        raise ConfigError(
+            "--cache fp8 is given, and this model's attention is GQA.",
+            "Only MLA's latents are kept in 8 bits.",
+            "Leave it out.",
+        )
+    form: CacheForm = "e4m3" if arguments.cache == "fp8" else "plain"
+    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=form)
     system = unicodedata.normalize("NFC", arguments.system) if arguments.system else None
     return Conversation(Engine(decoder, loaded.tokenizer), template, system)
 

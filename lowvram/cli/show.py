@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-# Control characters except newline and tab, C1, bidirectional overrides: a model's text may hold any of them.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# Control characters except newline and tab, C1, bidirectional overrides, and tags, which show nothing and carry words
+# to wherever the text is pasted: a model's text may hold any of them.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 _BOUNDLESS = 1_000
 out = Console(highlight=False, soft_wrap=True)
@@ -25,6 +27,15 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 def clean(text: str) -> str:
     """Return text without the characters that could move a terminal's cursor, recolour it or reorder its letters."""
     return _UNSAFE.sub("", text)
+
+
+def quote(value: object) -> str:
+    """Return JSON that keeps letters as they are, and of what `clean` takes out the number."""
+
+    def escape(match: re.Match[str]) -> str:
+        return json.dumps(match[0])[1:-1]
+
+    return _UNSAFE.sub(escape, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def show_error(text: str) -> None:

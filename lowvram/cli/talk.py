@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from lowvram.cli.show import clean, notice, result, show_error, stream
-from lowvram.errors import ConfigError, LowvramError, PromptError, PromptTooLongError, name_nearest
+from lowvram.cli.sampler import build_sampler
+from lowvram.cli.show import clean, notice, quote, result, show_error, stream
+from lowvram.errors import ConfigError, LowvramError, MachineError, PromptError, PromptTooLongError, name_nearest
 from lowvram.units import show_bytes
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ _LONG = '"""'
 class Talk:
     """The loop.  tokens: longest answer.  notes, warning: what is said at the beginning, and again by /stats.
 
-    trained_len: tokens of the longest text that the model was trained on.
+    trained_len: tokens of the longest text that the model was trained on.  newest: of a text that is too long its
+    newest part is read without asking.
     """
 
     conversation: Conversation
@@ -46,6 +48,7 @@ class Talk:
     notes: list[str]
     warning: str
     trained_len: int
+    newest: bool = False
     _is_over: bool = field(default=False, init=False)
     _has_warned: bool = field(default=False, init=False)
 
@@ -57,20 +60,24 @@ class Talk:
             notice(self.warning, "yellow")
         notice("/help lists what can be typed; Ctrl-D ends.", "dim")
         with _history() if keeps_history and sys.stdin.isatty() else contextlib.nullcontext():
-            for text in self._texts():
+            for typed in self._all_typed():
                 try:
-                    self._take(text)
+                    self._take(typed)
                 except LowvramError as error:
                     show_error(str(error))
+                except RuntimeError as error:
+                    show_error(str(_explain(error)))
+                except KeyboardInterrupt:
+                    notice("(stopped)", "dim")
                 if self._is_over:
                     return
 
-    def _texts(self) -> Iterator[str]:
+    def _all_typed(self) -> Iterator[Typed]:
         """Yield what is typed, until the end of input or a second Ctrl-C in a row."""
         was_interrupted = False
         while True:
             try:
-                text = _read_text()
+                typed = _read_typed()
             except EOFError:
                 notice("")  # the prompt's line is still open
                 return
@@ -82,20 +89,20 @@ class Talk:
                 notice("Once more Ctrl-C, or Ctrl-D, ends.", "dim")
                 continue
             was_interrupted = False
-            if text.strip():
-                yield text
+            if typed.text:
+                yield typed
 
-    def _take(self, text: str) -> None:
+    def _take(self, typed: Typed) -> None:
         commands = self._commands()
-        if not text.startswith("/"):
-            self._say(text)
+        if not typed.is_command:
+            self._say(typed.text)
             return
-        name, _, rest = text[1:].partition(" ")
+        name, _, rest = typed.text[1:].partition(" ")
         if name not in commands:
             raise PromptError(
                 f"There is no command /{name}.",
                 f"The commands are {', '.join(f'/{known}' for known in commands)}.",
-                name_nearest(name, commands) or "A text that begins with / can follow a blank.",
+                name_nearest(name, commands) or "Begin a text with a blank where its first letter is /.",
             )
         commands[name](rest.strip())
 
@@ -114,9 +121,9 @@ class Talk:
     def _say(self, text: str) -> None:
         text = unicodedata.normalize("NFC", text)
         try:
-            pieces = self.conversation.ask(text, self.sampler, self.tokens)
+            pieces = self.conversation.ask(text, self.sampler, self.tokens, self.newest)
         except PromptTooLongError as error:
-            if not sys.stdin.isatty():
+            if self.newest or not sys.stdin.isatty():
                 raise
             show_error(str(error))
             if not _confirm("Read its newest part alone?"):
@@ -177,13 +184,11 @@ class Talk:
         notice(f"System: {conversation.system or 'nothing'}", "dim")
 
     def _set(self, text: str) -> None:
-        from lowvram.cli.chat import build_sampler
-
         values = self.sampler.model_dump() | {"tokens": self.tokens}
         if not text:
             notice("\n".join(f"{name} {value}" for name, value in values.items()))
             return
-        name, _, given = text.partition(" ")
+        name, _, given = (part.strip() for part in text.partition(" "))
         if name not in values:
             raise ConfigError(
                 f"There is no setting {name}.",
@@ -203,7 +208,7 @@ class Talk:
     def _save(self, text: str) -> None:
         from lowvram.files import DISK
 
-        path = Path(text).expanduser()
+        path = Path(os.path.expanduser(text))  # leaves a ~ that is nobody's as it is
         if path.suffix not in (".md", ".json"):
             raise PromptError(
                 f"/save needs a file that ends in .md or .json, not {text or 'nothing'}.", "", "/save talk.md"
@@ -213,8 +218,9 @@ class Talk:
             return
         try:
             DISK.write(path, self._as_file(path.suffix).encode())
-        except OSError as error:
-            raise PromptError(f"{path} cannot be written.", f"{error.strerror}.", "Name another file.") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise PromptError(f"{path} cannot be written.", f"{why}.", "Name another file.") from error
         notice(f"Saved to {path}.", "dim")
 
     def _as_file(self, suffix: str) -> str:
@@ -222,11 +228,8 @@ class Talk:
         said = [("system", conversation.system)] if conversation.system else []
         said += [(message.role, message.content) for message in conversation.messages]
         if suffix == ".json":
-            return (
-                json.dumps([{"role": role, "content": text} for role, text in said], ensure_ascii=False, indent=1)
-                + "\n"
-            )
-        return "".join(f"**{role}**\n\n{text}\n\n" for role, text in said)
+            return quote([{"role": role, "content": text} for role, text in said]) + "\n"
+        return "".join(f"**{role}**\n\n{clean(text)}\n\n" for role, text in said)
 
     def _quit(self, _: str) -> None:
         self._is_over = True
@@ -251,25 +254,63 @@ class Talk:
         return "\n".join([*lines, *self.notes])
 
 
-def _read_text() -> str:
+def _explain(error: RuntimeError) -> MachineError:
+    """Say that memory ran out; raises again what is anything else."""
+    from lowvram.train.guard import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        raise error
+    return MachineError(
+        "Memory ran out.",
+        "Another program may have taken what was free when this one began.",
+        "End it, or begin again with a smaller --context or --precision fp8.",
+    )
+
+
+class Typed(NamedTuple):
+    """A text to say, or without its blanks a command."""
+
+    text: str
+    is_command: bool = False
+
+
+def _read_typed() -> Typed:
     """Return a line, or several: between triple quotes, or where each but the last ends in a backslash."""
     line = _ask("› ")
+    if line.startswith("/"):
+        return Typed(line.strip(), is_command=True)
     if line.startswith(_LONG):
         lines = [line[len(_LONG) :]]
-        while _LONG not in lines[-1]:
-            lines.append(_ask("… "))
+        while _LONG not in lines[-1] and (more := _ask_on()) is not None:
+            lines.append(more)
         lines[-1] = lines[-1].partition(_LONG)[0]
-        return "\n".join(lines).strip("\n")
+        return Typed("\n".join(lines).strip("\n"))
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(_ask("… "))
-    return "\n".join(lines).strip()
+        lines.append(_ask_on() or "")
+    return Typed("\n".join(lines).strip())
+
+
+def _ask_on() -> str | None:
+    """Read a line that goes on; None where there are no more, which ends a text as well as its mark does."""
+    try:
+        return _ask("… ")
+    except EOFError:
+        notice("")
+        return None
 
 
 def _ask(prompt: str) -> str:
     """Read a line; the prompt is for people alone."""
-    return input(prompt if sys.stdin.isatty() else "")
+    if not sys.stdin.isatty():
+        return input()
+    if sys.stdout.isatty():
+        return input(prompt)
+    # Answers go to a file or a program, where the prompt has no place.
+    sys.stderr.write(prompt)
+    sys.stderr.flush()
+    return input()
 
 
 def _confirm(question: str) -> bool:

@@ -119,7 +119,8 @@ class Conversation:
             raise _too_long(alone, self.engine.max_context)
         if len(ids) - self.dropped > most:
             self.dropped = len(ids) - max(alone, self.engine.max_context // 2)
-        return ids[self.dropped :]
+        # What is left begins as every text does.
+        return [ids[0], *ids[1 + self.dropped :]]
 
     def _newest_of(self, said: Message, max_tokens: int) -> Message:
         tokenizer = self.engine.tokenizer

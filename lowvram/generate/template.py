@@ -24,6 +24,8 @@ _SPECIAL = re.compile("|".join(map(re.escape, SPECIALS)))
 _PAD = "\u2003"
 # At both ends of a placeholder: no template's own text has an editorial coronis.
 _MARK = "\u2e0e"
+# What a template's own expressions can raise besides jinja2's errors.
+_RAISED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
 class Message(NamedTuple):
@@ -81,7 +83,12 @@ class Template:
     def _parts(self, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[str | tuple[int, ...]]:
         """Yield plain text, and the ids of special tokens and of what models wrote."""
         key = secrets.token_hex(8)
-        contents = [f"{_PAD}{_MARK}{key}-{number}{_MARK}{_PAD}" for number in range(len(messages))]
+        # A template may ask whether there is content at all, so of what says nothing there is no placeholder.
+        hidden = {number for number, message in enumerate(messages) if message.content or message.ids}
+        contents = [
+            f"{_PAD}{_MARK}{key}-{number}{_MARK}{_PAD}" if number in hidden else message.content
+            for number, message in enumerate(messages)
+        ]
         rendered = self._render(messages, contents, add_generation_prompt)
         # Text and number by turns: all that is left of a placeholder is its number and the spaces that it kept.
         pieces = re.split(f"({_PAD}?){_MARK}{key}-([0-9]+){_MARK}({_PAD}?)", rendered)
@@ -90,6 +97,13 @@ class Template:
                 "The chat template changes the words of a message.",
                 "It may trim them and put them where it likes; more than that cannot be followed safely.",
                 "Use a template that leaves message.content as it is.",
+            )
+        lost = hidden - {int(number) for number in pieces[2::4]}
+        if lost:
+            raise PromptError(
+                f"The chat template leaves out what the {messages[min(lost)].role} said.",
+                f"It has no place for message {min(lost) + 1} of {len(messages)}, and the model would never see it.",
+                "Leave that message out, or use a template that has a place for its role.",
             )
         yield from _special_parts(pieces[0])
         for left, number, right, between in zip(*(pieces[start::4] for start in (1, 2, 3, 4)), strict=True):
@@ -108,15 +122,17 @@ class Template:
             if not isinstance(message.content, str):
                 kind = type(message.content).__name__
                 raise PromptError(f"A message's content is {kind}.", "It must be text.", "Give it as a string.")
+            if message.role not in ROLES:  # which would stand in the template's own text
+                raise PromptError(f"Unknown role: {message.role}.", "", f"The roles are {', '.join(ROLES)}.")
         try:
             return self._template.render(
                 messages=given, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._names
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (jinja2.TemplateError, *_RAISED) as error:
             raise PromptError(
                 "The chat template refuses this conversation.",
                 f"{type(error).__name__}: {error}",
-                f"Its roles are usually {', '.join(ROLES)}, user and assistant by turns.",
+                "Most templates want user and assistant by turns, behind at most one system.",
             ) from error
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from lowvram.cli.load import load_model
-from lowvram.cli.show import clean
+from lowvram.cli.show import clean, quote
+from lowvram.generate.conversation import Conversation
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
@@ -35,6 +36,7 @@ HOSTILE = {
     "bidirectional overrides": ("a\u202eb\u202dc\u202ad\u202be\u202cf", "abcdef"),
     "bidirectional isolates": ("a\u2066b\u2067c\u2068d\u2069e", "abcde"),
     "bidirectional marks": ("a\u200eb\u200fc\u061cd", "abcd"),
+    "words in tags": ("a\U000e0001\U000e0073\U000e007fb", "ab"),
 }
 
 
@@ -46,7 +48,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "run"
 
 
-def converse(monkeypatch: pytest.MonkeyPatch, run: Path, *turns: str | type[BaseException]) -> Answer:
+def converse(
+    monkeypatch: pytest.MonkeyPatch, run: Path, *turns: str | type[BaseException], options: tuple[str, ...] = ()
+) -> Answer:
     """Type each turn, or raise it, and then Ctrl-D."""
     pending = iter(turns)
 
@@ -57,7 +61,7 @@ def converse(monkeypatch: pytest.MonkeyPatch, run: Path, *turns: str | type[Base
         raise turn
 
     monkeypatch.setattr(builtins, "input", answer_input)
-    return typed("chat", run, "--temperature", 0, "--tokens", 7, "--device", "cpu")
+    return typed("chat", run, "--temperature", 0, "--tokens", 7, "--device", "cpu", *options)
 
 
 def test_each_turn_joins_the_text_so_far(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
@@ -127,6 +131,47 @@ def test_lines_that_go_on_are_one_text(monkeypatch: pytest.MonkeyPatch, run: Pat
     assert converse(monkeypatch, run, "Kış\\", "Yaz").out == one.out
     assert converse(monkeypatch, run, '"""Kış', 'Yaz"""').out == one.out
     assert converse(monkeypatch, run, '"""', "Kış", "Yaz", '"""').out == one.out
+    # The end of a file ends a text as well.
+    assert converse(monkeypatch, run, '"""', "Kış", "Yaz").out == one.out
+    assert converse(monkeypatch, run, "Kış\\", "Yaz\\").out == one.out
+
+
+def test_only_a_line_that_begins_with_a_slash_is_a_command(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    for lines in ([" /quit"], ['"""/quit"""'], ["Kış\\", "/quit"]):
+        assert converse(monkeypatch, run, *lines).out
+    assert not converse(monkeypatch, run, "/quit").out
+
+
+def test_ctrl_c_while_a_text_is_taken_in_ends_that_alone(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    one = converse(monkeypatch, run, "Kış")
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "retry", interrupted)
+        answer = converse(patch, run, "Kış", "/retry")
+    assert (answer.code, answer.out) == (0, one.out)
+    assert "(stopped)" in answer.err
+
+
+def test_memory_that_runs_out_ends_the_answer_alone(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "retry", fail)
+        answer = converse(patch, run, "/retry", "Kış")
+    assert answer.code == 0
+    assert "Error: Memory ran out." in answer.err
+    assert answer.out == converse(monkeypatch, run, "Kış").out
+
+
+def test_with_newest_a_turn_that_is_too_long_is_read_in_its_newest_part(
+    monkeypatch: pytest.MonkeyPatch, run: Path
+) -> None:
+    answer = converse(monkeypatch, run, "uzun " * 50, options=("--newest",))
+    assert "Error" not in answer.err
+    assert answer.out != "\n"
 
 
 def test_retry_answers_again_with_the_next_seed(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
@@ -149,14 +194,16 @@ def test_reset_forgets_all(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         ("/rety", "Error: There is no command /rety. The commands are /help, /reset, "),
         ("/rety", "Did you mean retry"),
         ("/set heat 1", "Error: There is no setting heat. The settings are temperature, top_k"),
-        ("/set temperature -1", "Error: --temperature is -1: "),
-        ("/set temperature warm", "Error: --temperature is warm: "),
+        ("/set temperature -1", "Error: temperature is -1: "),
+        ("/set temperature warm", "Error: temperature is warm: "),
         ("/set tokens 0", "Error: tokens is 0. It must be a number of at least 1."),
         ("/system Kısa.", "Error: This model goes on with a text, in which nobody speaks."),
         ("/retry", "Error: There is nothing to answer again."),
         ("/save talk.txt", "Error: /save needs a file that ends in .md or .json, not talk.txt."),
         ("/save", "not nothing"),
         ("/save /no/such/folder/talk.md", "cannot be written."),
+        ("/save ~nobody/talk.md", "cannot be written."),
+        ("/save a\0b.md", "cannot be written."),
         ("/help", "/save FILE          write the conversation"),
         ("/stats", "0 tokens read, 0 known from before, 0 written"),
     ],
@@ -203,6 +250,12 @@ def test_a_prompt_from_standard_input_is_answered_like_one_that_is_typed(
     read = typed("chat", run, "--prompt", "-", *options)
     assert read == typed("chat", run, "--prompt", "Kış geldi", *options)
     assert read.out.startswith("Kış geldi")
+
+
+def test_a_cache_in_8_bits_is_refused_where_there_are_no_latents(run: Path) -> None:
+    answer = typed("chat", run, "--prompt", "Kış", "--cache", "fp8", "--device", "cpu")
+    assert answer.code == 1
+    assert "Error: --cache fp8 is given, and this model's attention is GQA." in answer.err
 
 
 def test_a_program_gets_the_answer_as_an_object(run: Path) -> None:
@@ -309,6 +362,20 @@ def test_input_that_is_not_utf8_is_an_error_and_no_crash(monkeypatch: pytest.Mon
 def test_what_could_command_a_terminal_is_taken_out(text: str, shown: str) -> None:
     assert clean(text) == shown
     assert clean(shown) == shown
+
+
+@pytest.mark.parametrize("text", [text for text, _ in HOSTILE.values()], ids=HOSTILE)
+def test_a_saved_conversation_can_be_shown_and_its_json_is_exact(
+    monkeypatch: pytest.MonkeyPatch, run: Path, tmp_path: Path, text: str
+) -> None:
+    monkeypatch.setattr(Engine, "generate", lambda *_: iter(text))
+    converse(monkeypatch, run, "Kış", f"/save {tmp_path / 'talk.md'}", f"/save {tmp_path / 'talk.json'}")
+    for path in tmp_path.iterdir():
+        shown = path.read_bytes().decode("utf-8")
+        assert shown == clean(shown)
+    assert json.loads((tmp_path / "talk.json").read_text("utf-8"))[1]["content"] == text
+    assert json.loads(quote(text + "ış")) == text + "ış"
+    assert "ış" in quote(text + "ış")
 
 
 def test_ordinary_text_is_shown_as_it_is() -> None:

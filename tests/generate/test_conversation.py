@@ -144,6 +144,7 @@ def test_a_text_that_outgrows_the_context_keeps_its_newest_half(small_tokenizer:
     falls = [n for n in range(1, 12) if lengths[n] < lengths[n - 1]]
     assert falls
     assert lengths[falls[0]] == 24
+    assert all(ids[0] == small_tokenizer.bos_id for ids in talk.engine.given)
     # Between two cuts the beginning stays, so that it is not read again.
     assert len(falls) < 6
 

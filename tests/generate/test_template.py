@@ -95,9 +95,19 @@ def test_what_a_model_wrote_keeps_its_tokens_so_that_a_second_turn_shares_the_fi
     assert small_tokenizer.decode(second) == small_tokenizer.decode(template.encode(small_tokenizer, TALK))
 
 
-def test_a_message_that_the_template_leaves_out_is_left_out(small_tokenizer: Tokenizer) -> None:
+def test_a_message_that_the_template_would_leave_out_is_an_error_that_names_it() -> None:
     template = Template("{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}", {})
-    assert template.render(TALK) == "Ankara'da hava nasıl?\n  Peki İzmir'de?\n\n"
+    assert template.render(TALK[1:2]) == "Ankara'da hava nasıl?\n"
+    with pytest.raises(PromptError, match=r"leaves out what the system said\. It has no place for message 1 of 4"):
+        template.render(TALK)
+
+
+def test_a_template_sees_whether_there_is_content_at_all(small_tokenizer: Tokenizer) -> None:
+    template = Template("{% for m in messages %}{% if m.content %}[{{ m.content }}]{% endif %}{% endfor %}", {})
+    wordless = Message("assistant", "", tuple(small_tokenizer.encode("ş")[:1]))
+    assert template.render([Message("system", ""), Message("user", "Kış")]) == "[Kış]"
+    ids = template.encode(small_tokenizer, [Message("system", ""), wordless])
+    assert ids == [*small_tokenizer.encode("["), *(wordless.ids or ()), *small_tokenizer.encode("]")]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +120,7 @@ def test_a_message_that_the_template_leaves_out_is_left_out(small_tokenizer: Tok
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{% for i in range(10000000) %}x{% endfor %}", "OverflowError"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
     ],
 )
 def test_what_a_template_refuses_or_must_not_do_is_told(source: str, said: str, small_tokenizer: Tokenizer) -> None:
@@ -117,11 +128,13 @@ def test_what_a_template_refuses_or_must_not_do_is_told(source: str, said: str, 
         Template(source, NAMES).encode(small_tokenizer, [Message("user", "evet, olur")])
 
 
-def test_a_role_that_our_template_does_not_know_is_named(small_tokenizer: Tokenizer) -> None:
+def test_a_role_that_nobody_has_and_content_that_is_no_text_are_named(small_tokenizer: Tokenizer) -> None:
     template = load_template(small_tokenizer)
     assert template is not None
     with pytest.raises(PromptError, match="Unknown role: tool"):
         template.encode(small_tokenizer, [Message("tool", "42")])
+    with pytest.raises(PromptError, match=r"Unknown role: <\|eos\|>"):
+        Template(CHATML, {}).encode(small_tokenizer, [Message("<|eos|>", "42")])
     with pytest.raises(PromptError, match="content is NoneType"):
         template.encode(small_tokenizer, [Message("user", None)])  # type: ignore[arg-type]
 
@@ -135,10 +148,10 @@ def test_a_template_that_does_not_compile_says_where(with_settings) -> None:
 
 def test_a_tokenizer_may_have_no_template_or_several(with_settings) -> None:
     assert load_template(with_settings(chat_template=None)) is None
-    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "{{ messages[0].content }}"}]
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "{{ messages[0].content }}."}]
     template = load_template(with_settings(chat_template=several))
     assert template is not None
-    assert template.render(TALK) == "Kısa yanıt ver."
+    assert template.render(TALK[:1]) == "Kısa yanıt ver.."
 
 
 def test_only_a_tokenizer_that_says_so_is_of_a_model_that_speaks(small_tokenizer: Tokenizer, with_settings) -> None:

@@ -1,0 +1,47 @@
+"""How the next token is drawn, as options of a command and as settings of a talk."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowvram.generate.sampling import Sampler
+
+_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting."""
+    add = partial(parser.add_argument, type=float)
+    shown = "(default: %(default)s)"
+    add("--temperature", default=0.8, metavar="T", help=f"under 1: likelier words; 0: always the likeliest {shown}")
+    add("--top-k", type=int, default=50, metavar="K", help=f"draw from the K likeliest tokens; 0: all {shown}")
+    add("--top-p", default=0.95, metavar="P", help=f"and from the likeliest that make up this share {shown}")
+    add("--min-p", default=0.0, metavar="P", help=f"and at least this share of the likeliest one's {shown}")
+    add("--repetition-penalty", default=1.1, metavar="R", help=f"over 1: fewer words again {shown}")
+    add("--seed", type=int, default=0, help=f"the same seed gives the same text {shown}")
+
+
+def sampler_of(arguments: argparse.Namespace) -> Sampler:
+    """Return the sampler that the options describe; raises ConfigError naming the option that is out of range."""
+    return build_sampler(
+        {name: getattr(arguments, name) for name in _NAMES}, lambda name: f"--{name.replace('_', '-')}"
+    )
+
+
+def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = str) -> Sampler:
+    """Return the sampler of these values; raises ConfigError naming, as `spell` spells it, the one out of range."""
+    from pydantic import ValidationError
+
+    from lowvram.errors import ConfigError
+    from lowvram.generate.sampling import Sampler
+
+    try:
+        return Sampler.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = spell(str(problem["loc"][0]))
+        raise ConfigError(f"{name} is {problem['input']}: {problem['msg'].lower()}.") from error
