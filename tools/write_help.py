@@ -17,7 +17,19 @@ os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"  # argparse colours its help from Python 3.14 on
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "doctor", "fit", "tokenizer train", "data pack", "train", "evaluate", "chat", "export", "import")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "fit",
+    "tokenizer train",
+    "data pack",
+    "train",
+    "evaluate",
+    "chat",
+    "serve",
+    "export",
+    "import",
+)
 CARD = "lowvram fit --gpu rtx5070"
 
 

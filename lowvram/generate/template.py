@@ -12,14 +12,13 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lowvram.data.tokenizer import SPECIALS, Tokenizer
+from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError, TokenizerError
 
 if TYPE_CHECKING:
     import jinja2
 
 ROLES = ("system", "user", "assistant")
-_SPECIAL = re.compile("|".join(map(re.escape, SPECIALS)))
 # Around each placeholder: white space that nobody types, and that is gone where the template trims.
 _PAD = "\u2003"
 # At both ends of a placeholder: no template's own text has an editorial coronis.
@@ -34,6 +33,12 @@ class Message(NamedTuple):
     role: str
     content: str
     ids: tuple[int, ...] | None = None
+
+
+class _Own(str):
+    """Text that the template has written, and nobody who speaks."""
+
+    __slots__ = ()
 
 
 class Template:
@@ -66,8 +71,16 @@ class Template:
         """
         ids: list[int] = []
         text = ""
+        specials = tokenizer.specials
+        special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "$^")
         for part in self._parts(messages, add_generation_prompt):
-            if isinstance(part, str):
+            if isinstance(part, _Own):
+                end = 0
+                for match in special.finditer(part):
+                    ids += [*tokenizer.encode(text + part[end : match.start()]), specials[match[0]]]
+                    text, end = "", match.end()
+                text += part[end:]
+            elif isinstance(part, str):
                 text += part
             else:
                 ids += [*tokenizer.encode(text), *part]
@@ -77,11 +90,10 @@ class Template:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Return the text that `encode` encodes; special tokens in it may be the template's or somebody's words."""
         plain = [message._replace(ids=None) for message in messages]
-        parts = self._parts(plain, add_generation_prompt)
-        return "".join(part if isinstance(part, str) else SPECIALS[part[0]] for part in parts)
+        return "".join(map(str, self._parts(plain, add_generation_prompt)))
 
     def _parts(self, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[str | tuple[int, ...]]:
-        """Yield plain text, and the ids of special tokens and of what models wrote."""
+        """Yield the template's own text, in which special tokens have names, what people said, and models' ids."""
         key = secrets.token_hex(8)
         # A template may ask whether there is content at all, so of what says nothing there is no placeholder.
         hidden = {number for number, message in enumerate(messages) if message.content or message.ids}
@@ -105,12 +117,12 @@ class Template:
                 f"It has no place for message {min(lost) + 1} of {len(messages)}, and the model would never see it.",
                 "Leave that message out, or use a template that has a place for its role.",
             )
-        yield from _special_parts(pieces[0])
+        yield _Own(pieces[0])
         for left, number, right, between in zip(*(pieces[start::4] for start in (1, 2, 3, 4)), strict=True):
             _, content, ids = messages[int(number)]
             content = content if left else content.lstrip()
             yield (content if right else content.rstrip()) if ids is None else ids
-            yield from _special_parts(between)
+            yield _Own(between)
 
     def _render(self, messages: Sequence[Message], contents: list[str], add_generation_prompt: bool) -> str:
         import jinja2
@@ -157,16 +169,6 @@ def load_template(tokenizer: Tokenizer) -> Template | None:
 def is_dialogue(tokenizer: Tokenizer) -> bool:
     """Say whether the model that this tokenizer lies with has learnt to speak in turns, and not only to go on."""
     return tokenizer.settings.get("lowvram_dialogue") is True
-
-
-def _special_parts(text: str) -> Iterator[str | tuple[int, ...]]:
-    """Yield a template's own text, in which the names of special tokens are those tokens."""
-    end = 0
-    for match in _SPECIAL.finditer(text):
-        yield text[end : match.start()]
-        yield (SPECIALS.index(match[0]),)
-        end = match.end()
-    yield text[end:]
 
 
 def _environment() -> jinja2.Environment:
