@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import builtins
-import contextlib
 import io
 import json
-import os
-import re
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +18,7 @@ from lowvram.generate.conversation import Conversation
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from tests.flows.typed import Answer, environment, fill_home, typed
+from tests.flows.typed import Answer, fill_home, typed
 
 HOSTILE = {
     "colour": ("\x1b[31mkırmızı\x1b[0m", "[31mkırmızı[0m"),
@@ -284,71 +279,6 @@ def test_a_model_can_be_taken_for_one_that_speaks(run: Path) -> None:
     assert not answer.out.startswith("Merhaba")
     refused = typed("chat", run, "--prompt", "Merhaba", "--system", "Kısa.", "--device", "cpu")
     assert "Error: --system is given, and this model goes on with a text." in refused.err
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals of this kind")
-def test_a_person_at_a_terminal_edits_lines_stops_an_answer_and_goes_on(run: Path, tmp_path: Path) -> None:
-    import fcntl
-    import pty
-    import select
-    import termios
-
-    command = [sys.executable, "-m", "lowvram", "chat", str(run), "--device", "cpu", "--tokens", "100000"]
-    command += ["--temperature", "0", "--repetition-penalty", "1", "--context", "100000"]  # which never ends
-    keyboard, terminal = pty.openpty()
-    variables = environment(XDG_STATE_HOME=str(tmp_path), TERM="xterm", COLUMNS="200", PYTHONIOENCODING="utf-8")
-    process = subprocess.Popen(
-        command,
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        env=variables,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(terminal)
-    screen = bytearray()
-
-    def read_until(words: bytes) -> None:
-        deadline = time.monotonic() + 120
-        while not re.search(words, screen):
-            assert time.monotonic() < deadline, screen.decode("utf-8", "replace")
-            if select.select([keyboard], [], [], 1)[0]:
-                screen.extend(os.read(keyboard, 4096))
-
-    def type_and_read(keys: bytes, words: str) -> None:
-        screen.clear()
-        os.write(keyboard, keys)
-        read_until(re.escape(words.encode()))
-
-    def ask(line: bytes) -> None:
-        screen.clear()
-        os.write(keyboard, line)
-        read_until(rb"\n[^\n]{9}")  # of an answer that goes on and on
-
-    try:
-        read_until("› ".encode())
-        assert b"Quality is untested beyond 32 tokens" in screen
-        ask("Kışş\x7f geldi\n".encode())
-        type_and_read(b"\x03", "(stopped)")
-        type_and_read(b"\x03", "Once more Ctrl-C")
-        ask(b"\x1b[A\n")  # the line before, found again
-        type_and_read(b"\x03", "(stopped)")
-        type_and_read(f"/save {tmp_path / 'talk.json'}\n".encode(), "Saved to ")
-        time.sleep(0.5)  # in which readline has the terminal again
-        os.write(keyboard, b"\x04")
-        with contextlib.suppress(OSError):  # of a terminal that nobody holds any more
-            while os.read(keyboard, 4096):
-                pass
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        os.close(keyboard)
-    said = [message["content"] for message in json.loads((tmp_path / "talk.json").read_text("utf-8"))]
-    assert said[::2] == ["Kış geldi", "Kış geldi"]
-    assert all(said[1::2])
-    history = (tmp_path / "lowvram" / "chat-history").read_text("utf-8")
-    assert "Kış geldi" in history
 
 
 def test_input_that_is_not_utf8_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:

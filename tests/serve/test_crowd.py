@@ -102,12 +102,15 @@ class Slow(Decoder):
         self.is_free = False
 
     def prefill(self, slot: int, token_T: Any) -> Any:
-        return torch.eye(self.model.config.vocabulary)[_LETTER] * super().prefill(slot, token_T).abs().max() * 99
+        return self._letter(super().prefill(slot, token_T))
 
     def decode_one_token(self, slot_N: Any, token_N: Any) -> Any:
         if not self.is_free:
             self.steps.acquire(timeout=30)
-        return torch.stack([self.prefill(slot, [token]) for slot, token in zip(slot_N, token_N, strict=True)])
+        return self._letter(super().decode_one_token(slot_N, token_N))
+
+    def _letter(self, logits: Any) -> Any:
+        return torch.eye(self.model.config.vocabulary)[_LETTER] * logits.abs().amax(-1, keepdim=True) * 99
 
     def let_go(self) -> None:
         """Hold nothing any more."""
