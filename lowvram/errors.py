@@ -67,16 +67,16 @@ class PromptError(LowvramError):
     """A prompt that the model cannot take."""
 
 
-class NumbersError(LowvramError):
-    """Numbers of a model that are not finite where something must be read from them."""
-
-
 class ExportError(LowvramError):
     """A model that another program's form cannot hold, or such a form that cannot be read."""
 
 
 class PromptTooLongError(PromptError):
     """A prompt that does not fit the context; its newest part would."""
+
+
+class NumbersError(LowvramError):
+    """Numbers of a model that are not finite where something must be read from them."""
 
 
 class TrainingError(LowvramError):
