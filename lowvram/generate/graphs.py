@@ -2,18 +2,19 @@
 
 A graph has fixed shapes: the first B slots, of which those that get no token stand by, and S places that are looked
 at.  B and S are powers of two (or all there are), so there are few graphs; each is captured when it is first needed.
-Off a card and on paper, where nothing can be captured, the same step runs as it is.
+Where nothing can be captured (`can_capture`), the same step runs as it is.
 
 Legend: N texts that get a token, B slots of a graph, S places, V vocabulary.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from lowvram_kernels.dispatch import is_on_paper
+from lowvram_kernels.dispatch import card_of, choose, is_on_paper
 from torch import Tensor
 
 from lowvram.model.cache import Cache
@@ -42,8 +43,7 @@ class Graphs:
         # Token, position, start and whether it takes part, of each slot: one copy to the card for each step.
         self._input_4B = torch.zeros(4, cache.slots, dtype=torch.int64, device=model.embedding.device)
         self._pool: tuple[int, int] | None = None
-        # Elsewhere, and on paper, the same step runs as it is.
-        self.is_captured = model.embedding.device.type == "cuda" and not is_on_paper()
+        self.is_captured = can_capture(model)
 
     def read(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
         """Read one token into each of the slots named; returns the logits [N, V] after them."""
@@ -83,13 +83,27 @@ class Graphs:
         """Run the step until its libraries are warm, which writes the same numbers each time, and record it."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
+        stream = _side_stream(self._input_4B.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 self.step(batch, places)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             logit_BV = self.step(batch, places)
         return Captured(graph, logit_BV)
+
+
+def can_capture(model: Transformer) -> bool:
+    """Say whether a step of the model can be a graph: on a card, and where its experts ask the host nothing."""
+    device = model.embedding.device
+    if device.type != "cuda" or is_on_paper():
+        return False
+    return not model.moe_layers() or choose("grouped_matmul", card_of(device)).backend == "triton"
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream that graphs are captured on: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)

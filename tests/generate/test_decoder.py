@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lowvram_kernels.dispatch import Card, card_of, imagining, on_paper
 from lowvram.config import Mla, ModelConfig
 from lowvram.generate import decoder as of_decoder
 from lowvram.generate.decoder import Decoder
-from lowvram.generate.graphs import Graphs
+from lowvram.generate.graphs import Graphs, can_capture
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -201,6 +202,18 @@ def test_graphs_are_few_whatever_the_slots_and_lengths_are() -> None:
     assert shapes == {(b, s) for b in (1, 2, 4, 6) for s in (256, 512, 1024, 2048, 3000)}
 
 
+def test_only_a_step_that_asks_the_host_nothing_is_captured() -> None:
+    assert not can_capture(Transformer(VARIANTS["gqa-rope"])), "there is no card"
+    on_card = SimpleNamespace(device=torch.device("cuda"))
+    dense = SimpleNamespace(embedding=on_card, moe_layers=list)
+    mixed = SimpleNamespace(embedding=on_card, moe_layers=Transformer(VARIANTS["mla-moe"]).moe_layers)
+    found = []
+    for capability in ((7, 5), (8, 6)):
+        with imagining(Card("cuda", capability)):
+            found.append((can_capture(dense), can_capture(mixed)))  # type: ignore[arg-type]
+    assert found == [(True, False), (True, True)], "a loop over experts waits for the card"
+
+
 def test_a_step_can_be_rehearsed_on_paper() -> None:
     model = Transformer(VARIANTS["mla-moe"], seed=None, device="meta")
     with on_paper(Card("cuda", (8, 9))):
@@ -255,6 +268,9 @@ def test_a_card_answers_as_the_whole_forward_pass(config: ModelConfig) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", ["plain", "e4m3"])
 def test_replaying_takes_no_memory_and_dropping_a_decoder_gives_it_back(card_model: Transformer, form: str) -> None:
+    # Libraries make their workspaces once.
+    Decoder(card_model, 600, 4, torch.bfloat16, cache=form).prefill(0, [3])  # type: ignore[arg-type]
+    Decoder(card_model, 600, 4, torch.bfloat16, cache=form).prefill(0, [3, 4, 5])  # type: ignore[arg-type]
     torch.cuda.synchronize()
     gc.collect()
     before = torch.cuda.memory_allocated()
