@@ -56,6 +56,7 @@ class Terminal:
         time.sleep(1.0)
 
     def press(self, keys: bytes, shows: str) -> None:
+        self.settle()
         self.screen.clear()
         os.write(self.keyboard, keys)
         self.read_until(re.escape(shows.encode()))
