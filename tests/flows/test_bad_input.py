@@ -156,7 +156,7 @@ COMMANDS = {
     "no shards to measure on": ("evaluate {home}/run --data {home}/bad", r"bad holds no shards\. It has no shards"),
     "a prompt longer than the context": (
         "chat {home}/run --prompt " + "çok_uzun_" * 30,
-        r"The prompt has \d{3} tokens\. The context holds 32, .*Shorten it by at least \d+ tokens",
+        r"The text has \d{3} tokens, \d{3} too many\. The context holds 32, .*its newest part alone be read: --newest",
     ),
     "a temperature below zero": ("chat {home}/run --prompt a --temperature -1", r"--temperature is -1\.0: .*greater"),
     "a share above one": ("chat {home}/run --prompt a --top-p 3", r"--top-p is 3\.0: .*less than or equal to 1"),

@@ -199,7 +199,7 @@ def test_a_prompt_is_normalised_to_composed_letters(road: tuple[Path, dict[str, 
     words = ("--temperature", 0, "--tokens", 8)
     composed = typed("chat", road[0] / "run", "--prompt", "g\u00fcl\u015f", *words)
     parted = typed("chat", road[0] / "run", "--prompt", "gu\u0308ls\u0327", *words)
-    assert parted.out.removeprefix("gu\u0308ls\u0327") == composed.out.removeprefix("g\u00fcl\u015f")
+    assert parted.out == composed.out
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_puts_signals_back(tmp_path: Path) -> None:
