@@ -36,7 +36,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from lowvram.data.sample import sample_documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.generate.decoder import Decoder
-from lowvram.model.transformer import Transformer, cast_for_reading
+from lowvram.generate.weights import is_matrix
+from lowvram.model.transformer import Transformer, lay_by_columns
 from lowvram.runfile import load_preset
 from lowvram.serve.app import Door, build_app
 from lowvram.serve.batch import Batcher
@@ -60,7 +61,11 @@ def tokenizer_of(vocabulary: int) -> Tokenizer:
 def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> Iterator[str]:
     """Serve random weights; returns the URL."""
     config, _ = load_preset(preset)
-    model = cast_for_reading(Transformer(config).eval(), dtype)
+    model = Transformer(config).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if is_matrix(name, weight.shape):
+            weight.data = weight.data.to(dtype)
+    model = lay_by_columns(model)
     decoder, tokenizer = Decoder(model, max_context, slots, dtype), tokenizer_of(config.vocabulary)
     limits = Limits(slots=slots, queue=slots, prompt_tokens=max_context - 1, output_tokens=max_context - 1)
     batcher = Batcher(decoder, tokenizer, limits.queue, Metrics())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import LowvramError
+from lowvram.errors import LowvramError, NumbersError
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
 from lowvram.serve.answer import Answer, Chance, Piece
@@ -244,20 +244,21 @@ class Batcher:
         logit_NV = logit_NV.detach().to("cpu", torch.float32)
         for slot, logit_V in zip(slots, logit_NV, strict=True):
             job = self._running[slot]
-            if not torch.isfinite(logit_V.max()):
-                self._fail_by(ArithmeticError("its logits are not finite"), [slot])
+            try:
+                id = sample(logit_V, job.order.sampler, torch.tensor(job.ids), len(job.ids))
+            except NumbersError as error:
+                self._fail_by(error, [slot])
                 continue
             self._failures = 0
             if not job.written:
                 self.metrics.time("first_token_seconds", time.monotonic() - job.asked_at)
-            if reason := self._append(job, logit_V):
+            if reason := self._append(job, id, logit_V):
                 self._deliver(job, job.answer.finish())
                 job.deliver(Ended(reason, job.reused, job.written))
                 self._free(slot)
 
-    def _append(self, job: Job, logit_V: Tensor) -> Literal["stop", "length"] | None:
+    def _append(self, job: Job, id: int, logit_V: Tensor) -> Literal["stop", "length"] | None:
         """Add a token to the job's text; returns why it is the last, or None."""
-        id = sample(logit_V, job.order.sampler, torch.tensor(job.ids), len(job.ids))
         if id in self._ends:
             return "stop"
         job.ids.append(id)
@@ -279,7 +280,7 @@ class Batcher:
         self._failures += 1
         self.metrics.count("failures_total")
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        why = NotServingError("The model could not go on with this answer.", f"{first_line}.", "Ask again.")
+        why = NotServingError("The model could not go on with this answer.", first_line, "Ask again.")
         jobs = [self._running.pop(slot) for slot in slots]
         for slot in slots:
             self._slots.forget(slot)
