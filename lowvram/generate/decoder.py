@@ -26,7 +26,8 @@ class Decoder:
     """Reads tokens into slots, one text each, and returns the logits behind them.
 
     dtype: of the numbers it computes with, and of the cache (the weights' own if None).  cache: "e4m3" keeps MLA's
-    latents in 8 bits.  chunk: how many tokens of a text are read at once.
+    latents in 8 bits.  chunk: how many tokens of a text are read at once.  captures: whether a card's steps become
+    graphs, which take memory and pay off for a text or two.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Decoder:
         dtype: torch.dtype | None = None,
         cache: CacheForm = "plain",
         chunk: int = 512,
+        captures: bool = True,
     ) -> None:
         self.model, self.max_context, self.slots = model, max_context, slots
         self.dtype, device = dtype or model.embedding.dtype, model.embedding.device
         self.cache = Cache(model.config, slots, max_context, self.dtype, device, cache, chunk)
-        self._graphs = Graphs(model, self.cache) if card_of(device).platform == "cuda" else None
+        self._graphs = Graphs(model, self.cache, captures) if card_of(device).platform == "cuda" else None
 
     @property
     def cache_bytes(self) -> int:

@@ -38,12 +38,12 @@ class Captured(NamedTuple):
 class Graphs:
     """Reads one token each into slots of a cache by static steps; on a card these are captured and replayed."""
 
-    def __init__(self, model: Transformer, cache: Cache) -> None:
+    def __init__(self, model: Transformer, cache: Cache, captures: bool = True) -> None:
         self.model, self.cache, self.captured = model, cache, dict[tuple[int, int], Captured]()
         # Token, position, start and whether it takes part, of each slot: one copy to the card for each step.
         self._input_4B = torch.zeros(4, cache.slots, dtype=torch.int64, device=model.embedding.device)
         self._pool: tuple[int, int] | None = None
-        self.is_captured = can_capture(model)
+        self.is_captured = captures and can_capture(model)
 
     def read(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
         """Read one token into each of the slots named; returns the logits [N, V] after them."""

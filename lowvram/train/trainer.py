@@ -322,7 +322,8 @@ class Trainer:
     def _sample(self) -> Iterator[Sampled]:
         run, train = self.what.run, self.what.train
         for prompt in run.prompts:
-            decoder = Decoder(self.state.model, train.seq_len, dtype=DTYPES[train.precision])
+            # A sample is short, and a training card has no memory for graphs of it.
+            decoder = Decoder(self.state.model, train.seq_len, dtype=DTYPES[train.precision], captures=False)
             id_T = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
             pieces = Engine(decoder, self.tokenizer).generate(id_T, Sampler(seed=train.seed), run.sample_tokens)
             yield Sampled(self.state.step, prompt, "".join(pieces))

@@ -14,6 +14,7 @@ from lowvram.config import Mla, ModelConfig
 from lowvram.generate import decoder as of_decoder
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.graphs import Graphs, can_capture
+from lowvram.model.cache import Cache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -212,6 +213,13 @@ def test_only_a_step_that_asks_the_host_nothing_is_captured() -> None:
         with imagining(Card("cuda", capability)):
             found.append((can_capture(dense), can_capture(mixed)))  # type: ignore[arg-type]
     assert found == [(True, False), (True, True)], "a loop over experts waits for the card"
+
+
+def test_who_asks_for_no_graphs_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowvram.generate.graphs.can_capture", lambda _: True)
+    model = Transformer(VARIANTS["gqa-rope"])
+    cache = Cache(model.config, 1, 300)
+    assert [Graphs(model, cache, captures).is_captured for captures in (True, False)] == [True, False]
 
 
 def test_a_step_can_be_rehearsed_on_paper() -> None:
