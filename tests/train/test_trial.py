@@ -333,6 +333,7 @@ def test_the_option_means_what_it_says(monkeypatch: pytest.MonkeyPatch, word: st
     given: list[Any] = []
     monkeypatch.setattr("lowvram.runfile.load_run", lambda *_: "what")
     monkeypatch.setattr("lowvram.cli.train.train", lambda *words: given.extend(words))
-    arguments = build_parser().parse_args(["train", "run.toml", "--compile", word, "--recompute", "block"])
+    options = ["--compile", word, "--recompute", "block", "--graphs", "off"]
+    arguments = build_parser().parse_args(["train", "run.toml", *options])
     arguments.run(arguments)
-    assert given == ["what", None, "auto", None, "block", expected]
+    assert given == ["what", None, "auto", None, "block", expected, False]
