@@ -16,9 +16,9 @@ from torch import Tensor
 from tests.kernels.cards import CARDS, DEVICE, running_on
 from tests.kernels.measures import LiveBytes, relative_error
 
-# One rounding of the result, of the weights and of the latent's decoded numbers, in units of the last place.  In fp32 the
-# scores' own roundings are larger: beyond 16 a last place is 1.9e-6, which exp passes on, and in which order a processor
-# adds 336 products decides how many of them there are (AVX-512 stays below 1e-6, AVX2 does not).
+# One rounding of the result, of the weights and of the latent's decoded numbers, in units of the last place.  In fp32
+# the scores' own roundings are larger: beyond 16 a last place is 1.9e-6, which exp passes on, and the order in which a
+# processor adds 336 products decides how many there are (AVX-512 stays below 1e-6 here, AVX2 does not).
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # The interpreter cannot multiply in bf16, a card's kernels never get fp32.
 EXACT = torch.float32 if is_interpreted() else torch.bfloat16
