@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lowvram.config import ModelConfig
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
-from lowvram.generate.weights import is_matrix
 from lowvram.model.cache import CacheForm
-from lowvram.model.transformer import Transformer, lay_by_columns
+from lowvram.model.transformer import Transformer
 from lowvram.runfile import load_preset
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
+from tools.bench_model import lay_for_reading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
@@ -93,10 +93,7 @@ def measure(
     """Let both write `tokens` tokens behind the same prompt, in turn; one round before is not counted."""
     model = Transformer(config)
     twin = outside_twin(model).to(dtype)
-    for name, weight in model.named_parameters():
-        if is_matrix(name, weight.shape):
-            weight.data = weight.data.to(dtype)
-    model = lay_by_columns(model.requires_grad_(False))
+    model = lay_for_reading(model, dtype)
     # Without zeros, which generate() takes for padding.
     prompt_BT = torch.randint(1, config.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, context + tokens + 1, dtype=dtype, cache=cache)

@@ -36,8 +36,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from lowvram.data.sample import sample_documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.generate.decoder import Decoder
-from lowvram.generate.weights import is_matrix
-from lowvram.model.transformer import Transformer, lay_by_columns
+from lowvram.model.transformer import Transformer
 from lowvram.runfile import load_preset
 from lowvram.serve.app import Door, build_app
 from lowvram.serve.batch import Batcher
@@ -45,6 +44,7 @@ from lowvram.serve.limits import Limits
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.prompt import Served
 from lowvram.serve.server import Server, open_socket
+from tools.bench_model import lay_for_reading
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FIRST_ID = 300  # of the prompts' random ids: behind specials and bytes
@@ -61,11 +61,7 @@ def tokenizer_of(vocabulary: int) -> Tokenizer:
 def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> Iterator[str]:
     """Serve random weights; returns the URL."""
     config, _ = load_preset(preset)
-    model = Transformer(config).eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
-        if is_matrix(name, weight.shape):
-            weight.data = weight.data.to(dtype)
-    model = lay_by_columns(model)
+    model = lay_for_reading(Transformer(config).eval(), dtype)
     decoder, tokenizer = Decoder(model, max_context, slots, dtype), tokenizer_of(config.vocabulary)
     limits = Limits(slots=slots, queue=slots, prompt_tokens=max_context - 1, output_tokens=max_context - 1)
     batcher = Batcher(decoder, tokenizer, limits.queue, Metrics())

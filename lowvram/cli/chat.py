@@ -86,20 +86,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Namespace) -> Conversation:
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
-    from lowvram.errors import ConfigError, TokenizerError
+    from lowvram.errors import ConfigError
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine
-    from lowvram.generate.template import is_dialogue, load_template
+    from lowvram.generate.template import choose_template
 
-    speaks = is_dialogue(loaded.tokenizer) if arguments.form is None else arguments.form == "dialogue"
-    template = load_template(loaded.tokenizer) if speaks else None
-    if speaks and template is None:
-        raise TokenizerError(
-            "This model is to speak in turns, and its tokenizer has no chat template.",
-            f"tokenizer_config.json in {loaded.tokenizer.directory} has no chat_template.",
-            "Add one, or let it go on with a text: --as base.",
-        )
+    template = choose_template(loaded.tokenizer, arguments.form)
     if arguments.system and template is None:
         raise ConfigError(
             "--system is given, and this model goes on with a text.",
@@ -134,7 +127,7 @@ def _answer_once(conversation: Conversation, text: str, sampler: Sampler, argume
         answer = "".join(pieces)
         counts = conversation.counts
         found = {"text": answer, "ended": conversation.engine.ended, "tokens_read": counts.read}
-        found |= {"tokens_written": counts.written, "seconds": counts.reading_s + counts.writing_s}
+        found |= {"tokens_written": counts.written, "seconds": counts.read_s + counts.written_s}
         sys.stdout.write(json.dumps(found) + "\n")
         return
     if conversation.template is None:

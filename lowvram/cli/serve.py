@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, add_precision, count, memory
-from lowvram.errors import ConfigError, MachineError, TokenizerError
+from lowvram.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
@@ -167,15 +167,9 @@ def _introduce(loaded: Loaded, served: Served) -> str:
 
 def _find_encoder(loaded: Loaded, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
     """Return what makes ids of a conversation; None for a model that continues texts."""
-    from lowvram.generate.template import Message, is_dialogue, load_template
+    from lowvram.generate.template import Message, choose_template
 
-    if not (is_dialogue(loaded.tokenizer) if manner is None else manner == "dialogue"):
-        return None
-    template = load_template(loaded.tokenizer)
+    template = choose_template(loaded.tokenizer, manner)
     if template is None:
-        raise TokenizerError(
-            "This model is to speak in turns, and its tokenizer has no chat template.",
-            f"tokenizer_config.json in {loaded.tokenizer.directory} has no chat_template.",
-            "Add one, or serve it with --as base.",
-        )
+        return None
     return lambda turns: template.encode(loaded.tokenizer, [Message(*turn) for turn in turns])

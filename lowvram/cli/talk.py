@@ -242,9 +242,9 @@ class Talk:
         engine = conversation.engine
         read, written = f"{counts.read:,} tokens read", f"{counts.written:,} written"
         if counts.read:
-            read += f" in {counts.reading_s:,.2f} s"
-        if counts.written and counts.writing_s:
-            written += f", {counts.written / counts.writing_s:,.1f} a second"
+            read += f" in {counts.read_s:,.2f} s"
+        if counts.written and counts.written_s:
+            written += f", {counts.written / counts.written_s:,.1f} a second"
         weights, cache = weight_bytes(engine.decoder.model), engine.decoder.cache_bytes
         lines = [
             f"{read}, {counts.reused:,} known from before, {written}",

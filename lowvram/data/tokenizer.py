@@ -142,8 +142,7 @@ class Tokenizer:
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
         ranks = {token: id for id, token in enumerate(self._bytes) if id >= len(SPECIALS)}
-        specials = {name: id for id, name in enumerate(SPECIALS)}
-        return tiktoken.Encoding(self.hash, pat_str=EXPRESSION, mergeable_ranks=ranks, special_tokens=specials)
+        return tiktoken.Encoding(self.hash, pat_str=EXPRESSION, mergeable_ranks=ranks, special_tokens=self.specials)
 
     @property
     def size(self) -> int:
@@ -153,7 +152,7 @@ class Tokenizer:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What tokenizer_config.json says, names of special tokens and the chat template among it."""
-        return dict(json.loads(self._files["tokenizer_config.json"]))
+        return self.parsed("tokenizer_config.json")
 
     @property
     def specials(self) -> dict[str, int]:

@@ -173,7 +173,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
-    template = tokenizer.parsed("tokenizer_config.json").get("chat_template")
+    template = tokenizer.settings.get("chat_template")
     if template is not None:
         writer.add_chat_template(template)
 

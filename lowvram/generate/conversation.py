@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lowvram.errors import PromptError, PromptTooLongError
-from lowvram.generate.engine import Engine
+from lowvram.generate.engine import Counts, Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.template import Message, Template
 
@@ -16,22 +15,12 @@ _ANSWER_SHARE = 4
 
 
 @dataclass
-class Counts:
-    """Tokens that were read, found read already and written, and the seconds until the first piece and after it."""
-
-    read: int = 0
-    reused: int = 0
-    written: int = 0
-    reading_s: float = 0.0
-    writing_s: float = 0.0
-
-
-@dataclass
 class Conversation:
     """All that was said, and what of it the context holds.
 
     template: how turns become ids; None: a base model, for which what is said is one text, a line for each turn.
     dropped: messages, of a base model tokens, that the context has no room for any more.
+    counts: what all answers cost.
     """
 
     engine: Engine
@@ -68,25 +57,15 @@ class Conversation:
         self.dropped = 0
 
     def _write(self, ids: list[int], sampler: Sampler, max_tokens: int) -> Iterator[str]:
-        engine, counts = self.engine, self.counts
-        began = time.perf_counter()
+        engine, text = self.engine, ""
         pieces = engine.generate(ids, sampler, max_tokens)
-        reused = engine.decoder.length(engine.slot)
-        counts.reused += reused
-        counts.read += len(ids) - reused
-        first_at, text = None, ""
         try:
             for piece in pieces:
-                first_at = first_at or time.perf_counter()
                 text += piece
                 yield piece
         finally:
-            ended = time.perf_counter()
-            written = tuple(engine.ids[len(ids) :])
-            counts.written += len(written)
-            counts.reading_s += (first_at or ended) - began
-            counts.writing_s += ended - (first_at or ended)
-            self.messages.append(Message("assistant", text, written))
+            self.counts = self.counts.add(engine.counts)
+            self.messages.append(Message("assistant", text, tuple(engine.ids[len(ids) :])))
 
     def _ids(self, messages: list[Message]) -> list[int]:
         tokenizer = self.engine.tokenizer

@@ -24,6 +24,10 @@ class Counts(NamedTuple):
     read_s: float = 0.0
     written_s: float = 0.0
 
+    def add(self, other: Counts) -> Counts:
+        """Return what both cost together."""
+        return Counts(*map(sum, zip(self, other, strict=True)))
+
 
 class Engine:
     """One text that grows: what was read stays in the decoder's slot, so a second turn reads only its new tokens.

@@ -166,6 +166,24 @@ def load_template(tokenizer: Tokenizer) -> Template | None:
     return Template(source, names)
 
 
+def choose_template(tokenizer: Tokenizer, form: str | None = None) -> Template | None:
+    """Return the template of a model that speaks, None for one that goes on with a text.
+
+    form: "dialogue" or "base", as the user wants it; None: as the model was trained.
+    Raises TokenizerError where a model is to speak and has no template.
+    """
+    if not (is_dialogue(tokenizer) if form is None else form == "dialogue"):
+        return None
+    template = load_template(tokenizer)
+    if template is None:
+        raise TokenizerError(
+            "This model is to speak in turns, and its tokenizer has no chat template.",
+            f"tokenizer_config.json in {tokenizer.directory} has no chat_template.",
+            "Add one, or go on with --as base, which needs none.",
+        )
+    return template
+
+
 def is_dialogue(tokenizer: Tokenizer) -> bool:
     """Say whether the model that this tokenizer lies with has learnt to speak in turns, and not only to go on."""
     return tokenizer.settings.get("lowvram_dialogue") is True

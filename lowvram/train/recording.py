@@ -60,10 +60,6 @@ class Recording:
                 weight.grad = gradient
         return Loss(loss.total.clone(), None if loss.loads is None else loss.loads.clone())
 
-    def fits(self, batch: Batch) -> bool:
-        """Say whether a batch has the shape that was recorded."""
-        return batch.token_BT.shape == self._batch.token_BT.shape
-
     def _drop_gradients(self) -> None:
         for weight in self._weights:
             weight.grad = None

@@ -19,6 +19,7 @@ from lowvram.fit.sketch import Work
 from lowvram.fit.speed import SPREAD_REPEATED, Measured, Rates, estimate, step_seconds, work_seconds
 from lowvram.plan import Plan
 from lowvram.profile import load_profile
+from tests.kernels.measures import take_workspaces
 from tests.tiny import KINDS
 
 CPU, HERE = load_profile("cpu"), torch.device("cpu")
@@ -159,10 +160,7 @@ def test_nothing_of_a_measurement_stays_in_memory() -> None:
 def test_a_cards_measured_peak_stands_beside_the_ledgers(kind: str) -> None:
     device = torch.device("cuda")
     plan = Plan(micro_batch=2, accumulate=3)
-    x = torch.randn(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-    (x @ x).sum().backward()  # from here on cuBLAS has its workspaces
-    del x
-    held_bytes = torch.cuda.memory_allocated(device)
+    held_bytes = take_workspaces()
     train = train_of(precision="bf16")
     found = measure("tiny", model_of(kind), train, plan, device, load_profile("rtx3060-12gb"), compiles=False)
     assert found.peak_bytes is not None

@@ -19,6 +19,7 @@ from lowvram.profile import Profile, generic_profile
 from lowvram.runfile import load_preset, preset_names
 from lowvram.train.state import build_state
 from lowvram.train.step import gradients, loss_for, update
+from tests.kernels.measures import take_workspaces
 
 pytestmark = pytest.mark.gpu
 RELATIVE = 0.03
@@ -54,15 +55,6 @@ def run_steps(model: ModelConfig, train: TrainConfig, plan: Plan, steps: int) ->
         update(network, optimizer, found.loads, 1e-4, 1.0)
     torch.cuda.synchronize()
     return int(torch.cuda.max_memory_allocated()) - held_bytes
-
-
-def take_workspaces() -> int:
-    """Let cuBLAS take its workspaces, which the profile counts and no ledger; returns the bytes that are held now."""
-    x = torch.randn(64, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    (x @ x).sum().backward()
-    del x
-    torch.cuda.synchronize()
-    return int(torch.cuda.memory_allocated())
 
 
 @pytest.mark.parametrize("recompute", ["none", "attention", "block"])

@@ -18,7 +18,7 @@ from lowvram.generate.conversation import Conversation
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from tests.flows.typed import Answer, fill_home, typed
+from tests.flows.typed import Answer, typed
 
 HOSTILE = {
     "colour": ("\x1b[31mkırmızı\x1b[0m", "[31mkırmızı[0m"),
@@ -33,14 +33,6 @@ HOSTILE = {
     "bidirectional marks": ("a\u200eb\u200fc\u061cd", "abcd"),
     "words in tags": ("a\U000e0001\U000e0073\U000e007fb", "ab"),
 }
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    fill_home(home)
-    assert typed("train", home / "run.toml", "--device", "cpu").code == 0
-    return home / "run"
 
 
 def converse(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.typed import environment, fill_home, typed
+from tests.flows.typed import environment
 
 if os.name == "nt":
     pytest.skip("Windows has no pseudo-terminals of this kind", allow_module_level=True)
@@ -78,14 +78,6 @@ class Terminal:
         self.process.kill()
         self.process.wait()
         os.close(self.keyboard)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    fill_home(home)
-    assert typed("train", home / "run.toml", "--device", "cpu").code == 0
-    return home / "run"
 
 
 @pytest.fixture

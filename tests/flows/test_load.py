@@ -16,17 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from lowvram.cli.load import choose_here, load_model
 from lowvram.generate.weights import weight_bytes
-from tests.flows.typed import fill_home, typed
+from tests.flows.typed import typed
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    fill_home(home)
-    assert typed("train", home / "run.toml", "--device", "cpu").code == 0
-    return home / "run"
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,7 @@ import pytest
 from openai import OpenAI
 
 from lowvram.data.tokenizer import Tokenizer
-from tests.flows.typed import environment, fill_home, typed
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    fill_home(home)
-    assert typed("train", home / "run.toml", "--device", "cpu").code == 0
-    return home / "run"
+from tests.flows.typed import environment, typed
 
 
 @contextmanager

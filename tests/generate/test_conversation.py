@@ -9,38 +9,27 @@ import pytest
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError, PromptTooLongError
 from lowvram.generate.conversation import Conversation
+from lowvram.generate.engine import Counts
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.template import Message, load_template
 
 GREEDY = Sampler(temperature=0.0)
 
 
-class Slot:
-    """A decoder that only remembers what it holds."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-
-    def length(self, _slot: int) -> int:
-        return len(self.ids)
-
-
 class Parrot:
     """An engine that answers each text with the same words, one token a piece, and remembers what it was given."""
 
-    slot = 0
-
     def __init__(self, tokenizer: Tokenizer, max_context: int, words: str = " evet olur") -> None:
         self.tokenizer, self.max_context, self.words = tokenizer, max_context, words
-        self.decoder, self.ids, self.given = Slot(), list[int](), list[list[int]]()
-        self.ended = "text"
+        self.ids, self.given = list[int](), list[list[int]]()
+        self.ended, self.counts = "text", Counts()
 
     def generate(self, id_T: Sequence[int], _sampler: Sampler, max_tokens: int) -> Iterator[str]:
         assert len(id_T) < self.max_context
-        held = self.decoder.ids
+        held = self.ids
         same = next((i for i, (a, b) in enumerate(zip(held, id_T, strict=False)) if a != b), min(len(held), len(id_T)))
-        self.decoder.ids = held[: min(same, len(id_T) - 1)]
-        self.ids = list(id_T)
+        reused = min(same, len(id_T) - 1)
+        self.ids, self.counts = list(id_T), Counts(reused, len(id_T) - reused)
         self.given.append(self.ids[:])
         return self._write(max_tokens)
 
@@ -49,7 +38,7 @@ class Parrot:
             if len(self.ids) >= self.max_context:
                 return
             self.ids.append(id)
-            self.decoder.ids = self.ids[:]
+            self.counts = self.counts._replace(written=self.counts.written + 1)
             yield self.tokenizer.decode([id])
 
 

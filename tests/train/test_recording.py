@@ -99,7 +99,6 @@ def test_played_gradients_are_launched_ones_to_the_bit(
     loss_of = functools.partial(causal_loss, model, dtype=torch.bfloat16, dropout=0.1, seed=7)
     first, second = batches_of(2 * count, device)[:count], batches_of(2 * count, device)[count:]
     played = Recording(model, functools.partial(add_gradients, model, loss_of, 7), first[0], count > 1)
-    assert played.fits(second[0])
     assert all(weight.grad is None for weight in model.parameters())
     for batches in (second, first):  # the second step must know nothing of the first
         truth, expected = learn(model, batches, None, loss_of)
