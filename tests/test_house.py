@@ -219,6 +219,12 @@ def count_lines(paths: list[Path]) -> int:
     return sum(1 for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
+def test_no_two_files_of_tests_share_a_name() -> None:
+    # Each folder alone would pass: pytest refuses them only where it collects both.
+    names = Counter(path.name for path in TESTS if path.name.startswith("test_"))
+    assert {name: count for name, count in names.items() if count > 1} == {}
+
+
 def test_there_is_enough_test_for_the_code() -> None:
     code = count_lines([path for path in CODE if path not in TABLES])
     tests = count_lines(TESTS)
