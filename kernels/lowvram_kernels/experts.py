@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import card_of, choose, is_on_paper, note_work
+from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_on_paper, note_work, shown
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.grouped_matmul import grouped_matmul
 from lowvram_kernels.grouped_outer import grouped_outer
@@ -173,9 +173,10 @@ def _multiply(
     if code is not None and needs_decoding(code, rows_MI.dtype):
         # Made here and not inside the op, which a rehearsal cannot look into.
         scratch = rows_MI.new_empty(code.shape[1:])
-        if is_on_paper():
-            _note_decoding(code.shape[0], scratch, scale is not None)
-    return _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
+    out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
+    if code is not None and scratch is not None and is_on_paper():
+        _show_decoding(IdleStack(code, scale), scratch)
+    return out_MO
 
 
 def _multiply_residents(rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_turned: bool, form: Form) -> Tensor:
@@ -215,11 +216,13 @@ def _is_one_launch(device: torch.device) -> bool:
     return choose("grouped_matmul", card_of(device)).backend == "triton"
 
 
-def _note_decoding(count: int, scratch: Tensor, is_scaled: bool) -> None:
-    """Tell what decoding moves besides the codes and one scratch, which a rehearsal sees: each is written and read."""
-    passes = 4 if is_scaled else 2
-    matrix_bytes = scratch.numel() * scratch.element_size()
-    note_work(moved_bytes=(count * passes - 1) * matrix_bytes, ops=count * passes // 2)
+def _show_decoding(copies: IdleStack, scratch: Tensor) -> None:
+    """Decode on paper, beside the result, what an op decodes into which a rehearsal cannot look."""
+    count = copies.code.shape[0]
+    for index in shown(count):
+        decode(copies, index, scratch.dtype, scratch)
+    # The op reads a scratch for each copy, of which it has shown one; the codes it has shown too.
+    note_work(moved_bytes=(count - 1) * bytes_of(scratch) - bytes_of(copies.code), ops=0)
 
 
 def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram_kernels import e4m3
-from lowvram_kernels.dispatch import bytes_of
+from lowvram_kernels.dispatch import bytes_of, card_of
 from lowvram_kernels.errors import ShapeError
 
 FORMATS = ("bf16", "int8", "e4m3")
@@ -146,9 +146,10 @@ def decode(stack: IdleStack, index: int, dtype: torch.dtype, out: Tensor | None 
         if code_ON.dtype == torch.int8:
             rows_RN.copy_(code_RN).mul_(scale[start:end])
             continue
-        if code_RN.device.type == "mps":
+        platform = card_of(code_RN.device).platform  # on paper that of the imagined one: it keeps these temporaries
+        if platform == "mps":
             rows_RN.copy_(_look_up(code_RN, dtype))
-        elif code_RN.device.type == "cpu":
+        elif platform == "cpu":
             # By way of fp32, since torch's cast from fp16 to bf16 is seven times as slow as these two.
             rows_RN.copy_(e4m3.decode_finite(code_RN).float().mul_(256.0))
         else:

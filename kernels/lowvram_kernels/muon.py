@@ -3,18 +3,19 @@
     m ← μ·m + (1 − μ)·g        u = (1 − μ)·g + μ·m        o = orthogonalise(u) ≈ U Vᵀ where u = U Σ Vᵀ
     w ← (1 − lr·decay)·w − lr · 0.2·√max(M, N) · o
 
-Orthogonalising is a few steps of x ← a·x + (b·G + c·G²)·x with G = x xᵀ, products alone, in 16 bits.  Each step's odd
-quintic is the one that comes nearest to 1 on the interval where the steps before it have brought the singular values;
-the first interval is [`least`, 1] of the Frobenius norm.  0.2·√max(M, N) gives a step the size that AdamW's have, so
-that one learning rate and one decay serve both.
+Orthogonalising is a few steps of x ← a·x + (b·G + c·G²)·x with G = x xᵀ, products alone, in 16 bits; on a processor in
+32, since one without instructions for bf16 multiplies it fifty times as slowly.  Each step's odd quintic is the one
+that comes nearest to 1 on the interval where the steps before it have brought the singular values; the first interval
+is [`least`, 1] of the Frobenius norm.  0.2·√max(M, N) gives a step the size that AdamW's have, so that one learning
+rate and one decay serve both.
 
 The momentum is kept in bf16, or in 8 bits as in `adamw8` (signed codes, blocks of 256).
 Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: at most 6 bytes for each element of the
 matrices at work, or 2 and one chunk's temporaries, if that is more: 14 bytes for each of its elements, for a bf16
-weight 16.  At work are at least one matrix and up to `AT_ONCE` elements; with 8 bits all, where a matrix is no whole
-blocks.  A card with Triton has no chunks: one launch before the products reads the gradient, reads and writes the
-momentum and writes u (bf16 and 8 bits: 2 + 1 + 1 + 2 bytes an element), and one behind them reads o, and reads and
-writes the weight (2 + 2 + 2).
+weight 16; on a processor 12 and 4 instead of 6 and 2.  At work are at least one matrix and up to `AT_ONCE` elements;
+with 8 bits all, where a matrix is no whole blocks.  A card with Triton has no chunks: one launch before the products
+reads the gradient, reads and writes the momentum and writes u (bf16 and 8 bits: 2 + 1 + 1 + 2 bytes an element), and
+one behind them reads o, and reads and writes the weight (2 + 2 + 2).
 Work: a step of the iteration on [M, N], M ≤ N, is 4·M²·N + 2·M³ FLOPs.
 Deterministic.  On CPU no matrix depends on which others are at work beside it; a card's batched product may choose
 its kernel by their number.
@@ -41,7 +42,7 @@ from lowvram_kernels.adamw8 import (
     rounding_noise,
     store_weight_,
 )
-from lowvram_kernels.dispatch import Launch, card_of, is_interpreted, launch
+from lowvram_kernels.dispatch import Card, Launch, card_of, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.keyed import Noise, chain_numbers
 from lowvram_kernels.rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, split
@@ -145,6 +146,14 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
     return x.mT if is_tall else x
 
 
+def _dtype_of_products(card: Card) -> torch.dtype:
+    if card.platform == "cpu":
+        return torch.float32
+    # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
+    is_before_bf16 = card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0)
+    return torch.float16 if is_before_bf16 else torch.bfloat16
+
+
 def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int | None) -> tuple[int, int, int]:
     """Return a matrix's rows, how many there are, and their columns."""
     if weight.dim() < 2 or not weight.numel():
@@ -222,8 +231,7 @@ def muon_(
     kept, on_card = 1.0 - learning_rate * decay, has_kernels(weight.device)
     noise = None if on_card else rounding_noise(weight, seed, purpose, step)
     size, card = rows * columns, card_of(weight.device)
-    # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
-    dtype = torch.float16 if card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0) else torch.bfloat16
+    dtype = _dtype_of_products(card)
     # A slice that codes can be cut at: several matrices whose elements are whole blocks, or all of them.
     together = max(1, AT_ONCE // size) if size % BLOCK == 0 or momentum.code.dtype != torch.uint8 else count
     flat_w, flat_g = weight.view(-1), gradient.view(-1)

@@ -301,4 +301,5 @@ def test_on_paper_each_product_is_a_launch_that_tells_of_its_operations(form: st
 def test_on_paper_nothing_is_decoded_into_memory(form: str) -> None:
     (_, _, one_launch), (_, _, loop) = (on_paper_of(CARDS[name], form, tokens=1) for name in ("sm86", "sm75"))
     scratch, rows_of_one_token = 80 * 64 * 2, 512
-    assert scratch - rows_of_one_token < loop - one_launch <= scratch
+    spread = 80 * 4 if form == "e4m3" else 0  # a block's scale for each of its rows
+    assert scratch - rows_of_one_token < loop - one_launch <= scratch + spread
