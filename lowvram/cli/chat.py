@@ -70,8 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
     text = _read_prompt(arguments.prompt)
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
-    context = find_max_context(loaded, 1, arguments.context)
-    conversation = open_conversation(loaded, context.max_context, arguments)
+    cache = _choose_cache(loaded, arguments.cache)
+    context = find_max_context(loaded, 1, arguments.context, cache)
+    conversation = open_conversation(loaded, context.max_context, arguments, cache)
     if text is not None:
         _answer_once(conversation, text, sampler, arguments)
         return
@@ -84,7 +85,21 @@ def run(arguments: argparse.Namespace) -> None:
     talk.run(keeps_history=not arguments.no_history)
 
 
-def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Namespace) -> Conversation:
+def _choose_cache(loaded: Loaded, asked: str) -> CacheForm:
+    from lowvram.errors import ConfigError
+
+    if asked == "fp8" and loaded.config.attention.kind != "mla":
+        raise ConfigError(
+            "--cache fp8 is given, and this model's attention is GQA.",
+            "Only MLA's latents are kept in 8 bits.",
+            "Leave it out.",
+        )
+    return "e4m3" if asked == "fp8" else "plain"
+
+
+def open_conversation(
+    loaded: Loaded, max_context: int, arguments: argparse.Namespace, cache: CacheForm
+) -> Conversation:
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
     from lowvram.errors import ConfigError
     from lowvram.generate.conversation import Conversation
@@ -99,14 +114,7 @@ def open_conversation(loaded: Loaded, max_context: int, arguments: argparse.Name
             "Nobody speaks in a text, so nobody can be told anything first.",
             "Leave it out, or try --as dialogue.",
         )
-    if arguments.cache == "fp8" and loaded.config.attention.kind != "mla":
-        raise ConfigError(
-            "--cache fp8 is given, and this model's attention is GQA.",
-            "Only MLA's latents are kept in 8 bits.",
-            "Leave it out.",
-        )
-    form: CacheForm = "e4m3" if arguments.cache == "fp8" else "plain"
-    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=form)
+    decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=cache)
     system = unicodedata.normalize("NFC", arguments.system) if arguments.system else None
     return Conversation(Engine(decoder, loaded.tokenizer), template, system)
 

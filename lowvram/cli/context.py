@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.config import ModelConfig
+    from lowvram.model.cache import CacheForm
 
 # Two contexts that a line is drawn through, each read in whole chunks, before the token that is decoded: there a
 # reading needs the most, between them less.
@@ -22,10 +23,10 @@ class Context(NamedTuple):
     warning: str = ""
 
 
-def find_max_context(loaded: Loaded, slots: int = 1, asked: int | None = None) -> Context:
+def find_max_context(loaded: Loaded, slots: int = 1, asked: int | None = None, cache: CacheForm = "plain") -> Context:
     """Return the longest text that each of `slots` may hold.
 
-    asked: by the user; None: what the model is made for, or as much of it as fits.
+    asked: by the user; None: what the model is made for, or as much of it as fits.  cache: what texts are kept in.
     Raises MachineError where what is asked for, or any text, does not fit.
     """
     from lowvram.cli.place import find_card_of
@@ -33,12 +34,12 @@ def find_max_context(loaded: Loaded, slots: int = 1, asked: int | None = None) -
     trained, made_for = loaded.trained_len, reach(loaded.config, loaded.trained_len)
     wanted = asked or made_for
     place = find_card_of(loaded.model.embedding.device).place("bf16")
-    needed = _needed(loaded, slots, wanted)
+    needed = _needed(loaded, slots, wanted, cache)
     if needed <= place.limit_bytes:
         return Context(wanted, trained, _explain(wanted, trained, made_for, asked), _warn(loaded, wanted))
-    fitting = min(wanted - 1, _solve(loaded, slots, place.limit_bytes))
+    fitting = min(wanted - 1, _solve(loaded, slots, place.limit_bytes, cache))
     # A line is drawn through two points, so its end is looked at too.
-    while fitting > 1 and _needed(loaded, slots, fitting) > place.limit_bytes:
+    while fitting > 1 and _needed(loaded, slots, fitting, cache) > place.limit_bytes:
         fitting = fitting * 7 // 8
     if asked is not None or fitting <= 1:
         raise _too_long(wanted, slots, needed, place.limit_bytes, fitting)
@@ -55,17 +56,17 @@ def reach(config: ModelConfig, trained_len: int) -> int:
     return max(trained_len, int(min(trained_len, yarn.original_len) * yarn.factor))
 
 
-def _needed(loaded: Loaded, slots: int, max_context: int) -> int:
+def _needed(loaded: Loaded, slots: int, max_context: int, cache: CacheForm = "plain") -> int:
     from lowvram_kernels.dispatch import card_of
 
     from lowvram.fit.reading import rehearse_reading
 
     card = card_of(loaded.model.embedding.device)
-    return rehearse_reading(loaded.model, loaded.dtype, slots, max_context, card)
+    return rehearse_reading(loaded.model, loaded.dtype, slots, max_context, card, cache)
 
 
-def _solve(loaded: Loaded, slots: int, limit_bytes: int) -> int:
-    few, many = (_needed(loaded, slots, length) for length in _SAMPLES)
+def _solve(loaded: Loaded, slots: int, limit_bytes: int, cache: CacheForm) -> int:
+    few, many = (_needed(loaded, slots, length, cache) for length in _SAMPLES)
     per_token = (many - few) / (_SAMPLES[1] - _SAMPLES[0])
     return max(1, int(_SAMPLES[0] + (limit_bytes - few) / per_token))
 

@@ -25,7 +25,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Read, check, write, and say what came out."""
     from lowvram.cli.show import bar, notice, result
-    from lowvram.data.outside_tokenizer import load_tokenizer
+    from lowvram.data.outside_tokenizer import OutsideTokenizer, load_tokenizer
     from lowvram.export.adopt import adopt
     from lowvram.export.hf import refuse_existing
     from lowvram.export.outside import open_outside
@@ -39,4 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint = adopt(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
     count = outside.config.num_parameters()
     result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
-    result(f'Next: lowvram chat {arguments.out}, or [train] start_from = "{arguments.out}" in a run file')
+    # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
+    has_template = isinstance(tokenizer, OutsideTokenizer) and "chat_template" in tokenizer.settings
+    turns = " (--as dialogue: in turns, it has a chat template)" if has_template else ""
+    result(f'Next: lowvram chat {arguments.out}{turns}, or [train] start_from = "{arguments.out}" in a run file')

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowvram.data.tokenizer import Tokenizer, byte_of_letter, count_bytes
+from lowvram.data.tokenizer import Tokenizer, byte_of_letter, count_bytes, read_files
 from lowvram.errors import TokenizerError
 from lowvram.files import DISK, Disk
 
@@ -81,7 +81,7 @@ class OutsideTokenizer(Tokenizer):
         Raises TokenizerError unless it is a byte-level BPE that every text in NFC survives and the model has its rows.
         """
         try:
-            files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
+            files = read_files(directory)
             config, table = (json.loads(files[name]) for name in _FILES)
             _check_kind(table)
             found, added = _read_bytes(table), {token["content"]: token["id"] for token in table["added_tokens"]}

@@ -87,6 +87,19 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk
     return Tokenizer.load(out)
 
 
+def read_files(directory: Path) -> dict[str, bytes]:
+    """Return tokenizer.json and tokenizer_config.json, by name; raises OSError where one is not there.
+
+    A chat template that lies beside them, as newer versions of transformers write it, is put in the second.
+    """
+    files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
+    template = Path(directory) / "chat_template.jinja"
+    if template.is_file():
+        config = json.loads(files["tokenizer_config.json"]) | {"chat_template": template.read_text("utf-8")}
+        files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
+    return files
+
+
 def _write(files: dict[str, bytes], directory: Path, disk: Disk) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
@@ -121,7 +134,7 @@ class Tokenizer:
     def load(directory: Path) -> Tokenizer:
         """Read tokenizer.json and tokenizer_config.json; raises TokenizerError unless they are ours."""
         try:
-            files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
+            files = read_files(directory)
             json.loads(files["tokenizer_config.json"])
             table = _read_table(json.loads(files["tokenizer.json"]))
         except OSError as error:

@@ -8,20 +8,24 @@ from torch import nn
 
 from lowvram.fit.rehearse import BLOCK_BYTES, LiveStorage
 from lowvram.generate.decoder import Decoder
+from lowvram.model.cache import CacheForm
 from lowvram.model.transformer import Transformer
 
 
 @torch.no_grad()
-def rehearse_reading(model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card) -> int:
+def rehearse_reading(
+    model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card, cache: CacheForm = "plain"
+) -> int:
     """Fill a slot's context on paper and read one more token into every slot; returns the peak's bytes.
 
     The model's own weights, which lie there already, are left out.  Decoding's peak is affine in max_context.
+    cache: in which numbers the decoder keeps what it has read.
     """
     counter = LiveStorage(BLOCK_BYTES[card.platform])
     with on_paper(card, counter.add_hidden), counter:
         paper = _without_numbers(model)
         weights, begin = counter.alive_bytes(), counter.moment
-        decoder = Decoder(paper, max_context, slots, dtype)
+        decoder = Decoder(paper, max_context, slots, dtype, cache)
         decoder.prefill(0, [0] * (max_context - 1))
         decoder.decode_one_token(range(slots), [0] * slots)
     return counter.find_peak(begin)[0] - weights

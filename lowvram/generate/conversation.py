@@ -34,9 +34,11 @@ class Conversation:
         """Say `text` and return the pieces of the answer as they come; close the iterator to stop it.
 
         newest: of a text that does not fit the newest part that does is said.  What was written stays said, however
-        the answer ends.  Raises PromptTooLongError, with nothing said, where the text alone does not fit.
+        the answer ends.  Raises PromptTooLongError, with nothing said, where the text alone does not fit; PromptError
+        where what the system says leaves no room for any.
         """
         said = Message("user", text)
+        self._check_room()
         if newest:
             said = self._newest_of(said, max_tokens)
         ids = self._fit([*self.messages, said])
@@ -100,6 +102,17 @@ class Conversation:
             self.dropped = len(ids) - max(alone, self.engine.max_context // 2)
         # What is left begins as every text does.
         return [ids[0], *ids[1 + self.dropped :]]
+
+    def _check_room(self) -> None:
+        if not self.system:
+            return
+        around, holds = len(self._ids([Message("user", "")])), self.engine.max_context
+        if around >= holds - 1:
+            raise PromptError(
+                f"What the system says has {around:,} tokens, and the context holds {holds:,}.",
+                "Nothing that is asked has room beside it.",
+                "Shorten it, or give more context with --context.",
+            )
 
     def _newest_of(self, said: Message, max_tokens: int) -> Message:
         tokenizer = self.engine.tokenizer

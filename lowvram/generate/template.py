@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram.data.tokenizer import Tokenizer
@@ -190,9 +191,20 @@ def is_dialogue(tokenizer: Tokenizer) -> bool:
 
 
 def _environment() -> jinja2.Environment:
-    """Return the dialect in which chat templates are written: transformers' settings, filters and functions."""
-    from jinja2 import TemplateError
+    """Return the dialect in which chat templates are written: transformers' settings, tags, filters and functions."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %} … {% endgeneration %}` marks what an assistant writes: for training, nothing to render."""
+
+        tags = frozenset(("generation",))
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -200,9 +212,12 @@ def _environment() -> jinja2.Environment:
     def tojson(value: Any, indent: int | None = None) -> str:
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
+    def strftime_now(form: str) -> str:
+        return datetime.now().strftime(form)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     return environment

@@ -89,6 +89,17 @@ def test_what_fits_is_as_long_as_it_can_be(kind: str, slots: int, monkeypatch: p
     )
 
 
+def test_latents_in_8_bits_leave_room_for_a_longer_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    # So many layers that what they keep outweighs what one of them works with.
+    monkeypatch.setitem(VARIANTS, "deep", VARIANTS["mla-moe"].model_copy(update={"layers": 30}))
+    loaded = loaded_of("deep", trained_len=9000)
+    with_room(monkeypatch, limit := module._needed(loaded, 1, 3000))
+    plain, low = (find_max_context(loaded, cache=form).max_context for form in ("plain", "e4m3"))
+    assert plain == pytest.approx(3000, rel=0.2)
+    assert low > 1.2 * plain
+    assert module._needed(loaded, 1, low, "e4m3") <= limit
+
+
 @pytest.mark.parametrize("asked, room, advice", [(5000, 1000, "Give --context "), (64, 1, "End what else runs")])
 def test_what_does_not_fit_says_what_would(asked: int, room: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loaded_of("gqa-rope")

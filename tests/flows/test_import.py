@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lowvram.checkpoint import find_checkpoint
 from tests.data.test_outside_tokenizer import make
@@ -67,9 +67,38 @@ def test_deepseek_as_transformers_writes_it_is_imported_with_a_tokenizer_of_ours
     answer = typed("import", tmp_path / "theirs", "--out", tmp_path / "run", "--tokenizer", home / "tok")
     assert answer.code == 0
     assert "parameters, MLA" in answer.out
-    answer = typed("chat", tmp_path / "run", "--prompt", "Kış", "--tokens", 3, "--device", "cpu")
-    assert answer.code == 0
-    assert answer.out.startswith("Kış")
+    for cache in ("plain", "fp8"):
+        answer = typed("chat", tmp_path / "run", "--prompt", "Kış", "--tokens", 3, "--cache", cache, "--device", "cpu")
+        assert answer.code == 0
+        assert answer.out.startswith("Kış")
+
+
+def test_a_dialogue_model_speaks_through_the_template_that_lies_with_it(home: Path, tmp_path: Path) -> None:
+    theirs = make(tmp_path / "theirs")
+    tokenizer = AutoTokenizer.from_pretrained(theirs)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(theirs)
+    assert (theirs / "chat_template.jinja").is_file(), "beside tokenizer_config.json, as newer transformers keep it"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SMALL | {"vocab_size": 450}))).eval()
+    model.save_pretrained(theirs)
+    said = typed("import", theirs, "--out", tmp_path / "run")
+    assert said.code == 0
+    assert f"lowvram chat {tmp_path / 'run'} (--as dialogue: in turns, it has a chat template)" in said.out
+    given = [{"role": "system", "content": "Kısa."}, {"role": "user", "content": "Kış geldi mi?"}]
+    text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    found = model.generate(**ids, max_new_tokens=9, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    expected = tokenizer.decode(found[0, ids.input_ids.shape[1] :])
+    words = ("--as", "dialogue", "--system", "Kısa.", "--prompt", "Kış geldi mi?", "--json", "--precision", "fp32")
+    greedy = ("--temperature", 0, "--repetition-penalty", 1, "--tokens", 9, "--device", "cpu")
+    for place in (theirs, tmp_path / "run"):
+        answer = typed("chat", place, *words, *greedy)
+        assert answer.code == 0
+        assert json.loads(answer.out)["text"] == expected
 
 
 def test_a_model_with_a_tokenizer_of_its_own_is_talked_to_and_trained_further(home: Path, tmp_path: Path) -> None:

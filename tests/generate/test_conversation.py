@@ -154,6 +154,19 @@ def test_a_text_that_alone_is_too_long_is_refused_by_how_much_and_nothing_is_sai
     assert say(talk, "Yaz") == " evet olur"
 
 
+@pytest.mark.parametrize("newest", [False, True])
+def test_a_system_that_leaves_no_room_is_told_and_nothing_is_said(newest: bool, small_tokenizer: Tokenizer) -> None:
+    talk = dialogue(small_tokenizer, 64, system="uzun " * 80)
+    with pytest.raises(
+        PromptError, match=r"What the system says has \d{3} tokens, and the context holds 64\."
+    ) as error:
+        talk.ask("Kış", GREEDY, 9, newest)
+    assert not isinstance(error.value, PromptTooLongError), "no part of the question would fit"
+    assert talk.messages == []
+    talk.system = "Kısa."
+    assert say(talk, "Kış", newest=newest) == " evet olur"
+
+
 @pytest.mark.parametrize("make", [base, dialogue])
 def test_its_newest_part_fits_and_leaves_room_for_an_answer(make, small_tokenizer) -> None:
     talk = make(small_tokenizer, 64)

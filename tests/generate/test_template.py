@@ -29,6 +29,12 @@ TRIMMED = (
     "{{ '<|assistant|>' ~ m.content ~ '<|end_of_turn|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Bot:{% endif %}"
 )
+# What newer templates say besides: the day, and which part an assistant wrote.
+DATED = (
+    "{{ bos_token }}Today is {{ strftime_now('%d %B %Y') }}.\n{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|end_of_turn|>\n{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 NAMES = {"bos_token": "<|bos|>"}
 
 
@@ -46,7 +52,7 @@ def with_settings(small_tokenizer: Tokenizer, tmp_path: Path):
 
 
 @pytest.mark.parametrize("opens", [True, False], ids=["opens the answer", "ends"])
-@pytest.mark.parametrize("source", ["ours", CHATML, TRIMMED], ids=["ours", "chatml", "trimmed"])
+@pytest.mark.parametrize("source", ["ours", CHATML, TRIMMED, DATED], ids=["ours", "chatml", "trimmed", "dated"])
 def test_conversations_are_what_transformers_makes_of_them(source: str, opens: bool, with_settings) -> None:
     from transformers import AutoTokenizer
 
