@@ -95,7 +95,7 @@ def read_files(directory: Path) -> dict[str, bytes]:
     files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
     template = Path(directory) / "chat_template.jinja"
     if template.is_file():
-        config = json.loads(files["tokenizer_config.json"]) | {"chat_template": template.read_text("utf-8")}
+        config = json.loads(files["tokenizer_config.json"]) | {"chat_template": template.read_text(encoding="utf-8")}
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files
 
