@@ -124,16 +124,16 @@ def test_bitsandbytes_is_known_by_its_files(
 @pytest.mark.parametrize(
     "asked, present, found",
     [
-        (None, {"gcc", "clang", "cc"}, "/bin/gcc"),
-        (None, {"clang"}, "/bin/clang"),
-        (None, {"cc"}, None),
-        ("tcc", {"gcc", "tcc"}, "/bin/tcc"),
-        ("gone", {"gcc"}, None),
+        (None, ("gcc", "clang", "cc"), "/bin/gcc"),
+        (None, ("clang",), "/bin/clang"),
+        (None, ("cc",), None),
+        ("tcc", ("gcc", "tcc"), "/bin/tcc"),
+        ("gone", ("gcc",), None),
     ],
     ids=str,
 )
 def test_the_compiler_is_the_one_that_triton_takes(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, present: set[str], found: str | None
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, present: tuple[str, ...], found: str | None
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if name in present else None)
     if asked is None:
