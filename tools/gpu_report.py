@@ -300,7 +300,9 @@ def share_out(is_tiny: bool) -> list[list[str]]:
 
 def start_shard(arguments: list[str], path: Path) -> Shard:
     """Start pytest; it writes a line for each test."""
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    # Without the options that the project gives pytest: these processes are already as many as there should be.
+    plainly = ["-o", "addopts=", "-v", "--tb=line", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *plainly, *arguments]
     with open(path, "wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
     return Shard(process, path)

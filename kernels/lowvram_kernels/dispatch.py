@@ -172,6 +172,17 @@ def shown(count: int) -> Iterator[int]:
         _times = before
 
 
+@contextmanager
+def untold() -> Iterator[None]:
+    """Let what is done on paper take its memory and count as no work: that is told of otherwise."""
+    global _times
+    before, _times = _times, 0
+    try:
+        yield
+    finally:
+        _times = before
+
+
 def times_now() -> int:
     """Return for how many turns the work counts that is done on paper now."""
     return _times

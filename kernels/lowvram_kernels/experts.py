@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_on_paper, note_work, shown
+from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_on_paper, note_work, untold
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.grouped_matmul import grouped_matmul
 from lowvram_kernels.grouped_outer import grouped_outer
@@ -175,7 +175,9 @@ def _multiply(
         scratch = rows_MI.new_empty(code.shape[1:])
     out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
     if code is not None and scratch is not None and is_on_paper():
-        _show_decoding(IdleStack(code, scale), scratch)
+        with untold():  # what lives meanwhile, beside the result
+            decode(IdleStack(code, scale), 0, scratch.dtype, scratch)
+        _note_decoding(code.shape[0], scratch, scale is not None)
     return out_MO
 
 
@@ -216,13 +218,10 @@ def _is_one_launch(device: torch.device) -> bool:
     return choose("grouped_matmul", card_of(device)).backend == "triton"
 
 
-def _show_decoding(copies: IdleStack, scratch: Tensor) -> None:
-    """Decode on paper, beside the result, what an op decodes into which a rehearsal cannot look."""
-    count = copies.code.shape[0]
-    for index in shown(count):
-        decode(copies, index, scratch.dtype, scratch)
-    # The op reads a scratch for each copy, of which it has shown one; the codes it has shown too.
-    note_work(moved_bytes=(count - 1) * bytes_of(scratch) - bytes_of(copies.code), ops=0)
+def _note_decoding(count: int, scratch: Tensor, is_scaled: bool) -> None:
+    """Tell what decoding moves besides the codes and one scratch, which a rehearsal sees: each is written and read."""
+    passes = 4 if is_scaled else 2
+    note_work(moved_bytes=(count * passes - 1) * bytes_of(scratch), ops=count * passes // 2)
 
 
 def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ from lowvram_kernels.adamw8 import (
     rounding_noise,
     store_weight_,
 )
-from lowvram_kernels.dispatch import Card, Launch, card_of, is_interpreted, launch
+from lowvram_kernels.dispatch import Launch, card_of, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.keyed import Noise, chain_numbers
 from lowvram_kernels.rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, split
@@ -146,8 +146,10 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
     return x.mT if is_tall else x
 
 
-def _dtype_of_products(card: Card) -> torch.dtype:
-    if card.platform == "cpu":
+def _dtype_of_products(device: torch.device) -> torch.dtype:
+    card = card_of(device)
+    # On paper the imagined card counts, elsewhere who really multiplies, whatever a report imagines.
+    if device.type == "cpu" or (device.type == "meta" and card.platform == "cpu"):
         return torch.float32
     # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
     is_before_bf16 = card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0)
@@ -230,8 +232,7 @@ def muon_(
     rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
     kept, on_card = 1.0 - learning_rate * decay, has_kernels(weight.device)
     noise = None if on_card else rounding_noise(weight, seed, purpose, step)
-    size, card = rows * columns, card_of(weight.device)
-    dtype = _dtype_of_products(card)
+    size, dtype = rows * columns, _dtype_of_products(weight.device)
     # A slice that codes can be cut at: several matrices whose elements are whole blocks, or all of them.
     together = max(1, AT_ONCE // size) if size % BLOCK == 0 or momentum.code.dtype != torch.uint8 else count
     flat_w, flat_g = weight.view(-1), gradient.view(-1)

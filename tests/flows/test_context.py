@@ -90,9 +90,10 @@ def test_what_fits_is_as_long_as_it_can_be(kind: str, slots: int, monkeypatch: p
 
 
 def test_latents_in_8_bits_leave_room_for_a_longer_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    # So many layers that what they keep outweighs what one of them works with.
-    monkeypatch.setitem(VARIANTS, "deep", VARIANTS["mla-moe"].model_copy(update={"layers": 30}))
-    loaded = loaded_of("deep", trained_len=9000)
+    # Latents so wide that what layers keep outweighs what one of them works with.
+    wide = VARIANTS["mla-moe"].attention.model_copy(update={"kv_lora_rank": 512})
+    monkeypatch.setitem(VARIANTS, "wide", VARIANTS["mla-moe"].model_copy(update={"layers": 6, "attention": wide}))
+    loaded = loaded_of("wide", trained_len=9000)
     with_room(monkeypatch, limit := module._needed(loaded, 1, 3000))
     plain, low = (find_max_context(loaded, cache=form).max_context for form in ("plain", "e4m3"))
     assert plain == pytest.approx(3000, rel=0.2)
