@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -160,23 +160,24 @@ def shown(count: int) -> Iterator[int]:
 
     The caller must use each number before it asks for the next, and the last one too.
     """
-    global _times
     if not is_on_paper():
         yield from range(count)
         return
-    before, _times = _times, _times * count
-    try:
+    with _counting(count):
         if count:
             yield 0
-    finally:
-        _times = before
+
+
+def untold() -> AbstractContextManager[None]:
+    """Let what is done on paper take its memory and count as no work: that is told of otherwise."""
+    return _counting(0)
 
 
 @contextmanager
-def untold() -> Iterator[None]:
-    """Let what is done on paper take its memory and count as no work: that is told of otherwise."""
+def _counting(times: int) -> Iterator[None]:
+    """Let work that is done on paper count so many times."""
     global _times
-    before, _times = _times, 0
+    before, _times = _times, _times * times
     try:
         yield
     finally:

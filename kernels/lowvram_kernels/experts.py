@@ -175,9 +175,7 @@ def _multiply(
         scratch = rows_MI.new_empty(code.shape[1:])
     out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
     if code is not None and scratch is not None and is_on_paper():
-        with untold():  # what lives meanwhile, beside the result
-            decode(IdleStack(code, scale), 0, scratch.dtype, scratch)
-        _note_decoding(code.shape[0], scratch, scale is not None)
+        _show_decoding(IdleStack(code, scale), scratch)
     return out_MO
 
 
@@ -218,9 +216,14 @@ def _is_one_launch(device: torch.device) -> bool:
     return choose("grouped_matmul", card_of(device)).backend == "triton"
 
 
-def _note_decoding(count: int, scratch: Tensor, is_scaled: bool) -> None:
-    """Tell what decoding moves besides the codes and one scratch, which a rehearsal sees: each is written and read."""
-    passes = 4 if is_scaled else 2
+def _show_decoding(copies: IdleStack, scratch: Tensor) -> None:
+    """Show on paper what lives while a copy is decoded, beside the result, and tell what all of them move.
+
+    That is besides the codes and one scratch, which a rehearsal sees: each scratch is written and read.
+    """
+    with untold():
+        decode(copies, 0, scratch.dtype, scratch)
+    count, passes = copies.code.shape[0], 2 if copies.scale is None else 4
     note_work(moved_bytes=(count * passes - 1) * bytes_of(scratch), ops=count * passes // 2)
 
 

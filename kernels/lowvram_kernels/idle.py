@@ -140,13 +140,13 @@ def decode(stack: IdleStack, index: int, dtype: torch.dtype, out: Tensor | None 
     if stack.scale is None:
         return out.copy_(code_ON)
     scale = stack.scale[index]
+    platform = card_of(code_ON.device).platform  # on paper that of the imagined card: its temporaries are to be seen
     # CUDA casts inside its kernels: no temporaries there that wanted cutting, only launches.
     for start, end in [(0, out.shape[0])] if out.is_cuda else _chunks(*out.shape):
         rows_RN, code_RN = out[start:end], code_ON[start:end]
         if code_ON.dtype == torch.int8:
             rows_RN.copy_(code_RN).mul_(scale[start:end])
             continue
-        platform = card_of(code_RN.device).platform  # on paper that of the imagined one: it keeps these temporaries
         if platform == "mps":
             rows_RN.copy_(_look_up(code_RN, dtype))
         elif platform == "cpu":

@@ -149,7 +149,7 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
 def _dtype_of_products(device: torch.device) -> torch.dtype:
     card = card_of(device)
     # On paper the imagined card counts, elsewhere who really multiplies, whatever a report imagines.
-    if device.type == "cpu" or (device.type == "meta" and card.platform == "cpu"):
+    if (card.platform if device.type == "meta" else device.type) == "cpu":
         return torch.float32
     # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
     is_before_bf16 = card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0)

@@ -17,14 +17,12 @@ import numpy as np
 
 from lowvram.data.tokenizer import Tokenizer, byte_of_letter, count_bytes, read_files
 from lowvram.errors import TokenizerError
-from lowvram.files import DISK, Disk
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 # Our key in tokenizer_config.json: how many rows the model has, some of them for ids that no text gives.
 ROWS = "lowvram_rows"
-_FILES = ("tokenizer_config.json", "tokenizer.json")
 # What ends a turn in the dialogue formats of Qwen, Llama 3 and Gemma, where it is not the end of the text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_turn|>")
 # In NFC, which some of them make themselves, and all that we pack or ask is in.
@@ -82,7 +80,7 @@ class OutsideTokenizer(Tokenizer):
         """
         try:
             files = read_files(directory)
-            config, table = (json.loads(files[name]) for name in _FILES)
+            config, table = (json.loads(files[name]) for name in ("tokenizer_config.json", "tokenizer.json"))
             _check_kind(table)
             found, added = _read_bytes(table), {token["content"]: token["id"] for token in table["added_tokens"]}
             ids = _name_ids(config, added | table["model"]["vocab"])
@@ -94,7 +92,8 @@ class OutsideTokenizer(Tokenizer):
         if max(found) >= rows:
             raise _unusable(directory, f"it has the id {max(found)}, and the model only {rows} rows")
         plain = json.dumps(table | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
-        files[_FILES[0]] = (json.dumps(config | {ROWS: rows}, indent=2, ensure_ascii=False) + "\n").encode()
+        noted = json.dumps(config | {ROWS: rows}, indent=2, ensure_ascii=False) + "\n"
+        files["tokenizer_config.json"] = noted.encode()
         tokenizer = OutsideTokenizer(
             hash=hashlib.sha256(files["tokenizer.json"]).hexdigest(),
             directory=Path(directory),
@@ -126,12 +125,6 @@ class OutsideTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as uint32 [tokens]."""
         return np.array(self.encode(text), np.uint32)
-
-    def save(self, directory: Path, disk: Disk = DISK) -> None:
-        """Write both files, the number of rows noted, to another directory."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in _FILES:
-            disk.write(directory / name, self._files[name])
 
     def _check_that_texts_survive(self) -> None:
         with _Complaints(self.directory):

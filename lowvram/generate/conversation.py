@@ -34,11 +34,10 @@ class Conversation:
         """Say `text` and return the pieces of the answer as they come; close the iterator to stop it.
 
         newest: of a text that does not fit the newest part that does is said.  What was written stays said, however
-        the answer ends.  Raises PromptTooLongError, with nothing said, where the text alone does not fit; PromptError
-        where what the system says leaves no room for any.
+        the answer ends.  Raises PromptTooLongError, with nothing said or dropped, where the text alone does not fit;
+        PromptError where what the system says leaves no room for any.
         """
         said = Message("user", text)
-        self._check_room()
         if newest:
             said = self._newest_of(said, max_tokens)
         ids = self._fit([*self.messages, said])
@@ -86,12 +85,14 @@ class Conversation:
         most = self.engine.max_context - 1
         if self.template is None:
             return self._fit_text(messages, most)
-        while len(ids := self._ids(messages[self.dropped :])) > most:
-            later = (n for n, m in enumerate(messages) if n > self.dropped and m.role == "user")
+        dropped = self.dropped
+        while len(ids := self._ids(messages[dropped:])) > most:
+            later = (n for n, m in enumerate(messages) if n > dropped and m.role == "user")
             first = next(later, None)
             if first is None:
-                raise _too_long(len(ids), self.engine.max_context)
-            self.dropped = first
+                raise self._explain(len(ids))
+            dropped = first
+        self.dropped = dropped
         return ids
 
     def _fit_text(self, messages: list[Message], most: int) -> list[int]:
@@ -103,22 +104,25 @@ class Conversation:
         # What is left begins as every text does.
         return [ids[0], *ids[1 + self.dropped :]]
 
-    def _check_room(self) -> None:
-        if not self.system:
-            return
-        around, holds = len(self._ids([Message("user", "")])), self.engine.max_context
-        if around >= holds - 1:
-            raise PromptError(
-                f"What the system says has {around:,} tokens, and the context holds {holds:,}.",
-                "Nothing that is asked has room beside it.",
-                "Shorten it, or give more context with --context.",
-            )
+    def _explain(self, count: int) -> PromptError:
+        """Return why so many tokens do not fit: what the system says, or what is asked."""
+        around, holds = self._around(), self.engine.max_context
+        if not self.system or around < holds - 1:
+            return _too_long(count, holds)
+        return PromptError(
+            f"What the system says has {around:,} tokens, and the context holds {holds:,}.",
+            "Nothing that is asked has room beside it.",
+            "Shorten it, or give more context with --context.",
+        )
+
+    def _around(self) -> int:
+        """Return the tokens of a conversation in which nothing is asked yet."""
+        return len(self._ids([Message("user", "")]))
 
     def _newest_of(self, said: Message, max_tokens: int) -> Message:
         tokenizer = self.engine.tokenizer
         ids = tokenizer.encode(said.content)
-        around = len(self._ids([said._replace(content="")]))
-        room = self.engine.max_context - 1 - around
+        room = self.engine.max_context - 1 - self._around()
         if len(ids) <= room:
             return said
         room -= min(max_tokens, room // _ANSWER_SHARE)

@@ -151,6 +151,7 @@ def test_a_text_that_alone_is_too_long_is_refused_by_how_much_and_nothing_is_sai
     assert over == said - 63
     assert said >= count
     assert len(talk.messages) == 2
+    assert talk.dropped == 0
     assert say(talk, "Yaz") == " evet olur"
 
 
