@@ -33,7 +33,7 @@ LADDER = [
     ["checkpoint"],
     ["model", "data"],
     ["config", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan"],
-    ["errors", "units", "files"],
+    ["errors", "units", "files", "json_files"],
     ["lowvram_kernels", "lowvram"],
 ]
 WORDS = ["config", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan", "errors", "units"]

@@ -1,0 +1,79 @@
+"""JSON that is read back: one object, parsed within limits, whoever wrote it; knows no file's meaning.
+
+Every file and request that anybody could have changed is read here, so that damage is one kind of error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lowvram.units import show_bytes
+
+# tokenizer.json with 256,000 ids takes about 20 MB; nothing else that is read comes near.
+MOST_BYTES = 256 << 20
+# What is written by us or by transformers stays below 10; Python's own parser gives up near 1,000, in 3.12 later.
+MOST_LEVELS = 64
+
+
+class JsonError(ValueError):
+    """Bytes that are not one JSON object within the limits; its text is half a sentence that says why."""
+
+
+def parse_object(data: bytes | str, most_bytes: int = MOST_BYTES, most_levels: int = MOST_LEVELS) -> dict[str, Any]:
+    """Return the JSON object that `data` is.
+
+    most_bytes, most_levels: of the text's length (characters of a string) and of its nesting; either is allowed.
+    Raises JsonError: too long, not UTF-8, not JSON (NaN and Infinity are not), nested too deeply, no object.
+    """
+    if len(data) > most_bytes:
+        raise JsonError(f"it is larger than {show_bytes(most_bytes)}, the most that is read")
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        found = json.loads(text, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise JsonError(f"it is not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise JsonError(f"it is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
+    except RecursionError as error:
+        raise JsonError(_too_deep(most_levels)) from error
+    except ValueError as error:  # NaN, or an integer of more digits than Python converts
+        raise JsonError(f"it is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise JsonError(f"it holds {_kind_of(found)}, not an object")
+    _check_levels(found, most_levels)
+    return found
+
+
+def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file.  Raises OSError, and JsonError as `parse_object`; a larger file is not read."""
+    with open(path, "rb") as file:
+        return parse_object(file.read(most_bytes + 1), most_bytes)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _kind_of(value: object) -> str:
+    kinds = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+def _too_deep(most_levels: int) -> str:
+    return f"it is nested deeper than {most_levels} levels"
+
+
+def _check_levels(found: dict[str, Any], most_levels: int) -> None:
+    level: list[Any] = [found]
+    for _ in range(most_levels):
+        level = [
+            value
+            for holder in level
+            for value in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(value, dict | list)
+        ]
+        if not level:
+            return
+    raise JsonError(_too_deep(most_levels))
