@@ -5,7 +5,7 @@
                     state.json            step, tokens, loss scale, plan
                     config.json           the whole run configuration
                     tokenizer.json, tokenizer_config.json
-                    manifest.json         written last: format, versions, SHA-256 of every other file
+                    manifest.json         written last: SHA-256 of every other file, and of itself; see `manifest`
 
 Knows tensors and names, not what they mean.  Nothing here is ever unpickled.
 """
@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,29 @@ from typing import Any
 import safetensors
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import lowvram
 from lowvram.errors import BusyError, CheckpointError, DiskFullError
 from lowvram.files import DISK, Disk, explain_full_disk, free_bytes, name_beside, sha256
+from lowvram.json_files import JsonError, read_object
+from lowvram.manifest import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    NUMBERS,
+    STATE,
+    STEP_NAME,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    OtherVersionError,
+    is_sealed,
+    read_manifest,
+    seal,
+)
 
-FORMAT = 1
 _NAME = "step-{:08d}"
-_MANIFEST = "manifest.json"
-_STATE = "state.safetensors"
-_STEP = re.compile(r"step-([0-9]{8,})")
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
 
 
@@ -45,20 +57,27 @@ class MappedTensors:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, framework="pt", device="cpu")
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file.", f"safetensors says: {error}.") from error
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
         return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the file's header alone."""
+        return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         """Return one tensor."""
         tensor: Tensor = self._file.get_tensor(name)
         return tensor
 
-
-class _NewerFormatError(CheckpointError):
-    """A checkpoint of a later lowvram: it is not corrupt, so nobody may pass it over or delete it."""
+    def read_all(self) -> dict[str, Tensor]:
+        """Return every tensor by name."""
+        return {name: self.read(name) for name in self.names()}
 
 
 @dataclass(frozen=True)
@@ -74,29 +93,43 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     @property
+    def notice(self) -> str | None:
+        """A sentence for the user about a checkpoint of an older lowvram; None for one of this version."""
+        if is_sealed(self.manifest):
+            return None
+        return f"{self.directory} was saved by an older lowvram: its manifest has no checksum.  The next save has one."
+
+    @property
     def size_bytes(self) -> int:
         """What its files take on disk."""
         return sum(int(file["bytes"]) for file in self.manifest["files"].values())
 
     def weights(self) -> dict[str, Tensor]:
         """Return the model's tensors by name."""
-        return load_file(self.directory / "weights.safetensors")
+        return self.map_weights().read_all()
 
     def map_weights(self) -> MappedTensors:
         """Return the model's tensors without loading any."""
-        return MappedTensors(self.directory / "weights.safetensors")
+        return MappedTensors(self.directory / WEIGHTS)
 
     def state(self) -> dict[str, Tensor]:
         """Return the optimizer's tensors by name."""
-        return load_file(self.directory / _STATE)
+        return self.map_state().read_all()
+
+    def map_state(self) -> MappedTensors:
+        """Return the optimizer's tensors without loading any."""
+        return MappedTensors(self.directory / STATE)
 
     def numbers(self) -> dict[str, Any]:
         """Return step, tokens and the other plain values of the training state."""
-        return _read_json(self.directory / "state.json")
+        return _read_json(self.directory / NUMBERS)
 
     def config(self) -> dict[str, Any]:
         """Return the run configuration, as plain tables."""
-        return _read_json(self.directory / "config.json")
+        return _read_json(self.directory / CONFIG)
+
+
+Check = Callable[[Checkpoint], object]
 
 
 def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
@@ -105,18 +138,9 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
     needs_state: False where the weights are enough; the optimizer's tensors may then be missing, and are not read.
     Raises CheckpointError naming the file that is missing, altered or of a newer format.
     """
-    manifest_path = directory / _MANIFEST
-    if not manifest_path.is_file():
-        raise CheckpointError(f"{directory} has no {_MANIFEST}.", "It is no checkpoint, or was not finished.")
-    try:
-        manifest = _read_json(manifest_path)
-        if manifest["format"] != FORMAT:
-            raise _other_format(directory, manifest)
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest_path} cannot be read as a manifest.", f"{error!r}.") from error
-    for name, facts in files.items():
-        if name == _STATE and not needs_state:
+    manifest = read_manifest(directory)
+    for name, facts in manifest["files"].items():
+        if name == STATE and not needs_state:
             continue
         path = directory / name
         if not path.is_file():
@@ -126,45 +150,60 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
             raise CheckpointError(has, f"The manifest says {facts['bytes']}.")
         if sha256(path) != facts["sha256"]:
             raise CheckpointError(f"{path} was altered.", "Its SHA-256 is not the manifest's.")
-    return Checkpoint(directory, manifest)
+    checkpoint = Checkpoint(directory, manifest)
+    _check_contents(checkpoint, needs_state)
+    return checkpoint
 
 
-def _other_format(directory: Path, manifest: dict[str, Any]) -> CheckpointError:
-    versions, found = manifest.get("versions"), manifest["format"]
-    version = versions.get("lowvram") if isinstance(versions, dict) else None
-    is_newer = isinstance(found, int) and found > FORMAT
-    return (_NewerFormatError if is_newer else CheckpointError)(
-        f"{directory} has checkpoint format {found}.",
-        f"This lowvram ({lowvram.__version__}) reads format {FORMAT}.",
-        f"Update lowvram to the version that wrote it{f': {version}' if version else ''}.",
-    )
+def _check_contents(checkpoint: Checkpoint, needs_state: bool) -> None:
+    """Raise CheckpointError where files have the right SHA-256, and were never what they are called."""
+    step = checkpoint.numbers().get("step")
+    if step != checkpoint.step or isinstance(step, bool):
+        says = f"The manifest says {checkpoint.step}."
+        raise CheckpointError(f"{checkpoint.directory / NUMBERS} is of step {step!r}.", says)
+    checkpoint.config()
+    checkpoint.map_weights()
+    if needs_state:
+        checkpoint.map_state()
 
 
-def find_checkpoint(path: Path, needs_state: bool = True) -> tuple[Checkpoint, list[CheckpointError]]:
+def find_checkpoint(
+    path: Path, needs_state: bool = True, check: Check | None = None
+) -> tuple[Checkpoint, list[CheckpointError]]:
     """Return the checkpoint that `path` is, or the newest whole one of the run directory `path`.
 
-    needs_state: see `open_checkpoint`.  The list names newer ones that were passed over because they are corrupt.
+    needs_state: see `open_checkpoint`.  check: raises CheckpointError where a whole one holds what cannot be used.
+    The list names newer ones that were passed over because they are corrupt.
     Raises CheckpointError if none is whole, or the newest is of a later lowvram.
     """
     if not path.is_dir():
         fix = "Name a run directory or one of its step-… folders."
         raise CheckpointError(f"There is no directory {path}.", fix=fix)
     directories = _newest_first(path)
-    if (path / _MANIFEST).is_file() or (_STEP.fullmatch(path.name) and not directories):
-        return open_checkpoint(path, needs_state), []
+    if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and not directories):
+        return _open_checked(path, needs_state, check), []
     if not directories:
         raise CheckpointError(f"There is no checkpoint in {path}.", "The run has saved nothing yet.", "Train it first.")
-    found, passed_over = _open_newest(directories, needs_state)
+    found, passed_over = _open_newest(directories, needs_state, check)
     return found, list(passed_over.values())
 
 
-def _open_newest(directories: list[Path], needs_state: bool) -> tuple[Checkpoint, dict[Path, CheckpointError]]:
+def _open_checked(directory: Path, needs_state: bool, check: Check | None) -> Checkpoint:
+    checkpoint = open_checkpoint(directory, needs_state)
+    if check is not None:
+        check(checkpoint)
+    return checkpoint
+
+
+def _open_newest(
+    directories: list[Path], needs_state: bool, check: Check | None
+) -> tuple[Checkpoint, dict[Path, CheckpointError]]:
     """Return the first of the directories that is whole, and what is wrong with those before it."""
     problems: dict[Path, CheckpointError] = {}
     for directory in directories:
         try:
-            return open_checkpoint(directory, needs_state), problems
-        except _NewerFormatError:
+            return _open_checked(directory, needs_state, check), problems
+        except OtherVersionError:
             raise
         except CheckpointError as problem:
             problems[directory] = problem
@@ -173,7 +212,7 @@ def _open_newest(directories: list[Path], needs_state: bool) -> tuple[Checkpoint
 
 
 def _newest_first(run: Path) -> list[Path]:
-    found = [path for path in run.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=_step_of, reverse=True)
 
 
@@ -181,8 +220,11 @@ def _step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except JsonError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -201,16 +243,17 @@ class Store:
     # Those that `latest` passed over: the next save lets them go, and until then they count for nothing.
     _corrupt: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
-    def latest(self) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    def latest(self, check: Check | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
         """Return the newest whole checkpoint, or None where none was written, and the corrupt ones passed over.
 
+        check: see `find_checkpoint`.
         Raises CheckpointError where there are checkpoints and none of them is whole, or the newest is of a later
         lowvram.
         """
         directories = _newest_first(self.run)
         if not directories:
             return None, []
-        found, passed_over = _open_newest(directories, needs_state=True)
+        found, passed_over = _open_newest(directories, True, check)
         self._corrupt.update(passed_over)
         return found, list(passed_over.values())
 
@@ -244,14 +287,14 @@ class Store:
                 if free_bytes(self.run) < needed:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
                 draft.mkdir()
-                write_tensors(draft / "weights.safetensors", weights, self.disk)
-                write_tensors(draft / _STATE, state, self.disk)
-                self.disk.write(draft / "state.json", _to_json(numbers))
-                self.disk.write(draft / "config.json", _to_json(config))
-                for name in ("tokenizer.json", "tokenizer_config.json"):
+                write_tensors(draft / WEIGHTS, weights, self.disk)
+                write_tensors(draft / STATE, state, self.disk)
+                self.disk.write(draft / NUMBERS, _to_json(numbers))
+                self.disk.write(draft / CONFIG, _to_json(config))
+                for name in TOKENIZER_FILES:
                     self.disk.write(draft / name, (tokenizer / name).read_bytes())
                 manifest = _manifest(draft, int(numbers["step"]), hashes)
-                self.disk.write(draft / _MANIFEST, _to_json(manifest))
+                self.disk.write(draft / MANIFEST, _to_json(manifest))
                 self.disk.sync_directory(draft)
                 if final.exists() and not self.disk.delete_unless_in_use(final):
                     raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
@@ -319,4 +362,4 @@ def _to_json(value: Any) -> bytes:
 def _manifest(directory: Path, step: int, hashes: dict[str, str]) -> dict[str, Any]:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(directory.iterdir())}
     versions = {"lowvram": lowvram.__version__, "torch": str(torch.__version__)}
-    return {"format": FORMAT, "step": step, "versions": versions, "hashes": hashes, "files": files}
+    return seal({"format": FORMAT, "step": step, "versions": versions, "hashes": hashes, "files": files})

@@ -30,7 +30,7 @@ LADDER = [
     ["export", "evaluate", "serve"],
     ["generate"],
     ["objective"],
-    ["checkpoint"],
+    ["checkpoint", "manifest"],
     ["model", "data"],
     ["config", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan"],
     ["errors", "units", "files", "json_files"],

@@ -50,7 +50,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Write it and say where."""
     from lowvram.checkpoint import find_checkpoint
-    from lowvram.cli.load import read_config
+    from lowvram.cli.load import check_readable, read_config
     from lowvram.cli.show import notice
     from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.hf import refuse_existing
@@ -58,9 +58,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check_options(arguments)
     refuse_existing(arguments.out)
-    checkpoint, passed_over = find_checkpoint(arguments.checkpoint, needs_state=False)
+    checkpoint, passed_over = find_checkpoint(arguments.checkpoint, needs_state=False, check=check_readable)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+    if checkpoint.notice:
+        notice(checkpoint.notice)
     what = read_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.directory)
     source = CheckpointSource(checkpoint, what.model)

@@ -57,9 +57,11 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
             notice(said, "yellow")
         tokenizer, reading = load_tokenizer(path, outside.config.vocabulary), choose_here(place, precision)
         return _load(outside, tokenizer, reading, place, outside.form.trained_positions)
-    checkpoint, passed_over = find_checkpoint(path, needs_state=False)
+    checkpoint, passed_over = find_checkpoint(path, needs_state=False, check=check_readable)
     for problem in passed_over:
         notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+    if checkpoint.notice:
+        notice(checkpoint.notice)
     what, tokenizer = read_config(checkpoint), load_tokenizer(checkpoint.directory)
     is_asked = precision is not None or not as_trained
     reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
@@ -103,21 +105,15 @@ def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     return choose_reading(card_of(device), precision, has_fast_bf16)
 
 
+def check_readable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
+    from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
+
+    refuse_other_tensors(CheckpointSource(checkpoint, read_config(checkpoint).model))
+
+
 def read_config(checkpoint: Checkpoint) -> RunConfig:
     """Return the run that a checkpoint is of; raises CheckpointError where this lowvram does not know such a run."""
-    from pydantic import ValidationError
+    from lowvram.train.start import saved_config
 
-    from lowvram.errors import CheckpointError
-    from lowvram.runfile import from_portable
-
-    try:
-        return from_portable(checkpoint.config(), checkpoint.directory.parent)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        version = checkpoint.manifest.get("versions", {}).get("lowvram")
-        raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'} describes a run that this lowvram does not know.",
-            f"{where}: {problem['msg']}.",
-            f"Update lowvram{f' to {version}, which wrote it' if version else ''}.",
-        ) from error
+    return saved_config(checkpoint)

@@ -40,6 +40,8 @@ class TrainingScreen:
         elif isinstance(event, Started):
             for problem in event.passed_over:
                 notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+            for sentence in event.notices:
+                notice(sentence)
             if event.began_from:
                 notice(f"Beginning with the weights of {event.began_from}.")
             if event.resumed_from:

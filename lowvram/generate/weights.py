@@ -7,7 +7,7 @@ multiplies by its parts in another order and would need them decoded beside the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lowvram_kernels.dispatch import bytes_of
@@ -42,6 +42,10 @@ class CheckpointSource:
         """Return one tensor, mapped."""
         return self._tensors.read(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one tensor, from the file's header."""
+        return self._tensors.shape(name)
+
 
 @torch.no_grad()
 def load_for_reading(
@@ -58,18 +62,35 @@ def load_for_reading(
     Raises CheckpointError where a tensor is missing, unknown, of another shape, or no number.
     """
     model = Transformer(source.config, seed=None, device=device, is_hollow=True).eval().requires_grad_(False)
-    own, stored = model.state_dict(), set(source.names())
-    _refuse(sorted(own.keys() - stored), "is missing")
-    _refuse(sorted(stored - own.keys()), "belongs to no layer")
+    own = model.state_dict()
+    _refuse_other_names(own, source)
     for name, place in own.items():
         found = source.read(name)
         shape = list(found.code.shape if isinstance(found, Scaled) else found.shape)
-        _refuse([name] if shape != list(place.shape) else [], f"is {shape}, and the model needs {list(place.shape)}")
+        _refuse_other_shape(name, shape, place)
         if is_matrix(name, shape):
             put(model, name, _keep(name, found, precision, torch.device(device), flow))
         else:
             place.copy_(_decode(found, place.dtype))
     return model
+
+
+def refuse_other_tensors(source: CheckpointSource) -> None:
+    """Raise CheckpointError where a tensor is missing, unknown or of another shape; reads none of them."""
+    own = Transformer(source.config, seed=None, device="meta").state_dict()
+    _refuse_other_names(own, source)
+    for name, place in own.items():
+        _refuse_other_shape(name, list(source.shape(name)), place)
+
+
+def _refuse_other_names(own: Mapping[str, Tensor], source: Source) -> None:
+    stored = set(source.names())
+    _refuse(sorted(own.keys() - stored), "is missing")
+    _refuse(sorted(stored - own.keys()), "belongs to no layer")
+
+
+def _refuse_other_shape(name: str, shape: list[int], place: Tensor) -> None:
+    _refuse([name] if shape != list(place.shape) else [], f"is {shape}, and the model needs {list(place.shape)}")
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:

@@ -12,7 +12,7 @@ from lowvram.errors import CheckpointError
 class Started:
     """The run begins, with the weights of `began_from` if it names an origin, or goes on from `step`.
 
-    passed_over: newer checkpoints that were corrupt.
+    passed_over: newer checkpoints that were corrupt.  notices: sentences about the one that is used.
     """
 
     step: int
@@ -20,6 +20,7 @@ class Started:
     resumed_from: Path | None
     passed_over: tuple[CheckpointError, ...]
     began_from: Path | None = None
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

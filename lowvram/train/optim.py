@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -109,6 +109,11 @@ class LeanOptimizer(torch.optim.Optimizer):
             made = {"step": torch.zeros(shape, dtype=torch.float32, device=weight.device), **_new_state(group, weight)}
             state |= {name: to_host(tensor) for name, tensor in made.items()} if self.is_on_host else made
         return state
+
+    def shapes_of(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what is remembered of a weight once it was stepped, as they are saved."""
+        made = _new_state(self._group_of[weight], torch.empty_like(weight, device="meta"))
+        return {"step": (1,), **{name: tuple(tensor.shape) for name, tensor in made.items()}}
 
     def make_states(self) -> None:
         """Make what would be made at the first step."""
@@ -270,6 +275,24 @@ def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> d
         for what, tensor in optimizer.state.get(weight, {}).items():
             tensors[f"{what}.{name}"] = tensor.reshape(-1) if what == "step" else tensor
     return tensors
+
+
+def refuse_other_states(model: Transformer, optimizer: LeanOptimizer, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError where states, by name as in `optimizer_tensors`, are not those of the model's weights.
+
+    A weight that was never stepped has none; every other one has all of its own.  shapes: of what a checkpoint holds.
+    """
+    unknown = set(shapes)
+    for name, weight in model.named_parameters():
+        expected = {f"{what}.{name}": shape for what, shape in optimizer.shapes_of(weight).items()}
+        stored = {key: shapes[key] for key in expected if key in shapes}
+        unknown -= stored.keys()
+        if stored not in ({}, expected):
+            wrong = next(key for key in expected if stored.get(key) != expected[key])
+            has = f"has the shape {list(stored[wrong])}" if wrong in stored else "is missing"
+            raise CheckpointError(f"The optimizer state {wrong} {has}.", f"It should be {list(expected[wrong])}.")
+    if unknown:
+        raise CheckpointError(f"The optimizer remembers {min(unknown)}.", "The model has no such weight.")
 
 
 def load_optimizer_tensors(model: Transformer, optimizer: LeanOptimizer, tensors: dict[str, Tensor]) -> None:

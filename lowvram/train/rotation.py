@@ -118,6 +118,15 @@ class ExpertRotation:
             self.interval, self.slots = numbers["interval"], list(numbers["slots"])
         self._fill()
 
+    def accepts(self, numbers: object) -> bool:
+        """Say whether `numbers` are of this model, or None, which begins anew."""
+        if not isinstance(numbers, dict):
+            return numbers is None
+        interval, slots = numbers.get("interval"), numbers.get("slots")
+        if not isinstance(interval, int) or interval < 0 or not isinstance(slots, list):
+            return False
+        return all(isinstance(slot, int) for slot in slots) and sorted(slots) == list(range(self.experts))
+
     def numbers(self) -> dict[str, Any]:
         """Return the schedule's place, as plain values."""
         return {"interval": self.interval, "slots": self.slots}

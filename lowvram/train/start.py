@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+import lowvram
 from lowvram.checkpoint import Checkpoint, find_checkpoint
 from lowvram.config import RunConfig, TrainConfig, differences
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.files import DISK, Disk
+from lowvram.manifest import CONFIG, OtherVersionError
 from lowvram.plan import Plan, Recompute, choose_plan
 from lowvram.runfile import from_portable
 
@@ -49,9 +51,29 @@ def lock_run(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def saved_config(checkpoint: Checkpoint) -> RunConfig:
+    """Return the run that a checkpoint is of.
+
+    Raises CheckpointError where there is no such run; OtherVersionError where another lowvram wrote it, which may know
+    more keys than this one.
+    """
+    try:
+        return from_portable(checkpoint.config(), checkpoint.directory.parent)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        why = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}."
+    except (ConfigError, AttributeError, TypeError) as error:  # a text or a list where a table belongs
+        why = f"{error}."
+    what = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
+    version = checkpoint.manifest["versions"].get("lowvram", "")
+    if version == lowvram.__version__:
+        raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
+    raise OtherVersionError(what, why, f"Update lowvram{f' to {version}, which wrote it' if version else ''}.")
+
+
 def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
     """Raise ConfigError if a checkpoint was learnt from another model, recipe, data or tokenizer than `what` says."""
-    was = from_portable(checkpoint.config(), checkpoint.directory.parent)
+    was = saved_config(checkpoint)
     changed = [
         f"{key} was {before!r} and is now {now!r}"
         for key, before, now in differences(was, what)
@@ -75,7 +97,7 @@ def refuse_other_model(what: RunConfig, hashes: dict[str, str], origin: Checkpoi
 
     Equal shapes are not enough: the same matrices cut into other heads, or rows of other tokens, are no beginning.
     """
-    was = from_portable(origin.config(), origin.directory.parent)
+    was = saved_config(origin)
     changed = [
         f"model.{key} was {before!r} and is now {now!r}"
         for key, before, now in differences(was.model, what.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,17 @@ from torch import Tensor
 from lowvram.checkpoint import Checkpoint
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.errors import CheckpointError
+from lowvram.manifest import NUMBERS
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, FORMS
 from lowvram.plan import Plan
-from lowvram.train.optim import LeanOptimizer, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from lowvram.train.optim import (
+    LeanOptimizer,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    refuse_other_states,
+)
 from lowvram.train.rotation import ExpertRotation
 
 # Micikevicius et al. 2018: start high, halve on overflow, double after a long quiet time.
@@ -55,6 +63,25 @@ class TrainState:
         plain = {name: getattr(self, name) for name in _NUMBERS}
         return plain if self.rotation is None else {**plain, "rotation": self.rotation.numbers()}
 
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError where `restore` would meet numbers or tensors that this run cannot have saved."""
+        _check_numbers(checkpoint, self.rotation)
+        masters, own_states = self.rotation.tensors() if self.rotation is not None else ({}, {})
+        weights, states = checkpoint.map_weights(), checkpoint.map_state()
+        expected = {name: tuple(tensor.shape) for name, tensor in (self.model.state_dict() | masters).items()}
+        found = {name: weights.shape(name) for name in weights.names()}
+        wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+        shapes = {name: states.shape(name) for name in states.names()}
+        # Imported weights have no states; of experts that rotate all states are saved, or none.
+        rotating = {name: shapes.pop(name) for name in own_states if name in shapes}
+        sizes = {name: tuple(tensor.reshape(-1).shape) for name, tensor in own_states.items()}
+        wrong += sorted(name for name in rotating if math.prod(rotating[name]) != math.prod(sizes[name]))
+        wrong += sorted(own_states.keys() - rotating.keys()) if rotating else []
+        if wrong:
+            why = f"The first of {len(wrong)} tensors that are missing, unknown or of another shape is {wrong[0]}."
+            raise CheckpointError(f"{checkpoint.directory} holds other tensors than its configuration describes.", why)
+        refuse_other_states(self.model, self.optimizer, shapes)
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over what a checkpoint holds; raises CheckpointError if it is of another model."""
         numbers, states = checkpoint.numbers(), checkpoint.state()
@@ -90,6 +117,25 @@ class TrainState:
             self.loss_scale = max(1.0, self.loss_scale / 2)
         elif self.quiet >= QUIET_STEPS:
             self.loss_scale, self.quiet = self.loss_scale * 2, 0
+
+
+def _check_numbers(checkpoint: Checkpoint, rotation: ExpertRotation | None) -> None:
+    numbers = checkpoint.numbers()
+    wrong = [name for name in _NUMBERS if name in numbers and not _is_number(numbers[name], name == "loss_scale")]
+    if rotation is not None and not rotation.accepts(numbers.get("rotation")):
+        wrong.append("rotation")
+    if wrong:
+        path = checkpoint.directory / NUMBERS
+        raise CheckpointError(f"{path} was altered.", f"Its {wrong[0]} is {str(numbers[wrong[0]])[:60]}.")
+
+
+def _is_number(value: object, may_be_broken: bool) -> bool:
+    """Say whether a value counts something, or, where it may be broken, is finite and above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if not may_be_broken:
+        return isinstance(value, int) and value >= 0
+    return 0.0 < value < math.inf
 
 
 def build_state(

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowvram.checkpoint import Store, find_checkpoint
+from lowvram.checkpoint import Checkpoint, Store, find_checkpoint
 from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
@@ -93,12 +93,11 @@ class Trainer:
 
     def _begin(self) -> Started:
         self.store.clear_leftovers()
-        checkpoint, passed_over = self.store.latest()
+        checkpoint, passed_over = self.store.latest(self._check)
         began_from: Path | None = None
         if self.what.train.precision == "fp16":
             self.state.loss_scale = FIRST_LOSS_SCALE
         if checkpoint is not None:
-            refuse_changes(self.what, self.hashes, checkpoint)
             self.state.restore(checkpoint)
             self._saved_step = checkpoint.step
         elif self.what.train.start_from is not None:
@@ -107,7 +106,13 @@ class Trainer:
             self.state.take_weights(origin)
             began_from = origin.directory
         resumed_from = checkpoint.directory if checkpoint else None
-        return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from)
+        notices = (checkpoint.notice,) if checkpoint is not None and checkpoint.notice else ()
+        return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """Raise ConfigError where a checkpoint is of another run, CheckpointError where it holds what no run saves."""
+        refuse_changes(self.what, self.hashes, checkpoint)
+        self.state.check(checkpoint)
 
     def _start_clock(self) -> None:
         self._saved_at = time.monotonic()
@@ -189,7 +194,7 @@ class Trainer:
         """Put the last checkpoint in the place of weights of which some have moved and others not; return its step."""
         discard(self.state.optimizer)
         free_memory(self.state.model.embedding.device)
-        checkpoint, _ = self.store.latest()
+        checkpoint, _ = self.store.latest(self._check)
         if checkpoint is None:
             return None
         self.state.restore(checkpoint)
