@@ -157,8 +157,9 @@ def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
             if isinstance(event, StepDone):
                 done.append({"loss": event.loss, "cpu_s": time.process_time() - began})
                 write_rows(notes, done[-1:], "a")
-    losses, model, bos_id = [line["loss"] for line in done], trainer.state.model, trainer.tokenizer.bos_id
-    found = score(model, valid, bos_id, what.train.seq_len, DTYPES[what.train.precision])
+    losses, model, tokenizer = [line["loss"] for line in done], trainer.state.model, trainer.tokenizer
+    dtype = DTYPES[what.train.precision]
+    found = score(model, valid, tokenizer.bos_id, tokenizer.byte_count_V, what.train.seq_len, dtype)
     spans = itertools.pairwise(len(losses) * point // POINTS for point in range(POINTS + 1))
     return {
         "tokens": trainer.state.tokens,
@@ -229,7 +230,7 @@ def main() -> None:
     if others := {row["text"] for row in read_rows(path)} - {asked.text.name}:
         sys.exit(f"{asked.name} was run on {', '.join(others)}: choose another name.")
     home, learnt, held_out, tokenizer = prepare_home(asked.work, asked.text)
-    bigram = bigram_score(learnt, held_out, tokenizer.bos_id, tokenizer.size).bits_per_byte
+    bigram = bigram_score(learnt, held_out, tokenizer.bos_id, tokenizer.byte_count_V).bits_per_byte
     print(f"{learnt.tokens:,} tokens to learn, {held_out.tokens:,} held out; bigrams {bigram:.4f} bits per byte")
     for arm, seed in missing(read_rows(path), arms, asked.model, asked.seeds):
         rivals = [word.removeprefix("rival=") for word in arms[arm] if word.startswith("rival=")]

@@ -12,7 +12,6 @@ import statistics
 import sys
 import tempfile
 import time
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import tokenizers
 import torch
 
 from lowvram.data.loader import Loader
+from lowvram.data.normal_form import nfc
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents, find_files
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
@@ -51,7 +51,7 @@ def compare_encoders(texts: list[str], tokenizer: Tokenizer) -> None:
     assert all(tokenizer.encode(text) == other.encode(text).ids for text in texts[:200])
 
     def ours() -> list[np.ndarray]:
-        return [tokenizer.encode_array(unicodedata.normalize("NFC", text)) for text in texts]
+        return [tokenizer.encode_array(nfc(text)) for text in texts]
 
     def theirs() -> list[list[int]]:
         return [found.ids for found in other.encode_batch(texts)]

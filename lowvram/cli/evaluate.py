@@ -51,7 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
     shards = ShardSet.open(place, tokenizer.hash)
     with bar("Reading held-out text") as line:
         found = score(
-            loaded.model, shards, tokenizer.bos_id, seq_len, loaded.dtype, arguments.tokens, progress=line.tell
+            loaded.model,
+            shards,
+            tokenizer.bos_id,
+            tokenizer.byte_count_V,
+            seq_len,
+            loaded.dtype,
+            arguments.tokens,
+            progress=line.tell,
         )
     baseline = _baseline(loaded, shards, arguments.tokens)
     if arguments.json:
@@ -91,4 +98,4 @@ def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> tuple
         notice(f"No bigram model to compare with: {error}")
         return None
     part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if train.tokens > BIGRAM_TOKENS else ""
-    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.size, most_tokens), f"{part}{path}"
+    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.byte_count_V, most_tokens), f"{part}{path}"

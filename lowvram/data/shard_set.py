@@ -47,7 +47,8 @@ def other_tokenizer(directory: Path, found: str, wanted: str, fix: str) -> DataE
 class ShardSet:
     """The tokens of a packed directory as one sequence, mapped and never wholly in memory.
 
-    hash: over the shards' own SHA-256, so that it names the data.  text_bytes: UTF-8 bytes of the documents.
+    hash: over the shards' own SHA-256, so that it names the data.  text_bytes: UTF-8 bytes of the
+    documents in NFC, as the ids spell them; shards of older versions may count the bytes of the text as it was read.
     """
 
     def __init__(self, directory: Path, index: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import threading
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,10 +23,11 @@ from typing import Any
 import filelock
 import numpy as np
 
+from lowvram.data.normal_form import nfc
 from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.shard_set import COUNTS, DTYPES, FORMAT, INDEX, ShardSet, add_up, other_tokenizer, read_json
 from lowvram.data.text import documents, find_files
-from lowvram.data.tokenizer import Tokenizer
+from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.errors import BusyError, DataError, MachineError, TokenizerError
 from lowvram.files import DISK, Disk, explain_full_disk, sha256
 
@@ -61,7 +61,6 @@ class _Part:
     number: int
     file: Path
     texts: list[str]
-    text_bytes: int
     hash: str
     read_bytes: int
 
@@ -182,11 +181,11 @@ def _parts(files: Sequence[Path], field: str) -> Iterator[_Part]:
             texts.append(text)
             size += len(data)
             if size >= PART_BYTES:
-                yield _Part(number, file, texts, size, digest.hexdigest(), before + inside)
+                yield _Part(number, file, texts, digest.hexdigest(), before + inside)
                 number, texts, size, digest = number + 1, [], 0, hashlib.sha256()
         before, inside = before + file.stat().st_size, 0
     if texts:
-        yield _Part(number, files[-1], texts, size, digest.hexdigest(), before)
+        yield _Part(number, files[-1], texts, digest.hexdigest(), before)
 
 
 _Running = tuple[_Part, dict[str, Any], Callable[[], tuple[Path, dict[str, Any]]] | None]
@@ -263,15 +262,18 @@ def _encode(part: _Part, directory: Path, tokenizer_hash: str, target: Path, dis
     """Write the ids of a part beside `target`; return where, and what its sidecar says of them."""
     tokenizer = _load_tokenizer(directory, tokenizer_hash)
     dtype, bos = DTYPES[_dtype_name(tokenizer)], np.array([tokenizer.bos_id], np.uint32)
-    ids = (tokenizer.encode_array(unicodedata.normalize("NFC", text)) for text in part.texts)
+    texts = [nfc(text) for text in part.texts]
+    ids = (tokenizer.encode_array(text) for text in texts)
     data = np.concatenate([piece for array in ids for piece in (bos, array)]).astype(dtype).tobytes()
     beside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with explain_full_disk(target.parent, len(data)), open(beside, "wb") as file:
         disk.preallocate(file, len(data))
         disk.write_handle(file, data)
         disk.sync_handle(file)
-    counts = {"tokens": len(data) // dtype.itemsize, "documents": len(part.texts)}
-    return beside, counts | {"text_bytes": part.text_bytes, "sha256": hashlib.sha256(data).hexdigest()}
+    counts = {"tokens": len(data) // dtype.itemsize, "documents": len(texts)}
+    # The bytes that a model predicts: those of the text that the ids spell, which is in NFC.
+    text_bytes = sum(map(count_bytes, texts))
+    return beside, counts | {"text_bytes": text_bytes, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 @functools.lru_cache(1)

@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from lowvram.data.normal_form import nfc
 from lowvram.errors import DataError, TokenizerError
 from lowvram.files import DISK, Disk
 
@@ -59,7 +59,7 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk
         nonlocal text_bytes
         for text in texts:
             text_bytes += count_bytes(text)
-            yield unicodedata.normalize("NFC", text)
+            yield nfc(text)
 
     model = Model(models.BPE())
     split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
@@ -171,6 +171,11 @@ class Tokenizer:
     def specials(self) -> dict[str, int]:
         """The ids of the special tokens by what a template calls them."""
         return {name: id for id, name in enumerate(SPECIALS)}
+
+    @cached_property
+    def byte_count_V(self) -> np.ndarray:
+        """How many bytes of text each id stands for, int64 [size]; 0 for special ids."""
+        return np.array([len(token) for token in self._bytes], np.int64)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""

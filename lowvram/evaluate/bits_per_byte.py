@@ -1,7 +1,9 @@
 """Bits per byte of held-out text: the one number that models with different tokenizers share.
 
-Every token after a document's BOS counts, in windows of `seq_len` without overlap; the sum of their negative
-log2-probabilities is divided by the UTF-8 bytes of the original text.
+Every token after a document's BOS is a target, in windows of `seq_len` without overlap.  The sum of the targets'
+negative log2-probabilities is divided by the UTF-8 bytes that these targets stand for.  Tokens are packed from the
+NFC form of a text, so the bytes are those of the NFC form too, and a text gives one figure whichever way its letters
+were composed.  BOS is no text: it is no target and has no bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Score(NamedTuple):
 
     nats: float
     targets: int
-    text_bytes: float
+    text_bytes: int
 
     @property
     def bits_per_byte(self) -> float:
@@ -45,6 +47,7 @@ def score(
     model: Transformer,
     shards: ShardSet,
     bos_id: int,
+    byte_count_V: np.ndarray,
     seq_len: int,
     dtype: torch.dtype,
     most_tokens: int | None = None,
@@ -53,13 +56,12 @@ def score(
 ) -> Score:
     """Score the first `most_tokens` tokens of a shard set (all if None).
 
-    The bytes of a part are the whole's, in proportion to the predicted tokens.  progress: called with
-    (windows done, windows).
+    byte_count_V: the bytes behind each id (`Tokenizer.byte_count_V`).  progress: called with (windows done, windows).
     """
     device = model.embedding.device
     total = _count_tokens(shards, most_tokens)
     windows = math.ceil((total - 1) / seq_len)
-    nats, targets = 0.0, 0
+    nats, targets, text_bytes = 0.0, 0, 0
     # Plain, the op reads it as it is kept; codes are decoded once for all windows.
     head_VD = model.head_VD if model.head_VD.is_floating_point() else model.head_matrix(dtype)
     for first in range(0, windows, batch):
@@ -67,26 +69,29 @@ def score(
         flat = np.full(count * seq_len + 1, _IGNORED, dtype=np.int64)
         read = shards.read(first * seq_len, min(count * seq_len + 1, total - first * seq_len))
         flat[: len(read)] = read
-        target_N = torch.from_numpy(flat[1:].copy())
+        target_N = flat[1:].copy()
         target_N[target_N == bos_id] = _IGNORED
+        counted = target_N[target_N != _IGNORED]
         input_BT = torch.from_numpy(np.maximum(flat[:-1], 0)).unflatten(0, (count, seq_len))
         stream_BTD, _ = model(input_BT.to(device), dtype)
-        nats += linear_cross_entropy(stream_BTD.flatten(0, 1), head_VD, target_N.to(device)).item()
-        targets += int((target_N != _IGNORED).sum())
+        nats += linear_cross_entropy(stream_BTD.flatten(0, 1), head_VD, torch.from_numpy(target_N).to(device)).item()
+        targets += len(counted)
+        text_bytes += int(byte_count_V[counted].sum())
         if progress:
             progress(min(first + batch, windows), windows)
-    return Score(nats, targets, _bytes_of(shards, targets))
+    return Score(nats, targets, text_bytes)
 
 
 def bigram_score(
-    train: ShardSet, valid: ShardSet, bos_id: int, vocabulary: int, most_tokens: int | None = None
+    train: ShardSet, valid: ShardSet, bos_id: int, byte_count_V: np.ndarray, most_tokens: int | None = None
 ) -> Score:
     """Score the first `most_tokens` tokens of `valid` (all if None) by token bigrams: what a model must beat.
 
-    They are counted on the first BIGRAM_TOKENS tokens of `train`.
+    They are counted on the first BIGRAM_TOKENS tokens of `train`.  byte_count_V: as for `score`.
 
     Bigrams are interpolated with unigrams by Witten & Bell (1991, method C), unigrams with the uniform distribution.
     """
+    vocabulary = len(byte_count_V)
     seen = train.read(0, min(train.tokens, BIGRAM_TOKENS)).astype(np.int64)
     unigram_V = np.bincount(seen, minlength=vocabulary).astype(np.float64)
     kinds = np.count_nonzero(unigram_V)
@@ -103,13 +108,8 @@ def bigram_score(
     total = context_V[before] + followers_V[before]
     mixed = (count + followers_V[before] * unigram_V[after]) / np.maximum(total, 1)
     probability = np.where(total > 0, mixed, unigram_V[after])
-    return Score(float(-np.log(probability).sum()), len(after), _bytes_of(valid, len(after)))
+    return Score(float(-np.log(probability).sum()), len(after), int(byte_count_V[after].sum()))
 
 
 def _count_tokens(shards: ShardSet, most_tokens: int | None) -> int:
     return min(shards.tokens, most_tokens + 1) if most_tokens else shards.tokens
-
-
-def _bytes_of(shards: ShardSet, targets: int) -> float:
-    """Return the bytes of text that `targets` predicted tokens stand for: exact for all, in proportion for a part."""
-    return shards.text_bytes * targets / max(1, shards.tokens - shards.documents)

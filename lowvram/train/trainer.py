@@ -311,8 +311,9 @@ class Trainer:
     def _evaluate(self, valid: ShardSet) -> Evaluated:
         train, run = self.what.train, self.what.run
         dtype = DTYPES[train.precision]
-        bos_id = self.tokenizer.bos_id
-        found = score(self.state.model, valid, bos_id, train.seq_len, dtype, run.validate_tokens, self.plan.micro_batch)
+        bos_id, byte_count_V = self.tokenizer.bos_id, self.tokenizer.byte_count_V
+        most, batch = run.validate_tokens, self.plan.micro_batch
+        found = score(self.state.model, valid, bos_id, byte_count_V, train.seq_len, dtype, most, batch)
         return Evaluated(self.state.step, found.loss, found.bits_per_byte)
 
     def _look_at_masters(self) -> Iterator[Evaluated]:

@@ -88,7 +88,8 @@ def run_script(tmp_path: Path, *arguments: object) -> subprocess.Popen:
 def test_packed_tokens_are_bos_and_the_ids_of_each_document_in_nfc(
     packed: ShardSet, texts: list[str], small_tokenizer: Tokenizer
 ) -> None:
-    expected = [id for text in texts for id in [0, *small_tokenizer.encode(unicodedata.normalize("NFC", text))]]
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    expected = [id for text in texts for id in [0, *small_tokenizer.encode(text)]]
     assert packed.read(0, packed.tokens).tolist() == expected
     assert (packed.tokens, packed.documents) == (len(expected), len(texts))
     assert packed.text_bytes == sum(len(text.encode("utf-8")) for text in texts)

@@ -213,7 +213,7 @@ def test_reading_masters_shows_the_saved_model_and_is_undone(home: Path) -> None
     plain = plain_like(trainer, None)
 
     def measure(which: Transformer) -> float:
-        return score(which, valid, trainer.tokenizer.bos_id, 32, torch.float32, 2_000, 8).loss
+        return score(which, valid, 0, trainer.tokenizer.byte_count_V, 32, torch.float32, 2_000, 8).loss
 
     before = model(batch.token_BT)[0]
     with rotation_of(trainer).reading_masters():
