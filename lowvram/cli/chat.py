@@ -127,7 +127,7 @@ def _read_prompt(given: str | None) -> str | None:
 
 def _answer_once(conversation: Conversation, text: str, sampler: Sampler, arguments: argparse.Namespace) -> None:
     """Stream the answer to one prompt, of a base model behind the prompt itself; Ctrl-C ends it early."""
-    from lowvram.cli.show import result, stream
+    from lowvram.cli.show import AnswerStream
 
     text = unicodedata.normalize("NFC", text)
     pieces = conversation.ask(text, sampler, arguments.tokens, arguments.newest)
@@ -138,11 +138,12 @@ def _answer_once(conversation: Conversation, text: str, sampler: Sampler, argume
         found |= {"tokens_written": counts.written, "seconds": counts.read_s + counts.written_s}
         sys.stdout.write(json.dumps(found) + "\n")
         return
+    answer_stream = AnswerStream()
     if conversation.template is None:
-        stream(text)
+        answer_stream.write(text)
     try:
         for piece in pieces:
-            stream(piece)
+            answer_stream.write(piece)
     except KeyboardInterrupt:
         pass
-    result()
+    answer_stream.end()

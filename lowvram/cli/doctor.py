@@ -191,14 +191,14 @@ def _tabulate(groups: Sequence[Sequence[str]], ops: dict[str, Choice]) -> Table:
 
 
 def _show_findings(findings: Sequence[Finding]) -> None:
-    from lowvram.cli.show import result
+    from lowvram.cli.show import literal, result
 
     for finding in findings:
         result()
         result(f"{'Fatal' if finding.is_fatal else 'Note'}: {finding.value}")
         result(f"  what follows  {finding.consequence}")
         if finding.command:
-            result(f"  to mend it    {finding.command}")
+            literal(f"  to mend it    {finding.command}")
     result()
     if any(finding.is_fatal for finding in findings):
         result("Training would fail here.  Mend what is fatal, then type `lowvram doctor` again.")
@@ -214,7 +214,7 @@ def _show_json(
     findings: Sequence[Finding],
 ) -> None:
     """Print one JSON object; its schema is kept by a test.  device: None where torch does not import."""
-    from lowvram.cli.show import result
+    from lowvram.cli.show import literal
 
     values = {
         "gpu": gpu,
@@ -224,4 +224,4 @@ def _show_json(
         "findings": [finding._asdict() for finding in findings],
         "can_train": not any(finding.is_fatal for finding in findings),
     }
-    result(json.dumps(values, ensure_ascii=False))
+    literal(json.dumps(values, ensure_ascii=False))

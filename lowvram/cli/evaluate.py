@@ -37,7 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     from lowvram.cli.load import load_model
-    from lowvram.cli.show import bar, result
+    from lowvram.cli.show import bar, literal, result
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             "targets": found.targets,
             "bigram_bits_per_byte": baseline[0].bits_per_byte if baseline else None,
         }
-        result(json.dumps(values))
+        literal(json.dumps(values))
         return
     result(f"{directory} on {place}: {found.targets:,} tokens in windows of {seq_len}, weights in {loaded.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")

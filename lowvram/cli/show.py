@@ -15,6 +15,8 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
+from lowvram.cli.wrapping import WordWrap, wrap_words
+
 # Control characters except newline and tab, C1, bidirectional overrides, and tags, which show nothing and carry words
 # to wherever the text is pasted: a model's text may hold any of them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
@@ -40,17 +42,28 @@ def quote(value: object) -> str:
 
 def show_error(text: str) -> None:
     """Print an error as one paragraph."""
-    err.print(Text.assemble(("Error: ", "bold red"), clean(text)))
+    words = Text(_wrap(f"Error: {clean(text)}", err))
+    words.stylize("bold red", 0, len("Error:"))
+    err.print(words)
 
 
 def notice(text: str, style: str = "") -> None:
-    """Print a line about what is going on."""
-    err.print(Text(clean(text), style))
+    """Print a line about what is going on; a terminal breaks it between words."""
+    err.print(Text(_wrap(clean(text), err), style))
 
 
-def result(text: str = "") -> None:
-    """Print a line that the user asked for."""
-    out.print(Text(clean(text)))
+def result(text: str = "", style: str = "") -> None:
+    """Print a line that the user asked for; a terminal breaks it between words."""
+    out.print(Text(_wrap(clean(text), out), style))
+
+
+def literal(text: str, style: str = "") -> None:
+    """Print a result that is copied or parsed, such as a command or an object: no line break is added anywhere."""
+    out.print(Text(clean(text), style))
+
+
+def _wrap(text: str, console: Console) -> str:
+    return wrap_words(text, console.width) if console.file.isatty() else text
 
 
 def table_width(table: Table) -> int:
@@ -69,10 +82,25 @@ def lay_out(table: Table, is_folded: bool = False) -> None:
     out.print(Segments(out.render(table, out.options.update_width(width))), soft_wrap=True, end="")
 
 
-def stream(piece: str) -> None:
-    """Print a piece of an answer at once, without a line end."""
-    sys.stdout.write(clean(piece))
-    sys.stdout.flush()
+class AnswerStream:
+    """An answer on the screen while it is written: a terminal breaks its lines between words, a pipe gets it as it is.
+
+    indent: blanks before each line that a terminal adds.
+    """
+
+    def __init__(self, indent: int = 0) -> None:
+        self._wrap = WordWrap(out.width, indent) if sys.stdout.isatty() else None
+
+    def write(self, piece: str) -> None:
+        """Print a piece; on a terminal a word is printed when it has ended."""
+        piece = clean(piece)
+        sys.stdout.write(self._wrap.push(piece) if self._wrap else piece)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        sys.stdout.write((self._wrap.end() if self._wrap else "") + "\n")
+        sys.stdout.flush()
 
 
 @contextmanager

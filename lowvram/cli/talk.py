@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.sampler import build_sampler
-from lowvram.cli.show import clean, notice, quote, result, show_error, stream
+from lowvram.cli.show import AnswerStream, clean, notice, quote, show_error
 from lowvram.errors import ConfigError, LowvramError, MachineError, PromptError, PromptTooLongError, name_nearest
 from lowvram.units import show_bytes
 
@@ -134,17 +134,17 @@ class Talk:
     def _show(self, pieces: Iterator[str]) -> None:
         """Print an answer as it comes; Ctrl-C ends it, and what was written stays said."""
         conversation = self.conversation
-        dropped, was_stopped = conversation.dropped, False
+        dropped, was_stopped, answer = conversation.dropped, False, AnswerStream()
         try:
             for piece in pieces:
-                stream(piece)
+                answer.write(piece)
         except KeyboardInterrupt:
             was_stopped = True
         finally:
             close = getattr(pieces, "close", None)
             if close is not None:
                 close()
-        result()
+            answer.end()
         engine = conversation.engine
         if was_stopped:
             notice("(stopped)", "dim")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from lowvram.cli.show import lay_out, out, result, table_width
+from lowvram.cli.show import lay_out, literal, out, result, table_width
 from lowvram.config import TrainConfig
 from lowvram.fit.answer import Answer, Place
 from lowvram.fit.changes import Change
@@ -270,7 +270,7 @@ def show_json(
         "changes": [change._asdict() for change in changes],
         "faster": [change._asdict() for change in faster],
     }
-    result(json.dumps(values, ensure_ascii=False))
+    literal(json.dumps(values, ensure_ascii=False))
 
 
 def _values(answer: Answer) -> dict[str, Any]:
