@@ -6,8 +6,8 @@ A packed directory: 00000.bin (ids, little-endian), 00000.json (its sidecar), â€
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,20 +17,37 @@ import numpy as np
 
 from lowvram.errors import DataError
 from lowvram.files import sha256
+from lowvram.json_files import JsonError, read_object
 
 FORMAT = 1
 INDEX = "shards.json"
 COUNTS = ("tokens", "documents", "text_bytes")
+_SHARD_NAME = re.compile(r"[0-9]{5,}\.bin")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file; an empty one where it is missing or torn, which counts as not done."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except (OSError, JsonError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def has_counts(record: dict[str, Any]) -> bool:
+    """Say whether a record counts tokens, documents and bytes, all as whole numbers from 0 on."""
+    counts = [record.get(key) for key in COUNTS]
+    return all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+
+
+def _check_records(shards: list[dict[str, Any]]) -> None:
+    """Raise TypeError where an index records something else than names of shards, counts and hashes."""
+    for shard in shards:
+        name, digest = shard["file"], shard["sha256"]
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name) or not isinstance(digest, str):
+            raise TypeError(f"{name!r} is no shard's name, or {digest!r} no hash")
+        if not has_counts(shard):
+            raise TypeError(f"{name} has no counts")
 
 
 def add_up(shards: list[dict[str, Any]]) -> dict[str, int]:
@@ -58,6 +75,7 @@ class ShardSet:
         self.tokenizer_hash: str = index["tokenizer"]
         self.dtype = DTYPES[index["dtype"]]
         self._shards: list[dict[str, Any]] = index["shards"]
+        _check_records(self._shards)
         totals = add_up(self._shards)
         self.tokens, self.documents, self.text_bytes = (totals[key] for key in COUNTS)
         self.hash = hashlib.sha256("\n".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()

@@ -25,7 +25,17 @@ import numpy as np
 
 from lowvram.data.normal_form import nfc
 from lowvram.data.outside_tokenizer import load_tokenizer
-from lowvram.data.shard_set import COUNTS, DTYPES, FORMAT, INDEX, ShardSet, add_up, other_tokenizer, read_json
+from lowvram.data.shard_set import (
+    COUNTS,
+    DTYPES,
+    FORMAT,
+    INDEX,
+    ShardSet,
+    add_up,
+    has_counts,
+    other_tokenizer,
+    read_json,
+)
 from lowvram.data.text import documents, find_files
 from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.errors import BusyError, DataError, MachineError, TokenizerError
@@ -287,7 +297,9 @@ def _load_tokenizer(directory: Path, expected_hash: str) -> Tokenizer:
 
 def _is_done(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> bool:
     """Whether a shard and its sidecar stand and are, byte for byte, what was written for this text."""
-    is_wanted = found.keys() >= _SIDECAR and all(found[key] == value for key, value in wanted.items())
+    is_wanted = (
+        found.keys() >= _SIDECAR and has_counts(found) and all(found[key] == value for key, value in wanted.items())
+    )
     return is_wanted and path.is_file() and sha256(path) == found["sha256"]
 
 

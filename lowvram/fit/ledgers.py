@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import lowvram
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
+from lowvram.json_files import JsonError, read_object
 from lowvram.plan import LEDGER_LINES, TECHNIQUES, Ledger, Plan
 from lowvram.profile import Profile
 from lowvram.runfile import PRESETS
@@ -68,11 +69,14 @@ def hash_of(model: ModelConfig, train: TrainConfig) -> str:
 
 @functools.cache
 def read_ledgers() -> dict[str, Any]:
-    """Return the file's tables; empty where it is missing or was written by another version of lowvram."""
-    if not PATH.exists():
+    """Return the file's tables; empty where it is missing, damaged, or was written by another version of lowvram."""
+    try:
+        tables = read_object(PATH)
+    except (OSError, JsonError):
         return {}
-    tables = json.loads(PATH.read_text(encoding="utf-8"))
-    return tables if tables["versions"]["lowvram"] == lowvram.__version__ else {}
+    versions = tables.get("versions")
+    is_ours = isinstance(versions, dict) and versions.get("lowvram") == lowvram.__version__
+    return tables if is_ours else {}
 
 
 def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPath) -> Sketch | None:

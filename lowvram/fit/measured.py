@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from lowvram.files import DISK, Disk
 from lowvram.fit.speed import Measured
+from lowvram.json_files import JsonError, read_object
 
 
 def measurements(home: Path | None = None) -> Path:
@@ -29,12 +30,12 @@ def load_measured(profile_id: str, precision: str, home: Path | None = None) -> 
     path = _path(profile_id, precision, home)
     ignored, again = f"The measurement {path} is ignored", "measure again with --measure"
     try:
-        measured = Measured.model_validate_json(path.read_bytes())
+        measured = Measured.model_validate(read_object(path))
     except FileNotFoundError:
         return None, ""
     except OSError as error:
         return None, f"{ignored}: {error.strerror}; {again}."
-    except ValidationError:
+    except (JsonError, ValidationError):
         return None, f"{ignored}: it is torn, or another version wrote it; {again}."
     if (measured.profile_id, measured.precision) != (profile_id, precision):
         return (

@@ -88,9 +88,42 @@ def test_a_folder_that_was_never_packed_is_refused(tmp_path: Path) -> None:
         ShardSet.open(tmp_path / "missing")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 2}', '{"format": 1, "tokenizer": "x"}'])
+NO_INDEX = [
+    "",
+    "[]",
+    "{",
+    '{"format": 2}',
+    '{"format": 1, "tokenizer": "x"}',
+    '{"a":' * 100_000,
+    "\0",
+    '{"format": NaN}',
+]
+
+
+@pytest.mark.parametrize("text", NO_INDEX, ids=lambda text: text[:20])
 def test_an_index_that_is_torn_or_of_another_format_is_refused(packed: ShardSet, text: str) -> None:
     (packed.directory / "shards.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"shards\.json cannot be read"):
+        ShardSet.open(packed.directory)
+
+
+RECORDS = {
+    "a path out of the folder": {"file": "../00000.bin"},
+    "a full path": {"file": "/etc/passwd"},
+    "a number as name": {"file": 0},
+    "a text as count": {"tokens": "5"},
+    "a fraction as count": {"documents": 1.5},
+    "a count below zero": {"text_bytes": -1},
+    "true as count": {"tokens": True},
+    "no hash": {"sha256": None},
+}
+
+
+@pytest.mark.parametrize("change", RECORDS.values(), ids=RECORDS)
+def test_an_index_that_records_no_shards_of_ours_is_refused(packed: ShardSet, change: dict[str, object]) -> None:
+    index = json.loads((packed.directory / "shards.json").read_text(encoding="utf-8"))
+    index["shards"][0] |= change
+    (packed.directory / "shards.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(DataError, match=r"shards\.json cannot be read"):
         ShardSet.open(packed.directory)
 
@@ -103,3 +136,16 @@ def test_fewer_than_two_tokens_are_refused(packed: ShardSet, tokens: int) -> Non
     (packed.directory / "shards.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(DataError, match=f"holds {tokens} token"):
         ShardSet.open(packed.directory)
+
+
+def test_a_sidecar_with_other_counts_than_numbers_is_packed_again(
+    tmp_path: Path, small_tokenizer: Tokenizer, turkish: tuple
+) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(turkish), encoding="utf-8")
+    whole = pack([tmp_path / "a.txt"], small_tokenizer, tmp_path / "out", processes=1)
+    sidecar = tmp_path / "out/00000.json"
+    written = sidecar.read_text(encoding="utf-8")
+    for tokens in ("many", -1, None, 1.5):
+        sidecar.write_text(json.dumps(json.loads(written) | {"tokens": tokens}), encoding="utf-8")
+        assert pack([tmp_path / "a.txt"], small_tokenizer, tmp_path / "out", processes=1).tokens == whole.tokens
+        assert sidecar.read_text(encoding="utf-8") == written

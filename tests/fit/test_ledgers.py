@@ -129,11 +129,14 @@ def test_a_changed_preset_or_an_unknown_path_is_not_answered_from_the_file() -> 
     assert find_sketch("tr-25m", model, train, PATHS[0]._replace(precision="fp32")) is None
 
 
-def test_a_file_of_another_version_or_no_file_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_another_version_or_damage_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = ledgers.PATH.read_text(encoding="utf-8")
     for content in (
         None,
         text.replace(f'"lowvram": "{json.loads(text)["versions"]["lowvram"]}"', '"lowvram": "0.0.1"'),
+        text[:999],
+        '{"versions": "0.1.0"}',
+        "[]",
     ):
         if content is not None:
             (tmp_path / "ledgers.json").write_text(content, encoding="utf-8")

@@ -254,10 +254,17 @@ def _with_a_rate_of_zero(text: str) -> bytes:
     return json.dumps({**json.loads(text), "bytes_per_s": 0.0}).encode()
 
 
+NO_OBJECTS = {"empty": b"", "no text": b"\xff", "a list": b"[]", "deep": b'{"a":' * 100_000}
+
+
+def _bytes(name: str) -> Any:
+    return lambda _: NO_OBJECTS[name]
+
+
 @pytest.mark.parametrize(
     "change",
-    [_tear, _of_version_2, _without_a_field, _of_another_card, _with_a_rate_of_zero, lambda _: b"", lambda _: b"\xff"],
-    ids=["torn", "version-2", "field-missing", "other-card", "zero-rate", "empty", "no-text"],
+    [_tear, _of_version_2, _without_a_field, _of_another_card, _with_a_rate_of_zero, *map(_bytes, NO_OBJECTS)],
+    ids=["torn", "version-2", "field-missing", "other-card", "zero-rate", *NO_OBJECTS],
 )
 def test_a_file_that_cannot_be_meant_is_ignored_with_a_sentence(tmp_path: Path, change: Any) -> None:
     path = store_measured(measured(), tmp_path)
