@@ -65,6 +65,17 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_bf16_processor() -> Iterator[None]:
+    """Models are read in fp32 where no precision is asked for, whatever the processor of the machine multiplies.
+
+    In bf16 a text that is read at once and one that is read turn by turn may differ in their last bits, hence in words.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def turkish() -> tuple[str, ...]:
     """Sixteen documents, written for these tests."""

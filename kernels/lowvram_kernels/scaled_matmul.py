@@ -45,9 +45,22 @@ _GROUP = 8
 # Sums of products of two numbers up to 127 in int32.
 _MOST_INT8 = (2**31 - 1) // 127**2
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Without these instructions oneDNN adds pairs of products in 16 bits, which saturate.  Asked once: Dynamo cannot trace
-# the question.
-_HAS_VNNI: bool = torch.cpu._is_vnni_supported()
+
+
+def _sums_int8_exactly() -> bool:
+    """Return whether this processor's INT8 product is fast and exact.
+
+    Without VNNI oneDNN adds pairs of products in 16 bits, which saturate.  A processor that has VNNI is no proof:
+    oneDNN does the same where `ONEDNN_MAX_CPU_ISA` forbids it these instructions.  So one product is computed.
+    """
+    if not torch.cpu._is_vnni_supported():
+        return False
+    largest = torch.full((4, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.mT) == 64 * 127**2).all())
+
+
+# Found out once, at import: Dynamo cannot trace the question, and a rehearsal would count its tensors.
+_INT8_IS_EXACT: bool = _sums_int8_exactly()
 
 
 class Tile(NamedTuple):
@@ -209,7 +222,7 @@ def _multiply_decoded(a: Scaled, b: Scaled, dtype: torch.dtype, card: Card, has_
     if card.platform == "cuda" and (dtype != torch.bfloat16 or not has_bf16 or a.code.dtype == torch.int8):
         return _multiply_halves(a, b, dtype)
     if a.code.dtype == torch.int8:
-        if card.platform == "cpu" and _HAS_VNNI:
+        if card.platform == "cpu" and _INT8_IS_EXACT:
             total_MN = torch._int_mm(a.code, b.code.mT).float()
         else:
             total_MN = F.linear(a.code.float(), b.code.float())

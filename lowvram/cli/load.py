@@ -94,15 +94,20 @@ def _load(
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     """Choose how a model is read on a device of this machine."""
-    import torch
     from lowvram_kernels.dispatch import card_of
 
     from lowvram.generate.precision import choose_reading
 
+    return choose_reading(card_of(device), precision, multiplies_bf16())
+
+
+def multiplies_bf16() -> bool:
+    """Return whether this processor has instructions that multiply bf16."""
+    import torch
+
     # Of x86 and of ARM; torch before 2.10 tells of none.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_fast_bf16 = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return choose_reading(card_of(device), precision, has_fast_bf16)
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def check_readable(checkpoint: Checkpoint) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
+import lowvram_kernels.scaled_matmul as product_of_codes
 import pytest
 import torch
 from lowvram_kernels.dispatch import Card, HiddenWork, Launch, on_paper
@@ -211,6 +212,21 @@ def test_int8_sums_are_exact(card: str) -> None:
     # Kernels and VNNI add whole numbers and round once; cuBLAS in fp16 adds in fp32.
     tolerance = 2.0**-24 * math.sqrt(1500) if card in ("sm75", "cpu") else 2.0**-24
     assert ((y.cpu().double() - exact).abs() <= tolerance * 127.0 * 127.0 * 1500).all()
+
+
+@pytest.mark.parametrize("has_vnni", [True, False])
+@pytest.mark.parametrize("limit", [2**31 - 1, 2**15 - 1], ids=["32 bits", "16 bits"])
+def test_a_processor_multiplies_int8_only_where_its_sums_are_whole(
+    monkeypatch: pytest.MonkeyPatch, has_vnni: bool, limit: int
+) -> None:
+    """oneDNN adds in 16 bits, which saturate, without VNNI and where its variable forbids VNNI."""
+
+    def multiply(a: Tensor, b: Tensor) -> Tensor:
+        return (a.int() @ b.int()).clamp(max=limit)
+
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    assert product_of_codes._sums_int8_exactly() == (has_vnni and limit == 2**31 - 1)
 
 
 @pytest.mark.parametrize("form", ["e4m3", "int8"])
