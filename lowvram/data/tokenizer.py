@@ -6,7 +6,6 @@ import codecs
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,7 +34,6 @@ _CHAT_TEMPLATE = (
 )
 # tiktoken's regex engine panics on a run of some 10⁶ white spaces, so such a run is cut into runs this long.
 _LONGEST_RUN = 200_000
-_LONG_RUN = re.compile(rf"\s{{{_LONGEST_RUN}}}")
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk = DISK) -> Tokenizer:
@@ -218,8 +216,31 @@ class Tokenizer:
 def _pieces(text: str) -> list[str]:
     if len(text) < 2 * _LONGEST_RUN:
         return [text]
-    cuts = [0, *(run.end() for run in _LONG_RUN.finditer(text)), len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(cuts)]
+    cuts = [0]
+    for start, end in _long_runs(text):
+        cuts.extend(range(start + _LONGEST_RUN, end + 1, _LONGEST_RUN))
+    return [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
+
+
+def _long_runs(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each run of at least `_LONGEST_RUN` white spaces; takes time linear in the text.
+
+    A run that long covers a multiple of that length, so text is read only around such places.
+    """
+    end = 0
+    for place in range(0, len(text), _LONGEST_RUN):
+        if place < end or not text[place].isspace():
+            continue
+        before = text[max(end, place - _LONGEST_RUN) : place]
+        start = place - len(before) + len(before.rstrip())
+        end = place
+        while chunk := text[end : end + _LONGEST_RUN]:
+            white = len(chunk) - len(chunk.lstrip())
+            end += white
+            if white < len(chunk):
+                break
+        if end - start >= _LONGEST_RUN:
+            yield start, end
 
 
 def _read_table(model: dict[str, Any]) -> tuple[bytes, ...]:

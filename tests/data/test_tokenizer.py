@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lowvram.data import tokenizer as module
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import SMALLEST, SPECIALS, Tokenizer, TokenStream, train_tokenizer
 from lowvram.errors import DataError, DiskFullError, TokenizerError
@@ -87,6 +91,47 @@ def test_a_million_repeats_are_encoded(small_tokenizer: Tokenizer, unit: str) ->
 def test_a_long_text_without_long_runs_is_encoded_in_one_piece(small_tokenizer: Tokenizer) -> None:
     text = "Sabah erkenden yola çıktık; hava serindi.   \n" * 12_000
     assert small_tokenizer.encode(text) == in_tokenizers(small_tokenizer)(text)
+
+
+@pytest.mark.covers("tokenizer")
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text(st.sampled_from("aş1. \t\n\r\x1c\x85\u3000"), max_size=60) | any_text,
+    longest=st.integers(1, 7),
+)
+@example(text=" " * 12, longest=4)
+@example(text="a" + " " * 4 + "b" + " " * 3 + "c" + "\n" * 9, longest=4)
+def test_long_white_space_is_cut_where_it_always_was(small_tokenizer: Tokenizer, text: str, longest: int) -> None:
+    ranks = {small_tokenizer.token_bytes(id): id for id in range(len(SPECIALS), small_tokenizer.size)}
+    encoding = tiktoken.Encoding("", pat_str=module.EXPRESSION, mergeable_ranks=ranks, special_tokens={})
+    cuts = [0, *(run.end() for run in re.finditer(rf"\s{{{longest}}}", text)), len(text)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LONGEST_RUN", longest)
+        ids = small_tokenizer.encode(text)
+    pieces = [text] if len(text) < 2 * longest else pieces
+    assert ids == [id for piece in pieces for id in encoding.encode_ordinary(piece)]
+    assert small_tokenizer.decode(ids) == text
+
+
+class CountedText(str):
+    """Counts the characters that are read out of it by index or slice."""
+
+    read = 0
+
+    def __getitem__(self, key: object) -> str:
+        part = super().__getitem__(key)  # type: ignore[index]
+        self.read += len(part)
+        return part
+
+
+@pytest.mark.parametrize("run", [1, 999, 150_000, 199_999, 200_000, 200_001, 700_000])
+def test_cutting_long_white_space_reads_each_character_a_few_times(run: int) -> None:
+    text = CountedText(("a" + " " * run) * (1_500_000 // run))
+    pieces = module._pieces(text)
+    assert "".join(pieces) == text
+    looked_at = text.read - len(text)  # the pieces themselves are read once
+    assert len(text) // 200_000 <= looked_at <= 4 * len(text)
 
 
 @pytest.mark.covers("tokenizer")
