@@ -191,6 +191,7 @@ def _tabulate(groups: Sequence[Sequence[str]], ops: dict[str, Choice]) -> Table:
 
 
 def _show_findings(findings: Sequence[Finding]) -> None:
+    from lowvram.cli.next_step import next_step
     from lowvram.cli.show import literal, result
 
     for finding in findings:
@@ -204,6 +205,7 @@ def _show_findings(findings: Sequence[Finding]) -> None:
         result("Training would fail here.  Mend what is fatal, then type `lowvram doctor` again.")
     else:
         result("Training works here." if findings else "All is well.")
+        literal(next_step("fit", why="which models fit this machine"))
 
 
 def _show_json(

@@ -6,14 +6,9 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lowvram.cli.next_step import next_step
 from lowvram.cli.options import add_device, add_precision, count
-
-if TYPE_CHECKING:
-    from lowvram.cli.load import Loaded
-    from lowvram.data.shards import ShardSet
-    from lowvram.evaluate.bits_per_byte import Score
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,11 +31,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
+    from lowvram.cli.bigrams import find_baseline
     from lowvram.cli.load import load_model
     from lowvram.cli.show import bar, literal, result
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score
+    from lowvram.evaluate.verdict import compare_with_bigrams
 
     loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision, as_trained=True)
     place = arguments.data or (loaded.what.data.valid if loaded.what is not None else None)
@@ -60,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.tokens,
             progress=line.tell,
         )
-    baseline = _baseline(loaded, shards, arguments.tokens)
+    what = loaded.what
+    baseline = find_baseline(what, tokenizer, shards, arguments.tokens) if what is not None else None
     if arguments.json:
         values = {
             "checkpoint": str(directory),
@@ -79,23 +77,5 @@ def run(arguments: argparse.Namespace) -> None:
     if baseline is not None:
         bigram, counted = baseline
         result(f"  bigram model   {bigram.bits_per_byte:.4f}   (counted on {counted})")
-
-
-def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> tuple[Score, str] | None:
-    """Return the bigram model's score on the same tokens and what it was counted on; None without training shards."""
-    from lowvram.cli.show import notice
-    from lowvram.data.shards import ShardSet
-    from lowvram.errors import DataError
-    from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS, bigram_score
-    from lowvram.units import show_count
-
-    if loaded.what is None:
-        return None
-    path, tokenizer = loaded.what.data.train[0].path, loaded.tokenizer
-    try:
-        train = ShardSet.open(path, tokenizer.hash)
-    except DataError as error:
-        notice(f"No bigram model to compare with: {error}")
-        return None
-    part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if train.tokens > BIGRAM_TOKENS else ""
-    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.byte_count_V, most_tokens), f"{part}{path}"
+        result(compare_with_bigrams(found.bits_per_byte, bigram.bits_per_byte))
+    literal(next_step("chat", arguments.checkpoint, why="talk to it"))

@@ -95,7 +95,8 @@ def _write_directory(
     checkpoint: Checkpoint,
     what: RunConfig,
 ) -> None:
-    from lowvram.cli.show import bar, result
+    from lowvram.cli.next_step import next_step
+    from lowvram.cli.show import bar, literal, result
     from lowvram.data.outside_tokenizer import OutsideTokenizer
     from lowvram.export.card import write_card
     from lowvram.export.hf import Wish, estimate_bytes, write_directory
@@ -110,7 +111,7 @@ def _write_directory(
             source, tokenizer, arguments.out, wish, write_card(story), lambda done, total: line.tell(done, total)
         )
     result(f"{arguments.out}: step {checkpoint.step}, {show_bytes(size)} of weights")
-    result(f"Next: lowvram chat {arguments.out}")
+    literal(next_step("chat", arguments.out, why="what is written, read back"))
 
 
 def _tell_story(
@@ -137,7 +138,8 @@ def _tell_story(
 
 
 def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokenizer: Tokenizer, what: RunConfig) -> None:
-    from lowvram.cli.show import bar, notice, result
+    from lowvram.cli.next_step import quote_command
+    from lowvram.cli.show import bar, literal, notice, result
     from lowvram.data.outside_tokenizer import OutsideTokenizer
     from lowvram.errors import TokenizerError
     from lowvram.export.gguf import write_gguf
@@ -153,3 +155,4 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokeniz
     if written.kept_wider:
         notice(f"{len(written.kept_wider)} matrices are in f16: blocks of 32 do not cut their rows.")
     result(f"{written.path}: {written.tensors} tensors, {show_bytes(written.size_bytes)}")
+    literal(f"Next: {quote_command('llama-server', '-m', arguments.out)}  (llama.cpp's own page to talk in)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -24,7 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, check, write, and say what came out."""
-    from lowvram.cli.show import bar, notice, result
+    from lowvram.cli.next_step import next_step
+    from lowvram.cli.show import bar, literal, notice, result
     from lowvram.data.outside_tokenizer import OutsideTokenizer, load_tokenizer
     from lowvram.export.adopt import adopt
     from lowvram.export.hf import refuse_existing
@@ -41,5 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
     # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
     has_template = isinstance(tokenizer, OutsideTokenizer) and "chat_template" in tokenizer.settings
-    turns = " (--as dialogue: in turns, it has a chat template)" if has_template else ""
-    result(f'Next: lowvram chat {arguments.out}{turns}, or [train] start_from = "{arguments.out}" in a run file')
+    literal(
+        next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
+    )
+    place = json.dumps(arguments.out.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
+    result(f"To train it further, write start_from = {place} below [train] in a run file.")

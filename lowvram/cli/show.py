@@ -62,6 +62,11 @@ def literal(text: str, style: str = "") -> None:
     out.print(Text(clean(text), style))
 
 
+def copyable(text: str, style: str = "") -> None:
+    """Print a command that is no result, of a command whose results are files: to stderr, and without line breaks."""
+    err.print(Text(clean(text), style))
+
+
 def _wrap(text: str, console: Console) -> str:
     return wrap_words(text, console.width) if console.file.isatty() else text
 

@@ -62,12 +62,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the run file and train."""
+    from lowvram.cli.ending import say_next
     from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.runfile import load_run
 
     what = load_run(arguments.run_file, arguments.set, lambda directory: load_tokenizer(directory).size)
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
-    train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
+    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
+    say_next(arguments, what, ended)
 
 
 def train(
@@ -80,23 +82,26 @@ def train(
     recorded: bool | None = None,
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
+    from lowvram.cli.ending import say_verdict
     from lowvram.cli.machine import choose_device
     from lowvram.cli.place import warn_of_precision
     from lowvram.cli.promise import Promise
     from lowvram.cli.screen import TrainingScreen
-    from lowvram.cli.show import notice
+    from lowvram.cli.show import bar, notice
     from lowvram.errors import MemoryRanOutError
     from lowvram.machine import describe_machine
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run, settle_plan
-    from lowvram.train.trial import settle_compilation, settle_recording
 
     place = choose_device(device)
     with ExitStack() as stack:
         stack.enter_context(lock_run(what.run.dir))
         promise = Promise(what, place)
-        plan, reason, is_kept = settle_plan(what.run.dir, what.train, micro_batch, recompute, compiled, promise.choose)
+        with bar("Looking for the plan that fits"):
+            plan, reason, is_kept = settle_plan(
+                what.run.dir, what.train, micro_batch, recompute, compiled, promise.choose
+            )
         plan = promise.keep_here(plan)
         size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
         notice(f"{describe_machine()}: {size} on {place}.")
@@ -105,24 +110,23 @@ def train(
             notice(doubt, "yellow")
         if warning := warn_of_precision(what.train, promise.place.profile):
             notice(warning, "yellow")
-        trainer = prepare(what, plan, place)
+        with bar("Checking the shards and building the model"):
+            trainer = prepare(what, plan, place)
         notice(_describe_reading(what, trainer))
         promise.bind(plan)
-        room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
-        for sentence in settle_compilation(trainer, compiled, not is_kept, room):
-            notice(sentence)
-        room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
-        for sentence in settle_recording(trainer, recorded, room):
-            notice(sentence)
+        _settle_trials(trainer, promise, compiled, recorded, not is_kept)
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
             stack.callback(log.close)
         stack.enter_context(_stop_on_ctrl_c(trainer))
-        screen = stack.enter_context(TrainingScreen(what.train.steps))
+        screen = stack.enter_context(TrainingScreen(trainer))
         try:
-            return _follow(trainer, promise, logs, screen, stop_at)
+            ended = _follow(trainer, promise, logs, screen, stop_at)
         except MemoryRanOutError as error:
             raise promise.propose(error, trainer.plan) from error
+    if ended.is_finished:
+        say_verdict(what, trainer.tokenizer, trainer.valid, screen.evaluated)
+    return ended
 
 
 def _follow(
@@ -147,6 +151,21 @@ def _follow(
                 trainer.stop()
     assert isinstance(event, Stopped), "a run's last event is Stopped"
     return event
+
+
+def _settle_trials(
+    trainer: Trainer, promise: Promise, compiled: bool | None, recorded: bool | None, is_new: bool
+) -> None:
+    """Try what may be faster on this machine, and say why it came out so."""
+    from lowvram.cli.show import notice
+    from lowvram.train.trial import settle_compilation, settle_recording
+
+    room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
+    for sentence in settle_compilation(trainer, compiled, is_new, room):
+        notice(sentence)
+    room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
+    for sentence in settle_recording(trainer, recorded, room):
+        notice(sentence)
 
 
 def _describe_plan(plan: Plan, reason: str) -> str:

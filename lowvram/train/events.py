@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lowvram.errors import CheckpointError
 
@@ -103,3 +104,5 @@ class Stopped:
 
 
 Event = Started | StepDone | Halved | Rotated | Evaluated | Sampled | Saved | Stopped
+# What a trainer works on between two events, which may take minutes.
+Doing = Literal["starting", "step", "validating", "sampling", "saving"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def loss_for(model: Transformer, train: TrainConfig, plan: Plan) -> Callable[[Ba
 def gradients(
     model: Transformer,
     loss_of: Callable[[Batch], Loss],
-    micro_batches: Sequence[Batch],
+    micro_batches: Iterable[Batch],
     targets: int,
     loss_scale: float = 1.0,
     seed: int = 0,

@@ -28,7 +28,7 @@ from lowvram.objective import DTYPES, Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Doing, Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.guard import (
     explain_out_of_memory,
     explain_out_of_memory_in_backward,
@@ -52,7 +52,8 @@ MOST_SKIPPED = 25
 class Trainer:
     """`run()` trains until the tokens are seen or `stop()` is called, and yields what happens.
 
-    The same `what`, `plan`, device and thread count give the same bits, however often it is interrupted.
+    The same `what`, `plan`, device and thread count give the same bits, however often it is interrupted.  doing: the
+    work in progress.  micro_batches_begun: of the step in progress; whoever watches may read both at any moment.
     """
 
     what: RunConfig
@@ -64,6 +65,8 @@ class Trainer:
     hashes: dict[str, str]
     valid: ShardSet | None = None
     recording: Recording | None = field(default=None, init=False)
+    doing: Doing = field(default="starting", init=False)
+    micro_batches_begun: int = field(default=0, init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
     _saved_at: float = field(default=0.0, init=False)
@@ -120,6 +123,7 @@ class Trainer:
 
     def _advance(self) -> Iterator[Halved | Rotated | Saved | StepDone]:
         train, state = self.what.train, self.state
+        self.doing = "step"
         yield from self._rotate()
         rate = learning_rate(train, state.step)
         if train.update_during_backward:
@@ -243,9 +247,13 @@ class Trainer:
         targets = sum(count_targets(batch) for batch in batches)
         scale, seed = self.state.loss_scale, self.what.train.seed
         if self.recording is not None:
-            return gradients(self.state.model, loss_of, batches, targets, scale, seed, self.recording.add)
+            return gradients(self.state.model, loss_of, self._count(batches), targets, scale, seed, self.recording.add)
         with compiled(self.state.model) if self.plan.compile else nullcontext():
-            return gradients(self.state.model, loss_of, batches, targets, scale, seed)
+            return gradients(self.state.model, loss_of, self._count(batches), targets, scale, seed)
+
+    def _count(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        for self.micro_batches_begun, batch in enumerate(batches, 1):
+            yield batch
 
     def record(self) -> None:
         """From now on play a recording of a micro-batch's passes; no state changes but `.grad`, which is dropped."""
@@ -310,6 +318,7 @@ class Trainer:
 
     def _evaluate(self, valid: ShardSet) -> Evaluated:
         train, run = self.what.train, self.what.run
+        self.doing = "validating"
         dtype = DTYPES[train.precision]
         bos_id, byte_count_V = self.tokenizer.bos_id, self.tokenizer.byte_count_V
         most, batch = run.validate_tokens, self.plan.micro_batch
@@ -327,6 +336,7 @@ class Trainer:
 
     def _sample(self) -> Iterator[Sampled]:
         run, train = self.what.run, self.what.train
+        self.doing = "sampling"
         for prompt in run.prompts:
             # A sample is short, and a training card has no memory for graphs of it.
             decoder = Decoder(self.state.model, train.seq_len, dtype=DTYPES[train.precision], captures=False)
@@ -345,6 +355,7 @@ class Trainer:
 
     def _save(self) -> Saved:
         began = time.monotonic()
+        self.doing = "saving"
         checkpoint = self.store.save(
             *self.state.tensors(),
             self.state.numbers() | {"plan": self.plan.model_dump()},

@@ -103,7 +103,7 @@ def test_the_log_holds_both_starts(road: tuple[Path, dict[str, Answer]]) -> None
 def test_evaluation_prints_the_model_beside_the_bigram_baseline(road: tuple[Path, dict[str, Answer]]) -> None:
     home, told = road
     values = json.loads(told["json"].out)
-    where, model, bigram = told["evaluate"].out.splitlines()
+    where, model, bigram, _verdict, _next = told["evaluate"].out.splitlines()
     checkpoint = home / "run" / "step-00000006"
     assert (
         where
@@ -171,7 +171,8 @@ def test_without_training_shards_there_is_no_baseline(tmp_path: Path, road: tupl
         (tmp_path / "away").rename(shards)
     assert values["bigram_bits_per_byte"] is None
     assert values["loss"] == json.loads(told["json"].out)["loss"]
-    assert len(lines) == 2
+    assert len(lines) == 3
+    assert not any("bigram" in line for line in lines)
 
 
 def ask(home: Path, *words: object) -> Answer:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lowvram.cli import demo
+from lowvram.cli.next_step import quote_command
 from lowvram.train.events import Stopped
 from tests.conftest import TURKISH
-from tests.flows.typed import typed
+from tests.flows.typed import Answer, typed
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
     """A demo of seconds: little text, few steps; everything else as it is."""
-    monkeypatch.setattr(demo, "SAMPLE_CHARACTERS", 40_000)
-    monkeypatch.setattr(demo, "HELD_OUT_CHARACTERS", 4_000)
-    monkeypatch.setattr(demo, "VOCABULARY", 512)
-    monkeypatch.setattr(demo, "_RUN_FILE", demo._RUN_FILE.replace("983_040", "8_192").replace("dim = 192", "dim = 32"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SAMPLE_CHARACTERS", 40_000)
+        patch.setattr(demo, "HELD_OUT_CHARACTERS", 4_000)
+        patch.setattr(demo, "VOCABULARY", 512)
+        patch.setattr(demo, "_RUN_FILE", demo._RUN_FILE.replace("983_040", "8_192").replace("dim = 192", "dim = 32"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def walked(small: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+    """A finished demo in a folder whose name a shell would split, and what it said; no test changes it."""
+    home = tmp_path_factory.mktemp("walked") / "my demo"
+    return home, typed("demo", "--dir", home, "--device", "cpu")
 
 
 def write_user_text(folder: Path, documents: int = 120) -> Path:
@@ -29,8 +42,13 @@ def write_user_text(folder: Path, documents: int = 120) -> Path:
     return folder
 
 
-def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(tmp_path: Path) -> None:
-    answer = typed("demo", "--dir", tmp_path / "d", "--device", "cpu")
+def contents_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file below a folder, by its name from there."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(walked: tuple[Path, Answer]) -> None:
+    _, answer = walked
     assert answer.code == 0, answer.err
     titles = [line for line in answer.out.splitlines() if line[1:3] == "/8"]
     assert [title[0] for title in titles] == list("12345678")
@@ -46,11 +64,19 @@ def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(
         assert f"    {prompt}" in answer.out
 
 
-def test_the_demo_learns_from_the_users_files_and_works_twice(tmp_path: Path) -> None:
+def test_the_demo_learns_from_the_users_files_and_loses_nothing_the_second_time(tmp_path: Path) -> None:
     mine = write_user_text(tmp_path / "mine")
-    for _ in range(2):
-        answer = typed("demo", "--text", mine, "--dir", tmp_path / "d", "--device", "cpu")
-        assert answer.code == 0, answer.err
+    command = ("demo", "--text", mine, "--dir", tmp_path / "d", "--device", "cpu")
+    first = typed(*command)
+    assert first.code == 0, first.err
+    assert "templates" not in first.out, "the user's text is not generated"
+    made = contents_of(tmp_path / "d")
+    again = typed(*command)
+    assert again.code == 0, again.err
+    assert "An earlier demo in" in again.out
+    assert "step 4 of 4 was reached before" in again.out
+    changed = {name for name, data in contents_of(tmp_path / "d").items() if made.get(name) != data}
+    assert changed == {"run/log.jsonl"}
     learnt = (tmp_path / "d/text/train.txt").read_text(encoding="utf-8")
     held_out = (tmp_path / "d/text/valid.txt").read_text(encoding="utf-8")
     documents = [text for text in (learnt + held_out).split("\n\n") if text]
@@ -58,14 +84,76 @@ def test_the_demo_learns_from_the_users_files_and_works_twice(tmp_path: Path) ->
     assert held_out.strip()
 
 
-def test_a_second_demo_deletes_only_what_the_first_one_made(tmp_path: Path) -> None:
+def test_only_replace_deletes_and_only_what_an_earlier_demo_made(tmp_path: Path) -> None:
     home = tmp_path / "d"
-    demo._claim(home, None)
+    demo._claim(home, None, replace=False)
     (home / "run").mkdir()
     (home / "run" / "step").touch()
     (home / "my notes.txt").write_text("kept", encoding="utf-8")
-    demo._claim(home, None)
+    demo._claim(home, None, replace=False)
+    assert (home / "run" / "step").exists()
+    demo._claim(home, None, replace=True)
     assert sorted(path.name for path in home.iterdir()) == [".lowvram-demo", "my notes.txt", "text"]
+
+
+def test_a_demo_that_was_interrupted_anywhere_goes_on_and_comes_to_the_same(
+    tmp_path: Path, walked: tuple[Path, Answer]
+) -> None:
+    home, alone = tmp_path / "d", walked[0]
+    shutil.copytree(alone, home)
+    # As if the power had gone: half a tokenizer, half of the run, and a value that the user changed since.
+    (home / "tok" / "tokenizer_config.json").unlink()
+    shutil.rmtree(home / "run" / "step-00000004")
+    run_file = (home / "run.toml").read_text(encoding="utf-8").replace("validate_every = 120", "validate_every = 3")
+    (home / "run.toml").write_text(run_file, encoding="utf-8")
+    answer = typed("demo", "--dir", home, "--device", "cpu")
+    assert answer.code == 0, answer.err
+    assert "step 2 of 4 was reached before" in answer.out
+    assert (home / "run.toml").read_text(encoding="utf-8") == run_file
+    weights = "run/step-00000004/weights.safetensors"
+    assert contents_of(home)[weights] == contents_of(alone)[weights]
+
+
+def test_another_text_in_the_same_place_is_refused_and_replace_is_named(
+    tmp_path: Path, walked: tuple[Path, Answer]
+) -> None:
+    home, _ = walked
+    made = contents_of(home)
+    answer = typed("demo", "--text", write_user_text(tmp_path / "mine"), "--dir", home, "--device", "cpu")
+    assert answer.code == 1
+    assert "learnt another text" in answer.err
+    assert "--replace" in answer.err
+    assert contents_of(home) == made
+
+
+def test_the_end_shows_the_curve_and_says_how_to_talk_before_how_to_delete(walked: tuple[Path, Answer]) -> None:
+    home, answer = walked
+    lines = answer.out.splitlines()
+    talk, fit, delete = lines[-3:]
+    assert talk.strip() == f"Talk to it: lowvram chat {quote_command(home / 'run')}"
+    assert fit.strip().endswith("lowvram fit")
+    assert "delete that folder when you like" in delete
+    first = next(number for number, line in enumerate(lines) if "training loss" in line) + 1
+    for line in lines[first : first + 4]:  # in plain letters, because a pipe may know no others
+        assert re.fullmatch(r"    [ .0-9]{9}#[ #]*", line)
+    assert "generated from templates" in answer.out
+    assert demo.REAL_TEXT in answer.out
+
+
+def test_a_folder_with_other_files_in_it_is_not_to_be_deleted_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").touch()
+    demo._say_end(tmp_path, tmp_path)
+    assert "text, tok, shards, run, run.toml" in capsys.readouterr().out
+
+
+def test_what_the_demo_says_of_real_text_is_what_the_readme_measured() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in readme.splitlines() if line.startswith("| `tr-25m`'s layers, 22.0 M | 1.55 M tokens"))
+    for word in ("1.158", "1.248"):
+        assert word in row
+        assert word in demo.REAL_TEXT
 
 
 def test_the_working_directory_itself_may_be_the_demos_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +173,8 @@ def test_ctrl_c_ends_the_demo_and_says_how_to_go_on(
     answer = typed("demo", "--dir", tmp_path / "d", "--device", "cpu")
     assert answer.code == 0
     assert left == []
-    assert "You stopped it.  Go on with: lowvram train" in answer.out
-    assert "6/7" not in answer.out
+    assert f"You stopped it.  Go on with: lowvram demo --dir {tmp_path / 'd'}" in answer.out
+    assert "7/8" not in answer.out
 
 
 @pytest.mark.parametrize("place", ["in", "around"])
@@ -105,11 +193,11 @@ def test_too_little_text_is_said_before_anything_is_trained(tmp_path: Path) -> N
     assert answer.code == 1
     assert "3 documents of" in answer.err
     assert "20,000 characters in two documents at least" in answer.err
-    assert "2/7" not in answer.out
+    assert "2/8" not in answer.out
 
 
 def test_a_wrong_folder_costs_no_earlier_demo(tmp_path: Path) -> None:
-    home = demo._claim(tmp_path / "d", None)
+    home = demo._claim(tmp_path / "d", None, replace=False)
     (home / "run").mkdir()
     assert typed("demo", "--text", tmp_path / "nowhere", "--dir", home).code == 1
     assert (home / "run").exists()

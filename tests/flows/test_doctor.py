@@ -132,6 +132,7 @@ def test_a_slower_machine_ends_with_0_and_shows_what_would_change_each_op(be: Ca
     ending = (
         "\nNote: Triton is not installed\n  what follows  plain PyTorch computes, slower\n"
         '  to mend it    pip install "triton>=3.5,<3.8"\n\nTraining works here.\n'
+        "Next: lowvram fit  (which models fit this machine)\n"
     )
     assert answer.out.endswith(ending)
 

@@ -87,7 +87,7 @@ def test_a_dialogue_model_speaks_through_the_template_that_lies_with_it(home: Pa
     model.save_pretrained(theirs)
     said = typed("import", theirs, "--out", tmp_path / "run")
     assert said.code == 0
-    assert f"lowvram chat {tmp_path / 'run'} (--as dialogue: in turns, it has a chat template)" in said.out
+    assert f"lowvram chat {tmp_path / 'run'}  (--as dialogue: in turns, it has a chat template)" in said.out
     given = [{"role": "system", "content": "Kısa."}, {"role": "user", "content": "Kış geldi mi?"}]
     text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")

@@ -1,0 +1,64 @@
+"""The last lines of `lowvram train`: whether the model has learnt anything, and the commands that come next."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.cli.next_step import next_step, quote_command
+
+if TYPE_CHECKING:
+    from lowvram.config import RunConfig
+    from lowvram.data.shards import ShardSet
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.train.events import Evaluated, Stopped
+
+
+def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
+    """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
+    from lowvram.cli.bigrams import find_baseline
+    from lowvram.cli.show import notice
+    from lowvram.evaluate.verdict import compare_with_bigrams, is_worse_than_bigrams
+
+    if valid is None:
+        notice("Nothing was held out (data.valid), so nobody knows how well the model knows other text.", "yellow")
+    if valid is None or evaluated is None:
+        return
+    try:
+        baseline = find_baseline(what, tokenizer, valid, what.run.validate_tokens)
+    except KeyboardInterrupt:
+        notice("(not compared with bigrams)", "dim")
+        return
+    if baseline is None:
+        return
+    found, bigrams = evaluated.bits_per_byte, baseline[0].bits_per_byte
+    is_worse = is_worse_than_bigrams(found, bigrams)
+    notice(compare_with_bigrams(found, bigrams), "yellow" if is_worse else "green")
+    if is_worse:
+        notice(f"To go on with this run, add --set tokens={2 * what.train.tokens} to the same command.", "yellow")
+
+
+def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
+    """Name the command that goes on: with the run if it was stopped, else with what it has learnt."""
+    from lowvram.cli.show import copyable
+
+    if not ended.is_finished:
+        sets = [word for assignment in arguments.set for word in ("--set", assignment)]
+        device = [] if arguments.device == "auto" else ["--device", arguments.device]
+        copyable(next_step("train", arguments.run_file, *sets, *device, why="goes on from here"))
+        return
+    run = near(what.run.dir)
+    copyable(next_step("chat", run, why="talk to it"))
+    if what.data.valid is not None:
+        copyable(f"or:   {quote_command('lowvram', 'evaluate', run)}  (measure it)")
+    export = quote_command("lowvram", "export", run, "--to", "hf", "--out", Path(f"{run}-hf"))
+    copyable(f"or:   {export}  (for transformers)")
+
+
+def near(path: Path | str) -> Path:
+    """Return a path as it is shortest to type from here: relative where it lies in the working directory."""
+    path, here = Path(path), Path.cwd()
+    inside = path.is_absolute() and path != here and here in path.parents
+    return Path(os.path.relpath(path, here)) if inside else path
