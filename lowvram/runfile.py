@@ -37,19 +37,19 @@ def read_preset(name: str) -> Table:
 
 
 def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, TrainConfig]:
-    """Return a preset's model and training configuration, with `--set a.b=c` laid over it.
+    """Return a preset's model and training configuration, with `--set a.b=c` laid over it as a run file is.
 
     Raises ConfigError naming the nearest presets, or the key that is not known.
     """
-    tables = read_preset(name)
+    tables: Table = {}
     for assignment in sets:
         _assign(tables, assignment)
     strange = sorted(set(tables) - {"model", "train"})
     if strange:
         raise ConfigError(f"--set names {strange[0]}, which a preset has not.", fix="Set values of model and train.")
-    _switch_off(tables["model"])
-    _switch_off(tables["train"])
     where = f"preset {name}"
+    _check_tables(tables, where)
+    _lay_over_preset(name, tables)
     model = _check(ModelConfig, tables["model"], where, "model")
     train = _check(TrainConfig, tables["train"], where, "train")
     try:
@@ -71,18 +71,10 @@ def load_run(
     tables = _read_tables(path, sets)
     if not with_gaps:
         _refuse_gaps(path, tables)
-    for home in RunConfig.model_fields:
-        if not isinstance(tables.get(home, {}), dict):
-            fix = f"Write its values below a line [{home}]."
-            raise ConfigError(f"{path}: {home} is {tables[home]!r}, not a table.", fix=fix)
+    _check_tables(tables, str(path))
     model = tables.get("model", {})
     said = model.get("vocabulary")
-    if "preset" in model:
-        preset = read_preset(str(model.pop("preset")))
-        tables["model"] = overlay(preset["model"], model)
-        tables["train"] = overlay(preset["train"], tables.get("train", {}))
-    _switch_off(tables.get("model", {}))
-    _switch_off(tables.get("train", {}))
+    _lay_over_preset(model.pop("preset", None), tables)
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
     if not isinstance(tokenizer, str):
@@ -92,6 +84,23 @@ def load_run(
     check_vocabulary(said, size, Path(tokenizer))
     tables.setdefault("model", {})["vocabulary"] = size
     return _check(RunConfig, tables, str(path))
+
+
+def _check_tables(tables: Table, where: str) -> None:
+    """Raise ConfigError where a part of a run is a value instead of a table."""
+    for home in RunConfig.model_fields:
+        if not isinstance(tables.get(home, {}), dict):
+            fix = f"Write its values below a line [{home}]."
+            raise ConfigError(f"{where}: {home} is {tables[home]!r}, not a table.", fix=fix)
+
+
+def _lay_over_preset(name: object, tables: Table) -> None:
+    """Complete the tables `model` and `train` in place by a preset, if one is named, and switch off what is "none"."""
+    preset = {} if name is None else read_preset(str(name))
+    for home in ("model", "train"):
+        if home in preset or home in tables:
+            tables[home] = overlay(preset.get(home, {}), tables.get(home, {}))
+            _switch_off(tables[home])
 
 
 def _read_tables(path: Path, sets: Sequence[str]) -> Table:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lowvram.config import RunConfig, Window, differences
+from lowvram.config import Alibi, RunConfig, SwiGlu, Window, differences
 from lowvram.errors import ConfigError
+from lowvram.recipe import AdamW, WarmupStableDecay
 from lowvram.runfile import from_portable, load_preset, load_run, overlay, preset_names, to_portable
 
 RUN = """\
@@ -67,6 +69,58 @@ def test_a_configuration_moves_with_its_directory(tmp_path: Path) -> None:
     moved = from_portable(to_portable(what, what.run.dir), tmp_path / "there" / "runs" / "first")
     assert [corpus.path for corpus in moved.data.train] == [tmp_path / "there" / "a", tmp_path / "b"]
     assert moved.data.tokenizer == tmp_path / "there" / "tok"
+
+
+@pytest.mark.parametrize(
+    "preset, sets, holds",
+    [
+        (
+            "tr-350m",
+            ("optimizer.name=adamw",),
+            lambda model, train: train.optimizer == AdamW(),
+        ),
+        (
+            "tr-350m",
+            ("optimizer.bits=8", "optimizer.name=adamw", "optimizer.lr=2e-4"),
+            lambda model, train: train.optimizer == AdamW(bits=8, lr=2e-4),
+        ),
+        (
+            "tr-350m",
+            ("optimizer.iterations=5",),
+            lambda model, train: (train.optimizer.iterations, train.optimizer.lr) == (5, 6e-4),
+        ),
+        ("tr-60m", ("positions.kind=alibi",), lambda model, train: model.positions == Alibi()),
+        ("tr-60m", ("schedule.kind=wsd",), lambda model, train: train.schedule == WarmupStableDecay()),
+        ("ismail-512", ("positions.yarn=none",), lambda model, train: model.positions.yarn is None),
+        ("tr-130m-moe", ("ffn.kind=swiglu", "ffn.hidden=512"), lambda model, train: model.ffn == SwiGlu(hidden=512)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_value_over_a_preset_means_the_same_wherever_it_is_written(
+    tmp_path: Path, preset: str, sets: tuple[str, ...], holds: Callable[..., bool]
+) -> None:
+    model, train = load_preset(preset, sets)
+    assert holds(model, train)
+    bare = f'[model]\npreset = "{preset}"\n[data]\ntrain = "a"\ntokenizer = "b"\n[run]\ndir = "c"\n'
+    homes = {"positions": "model", "ffn": "model"}
+    lines = []
+    for assignment in sets:
+        key, _, value = assignment.partition("=")
+        quoted = value if value[0].isdigit() else f'"{value}"'
+        lines.append(f"{homes.get(key.partition('.')[0], 'train')}.{key} = {quoted}\n")
+    written = "".join(lines) + bare.replace("[model]\npreset", "model.preset", 1)
+    for text, options in ((bare, sets), (written, ())):
+        what = load(tmp_path, text, *options, size=model.vocabulary)
+        assert (what.model, what.train) == (model, train)
+
+
+@pytest.mark.parametrize("home", ["model", "train"])
+def test_a_part_of_a_preset_that_is_set_to_a_value_is_named(tmp_path: Path, home: str) -> None:
+    message = rf"{home} is 3, not a table\. Write its values below a line \[{home}\]"
+    with pytest.raises(ConfigError, match=message):
+        load_preset("tr-60m", (f"{home}=3",))
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, RUN.replace("[train]", "[other]").replace("[other]\n", ""), f"{home}=3")
 
 
 def test_the_vocabulary_follows_the_tokenizer(tmp_path: Path) -> None:
