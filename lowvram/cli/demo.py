@@ -67,11 +67,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Walk the road."""
+def run(arguments: argparse.Namespace) -> int:
+    """Walk the road; 3 where the user stopped it while it trained."""
     from lowvram.cli.data import pack_with_progress
     from lowvram.cli.tokenizer import train_with_progress
-    from lowvram.cli.train import train
+    from lowvram.cli.train import STOPPED, train
     from lowvram.runfile import load_run
     from lowvram.units import show_bytes
 
@@ -105,13 +105,13 @@ def run(arguments: argparse.Namespace) -> None:
     half = what.train.steps // 2
     if train(what, device=arguments.device, stop_at=half).step != half:
         _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
-        return
+        return STOPPED
 
     command = f"lowvram train {arguments.dir / 'run.toml'}"
     _say(6, "Interrupted half-way, as by Ctrl-C; the same command goes on", command)
     if not train(what, device=arguments.device).is_finished:
         _tell(f"You stopped it.  Go on with: lowvram train {run_file}")
-        return
+        return STOPPED
 
     _say(7, "Bits per byte of held-out text", f"lowvram evaluate {arguments.dir / 'run'}")
     _evaluate(home / "run", arguments.device)
@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     _say(8, "Three prompts", f'lowvram chat {arguments.dir / "run"} --prompt "{PROMPTS[0]}"')
     _answer(home / "run", arguments.device)
     _tell(f"Done.  Everything is in {home}; delete it when you like.")
+    return 0
 
 
 def _describe_fit(what: RunConfig, device: str) -> str:
