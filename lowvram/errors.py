@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DeviceFaultError",
     "DiskFullError",
     "ExportError",
     "LowvramError",
@@ -28,7 +29,9 @@ __all__ = [
 
 
 class LowvramError(Exception):
-    """An error that the user can mend; the command line prints it as one paragraph and exits with 1."""
+    """An error that the user can mend; the command line prints it as one paragraph and ends with its exit code."""
+
+    exit_code = 1
 
     def __init__(self, what: str, why: str = "", fix: str = "") -> None:
         self.what, self.why, self.fix = what, why, fix
@@ -81,6 +84,12 @@ class NumbersError(LowvramError):
 
 class TrainingError(LowvramError):
     """Training that cannot go on."""
+
+
+class DeviceFaultError(TrainingError):
+    """A device or its driver that failed during training: the same command goes on from the last checkpoint."""
+
+    exit_code = 75
 
 
 class MemoryRanOutError(TrainingError):

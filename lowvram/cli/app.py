@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 import lowvram
+from lowvram.cli.lasting import lasting_stderr
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
 COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "serve", "export", "import")
@@ -21,7 +22,11 @@ CPU_MANNERS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 _DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
-_EPILOG = "Begin with `lowvram demo`: the whole road in a few minutes.  `lowvram COMMAND --help` explains each."
+_EPILOG = (
+    "Begin with `lowvram demo`: the whole road in a few minutes.  `lowvram COMMAND --help` explains each.  "
+    "Exit codes: 0 finished; 1 an error that you can mend; 2 wrong usage; 3 stopped as you asked, and saved; "
+    "75 a fault after which the same command goes on; 130 interrupted, nothing saved."
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,18 +41,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0 done, 1 an error that the user can mend, 2 wrong usage, 130 interrupted."""
+    """Run one command and return its exit code.
+
+    0 finished, 1 an error that the user can mend, 2 wrong usage, 3 stopped by request and saved, 75 ended by a fault
+    that the same command mends, 130 interrupted with nothing saved.
+    """
     _speak_utf8()
     for name, value in CPU_MANNERS.items():
         os.environ.setdefault(name, value)
-    arguments = build_parser().parse_args(argv)
+    with lasting_stderr():
+        return _run(build_parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except (LowvramError, ShapeError) as error:
         from lowvram.cli.show import show_error
 
         show_error(str(error))
-        return 1
+        return error.exit_code if isinstance(error, LowvramError) else 1
     except BrokenPipeError:
         # The reader went away (`lowvram … | head`): not an error, and nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

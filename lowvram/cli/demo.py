@@ -77,8 +77,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Walk the road; where an earlier demo walked a part of it, that part is kept."""
+def run(arguments: argparse.Namespace) -> int:
+    """Walk the road, keeping what an earlier demo made; 3 where the user stopped it while it trained."""
+    from lowvram.cli.train import STOPPED
+
     home = _claim(arguments.dir.resolve(), arguments.text, arguments.replace)
     run_file = arguments.dir / "run.toml"
     if (home / "run.toml").exists():
@@ -93,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not _train(what, arguments):
         again = ["--text", arguments.text] if arguments.text else []
         _tell_command("You stopped it.  Go on with:", "demo", *again, "--dir", arguments.dir)
-        return
+        return STOPPED
 
     _say(7, "Bits per byte of held-out text", "evaluate", arguments.dir / "run")
     _evaluate(home / "run", arguments.device)
@@ -104,6 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
     _say(8, "Three prompts", "chat", arguments.dir / "run", "--prompt", PROMPTS[0])
     _answer(home / "run", arguments.device)
     _say_end(home, arguments.dir)
+    return 0
 
 
 def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.cli.lasting import write_at_once
 from lowvram.cli.options import add_device, count
 from lowvram.units import show_count
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from lowvram.train.trainer import Trainer
 
 
+# The exit code of a run that was stopped by request and saved.
+STOPPED = 3
 _SWITCH = {"auto": None, "on": True, "off": False}
 
 
@@ -32,7 +36,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         help="start a run, or go on with it",
         description="Train what RUN.toml describes.  Starting and resuming are the same command.  Ctrl-C once saves "
-        "and stops; twice stops at once, and the last checkpoint is kept.",
+        "and stops; twice stops at once, and the last checkpoint is kept.  SIGTERM and a closed terminal save and "
+        "stop, too; under nohup a closed terminal changes nothing.  Where the output cannot be written any more, "
+        "training goes on without it.  The exit code is 0 where all tokens were seen, and 3 where the run was stopped "
+        "before that and saved.",
     )
     parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="what to learn, from which shards")
     parser.add_argument(
@@ -60,8 +67,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Load the run file and train."""
+def run(arguments: argparse.Namespace) -> int:
+    """Load the run file and train; 0 where all tokens were seen, 3 where the run was stopped before that and saved."""
     from lowvram.cli.ending import say_next
     from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.runfile import load_run
@@ -70,6 +77,12 @@ def run(arguments: argparse.Namespace) -> None:
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
     ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
     say_next(arguments, what, ended)
+    return exit_code(ended)
+
+
+def exit_code(ended: Stopped) -> int:
+    """Return how a run that ended without an error tells its shell, so that `train && export` exports no half run."""
+    return 0 if ended.is_finished else STOPPED
 
 
 def train(
@@ -90,6 +103,7 @@ def train(
     from lowvram.cli.show import bar, notice
     from lowvram.errors import MemoryRanOutError
     from lowvram.machine import describe_machine
+    from lowvram.train.guard import explain_device_fault
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run, settle_plan
@@ -118,12 +132,17 @@ def train(
         logs = open_logs(what.run.dir, what.run.log)
         for log in logs:
             stack.callback(log.close)
-        stack.enter_context(_stop_on_ctrl_c(trainer))
+        stack.enter_context(_stop_on_signal(trainer))
         screen = stack.enter_context(TrainingScreen(trainer))
         try:
             ended = _follow(trainer, promise, logs, screen, stop_at)
         except MemoryRanOutError as error:
             raise promise.propose(error, trainer.plan) from error
+        except RuntimeError as error:
+            fault = explain_device_fault(error, trainer.saved_step)
+            if fault is None:
+                raise
+            raise fault from error
     if ended.is_finished:
         say_verdict(what, trainer.tokenizer, trainer.valid, screen.evaluated)
     return ended
@@ -184,23 +203,34 @@ def _describe_reading(what: RunConfig, trainer: Trainer) -> str:
     return f"{show_count(what.train.tokens)} tokens in {what.train.steps:,} steps: {read}."
 
 
+# Sent when the terminal closes; on Windows Ctrl-Break, and the closing of the console, are another signal.
+_HANG_UP = getattr(signal, "SIGHUP", None)
+_BREAK = getattr(signal, "SIGBREAK", None)
+
+
 @contextmanager
-def _stop_on_ctrl_c(trainer: Trainer) -> Iterator[None]:
-    """The first signal asks the trainer to save and end; the second ends the process without touching a file."""
-    asked = False
+def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
+    """Save and end at the first signal; the same one again ends the process without touching a file.
 
-    def ask(_number: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            if os.isatty(2):
-                os.write(2, b"\x1b[?25h")  # the live line has hidden the cursor
+    A terminal that closes may send SIGHUP more than once, and the end of a session SIGTERM and SIGHUP together: these
+    are one wish.  SIGHUP that was ignored when the process began, as nohup does, stays ignored.
+    """
+    asked: set[int] = set()
+
+    def ask(number: int, _frame: object) -> None:
+        if number in asked and number != _HANG_UP:
+            if sys.__stderr__ is not None and os.isatty(2):
+                write_at_once(b"\x1b[?25h")  # the live line has hidden the cursor
             os._exit(130)
-        asked = True
+        is_first = not asked
+        asked.add(number)
         trainer.stop()
-        # Not through rich, which the signal may have interrupted in the middle of a line.
-        os.write(2, b"\nStopping: this step is finished and saved first.  Once more stops at once, unsaved.\n")
+        if is_first:
+            write_at_once(b"\nStopping: this step is finished and saved first.  Once more stops at once, unsaved.\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP, _BREAK) if number is not None]
+    heard = [number for number in numbers if number != _HANG_UP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import gc
 import torch
 
 from lowvram.config import TrainConfig, divisors
-from lowvram.errors import MemoryRanOutError, TrainingError
+from lowvram.errors import DeviceFaultError, MemoryRanOutError, TrainingError
 from lowvram.plan import Plan
 from lowvram.units import show_bytes, show_count
 
@@ -23,6 +23,8 @@ _SPELLINGS = (
     "cublas_status_not_initialized when calling `cublascreate",  # what a full card answers before its first product
     "cudnn_status_alloc_failed",
 )
+# torch's own class for errors of the driver, from 2.8 on.
+_DEVICE_ERRORS = tuple(kind for kind in [getattr(torch, "AcceleratorError", None)] if kind is not None)
 # A ledger that is off by more is wrong about the step, not about rounding.
 _LEDGER_TOLERANCE = 0.05
 # Spilling into host memory slows a step by far more than this (12 × on an 8 GB card), a hot card by far less.
@@ -32,6 +34,22 @@ _SPILL_SLOWDOWN = 3.0
 def is_out_of_memory(error: Exception) -> bool:
     """Say whether an error means that memory ran out."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error).lower() for words in _SPELLINGS)
+
+
+def explain_device_fault(error: RuntimeError, saved_step: int | None) -> DeviceFaultError | None:
+    """Return the error of a device or driver that failed, which a new process mends; None for any other one.
+
+    saved_step: of the newest checkpoint, if any.
+    """
+    words = str(error)
+    if is_out_of_memory(error) or not (isinstance(error, _DEVICE_ERRORS) or words.startswith("CUDA error")):
+        return None
+    last = "Nothing was saved yet" if saved_step is None else f"The last checkpoint is of step {saved_step}"
+    return DeviceFaultError(
+        f"The device failed: {words.splitlines()[0]}.",
+        f"{last}; what came after it is lost.",
+        "Type the same command again.  If it comes back, lowvram doctor says what is wrong with driver or card.",
+    )
 
 
 def halve(plan: Plan) -> Plan | None:

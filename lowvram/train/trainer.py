@@ -73,6 +73,11 @@ class Trainer:
     _size_bytes: int | None = field(default=None, init=False)
     _pace: list[tuple[float, int]] = field(default_factory=list, init=False)
 
+    @property
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint that this run has written or read; None before the first."""
+        return self._saved_step if self._saved_step >= 0 else None
+
     def stop(self) -> None:
         """Ask the loop to save and end after the step in progress."""
         self._stopping = True

@@ -160,7 +160,7 @@ def test_the_working_directory_itself_may_be_the_demos_twice(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lowvram.cli.train.train", lambda *_, **__: Stopped(1, is_finished=False))
     for _ in range(2):
-        assert typed("demo", "--dir", ".", "--device", "cpu").code == 0
+        assert typed("demo", "--dir", ".", "--device", "cpu").code == 3
     assert Path(os.curdir, "run.toml").exists()
 
 
@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_demo_and_says_how_to_go_on(
     left = list(ends)
     monkeypatch.setattr("lowvram.cli.train.train", lambda *_, **__: Stopped(left.pop(0), is_finished=False))
     answer = typed("demo", "--dir", tmp_path / "d", "--device", "cpu")
-    assert answer.code == 0
+    assert answer.code == 3
     assert left == []
     assert f"You stopped it.  Go on with: lowvram demo --dir {tmp_path / 'd'}" in answer.out
     assert "7/8" not in answer.out
@@ -206,5 +206,5 @@ def test_a_wrong_folder_costs_no_earlier_demo(tmp_path: Path) -> None:
 def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowvram.cli.train.train", lambda *_, **__: Stopped(1, is_finished=False))
     answer = typed("demo", "--dir", tmp_path / "x[bold]y", "--device", "cpu")
-    assert answer.code == 0, answer.err
+    assert answer.code == 3, answer.err
     assert "x[bold]y" in answer.out

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -32,10 +33,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def training(home: Path, run: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def training(
+    home: Path, run: Path, *options: str, before: tuple[str, ...] = (), stderr: IO[bytes] | int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[str]]:
     """Start `python -m lowvram train` and let it go on until it has done a step; kill it in the end."""
-    words = [sys.executable, "-m", "lowvram", "train", str(home / "run.toml"), "--set", f"run.dir={run}", *options]
-    child = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, env=environment(OMP_NUM_THREADS="1"))
+    words = [
+        *before,
+        sys.executable,
+        "-m",
+        "lowvram",
+        "train",
+        str(home / "run.toml"),
+        "--set",
+        f"run.dir={run}",
+        *options,
+    ]
+    child = subprocess.Popen(words, text=True, stderr=stderr, env=environment(OMP_NUM_THREADS="1"))
     try:
         wait_for(child, run, "StepDone")
         yield child
@@ -58,15 +71,23 @@ def steps_done(run: Path) -> list[int]:
     return [row["step"] for row in rows if row["event"] == "StepDone"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_one_signal_saves_the_step_and_the_same_command_goes_on(
-    home: Path, tmp_path: Path, number: signal.Signals
+# A session that ends sends several; only the same one again means "at once", and a terminal's never does.
+SIGNALS = {
+    "Ctrl-C": (signal.SIGINT,),
+    "a closed terminal": (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGHUP),
+}
+
+
+@pytest.mark.parametrize("numbers", SIGNALS.values(), ids=SIGNALS)
+def test_a_signal_saves_the_step_and_the_same_command_goes_on(
+    home: Path, tmp_path: Path, numbers: tuple[signal.Signals, ...]
 ) -> None:
     run = tmp_path / "run"
     with training(home, run, *ENDLESS) as child:
-        child.send_signal(number)
+        for number in numbers:
+            child.send_signal(number)
         _, err = child.communicate(timeout=WAIT_S)
-    assert child.returncode == 0, err
+    assert child.returncode == 3, err
     assert "Traceback" not in err
     assert "Stopping: this step is finished and saved first." in err
     last = steps_done(run)[-1]
@@ -78,6 +99,23 @@ def test_one_signal_saves_the_step_and_the_same_command_goes_on(
     assert answer.code == 0, answer.err
     assert re.search(rf"Going on from \S+ \(step {last} of {last + 2}\)", answer.err)
     assert steps_done(run) == list(range(1, last + 3))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_under_nohup_neither_a_closed_terminal_nor_a_full_device_ends_training(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with open("/dev/full", "wb") as full, training(home, run, *ENDLESS, before=("nohup",), stderr=full) as child:
+        child.send_signal(signal.SIGHUP)
+        reached = len(steps_done(run)) + 3
+        until_s = time.monotonic() + WAIT_S
+        while len(steps_done(run)) < reached:
+            assert child.poll() is None
+            assert time.monotonic() < until_s
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=WAIT_S)
+    assert child.returncode == 3
+    assert find_checkpoint(run)[0].step == steps_done(run)[-1]
 
 
 def test_two_signals_end_at_once_and_every_checkpoint_that_stands_is_whole(home: Path, tmp_path: Path) -> None:

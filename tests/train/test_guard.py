@@ -12,6 +12,7 @@ from lowvram.plan import Plan
 from lowvram.train.guard import (
     cap_memory,
     compare_with_ledger,
+    explain_device_fault,
     explain_out_of_memory,
     explain_out_of_memory_in_update,
     free_memory,
@@ -150,3 +151,19 @@ def test_a_run_below_a_third_of_its_speed_is_told() -> None:
     said = looks_spilled(3_300, expected=10_000)
     assert said is not None
     assert said.startswith("Only 3.3k tokens/s where 10.0k were expected")
+
+
+@pytest.mark.parametrize(
+    "saved_step, says", [(120, "The last checkpoint is of step 120"), (None, "Nothing was saved yet")]
+)
+def test_a_device_that_failed_is_told_from_a_mistake_and_from_memory(saved_step: int | None, says: str) -> None:
+    fault = explain_device_fault(RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), saved_step)
+    assert fault is not None
+    assert fault.exit_code == 75
+    assert str(fault).startswith(f"The device failed: CUDA error: unspecified launch failure. {says}; what came after")
+    for other in (
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("shape mismatch"),
+        torch.OutOfMemoryError("x"),
+    ):
+        assert explain_device_fault(other, saved_step) is None
