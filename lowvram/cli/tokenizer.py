@@ -40,13 +40,15 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 def train_with_progress(paths: Sequence[Path], vocabulary: int, out: Path, field: str = "text") -> Tokenizer:
     """Train a tokenizer on files, showing how much was read; returns the Tokenizer."""
-    from lowvram.cli.show import bar
+    from lowvram.cli.show import bar, notice
+    from lowvram.data.long_words import LONGEST_WORD
     from lowvram.data.text import documents, find_files
     from lowvram.data.tokenizer import train_tokenizer
     from lowvram.units import show_bytes
 
     files = find_files(paths)
     sizes = [file.stat().st_size for file in files]
+    left_out: list[int] = []
     with bar("Learning the vocabulary") as line:
 
         def texts() -> Iterator[str]:
@@ -55,7 +57,13 @@ def train_with_progress(paths: Sequence[Path], vocabulary: int, out: Path, field
                 yield from documents(file, field, lambda inside, before=before: line.tell(before + inside, sum(sizes)))
             line.tell(sum(sizes), sum(sizes), f"{show_bytes(sum(sizes))} read; merging")
 
-        return train_tokenizer(texts(), vocabulary, out)
+        tokenizer = train_tokenizer(texts(), vocabulary, out, tell_left_out=left_out.append)
+    for size in left_out:
+        notice(
+            f"{show_bytes(size)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or of as many "
+            "other signs, are no words, and merges are learnt from words."
+        )
+    return tokenizer
 
 
 def _explain_size(size: int, asked: int) -> str:

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from lowvram.data.long_words import without_long_words
 from lowvram.data.normal_form import nfc
 from lowvram.errors import DataError, TokenizerError
 from lowvram.files import DISK, Disk
@@ -24,6 +25,8 @@ SPECIALS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare_{number}" for num
 # llama.cpp knows this expression as "ufakzeka"; any other one would not survive an export to GGUF.
 EXPRESSION = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SMALLEST = len(SPECIALS) + 256
+# Four times the largest vocabulary of a published model; an embedding of so many rows fits on none of our cards.
+LARGEST = 1_000_000
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -36,28 +39,34 @@ _CHAT_TEMPLATE = (
 _LONGEST_RUN = 200_000
 
 
-def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk = DISK) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterator[str],
+    vocabulary: int,
+    out: Path,
+    disk: Disk = DISK,
+    tell_left_out: Callable[[int], None] | None = None,
+) -> Tokenizer:
     """Learn a byte-level BPE from `texts` (made NFC here) and write it to the directory `out`.
 
     vocabulary: specials and 256 bytes included; text with less to learn gives fewer ids (`Tokenizer.size`).
-    Raises TokenizerError if `vocabulary` has no room for the bytes, DataError if there is no text.
+    tell_left_out: called once with the bytes that stood in words too long to learn from, if there were any.
+    Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST, DataError if there is no text.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Model
 
-    if vocabulary < SMALLEST:
-        raise TokenizerError(
-            f"A vocabulary of {vocabulary} is too small.",
-            f"{len(SPECIALS)} special ids and 256 bytes need {SMALLEST}.",
-            "Try 8192 or more.",
-        )
-    text_bytes = 0
+    _check_vocabulary(vocabulary)
+    text_bytes = left_out_bytes = 0
 
-    def normalised() -> Iterator[str]:
-        nonlocal text_bytes
+    def readable() -> Iterator[str]:
+        nonlocal text_bytes, left_out_bytes
         for text in texts:
-            text_bytes += count_bytes(text)
-            yield nfc(text)
+            composed = nfc(text)
+            parts = without_long_words(composed)
+            size = count_bytes(composed)
+            text_bytes += size
+            left_out_bytes += size - sum(map(count_bytes, parts))
+            yield from parts
 
     model = Model(models.BPE())
     split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
@@ -71,9 +80,11 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(normalised(), trainer)
+    model.train_from_iterator(readable(), trainer)
     if not text_bytes:
         raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
+    if tell_left_out and left_out_bytes:
+        tell_left_out(left_out_bytes)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad", "mask")},
@@ -83,6 +94,21 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int, out: Path, disk: Disk
     written = (json.dumps(config, indent=2), model.to_str(pretty=True))
     _write(dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True)), out, disk)
     return Tokenizer.load(out)
+
+
+def _check_vocabulary(size: int) -> None:
+    if size < SMALLEST:
+        raise TokenizerError(
+            f"A vocabulary of {size} is too small.",
+            f"{len(SPECIALS)} special ids and 256 bytes need {SMALLEST}.",
+            "Try 8192 or more.",
+        )
+    if size > LARGEST:
+        raise TokenizerError(
+            f"A vocabulary of {size} is too large.",
+            f"At most {LARGEST:,} ids can be learnt; the largest models in use have about 260,000.",
+            "Try 32768, or 65536 for hundreds of megabytes of text.",
+        )
 
 
 def read_files(directory: Path) -> dict[str, bytes]:

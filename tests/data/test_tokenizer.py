@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from lowvram.data import tokenizer as module
 from lowvram.data.text import documents
-from lowvram.data.tokenizer import SMALLEST, SPECIALS, Tokenizer, TokenStream, train_tokenizer
+from lowvram.data.tokenizer import LARGEST, SMALLEST, SPECIALS, Tokenizer, TokenStream, train_tokenizer
 from lowvram.errors import DataError, DiskFullError, TokenizerError
 from lowvram.files import Disk
 
@@ -251,8 +251,16 @@ def test_a_vocabulary_with_room_for_bytes_only_has_just_them(tmp_path: Path, tur
     tokenizer = train_tokenizer(iter(turkish), SMALLEST, tmp_path)
     assert tokenizer.size == SMALLEST == 288
     assert len(tokenizer.encode("ığdır")) == len("ığdır".encode())
-    with pytest.raises(TokenizerError, match="vocabulary of 287 is too small"):
-        train_tokenizer(iter(turkish), SMALLEST - 1, tmp_path)
+
+
+@pytest.mark.parametrize("size", [-5, 0, SMALLEST - 1, LARGEST + 1, 100 * LARGEST, 2**63, 10**30])
+def test_a_vocabulary_out_of_range_is_refused_before_a_text_is_read(size: int, tmp_path: Path) -> None:
+    unread = iter(["bir iki bir iki"])
+    with pytest.raises(TokenizerError, match=f"vocabulary of {size} is too (small|large)"):
+        train_tokenizer(unread, size, tmp_path)
+    assert list(unread)
+    assert not list(tmp_path.iterdir())
+    assert SMALLEST < train_tokenizer(iter(["bir iki bir iki"]), LARGEST, tmp_path).size < SMALLEST + 10
 
 
 def test_more_vocabulary_than_the_text_can_fill_is_no_error(tmp_path: Path) -> None:
