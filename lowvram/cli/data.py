@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_texts, count
+from lowvram.cli.options import add_holdout, count
+from lowvram.cli.texts import add_reading, find, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
-    from lowvram.data.shards import ShardSet
+    from lowvram.data.shards import PackProgress, ShardSet
     from lowvram.data.tokenizer import Tokenizer
 
 
@@ -24,39 +25,86 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Tokenize text into memory-mapped shards.  Documents end at a blank line, or are one field of "
         "a .jsonl or .parquet row.  Interrupted, it goes on where it stopped when typed again.",
     )
-    add_texts(pack)
+    add_reading(pack)
     pack.add_argument("--tokenizer", type=Path, default=Path("tok"), metavar="DIR", help="(default: %(default)s)")
     pack.add_argument("--out", type=Path, default=Path("shards"), metavar="DIR", help="(default: %(default)s)")
+    add_holdout(
+        pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
+    )
+    pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
     pack.add_argument("--processes", type=count, metavar="N", help="encoders at work at once (default: one a core)")
     pack.set_defaults(run=run_pack)
 
 
-def run_pack(arguments: argparse.Namespace) -> None:
-    """Pack and say what came out."""
-    from lowvram.cli.show import result
+def run_pack(arguments: argparse.Namespace) -> int:
+    """Pack and say what came out, and what comes next."""
+    from lowvram.cli.show import literal, notice, result
+    from lowvram.data.holdout import Holdout
     from lowvram.data.outside_tokenizer import load_tokenizer
+    from lowvram.data.shards import pack, pack_split
+
+    if arguments.on_bad_row == "report":
+        return report(arguments, "data", "pack")
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    out, bad_rows, files = arguments.out, start_reading(arguments), find(arguments.text)
+
+    def work(tell: Callable[[PackProgress], None]) -> dict[Path, ShardSet]:
+        wishes = (arguments.field, arguments.processes, tell)
+        words = {"replace": arguments.replace, "bad_rows": bad_rows}
+        if arguments.holdout is None:
+            return {out: pack(files, tokenizer, out, *wishes, **words)}
+        train, valid = pack_split(files, tokenizer, out, Holdout(arguments.holdout), *wishes, **words)
+        return {out / "train": train, out / "valid": valid}
+
+    packed = _with_progress(work)
+    say_skipped(bad_rows)
+    for folder, shards in packed.items():
+        result(_describe(folder, shards))
+    if arguments.holdout is None and out.name != "valid" and not (out.parent / "valid").is_dir():
+        notice("Nothing is held out for validation. --holdout 0.5% packs that share of the documents apart.")
+    literal(_name_next(out if arguments.holdout else out.parent, arguments.tokenizer))
+    return 0
+
+
+def _describe(folder: Path, shards: ShardSet) -> str:
     from lowvram.units import show_bytes, show_count
 
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    shards = pack_with_progress(arguments.text, tokenizer, arguments.out, arguments.field, arguments.processes)
     ratio = shards.text_bytes / max(1, shards.tokens - shards.documents)
-    result(
-        f"{arguments.out}: {show_count(shards.tokens)} tokens of {show_count(shards.documents)} documents, "
+    return (
+        f"{folder}: {show_count(shards.tokens)} tokens of {show_count(shards.documents)} documents, "
         f"{show_bytes(shards.text_bytes)} of text ({ratio:.2f} bytes a token)"
     )
+
+
+def _name_next(home: Path, tokenizer: Path) -> str:
+    """Return the next step: a run file over the packed folders, where they lie as `fit --data` finds them."""
+    from lowvram.cli.next_step import next_step
+
+    why = "which model fits, and a run file for it"
+    is_found = (home / "train").is_dir() and tokenizer.resolve() in (
+        (home / "tok").resolve(),
+        home.resolve().parent / "tok",
+    )
+    data = ("--data", home) if is_found else ()
+    return next_step("fit", *data, "--out", "run.toml", why=why)
 
 
 def pack_with_progress(
     paths: Sequence[Path], tokenizer: Tokenizer, out: Path, field: str = "text", processes: int | None = None
 ) -> ShardSet:
     """Pack files into shards, showing how far it is; returns the ShardSet."""
+    from lowvram.data.shards import pack
+
+    return _with_progress(lambda tell: {out: pack(paths, tokenizer, out, field, processes, tell)})[out]
+
+
+def _with_progress(work: Callable[[Callable[[PackProgress], None]], dict[Path, ShardSet]]) -> dict[Path, ShardSet]:
     from lowvram.cli.show import bar
-    from lowvram.data.shards import PackProgress, pack
     from lowvram.units import show_count
 
     with bar("Packing") as line:
 
         def tell(progress: PackProgress) -> None:
-            line.tell(progress.read_bytes, progress.total_bytes, f"{show_count(progress.tokens)} tokens")
+            line.tell(progress.read_bytes, progress.total_bytes or None, f"{show_count(progress.tokens)} tokens")
 
-        return pack(paths, tokenizer, out, field, processes, tell)
+        return work(tell)

@@ -19,6 +19,14 @@ def count(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    """Read a share as a percentage, above 0 % and below 100 %; the sign is required, since 0.5 could mean either."""
+    number = float(text.removesuffix("%").replace(",", ".")) if text.endswith("%") else math.nan
+    if not 0.0 < number < 100.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the documents; write it like 0.5%")
+    return number / 100
+
+
 def days(text: str) -> float:
     """Read a number of days above zero."""
     number = float(text)
@@ -56,3 +64,8 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the texts to read, and --field."""
     parser.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
     parser.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")
+
+
+def add_holdout(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --holdout.  what: what is done with that share of the documents."""
+    parser.add_argument("--holdout", type=share, metavar="SHARE", help=what)

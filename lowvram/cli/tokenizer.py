@@ -7,10 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_texts, count
+from lowvram.cli.options import add_holdout, count
+from lowvram.cli.texts import add_reading, find, reading_words, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
+    from lowvram.data.bad_rows import BadRows
+    from lowvram.data.holdout import Holdout
     from lowvram.data.tokenizer import Tokenizer
+
+# The share that the next step names where the user named none.
+SHARE = 0.005
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,41 +29,73 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Learn a byte-level BPE vocabulary from text.  The result is a plain tokenizer.json that "
         "transformers and tokenizers load too; every string survives encoding and decoding unchanged.",
     )
-    add_texts(train)
+    add_reading(train)
     train.add_argument("--vocab", type=count, default=32768, metavar="N", help="number of ids (default: %(default)s)")
     train.add_argument("--out", type=Path, default=Path("tok"), metavar="DIR", help="where to (default: %(default)s)")
+    add_holdout(train, "leave out the documents that `data pack --holdout SHARE` holds out, as 0.5%%")
     train.set_defaults(run=run_train)
 
 
-def run_train(arguments: argparse.Namespace) -> None:
-    """Train and say what came out."""
-    from lowvram.cli.show import result
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train and say what came out, and what comes next."""
+    from lowvram.cli.next_step import next_step
+    from lowvram.cli.show import literal, notice, result
+    from lowvram.data.holdout import Holdout, show_share
 
-    tokenizer = train_with_progress(arguments.text, arguments.vocab, arguments.out, arguments.field)
+    if arguments.on_bad_row == "report":
+        return report(arguments, "tokenizer", "train")
+    holdout = Holdout(arguments.holdout) if arguments.holdout else None
+    bad_rows, files = start_reading(arguments), find(arguments.text)
+    tokenizer = train_with_progress(files, arguments.vocab, arguments.out, arguments.field, holdout, bad_rows)
+    say_skipped(bad_rows)
     result(f"{arguments.out}: {tokenizer.size} ids" + _explain_size(tokenizer.size, arguments.vocab))
-    result(f"Next: lowvram data pack {' '.join(map(str, arguments.text))} --tokenizer {arguments.out} --out shards")
+    if holdout is None:
+        notice("All of the text was read. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")
+    words = reading_words(arguments, arguments.on_bad_row)
+    split = ("--holdout", show_share(holdout.share if holdout else SHARE))
+    literal(next_step("data", "pack", *words, *split, "--tokenizer", arguments.out, "--out", "shards"))
+    return 0
 
 
-def train_with_progress(paths: Sequence[Path], vocabulary: int, out: Path, field: str = "text") -> Tokenizer:
-    """Train a tokenizer on files, showing how much was read; returns the Tokenizer."""
+def train_with_progress(
+    paths: Sequence[Path],
+    vocabulary: int,
+    out: Path,
+    field: str = "text",
+    holdout: Holdout | None = None,
+    bad_rows: BadRows | None = None,
+) -> Tokenizer:
+    """Train a tokenizer on files, showing how much was read; returns the Tokenizer.
+
+    holdout: the documents that it takes are left out.  bad_rows: what is done with rows that are no text.
+    """
     from lowvram.cli.show import bar, notice
     from lowvram.data.long_words import LONGEST_WORD
     from lowvram.data.text import documents, find_files
+    from lowvram.data.text_files import size_of
     from lowvram.data.tokenizer import train_tokenizer
     from lowvram.units import show_bytes
 
     files = find_files(paths)
-    sizes = [file.stat().st_size for file in files]
+    sizes = [size_of(file) for file in files]
+    total = sum(sizes)
     left_out: list[int] = []
     with bar("Learning the vocabulary") as line:
 
         def texts() -> Iterator[str]:
             for number, file in enumerate(files):
                 before = sum(sizes[:number])
-                yield from documents(file, field, lambda inside, before=before: line.tell(before + inside, sum(sizes)))
-            line.tell(sum(sizes), sum(sizes), f"{show_bytes(sum(sizes))} read; merging")
 
-        tokenizer = train_tokenizer(texts(), vocabulary, out, tell_left_out=left_out.append)
+                def tell(inside: int, before: int = before) -> None:
+                    line.tell(before + inside, total or None)
+
+                yield from documents(file, field, tell, bad_rows)
+            if bad_rows:
+                bad_rows.finish()
+            line.tell(total, total, f"{show_bytes(total)} read; merging")
+
+        learnt_from = holdout.leave(texts()) if holdout else texts()
+        tokenizer = train_tokenizer(learnt_from, vocabulary, out, tell_left_out=left_out.append)
     for size in left_out:
         notice(
             f"{show_bytes(size)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or of as many "

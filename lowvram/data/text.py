@@ -2,208 +2,179 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import importlib
-import io
 import json
 import shutil
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from lowvram.errors import DataError, MachineError
+from lowvram.data.bad_rows import BadRow, BadRows
+from lowvram.data.encoding import Advice, explain_not_utf8
+from lowvram.data.text_files import ENDINGS, KINDS, find_files
+from lowvram.data.text_stream import COPY_BYTES, TextStream, need, open_text
+from lowvram.errors import DataError
 from lowvram.files import explain_full_disk
 
-KINDS = (".txt", ".jsonl", ".parquet")
-ENDINGS = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
-_LOOKED_FOR = f"Read are {', '.join(KINDS)}, each plain or with .gz or .zst behind it."
-_COPY_BYTES = 1 << 20
-# So little at a time because even few bytes of a .zst can be much text: one word repeated unpacks to 128 KiB per ~5.
-_ZSTD_BYTES = 128
+__all__ = ["ENDINGS", "KINDS", "documents", "find_files"]
+
+_BOM = "\ufeff"
 _PARQUET_ROWS = 1024
+# Enough of a file to guess its encoding from.
+_SAMPLE_BYTES = 1 << 16
 
 
-def find_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the text files among `paths` and below the folders among them, sorted, each once.
-
-    Inside a folder hidden files and other endings are passed over.
-    Raises DataError for a path that is missing or has another ending, and for a folder without a text file.
-    """
-    found: set[Path] = set()
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = {file for file in path.rglob("*") if _is_text(file.relative_to(path)) and file.is_file()}
-            if not inside:
-                raise DataError(f"The folder {path} holds no text files.", _LOOKED_FOR, "Name another.")
-            found |= inside
-        elif not path.exists():
-            raise DataError(f"{path} does not exist.", _LOOKED_FOR, "Name a file or a folder that exists.")
-        elif not path.name.lower().endswith(ENDINGS):
-            raise DataError(f"{path} has an unknown ending.", _LOOKED_FOR, "Rename or convert the file.")
-        else:
-            found.add(path)
-    return sorted(found, key=Path.as_posix)
-
-
-def _is_text(inside: Path) -> bool:
-    hidden = any(part.startswith(".") for part in inside.parts)
-    return inside.name.lower().endswith(ENDINGS) and not hidden
-
-
-def documents(file: Path, field: str = "text", tell: Callable[[int], None] | None = None) -> Iterator[str]:
+def documents(
+    file: Path,
+    field: str = "text",
+    tell: Callable[[int], None] | None = None,
+    bad_rows: BadRows | None = None,
+) -> Iterator[str]:
     """Yield the documents of one file, in its order, holding one document (or 1,024 rows) at a time.
 
-    .txt: parted by blank lines, line ends inside a document kept.  .jsonl: `field` of each line.  .parquet:
-    the column `field`.  Documents of nothing but white space are passed over.
+    .txt: parted by blank lines, and where another file with a byte order mark was appended; line ends inside a
+    document are kept.  .jsonl: `field` of each line.  .parquet: the column `field`; `a.b` is field b of field a.
+    Documents of nothing but white space are passed over.
     tell: called before each document with the bytes read of the file as it lies on disk.
-    Raises DataError, at the first fault: missing, unreadable, damaged, binary, not UTF-8, malformed, without
+    bad_rows: what is done with rows that are no text; None stops at the first.
+    Raises DataError, as `bad_rows` says: missing, unreadable, damaged, binary, not UTF-8, malformed, without
     `field`, without any document; MachineError if the package that reads this ending is not installed.
     """
-    read = {".txt": _text_documents, ".jsonl": _json_documents, ".parquet": _parquet_documents}[_kind(file)]
+    bad_rows = bad_rows or BadRows()
     any_yet = False
-    with _reading(file) as (stream, raw):
-        for text in read(file, stream, field):
-            if text and not text.isspace():
-                any_yet = True
-                if tell:
-                    tell(raw.tell())
-                yield text
+    for row in _rows(file, field, tell):
+        any_yet = True
+        if type(row) is BadRow:
+            bad_rows.take(row)
+        else:
+            bad_rows.rows += 1
+            yield row
     if not any_yet:
-        raise DataError(f"{file} holds no document.", "It is empty, or all white space.", "Leave it out.")
+        what, why = f"{file} holds no document.", "It is empty, or all white space."
+        bad_rows.take(BadRow("empty files", what, why, "Leave it out."))
 
 
-def _kind(file: Path) -> str:
-    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if not name.endswith(KINDS):
-        raise DataError(f"{file} has an unknown ending.", _LOOKED_FOR, "Rename or convert the file.")
-    return name[name.rindex(".") :]
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file; gives its bytes decompressed, and the file itself."""
-    if not file.exists():
-        raise DataError(f"{file} does not exist.", "", "Name a file that exists.")
+def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterator[str | BadRow]:
+    """Yield the documents and bad rows of a file; what ends the reading of the whole file is the last of them."""
+    read = {".txt": _text_documents, ".parquet": _parquet_documents}
     try:
-        with open(file, "rb") as raw:
-            match file.suffix.lower():
-                case ".gz":
-                    with gzip.GzipFile(fileobj=raw) as stream:
-                        yield stream, raw  # type: ignore[misc]
-                case ".zst":
-                    yield io.BufferedReader(_ZstdStream(raw), _COPY_BYTES), raw
-                case _:
-                    yield raw, raw
-    except (OSError, EOFError, zlib.error) as error:
-        why = f"{type(error).__name__}: {error}."
-        raise DataError(f"{file} cannot be read to its end.", why, "Fetch or compress it anew.") from error
+        with open_text(file) as stream:
+            for row in read.get(stream.kind, _json_documents)(file, stream, field):
+                if type(row) is BadRow:
+                    yield row
+                elif row and not row.isspace():
+                    if tell:
+                        tell(stream.read_bytes())
+                    yield row
+    except DataError as error:
+        yield BadRow.of("unreadable files", error)
 
 
-class _ZstdStream(io.RawIOBase):
-    """The bytes inside a .zst file; unlike zstandard's own reader it notices a file that was cut off."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw, self._zstd = raw, _need("zstandard")
-        self._frame: Any = None
-        self._ready = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target: Any) -> int:
-        try:
-            while not self._ready:
-                is_between = self._frame is None or self._frame.eof
-                rest = self._frame.unused_data if self._frame and is_between else b""
-                packed = rest or self._raw.read(_ZSTD_BYTES)
-                if not packed and not is_between:
-                    raise EOFError("the file ends inside a frame")
-                if not packed:
-                    return 0
-                if is_between:
-                    self._frame = self._zstd.ZstdDecompressor().decompressobj()
-                self._ready = memoryview(self._frame.decompress(packed))
-        except self._zstd.ZstdError as error:
-            raise EOFError(str(error)) from error
-        count = min(len(target), len(self._ready))
-        target[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+def _lines(stream: TextStream) -> Iterator[bytes]:
+    """Return the lines of a file, with their ends; CR alone ends a line where the file begins without any LF."""
+    head = stream.bytes.peek(1)
+    return _lines_with_cr(stream) if b"\r" in head and b"\n" not in head else iter(stream.bytes)
 
 
-def _need(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        what = f"Reading this file needs the package {package}."
-        raise MachineError(what, "It is not installed.", f"Type: pip install {package}") from error
+def _lines_with_cr(stream: TextStream) -> Iterator[bytes]:
+    rest = b""
+    for block in iter(partial(stream.bytes.read1, COPY_BYTES), b""):
+        *whole, rest = (rest + block).splitlines(keepends=True)
+        yield from whole
+    if rest:
+        yield rest
 
 
-def _lines(file: Path, stream: IO[bytes]) -> Iterator[str]:
+def _decoded(file: Path, stream: TextStream) -> Iterator[str | BadRow]:
+    sample = bytes(stream.bytes.peek(1)[:_SAMPLE_BYTES])
+    advice: Advice | None = None
     offset = 0
-    for raw in stream:
-        start = len(codecs.BOM_UTF8) if offset == 0 and raw.startswith(codecs.BOM_UTF8) else 0
-        if b"\0" in raw:
-            raise DataError(
-                f"{file} is not text: byte {offset + raw.index(0)} is NUL.",
-                "The file is binary, or text in UTF-16.",
-                "Leave it out, or convert it to UTF-8: iconv -f UTF-16 -t UTF-8",
-            )
+    for number, raw in enumerate(_lines(stream), 1):
         try:
-            yield raw[start:].decode("utf-8")
+            line = raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            at = start + error.start
-            raise DataError(
-                f"{file} is not UTF-8: byte {offset + at} is 0x{raw[at]:02x}.",
-                f"({error.reason}.) Older Turkish text is often windows-1254.",
-                "If so, convert it: iconv -f WINDOWS-1254 -t UTF-8",
-            ) from error
+            if b"\0" not in raw:
+                advice = advice or explain_not_utf8(sample + raw)
+                what = f"{file}:{number} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x}."
+                yield BadRow("not UTF-8", what, advice.why, advice.fix)
+                offset += len(raw)
+                continue
+        if b"\0" in raw:
+            what = f"{file}:{number} is not text: byte {offset + raw.index(0)} is NUL."
+            why = "The file is binary, or text in UTF-16, or that line is damaged."
+            fix = "Leave it out, mend the line, or convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
+            yield BadRow("with NUL", what, why, fix)
+        else:
+            yield line
         offset += len(raw)
 
 
-def _text_documents(file: Path, stream: IO[bytes], field: str) -> Iterator[str]:
+def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
     lines: list[str] = []
-    for line in _lines(file, stream):
-        if not line.isspace():
-            lines.append(line)
-        elif lines:
-            yield "".join(lines).rstrip("\r\n")
-            lines = []
-    yield "".join(lines).rstrip("\r\n")
-
-
-def _json_documents(file: Path, stream: IO[bytes], field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file, stream), 1):
-        if line.isspace():
+    bad: BadRow | None = None
+    for line in _decoded(file, stream):
+        if type(line) is BadRow:
+            bad, lines = bad or line, []
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}:{number} is not JSON.", f"{error}.", "Mend or delete it.") from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{file}:{number} is a JSON {type(record).__name__}, not an object.",
-                "Each line must be one object that holds the text in a field.",
-                f'Write lines like {{"{field}": "..."}}.',
-            )
-        if field not in record:
-            raise _no_field(f"{file}:{number}", field, record)
-        text = record[field]
-        if not isinstance(text, str):
-            raise _not_text(f"{file}:{number}", field, text)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{file}:{number} holds half a character: \\u{ord(text[error.start]):04x} at {error.start}.",
-                "A lone surrogate is no Unicode text; whoever wrote the file cut a pair in two.",
-                "Mend or delete that line.",
-            ) from error
-        yield text
+        if line[0] == _BOM:
+            # Another file was appended here; its first line is no blank one, but a document ends all the same.
+            yield bad or "".join(lines).rstrip("\r\n")
+            bad, lines, line = None, [], line.lstrip(_BOM)
+        if not line.isspace():
+            if not bad:
+                lines.append(line)
+        elif lines or bad:
+            yield bad or "".join(lines).rstrip("\r\n")
+            bad, lines = None, []
+    yield bad or "".join(lines).rstrip("\r\n")
+
+
+def _json_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
+    for number, line in enumerate(_decoded(file, stream), 1):
+        if type(line) is BadRow:
+            yield line
+        elif not line.isspace():
+            yield _read_line(f"{file}:{number}", line, field)
+
+
+def _read_line(where: str, line: str, field: str) -> str | BadRow:
+    try:
+        # Without the line end, behind which a string that is never closed would seem to go on.
+        record = json.loads(line.strip(f"{_BOM} \t\r\n"))
+    except (ValueError, RecursionError) as error:
+        return BadRow("not JSON", f"{where} is not JSON.", f"{error}.", "Mend or delete it.")
+    if not isinstance(record, dict):
+        what = f"{where} is a JSON {type(record).__name__}, not an object."
+        why = "Each line must be one object that holds the text in a field."
+        return BadRow("no objects", what, why, f'Write lines like {{"{field}": "..."}}.')
+    value: Any = record
+    for name in [field] if field in record else field.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return BadRow.of("without the field", _no_field(where, field, record))
+        value = value[name]
+    return _check_text(where, field, value)
+
+
+def _check_text(where: str, field: str, value: object) -> str | BadRow:
+    """Return a text as it is, and what is wrong with anything else: the same for lines of JSON and for Parquet."""
+    if not isinstance(value, str):
+        is_null = value is None
+        what = f"{where}: the field {field!r} " + (
+            "is null." if is_null else f"holds {type(value).__name__}, not text."
+        )
+        fix = "Name another field, or mend the file."
+        return BadRow("null" if is_null else "not text", what, "Only strings can be documents.", fix)
+    if "\0" in value:
+        what = f"{where} is not text: its character {value.index(chr(0))} is NUL."
+        return BadRow("with NUL", what, "NUL belongs to no text; the row is damaged, or binary.", "Mend or delete it.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"{where} holds half a character: \\u{ord(value[error.start]):04x} at {error.start}."
+        why = "A lone surrogate is no Unicode text; whoever wrote the file cut a pair in two."
+        return BadRow("with half a character", what, why, "Mend or delete that line.")
+    return value
 
 
 def _no_field(where: str, field: str, known: Any) -> DataError:
@@ -211,39 +182,48 @@ def _no_field(where: str, field: str, known: Any) -> DataError:
     return DataError(f"{where} has no field {field!r}.", f"Fields there: {there}.", "Name one of them.")
 
 
-def _not_text(where: str, field: str, value: object) -> DataError:
-    return DataError(
-        f"{where}: the field {field!r} holds {type(value).__name__}, not text.",
-        "Only strings can be documents.",
-        "Name another field, or mend the file.",
-    )
-
-
-def _parquet_documents(file: Path, stream: IO[bytes], field: str) -> Iterator[str]:
-    pyarrow, parquet = _need("pyarrow"), _need("pyarrow.parquet")
-    row = 0
-    with tempfile.TemporaryFile() as plain:
-        if file.suffix.lower() != ".parquet":
+def _parquet_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
+    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    with tempfile.TemporaryFile() as copy:
+        plain: IO[bytes] = stream.bytes
+        if not stream.is_seekable:
             # Parquet is read from its end, which a compressed stream cannot offer.
             with explain_full_disk(Path(tempfile.gettempdir())):
-                shutil.copyfileobj(stream, plain, _COPY_BYTES)
-            stream = plain
+                shutil.copyfileobj(stream.bytes, copy, COPY_BYTES)
+            plain = copy
         try:
-            table = parquet.ParquetFile(stream)
-            if field not in table.schema_arrow.names:
-                raise _no_field(str(file), field, table.schema_arrow.names)
+            table = parquet.ParquetFile(plain)
+            path = _find_column(str(file), field, table.schema_arrow)
+            row = 0
             for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0):
-                    text = value.as_py()
-                    if text is not None and not isinstance(text, str):
-                        raise _not_text(f"{file}, row {row}", field, text)
+                column = batch.column(0)
+                for name in path[1:]:
+                    column = need("pyarrow.compute").struct_field(column, name)
+                for value in column:
+                    yield _read_cell(f"{file}, row {row}", field, value)
                     row += 1
-                    yield text or ""
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file}, row {row}: the text is not UTF-8 at its byte {error.start}.",
-                f"({error.reason}.)",
-                "Mend or delete that row.",
-            ) from error
         except pyarrow.ArrowException as error:
             raise DataError(f"{file} is not a Parquet file.", f"{error}.", "Fetch it anew.") from error
+
+
+def _find_column(file: str, field: str, schema: Any) -> list[str]:
+    """Return the names that lead to a column through structs; a column whose own name has dots goes first."""
+    if field in schema.names:
+        return [field]
+    names = field.split(".")
+    fields = {name: schema.field(name) for name in schema.names}
+    for name in names:
+        if name not in fields:
+            raise _no_field(file, field, schema.names)
+        inner = fields[name].type
+        fields = {inner.field(at).name: inner.field(at) for at in range(inner.num_fields)}
+    return names
+
+
+def _read_cell(where: str, field: str, cell: Any) -> str | BadRow:
+    try:
+        value = cell.as_py()
+    except UnicodeDecodeError as error:
+        what = f"{where}: the text is not UTF-8 at its byte {error.start}."
+        return BadRow("not UTF-8", what, f"({error.reason}.)", "Mend or delete that row.")
+    return _check_text(where, field, value)

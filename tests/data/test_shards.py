@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lowvram.data import shards
+from lowvram.data import encoders
 from lowvram.data.shards import PackProgress, ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import BusyError, DataError, DiskFullError, MachineError, TokenizerError
@@ -53,7 +53,7 @@ if __name__ == "__main__":
     text, tokenizer, out = map(Path, sys.argv[1:4])
     processes = int(sys.argv[4])
     shards.pack([text], Tokenizer.load(tokenizer), out, "text", processes,
-                lambda progress: time.sleep(0.05), Mortal() if processes == 1 else Disk())
+                lambda progress: time.sleep(0.05), Mortal() if processes == 1 else Disk(), replace=True)
 """
 
 
@@ -154,7 +154,7 @@ def test_a_packing_that_is_killed_over_an_older_one_is_never_half_believed(
     else:
         with pytest.raises(DataError, match="interrupted"):
             ShardSet.open(older)
-    assert pack([folder], small_tokenizer, older, processes=1).hash == packed.hash
+    assert pack([folder], small_tokenizer, older, processes=1, replace=True).hash == packed.hash
     assert bytes_of(older) == clean
 
 
@@ -192,7 +192,7 @@ def test_a_second_packing_encodes_nothing_and_a_changed_document_only_its_shard(
     assert (seen[-1].reused, bytes_of(packed.directory)) == (len(seen), before)
     text = (folder / "b.txt").read_text(encoding="utf-8")
     (folder / "b.txt").write_text(text[:-4] + "son.", encoding="utf-8", newline="")
-    changed = pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append)
+    changed = pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append, replace=True)
     assert seen[-1].reused == seen[-1].shards - 1
     assert changed.hash != packed.hash
 
@@ -201,7 +201,7 @@ def test_the_same_letters_parted_otherwise_are_another_text(small_tokenizer: Tok
     hashes = set()
     for data in (b"ab\n\nc", b"a\n\nbc", b"a\n\nb\n\nc", b"a\nbc"):
         (tmp_path / "a.txt").write_bytes(data)
-        hashes.add(pack([tmp_path / "a.txt"], small_tokenizer, tmp_path / "out").hash)
+        hashes.add(pack([tmp_path / "a.txt"], small_tokenizer, tmp_path / "out", replace=True).hash)
     assert len(hashes) == 4
 
 
@@ -214,7 +214,7 @@ def test_what_an_older_longer_packing_left_is_deleted_and_other_files_stay(
     (folder / "a.txt").unlink()
     assert (packed.directory / "00004.json").exists()
     (packed.directory / "00004.json").unlink()  # the index alone still says that 00004.bin is ours
-    short = pack([folder / "b.txt"], small_tokenizer, packed.directory, processes=1)
+    short = pack([folder / "b.txt"], small_tokenizer, packed.directory, processes=1, replace=True)
     numbers = range(len(json.loads((short.directory / "shards.json").read_text(encoding="utf-8"))["shards"]))
     expected = {"shards.json", *theirs, *(f"{n:05d}.{kind}" for n in numbers for kind in ("bin", "json"))}
     assert set(bytes_of(short.directory)) == expected
@@ -239,7 +239,7 @@ def test_without_an_index_a_shard_is_known_by_its_sidecar(
 ) -> None:
     (packed.directory / "shards.json").unlink()
     (folder / "a.txt").unlink()
-    short = pack([folder], small_tokenizer, packed.directory, processes=1)
+    short = pack([folder], small_tokenizer, packed.directory, processes=1, replace=True)
     count = len(json.loads((short.directory / "shards.json").read_text(encoding="utf-8"))["shards"])
     assert sorted(path.stem for path in short.directory.glob("*.bin")) == [f"{n:05d}" for n in range(count)]
     assert len(list(short.directory.glob("*.json"))) == count + 1
@@ -271,8 +271,8 @@ def test_processes_are_started_for_more_than_one_part_however_small_its_file(
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert (tmp_path / name).stat().st_size < PART_BYTES
     started: list[int] = []
-    real = shards._start_pool
-    monkeypatch.setattr(shards, "_start_pool", lambda count: started.append(count) or real(count))
+    real = encoders._start_pool
+    monkeypatch.setattr(encoders, "_start_pool", lambda count: started.append(count) or real(count))
     assert pack([tmp_path / name], small_tokenizer, tmp_path / "out", processes=2).documents == documents
     assert started == [2] * starts
 
@@ -306,7 +306,7 @@ def test_a_bad_file_stops_the_packing_and_keeps_what_was_done(
 ) -> None:
     (folder / "c.txt").write_bytes(b"iyi\n\nk\xf6t\xfc")
     out = tmp_path / "bad"
-    with pytest.raises(DataError, match=r"c\.txt is not UTF-8: byte 6 is 0xf6"):
+    with pytest.raises(DataError, match=r"c\.txt:3 is not UTF-8: byte 6 is 0xf6"):
         pack([folder], small_tokenizer, out, processes=processes)
     assert "00000.json" in bytes_of(out)
     assert not list(out.glob("*.tmp"))

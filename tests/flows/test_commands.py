@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,8 +55,9 @@ def test_a_tokenizer_is_trained_and_the_next_command_named(road: tuple[Path, dic
     size = Tokenizer.load(home / "tok").size
     first, second = told["tokenizer"].out.splitlines()
     assert first.startswith(f"{home / 'tok'}: {size} ids")
-    assert second == f"Next: lowvram data pack {home / 'train.txt'} --tokenizer {home / 'tok'} --out shards"
-    assert told["tokenizer"].err == ""
+    texts = f"{home / 'train.txt'} --holdout 0.5% --tokenizer {home / 'tok'}"
+    assert second == f"Next: lowvram data pack {texts} --out shards"
+    assert "--holdout 0.5% leaves out" in told["tokenizer"].err
 
 
 def test_text_with_little_to_merge_is_said_to_have_given_a_smaller_vocabulary(tmp_path: Path) -> None:
@@ -67,9 +69,39 @@ def test_text_with_little_to_merge_is_said_to_have_given_a_smaller_vocabulary(tm
 def test_packing_says_what_came_out_and_the_same_the_second_time(road: tuple[Path, dict[str, Answer]]) -> None:
     _, told = road
     pattern = r"\S+/train: \d+\.\dk tokens of 96 documents, 1\d\.\d KiB of text \(\d\.\d\d bytes a token\)\n"
-    assert re.fullmatch(pattern, told["pack"].out)
+    following = r"Next: lowvram fit --data \S+/shards --out run\.toml  \(which model fits, and a run file for it\)\n"
+    assert re.fullmatch(pattern + following, told["pack"].out)
     assert told["pack again"].out == told["pack"].out
-    assert told["pack again"].err == ""
+    assert "--holdout 0.5% packs that share" in told["pack again"].err
+    assert told["pack valid"].err == ""
+
+
+def test_the_steps_from_text_to_a_run_file_follow_from_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "Türkçe Metinler"
+    home.mkdir()
+    write_home(home)
+    (home / "run.toml").unlink()
+    monkeypatch.chdir(home)
+    first = typed("tokenizer", "train", home / "train.txt", "--vocab", 400, "--holdout", "4%")
+    words = shlex.split(first.out.splitlines()[-1].removeprefix("Next: lowvram "))
+    assert words[2:5] == [str(home / "train.txt"), "--holdout", "4%"]
+    assert first.err == ""
+    second = typed(*words)
+    sides = [re.search(rf"{name}: .* of (\d+) documents", second.out)[1] for name in ("train", "valid")]
+    assert sum(map(int, sides)) == 96
+    assert second.err == ""
+    words = shlex.split(second.out.splitlines()[-1].removeprefix("Next: lowvram ").partition("  (")[0])
+    assert typed(*words, "--gpu", "rtx4060").code == 0
+    assert load_run(home / "run.toml", [], lambda _: 400).valid == home / "shards/valid"
+
+
+@pytest.mark.parametrize("share", ["0.5", "0%", "100%", "%", "x%", "-1%"])
+def test_a_share_is_written_in_percent_since_a_bare_number_could_mean_either(share: str) -> None:
+    answer = typed("data", "pack", "a.txt", f"--holdout={share}")
+    assert answer.code == 2
+    assert "is no share" in answer.err or "invalid share" in answer.err
 
 
 def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(road: tuple[Path, dict[str, Answer]]) -> None:

@@ -1,0 +1,102 @@
+"""What `tokenizer train` and `data pack` share: the files they read, what was passed over, rows that are no text."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.cli.options import add_texts
+
+if TYPE_CHECKING:
+    from lowvram.data.bad_rows import BadRow, BadRows
+
+_SHOWN = 5
+_HINT = "Or add --on-bad-row: skip leaves such rows out, report lists them all."
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the texts to read, --field and --on-bad-row."""
+    add_texts(parser)
+    parser.add_argument(
+        "--on-bad-row",
+        choices=("stop", "skip", "report"),
+        default="stop",
+        help="rows that are no text: stop at the first (default); skip them, up to 1%% and 10,000; or report: read "
+        "everything, list them all and do nothing else",
+    )
+
+
+def find(paths: Sequence[Path]) -> list[Path]:
+    """Return the files that are meant, and say what was passed over."""
+    from lowvram.cli.show import notice
+    from lowvram.data.text_files import find_text_files
+
+    found = find_text_files(paths)
+    for line in found.describe():
+        notice(line)
+    return found.files
+
+
+def start_reading(arguments: argparse.Namespace) -> BadRows:
+    """Return what --on-bad-row asks for; the first rows that are skipped are shown."""
+    from lowvram.cli.show import notice
+    from lowvram.data.bad_rows import BadRows
+
+    shown = 0
+
+    def tell(row: BadRow) -> None:
+        nonlocal shown
+        shown += 1
+        if shown <= _SHOWN:
+            notice(f"Skipped: {row.what}")
+
+    return BadRows(arguments.on_bad_row, tell, _HINT)
+
+
+def say_skipped(bad_rows: BadRows) -> None:
+    """Say how many rows were skipped, if any."""
+    from lowvram.cli.show import notice
+
+    if bad_rows.count:
+        notice(f"Skipped {bad_rows.count:,} of {bad_rows.rows:,} rows: {bad_rows.describe()}.")
+
+
+def report(arguments: argparse.Namespace, *command: str) -> int:
+    """Read everything, list every bad row and name the next step; return 1 if there are any.
+
+    command: the words of the command that was typed.
+    """
+    from lowvram.cli.next_step import next_step
+    from lowvram.cli.show import bar, literal, result
+    from lowvram.data.bad_rows import BadRows
+    from lowvram.data.text import documents
+    from lowvram.data.text_files import size_of
+
+    def tell(row: BadRow) -> None:
+        result(f"{row.what} {row.why}" if row.kind == "unreadable files" else row.what)
+
+    bad_rows = BadRows("report", tell)
+    files = find(arguments.text)
+    total, before = sum(map(size_of, files)), 0
+    with bar("Reading") as line:
+        for file in files:
+            for _ in documents(
+                file, arguments.field, lambda inside, before=before: line.tell(before + inside, total or None), bad_rows
+            ):
+                pass
+            before += size_of(file)
+    if not bad_rows.count:
+        result(f"All {bad_rows.rows:,} rows of {len(files):,} files are text.")
+        return 0
+    result(f"{bad_rows.count:,} of {bad_rows.rows:,} rows are bad: {bad_rows.describe()}.")
+    literal(next_step(*command, *reading_words(arguments, "skip"), why="or mend them"))
+    return 1
+
+
+def reading_words(arguments: argparse.Namespace, on_bad_row: str) -> list[str | Path]:
+    """Return the words of the command line that say which texts are read, and how."""
+    words: list[str | Path] = [*arguments.text]
+    words += [] if arguments.field == "text" else ["--field", arguments.field]
+    return words + ([] if on_bad_row == "stop" else ["--on-bad-row", on_bad_row])

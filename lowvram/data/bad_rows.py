@@ -1,0 +1,86 @@
+"""Rows of text files that are no text: what is wrong with one, and what is done about all of them; opens no file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lowvram.errors import DataError
+
+Action = Literal["stop", "skip", "report"]
+# Beyond either the files are not text with a few faults; the second is asked where many rows were read, and at the end.
+MOST_SKIPPED = 10_000
+MOST_SKIPPED_SHARE = 0.01
+_FEW = 10
+_MANY = 1_000
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """One row, or the rest of a file, that is no text.  kind: a few words by which such rows are counted."""
+
+    kind: str
+    what: str
+    why: str = ""
+    fix: str = ""
+
+    @staticmethod
+    def of(kind: str, error: DataError) -> BadRow:
+        """Return what an error says, as a bad row."""
+        return BadRow(kind, error.what, error.why, error.fix)
+
+
+@dataclass
+class BadRows:
+    """What is done with bad rows, and how many there were; one object for all files of a reading.
+
+    action: `stop` raises at the first, `skip` leaves them out and raises beyond a limit, `report` reads on.
+    tell: called with each bad row that does not stop.  hint: said behind an error that stops, in the caller's words.
+    """
+
+    action: Action = "stop"
+    tell: Callable[[BadRow], None] | None = None
+    hint: str = ""
+    rows: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    _first: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many bad rows there were."""
+        return self.kinds.total()
+
+    def take(self, row: BadRow) -> None:
+        """Count a bad row and tell of it, or raise DataError."""
+        if self.action == "stop":
+            raise DataError(row.what, row.why, f"{row.fix} {self.hint}")
+        self.rows += 1
+        self.kinds[row.kind] += 1
+        if len(self._first) < _SHOWN:
+            self._first.append(row.what)
+        if self.tell:
+            self.tell(row)
+        self._check(_MANY)
+
+    def finish(self) -> None:
+        """Raise DataError where more than the share was skipped; call it when everything was read."""
+        self._check(_FEW)
+
+    def _check(self, least: int) -> None:
+        count = self.count
+        is_share = count > least and count > self.rows * MOST_SKIPPED_SHARE
+        if self.action != "skip" or not (is_share or count > MOST_SKIPPED):
+            return
+        limit = f"{MOST_SKIPPED_SHARE:.0%}" if is_share else f"{MOST_SKIPPED:,} rows"
+        raise DataError(
+            f"{count:,} of {self.rows:,} rows so far are bad, which is more than {limit} ({self.describe()}).",
+            f"The first: {' '.join(self._first)}",
+            "Mend these files or leave them out; --on-bad-row report lists every such row.",
+        )
+
+    def describe(self) -> str:
+        """Return how many there were of each kind."""
+        return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())

@@ -1,0 +1,161 @@
+"""Processes that encode documents into the bytes of a shard, and end at once when they are to; knows no folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lowvram.data.normal_form import nfc
+from lowvram.data.outside_tokenizer import load_tokenizer
+from lowvram.data.shard_set import DTYPES
+from lowvram.data.tokenizer import Tokenizer, count_bytes
+from lowvram.errors import MachineError, TokenizerError
+from lowvram.files import Disk, explain_full_disk
+
+_Result = TypeVar("_Result")
+_WAIT_S = 0.1
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """Whole documents that become one shard, written beside `target` with ids of the type `dtype`."""
+
+    texts: list[str]
+    tokenizer: Path
+    tokenizer_hash: str
+    dtype: str
+    target: Path
+    disk: Disk
+
+
+class Encoders:
+    """Encodes tasks in order; with one process in this one.  Left by an exception, it ends all work at once."""
+
+    def __init__(self, processes: int) -> None:
+        self._pool, self._hang_up = (None, None) if processes == 1 else _start_pool(processes)
+        self.most_waiting = 1 if processes == 1 else 2 * processes
+
+    def __enter__(self) -> Encoders:
+        """Begin."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Wait for what was begun; after an exception end it.  Raises MachineError where a process died."""
+        if not self._pool or not self._hang_up:
+            return
+        if kind:
+            self._hang_up.close()
+        self._pool.shutdown(cancel_futures=True)
+        self._hang_up.close()
+        if isinstance(error, BrokenProcessPool):
+            raise MachineError(
+                "A packing process died.",
+                "Most often the system ran out of memory and ended it.",
+                "Type the same command again with fewer --processes; finished shards are kept.",
+            ) from error
+
+    def submit(self, task: EncodeTask) -> Callable[[], tuple[Path, dict[str, Any]]]:
+        """Return what waits for the task, and gives the file that was written and what its sidecar says of it."""
+        if self._pool:
+            return self._pool.submit(encode, task).result
+        return functools.partial(run_interruptibly, functools.partial(encode, task))
+
+
+def run_interruptibly(work: Callable[[], _Result]) -> _Result:
+    """Return what `work` returns; where Ctrl-C arrives meanwhile, raise KeyboardInterrupt and leave it behind.
+
+    Native code answers no signal until it returns: one word of many megabytes would hold Ctrl-C for as long.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()  # signals reach the main thread alone
+    outcome: Future[_Result] = Future()
+
+    def carry_out() -> None:
+        with _Passing(outcome):
+            outcome.set_result(work())
+
+    # A daemon: Python does not wait for it at its end.
+    threading.Thread(target=carry_out, daemon=True).start()
+    while not outcome.done():
+        # Without a limit Windows would not answer Ctrl-C in this wait.
+        with contextlib.suppress(TimeoutError):
+            outcome.exception(_WAIT_S)
+    return outcome.result()
+
+
+class _Passing:
+    """Hands whatever is raised inside to whoever waits for the outcome."""
+
+    def __init__(self, outcome: Future[Any]) -> None:
+        self._outcome = outcome
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
+        """Pass an exception on."""
+        if error:
+            self._outcome.set_exception(error)
+        return True
+
+
+def _start_pool(processes: int) -> tuple[ProcessPoolExecutor, Connection]:
+    """Return the processes, and a connection whose end ends them: by `close`, or by the death of this process."""
+    context = multiprocessing.get_context("spawn")
+    listen, hang_up = context.Pipe(duplex=False)
+    return ProcessPoolExecutor(processes, context, _prepare_worker, (listen,)), hang_up
+
+
+def _prepare_worker(listen: Connection) -> None:
+    # Ctrl-C reaches the whole group: the parent alone answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, args=(listen,), daemon=True).start()
+
+
+def _end_with_parent(listen: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        listen.recv_bytes()
+    os._exit(1)
+
+
+def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
+    """Write the ids of a task's documents beside its target; return where, and what its sidecar says of them."""
+    tokenizer = _load_tokenizer(task.tokenizer, task.tokenizer_hash)
+    dtype = DTYPES[task.dtype]
+    bos = np.array([tokenizer.bos_id], dtype)
+    texts = [nfc(text) for text in task.texts]
+    ids = (tokenizer.encode_array(text).astype(dtype) for text in texts)
+    data = np.concatenate([piece for array in ids for piece in (bos, array)])
+    # Of this thread: one that was left behind by Ctrl-C may still write its own.
+    beside = task.target.with_name(f"{task.target.name}.{threading.get_native_id()}.tmp")
+    with explain_full_disk(task.target.parent, data.nbytes), open(beside, "wb") as file:
+        task.disk.preallocate(file, data.nbytes)
+        task.disk.write_handle(file, data.data.cast("B"))
+        task.disk.sync_handle(file)
+    # The bytes that a model predicts: those of the text that the ids spell, which is in NFC.
+    counts = {"tokens": len(data), "documents": len(texts), "text_bytes": sum(map(count_bytes, texts))}
+    return beside, counts | {"sha256": hashlib.sha256(data).hexdigest()}
+
+
+@functools.lru_cache(1)
+def _load_tokenizer(directory: Path, expected_hash: str) -> Tokenizer:
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.hash != expected_hash:
+        why = "Another process wrote to that folder."
+        raise TokenizerError(f"The tokenizer in {directory} has changed.", why, "Pack again.")
+    return tokenizer

@@ -1,0 +1,177 @@
+"""A folder that shards are written to: who holds it, what stands there, what may be replaced; knows no text."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from lowvram.data.shard_set import COUNTS, FORMAT, INDEX, ShardSet, add_up, has_counts, other_tokenizer, read_json
+from lowvram.errors import BusyError, DataError
+from lowvram.files import Disk, sha256
+from lowvram.units import show_count
+
+_NAME = re.compile(r"([0-9]{5,})\.(bin|json)")
+_UNFINISHED = re.compile(r"([0-9]{5,}\.(bin|json)|shards\.json)\.[0-9]+\.tmp")
+# What a sidecar says of its shard; a file without them is not ours to delete.
+_SIDECAR = {"tokenizer", "text", "dtype", "sha256", *COUNTS}
+_MOST_NAMES = 3
+
+
+class ShardFolder:
+    """One --out while it is packed into; use inside `claim`.
+
+    replace: whether shards of another text or tokenizer that stand there may be replaced.
+    """
+
+    def __init__(self, out: Path, tokenizer_hash: str, dtype: str, disk: Disk, replace: bool = False) -> None:
+        self.out = out
+        self._tokenizer_hash, self._dtype, self._disk, self._replace = tokenizer_hash, dtype, disk, replace
+        self._former: set[Path] = set()
+        self._index: dict[str, Any] = {}
+        self.shards: list[dict[str, Any]] = []
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Hold the folder against other processes, and delete what interrupted ones left unfinished.
+
+        Raises BusyError, and DataError for shards of another tokenizer or where `out` cannot be a folder.
+        """
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self.out / "lock", timeout=0).acquire()
+        except (FileExistsError, NotADirectoryError) as error:
+            what, why = f"{self.out} is no folder.", "Shards need one of their own."
+            raise DataError(what, why, "Name another --out.") from error
+        except filelock.Timeout as error:
+            why = "Another process is packing into it."
+            fix = "Wait until it is done, or name another --out."
+            raise BusyError(f"{self.out} is in use.", why, fix) from error
+        with lock:
+            try:
+                self._delete_unfinished()
+                self._refuse_other_tokenizer()
+                self._index, self._former = read_json(self.out / INDEX), self._find_ours()
+                yield
+            finally:
+                self._delete_unfinished()
+
+    def _delete_unfinished(self) -> None:
+        for path in sorted(self.out.iterdir()):
+            if _UNFINISHED.fullmatch(path.name):
+                self._disk.delete(path)
+
+    def _find_ours(self) -> set[Path]:
+        """Return the shards and sidecars that the index lists, or whose sidecar is one of ours."""
+        rows = read_json(self.out / INDEX).get("shards")
+        listed = {str(row.get("file")) for row in rows if isinstance(row, dict)} if isinstance(rows, list) else set()
+        named = [path for path in self.out.iterdir() if _NAME.fullmatch(path.name)]
+        return {
+            path
+            for path in named
+            if f"{path.stem}.bin" in listed or read_json(path.with_suffix(".json")).keys() >= _SIDECAR
+        }
+
+    def _refuse_other_tokenizer(self) -> None:
+        for path in [] if self._replace else sorted(self.out.glob("*.json")):
+            found = read_json(path).get("tokenizer", self._tokenizer_hash)
+            if found != self._tokenizer_hash and (path.name == INDEX or _NAME.fullmatch(path.name)):
+                fix = "Name another --out, or add --replace to put this text in the place of those shards."
+                raise other_tokenizer(self.out, str(found), self._tokenizer_hash, fix)
+
+    def path(self, number: int, kind: str = "bin") -> Path:
+        """Return where a shard is, or its sidecar (`json`)."""
+        return self.out / f"{number:05d}.{kind}"
+
+    def find_done(self, number: int, text_hash: str) -> dict[str, Any] | None:
+        """Return the sidecar of a shard that stands, byte for byte, as it was written for this text; else None."""
+        found, path = read_json(self.path(number, "json")), self.path(number)
+        wanted = {"tokenizer": self._tokenizer_hash, "text": text_hash, "dtype": self._dtype}
+        is_ours = found.keys() >= _SIDECAR and has_counts(found)
+        is_wanted = is_ours and all(found[key] == value for key, value in wanted.items())
+        return found if is_wanted and path.is_file() and sha256(path) == found["sha256"] else None
+
+    def check_may_write(self, number: int, text_hash: str, documents: int) -> None:
+        """Raise DataError where the shard would replace one of another text, or a file that is no shard."""
+        for path in (self.path(number), self.path(number, "json")):
+            if path.exists() and path not in self._former:
+                why = "A shard would get that name, and this file is no shard of lowvram's."
+                raise DataError(f"{path} is in the way.", why, "Name a folder of its own as --out, or move that file.")
+        sidecar, rows = read_json(self.path(number, "json")), self._rows()
+        if sidecar.keys() >= _SIDECAR:
+            is_same = sidecar["text"] == text_hash
+        elif number < len(rows):
+            is_same = rows[number].get("documents") == documents
+        else:
+            is_same = not rows
+        if not is_same:
+            self._refuse_other_text()
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = self._index.get("shards")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    def _refuse_other_text(self) -> None:
+        if self._replace:
+            return
+        fix = "Name another --out, or add --replace to put this text in its place (shards of equal text are kept)."
+        raise DataError(f"{self.out} holds another text: {self._describe_former()}.", "It would be replaced.", fix)
+
+    def _describe_former(self) -> str:
+        rows = self._rows()
+        try:
+            totals = add_up(rows) if rows else None
+            told = time.strftime("%Y-%m-%d %H:%M", time.localtime((self.out / INDEX).stat().st_mtime))
+        except (KeyError, TypeError, OSError):
+            totals = None
+        if totals is None:
+            count = sum(path.suffix == ".bin" for path in self._former)
+            return f"{count} shard{'s' * (count != 1)} of a packing that was interrupted"
+        sources = self._index.get("sources")
+        names = sources.get("first") if isinstance(sources, dict) else None
+        origin = ""
+        if isinstance(names, list) and names:
+            more = sources.get("files", 0) - len(names)
+            origin = f" from {', '.join(map(str, names))}" + (f" and {more} more" if more > 0 else "")
+        return f"{show_count(totals['tokens'])} tokens of {totals['documents']:,} documents{origin}, packed {told}"
+
+    def add(self, number: int, sidecar: dict[str, Any], beside: Path | None) -> None:
+        """Count a shard; one that was encoded now lies at `beside` and gets its name here."""
+        if beside:
+            # From here on the folder is no longer what an older index says.
+            self._disk.delete(self.out / INDEX)
+            # The sidecar comes first, so that no shard ever stands there of which nobody knows whose it is.
+            self._write_json(self.path(number, "json"), sidecar)
+            self._disk.rename(beside, self.path(number))
+        row = {key: sidecar[key] for key in (*COUNTS, "sha256")}
+        self.shards.append({"file": self.path(number).name} | row)
+
+    def check_end(self) -> None:
+        """Raise DataError where more shards stand than this text has, unless they may be replaced."""
+        if any(int(path.stem) >= len(self.shards) for path in self._former):
+            self._refuse_other_text()
+
+    def finish(self, files: Sequence[Path]) -> ShardSet:
+        """Write the index, delete what an older and longer packing left, and open what was packed.
+
+        files: where the text came from; their names are noted for people.
+        """
+        names = sorted(file.name for file in files)
+        sources = {"files": len(names), "first": names[:_MOST_NAMES]}
+        head = {"format": FORMAT, "tokenizer": self._tokenizer_hash, "dtype": self._dtype}
+        index = head | add_up(self.shards) | {"sources": sources, "shards": self.shards}
+        self._write_json(self.out / INDEX, index)
+        # Sorted, a shard goes before its sidecar, by which it is still known as ours if this is interrupted.
+        for path in sorted(self._former | self._find_ours()):
+            if int(path.stem) >= len(self.shards):
+                self._disk.delete(path)
+        return ShardSet.open(self.out, self._tokenizer_hash)
+
+    def _write_json(self, path: Path, record: dict[str, Any]) -> None:
+        self._disk.write(path, (json.dumps(record, indent=1) + "\n").encode("utf-8"))

@@ -1,0 +1,145 @@
+"""Which files of text are meant by names, folders and patterns, and what was passed over; opens none of them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lowvram.errors import DataError
+
+KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")
+ENDINGS = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
+LOOKED_FOR = f"Read are {', '.join(KINDS)}, each plain or with .gz or .zst behind it."
+STANDARD_INPUT = Path("-")
+_SHOWN = 5
+
+
+@dataclass
+class TextFiles:
+    """The files to read, in order, each once; and what was found beside them in folders, or found twice."""
+
+    files: list[Path] = field(default_factory=list)
+    other_endings: Counter[str] = field(default_factory=Counter)
+    broken_links: list[Path] = field(default_factory=list)
+    linked_folders: list[Path] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
+    repeats: list[tuple[Path, Path]] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """Return a sentence for each way in which something was passed over, none where nothing was."""
+        told = []
+        if self.other_endings:
+            endings = [f"{count:,} {ending or 'without ending'}" for ending, count in self.other_endings.most_common()]
+            count = self.other_endings.total()
+            told.append(f"{_count(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
+        for paths, noun, why in (
+            (self.broken_links, "link", "passed over because they lead nowhere"),
+            (self.linked_folders, "link", "to folders not followed; name such a folder to read it"),
+            (self.unreadable, "folder", "passed over because they may not be read"),
+        ):
+            if paths:
+                told.append(f"{_count(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")
+        if self.repeats:
+            pairs = [f"{again} is {first}" for again, first in self.repeats]
+            told.append(f"{_count(len(self.repeats), 'name')} of the same file read once: {_few(pairs)}.")
+        return told
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def _few(words: list[str]) -> str:
+    return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN:,} more" if len(words) > _SHOWN else "")
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the files of `find_text_files`."""
+    return find_text_files(paths).files
+
+
+def find_text_files(paths: Sequence[Path]) -> TextFiles:
+    """Return the text files that `paths` name: files, folders, patterns that no shell expanded, `-`; sorted.
+
+    A file that several names or links lead to is there once.  Hidden files in a folder are passed over in silence.
+    Raises DataError for a path that is missing or has another ending, and for a folder without a text file.
+    """
+    found = TextFiles()
+    named: set[Path] = set()
+    for path in [match for asked in paths for match in _expand(Path(asked))]:
+        if path == STANDARD_INPUT or is_stream(path):
+            named.add(path)
+        elif path.is_dir():
+            inside = list(_walk(path, found))
+            if not inside:
+                what = f"The folder {path} holds no text files."
+                raise DataError(what, " ".join(found.describe() or [LOOKED_FOR]), "Name another.")
+            named.update(inside)
+        elif not path.exists():
+            what = f"{path} is a link that leads nowhere." if path.is_symlink() else f"{path} does not exist."
+            raise DataError(what, LOOKED_FOR, "Name a file or a folder that exists.")
+        elif not path.name.lower().endswith(ENDINGS):
+            raise unknown_ending(path)
+        else:
+            named.add(path)
+    first: dict[tuple[int, int] | Path, Path] = {}
+    for path in sorted(named, key=Path.as_posix):
+        same = first.setdefault(_identify(path), path)
+        if same is path:
+            found.files.append(path)
+        else:
+            found.repeats.append((path, same))
+    return found
+
+
+def _expand(path: Path) -> list[Path]:
+    """Return the files that a pattern matches, since cmd.exe passes it as it is; a name as it is."""
+    if path.exists() or not glob.has_magic(str(path)):
+        return [path]
+    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    if not found:
+        raise DataError(f"No file matches {path}.", "", "Name files or folders that exist.")
+    return found
+
+
+def _walk(folder: Path, found: TextFiles) -> Iterator[Path]:
+    def note(error: OSError) -> None:
+        found.unreadable.append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=note):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.linked_folders += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            if not path.exists():
+                found.broken_links.append(path)
+            elif path.name.lower().endswith(ENDINGS) and path.is_file():
+                yield path
+            else:
+                found.other_endings[path.suffix.lower()] += 1
+
+
+def unknown_ending(path: Path) -> DataError:
+    """Return the error for a file whose ending does not say how it is read."""
+    return DataError(f"{path} has an unknown ending.", LOOKED_FOR, "Rename or convert the file.")
+
+
+def is_stream(path: Path) -> bool:
+    """Return whether a path is standard input, a pipe or a device: read once, and of unknown length."""
+    return path == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file as it lies on disk, 0 for a stream."""
+    return 0 if is_stream(path) else path.stat().st_size
+
+
+def _identify(path: Path) -> tuple[int, int] | Path:
+    if path == STANDARD_INPUT:
+        return path
+    status = path.stat()
+    # A few file systems of Windows number no files.
+    return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()

@@ -1,0 +1,134 @@
+"""The bytes of a file of text, decompressed, whatever its name says of the compression; knows no documents."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from lowvram.data.text_files import KINDS, STANDARD_INPUT, is_stream, unknown_ending
+from lowvram.errors import DataError, MachineError
+
+COPY_BYTES = 1 << 20
+# So little at a time because even few bytes of a .zst can be much text: one word repeated unpacks to 128 KiB per ~5.
+_ZSTD_BYTES = 128
+_BUFFER_BYTES = 1 << 17
+_MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}
+# What begins a file that is no plain text, what it then is, and what to do.
+_OTHERS = {
+    b"PAR1": ("a Parquet file", "Rename it so that it ends in .parquet."),
+    b"PK\x03\x04": ("a ZIP archive, or a document of an office program", "Unpack it, or save it as plain text."),
+    b"%PDF": ("a PDF", "Convert it to text first, for example with pdftotext."),
+    b"\xff\xfe": ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8"),
+    b"\xfe\xff": ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8"),
+    b"BZh": ("compressed by bzip2", "Unpack it first: bunzip2"),
+    b"\xfd7zXZ": ("compressed by xz", "Unpack it first: unxz"),
+}
+
+
+class TextStream(NamedTuple):
+    """An open file.  kind: one of KINDS.  read_bytes: returns how much was read of the file as it lies on disk."""
+
+    kind: str
+    bytes: io.BufferedReader
+    read_bytes: Callable[[], int]
+    is_seekable: bool
+
+
+@contextmanager
+def open_text(file: Path) -> Iterator[TextStream]:
+    """Open a file, or standard input (`-`); a stream without ending is text, or lines of JSON if it begins so.
+
+    Raises DataError: missing, no text although its ending says so, unreadable or damaged (inside the block, too);
+    MachineError if the package that reads this ending is not installed.
+    """
+    kind = _kind_by_name(file)
+    if file != STANDARD_INPUT and not file.exists():
+        raise DataError(f"{file} does not exist.", "", "Name a file that exists.")
+    try:
+        with open(0 if file == STANDARD_INPUT else file, "rb", _BUFFER_BYTES, closefd=file != STANDARD_INPUT) as raw:
+            stream = _unpack(file, raw)
+            head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
+            kind = kind or (".jsonl" if head.lstrip().startswith(b'{"') else ".txt")
+            if kind != ".parquet":
+                _refuse_other_formats(file, head)
+            yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, stream is raw and raw.seekable())
+    except (OSError, EOFError, zlib.error) as error:
+        why = f"{type(error).__name__}: {error}."
+        raise DataError(f"{file} cannot be read to its end.", why, "Fetch or compress it anew.") from error
+
+
+def _kind_by_name(file: Path) -> str | None:
+    """Return the kind that a file's ending says, None for a stream without one."""
+    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(KINDS):
+        return name[name.rindex(".") :]
+    if is_stream(file):
+        return None
+    raise unknown_ending(file)
+
+
+def _unpack(file: Path, raw: io.BufferedReader) -> io.BufferedReader:
+    packing = file.suffix.lower()
+    if packing not in _MAGIC:
+        head = raw.peek(4)
+        packing = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
+    match packing:
+        case ".gz":
+            return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES)  # type: ignore[arg-type]
+        case ".zst":
+            return io.BufferedReader(_ZstdStream(raw), _BUFFER_BYTES)
+        case _:
+            return raw
+
+
+def _refuse_other_formats(file: Path, head: bytes) -> None:
+    for magic, (what, fix) in _OTHERS.items():
+        if head.startswith(magic):
+            raise DataError(f"{file} is {what}.", "Its first bytes say so, whatever its name.", fix)
+
+
+class _ZstdStream(io.RawIOBase):
+    """The bytes inside a .zst file; unlike zstandard's own reader it notices a file that was cut off."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._zstd = raw, need("zstandard")
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        try:
+            while not self._ready:
+                is_between = self._frame is None or self._frame.eof
+                rest = self._frame.unused_data if self._frame and is_between else b""
+                packed = rest or self._raw.read(_ZSTD_BYTES)
+                if not packed and not is_between:
+                    raise EOFError("the file ends inside a frame")
+                if not packed:
+                    return 0
+                if is_between:
+                    self._frame = self._zstd.ZstdDecompressor().decompressobj()
+                self._ready = memoryview(self._frame.decompress(packed))
+        except self._zstd.ZstdError as error:
+            raise EOFError(str(error)) from error
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def need(module: str) -> Any:
+    """Return an imported module; raises MachineError where its package is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        what = f"Reading this file needs the package {package}."
+        raise MachineError(what, "It is not installed.", f"Type: pip install {package}") from error

@@ -1,0 +1,222 @@
+"""Rows that are no text: each kind stops, is skipped or is reported alike, in every format, whatever the processes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from lowvram.data.bad_rows import MOST_SKIPPED, BadRow, BadRows
+from lowvram.data.encoding import explain_not_utf8
+from lowvram.data.holdout import Holdout
+from lowvram.data.shards import pack, pack_split
+from lowvram.data.text import documents
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import DataError
+from tests.flows.typed import Answer, typed
+
+GOOD = [f"iyi belge {number}" for number in range(3)]
+
+
+def jsonl(*middle: bytes) -> bytes:
+    good = [json.dumps({"text": text}).encode() for text in GOOD]
+    return b"\n".join([good[0], *middle, *good[1:]]) + b"\n"
+
+
+def parquet(values: list, kind: pyarrow.DataType | None = None) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# Name of a file, its bytes, the documents that are left, and per bad row: its place and its kind.
+FAULTS = {
+    "NUL in text": ("a.txt", b"iyi belge 0\n\nko\0tu\n\niyi belge 1\n\niyi belge 2", GOOD, [("a.txt:3", "with NUL")]),
+    "NUL in a JSON line": ("a.jsonl", jsonl(b'{"text": "a\0b"}'), GOOD, [("a.jsonl:2", "with NUL")]),
+    "NUL in a JSON string": ("a.jsonl", jsonl(b'{"text": "a\\u0000b"}'), GOOD, [("a.jsonl:2", "with NUL")]),
+    "NUL in Parquet": ("a.parquet", parquet([GOOD[0], "a\0b", *GOOD[1:]]), GOOD, [("a.parquet, row 1", "with NUL")]),
+    "null in JSON": ("a.jsonl", jsonl(b'{"text": null}'), GOOD, [("a.jsonl:2", "null")]),
+    "null in Parquet": ("a.parquet", parquet([GOOD[0], None, *GOOD[1:]]), GOOD, [("a.parquet, row 1", "null")]),
+    "a bad byte takes its document": (
+        "a.txt",
+        b"iyi belge 0\n\nilk\nk\xf6t\xfc\n\xff\nson\n\niyi belge 1\n\niyi belge 2",
+        GOOD,
+        [("a.txt:4", "not UTF-8")],
+    ),
+    "a bad byte in JSON": ("a.jsonl", jsonl(b'{"text": "k\xf6t\xfc"}'), GOOD, [("a.jsonl:2", "not UTF-8")]),
+    "broken JSON twice": (
+        "a.jsonl",
+        jsonl(b"{", b'{"text": "a'),
+        GOOD,
+        [("a.jsonl:2", "not JSON"), ("a.jsonl:3", "not JSON")],
+    ),
+    "a lone surrogate": ("a.jsonl", jsonl(b'{"text": "\\ud800"}'), GOOD, [("a.jsonl:2", "with half a character")]),
+    "a number": ("a.jsonl", jsonl(b'{"text": 5}'), GOOD, [("a.jsonl:2", "not text")]),
+    "a missing field": ("a.jsonl", jsonl(b'{"body": "a"}'), GOOD, [("a.jsonl:2", "without the field")]),
+    "a list": ("a.jsonl", jsonl(b'["a"]'), GOOD, [("a.jsonl:2", "no objects")]),
+    "an empty file": ("a.txt", b"", [], [("a.txt", "empty files")]),
+    "Parquet without rows": ("a.parquet", parquet([], pyarrow.string()), [], [("a.parquet", "empty files")]),
+    "numbers in Parquet": ("a.parquet", parquet([1]), [], [("a.parquet, row 0", "not text")]),
+    "no Parquet": ("a.parquet", b"PAR1", [], [("a.parquet", "unreadable files")]),
+    "a cut gz": (
+        "a.txt.gz",
+        gzip.compress(b"iyi belge 0\n\n" + bytes(range(33, 127)) * 20, 0)[:60],
+        [],  # less than a buffer was read when the end was found missing
+        [("a.txt.gz", "unreadable files")],
+    ),
+}
+
+
+def read(folder: Path, bad_rows: BadRows) -> list[str]:
+    found = [text for file in sorted(folder.iterdir()) for text in documents(file, bad_rows=bad_rows)]
+    bad_rows.finish()
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("name, data, left, faults", FAULTS.values(), ids=FAULTS)
+def test_each_fault_stops_is_skipped_and_is_reported_at_its_place(
+    place: Path, name: str, data: bytes, left: list[str], faults: list[tuple[str, str]]
+) -> None:
+    (place / name).write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read(place, BadRows(hint="Or add --on-bad-row."))
+    assert str(caught.value).startswith(str(place / faults[0][0]))
+    assert str(caught.value).endswith(" Or add --on-bad-row.")
+    for action in ("skip", "report"):
+        told: list[BadRow] = []
+        bad_rows = BadRows(action, told.append)
+        assert read(place, bad_rows) == left
+        assert [row.kind for row in told] == [kind for _, kind in faults]
+        for row, (where, _) in zip(told, faults, strict=True):
+            assert row.what.startswith(f"{place / where} ") or row.what.startswith(f"{place / where}: ")
+        assert (bad_rows.count, bad_rows.rows) == (len(faults), len(left) + len(faults))
+
+
+def test_what_is_skipped_and_what_is_left_does_not_depend_on_processes_or_a_resume(
+    small_tokenizer: Tokenizer, tmp_path: Path, place: Path, small_parts: None
+) -> None:
+    lines = [json.dumps({"text": f"{number}. belge " * 9}).encode() for number in range(600)]
+    lines[7] = lines[500] = b"{"
+    (place / "a.jsonl").write_bytes(b"\n".join(lines))
+    (place / "b.txt").write_bytes(b"k\xff")
+    counts = set()
+    hashes = set()
+    for out, processes in (("one", 1), ("two", 2), ("one", 1)):
+        bad_rows = BadRows("skip")
+        hashes.add(pack([place], small_tokenizer, tmp_path / out, processes=processes, bad_rows=bad_rows).hash)
+        counts.add((bad_rows.rows, *sorted(bad_rows.kinds.items())))
+    assert counts == {(601, ("not JSON", 2), ("not UTF-8", 1))}
+    assert len(hashes) == 1
+    sides = pack_split(
+        [place], small_tokenizer, tmp_path / "split", Holdout(0.3), processes=1, bad_rows=BadRows("skip")
+    )
+    assert sum(side.documents for side in sides) == 598
+
+
+@pytest.mark.parametrize(
+    "good, bad, stops",
+    [
+        pytest.param(0, 10, False, id="ten are always allowed"),
+        pytest.param(0, 11, True, id="eleven are more than a hundredth of eleven"),
+        pytest.param(1089, 11, False, id="a hundredth"),
+        pytest.param(1088, 11, True, id="one row more than a hundredth"),
+        pytest.param(MOST_SKIPPED * 200, MOST_SKIPPED, False, id="the most"),
+        pytest.param(MOST_SKIPPED * 200, MOST_SKIPPED + 1, True, id="one more than the most"),
+        pytest.param(MOST_SKIPPED * 200, MOST_SKIPPED * 2, True, id="far more than the most"),
+    ],
+)
+def test_skipping_ends_at_its_limits_and_reporting_never(good: int, bad: int, stops: bool) -> None:
+    def take_all(bad_rows: BadRows) -> None:
+        bad_rows.rows = good
+        for number in range(bad):
+            bad_rows.take(BadRow("not JSON", f"a.jsonl:{number} is not JSON."))
+        bad_rows.finish()
+
+    take_all(BadRows("report"))
+    if stops:
+        with pytest.raises(
+            DataError, match=r"rows so far are bad.*not JSON.*The first: a\.jsonl:0 .*--on-bad-row report"
+        ):
+            take_all(BadRows("skip"))
+    else:
+        take_all(BadRows("skip"))
+
+
+def test_a_file_of_bad_rows_is_not_read_to_its_end(place: Path) -> None:
+    (place / "a.jsonl").write_bytes(b"{\n" * 5_000)
+    bad_rows = BadRows("skip")
+    with pytest.raises(DataError, match="1,001 of 1,001 rows"):
+        read(place, bad_rows)
+
+
+TURKISH = "Şükrü Bey'in dükkânında çiğ köfte; Iğdır'ın ağacı, İzmir'in yazı. " * 20
+
+
+@pytest.mark.parametrize(
+    "sample, words",
+    [
+        pytest.param(TURKISH.encode() + b"\xfe" + TURKISH.encode(), "Mend or delete", id="one damaged byte"),
+        pytest.param("çok ".encode() + "şey".encode("cp1254"), "Mend or delete", id="two encodings"),
+        pytest.param(TURKISH.encode("cp1254"), "iconv -f WINDOWS-1254", id="Windows"),
+        pytest.param(TURKISH.encode("iso8859_9"), "iconv -f WINDOWS-1254", id="Latin-5, which Windows' contains"),
+        pytest.param(TURKISH.encode("cp857"), "iconv -f CP857", id="DOS"),
+        pytest.param(TURKISH.encode("mac_turkish"), "iconv -f MACTURKISH", id="old Macs"),
+        pytest.param("кошка".encode("cp1251"), "Find out which it is", id="Russian"),
+        pytest.param(b"don\x92t", "Find out which it is", id="a quotation mark alone"),
+    ],
+)
+def test_a_conversion_is_advised_only_where_it_makes_text_of_the_file(sample: bytes, words: str) -> None:
+    assert words in explain_not_utf8(sample).fix
+
+
+@pytest.mark.parametrize("command", ["tokenizer train", "data pack"])
+def test_the_command_line_stops_skips_and_reports(
+    command: str, place: Path, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_tokenizer.save(tmp_path / "tok")
+    (place / "a.jsonl").write_bytes(jsonl(*[b'{"text": 1}'] * 7))
+    (place / "not.pdf").write_bytes(b"%PDF")
+
+    def run(action: str) -> Answer:
+        out = "tok2" if command == "tokenizer train" else "shards"
+        return typed(*command.split(), "in", "--on-bad-row", action, "--out", out)
+
+    stopped, skipped, reported = run("stop"), run("skip"), run("report")
+    assert stopped.code == 1
+    assert "a.jsonl:2: the field 'text' holds int" in stopped.err
+    assert "add --on-bad-row: skip" in stopped.err
+    assert "1 file in the folders passed over (1 .pdf)" in stopped.err
+    assert skipped.code == 0
+    assert skipped.err.count("Skipped: in/a.jsonl:") == 5
+    assert "Skipped 7 of 10 rows: 7 not text." in skipped.err
+    if command == "tokenizer train":
+        assert "Next: lowvram data pack in --on-bad-row skip --holdout" in skipped.out
+    assert reported.code == 1
+    lines = reported.out.splitlines()
+    assert [line.split(": ")[0] for line in lines[:7]] == [f"in/a.jsonl:{number}" for number in range(2, 9)]
+    assert lines[7] == "7 of 10 rows are bad: 7 not text."
+    assert lines[8].startswith(f"Next: lowvram {command} in --on-bad-row skip")
+    (place / "a.jsonl").write_bytes(jsonl())
+    assert run("report") == Answer(0, "All 3 rows of 1 files are text.\n", reported.err)
+
+
+def test_a_report_packs_nothing_and_text_that_is_all_skipped_is_said(
+    place: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (place / "a.jsonl").write_bytes(b"{\n")
+    out = tmp_path / "shards"
+    assert typed("data", "pack", place, "--out", out, "--on-bad-row", "report").code == 1
+    assert not out.exists()
+    with pytest.raises(DataError, match="no text to pack"):
+        pack([place], small_tokenizer, out, bad_rows=BadRows("skip"))
