@@ -66,15 +66,9 @@ TEXTS = {
     "missing": ("bad/nowhere.txt", r"nowhere\.txt does not exist\. .*Name a file or a folder that exists"),
     "empty": ("bad/empty.txt", r"empty\.txt holds no document\. It is empty"),
     "blank": ("bad/blank.txt", r"blank\.txt holds no document"),
-    "not UTF-8": (
-        "bad/latin.txt",
-        r"latin\.txt:1 is not UTF-8: byte 0 is 0xde.*iconv -f WINDOWS-1254.*--on-bad-row: skip",
-    ),
+    "not UTF-8": ("bad/latin.txt", r"latin\.txt:1 is not UTF-8: byte 0 is 0xde.*iconv -f WINDOWS-1254.*--on-bad"),
     "binary": ("bad/binary.txt", r"binary\.txt:1 is not text: byte 7 is NUL"),
-    "no text inside": (
-        "bad/nothing",
-        r"nothing holds no text files\. 1 file .*\(1 \.pdf\)\. Read are \.txt, \.jsonl, \.ndjson",
-    ),
+    "no text inside": ("bad/nothing", r"nothing holds no text files\. 1 file .*\(1 \.pdf\)\. Read are \.txt, \.jsonl"),
     "one bad file inside": ("bad/mixed", r"mixed.b\.txt:1 is not UTF-8: byte 5 is 0xfc"),
     "unknown ending": ("bad/nothing/notes.pdf", r"notes\.pdf has an unknown ending"),
     "torn archive": ("bad/torn.txt.gz", r"torn\.txt\.gz cannot be read to its end"),
@@ -390,8 +384,8 @@ def test_a_full_disk_leaves_the_old_tokenizer_and_the_old_shards(home: Path, mon
     monkeypatch.setattr(Disk, "write_handle", refuse)
     answer = typed("tokenizer", "train", home / "valid.txt", "--vocab", 300, "--out", home / "tok")
     expect_error(answer, r"No space left to write in \S+tok\.")
-    wishes = ("--tokenizer", home / "tok", "--out", home / "shards/train", "--replace")
-    answer = typed("data", "pack", home / "valid.txt", *wishes)
+    words = ("--tokenizer", home / "tok", "--out", home / "shards/train", "--replace")
+    answer = typed("data", "pack", home / "valid.txt", *words)
     expect_error(answer, r"No space left to write in \S+train\.")
     assert seen(home) == before
 
