@@ -27,12 +27,14 @@ _MOST_NAMES = 3
 class ShardFolder:
     """One --out while it is packed into; use inside `claim`.
 
+    dtype: what ids are stored in; shards of this tokenizer that stand there in a wider type keep it.
     replace: whether shards of another text or tokenizer that stand there may be replaced.
     """
 
     def __init__(self, out: Path, tokenizer_hash: str, dtype: str, disk: Disk, replace: bool = False) -> None:
         self.out = out
-        self._tokenizer_hash, self._dtype, self._disk, self._replace = tokenizer_hash, dtype, disk, replace
+        self.dtype = dtype
+        self._tokenizer_hash, self._disk, self._replace = tokenizer_hash, disk, replace
         self._former: set[Path] = set()
         self._index: dict[str, Any] = {}
         self.shards: list[dict[str, Any]] = []
@@ -58,6 +60,8 @@ class ShardFolder:
                 self._delete_unfinished()
                 self._refuse_other_tokenizer()
                 self._index, self._former = read_json(self.out / INDEX), self._find_ours()
+                if (self._index.get("tokenizer"), self._index.get("dtype")) == (self._tokenizer_hash, "uint32"):
+                    self.dtype = "uint32"  # 65,536 ids were once stored so, and runs know their shards by their bytes
                 yield
             finally:
                 self._delete_unfinished()
@@ -92,7 +96,7 @@ class ShardFolder:
     def find_done(self, number: int, text_hash: str) -> dict[str, Any] | None:
         """Return the sidecar of a shard that stands, byte for byte, as it was written for this text; else None."""
         found, path = read_json(self.path(number, "json")), self.path(number)
-        wanted = {"tokenizer": self._tokenizer_hash, "text": text_hash, "dtype": self._dtype}
+        wanted = {"tokenizer": self._tokenizer_hash, "text": text_hash, "dtype": self.dtype}
         is_ours = found.keys() >= _SIDECAR and has_counts(found)
         is_wanted = is_ours and all(found[key] == value for key, value in wanted.items())
         return found if is_wanted and path.is_file() and sha256(path) == found["sha256"] else None
@@ -164,7 +168,7 @@ class ShardFolder:
         """
         names = sorted(file.name for file in files)
         sources = {"files": len(names), "first": names[:_MOST_NAMES]}
-        head = {"format": FORMAT, "tokenizer": self._tokenizer_hash, "dtype": self._dtype}
+        head = {"format": FORMAT, "tokenizer": self._tokenizer_hash, "dtype": self.dtype}
         index = head | add_up(self.shards) | {"sources": sources, "shards": self.shards}
         self._write_json(self.out / INDEX, index)
         # Sorted, a shard goes before its sidecar, by which it is still known as ours if this is interrupted.

@@ -27,7 +27,7 @@ __all__ = ["PackProgress", "ShardSet", "pack", "pack_split"]
 
 PART_BYTES = 8 << 20
 # The last id of uint16 is 65,535, so it holds this many.
-_MOST_UINT16_IDS = 0xFFFF
+_MOST_UINT16_IDS = 0x10000
 
 
 @dataclass(frozen=True)
@@ -222,9 +222,9 @@ def _packed(parts: Iterator[_Part], tokenizer: Tokenizer, processes: int, disk: 
                 running.append((part, found, None))
             else:
                 part.folder.check_may_write(part.number, part.hash, len(part.texts))
-                sidecar = {"tokenizer": tokenizer.hash, "text": part.hash, "dtype": _dtype_name(tokenizer)}
+                sidecar = {"tokenizer": tokenizer.hash, "text": part.hash, "dtype": part.folder.dtype}
                 target = part.folder.path(part.number)
-                task = EncodeTask(part.texts, tokenizer.directory, tokenizer.hash, sidecar["dtype"], target, disk)
+                task = EncodeTask(part.texts, tokenizer.directory, tokenizer.hash, part.folder.dtype, target, disk)
                 running.append((part, sidecar, encoders.submit(task)))
             part.texts = []
             while len(running) >= encoders.most_waiting:

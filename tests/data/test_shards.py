@@ -114,15 +114,35 @@ def test_the_files_say_what_they_hold(packed: ShardSet, small_tokenizer: Tokeniz
         assert index[key] == sum(shard[key] for shard in index["shards"])
 
 
-def test_a_vocabulary_above_65535_is_packed_in_four_bytes(
+@pytest.mark.parametrize("size, dtype", [(65_535, "<u2"), (65_536, "<u2"), (65_537, "<u4"), (262_144, "<u4")])
+def test_ids_beyond_65535_alone_are_packed_in_four_bytes(
+    folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, dtype: str
+) -> None:
+    narrow = pack([folder], small_tokenizer, tmp_path / "narrow", processes=1)
+    monkeypatch.setattr(Tokenizer, "size", size)
+    found = pack([folder], small_tokenizer, tmp_path / "other", processes=1)
+    assert found.dtype == np.dtype(dtype)
+    assert (found.directory / "00000.bin").stat().st_size == found.dtype.itemsize * found.tokens
+    assert (found.read(0, found.tokens) == narrow.read(0, narrow.tokens)).all()
+
+
+def test_the_last_id_of_two_bytes_survives_them(folder: Path, small_tokenizer: Tokenizer, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(Tokenizer, "size", 65_536)
+    monkeypatch.setattr(Tokenizer, "encode_array", lambda self, text: np.array([65_535, 1], np.uint32))
+    found = pack([folder], small_tokenizer, tmp_path / "out", processes=1)
+    assert found.read(0, 3).tolist() == [0, 65_535, 1]
+
+
+def test_shards_of_65536_ids_that_stand_in_four_bytes_stay_as_they_are(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow = pack([folder], small_tokenizer, tmp_path / "narrow")
+    monkeypatch.setattr(Tokenizer, "size", 65_537)
+    older = pack([folder], small_tokenizer, tmp_path / "out", processes=1)
+    before = bytes_of(older.directory)
     monkeypatch.setattr(Tokenizer, "size", 65_536)
-    wide = pack([folder], small_tokenizer, tmp_path / "wide")
-    assert wide.dtype == np.dtype("<u4")
-    assert (wide.directory / "00000.bin").stat().st_size == 4 * wide.tokens
-    assert (wide.read(0, wide.tokens) == narrow.read(0, narrow.tokens)).all()
+    assert pack([folder], small_tokenizer, tmp_path / "out", processes=1).hash == older.hash
+    assert bytes_of(older.directory) == before
 
 
 def test_two_processes_write_the_same_bytes_as_one(
