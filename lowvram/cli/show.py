@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
 from lowvram.cli.wrapping import WordWrap, wrap_words
+from lowvram.units import show_duration
 
 # Control characters except newline and tab, C1, bidirectional overrides, and tags, which show nothing and carry words
 # to wherever the text is pasted: a model's text may hold any of them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 _BOUNDLESS = 1_000
+# How often work that no terminal shows says how far it is; short work says nothing.
+PLAIN_EVERY_S = 15.0
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -110,20 +115,53 @@ class AnswerStream:
 
 @contextmanager
 def bar(what: str) -> Iterator[ProgressLine]:
-    """Show progress of long work while the block runs."""
+    """Show progress of long work while the block runs; where no terminal is, as a plain line from time to time."""
+    if not err.is_terminal:
+        with _plain_lines(what) as line:
+            yield line
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
-    with Progress(
-        *columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal
-    ) as progress:
-        yield ProgressLine(progress, progress.add_task(what, total=None, said=""))
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as progress:
+        task = progress.add_task(what, total=None, said="")
+
+        def show(done: float, total: float | None, said: str) -> None:
+            progress.update(task, completed=done, total=total, said=said)
+
+        yield ProgressLine(show)
+
+
+@contextmanager
+def _plain_lines(what: str) -> Iterator[ProgressLine]:
+    """Print how far the work is now and then, from a thread, since much of it is native code that calls nobody."""
+    started, finished = time.monotonic(), threading.Event()
+    state: tuple[float, float | None, str] = (0.0, None, "")
+
+    def keep(done: float, total: float | None, said: str) -> None:
+        nonlocal state
+        state = (done, total, said)
+
+    def speak() -> None:
+        while not finished.wait(PLAIN_EVERY_S):
+            done, total, said = state
+            share = f"{done / total:.0%}" if total else ""
+            words = ", ".join(filter(None, (share, said, show_duration(time.monotonic() - started))))
+            notice(f"{what}: {words}")
+
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield ProgressLine(keep)
+    finally:
+        finished.set()
+        speaker.join()
 
 
 class ProgressLine:
     """One bar that is told how far the work is."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
+    def __init__(self, show: Callable[[float, float | None, str], None]) -> None:
+        self._show = show
 
     def tell(self, done: float, total: float | None, said: str = "") -> None:
         """Move the bar; total None: unknown."""
-        self._progress.update(self._task, completed=done, total=total, said=said)
+        self._show(done, total, said)

@@ -70,6 +70,7 @@ def train_with_progress(
     holdout: the documents that it takes are left out.  bad_rows: what is done with rows that are no text.
     """
     from lowvram.cli.show import bar, notice
+    from lowvram.data.interruptible import run_interruptibly
     from lowvram.data.long_words import LONGEST_WORD
     from lowvram.data.text import documents, find_files
     from lowvram.data.text_files import size_of
@@ -95,7 +96,9 @@ def train_with_progress(
             line.tell(total, total, f"{show_bytes(total)} read; merging")
 
         learnt_from = holdout.leave(texts()) if holdout else texts()
-        tokenizer = train_tokenizer(learnt_from, vocabulary, out, tell_left_out=left_out.append)
+        tokenizer = run_interruptibly(
+            lambda: train_tokenizer(learnt_from, vocabulary, out, tell_left_out=left_out.append)
+        )
     for size in left_out:
         notice(
             f"{show_bytes(size)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or of as many "
