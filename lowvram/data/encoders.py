@@ -7,9 +7,10 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ from lowvram.data.shard_set import DTYPES
 from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.errors import MachineError, TokenizerError
 from lowvram.files import Disk, explain_full_disk
+
+# Above the length from which the tokenizer cuts long runs of white space, so that pieces are cut alike.
+_PIECE_CHARACTERS = 1_000_000
+_LINE_START = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,40 @@ def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
     tokenizer = _load_tokenizer(task.tokenizer, task.tokenizer_hash)
     dtype = DTYPES[task.dtype]
     bos = np.array([tokenizer.bos_id], dtype)
-    texts = [nfc(text) for text in task.texts]
-    ids = (tokenizer.encode_array(text).astype(dtype) for text in texts)
-    data = np.concatenate([piece for array in ids for piece in (bos, array)])
+    ids: list[np.ndarray] = []
+    text_bytes = 0
+    for text in task.texts:
+        ids.append(bos)
+        # Another program's tokenizer may look further than a line.
+        for piece in cut_at_lines(text) if type(tokenizer) is Tokenizer else [text]:
+            composed = nfc(piece)
+            ids.append(tokenizer.encode_array(composed).astype(dtype))
+            # The bytes that a model predicts: those of the text that the ids spell, which is in NFC.
+            text_bytes += count_bytes(composed)
+    data = np.concatenate(ids)
     # Of this thread: one that was left behind by Ctrl-C may still write its own.
     beside = task.target.with_name(f"{task.target.name}.{threading.get_native_id()}.tmp")
     with explain_full_disk(task.target.parent, data.nbytes), open(beside, "wb") as file:
         task.disk.preallocate(file, data.nbytes)
         task.disk.write_handle(file, data.data.cast("B"))
         task.disk.sync_handle(file)
-    # The bytes that a model predicts: those of the text that the ids spell, which is in NFC.
-    counts = {"tokens": len(data), "documents": len(texts), "text_bytes": sum(map(count_bytes, texts))}
+    counts = {"tokens": len(data), "documents": len(task.texts), "text_bytes": text_bytes}
     return beside, counts | {"sha256": hashlib.sha256(data).hexdigest()}
+
+
+def cut_at_lines(text: str) -> Iterator[str]:
+    """Yield a text in pieces of about a million characters that have the same ids one by one as together.
+
+    A cut is behind a line feed and before what is no white space: no match of our pre-tokenizer reaches over it, no
+    run of white space is parted, and no composed form begins with a line feed.
+    """
+    start = 0
+    while len(text) - start >= 2 * _PIECE_CHARACTERS and (found := _LINE_START.search(text, start + _PIECE_CHARACTERS)):
+        if len(text) - found.end() < _PIECE_CHARACTERS:
+            break
+        yield text[start : found.end()]
+        start = found.end()
+    yield text[start:] if start else text
 
 
 @functools.lru_cache(1)

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from lowvram.files import DISK, Disk
 __all__ = ["PackProgress", "ShardSet", "pack", "pack_split"]
 
 PART_BYTES = 8 << 20
+_BLOCK_CHARACTERS = 1 << 20
 # The last id of uint16 is 65,535, so it holds this many.
 _MOST_UINT16_IDS = 0x10000
 
@@ -158,11 +159,17 @@ class _Collected:
         self._texts, self.text_bytes, self._digest = list[str](), 0, hashlib.sha256()
 
     def add(self, text: str) -> None:
-        data = text.encode("utf-8")
-        self._digest.update(len(data).to_bytes(8, "little"))
-        self._digest.update(data)
+        if len(text) <= _BLOCK_CHARACTERS:
+            data = text.encode("utf-8")
+            blocks: Iterable[bytes] = (data,)
+            size = len(data)
+        else:
+            blocks, size = _utf8_blocks(text), sum(map(len, _utf8_blocks(text)))
+        self._digest.update(size.to_bytes(8, "little"))
+        for block in blocks:
+            self._digest.update(block)
         self._texts.append(text)
-        self.text_bytes += len(data)
+        self.text_bytes += size
 
     def take(self, file: Path, read_bytes: int) -> _Part:
         hash = self._digest.hexdigest()
@@ -170,6 +177,11 @@ class _Collected:
         self._number += 1
         self._clear()
         return part
+
+
+def _utf8_blocks(text: str) -> Iterator[bytes]:
+    for start in range(0, len(text), _BLOCK_CHARACTERS):
+        yield text[start : start + _BLOCK_CHARACTERS].encode("utf-8")
 
 
 def _parts(

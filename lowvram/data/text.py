@@ -119,15 +119,24 @@ def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str 
             continue
         if line[0] == _BOM:
             # Another file was appended here; its first line is no blank one, but a document ends all the same.
-            yield bad or "".join(lines).rstrip("\r\n")
-            bad, lines, line = None, [], line.lstrip(_BOM)
+            yield bad or _join(lines)
+            bad, line = None, line.lstrip(_BOM)
         if not line.isspace():
             if not bad:
                 lines.append(line)
         elif lines or bad:
-            yield bad or "".join(lines).rstrip("\r\n")
-            bad, lines = None, []
-    yield bad or "".join(lines).rstrip("\r\n")
+            yield bad or _join(lines)
+            bad = None
+    yield bad or _join(lines)
+
+
+def _join(lines: list[str]) -> str:
+    """Return the document of these lines without its last line end, and empty the list: both at once may be much."""
+    if lines:
+        lines[-1] = lines[-1].rstrip("\r\n")
+    text = "".join(lines)
+    lines.clear()
+    return text
 
 
 def _json_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:

@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lowvram.data import encoders
+from lowvram.data import encoders, shards
 from lowvram.data.shards import PackProgress, ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import BusyError, DataError, DiskFullError, MachineError, TokenizerError
@@ -407,3 +407,29 @@ def test_verify_finds_a_flipped_bit_that_opening_does_not_and_packing_again_mend
     pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append).verify()
     assert seen[-1].reused == seen[-1].shards - 2
     assert bytes_of(packed.directory) == before
+
+
+def test_a_document_of_megabytes_has_the_ids_that_it_has_as_a_whole(
+    small_tokenizer: Tokenizer, turkish: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(shards, "_BLOCK_CHARACTERS", 7)
+    hard = ["a\n\n\n b", "\n!\n?\n", "x \n \n  y", "\u0301\u0301 e\n\u0301z", "...\r\n\r\n'q", "\t\n\u00a0\n9"]
+    text = "".join(f"{line}\n{hard[number % 6]}{' ' * (number % 4)}" for number, line in enumerate(turkish * 3))
+    assert len(pieces := list(encoders.cut_at_lines(text))) > 20
+    assert "".join(pieces) == text
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    found = pack([tmp_path / "a.jsonl"], small_tokenizer, tmp_path / "out", processes=1)
+    composed = unicodedata.normalize("NFC", text)
+    assert found.read(1, found.tokens - 1).tolist() == small_tokenizer.encode(composed)
+    assert found.text_bytes == len(composed.encode())
+    monkeypatch.undo()
+    assert pack([tmp_path / "a.jsonl"], small_tokenizer, tmp_path / "out", processes=1).hash == found.hash
+
+
+def test_a_document_is_cut_at_lines_only_where_both_pieces_are_long() -> None:
+    assert list(encoders.cut_at_lines("")) == [""]
+    assert list(encoders.cut_at_lines("a\n" * 999_999)) == ["a\n" * 999_999]
+    assert list(map(len, encoders.cut_at_lines("a\n" * 1_000_001))) == [1_000_002, 1_000_000]
+    assert list(map(len, encoders.cut_at_lines("a" * 3_000_000))) == [3_000_000]
+    assert list(map(len, encoders.cut_at_lines("a\n" + "b" * 2_999_000 + "\nc"))) == [2_999_004]

@@ -94,7 +94,7 @@ def test_the_steps_from_text_to_a_run_file_follow_from_one_another(
     assert second.err == ""
     words = shlex.split(second.out.splitlines()[-1].removeprefix("Next: lowvram ").partition("  (")[0])
     assert typed(*words, "--gpu", "rtx4060").code == 0
-    assert load_run(home / "run.toml", [], lambda _: 400).valid == home / "shards/valid"
+    assert load_run(home / "run.toml", [], lambda _: 400).data.valid == home / "shards/valid"
 
 
 @pytest.mark.parametrize("share", ["0.5", "0%", "100%", "%", "x%", "-1%"])
@@ -295,7 +295,7 @@ def test_ctrl_c_outside_of_training_ends_with_130(monkeypatch: pytest.MonkeyPatc
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowvram.data.text.find_files", interrupt)
+    monkeypatch.setattr("lowvram.data.text_files.find_text_files", interrupt)
     assert typed("tokenizer", "train", tmp_path) == Answer(130, "", "")
 
 
