@@ -37,9 +37,9 @@ class TextFiles:
             count = self.other_endings.total()
             told.append(f"{_count(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
         for paths, noun, why in (
-            (self.broken_links, "link", "passed over because they lead nowhere"),
-            (self.linked_folders, "link", "to folders not followed; name such a folder to read it"),
-            (self.unreadable, "folder", "passed over because they may not be read"),
+            (self.broken_links, "broken link", "passed over"),
+            (self.linked_folders, "linked folder", "not followed (it is read where it is named)"),
+            (self.unreadable, "folder", "passed over for want of permission"),
         ):
             if paths:
                 told.append(f"{_count(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")

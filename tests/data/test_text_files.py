@@ -41,8 +41,8 @@ def test_what_a_folder_holds_besides_text_is_counted_and_named(tmp_path: Path) -
     assert found.files == [wanted, tmp_path / "elsewhere/deep.txt.gz"]
     told = "\n".join(found.describe())
     assert "23 files in the folders passed over (20 .pdf, 2 .docx, 1 without ending)." in told
-    assert f"1 link passed over because they lead nowhere: {tmp_path / 'gone.txt'}." in told
-    assert f"1 link to folders not followed; name such a folder to read it: {tmp_path / 'linked'}." in told
+    assert f"1 broken link passed over: {tmp_path / 'gone.txt'}." in told
+    assert f"1 linked folder not followed (it is read where it is named): {tmp_path / 'linked'}." in told
     assert find_text_files([wanted]).describe() == []
 
 
@@ -61,7 +61,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     found = find_text_files([tmp_path])
     assert found.files == [tmp_path / "a.txt"]
     assert found.unreadable == [tmp_path / "closed"]
-    assert "1 folder passed over because they may not be read" in found.describe()[0]
+    assert "1 folder passed over for want of permission" in found.describe()[0]
 
 
 def test_a_file_of_many_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
