@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lowvram.data.bad_rows import BadRows
 from lowvram.data.encoders import Encoders, EncodeTask
 from lowvram.data.holdout import Holdout
 from lowvram.data.shard_folder import ShardFolder
-from lowvram.data.shard_set import ShardSet, add_up
+from lowvram.data.shard_set import COUNTS, ShardSet
 from lowvram.data.text import documents, find_files
 from lowvram.data.text_files import is_stream, size_of
 from lowvram.data.tokenizer import Tokenizer
@@ -119,19 +119,19 @@ def _pack(
 ) -> list[ShardSet]:
     files = find_files(paths)
     total_bytes = sum(map(size_of, files))
-    reused = 0
+    reused, totals = 0, Counter[str]()
     with ExitStack() as stack:
         for folder in folders:
             _refuse_text_inside(folder.out, files)
             stack.enter_context(folder.claim())
         parts = _parts(files, field, folders, holdout, bad_rows or BadRows())
         packed = stack.enter_context(closing(_packed(parts, tokenizer, processes or os.cpu_count() or 1, disk)))
-        for part, is_new in packed:
+        for done, (part, is_new) in enumerate(packed, 1):
             reused += not is_new
+            totals.update({key: part.folder.shards[-1][key] for key in COUNTS})
             if progress:
-                shards = [shard for folder in folders for shard in folder.shards]
-                reading = {"read_bytes": part.read_bytes, "total_bytes": total_bytes}
-                progress(PackProgress(part.file, len(shards), reused, **add_up(shards), **reading))
+                counts = {"shards": done, "reused": reused, **totals}
+                progress(PackProgress(part.file, read_bytes=part.read_bytes, total_bytes=total_bytes, **counts))
         if not any(folder.shards for folder in folders):
             raise DataError("There is no text to pack.", "Every row was skipped.", "Name files that hold text.")
         for folder in folders:
