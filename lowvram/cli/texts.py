@@ -82,9 +82,11 @@ def report(arguments: argparse.Namespace, *command: str) -> int:
     total, before = sum(map(size_of, files)), 0
     with bar("Reading") as line:
         for file in files:
-            for _ in documents(
-                file, arguments.field, lambda inside, before=before: line.tell(before + inside, total or None), bad_rows
-            ):
+
+            def show(inside: int, before: int = before) -> None:
+                line.tell(before + inside, total or None)
+
+            for _ in documents(file, arguments.field, show, bad_rows):
                 pass
             before += size_of(file)
     if not bad_rows.count:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, final
 
 from lowvram.errors import DataError
 
@@ -18,6 +18,7 @@ _MANY = 1_000
 _SHOWN = 3
 
 
+@final
 @dataclass(frozen=True)
 class BadRow:
     """One row, or the rest of a file, that is no text.  kind: a few words by which such rows are counted."""

@@ -50,7 +50,10 @@ class Encoders:
     """Encodes tasks in order; with one process in this one.  Left by an exception, it ends all work at once."""
 
     def __init__(self, processes: int) -> None:
-        self._pool, self._hang_up = (None, None) if processes == 1 else _start_pool(processes)
+        self._pool: ProcessPoolExecutor | None = None
+        self._hang_up: Connection | None = None
+        if processes > 1:
+            self._pool, self._hang_up = _start_pool(processes)
         self.most_waiting = 1 if processes == 1 else 2 * processes
 
     def __enter__(self) -> Encoders:
@@ -113,14 +116,15 @@ def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
             ids.append(tokenizer.encode_array(composed).astype(dtype))
             # The bytes that a model predicts: those of the text that the ids spell, which is in NFC.
             text_bytes += count_bytes(composed)
-    data = np.concatenate(ids)
+    joined = np.concatenate(ids)
+    data = memoryview(joined).cast("B")
     # Of this thread: one that was left behind by Ctrl-C may still write its own.
     beside = task.target.with_name(f"{task.target.name}.{threading.get_native_id()}.tmp")
     with explain_full_disk(task.target.parent, data.nbytes), open(beside, "wb") as file:
         task.disk.preallocate(file, data.nbytes)
-        task.disk.write_handle(file, data.data.cast("B"))
+        task.disk.write_handle(file, data)
         task.disk.sync_handle(file)
-    counts = {"tokens": len(data), "documents": len(task.texts), "text_bytes": text_bytes}
+    counts = {"tokens": len(joined), "documents": len(task.texts), "text_bytes": text_bytes}
     return beside, counts | {"sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -140,7 +140,7 @@ class ShardFolder:
         sources = self._index.get("sources")
         names = sources.get("first") if isinstance(sources, dict) else None
         origin = ""
-        if isinstance(names, list) and names:
+        if isinstance(sources, dict) and isinstance(names, list) and names:
             more = sources.get("files", 0) - len(names)
             origin = f" from {', '.join(map(str, names))}" + (f" and {more} more" if more > 0 else "")
         return f"{show_count(totals['tokens'])} tokens of {totals['documents']:,} documents{origin}, packed {told}"

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,7 +214,9 @@ def _parts(
             yield side.take(files[-1], before)
 
 
-def _packed(parts: Iterator[_Part], tokenizer: Tokenizer, processes: int, disk: Disk) -> Iterator[tuple[_Part, bool]]:
+def _packed(
+    parts: Iterator[_Part], tokenizer: Tokenizer, processes: int, disk: Disk
+) -> Generator[tuple[_Part, bool], None, None]:
     """Yield each part when its shard stands, and whether it was encoded now, in order."""
     # Processes take seconds to start, so what is one part alone is encoded here.
     head = list(itertools.islice(parts, 2)) if processes > 1 else []

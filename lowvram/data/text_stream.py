@@ -51,7 +51,8 @@ def open_text(file: Path) -> Iterator[TextStream]:
     if file != STANDARD_INPUT and not file.exists():
         raise DataError(f"{file} does not exist.", "", "Name a file that exists.")
     try:
-        with open(0 if file == STANDARD_INPUT else file, "rb", _BUFFER_BYTES, closefd=file != STANDARD_INPUT) as raw:
+        is_file = file != STANDARD_INPUT
+        with io.BufferedReader(io.FileIO(file if is_file else 0, closefd=is_file), _BUFFER_BYTES) as raw:
             stream = _unpack(file, raw)
             head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
             kind = kind or (".jsonl" if head.lstrip().startswith(b'{"') else ".txt")
@@ -80,7 +81,7 @@ def _unpack(file: Path, raw: io.BufferedReader) -> io.BufferedReader:
         packing = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), "")
     match packing:
         case ".gz":
-            return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES)  # type: ignore[arg-type]
+            return io.BufferedReader(gzip.GzipFile(fileobj=raw), _BUFFER_BYTES)
         case ".zst":
             return io.BufferedReader(_ZstdStream(raw), _BUFFER_BYTES)
         case _:
