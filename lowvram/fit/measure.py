@@ -206,23 +206,26 @@ def _time_loads(
         seconds = _median_seconds(functools.partial(load, *tensors), device, clock, least_s=_LOAD_S)
         return work, seconds
 
-    work, seconds = time_load(torch.mul, (tokens, hidden), (tokens, hidden))
-    bytes_per_s = work.moved_bytes / seconds
-    work, seconds = time_load(product, (tokens, model.dim), (hidden, model.dim))
-    product_flops_per_s = work.flops / _beyond(work, bytes_per_s, seconds)
+    by_bytes, seconds = time_load(torch.mul, (tokens, hidden), (tokens, hidden))
+    bytes_per_s = by_bytes.moved_bytes / seconds
+
+    def rate_of(load: Callable[..., object], operations: Callable[[Work], float], *shapes: tuple[int, ...]) -> float:
+        work, seconds = time_load(load, *shapes)
+        return operations(work) / _beyond(work, bytes_per_s, seconds)
+
+    operands = ((tokens, model.dim), (hidden, model.dim))
+    product_flops_per_s = rate_of(product, lambda work: work.flops, *operands)
     length = max(train.seq_len, _LOAD_LENGTH)
     count = max(1, tokens // length)
-    keys = (count, kv_heads, length, head_dim)
-    work, seconds = time_load(attend, (count, heads, length, head_dim), keys, keys, (count, heads, length, head_dim))
+    queries, keys = (count, heads, length, head_dim), (count, kv_heads, length, head_dim)
+    # 0 where no fused kernel runs: the ledger then counts attention's products among the others.
+    fused_flops_per_s = rate_of(attend, lambda work: work.attention_flops, queries, keys, keys, queries)
     low_flops_per_s = None
     if FORMS[train.precision] != "plain":
-        work, seconds = time_load(low_product, (tokens, model.dim), (hidden, model.dim))
-        low_flops_per_s = work.low_flops / _beyond(work, bytes_per_s, seconds) or None  # plain ones where no kernel is
-    attention_flops_per_s = product_flops_per_s
-    if work.attention_flops:
-        attention_flops_per_s = work.attention_flops / _beyond(work, bytes_per_s, seconds)
+        # 0 where no kernel for 8 bits runs: they are then counted among the others, too.
+        low_flops_per_s = rate_of(low_product, lambda work: work.low_flops, *operands) or None
     free_memory(device)
-    return Rates(product_flops_per_s, attention_flops_per_s, bytes_per_s, 0.0, low_flops_per_s)
+    return Rates(product_flops_per_s, fused_flops_per_s or product_flops_per_s, bytes_per_s, 0.0, low_flops_per_s)
 
 
 def _head_dim(model: ModelConfig) -> int:

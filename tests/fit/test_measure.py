@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lowvram_kernels.dispatch import Card
 
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.errors import MachineError
@@ -71,6 +72,33 @@ def test_every_kind_of_model_gives_positive_finite_numbers(kind: str, precision:
     assert (found.torch, found.threads) == (torch.__version__, torch.get_num_threads())
     assert found.compiled_ratio is None
     assert found.peak_bytes is None, "a processor's allocator does not say"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8", "int8"])
+def test_each_load_gives_its_own_rate_and_no_other(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    # Bytes take no time here, so that a load's rate is its operations by its seconds.
+    seconds = {"mul": 1e-9, "product": 1.0, "attend": 3.0, "low_product": 7.0}
+    asked: list[str] = []
+
+    def answer(run: Any, *_: object, **__: object) -> float:
+        asked.append(run.func.__name__)
+        return seconds[asked[-1]]
+
+    monkeypatch.setattr(under_test, "_median_seconds", answer)
+    model, train = model_of("gqa-rope"), train_of(precision=precision)
+    tokens, sequences, card = 6 * 24, 6, Card("cuda", (8, 9)) if precision == "fp8" else under_test.card_of(HERE)
+    rates = under_test._time_loads(model, train, sequences, card, HERE, Ticks(0.25))
+    assert asked == ["mul", "product", "attend", *(["low_product"] if precision in ("fp8", "int8") else [])]
+    products = 2.0 * tokens * model.dim * 2 * model.ffn.hidden
+    assert rates.product_flops_per_s == pytest.approx(products / seconds["product"], rel=1e-6)
+    # Forward two products of every query with every key, backward five, on a processor counted without the causal mask.
+    shown = 0.5 if card.platform == "cuda" else 1.0
+    attention = shown * 7.0 * 2 * model.attention.heads * model.attention.head_dim * (tokens // 32) * 32**2
+    assert rates.attention_flops_per_s == pytest.approx(attention / seconds["attend"], rel=1e-3)
+    assert rates.attention_flops_per_s != pytest.approx(rates.product_flops_per_s, rel=0.5)
+    has_kernel = precision == "fp8"
+    low = pytest.approx(products / seconds["low_product"], rel=1e-6) if has_kernel else None
+    assert rates.low_flops_per_s == low
 
 
 @pytest.mark.parametrize("bits", [32, 8], ids=lambda bits: f"{bits}-bit")
