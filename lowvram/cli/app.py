@@ -46,11 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 finished, 1 an error that the user can mend, 2 wrong usage, 3 stopped by request and saved, 75 ended by a fault
     that the same command mends, 130 interrupted with nothing saved.
     """
+    had_output = _open_closed_streams()
     _speak_utf8()
     for name, value in CPU_MANNERS.items():
         os.environ.setdefault(name, value)
     with lasting_stderr():
-        return _run(build_parser().parse_args(argv))
+        arguments = build_parser().parse_args(argv)
+        if not had_output:
+            sys.stderr.write("Standard output is closed: results are shown nowhere.\n")
+        return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -83,6 +87,21 @@ def _explain_refusal(error: OSError) -> MachineError:
         f"The system says: {error.strerror}.",
         "Mend that and type the same command again; what was finished before is kept.",
     )
+
+
+def _open_closed_streams() -> bool:
+    """Lead streams that were closed from the start (`>&-`, a Windows program without a console) to the null device.
+
+    Python has None in their place, and the next file that is opened would get their descriptors and their output.
+    Returns whether standard output was open.
+    """
+    had_output = sys.stdout is not None
+    # In the descriptors' order: each open takes the lowest that is free.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Open as long as the process lives, as the stream would be.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    return had_output
 
 
 def _speak_utf8() -> None:

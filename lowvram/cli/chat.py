@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, add_precision, count
 from lowvram.cli.sampler import add_sampler, sampler_of
+from lowvram.cli.typed_text import read_typed
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
+    from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
     from lowvram.model.cache import CacheForm
@@ -76,13 +77,26 @@ def run(arguments: argparse.Namespace) -> None:
     if text is not None:
         _answer_once(conversation, text, sampler, arguments)
         return
-    where = "a text that goes on" if conversation.template is None else "turns"
     notes = [
         f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
-        f"The model writes {where}.",
+        _describe_manner(loaded.tokenizer, speaks=conversation.template is not None),
     ]
     talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
     talk.run(keeps_history=not arguments.no_history)
+
+
+def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
+    """Say how the model is asked, and where that is not how it was trained."""
+    from lowvram.data.outside_tokenizer import OutsideTokenizer
+    from lowvram.generate.template import is_dialogue
+
+    if speaks and not is_dialogue(tokenizer):
+        if isinstance(tokenizer, OutsideTokenizer):
+            return "The model is asked in turns, by its chat template; whether it has learnt to speak, no file says."
+        return "The model was trained on plain text and is asked in turns (--as dialogue), which it has not learnt."
+    if not speaks and is_dialogue(tokenizer):
+        return "The model was trained to speak in turns and is asked to go on with a text (--as base)."
+    return "The model writes turns." if speaks else "The model writes a text that goes on."
 
 
 def _choose_cache(loaded: Loaded, asked: str) -> CacheForm:
@@ -115,21 +129,20 @@ def open_conversation(
             "Leave it out, or try --as dialogue.",
         )
     decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=cache)
-    system = unicodedata.normalize("NFC", arguments.system) if arguments.system else None
+    system = read_typed(arguments.system) if arguments.system else None
     return Conversation(Engine(decoder, loaded.tokenizer), template, system)
 
 
 def _read_prompt(given: str | None) -> str | None:
-    if given != "-":
-        return given
-    return sys.stdin.read().removesuffix("\n")
+    if given is None:
+        return None
+    return read_typed(sys.stdin.read().removesuffix("\n") if given == "-" else given)
 
 
 def _answer_once(conversation: Conversation, text: str, sampler: Sampler, arguments: argparse.Namespace) -> None:
     """Stream the answer to one prompt, of a base model behind the prompt itself; Ctrl-C ends it early."""
     from lowvram.cli.show import AnswerStream
 
-    text = unicodedata.normalize("NFC", text)
     pieces = conversation.ask(text, sampler, arguments.tokens, arguments.newest)
     if arguments.json:
         answer = "".join(pieces)

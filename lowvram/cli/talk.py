@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.sampler import build_sampler
 from lowvram.cli.show import AnswerStream, clean, notice, quote, show_error
+from lowvram.cli.typed_text import read_typed
 from lowvram.errors import ConfigError, LowvramError, MachineError, PromptError, PromptTooLongError, name_nearest
 from lowvram.units import show_bytes
 
@@ -28,8 +29,10 @@ _HELP = '''/help               this list
 /set [NAME VALUE]   change temperature, top_k, top_p, min_p, repetition_penalty, seed or tokens; alone: show them
 /save FILE          write the conversation, as .md or .json
 /stats              tokens, speed and memory so far
-/quit               end, as Ctrl-D does
+/quit               end, as Ctrl-D, /exit and /q do
 """                 begins a text of several lines and ends it; a line that ends in \\ goes on in the next'''
+# What other chats call them.
+_OTHER_NAMES = {"exit": "quit", "q": "quit", "bye": "quit", "çık": "quit", "h": "help", "?": "help", "yardım": "help"}
 _MOST_LINES = 1_000  # of history
 _LONG = '"""'
 
@@ -98,13 +101,14 @@ class Talk:
             self._say(typed.text)
             return
         name, _, rest = typed.text[1:].partition(" ")
-        if name not in commands:
+        command = commands.get(_OTHER_NAMES.get(name.lower(), name.lower()))
+        if command is None:
             raise PromptError(
                 f"There is no command /{name}.",
                 f"The commands are {', '.join(f'/{known}' for known in commands)}.",
-                name_nearest(name, commands) or "Begin a text with a blank where its first letter is /.",
+                f"{_name_nearest_command(name, [*commands, *_OTHER_NAMES])}  A text may begin with a blank and then /.",
             )
-        commands[name](rest.strip())
+        command(rest.strip())
 
     def _commands(self) -> dict[str, Callable[[str], None]]:
         return {
@@ -119,7 +123,7 @@ class Talk:
         }
 
     def _say(self, text: str) -> None:
-        text = unicodedata.normalize("NFC", text)
+        text = read_typed(text)
         try:
             pieces = self.conversation.ask(text, self.sampler, self.tokens, self.newest)
         except PromptTooLongError as error:
@@ -180,7 +184,7 @@ class Talk:
                 "Begin again with --as dialogue if it is one.",
             )
         if text:
-            conversation.system = None if text == "-" else unicodedata.normalize("NFC", text)
+            conversation.system = None if text == "-" else read_typed(text)
         notice(f"System: {conversation.system or 'nothing'}", "dim")
 
     def _set(self, text: str) -> None:
@@ -226,7 +230,9 @@ class Talk:
     def _as_file(self, suffix: str) -> str:
         conversation = self.conversation
         said = [("system", conversation.system)] if conversation.system else []
-        said += [(message.role, message.content) for message in conversation.messages]
+        # Where nobody speaks in turns, nobody is a user or an assistant.
+        names = {} if conversation.template is not None else {"user": "text", "assistant": "continuation"}
+        said += [(names.get(message.role, message.role), message.content) for message in conversation.messages]
         if suffix == ".json":
             return quote([{"role": role, "content": text} for role, text in said]) + "\n"
         return "".join(f"**{role}**\n\n{clean(text)}\n\n" for role, text in said)
@@ -252,6 +258,11 @@ class Talk:
             f"weights {show_bytes(weights)}, cache {show_bytes(cache)}",
         ]
         return "\n".join([*lines, *self.notes])
+
+
+def _name_nearest_command(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"Did you mean /{_OTHER_NAMES.get(near[0], near[0])}?" if near else "/help says what each does."
 
 
 def _explain(error: RuntimeError) -> MachineError:

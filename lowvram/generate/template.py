@@ -6,18 +6,14 @@ afterwards: whatever they write, they never write a special token.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterator, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError, TokenizerError
-
-if TYPE_CHECKING:
-    import jinja2
+from lowvram.generate.template_budget import MOST_SOURCE_CHARACTERS, Budget, BudgetError
 
 ROLES = ("system", "user", "assistant")
 # Around each placeholder: white space that nobody types, and that is gone where the template trims.
@@ -26,6 +22,10 @@ _PAD = "\u2003"
 _MARK = "\u2e0e"
 # What a template's own expressions can raise besides jinja2's errors.
 _RAISED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
+
+
+_OTHERWISE = "Mend chat_template in tokenizer_config.json, or go on with --as base, which needs none."
+_LONGEST_REASON = 300
 
 
 class Message(NamedTuple):
@@ -52,15 +52,24 @@ class Template:
     def __init__(self, source: str, names: dict[str, str]) -> None:
         import jinja2
 
+        from lowvram.generate.template_sandbox import BudgetedEnvironment
+
         self._names = names
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        if len(source) > MOST_SOURCE_CHARACTERS:
             raise TokenizerError(
-                "The chat template does not compile.",
-                f"Line {error.lineno} of chat_template: {error.message}",
-                "Mend it in tokenizer_config.json, or go on with --as base, which needs none.",
-            ) from error
+                f"The chat template has {len(source):,} characters.",
+                f"lowvram runs templates of up to {MOST_SOURCE_CHARACTERS:,}; those of published models are shorter.",
+                _OTHERWISE,
+            )
+        self._environment = BudgetedEnvironment()
+        try:
+            self._template = self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            why = f"Line {error.lineno} of chat_template: {_shorten(error.message)}"
+            raise TokenizerError("The chat template does not compile.", why, _OTHERWISE) from error
+        except (SyntaxError, *_RAISED) as error:
+            why = f"It is nested too deeply, or a number in it is too long ({type(error).__name__}: {_shorten(error)})"
+            raise TokenizerError("The chat template does not compile.", why, _OTHERWISE) from error
 
     def encode(
         self, tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = True
@@ -137,16 +146,27 @@ class Template:
                 raise PromptError(f"A message's content is {kind}.", "It must be text.", "Give it as a string.")
             if message.role not in ROLES:  # which would stand in the template's own text
                 raise PromptError(f"Unknown role: {message.role}.", "", f"The roles are {', '.join(ROLES)}.")
+        values = {"messages": given, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._template.render(
-                messages=given, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **self._names
-            )
+            return self._environment.render(self._template, values | self._names, Budget(len(given)))
+        except BudgetError as error:
+            raise PromptError("The chat template does more than a template may.", str(error), _OTHERWISE) from error
+        except (jinja2.exceptions.SecurityError, RecursionError, MemoryError) as error:
+            why = f"{type(error).__name__}: {_shorten(error)}"
+            raise PromptError("The chat template does more than a template may.", why, _OTHERWISE) from error
         except (jinja2.TemplateError, *_RAISED) as error:
             raise PromptError(
                 "The chat template refuses this conversation.",
-                f"{type(error).__name__}: {error}",
+                f"{type(error).__name__}: {_shorten(error)}",
                 "Most templates want user and assistant by turns, behind at most one system.",
             ) from error
+
+
+def _shorten(reason: object) -> str:
+    """Return what a template or Jinja complains of; either can be as long as it likes."""
+    text = str(reason)
+    text = text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def load_template(tokenizer: Tokenizer) -> Template | None:
@@ -154,17 +174,41 @@ def load_template(tokenizer: Tokenizer) -> Template | None:
     settings = tokenizer.settings
     source = settings.get("chat_template")
     if isinstance(source, list):  # several by name, as older files have them
-        source = next((entry.get("template") for entry in source if entry.get("name") == "default"), None)
+        source = _choose_default(tokenizer, source)
     if source is None:
         return None
     if not isinstance(source, str):
         raise TokenizerError(
             f"chat_template in {tokenizer.directory} is {type(source).__name__}.",
             "It must be text, a template in Jinja.",
-            "Mend tokenizer_config.json, or go on with --as base, which needs none.",
+            _OTHERWISE,
         )
-    names = {name: value for name, value in settings.items() if name.endswith("_token") and isinstance(value, str)}
-    return Template(source, names)
+    return Template(source, name_specials(settings))
+
+
+def _choose_default(tokenizer: Tokenizer, several: list[Any]) -> Any:
+    """Return the template named default; None where there are none at all."""
+    if not several:
+        return None
+    named = {str(entry.get("name")): entry.get("template") for entry in several if isinstance(entry, dict)}
+    if "default" not in named:
+        names = ", ".join(named) or "none"
+        raise TokenizerError(
+            f'chat_template in {tokenizer.directory} is a list without a template named "default".',
+            f"It names {_shorten(names)}",
+            _OTHERWISE,
+        )
+    return named["default"]
+
+
+def name_specials(settings: dict[str, Any]) -> dict[str, str]:
+    """Return the special tokens that tokenizer_config.json names, as bos_token: a text, or an object with content."""
+    named = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name.endswith("_token")
+    }
+    return {name: token for name, token in named.items() if isinstance(token, str)}
 
 
 def choose_template(tokenizer: Tokenizer, form: str | None = None) -> Template | None:
@@ -188,36 +232,3 @@ def choose_template(tokenizer: Tokenizer, form: str | None = None) -> Template |
 def is_dialogue(tokenizer: Tokenizer) -> bool:
     """Say whether the model that this tokenizer lies with has learnt to speak in turns, and not only to go on."""
     return tokenizer.settings.get("lowvram_dialogue") is True
-
-
-def _environment() -> jinja2.Environment:
-    """Return the dialect in which chat templates are written: transformers' settings, tags, filters and functions."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %} … {% endgeneration %}` marks what an assistant writes: for training, nothing to render."""
-
-        tags = frozenset(("generation",))
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment

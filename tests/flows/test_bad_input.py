@@ -267,7 +267,8 @@ def test_a_device_that_is_not_here_is_an_error(home: Path) -> None:
 
 def test_a_prompt_that_is_no_unicode_is_an_error(home: Path) -> None:
     # How Python hands over the bytes of an argument that are not UTF-8.
-    expect_error(typed("chat", home / "run", "--prompt", "g\udcfcn"), r"half a character: \\udcfc at position 1")
+    expect_error(typed("chat", home / "run", "--prompt", "g\udcfcn"), r"not UTF-8: byte 0xFC at position 1\..*“gün”")
+    expect_error(typed("chat", home / "run", "--prompt", "a\ud800"), r"half a character: \\ud800 at position 1")
 
 
 @pytest.mark.parametrize(

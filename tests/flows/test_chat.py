@@ -75,7 +75,9 @@ def test_a_conversation_longer_than_the_context_goes_on(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    "last", [[EOFError], [KeyboardInterrupt, KeyboardInterrupt], ["/quit"]], ids=["Ctrl-D", "Ctrl-C twice", "/quit"]
+    "last",
+    [[EOFError], [KeyboardInterrupt, KeyboardInterrupt], ["/quit"], ["/exit"], ["/q"], ["/EXIT "]],
+    ids=["Ctrl-D", "Ctrl-C twice", "/quit", "/exit", "/q", "/EXIT"],
 )
 def test_ctrl_d_ctrl_c_twice_or_quit_end_the_conversation(
     monkeypatch: pytest.MonkeyPatch, run: Path, last: list[str | type[BaseException]]
@@ -179,7 +181,12 @@ def test_reset_forgets_all(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     "typed_line, said",
     [
         ("/rety", "Error: There is no command /rety. The commands are /help, /reset, "),
-        ("/rety", "Did you mean retry"),
+        ("/rety", "Did you mean /retry?"),
+        ("/exti now", "Did you mean /quit?"),
+        ("/xyzzy", "There is no command /xyzzy. The commands are /help, "),
+        ("/xyzzy", "/help says what each does."),
+        ("/?", "/save FILE          write the conversation"),
+        ("/HELP", "/save FILE          write the conversation"),
         ("/set heat 1", "Error: There is no setting heat. The settings are temperature, top_k"),
         ("/set temperature -1", "Error: temperature is -1: "),
         ("/set temperature warm", "Error: temperature is warm: "),
@@ -220,13 +227,16 @@ def test_a_conversation_is_saved_and_nothing_is_overwritten_unasked(
     path = tmp_path / "konuşma.json"
     answer = converse(monkeypatch, run, "Kış", f"/save {path}", f"/save {path}")
     messages = json.loads(path.read_text("utf-8"))
-    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert [message["role"] for message in messages] == ["text", "continuation"]
     assert messages[0]["content"] == "Kış"
     assert clean(messages[1]["content"]) + "\n" == answer.out
     assert answer.err.count("Saved to ") == 1
     assert "Not saved." in answer.err
     converse(monkeypatch, run, "Kış", f"/save {tmp_path / 'talk.md'}")
-    assert (tmp_path / "talk.md").read_text("utf-8").startswith("**user**\n\nKış\n\n**assistant**\n\n")
+    assert (tmp_path / "talk.md").read_text("utf-8").startswith("**text**\n\nKış\n\n**continuation**\n\n")
+    converse(monkeypatch, run, "Kış", f"/save {tmp_path / 'turns.json'}", options=("--as", "dialogue"))
+    messages = json.loads((tmp_path / "turns.json").read_text("utf-8"))
+    assert [message["role"] for message in messages] == ["user", "assistant"]
 
 
 def test_a_prompt_from_standard_input_is_answered_like_one_that_is_typed(
@@ -273,11 +283,20 @@ def test_a_model_can_be_taken_for_one_that_speaks(run: Path) -> None:
     assert "Error: --system is given, and this model goes on with a text." in refused.err
 
 
+def test_the_first_lines_say_where_a_model_is_asked_otherwise_than_it_was_trained(
+    monkeypatch: pytest.MonkeyPatch, run: Path
+) -> None:
+    answer = converse(monkeypatch, run, options=("--as", "dialogue"))
+    assert "The model was trained on plain text and is asked in turns (--as dialogue), which it has not" in answer.err
+    assert "The model writes turns" not in answer.err
+
+
 def test_input_that_is_not_utf8_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"g\xfcn\n"), encoding="utf-8"))
     answer = typed("chat", run, "--device", "cpu")
     assert answer.code == 0
-    assert "Error: The text holds half a character: \\udcfc at position 1." in answer.err
+    assert "Error: The text is not UTF-8: byte 0xFC at position 1. It is probably windows-1254" in answer.err
+    assert "in which it reads “gün”. Set your terminal or editor to UTF-8" in answer.err
 
 
 @pytest.mark.parametrize("text, shown", HOSTILE.values(), ids=HOSTILE)

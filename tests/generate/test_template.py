@@ -10,7 +10,7 @@ import pytest
 
 from lowvram.data.tokenizer import SPECIALS, Tokenizer
 from lowvram.errors import PromptError, TokenizerError
-from lowvram.generate.template import Message, Template, is_dialogue, load_template
+from lowvram.generate.template import Message, Template, is_dialogue, load_template, name_specials
 
 TALK = [
     Message("system", "Kısa yanıt ver."),
@@ -64,6 +64,23 @@ def test_conversations_are_what_transformers_makes_of_them(source: str, opens: b
     text = theirs.apply_chat_template(given, tokenize=False, add_generation_prompt=opens)
     assert template.render(TALK, opens) == text
     assert template.encode(tokenizer, TALK, opens) == theirs.encode(text, add_special_tokens=False)
+
+
+def test_special_tokens_may_be_objects_as_older_programs_write_them(with_settings) -> None:
+    from transformers import AutoTokenizer
+
+    form = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "__type": "AddedToken"}
+    bos, eos = form | {"content": "<|bos|>"}, form | {"content": "<|eos|>"}
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    tokenizer = with_settings(chat_template=source, bos_token=bos, eos_token=eos)
+    template = load_template(tokenizer)
+    assert template is not None
+    given = [{"role": "user", "content": "evet"}]
+    text = AutoTokenizer.from_pretrained(tokenizer.directory).apply_chat_template(given, tokenize=False)
+    assert template.render([Message("user", "evet")]) == text == "<|bos|>evet<|eos|>"
+    assert (
+        name_specials({"bos_token": {"content": 7}, "eos_token": ["x"], "pad_token": None, "add_bos_token": True}) == {}
+    )
 
 
 def test_nobody_types_a_special_token(small_tokenizer: Tokenizer) -> None:
@@ -150,6 +167,12 @@ def test_a_template_that_does_not_compile_says_where(with_settings) -> None:
         load_template(with_settings(chat_template="{% for m in messages %}\n{{ m.content }"))
     with pytest.raises(TokenizerError, match=r"chat_template in .* is int"):
         load_template(with_settings(chat_template=7))
+    for several in (["a"], [{"name": "rag"}], [{"template": "x"}, 7, [[]]], [{"name": ["x"], "template": "y"}]):
+        with pytest.raises(TokenizerError, match='is a list without a template named "default"'):
+            load_template(with_settings(chat_template=several))
+    with pytest.raises(TokenizerError, match=r"chat_template in .* is dict"):
+        load_template(with_settings(chat_template=[{"name": "default", "template": {}}]))
+    assert load_template(with_settings(chat_template=[])) is None
 
 
 def test_a_tokenizer_may_have_no_template_or_several(with_settings) -> None:
