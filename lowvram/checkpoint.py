@@ -257,6 +257,16 @@ class Store:
         self._corrupt.update(passed_over)
         return found, list(passed_over.values())
 
+    def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
+        """Return the newest step, `up_to` at most, whose state.json is accepted; no other file is read."""
+        for directory in _newest_first(self.run):
+            try:
+                if _step_of(directory) <= up_to and accepts(_read_json(directory / NUMBERS)):
+                    return _step_of(directory)
+            except (OSError, CheckpointError):
+                continue  # whoever opens it says what is wrong with it
+        return None
+
     def clear_leftovers(self) -> None:
         """Free what a save or a deletion that was killed left behind, of whichever step; for the run's owner alone."""
         for path in self.run.glob("step-*"):
@@ -271,10 +281,12 @@ class Store:
         config: dict[str, Any],
         tokenizer: Path,
         hashes: dict[str, str],
+        stays: int | None = None,
     ) -> Checkpoint:
         """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what retention lets go.
 
-        hashes: of what was learnt from (data, tokenizer), kept in the manifest.
+        hashes: of what was learnt from (data, tokenizer), kept in the manifest.  stays: a step whose checkpoint is kept
+        whatever retention says.
         Raises DiskFullError, and BusyError where Windows cannot replace the same step since a process has it open.
         """
         final = self.run / _NAME.format(numbers["step"])
@@ -299,14 +311,14 @@ class Store:
                 if final.exists() and not self.disk.delete_unless_in_use(final):
                     raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
                 self.disk.rename(draft, final)
-                self._let_go(final)
+                self._let_go(final, stays)
         except (OSError, DiskFullError, BusyError):
             self.disk.remove_tree(draft, ignore_errors=True)
             raise
         return Checkpoint(final, manifest)
 
-    def _let_go(self, newest: Path) -> None:
-        others = [path for path in _newest_first(self.run) if path != newest][::-1]
+    def _let_go(self, newest: Path, stays: int | None) -> None:
+        others = [path for path in _newest_first(self.run) if path != newest and _step_of(path) != stays][::-1]
         # A step above the one just saved was passed over, or the run would have gone on from there.
         lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
         old = [path for path in others if path not in lost]

@@ -107,6 +107,8 @@ class TrainingScreen:
             )
             learn = f"experts {', '.join(map(str, event.experts))} learn now"
             notice(f"step {event.step:>6}  {learn}  ({where}; {event.took_s:.1f} s)", "dim")
+        elif isinstance(event, Sampled) and event.problem:
+            notice(f"step {event.step:>6}  no sample after {event.prompt!r}: {event.problem}", "yellow")
         elif isinstance(event, Sampled):
             text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
             notice(f"step {event.step:>6}  {text}", "dim")

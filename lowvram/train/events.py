@@ -79,11 +79,12 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the model writes after a fixed prompt."""
+    """What the model writes after a fixed prompt.  problem: why it could not write, and text is empty; else empty."""
 
     step: int
     prompt: str
     text: str
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,11 @@ class TrainState:
             self.loss_scale, self.quiet = self.loss_scale * 2, 0
 
 
+def is_healthy(numbers: dict[str, Any]) -> bool:
+    """Say whether the last step of a saved state has learnt something: none was skipped just before it."""
+    return numbers.get("skipped_in_row", 0) == 0
+
+
 def _check_numbers(checkpoint: Checkpoint, rotation: ExpertRotation | None) -> None:
     numbers = checkpoint.numbers()
     wrong = [name for name in _NUMBERS if name in numbers and not _is_number(numbers[name], name == "loss_scale")]

@@ -19,7 +19,7 @@ from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import TrainingError
+from lowvram.errors import NumbersError
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
@@ -28,6 +28,7 @@ from lowvram.objective import DTYPES, Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
 from lowvram.train.compilation import compiled, forget_compiled
+from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
 from lowvram.train.events import Doing, Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.guard import (
     explain_out_of_memory,
@@ -41,11 +42,8 @@ from lowvram.train.guard import (
 from lowvram.train.optim import learning_rate
 from lowvram.train.recording import Recording
 from lowvram.train.start import refuse_changes, refuse_other_model
-from lowvram.train.state import FIRST_LOSS_SCALE, TrainState
+from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
-
-# Consecutive steps without a finite gradient after which going on only burns electricity.
-MOST_SKIPPED = 25
 
 
 @dataclass
@@ -69,6 +67,7 @@ class Trainer:
     micro_batches_begun: int = field(default=0, init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
+    _healthy_step: int | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
     _size_bytes: int | None = field(default=None, init=False)
     _pace: list[tuple[float, int]] = field(default_factory=list, init=False)
@@ -108,6 +107,7 @@ class Trainer:
         if checkpoint is not None:
             self.state.restore(checkpoint)
             self._saved_step = checkpoint.step
+            self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
         elif self.what.train.start_from is not None:
             origin, passed_over = find_checkpoint(self.what.train.start_from, needs_state=False)
             refuse_other_model(self.what, self.hashes, origin)
@@ -150,11 +150,11 @@ class Trainer:
         state.judge_scale(not lost, train.precision == "fp16", has_learnt)
         state.step += 1
         state.tokens += train.batch_tokens
-        self._give_up_if_lost()
         speed = self._measure_pace()
         left_s = (train.steps - state.step) * train.batch_tokens / speed
         memory = memory_in_use(state.model.embedding.device, self.recording is not None)
         yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, int(lost))
+        self._give_up_if_lost()
 
     def _rotate(self) -> Iterator[Rotated]:
         """Let the next experts learn where their turn has come."""
@@ -283,13 +283,9 @@ class Trainer:
         ]
 
     def _give_up_if_lost(self) -> None:
-        if self.state.skipped_in_row >= MOST_SKIPPED:
-            raise TrainingError(
-                f"{MOST_SKIPPED} steps in a row had no finite gradient; stopped at step {self.state.step}.",
-                "The last checkpoint is from before that, unless it diverged slowly.",
-                f"Lower optimizer.lr (now {self.what.train.optimizer.lr:g}) in a new run.dir, with start_from an older "
-                "checkpoint if you like.",
-            )
+        state, rate = self.state, self.what.train.optimizer.lr
+        if state.skipped_in_row >= MOST_SKIPPED:
+            raise explain_divergence(MOST_SKIPPED, state.step, self._healthy_step, rate)
 
     def _try(self, look: Callable[[], Iterator[Event]]) -> Iterator[Event]:
         """Look at the model; where memory runs out there, what was learnt is saved before the run ends.
@@ -347,11 +343,17 @@ class Trainer:
             decoder = Decoder(self.state.model, train.seq_len, dtype=DTYPES[train.precision], captures=False)
             id_T = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
             pieces = Engine(decoder, self.tokenizer).generate(id_T, Sampler(seed=train.seed), run.sample_tokens)
-            yield Sampled(self.state.step, prompt, "".join(pieces))
+            text, problem = "", ""
+            try:
+                text = "".join(pieces)
+            except NumbersError as error:  # the steps to come may mend it; a run that is lost ends by its own count
+                problem = error.what
+            yield Sampled(self.state.step, prompt, text, problem)
 
     def _save_is_due(self) -> bool:
         run, waited_s = self.what.run, time.monotonic() - self._saved_at
-        if waited_s < run.save_interval_s(0):
+        # While steps are skipped nothing is learnt, and one more checkpoint would only push out one from before.
+        if waited_s < run.save_interval_s(0) or self.state.skipped_in_row:
             return False  # known without measuring the state, which is no work for every step
         if self._size_bytes is None:  # asked once: it brings experts home
             weights, memory = self.state.tensors()
@@ -361,13 +363,21 @@ class Trainer:
     def _save(self) -> Saved:
         began = time.monotonic()
         self.doing = "saving"
+        weights, memory = self.state.tensors()
+        if broken := find_not_finite(weights | memory):
+            rate = self.what.train.optimizer.lr
+            raise explain_broken_weights(broken, self.state.step, self._healthy_step, rate)
         checkpoint = self.store.save(
-            *self.state.tensors(),
+            weights,
+            memory,
             self.state.numbers() | {"plan": self.plan.model_dump()},
             to_portable(self.what, self.what.run.dir),
             self.tokenizer.directory,
             self.hashes,
+            None if is_healthy(self.state.numbers()) else self._healthy_step,
         )
+        if is_healthy(self.state.numbers()):
+            self._healthy_step = self.state.step
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         return Saved(self.state.step, checkpoint.directory, self._saved_at - began)
 
