@@ -8,7 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from lowvram.units import parse_bytes, parse_count
 
-Count = Annotated[PositiveInt, BeforeValidator(parse_count)]
+# A hundred times the largest training run there was: what is larger is a slip, and overflows where tokens are counted.
+MOST_TOKENS = 10**15
+Count = Annotated[PositiveInt, Field(le=MOST_TOKENS), BeforeValidator(parse_count)]
 Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 

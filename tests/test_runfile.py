@@ -11,6 +11,7 @@ from lowvram.config import Alibi, RunConfig, SwiGlu, Window, differences
 from lowvram.errors import ConfigError
 from lowvram.recipe import AdamW, WarmupStableDecay
 from lowvram.runfile import from_portable, load_preset, load_run, overlay, preset_names, to_portable
+from lowvram.words import MOST_TOKENS
 
 RUN = """\
 [model]
@@ -172,6 +173,8 @@ def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assig
         ("tokens =", "token =", r"no key train.token. Did you mean.*tokens"),
         ('"1.2e9"', '"lots"', r"'lots' is not a count"),
         ('"1.2e9"', "0", r"train.tokens is 0"),
+        ('"1.2e9"', str(MOST_TOKENS + 1), r"train.tokens is 1000000000000001.*less than or equal to 1000000000000000"),
+        ('"1.2e9"', '"1e17"', r"train.tokens is 100000000000000000: .*less than or equal to 1000000000000000"),
         ('dir = "runs/first"', "", r"run.dir is missing"),
         ('tokenizer = "tok"', "", r"names no tokenizer"),
         (

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_device, add_precision, count
+from lowvram.cli.options import add_device, add_precision, context_length, count
 from lowvram.cli.sampler import add_sampler, sampler_of
 from lowvram.cli.typed_text import read_typed
 
@@ -47,7 +47,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--as", choices=("base", "dialogue"), dest="form", help="how to talk (default: as it was trained)"
     )
     parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
-    parser.add_argument("--context", type=count, metavar="N", help="tokens to remember (default: what was trained)")
+    parser.add_argument(
+        "--context", type=context_length, metavar="N", help="tokens to remember (default: what was trained)"
+    )
     parser.add_argument(
         "--cache", choices=("plain", "fp8"), default="plain", help="fp8: what MLA remembers in 8 bits, half the bytes"
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_holdout, count
+from lowvram.cli.options import add_holdout, process_count
 from lowvram.cli.texts import add_reading, find, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
     )
     pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
-    pack.add_argument("--processes", type=count, metavar="N", help="encoders at work at once (default: one a core)")
+    pack.add_argument(
+        "--processes", type=process_count, metavar="N", help="encoders at work at once (default: one a core)"
+    )
     pack.set_defaults(run=run_pack)
 
 

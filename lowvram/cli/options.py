@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from lowvram.units import parse_memory, show_bytes
 
+# Ten times what home-made models are trained on; more takes minutes to find out that it does not fit.
+MOST_CONTEXT = 2**20
+MOST_PROCESSES = 256
+MOST_SLOTS = 1024
 _MOST_BYTES = 2**42  # no computer of our users has more: a bare number was meant as something smaller
 
 
@@ -25,6 +30,24 @@ def share(text: str) -> float:
     if not 0.0 < number < 100.0:
         raise argparse.ArgumentTypeError(f"{text!r} is no share of the documents; write it like 0.5%")
     return number / 100
+
+
+def count_up_to(most: int) -> Callable[[str], int]:
+    """Return what reads a whole number from 1 to `most`, beyond which no machine could do what is asked."""
+
+    def read(text: str) -> int:
+        number = count(text)
+        if number > most:
+            raise argparse.ArgumentTypeError(f"{number} is more than {most}, the most that can be asked for")
+        return number
+
+    read.__name__ = count.__name__  # argparse names what it could not read by it
+    return read
+
+
+context_length = count_up_to(MOST_CONTEXT)
+process_count = count_up_to(MOST_PROCESSES)
+slot_count = count_up_to(MOST_SLOTS)
 
 
 def days(text: str) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_device, add_precision, count, memory
+from lowvram.cli.options import add_device, add_precision, context_length, count, memory, slot_count
 from lowvram.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -38,8 +38,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--as", dest="manner", choices=("base", "dialogue"), help="how to answer (default: as the model was trained)"
     )
-    parser.add_argument("--slots", type=count, default=16, metavar="N", help="answers at once (default: %(default)s)")
-    parser.add_argument("--context", type=count, metavar="N", help="tokens of a text (default: the most that fit)")
+    parser.add_argument(
+        "--slots", type=slot_count, default=16, metavar="N", help="answers at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context", type=context_length, metavar="N", help="tokens of a text (default: the most that fit)"
+    )
     parser.add_argument("--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)")
     parser.add_argument("--max-body", type=memory, default="4MiB", metavar="SIZE", help="(default: %(default)s)")
     parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")

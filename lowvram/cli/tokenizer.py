@@ -33,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument("--vocab", type=count, default=32768, metavar="N", help="number of ids (default: %(default)s)")
     train.add_argument("--out", type=Path, default=Path("tok"), metavar="DIR", help="where to (default: %(default)s)")
     add_holdout(train, "leave out the documents that `data pack --holdout SHARE` holds out, as 0.5%%")
+    train.add_argument("--replace", action="store_true", help="overwrite another tokenizer that DIR holds")
     train.set_defaults(run=run_train)
 
 
@@ -46,7 +47,11 @@ def run_train(arguments: argparse.Namespace) -> int:
         return report(arguments, "tokenizer", "train")
     holdout = Holdout(arguments.holdout) if arguments.holdout else None
     bad_rows, files = start_reading(arguments), find(arguments.text)
-    tokenizer = train_with_progress(files, arguments.vocab, arguments.out, arguments.field, holdout, bad_rows)
+    if not arguments.replace and (arguments.out / "tokenizer.json").exists():
+        notice(f"{arguments.out} holds a tokenizer; another one is written there only with --replace.")
+    tokenizer = train_with_progress(
+        files, arguments.vocab, arguments.out, arguments.field, holdout, bad_rows, arguments.replace
+    )
     say_skipped(bad_rows)
     result(f"{arguments.out}: {tokenizer.size} ids" + _explain_size(tokenizer.size, arguments.vocab))
     if holdout is None:
@@ -64,10 +69,12 @@ def train_with_progress(
     field: str = "text",
     holdout: Holdout | None = None,
     bad_rows: BadRows | None = None,
+    replace: bool = False,
 ) -> Tokenizer:
     """Train a tokenizer on files, showing how much was read; returns the Tokenizer.
 
     holdout: the documents that it takes are left out.  bad_rows: what is done with rows that are no text.
+    replace: overwrite another tokenizer in `out`.
     """
     from lowvram.cli.show import bar, notice
     from lowvram.data.interruptible import run_interruptibly
@@ -97,7 +104,7 @@ def train_with_progress(
 
         learnt_from = holdout.leave(texts()) if holdout else texts()
         tokenizer = run_interruptibly(
-            lambda: train_tokenizer(learnt_from, vocabulary, out, tell_left_out=left_out.append)
+            lambda: train_tokenizer(learnt_from, vocabulary, out, tell_left_out=left_out.append, replace=replace)
         )
     for size in left_out:
         notice(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -86,6 +87,8 @@ def _start_pool(processes: int) -> tuple[ProcessPoolExecutor, Connection]:
     """Return the processes, and a connection whose end ends them: by `close`, or by the death of this process."""
     context = multiprocessing.get_context("spawn")
     listen, hang_up = context.Pipe(duplex=False)
+    if sys.platform == "win32":
+        processes = min(processes, 61)  # Windows waits for no more at once, and ProcessPoolExecutor refuses them
     return ProcessPoolExecutor(processes, context, _prepare_worker, (listen,)), hang_up
 
 

@@ -17,6 +17,7 @@ import tiktoken
 
 from lowvram.data.long_words import without_long_words
 from lowvram.data.normal_form import nfc
+from lowvram.data.tokenizer_folder import refuse_another, refuse_fewer_ids
 from lowvram.errors import DataError, TokenizerError
 from lowvram.files import DISK, Disk
 
@@ -35,6 +36,12 @@ _CHAT_TEMPLATE = (
     "{{ '<|' + message.role + '|>' + message.content + '<|end_of_turn|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    **{f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad", "mask")},
+    "clean_up_tokenization_spaces": False,
+    "chat_template": _CHAT_TEMPLATE,
+}
 # tiktoken's regex engine panics on a run of some 10⁶ white spaces, so such a run is cut into runs this long.
 _LONGEST_RUN = 200_000
 
@@ -45,17 +52,22 @@ def train_tokenizer(
     out: Path,
     disk: Disk = DISK,
     tell_left_out: Callable[[int], None] | None = None,
+    replace: bool = False,
 ) -> Tokenizer:
     """Learn a byte-level BPE from `texts` (made NFC here) and write it to the directory `out`.
 
     vocabulary: specials and 256 bytes included; text with less to learn gives fewer ids (`Tokenizer.size`).
     tell_left_out: called once with the bytes that stood in words too long to learn from, if there were any.
-    Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST, DataError if there is no text.
+    replace: overwrite another tokenizer in `out`; the same one is always written anew.
+    Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST or another tokenizer is in `out`, DataError
+    if there is no text.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Model
 
     _check_vocabulary(vocabulary)
+    if not replace:
+        refuse_fewer_ids(out, vocabulary)
     text_bytes = left_out_bytes = 0
 
     def readable() -> Iterator[str]:
@@ -85,14 +97,11 @@ def train_tokenizer(
         raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
     if tell_left_out and left_out_bytes:
         tell_left_out(left_out_bytes)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **{f"{name}_token": f"<|{name}|>" for name in ("bos", "eos", "pad", "mask")},
-        "clean_up_tokenization_spaces": False,
-        "chat_template": _CHAT_TEMPLATE,
-    }
-    written = (json.dumps(config, indent=2), model.to_str(pretty=True))
-    _write(dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True)), out, disk)
+    written = (json.dumps(_CONFIG, indent=2), model.to_str(pretty=True))
+    files = dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True))
+    if not replace:
+        refuse_another(out, files)
+    _write(files, out, disk)
     return Tokenizer.load(out)
 
 

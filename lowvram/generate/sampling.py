@@ -22,11 +22,11 @@ class Sampler(Words):
     repetition_penalty: divides positive logits of tokens already there, multiplies negative ones (Keskar et al. 2019).
     """
 
-    temperature: Annotated[float, Field(ge=0.0)] = 0.8
+    temperature: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.8
     top_k: Annotated[int, Field(ge=0)] = 50
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.1
+    repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.1
     seed: int = 0
 
 

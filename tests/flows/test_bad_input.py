@@ -383,7 +383,7 @@ def test_a_full_disk_leaves_the_old_tokenizer_and_the_old_shards(home: Path, mon
 
     before = seen(home)
     monkeypatch.setattr(Disk, "write_handle", refuse)
-    answer = typed("tokenizer", "train", home / "valid.txt", "--vocab", 300, "--out", home / "tok")
+    answer = typed("tokenizer", "train", home / "valid.txt", "--vocab", 300, "--out", home / "tok", "--replace")
     expect_error(answer, r"No space left to write in \S+tok\.")
     words = ("--tokenizer", home / "tok", "--out", home / "shards/train", "--replace")
     answer = typed("data", "pack", home / "valid.txt", *words)
