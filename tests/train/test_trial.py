@@ -22,8 +22,7 @@ from lowvram.objective import Batch, causal_loss
 from lowvram.plan import Plan
 from lowvram.train import trial
 from lowvram.train.compilation import compiled
-from lowvram.train.events import Event, Halved, StepDone
-from lowvram.train.events import Stopped
+from lowvram.train.events import Event, Halved, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.step import gradients
 from lowvram.train.trainer import Trainer
