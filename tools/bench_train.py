@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
@@ -113,6 +114,15 @@ def compare(name: str, mode: str, batch: int, seq_len: int, repeats: int) -> Non
     )
 
 
+def describe_processor() -> str:
+    """Return what the figures depend on: the processor's name and whether it multiplies bf16 and how."""
+    info = Path("/proc/cpuinfo")
+    words = info.read_text(encoding="utf-8") if info.is_file() else ""
+    name = next((line.partition(":")[2].strip() for line in words.splitlines() if line.startswith("model name")), "")
+    instructions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in f"{words} "]
+    return " ".join([name or platform.processor() or platform.machine(), *instructions])
+
+
 def main() -> None:
     """Read the options and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +134,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(
-        f"{platform.machine()} {platform.system()}, 1 thread, Python {platform.python_version()}, torch "
+        f"{datetime.now(UTC):%Y-%m-%d}, {describe_processor()}, {platform.system()}, 1 thread, "
+        f"Python {platform.python_version()}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}; {options.batch} x {options.seq_len} tokens, "
         f"median of {options.repeats} alternating steps"
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_ASCII = " #"  # for a pipe, whose reader may know no other letters
+_ASCII = " .:#"  # for a pipe, whose reader may know no other letters
 _LABEL_CELLS = 9
 
 

@@ -263,6 +263,7 @@ def _claim(home: Path, folder: Path | None, replace: bool) -> Path:
     from lowvram.data.text import find_files
     from lowvram.errors import ConfigError
     from lowvram.files import DISK
+    from lowvram.train.start import lock_run
 
     if folder is not None:
         find_files([folder])
@@ -273,6 +274,9 @@ def _claim(home: Path, folder: Path | None, replace: bool) -> Path:
         raise ConfigError(
             f"--dir {home} is not empty.", "No earlier demo made it, so nothing is deleted.", "Name another --dir."
         )
+    if replace and (home / "run").exists():
+        with lock_run(home / "run"):  # raises BusyError where another process trains in it
+            pass
     for name in _MADE if replace else ():
         if (home / name).exists():
             DISK.delete(home / name)

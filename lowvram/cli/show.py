@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -99,18 +98,19 @@ class AnswerStream:
     """
 
     def __init__(self, indent: int = 0) -> None:
-        self._wrap = WordWrap(out.width, indent) if sys.stdout.isatty() else None
+        self._file = out.file  # rich's null file where stdout is closed
+        self._wrap = WordWrap(out.width, indent) if self._file.isatty() else None
 
     def write(self, piece: str) -> None:
         """Print a piece; on a terminal a word is printed when it has ended."""
         piece = clean(piece)
-        sys.stdout.write(self._wrap.push(piece) if self._wrap else piece)
-        sys.stdout.flush()
+        self._file.write(self._wrap.push(piece) if self._wrap else piece)
+        self._file.flush()
 
     def end(self) -> None:
         """Print what is left, and end the line."""
-        sys.stdout.write((self._wrap.end() if self._wrap else "") + "\n")
-        sys.stdout.flush()
+        self._file.write((self._wrap.end() if self._wrap else "") + "\n")
+        self._file.flush()
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from lowvram.cli.options import add_device, count
 from lowvram.units import show_count
 
 if TYPE_CHECKING:
+    import torch
+
     from lowvram.cli.promise import Promise
     from lowvram.cli.screen import TrainingScreen
     from lowvram.config import RunConfig
@@ -102,7 +104,6 @@ def train(
     from lowvram.cli.screen import TrainingScreen
     from lowvram.cli.show import bar, notice
     from lowvram.errors import MemoryRanOutError
-    from lowvram.machine import describe_machine
     from lowvram.train.guard import explain_device_fault
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
@@ -117,8 +118,7 @@ def train(
                 what.run.dir, what.train, micro_batch, recompute, compiled, promise.choose
             )
         plan = promise.keep_here(plan)
-        size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
-        notice(f"{describe_machine()}: {size} on {place}.")
+        notice(_describe_size(what, place))
         notice(_describe_plan(plan, reason))
         if is_kept and (doubt := promise.doubt(plan)):
             notice(doubt, "yellow")
@@ -185,6 +185,13 @@ def _settle_trials(
     room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
     for sentence in settle_recording(trainer, recorded, room):
         notice(sentence)
+
+
+def _describe_size(what: RunConfig, device: torch.device) -> str:
+    from lowvram.machine import describe_machine
+
+    size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
+    return f"{describe_machine()}: {size} on {device}."
 
 
 def _describe_plan(plan: Plan, reason: str) -> str:

@@ -11,7 +11,7 @@ from lowvram.cli.curve import draw_curve
 
 def test_a_falling_loss_falls_from_the_left_to_the_right() -> None:
     assert draw_curve([8.0, 4.0, 2.0, 1.0], 40, rows=2) == ["  8.000  █", "  1.000  █▇▃▁"]
-    assert draw_curve([3.0, 2.0, 1.0], 40, rows=3, is_ascii=True) == ["  3.000  #", "         ##", "  1.000  ###"]
+    assert draw_curve([3.0, 2.0, 1.0], 40, rows=3, is_ascii=True) == ["  3.000  #", "         #:", "  1.000  ##."]
 
 
 def test_many_steps_are_averaged_into_the_columns_that_there_are() -> None:

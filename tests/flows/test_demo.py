@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from lowvram.cli import demo
 from lowvram.cli.next_step import quote_command
 from lowvram.train.events import Stopped
 from tests.conftest import TURKISH
-from tests.flows.typed import Answer, typed
+from tests.flows.typed import Answer, environment, typed
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,6 +98,21 @@ def test_only_replace_deletes_and_only_what_an_earlier_demo_made(tmp_path: Path)
     assert sorted(path.name for path in home.iterdir()) == [".lowvram-demo", "my notes.txt", "text"]
 
 
+def test_replace_does_not_delete_a_run_in_which_another_process_trains(tmp_path: Path) -> None:
+    home = demo._claim(tmp_path / "d", None, replace=False)
+    script = "import sys; from pathlib import Path; from lowvram.train.start import lock_run\n"
+    script += "with lock_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(home / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        answer = typed("demo", "--dir", home, "--replace")
+        assert answer.code == 1
+        assert "Another process is training" in answer.err
+        assert (home / "run" / "lock").exists()
+        other.kill()
+
+
 def test_a_demo_that_was_interrupted_anywhere_goes_on_and_comes_to_the_same(
     tmp_path: Path, walked: tuple[Path, Answer]
 ) -> None:
@@ -135,7 +152,7 @@ def test_the_end_shows_the_curve_and_says_how_to_talk_before_how_to_delete(walke
     assert "delete that folder when you like" in delete
     first = next(number for number, line in enumerate(lines) if "training loss" in line) + 1
     for line in lines[first : first + 4]:  # in plain letters, because a pipe may know no others
-        assert re.fullmatch(r"    [ .0-9]{9}#[ #]*", line)
+        assert re.fullmatch(r"    [ .0-9]{9}[#.:][ #.:]*", line)
     assert "generated from templates" in answer.out
     assert demo.REAL_TEXT in answer.out
 

@@ -72,6 +72,16 @@ def test_events_come_in_the_order_in_which_things_happen(home: Path) -> None:
     assert events[-3].prompt == "Kış"
 
 
+def test_whoever_watches_can_read_what_a_trainer_works_on(home: Path) -> None:
+    trainer = trainer_of(tiny_run(home, run="watched"), micro_batch=2)
+    assert (trainer.doing, trainer.micro_batches_begun) == ("starting", 0)
+    work = {"StepDone": "step", "Evaluated": "validating", "Sampled": "sampling", "Saved": "saving"}
+    for event in trainer.run():
+        assert trainer.doing == work.get(type(event).__name__, trainer.doing)
+        if isinstance(event, StepDone):
+            assert trainer.micro_batches_begun == trainer.plan.accumulate == 4
+
+
 def test_every_step_tells_its_measures(home: Path) -> None:
     for event in steps_of(list(trainer_of(tiny_run(home, run="measures")).run())):
         assert event.loss > 0

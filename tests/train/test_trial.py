@@ -22,7 +22,7 @@ from lowvram.objective import Batch, causal_loss
 from lowvram.plan import Plan
 from lowvram.train import trial
 from lowvram.train.compilation import compiled
-from lowvram.train.events import Event, Halved, StepDone
+from lowvram.train.events import Event, Halved, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.step import gradients
 from lowvram.train.trainer import Trainer
@@ -331,8 +331,13 @@ def test_the_option_means_what_it_says(monkeypatch: pytest.MonkeyPatch, word: st
     from lowvram.cli.app import build_parser
 
     given: list[Any] = []
+
+    def train_nothing(*words: Any) -> Stopped:
+        given.extend(words)
+        return Stopped(1, is_finished=False)
+
     monkeypatch.setattr("lowvram.runfile.load_run", lambda *_: "what")
-    monkeypatch.setattr("lowvram.cli.train.train", lambda *words: given.extend(words))
+    monkeypatch.setattr("lowvram.cli.train.train", train_nothing)
     options = ["--compile", word, "--recompute", "block", "--graphs", "off"]
     arguments = build_parser().parse_args(["train", "run.toml", *options])
     arguments.run(arguments)
