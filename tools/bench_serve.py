@@ -66,7 +66,7 @@ def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> It
     limits = Limits(slots=slots, queue=slots, prompt_tokens=max_context - 1, output_tokens=max_context - 1)
     batcher = Batcher(decoder, tokenizer, limits.queue, Metrics())
     app = build_app(Served(preset, "fp_bench", tokenizer, max_context), batcher, limits, Door())
-    server, listening = Server(app, batcher), open_socket("127.0.0.1", 0)
+    server, listening = Server(app, batcher, limits), open_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_on, args=(listening,))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread.start()

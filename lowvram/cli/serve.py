@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             notice(context.warning, "yellow")
         waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
         notice(f"Context of {context.reason}  {waiting}.  Ctrl-C ends.")
-        Server(app, batcher).serve_on(listening)
+        Server(app, batcher, limits).serve_on(listening)
     notice("Stopped.", "dim")
 
 

@@ -9,6 +9,7 @@ from lowvram.errors import PromptError, PromptTooLongError
 from lowvram.generate.engine import Counts, Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.template import Message, Template
+from lowvram.generate.truncation import drop_oldest, find_starts
 
 # Of the context, what a prompt that is cut to its newest part leaves for the answer at least.
 _ANSWER_SHARE = 4
@@ -85,13 +86,10 @@ class Conversation:
         most = self.engine.max_context - 1
         if self.template is None:
             return self._fit_text(messages, most)
-        dropped = self.dropped
-        while len(ids := self._ids(messages[dropped:])) > most:
-            later = (n for n, m in enumerate(messages) if n > dropped and m.role == "user")
-            first = next(later, None)
-            if first is None:
-                raise self._explain(len(ids))
-            dropped = first
+        starts = find_starts([message.role for message in messages], self.dropped)
+        dropped, ids = drop_oldest(starts, lambda start: self._ids(messages[start:]), most)
+        if len(ids) > most:
+            raise self._explain(len(ids))
         self.dropped = dropped
         return ids
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
+from typing import TypeVar
 
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -24,13 +25,12 @@ from lowvram.serve.batch import Batcher, Ended, Event, Failed, Job, Order
 from lowvram.serve.counted import CLIENT_LEFT, Counted
 from lowvram.serve.errors import answer_error, body_of, json_response, refusal, status_of
 from lowvram.serve.guard import Guard
-from lowvram.serve.limits import Limits
+from lowvram.serve.limits import MOST_DRAINED, PREPARED_AT_ONCE, Limits
 from lowvram.serve.prompt import Served, make_order
 from lowvram.serve.replies import DONE, Body, ChatReply, Reply, to_event
 from lowvram.serve.wire import Ask, ChatAsk, CompletionAsk, read_ask
+from lowvram.serve.workers import GoOn, Workers
 
-_BODY_WAIT_S = 30.0  # a client that sends slower than this holds a connection for nothing
-_MOST_DRAINED = 16  # times the limit of a body that is read and thrown away, so that the client can read why
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.js": ("page.js", "text/javascript"),
@@ -43,6 +43,9 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,9 @@ async def _explain_http(request: Request, error: Exception) -> Response:
 
 
 async def _explain_crash(_request: Request, _error: Exception) -> Response:
-    return refusal(500, "The server made a mistake.  Its log says more.", "server_error")
+    answer = refusal(500, "The server made a mistake.  Its log says more.", "server_error")
+    answer.headers["Connection"] = "close"  # as uvicorn does after a mistake
+    return answer
 
 
 class _Rooms:
@@ -101,6 +106,8 @@ class _Rooms:
 
     def __init__(self, served: Served, batcher: Batcher, limits: Limits) -> None:
         self.served, self.batcher, self.limits = served, batcher, limits
+        # Parsing, normalising and tokenising are work; no other client must wait for it.
+        self.workers = Workers(PREPARED_AT_ONCE, batcher.explain_stop)
         self.started_at = int(time.time())
 
     async def chat(self, request: Request) -> Response:
@@ -146,14 +153,14 @@ class _Rooms:
         """Answer one request, whatever becomes of it, and leave the batcher again."""
         visit = _Visit(self.batcher)
         try:
-            body = await read_body(request, self.limits.body_bytes)
-            # Tokenising is work; other answers' tokens must not wait for it.
-            ask, order = await run_in_threadpool(self._understand, kind, body)
-            form = ChatReply if kind is ChatAsk else Reply
-            reply = form(self.served, len(order.ids), order.top is not None, ask.wants_usage)
-            visit.open(order, request.receive)
+            body = await read_body(request, self.limits)
+            visit.watch(request.receive)
+            if (crowd := self.batcher.explain_crowd(self.workers.waiting)) is not None:
+                raise crowd
+            ask, order, reply = await visit.unless_it_leaves(self.workers.run(partial(self._understand, kind, body)))
+            visit.open(order)
             if not ask.stream:
-                return json_response(await _collect(visit, reply))
+                return await self._whole(visit, reply)
             # Before the first token is there, a failure can still be a status.
             first = await visit.next_event()
             response = _Stream(visit, first, reply, request)
@@ -166,9 +173,24 @@ class _Rooms:
         finally:
             visit.close()
 
-    def _understand(self, kind: type[ChatAsk] | type[CompletionAsk], body: bytes) -> tuple[Ask, Order]:
+    def _understand(self, kind: type[Ask], body: bytes, go_on: GoOn) -> tuple[Ask, Order, Reply]:
         ask: Ask = read_ask(kind, body)
-        return ask, make_order(ask, self.served, self.limits)
+        go_on()
+        order = make_order(ask, self.served, self.limits, go_on)
+        form = ChatReply if kind is ChatAsk else Reply
+        return ask, order, form(self.served, len(order.ids), order.top is not None, ask.wants_usage)
+
+    async def _whole(self, visit: _Visit, reply: Reply) -> Response:
+        texts, said = list[str](), list[Said]()
+        while not isinstance(event := await visit.next_event(), Ended):
+            texts.append(event.text)
+            said += event.said
+        if not said:
+            return json_response(reply.whole("".join(texts), said, event))
+        # Twenty chances of each of thousands of tokens are megabytes of JSON.
+        return await visit.unless_it_leaves(
+            self.workers.run(lambda _: json_response(reply.whole("".join(texts), said, event)))
+        )
 
 
 class _Visit:
@@ -180,7 +202,11 @@ class _Visit:
         self._job: Job | None = None
         self._watch: asyncio.Task[None] | None = None
 
-    def open(self, order: Order, receive: Receive) -> None:
+    def watch(self, receive: Receive) -> None:
+        """Notice from now on when the client leaves; its request must have been received."""
+        self._watch = asyncio.create_task(self._watch_client(receive))
+
+    def open(self, order: Order) -> None:
         """Submit; raises what the batcher raises where it takes no more."""
         loop = asyncio.get_running_loop()
 
@@ -189,12 +215,23 @@ class _Visit:
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._job = self._batcher.submit(order, deliver)
-        self._watch = asyncio.create_task(self._watch_client(receive))
 
     async def _watch_client(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._events.put_nowait(None)
+
+    async def unless_it_leaves(self, work: Coroutine[None, None, Result]) -> Result:
+        """Return what comes of some work; cancels it and raises ClientDisconnect where the client leaves before."""
+        assert self._watch is not None
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait({task, self._watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientDisconnect
+            return task.result()
+        finally:
+            task.cancel()
 
     async def next_event(self) -> Piece | Ended:
         """Return what comes next; raises the error of an answer that failed, ClientDisconnect if nobody reads it."""
@@ -212,14 +249,6 @@ class _Visit:
         if self._job is not None:
             self._batcher.leave(self._job)
         self._watch = self._job = None
-
-
-async def _collect(visit: _Visit, reply: Reply) -> Body:
-    texts, said = list[str](), list[Said]()
-    while not isinstance(event := await visit.next_event(), Ended):
-        texts.append(event.text)
-        said += event.said
-    return reply.whole("".join(texts), said, event)
 
 
 class _Stream(StreamingResponse):
@@ -257,21 +286,22 @@ class _Stream(StreamingResponse):
             return  # there is nobody to tell
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
+async def read_body(request: Request, limits: Limits) -> bytes:
     """Return the body; raises HTTPException 413 above the limit, 408 where it does not come."""
     pieces, size = list[bytes](), 0
     try:
-        async with asyncio.timeout(_BODY_WAIT_S):
+        async with asyncio.timeout(limits.body_wait_s):
             async for piece in request.stream():
                 size += len(piece)
-                if size <= limit_bytes:
+                if size <= limits.body_bytes:
                     pieces.append(piece)
                 else:
                     pieces.clear()
-                    if size > _MOST_DRAINED * limit_bytes:
+                    if size > MOST_DRAINED * limits.body_bytes:
                         break
     except TimeoutError as error:
-        raise HTTPException(408, f"The body did not come within {_BODY_WAIT_S:.0f} s.  Send it again.") from error
-    if size > limit_bytes:
-        raise HTTPException(413, f"The body has more than {limit_bytes} bytes.  This server reads no more; shorten it.")
+        raise HTTPException(408, f"The body did not come within {limits.body_wait_s:g} s.  Send it again.") from error
+    if size > limits.body_bytes:
+        why = f"The body has more than {limits.body_bytes} bytes.  This server reads no more; shorten it."
+        raise HTTPException(413, why)
     return b"".join(pieces)

@@ -122,14 +122,30 @@ class Batcher:
         """Jobs without a slot."""
         return len(self._waiting)
 
-    def explain_absence(self) -> NotServingError | None:
-        """Return why no job is taken now; None where they are."""
+    def explain_stop(self) -> NotServingError | None:
+        """Return that the server is stopping, where it is."""
         if self._is_stopping or not self._thread.is_alive():
             return NotServingError("The server is stopping.", "It takes nothing more.", "Ask again when it is back.")
+        return None
+
+    def explain_absence(self) -> NotServingError | None:
+        """Return why no job is taken now; None where they are."""
+        if (stop := self.explain_stop()) is not None:
+            return stop
         if self._failures >= _MOST_FAILURES:
             why = f"It failed {self._failures} times, one after another."
             return NotServingError("The model cannot go on.", why, "See the server's log, and start it again.")
         return None
+
+    def explain_crowd(self, count: int) -> QueueFullError | None:
+        """Return that so many requests are as many as are taken at once, where they are."""
+        if count < self.decoder.slots + self.queue:
+            return None
+        return QueueFullError(
+            f"{count} requests are being answered or wait for it.",
+            f"This server writes {self.decoder.slots} answers at once and lets {self.queue} wait.",
+            "Ask again in a moment.",
+        )
 
     def submit(self, order: Order, deliver: Callable[[Event], None]) -> Job:
         """Put a job in the queue; raises QueueFullError or NotServingError."""
@@ -139,12 +155,8 @@ class Batcher:
             absence = self.explain_absence()
             if absence and (self._is_stopping or not self._thread.is_alive() or self._running or self._waiting):
                 raise absence
-            if len(self._waiting) + len(self._running) >= self.decoder.slots + self.queue:
-                raise QueueFullError(
-                    f"{len(self._running)} answers are being written and {len(self._waiting)} requests wait.",
-                    f"This server lets {self.queue} wait.",
-                    "Ask again in a moment.",
-                )
+            if (crowd := self.explain_crowd(len(self._waiting) + len(self._running))) is not None:
+                raise crowd
             self._waiting.append(job)
             self._changed.notify()
         return job

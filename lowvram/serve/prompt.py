@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import secrets
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
+from lowvram.data.normal_form import nfc
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.generate.sampling import Sampler
+from lowvram.generate.truncation import drop_oldest, find_starts
 from lowvram.serve.batch import Order
 from lowvram.serve.limits import Limits
-from lowvram.serve.wire import Ask, ChatAsk, CompletionAsk, Message, RequestError
+from lowvram.serve.wire import Ask, ChatAsk, CompletionAsk, RequestError, show_value
+from lowvram.serve.workers import GoOn
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions alone
+# NFC shortens a text to a quarter of its bytes at most, Hangul's letters and Greek's marks to a third: a test counts.
+MOST_COMPOSED = 4
 Turn = tuple[str, str]  # role, content
 
 
@@ -37,8 +42,11 @@ class Served:
         return max(len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.size))
 
 
-def make_order(ask: Ask, served: Served, limits: Limits) -> Order:
-    """Return what to write; raises RequestError where this model or this server cannot."""
+def make_order(ask: Ask, served: Served, limits: Limits, go_on: GoOn = lambda: None) -> Order:
+    """Return what to write; raises RequestError where this model or this server cannot.
+
+    go_on: called between the steps of what may take long; what it raises ends them.
+    """
     if ask.model is not None and ask.model != served.name:
         raise RequestError(
             f"model is {ask.model[:60]!r}.",
@@ -50,17 +58,17 @@ def make_order(ask: Ask, served: Served, limits: Limits) -> Order:
     name, asked_for = _tokens_asked(ask)
     if asked_for is not None and asked_for > limits.output_tokens:
         why = f"This server writes at most {limits.output_tokens} tokens."
-        raise RequestError(f"{name} is {asked_for}.", why, f"Send {limits.output_tokens} or less.", name)
+        raise RequestError(f"{name} is {show_value(asked_for)}.", why, f"Send {limits.output_tokens} or less.", name)
     if asked_for is None:
         is_chat = isinstance(ask, ChatAsk)
         asked_for = limits.output_tokens if is_chat else min(_DEFAULT_COMPLETION_TOKENS, limits.output_tokens)
     if isinstance(ask, ChatAsk):
-        ids = _encode_chat(ask, served, limits, asked_for)
+        ids = _encode_chat(ask, served, limits, asked_for, go_on)
     else:
         assert isinstance(ask, CompletionAsk)
         ids = _encode_prompt(ask, served, limits, asked_for)
     # NFC, as the text that the model learnt from.
-    stops = tuple(unicodedata.normalize("NFC", stop) for stop in ask.stops)
+    stops = tuple(map(nfc, ask.stops))
     return Order(tuple(ids), _build_sampler(ask), asked_for, stops, ask.top)
 
 
@@ -89,17 +97,21 @@ def _encode_prompt(ask: CompletionAsk, served: Served, limits: Limits, max_token
     is_truncated = ask.truncation == "auto"
     room = _room(served, limits, max_tokens, is_truncated)
     if isinstance(prompt, str):
-        text = unicodedata.normalize("NFC", prompt)
+        # No more than this can be kept, whatever its tokens are: longer texts are cut or refused before any work.
+        most = (room + 1) * served.longest_token_bytes
         if is_truncated:
-            text = text[-(room + 1) * served.longest_token_bytes :]  # more cannot be kept, whatever its tokens are
-        _refuse_hopeless(len(text), room + 1 if is_truncated else room, served, "prompt")
+            text = nfc(prompt[-most * MOST_COMPOSED :])[-most:]
+        else:
+            _refuse_hopeless(-(-len(prompt) // MOST_COMPOSED), room, served, "prompt")
+            text = nfc(prompt)
+            _refuse_hopeless(len(text.encode("utf-8")), room, served, "prompt")
         ids = [tokenizer.bos_id, *tokenizer.encode(text)]
         return _fit(ids, room, is_truncated, tokenizer.bos_id)
     if not prompt:
         raise RequestError("prompt has no ids.", "There is nothing to go on from.", 'Send "" or a text.', "prompt")
     if wrong := next((id for id in prompt if not 0 <= id < tokenizer.size), None):
         why = f"The ids are 0 to {tokenizer.size - 1}."
-        raise RequestError(f"prompt holds the id {wrong}.", why, "Use this model's tokenizer.", "prompt")
+        raise RequestError(f"prompt holds the id {show_value(wrong)}.", why, "Use this model's tokenizer.", "prompt")
     return _fit(prompt, room, is_truncated, prompt[0])
 
 
@@ -111,9 +123,10 @@ def _fit(ids: list[int], room: int, is_truncated: bool, first: int) -> list[int]
     return [first, *ids[len(ids) - room + 1 :]] if room > 1 else ids[-1:]
 
 
-def _encode_chat(ask: ChatAsk, served: Served, limits: Limits, max_tokens: int) -> list[int]:
+def _encode_chat(ask: ChatAsk, served: Served, limits: Limits, max_tokens: int, go_on: GoOn) -> list[int]:
     """Return the ids of a conversation, without its oldest turns where it is too long and may be cut."""
-    if served.encode_chat is None:
+    encode = served.encode_chat
+    if encode is None:
         raise RequestError(
             f"{served.name!r} continues texts.",
             "It was not trained on conversations.",
@@ -122,40 +135,58 @@ def _encode_chat(ask: ChatAsk, served: Served, limits: Limits, max_tokens: int) 
         )
     is_truncated = ask.truncation == "auto"
     room = _room(served, limits, max_tokens, is_truncated)
-    turns = [_turn(message) for message in ask.messages]
-    kept = [turn for turn in turns if turn[0] == "system"]
-    others = [turn for turn in turns if turn[0] != "system"]
-    if not is_truncated:
-        _refuse_hopeless(sum(len(content) for _, content in turns), room, served, "messages")
-        kept, others = [], turns
-    while True:
-        if _may_fit(kept + others, room, served):
-            ids = served.encode_chat(kept + others)
-            if len(ids) <= room:
-                return ids
-            size, over = f"{len(ids)} tokens", f"{len(ids) - room} tokens"
-        else:
-            size, over = f"more than {room} tokens", "some"
-        if not is_truncated or len(others) <= 1:
-            raise _too_long(size, over, room, "messages")
-        # A conversation begins with what a user said.
-        others = others[1:]
-        while len(others) > 1 and others[0][0] == "assistant":
-            others = others[1:]
+    turns: list[Turn] = [
+        ("system" if message.role == "developer" else message.role, message.text) for message in ask.messages
+    ]
+    kept = [turn for turn in turns if is_truncated and turn[0] == "system"]
+    others = [turn for turn in turns if not is_truncated or turn[0] != "system"]
+    starts = find_starts([role for role, _ in others]) if is_truncated and others else [0]
+    # Lengths first: what is sure to be too long is neither normalised nor rendered.
+    starts = _leave_hopeless(starts, kept, others, room, served, MOST_COMPOSED)
+    kept, others = _normalise(kept, go_on), [*others[: starts[0]], *_normalise(others[starts[0] :], go_on)]
+    starts = _leave_hopeless(starts, kept, others, room, served)
+
+    def encode_from(start: int) -> list[int]:
+        go_on()
+        return encode([*kept, *others[start:]])
+
+    _, ids = drop_oldest(starts, encode_from, room)
+    if len(ids) > room:
+        raise _too_long(f"{len(ids)} tokens", f"{len(ids) - room} tokens", room, "messages")
+    return ids
 
 
-def _turn(message: Message) -> Turn:
-    role = "system" if message.role == "developer" else message.role
-    return role, unicodedata.normalize("NFC", message.text)
+def _normalise(turns: Sequence[Turn], go_on: GoOn) -> list[Turn]:
+    normal = list[Turn]()
+    for role, content in turns:
+        go_on()
+        normal.append((role, nfc(content)))
+    return normal
 
 
-def _may_fit(turns: Sequence[Turn], room: int, served: Served) -> bool:
-    return sum(len(content) for _, content in turns) <= room * served.longest_token_bytes
+def _leave_hopeless(
+    starts: Sequence[int], kept: Sequence[Turn], others: Sequence[Turn], room: int, served: Served, composed: int = 1
+) -> list[int]:
+    """Return the starts from which a conversation may fit by its bytes; raises RequestError where none is left.
+
+    composed: bytes that normalisation may make one of.
+    """
+    total = sum(_count_bytes(turn) for turn in kept)
+    bytes_from = [*accumulate((_count_bytes(turn) for turn in reversed(others)), initial=total)][::-1]
+    most_bytes = room * served.longest_token_bytes * composed
+    hopeful = [start for start in starts if bytes_from[start] <= most_bytes]
+    if not hopeful:
+        _refuse_hopeless(-(-bytes_from[starts[-1]] // composed), room, served, "messages")
+    return hopeful
 
 
-def _refuse_hopeless(characters: int, room: int, served: Served, param: str) -> None:
-    """Refuse at once what cannot fit whatever its tokens are: a character has a byte at least."""
-    fewest = -(-characters // served.longest_token_bytes)
+def _count_bytes(turn: Turn) -> int:
+    return len(turn[1].encode("utf-8"))
+
+
+def _refuse_hopeless(count_bytes: int, room: int, served: Served, param: str) -> None:
+    """Refuse at once what cannot fit, whatever its tokens are."""
+    fewest = -(-count_bytes // served.longest_token_bytes)
     if fewest > room:
         raise _too_long(f"at least {fewest} tokens", f"at least {fewest - room} tokens", room, param)
 

@@ -14,9 +14,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from lowvram.errors import LowvramError, name_nearest
+from lowvram.json_files import JsonError
+from lowvram.serve.body import read_body_object
+from lowvram.serve.limits import LONGEST_STOP, MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_TOP
 
-_MOST_TOP = 20  # OpenAI's bound of top_logprobs
-_MOST_STOPS, _LONGEST_STOP = 16, 500
 _SHOWN = 60  # characters of a client's value that an error repeats
 # Fields of OpenAI's that change no answer here.
 _HARMLESS = {
@@ -76,10 +77,13 @@ class TextPart(_Closed):
 
 
 class Message(_Closed):
-    """One turn of a conversation.  The fields that are always None come back from clients that repeat an answer."""
+    """One turn of a conversation.  The fields that are always None come back from clients that repeat an answer.
+
+    content: null, as such clients send back an answer without text, is an empty text of an assistant's turn.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
     name: str | None = None
     refusal: None = None
     annotations: Annotated[list[None], Field(max_length=0)] | None = None
@@ -90,7 +94,7 @@ class Message(_Closed):
     @property
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 class StreamOptions(_Closed):
@@ -100,7 +104,7 @@ class StreamOptions(_Closed):
     include_obfuscation: bool = False
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Ask(_Closed):
@@ -108,7 +112,7 @@ class Ask(_Closed):
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
@@ -142,7 +146,7 @@ class ChatAsk(Ask):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
 
     @property
     def top(self) -> int | None:
@@ -179,7 +183,7 @@ class CompletionAsk(Ask):
     """The body of /v1/completions.  prompt: one text, or the ids of one."""
 
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=_MOST_TOP)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
 
     @property
     def top(self) -> int | None:
@@ -192,18 +196,24 @@ AnyAsk = TypeVar("AnyAsk", bound=Ask)
 
 def read_ask(kind: type[AnyAsk], body: bytes) -> AnyAsk:
     """Return the request that a body holds; raises RequestError naming the field that is wrong."""
-    data = _read_object(body)
+    try:
+        data = read_body_object(body)
+    except JsonError as error:
+        raise RequestError("The body cannot be read.", f"A request is a JSON object in UTF-8; {error}.") from error
     for name in _HARMLESS & data.keys():
         del data[name]
     for name, values in _NEUTRAL.items():
         value = data.pop(name, None)
         if value is not None and not any(type(value) in _LIKE[type(known)] and value == known for known in values):
             fix = f"Leave {name} out" + (f", or send {json.dumps(values[0])}." if values else ".")
-            raise RequestError(f"{name} is {_show(value)}.", "This server does not do that.", fix, name)
+            raise RequestError(f"{name} is {show_value(value)}.", "This server does not do that.", fix, name)
+    _check_counts(kind, data)
     try:
         ask = kind.model_validate(data)
     except ValidationError as error:
         raise _explain(kind, data, error) from error
+    if isinstance(ask, ChatAsk):
+        _check_contents(ask)
     if isinstance(ask, ChatAsk) and ask.top_logprobs is not None and not ask.logprobs:
         what = f"top_logprobs is {ask.top_logprobs} and logprobs is not true."
         raise RequestError(what, "The first only adds to the second.", "Send logprobs: true with it.", "top_logprobs")
@@ -213,17 +223,49 @@ def read_ask(kind: type[AnyAsk], body: bytes) -> AnyAsk:
     return ask
 
 
-def _read_object(body: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(body)
-    except RecursionError as error:
-        raise RequestError("The body is nested too deeply.", "No request needs that.", "Send plain fields.") from error
-    except ValueError as error:
-        why = f"{error}."
-        raise RequestError("The body is not JSON in UTF-8.", why, "Send one JSON object.") from error
-    if not isinstance(data, dict):
-        raise RequestError(f"The body is {_show(data)}.", "A request is a JSON object.", "Send {…}.")
-    return data
+def _check_counts(kind: type[BaseModel], data: Mapping[str, Any]) -> None:
+    """Refuse too many messages, and unknown fields, of which pydantic would make an error each."""
+    _refuse_unknown(kind, data)
+    _refuse_unknown(StreamOptions, data.get("stream_options"), "stream_options")
+    messages = data.get("messages")
+    if not isinstance(messages, list):
+        return
+    if len(messages) > MOST_MESSAGES:
+        why = f"This server reads at most {MOST_MESSAGES:,}, whatever they hold."
+        raise RequestError(f"There are {len(messages):,} messages.", why, "Leave out the oldest.", "messages")
+    parts = 0
+    for number, message in enumerate(messages):
+        _refuse_unknown(Message, message, "messages", number)
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list):
+            continue
+        if (parts := parts + len(content)) > MOST_PARTS:
+            what = f"The messages up to messages.{number} have {parts:,} parts."
+            why = f"This server reads at most {MOST_PARTS:,}, whatever they hold."
+            raise RequestError(what, why, "Join the parts of a text.", f"messages.{number}.content")
+        for place, part in enumerate(content):
+            _refuse_unknown(TextPart, part, "messages", number, "content", place)
+
+
+def _refuse_unknown(kind: type[BaseModel], fields: Any, *place: str | int) -> None:
+    """Refuse an object that has more fields than are known; a shorter one is judged by pydantic."""
+    if isinstance(fields, dict) and len(fields) > len(kind.model_fields):
+        name = next(name for name in fields if name not in kind.model_fields)
+        raise _unknown_field(kind, [*place, name])
+
+
+def _unknown_field(kind: type[BaseModel], place: Sequence[int | str]) -> RequestError:
+    param = ".".join(map(str, place))[:_SHOWN]
+    fix = name_nearest(param, kind.model_fields) if len(place) == 1 else "Leave it out."
+    return RequestError(f"{param} is no field that is known here.", "It would be ignored in silence.", fix, param)
+
+
+def _check_contents(ask: ChatAsk) -> None:
+    for number, message in enumerate(ask.messages):
+        if message.content is None and message.role != "assistant":
+            param = f"messages.{number}.content"
+            why = "Only an assistant's turn may be without text."
+            raise RequestError(f"{param} is null.", why, "Send the text, or leave the message out.", param)
 
 
 def _explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> RequestError:
@@ -238,10 +280,9 @@ def _explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationEr
     if problem["type"] == "missing":
         return RequestError(f"{param} is missing.", "Every request needs it.", f"Add {place[-1]}.", param)
     if problem["type"] == "extra_forbidden":
-        fix = name_nearest(param, kind.model_fields) if len(place) == 1 else "Leave it out."
-        return RequestError(f"{param} is no field that is known here.", "It would be ignored in silence.", fix, param)
+        return _unknown_field(kind, place)
     why = f"{problem['msg'].removesuffix('.')}."
-    return RequestError(f"{param} is {_show(problem['input'])}.", why, "Mend that field.", param)
+    return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Mend that field.", param)
 
 
 def _place(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:
@@ -258,9 +299,16 @@ def _place(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:
     return way
 
 
-def _show(value: Any) -> str:
-    if isinstance(value, str | list | dict) and len(value) > _SHOWN:
+def show_value(value: Any) -> str:
+    """Return a client's value as an error repeats it: whole where it is short, else its kind and size."""
+    if isinstance(value, str | list | dict) and (len(value) > _SHOWN or not _is_flat(value)):
         kind = {str: "characters", list: "elements", dict: "fields"}[type(value)]
         return f"{type(value).__name__} of {len(value)} {kind}"
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _is_flat(value: str | list[Any] | dict[str, Any]) -> bool:
+    """Return whether what a value holds is short, so that writing all of it costs nothing."""
+    inner = [] if isinstance(value, str) else [*value, *(value.values() if isinstance(value, dict) else ())]
+    return not any(isinstance(one, list | dict) or (isinstance(one, str) and len(one) > _SHOWN) for one in inner)

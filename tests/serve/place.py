@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -120,17 +120,18 @@ def served(
     own_names_only: bool = True,
     decoder: Decoder | None = None,
     grace_s: float = 0.0,
-    **limits: int,
+    encode_chat: Callable[[Sequence[Turn]], list[int]] | None = None,
+    **limits: float,
 ) -> Iterator[Place]:
-    """Serve a small model until the block ends."""
+    """Serve a small model until the block ends.  encode_chat: instead of the tokenizer's own template."""
     torch.set_num_threads(1)
     decoder = decoder or Decoder(model or small_model(tokenizer), max_context, slots)
-    encode = (lambda turns: speak(tokenizer, turns)) if speaks else None
+    encode = (encode_chat or (lambda turns: speak(tokenizer, turns))) if speaks else None
     about = Served("small", "fp_test", tokenizer, max_context, encode)
     longest = {"prompt_tokens": max_context - 1, "output_tokens": max_context - 1}
     bounds = Limits(**({"slots": slots, "queue": queue} | longest | limits))
     batcher = Batcher(decoder, tokenizer, queue, Metrics())
-    server = Server(build_app(about, batcher, bounds, Door(api_key, own_names_only)), batcher, grace_s)
+    server = Server(build_app(about, batcher, bounds, Door(api_key, own_names_only)), batcher, bounds, grace_s)
     listening = open_socket("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.serve_on, args=(listening,))

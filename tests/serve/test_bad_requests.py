@@ -78,13 +78,14 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
 BODIES: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "not JSON"),
     "half an object": (b'{"prompt": "a"', "not JSON"),
-    "a list": (b"[1]", "is a JSON object"),
-    "a word": (b'"prompt"', "is a JSON object"),
-    "Latin-1": ('{"prompt": "Iğdır"}'.encode("cp1254"), "not JSON in UTF-8"),
-    "nested": (b'{"prompt": ' + b"[" * 200_000, "nested too deeply"),
-    "nested fields": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    "a list": (b"[1]", "holds a list, not an object"),
+    "a word": (b'"prompt"', "holds a string, not an object"),
+    "Latin-1": ('{"prompt": "Iğdır"}'.encode("cp1254"), "not UTF-8 at byte 13"),
+    "nested": (b'{"prompt": ' + b"[" * 39_000, "nested deeper than 16"),
+    "nested fields": (b'{"a":' * 39_000 + b"1" + b"}" * 39_000, "nested deeper than 16"),
+    "nested without end": (b'{"prompt": ' + b"[" * 4_000_000, "4,000,001 lists and objects"),
     "an endless number": (b'{"seed": ' + b"9" * 10_000 + b"}", "not JSON"),
-    "not a number": (b'{"prompt": "a", "temperature": NaN}', "finite number"),
+    "not a number": (b'{"prompt": "a", "temperature": NaN}', "NaN is no number"),
     "infinity": (b'{"prompt": "a", "temperature": 1e999}', "finite number"),
 }
 
