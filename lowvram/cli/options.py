@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lowvram.units import parse_memory, show_bytes
+from lowvram.units import parse_bytes, parse_memory, show_bytes
 
 # Ten times what home-made models are trained on; more takes minutes to find out that it does not fit.
 MOST_CONTEXT = 2**20
@@ -66,6 +66,17 @@ def memory(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
     if size > _MOST_BYTES:
         raise argparse.ArgumentTypeError(f"{text!r} is {show_bytes(size)}; write MiB with their unit: 6144MiB")
+    return size
+
+
+def size_of_file(text: str) -> int:
+    """Read a size of what is no memory: a bare number is bytes, KiB and MiB are powers of two, kB and MB of ten."""
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than a byte")
     return size
 
 

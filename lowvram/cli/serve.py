@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.options import add_device, add_precision, context_length, count, memory, slot_count
+from lowvram.cli.options import add_device, add_precision, context_length, count, size_of_file, slot_count
 from lowvram.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--context", type=context_length, metavar="N", help="tokens of a text (default: the most that fit)"
     )
     parser.add_argument("--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)")
-    parser.add_argument("--max-body", type=memory, default="4MiB", metavar="SIZE", help="(default: %(default)s)")
+    body_help = "of a request: bytes, or with KiB or MiB (default: %(default)s)"
+    parser.add_argument("--max-body", type=_body_size, default="4MiB", metavar="SIZE", help=body_help)
     parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
     parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")
     add_precision(parser)
@@ -104,6 +105,17 @@ def _length(text: str) -> int:
     return number
 
 
+def _body_size(text: str) -> int:
+    from lowvram.serve.limits import LARGEST_BODY, SMALLEST_BODY
+    from lowvram.units import show_bytes
+
+    size = size_of_file(text)
+    if not SMALLEST_BODY <= size <= LARGEST_BODY:
+        bounds = f"{show_bytes(SMALLEST_BODY)} to {show_bytes(LARGEST_BODY)}"
+        raise argparse.ArgumentTypeError(f"{text!r} is {show_bytes(size)}; a request may have {bounds}: 4MiB")
+    return size
+
+
 def _choose_key(host: str, key: str | None) -> str | None:
     """Return the key that clients must have; raises ConfigError where there has to be one."""
     from lowvram.serve.addresses import is_loopback
@@ -149,18 +161,31 @@ def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -
 
     name = arguments.name or arguments.checkpoint.resolve().name
     encode = _find_encoder(loaded, arguments.manner)
-    return Served(name, _fingerprint(loaded, name), loaded.tokenizer, max_context, encode)
+    return Served(name, _fingerprint(loaded, arguments.checkpoint), loaded.tokenizer, max_context, encode)
 
 
-def _fingerprint(loaded: Loaded, name: str) -> str:
+def _fingerprint(loaded: Loaded, directory: Path) -> str:
     """Return a short name of everything on which an answer depends beside the request."""
     import torch
 
     import lowvram
 
-    weights = name if loaded.checkpoint is None else json.dumps(loaded.checkpoint.manifest, sort_keys=True)
+    checkpoint = loaded.checkpoint
+    weights = _hash_files(directory) if checkpoint is None else json.dumps(checkpoint.manifest, sort_keys=True)
     words = (weights, loaded.tokenizer.hash, loaded.precision, loaded.dtype, torch.__version__, lowvram.__version__)
     return "fp_" + hashlib.sha256("/".join(map(str, words)).encode("utf-8")).hexdigest()[:12]
+
+
+def _hash_files(directory: Path) -> str:
+    """Return what the files say of which another program's model and its tokenizer are made."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from lowvram.files import sha256
+
+    # One thread at a time has Python, but hashing does not need it.
+    paths = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
+    with ThreadPoolExecutor() as pool:
+        return " ".join(f"{path.name} {found}" for path, found in zip(paths, pool.map(sha256, paths), strict=True))
 
 
 def _introduce(loaded: Loaded, served: Served) -> str:

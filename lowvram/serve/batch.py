@@ -70,6 +70,11 @@ class Job:
     def __init__(self, order: Order, tokenizer: Tokenizer, deliver: Callable[[Event], None]) -> None:
         self.order, self.deliver = order, deliver
         self.ids = list(order.ids)
+        # For a penalty on tokens that are there already: read with each new token, so it grows in place.
+        self._seen = None
+        if order.sampler.repetition_penalty != 1.0:
+            self._seen = torch.empty(len(self.ids) + order.max_tokens, dtype=torch.int64)
+            self._seen[: len(self.ids)] = torch.tensor(self.ids)
         self.answer = Answer(tokenizer, order.stops)
         self.has_left = False
         self.reused = 0
@@ -79,6 +84,17 @@ class Job:
     def written(self) -> int:
         """Tokens of the answer so far."""
         return len(self.ids) - len(self.order.ids)
+
+    @property
+    def seen(self) -> Tensor:
+        """The ids so far [T], a view, where the sampler asks for them; else none."""
+        return torch.empty(0, dtype=torch.int64) if self._seen is None else self._seen[: len(self.ids)]
+
+    def append(self, id: int) -> None:
+        """Add a token to the text."""
+        if self._seen is not None:
+            self._seen[len(self.ids)] = id
+        self.ids.append(id)
 
 
 class Batcher:
@@ -257,7 +273,7 @@ class Batcher:
         for slot, logit_V in zip(slots, logit_NV, strict=True):
             job = self._running[slot]
             try:
-                id = sample(logit_V, job.order.sampler, torch.tensor(job.ids), len(job.ids))
+                id = sample(logit_V, job.order.sampler, job.seen, len(job.ids))
             except NumbersError as error:
                 self._fail_by(error, [slot])
                 continue
@@ -273,7 +289,7 @@ class Batcher:
         """Add a token to the job's text; returns why it is the last, or None."""
         if id in self._ends:
             return "stop"
-        job.ids.append(id)
+        job.append(id)
         self.metrics.count("tokens_written_total")
         chance = None if job.order.top is None else chance_of(logit_V, id, job.order.top)
         self._deliver(job, job.answer.push(id, chance))

@@ -19,6 +19,8 @@ MOST_FIELDS = 10 * (MOST_MESSAGES + MOST_PARTS)  # names with a value; a message
 MOST_LEVELS = 16  # a text part of a message lies on the fifth
 MOST_STOPS, LONGEST_STOP = 16, 500
 MOST_TOP = 20  # OpenAI's bound of top_logprobs
+# What --max-body may be: an empty question fits into the first, no context is as long as the second.
+SMALLEST_BODY, LARGEST_BODY = 2**10, 256 * 2**20
 # Times the limit of a body that is read and thrown away, so that the client can read why it was refused.
 MOST_DRAINED = 16
 # Requests that are parsed, normalised and tokenised at once: more would only take turns.

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from openai import OpenAI
 
+from lowvram.cli.app import build_parser
+from lowvram.cli.serve import _fingerprint
 from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import environment, typed
 
@@ -118,6 +121,10 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(tmp_path: Pat
         (("--slots", 0), "less than 1"),
         (("--queue", -1), "less than 0"),
         (("--max-body", "many"), "many"),
+        (("--max-body", 1023), "'1023' is 1023 B; a request may have 1.0 KiB to 256.0 MiB"),
+        (("--max-body", "256.1MiB"), "is 256.1 MiB; a request may have"),
+        (("--max-body", "25600MiB"), "is 25.0 GiB; a request may have"),
+        (("--max-body", 0), "less than a byte"),
         (("--as", "king"), "invalid choice"),
     ],
 )
@@ -125,6 +132,35 @@ def test_options_out_of_range_are_usage_errors(run: Path, words: tuple[object, .
     answer = typed("serve", run, *words)
     assert answer.code == 2
     assert word in answer.err
+
+
+@pytest.mark.parametrize(
+    "text, size", [("4096", 4096), ("4KiB", 4096), ("4kB", 4000), ("1024", 1024), ("256MiB", 2**28), (None, 2**22)]
+)
+def test_a_bare_size_of_a_body_is_bytes(text: str | None, size: int) -> None:
+    words = [] if text is None else ["--max-body", text]
+    assert build_parser().parse_args(["serve", "run", *words]).max_body == size
+
+
+def test_the_fingerprint_of_a_directory_covers_all_that_answers_depend_on(tmp_path: Path) -> None:
+    files = {
+        "config.json": b"{}",
+        "a.safetensors": bytes(10_000),
+        "b.safetensors": b"1",
+        "chat_template.jinja": b"{{ a }}",
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    loaded = SimpleNamespace(checkpoint=None, tokenizer=SimpleNamespace(hash="t"), precision="bf16", dtype="bf16")
+    first = _fingerprint(loaded, tmp_path)  # type: ignore[arg-type]
+    (tmp_path / "README.md").write_text("Another page.")
+    assert _fingerprint(loaded, tmp_path) == first  # type: ignore[arg-type]
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert _fingerprint(loaded, tmp_path) != first, name  # type: ignore[arg-type]
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "a.safetensors").rename(tmp_path / "c.safetensors")
+    assert _fingerprint(loaded, tmp_path) != first  # type: ignore[arg-type]
 
 
 def test_a_host_that_is_none_is_an_error(run: Path) -> None:

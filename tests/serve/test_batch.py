@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.generate.decoder import Decoder
+from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.model.transformer import Transformer
+from lowvram.serve import batch
 from lowvram.serve.answer import Piece
 from lowvram.serve.batch import PIECE_TOKENS, Batcher, Ended, Event, Failed, NotServingError, Order, QueueFullError
 from lowvram.serve.metrics import Metrics
@@ -128,6 +130,30 @@ def test_a_seeded_answer_does_not_depend_on_its_company(
             return inbox.take()[0]
 
         assert write(0) == write(3) == write(7)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_texts_ids_are_kept_as_a_tensor_only_for_a_penalty_and_grow_in_place(
+    small_tokenizer: Tokenizer, model: Transformer, monkeypatch: pytest.MonkeyPatch, penalty: float
+) -> None:
+    seen = list[Tensor]()
+    real = batch.sample
+    monkeypatch.setattr(batch, "sample", lambda *words: seen.append(words[2]) or real(*words))
+    sampler = Sampler(temperature=0.0, repetition_penalty=penalty)
+    asked = order(small_tokenizer, TURKISH[0][:30], 20, sampler)
+    with batching(Decoder(model, CONTEXT, 2), small_tokenizer) as batcher:
+        inbox = Inbox()
+        batcher.submit(asked, inbox.events.put)
+        text = inbox.take()[0]
+    engine = Engine(Decoder(model, CONTEXT), small_tokenizer)
+    assert text == "".join(engine.generate(list(asked.ids), sampler, 20))
+    assert len(seen) > 10
+    if penalty == 1.0:
+        assert {ids.numel() for ids in seen} == {0}
+    else:
+        assert [ids.numel() for ids in seen] == list(range(len(asked.ids), len(asked.ids) + len(seen)))
+        assert seen[-1].tolist() == engine.ids[: seen[-1].numel()]
+        assert len({ids.data_ptr() for ids in seen}) == 1, "no token copies the text"
 
 
 def test_who_comes_later_joins_between_two_tokens(small_tokenizer: Tokenizer, model: Transformer) -> None:
