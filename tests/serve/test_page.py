@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,7 @@ def test_an_answer_is_stopped_and_what_was_said_stays(small_tokenizer: Tokenizer
         said = texts(page, ".turn.assistant:not(.busy) .text")[0]
         assert ANSWER.startswith(said[:30])
         assert len(said) < len(ANSWER) * 3
+        assert re.fullmatch(r"≈ \d+ belirteç · [\d.]+ belirteç/sn", texts(page, ".below .count")[0])
 
 
 def threading_sleep() -> None:
@@ -188,11 +190,57 @@ def test_a_base_model_goes_on_with_a_sheet(small_tokenizer: Tokenizer, open_page
         wait(page, lambda: find(page, "#sheet").get_property("value") == f"Bir varmış. {ANSWER}")
         wait(page, lambda: find(page, "#undo").is_displayed())
         shoot(page, "base-tr")
+        assert texts(page, "#marks mark") == [ANSWER], "what the model wrote is told from what was typed"
+        assert re.fullmatch(r"\d+ belirteç · [\d.]+ belirteç/sn", texts(page, "#count")[0])
+        find(page, "#sheet").send_keys(Keys.CONTROL, Keys.HOME)
+        find(page, "#sheet").send_keys(Keys.NULL, "Evvel zaman içinde: ")
+        assert texts(page, "#marks mark") == [ANSWER], "the marks move with the text"
+        find(page, "#sheet").send_keys(*[Keys.ARROW_RIGHT] * 15, "!!")
+        assert texts(page, "#marks mark") == [ANSWER[:3], ANSWER[3:]], "and leave out what is typed within"
+        assert texts(page, "#marks")[0].strip() == find(page, "#sheet").get_property("value")
+        find(page, "#send").click()
+        wait(page, lambda: find(page, "#undo").is_displayed())
+        assert texts(page, "#marks mark") == [ANSWER[:3], ANSWER[3:], ANSWER]
         find(page, "#undo").click()
-        assert find(page, "#sheet").get_property("value") == "Bir varmış. "
+        assert texts(page, "#marks mark") == [ANSWER[:3], ANSWER[3:]]
+        find(page, "#new").click()
+        assert texts(page, "#marks mark") == []
+        find(page, "#sheet").send_keys("Bir varmış. ")
         find(page, "#sheet").send_keys(Keys.CONTROL, Keys.ENTER)
         wait(page, lambda: find(page, "#sheet").get_property("value").endswith(ANSWER))
         assert complaints(page) == []
+
+
+@pytest.mark.parametrize("lang", ["tr-TR", "en-US"])
+def test_marks_lie_behind_their_words_also_when_scrolled(small_tokenizer: Tokenizer, open_page, lang: str) -> None:
+    with scripted(small_tokenizer, f"{ANSWER}\n\n" * 4, speaks=False) as place:
+        page = open_page(place.url, lang, size="700,560", dark=lang == "en-US")
+        wait(page, lambda: find(page, "#sheet").is_displayed())
+        shoot(page, f"base-empty-{lang[:2]}")
+        find(page, "#sheet").send_keys("Bir varmış. ", Keys.CONTROL, Keys.ENTER)
+        wait(page, lambda: find(page, "#undo").is_displayed())
+        wait(page, lambda: page.execute_script("return sheet.classList.contains('is-scrolled')"))
+        shoot(page, f"base-scrolled-{lang[:2]}")
+        for measure in ("clientWidth", "clientHeight", "scrollTop"):
+            assert page.execute_script(f"return sheet.{measure} - marks.{measure}") == 0, measure
+        # A text field counts its last line break otherwise; less than a line is no line.
+        assert abs(page.execute_script("return sheet.scrollHeight - marks.scrollHeight")) < 31
+        find(page, "#open-settings").click()
+        shoot(page, f"base-settings-{lang[:2]}")
+        is_clipped = "return seed.scrollWidth > seed.clientWidth"
+        page.execute_script("seed.value = ''; seed.type = 'text'; seed.value = seed.placeholder")
+        assert not page.execute_script(is_clipped)
+        assert complaints(page) == []
+
+
+def test_a_space_that_an_answer_begins_with_is_not_shown(small_tokenizer: Tokenizer, open_page) -> None:
+    with scripted(small_tokenizer, " \n Evet. \n") as place:
+        page = open_page(place.url)
+        wait(page, lambda: find(page, "#talk").is_displayed())
+        find(page, "#input").send_keys("Anlat", Keys.ENTER)
+        wait(page, lambda: texts(page, ".turn.assistant:not(.busy) .text") == ["Evet. \n"])
+        assert "belirteç/sn" in texts(page, ".below .count")[0]
+        assert page.execute_script("return document.body.innerText.includes('≈')") is False
 
 
 def test_the_key_is_asked_for_and_a_wrong_one_again(small_tokenizer: Tokenizer, open_page) -> None:

@@ -7,10 +7,10 @@ const WORDS = {
     stop: "Durdur", retry: "Yeniden", undo: "Geri al", copy: "Kopyala", copied: "Kopyalandı", close: "Tamam",
     defaults: "Varsayılanlar", message: "Bir şey yazın…", hello: "Merhaba!",
     helloMore: "Bu model kendi bilgisayarınızda çalışıyor, internet gerekmez. Ne konuşalım?",
-    baseHint: "Bu model sohbet etmez, metni sürdürür: bir başlangıç yazın, gerisini o getirsin.",
+    baseHint: "Bu model sohbet etmez, metni sürdürür: bir başlangıç yazın, gerisini o getirsin. Modelin yazdığı renklidir.",
     sheet: "Metin", sheetPlaceholder: "Bir varmış, bir yokmuş…", system: "Sistem mesajı", temperature: "Sıcaklık",
     max_tokens: "En çok belirteç", top_p: "top-p", top_k: "top-k (0: hepsi)", min_p: "min-p",
-    repetition_penalty: "Tekrar cezası", seed: "Tohum", seedNone: "her seferinde başka",
+    repetition_penalty: "Tekrar cezası", seed: "Tohum", seedNone: "rastgele",
     keyTitle: "Anahtar gerekli", keyMore: "Bu sunucu bir API anahtarı istiyor. Sekme kapanınca unutulur.",
     key: "API anahtarı", enter: "Gir", wrongKey: "Bu anahtar tutmadı.", tokens: "belirteç", second: "sn",
     full: "sınıra ulaştı", ended: "Metin burada bitti.", lost: "Sunucuya ulaşılamıyor.",
@@ -24,10 +24,10 @@ const WORDS = {
     stop: "Stop", retry: "Again", undo: "Undo", copy: "Copy", copied: "Copied", close: "Done",
     defaults: "Defaults", message: "Write something…", hello: "Hello!",
     helloMore: "This model runs on your own computer, no internet needed. What shall we talk about?",
-    baseHint: "This model does not chat, it goes on with a text: write a beginning and let it follow.",
+    baseHint: "This model does not chat, it goes on with a text: write a beginning and let it follow. What the model wrote is coloured.",
     sheet: "Text", sheetPlaceholder: "Once upon a time…", system: "System message", temperature: "Temperature",
     max_tokens: "Most tokens", top_p: "top-p", top_k: "top-k (0: all)", min_p: "min-p",
-    repetition_penalty: "Repetition penalty", seed: "Seed", seedNone: "another each time",
+    repetition_penalty: "Repetition penalty", seed: "Seed", seedNone: "random",
     keyTitle: "A key is needed", keyMore: "This server asks for an API key. It is forgotten when the tab is closed.",
     key: "API key", enter: "Enter", wrongKey: "That key is not the right one.", tokens: "tokens", second: "s",
     full: "limit reached", ended: "The text ended here.", lost: "The server cannot be reached.",
@@ -40,7 +40,7 @@ const WORDS = {
 // The same as `lowvram chat`.
 const DEFAULTS = { system: "", temperature: 0.8, max_tokens: 256, top_p: 0.95, top_k: 50, min_p: 0, repetition_penalty: 1.1, seed: "" };
 const $ = (id) => document.getElementById(id);
-const state = { lang: "en", speaks: true, turns: [], stopping: null, before: [], limit: 0 };
+const state = { lang: "en", speaks: true, turns: [], stopping: null, before: [], limit: 0, sheet: "", written: [] };
 
 const t = (word) => WORDS[state.lang][word];
 const remembered = (name, otherwise) => localStorage.getItem(`lowvram.${name}`) ?? otherwise;
@@ -116,10 +116,10 @@ function sampling() {
   return body;
 }
 
-// Run one answer; `say` gets each piece of text.  Returns how it ended: { reason, written, seconds }.
+// Run one answer; `say` gets each piece of text.  Returns how it ended: { reason, written, isExact, seconds }.
 async function answer(path, body, say) {
   const stopping = new AbortController();
-  const end = { reason: "stopped", written: 0, seconds: 0 };
+  const end = { reason: "stopped", written: 0, isExact: false, seconds: 0 };
   let first = 0;
   state.stopping = stopping;
   notice("");
@@ -127,13 +127,15 @@ async function answer(path, body, say) {
   try {
     await follow(path, body, stopping.signal, (event) => {
       first ||= performance.now();
-      end.written = event.usage?.completion_tokens ?? end.written;
+      if (event.usage) Object.assign(end, { written: event.usage.completion_tokens, isExact: true });
       const choice = event.choices[0];
       if (!choice) return;
-      say(choice.delta ? choice.delta.content ?? "" : choice.text);
+      const piece = choice.delta ? choice.delta.content ?? "" : choice.text;
+      // The counts come at the end; an answer that is stopped before has had about a token in each piece.
+      if (piece !== "") end.written += 1;
+      say(piece);
       end.reason = choice.finish_reason ?? end.reason;
     });
-    end.seconds = (performance.now() - first) / 1000;
   } catch (error) {
     if (error.name !== "AbortError") {
       notice(error.message);
@@ -141,10 +143,19 @@ async function answer(path, body, say) {
     }
     if (error.status === 401) enter();
   } finally {
+    if (first) end.seconds = (performance.now() - first) / 1000;
     state.stopping = null;
     show();
   }
   return end;
+}
+
+// How many tokens an answer had and how fast they came; "" where there was none.
+function tell(end) {
+  if (!end.written || !(end.seconds > 0)) return "";
+  const speed = (end.written / end.seconds).toFixed(end.written < 10 * end.seconds ? 1 : 0);
+  const full = end.reason === "length" ? ` · ${t("full")}` : "";
+  return `${end.isExact ? "" : "≈ "}${end.written} ${t("tokens")} · ${speed} ${t("tokens")}/${t("second")}${full}`;
 }
 
 // --- the page
@@ -198,11 +209,7 @@ function addBelow(turn, text, end) {
   again.dataset.t = "retry";
   again.addEventListener("click", retryTurn);
   below.append(copy, again);
-  if (end.written && end.seconds > 0) {
-    const speed = (end.written / end.seconds).toFixed(end.written < 10 * end.seconds ? 1 : 0);
-    const full = end.reason === "length" ? ` · ${t("full")}` : "";
-    below.append(element("span", "count", `${end.written} ${t("tokens")} · ${speed}/${t("second")}${full}`));
-  }
+  if (tell(end)) below.append(element("span", "count", tell(end)));
   turn.append(below);
 }
 
@@ -221,8 +228,10 @@ async function reply() {
   let text = "";
   const end = await answer("/v1/chat/completions", { ...sampling(), messages }, (piece) => {
     const follows = isAtEnd($("talk"));
+    // A model may begin with a space, as it learnt to part words; it is kept for the model and not shown.
+    const shown = text.trimStart().length;
     text += piece;
-    words.append(piece);
+    words.append(text.trimStart().slice(shown));
     if (follows) $("talk").scrollTop = $("talk").scrollHeight;
   });
   turn.classList.remove("busy");
@@ -234,7 +243,7 @@ async function reply() {
     if ($("input").value === "") $("input").value = asked.content;
   } else {
     state.turns.push({ role: "assistant", content: text });
-    addBelow(turn, text, end);
+    addBelow(turn, text.trimStart(), end);
     if (text === "") notice(t("ended"));
   }
   fitInput();
@@ -251,22 +260,63 @@ async function retryTurn() {
 
 async function goOn() {
   const sheet = $("sheet");
-  state.before.push(sheet.value);
+  state.before.push({ text: sheet.value, written: state.written });
+  const range = [sheet.value.length, sheet.value.length];
+  state.written = [...state.written, range];
+  $("count").textContent = "";
   const end = await answer("/v1/completions", { ...sampling(), prompt: sheet.value }, (piece) => {
     const follows = isAtEnd(sheet);
     sheet.value += piece;
+    range[1] = sheet.value.length;
+    markWritten();
     if (follows) sheet.scrollTop = sheet.scrollHeight;
   });
-  if (sheet.value === state.before.at(-1)) {
-    state.before.pop();
+  $("count").textContent = tell(end);
+  if (range[0] === range[1]) {
+    state.written = state.before.pop().written;
     if (end.reason === "stop") notice(t("ended"));
   }
   show();
   sheet.focus();
 }
 
+// Lay the marks of what the model wrote behind the text of the sheet.
+function markWritten() {
+  const sheet = $("sheet");
+  state.sheet = sheet.value;
+  const parts = [];
+  let end = 0;
+  for (const [from, to] of state.written) {
+    parts.push(state.sheet.slice(end, from), element("mark", "", state.sheet.slice(from, to)));
+    end = to;
+  }
+  // A last line break has a line of its own in a text field alone.
+  $("marks").replaceChildren(...parts, `${state.sheet.slice(end)}\n`);
+  $("marks").scrollTop = sheet.scrollTop;
+}
+
+// Move the marks with the text around a place where somebody has typed.
+function moveMarks() {
+  const old = state.sheet, now = $("sheet").value;
+  let same = 0, behind = 0;
+  while (same < Math.min(old.length, now.length) && old[same] === now[same]) same += 1;
+  while (behind < Math.min(old.length, now.length) - same && old.at(-1 - behind) === now.at(-1 - behind)) behind += 1;
+  const tail = old.length - behind, grown = now.length - old.length;
+  // What was typed is nobody's but the writer's: a range around it falls into two.
+  const pieces = state.written.flatMap(([from, to]) => [
+    [from, Math.min(to, same)],
+    [Math.max(from, tail) + grown, to + grown],
+  ]);
+  state.written = pieces.filter(([from, to]) => from < to);
+  markWritten();
+}
+
 function undo() {
-  $("sheet").value = state.before.pop();
+  const { text, written } = state.before.pop();
+  $("sheet").value = text;
+  state.written = written;
+  markWritten();
+  $("count").textContent = "";
   notice("");
   show();
   $("sheet").focus();
@@ -276,7 +326,9 @@ function startAnew() {
   state.turns = [];
   state.before = [];
   $("turns").replaceChildren();
-  $("sheet").value = "";
+  $("sheet").value = $("count").textContent = "";
+  state.written = [];
+  markWritten();
   notice("");
   show();
   $(state.speaks ? "input" : "sheet").focus();
@@ -341,7 +393,11 @@ function listen() {
     if (event.key === "Escape") state.stopping?.abort();
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !state.speaks) submit();
   });
-  $("sheet").addEventListener("input", () => { state.before = []; show(); });
+  $("sheet").addEventListener("input", () => { state.before = []; moveMarks(); show(); });
+  $("sheet").addEventListener("scroll", () => { $("marks").scrollTop = $("sheet").scrollTop; });
+  for (const box of [$("sheet"), $("marks"), $("talk")]) {
+    box.addEventListener("scroll", () => box.classList.toggle("is-scrolled", box.scrollTop > 0));
+  }
   $("stop").addEventListener("click", () => { state.stopping?.abort(); $(state.speaks ? "input" : "sheet").focus(); });
   $("undo").addEventListener("click", undo);
   $("retry").addEventListener("click", () => { undo(); goOn(); });
