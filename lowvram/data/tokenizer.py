@@ -19,6 +19,7 @@ from lowvram.data.long_words import without_long_words
 from lowvram.data.normal_form import nfc
 from lowvram.errors import DataError, TokenizerError
 from lowvram.files import DISK, Disk
+from lowvram.json_files import parse_object
 
 _NAMED = ("bos", "eos", "pad", "mask", "system", "user", "assistant", "end_of_turn")
 SPECIALS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare_{number}" for number in range(24))))
@@ -119,7 +120,7 @@ def read_files(directory: Path) -> dict[str, bytes]:
     files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
     template = Path(directory) / "chat_template.jinja"
     if template.is_file():
-        config = json.loads(files["tokenizer_config.json"]) | {"chat_template": template.read_text(encoding="utf-8")}
+        config = parse_object(files["tokenizer_config.json"]) | {"chat_template": template.read_text(encoding="utf-8")}
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files
 
@@ -159,8 +160,8 @@ class Tokenizer:
         """Read tokenizer.json and tokenizer_config.json; raises TokenizerError unless they are ours."""
         try:
             files = read_files(directory)
-            json.loads(files["tokenizer_config.json"])
-            table = _read_table(json.loads(files["tokenizer.json"]))
+            parse_object(files["tokenizer_config.json"])
+            table = _read_table(parse_object(files["tokenizer.json"]))
         except OSError as error:
             raise TokenizerError(
                 f"There is no tokenizer in {directory}.",
