@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowvram.data.tokenizer import Tokenizer
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,9 +46,25 @@ def run(arguments: argparse.Namespace) -> None:
     count = outside.config.num_parameters()
     result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
     # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
-    has_template = isinstance(tokenizer, OutsideTokenizer) and "chat_template" in tokenizer.settings
+    has_template = isinstance(tokenizer, OutsideTokenizer) and _has_template(tokenizer)
     literal(
         next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
     )
     place = json.dumps(arguments.out.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
     result(f"To train it further, write start_from = {place} below [train] in a run file.")
+
+
+def _has_template(tokenizer: Tokenizer) -> bool:
+    """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
+    from lowvram.cli.show import notice
+    from lowvram.errors import LowvramError
+    from lowvram.generate.template import Message, load_template
+
+    try:
+        template = load_template(tokenizer)
+        if template is not None:
+            template.render([Message("user", "Merhaba")])
+    except LowvramError as error:
+        notice(f"The model is imported; its chat template cannot be used: {error}", "yellow")
+        return False
+    return template is not None

@@ -17,6 +17,7 @@ import numpy as np
 
 from lowvram.data.tokenizer import Tokenizer, byte_of_letter, count_bytes, read_files
 from lowvram.errors import TokenizerError
+from lowvram.json_files import JsonError, parse_object, read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -54,8 +55,8 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> Tokenizer:
 def _noted_rows(directory: Path) -> int | None:
     """Return what an import has noted; a file that cannot be read is complained of by whoever loads it."""
     try:
-        found = json.loads((Path(directory) / "tokenizer_config.json").read_bytes()).get(ROWS)
-    except (OSError, ValueError, AttributeError):
+        found = read_object(Path(directory) / "tokenizer_config.json").get(ROWS)
+    except (OSError, JsonError):
         return None
     return found if isinstance(found, int) and found > 0 else None
 
@@ -80,7 +81,7 @@ class OutsideTokenizer(Tokenizer):
         """
         try:
             files = read_files(directory)
-            config, table = (json.loads(files[name]) for name in ("tokenizer_config.json", "tokenizer.json"))
+            config, table = (parse_object(files[name]) for name in ("tokenizer_config.json", "tokenizer.json"))
             _check_kind(table)
             found, added = _read_bytes(table), {token["content"]: token["id"] for token in table["added_tokens"]}
             ids = _name_ids(config, added | table["model"]["vocab"])
@@ -179,6 +180,8 @@ def _read_bytes(table: dict[str, Any]) -> dict[int, bytes]:
         for token, id in table["model"]["vocab"].items()
         if id not in added
     }
+    if not all(isinstance(id, int) and id >= 0 for id in (*found, *added)):
+        raise ValueError("an id is no number, or below 0")
     return found | {id: b"" if token["special"] else token["content"].encode() for id, token in added.items()}
 
 

@@ -20,6 +20,7 @@ from lowvram.data.normal_form import nfc
 from lowvram.data.tokenizer_folder import refuse_another, refuse_fewer_ids
 from lowvram.errors import DataError, TokenizerError
 from lowvram.files import DISK, Disk
+from lowvram.json_files import parse_object
 
 _NAMED = ("bos", "eos", "pad", "mask", "system", "user", "assistant", "end_of_turn")
 SPECIALS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare_{number}" for number in range(24))))
@@ -128,7 +129,7 @@ def read_files(directory: Path) -> dict[str, bytes]:
     files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
     template = Path(directory) / "chat_template.jinja"
     if template.is_file():
-        config = json.loads(files["tokenizer_config.json"]) | {"chat_template": template.read_text(encoding="utf-8")}
+        config = parse_object(files["tokenizer_config.json"]) | {"chat_template": template.read_text(encoding="utf-8")}
         files["tokenizer_config.json"] = json.dumps(config, indent=2, ensure_ascii=False).encode()
     return files
 
@@ -168,8 +169,8 @@ class Tokenizer:
         """Read tokenizer.json and tokenizer_config.json; raises TokenizerError unless they are ours."""
         try:
             files = read_files(directory)
-            json.loads(files["tokenizer_config.json"])
-            table = _read_table(json.loads(files["tokenizer.json"]))
+            parse_object(files["tokenizer_config.json"])
+            table = _read_table(parse_object(files["tokenizer.json"]))
         except OSError as error:
             raise TokenizerError(
                 f"There is no tokenizer in {directory}.",

@@ -13,6 +13,7 @@ from lowvram.checkpoint import Checkpoint, Store
 from lowvram.config import Corpus, DataConfig, RunConfig, RunOptions, TrainConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
+from lowvram.export.names import name_pieces
 from lowvram.export.outside import Outside
 from lowvram.files import DISK, Disk
 from lowvram.runfile import to_portable
@@ -43,6 +44,7 @@ def adopt(
     weights = {}
     for done, name in enumerate(outside.names()):
         weights[name] = _keep(outside.read(name))
+        _check_finite(outside, name, weights[name])
         tell(done + 1, len(outside.names()))
     what = _describe(outside, weights["embedding"].dtype, run)
     tokenizer.save(run / "tokenizer", disk)
@@ -58,6 +60,17 @@ def _keep(found: Tensor | Scaled) -> Tensor:
         narrow = wide.to(torch.bfloat16)
         return narrow if torch.equal(narrow.float(), wide) else wide
     return found.float() if found.dtype == torch.float16 else found
+
+
+def _check_finite(outside: Outside, name: str, weight: Tensor) -> None:
+    strange = weight.numel() - int(torch.isfinite(weight).sum())
+    if strange:
+        pieces = name_pieces(name, outside.config)
+        raise CheckpointError(
+            f"{pieces[0]}{f' or one of {len(pieces) - 1} beside it' if len(pieces) > 1 else ''} holds no numbers.",
+            f"{strange:,} of {weight.numel():,} values are infinite or NaN, so that every answer would be, too.",
+            "The training went wrong, or the file is damaged: copy it anew, or take another one.",
+        )
 
 
 def _describe(outside: Outside, dtype: torch.dtype, run: Path) -> RunConfig:

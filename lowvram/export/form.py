@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from lowvram.config import Gqa, Mla, ModelConfig, Moe, Rope, SwiGlu, Window, Yarn
 from lowvram.errors import ExportError
@@ -41,12 +41,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 _LAYER_KINDS = {"full_attention": "F", "sliding_attention": "S"}
 
 
+_LONGEST_VALUE = 120
+# Above any model that there is: a number that is damaged must not cost work before the files are looked at.
+_Count = Annotated[int, Field(gt=0, le=100_000)]
+_Width = Annotated[int, Field(gt=0, le=1 << 31)]
+
+
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    # Infinite is also what JSON's 1e999 becomes.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
 class _Own(_Table):
-    trained_positions: PositiveInt | None = None
+    trained_positions: _Width | None = None
     balance_rate: float | None = None
     window_pattern: str | None = None
 
@@ -55,7 +62,7 @@ class _Rotary(_Table):
     rope_type: str = "default"
     rope_theta: PositiveFloat = 10_000.0
     factor: PositiveFloat | None = None
-    original_max_position_embeddings: PositiveInt | None = None
+    original_max_position_embeddings: _Width | None = None
     beta_fast: float | None = None
     beta_slow: float | None = None
     mscale: float | None = None
@@ -66,30 +73,30 @@ class _Rotary(_Table):
 
 
 class _Settings(_Table):
-    vocab_size: PositiveInt
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    head_dim: PositiveInt | None = None
+    vocab_size: _Width
+    hidden_size: _Width
+    intermediate_size: _Width
+    num_hidden_layers: _Count
+    num_attention_heads: _Width
+    num_key_value_heads: _Width | None = None
+    head_dim: _Width | None = None
     rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = False
-    max_position_embeddings: PositiveInt = 2048
+    max_position_embeddings: _Width = 2048
     use_qk_norm: bool = False
     use_sliding_window: bool = False
-    sliding_window: PositiveInt | None = None
+    sliding_window: _Width | None = None
     max_window_layers: int | None = None
     layer_types: list[str] | None = None
-    kv_lora_rank: PositiveInt | None = None
-    q_lora_rank: PositiveInt | None = None
-    qk_nope_head_dim: PositiveInt | None = None
-    qk_rope_head_dim: PositiveInt | None = None
-    v_head_dim: PositiveInt | None = None
-    n_routed_experts: PositiveInt | None = None
-    num_experts_per_tok: PositiveInt | None = None
-    n_shared_experts: PositiveInt | None = 1
-    moe_intermediate_size: PositiveInt | None = None
+    kv_lora_rank: _Width | None = None
+    q_lora_rank: _Width | None = None
+    qk_nope_head_dim: _Width | None = None
+    qk_rope_head_dim: _Width | None = None
+    v_head_dim: _Width | None = None
+    n_routed_experts: _Count | None = None
+    num_experts_per_tok: _Count | None = None
+    n_shared_experts: _Count | None = 1
+    moe_intermediate_size: _Width | None = None
     first_k_dense_replace: int = Field(default=1, ge=0)
     routed_scaling_factor: PositiveFloat = 1.0
     rope_parameters: _Rotary
@@ -115,7 +122,7 @@ def read_form(table: Mapping[str, Any]) -> Form:
     family = table.get("model_type")
     if family not in _FAMILIES:
         raise ExportError(
-            f"model_type is {family!r}.",
+            f"model_type is {quote_value(family)}.",
             "Only models of these types have a form that lowvram knows.",
             f"It can take: {', '.join(_FAMILIES)}.",
         )
@@ -148,8 +155,16 @@ def read_form(table: Mapping[str, Any]) -> Form:
     return Form(model, longest, settings.lowvram.trained_positions or longest)
 
 
+def quote_value(value: Any) -> str:
+    """Return a foreign value as Python writes it, no longer than a line of an error."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
+
+
 def _cannot(key: str, value: Any, why: str) -> ExportError:
-    return ExportError(f"{key} is {value!r}.", f"{why[0].upper()}{why[1:]}.", "lowvram cannot open this model.")
+    return ExportError(
+        f"{key} is {quote_value(value)}.", f"{why[0].upper()}{why[1:]}.", "lowvram cannot open this model."
+    )
 
 
 def _explain(error: ValidationError) -> tuple[str, str, str]:
@@ -158,7 +173,7 @@ def _explain(error: ValidationError) -> tuple[str, str, str]:
     if problem["type"] == "missing":
         what = f"config.json has no {key}."
     elif key:
-        what = f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+        what = f"{key} is {quote_value(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
     else:
         what = f"config.json describes no model: {problem['msg'].removeprefix('Value error, ')}."
     return what, "Without it the form of the model is not known.", "Copy the directory anew, or mend that key."
@@ -240,7 +255,9 @@ def _gather_rotary(table: Mapping[str, Any]) -> dict[str, Any]:
     newer, older = table.get("rope_parameters"), table.get("rope_scaling")
     for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if value is not None and not isinstance(value, dict):
-            raise ExportError(f"{key} is {value!r}.", "It must be a table or null.", "Copy the directory anew.")
+            raise ExportError(
+                f"{key} is {quote_value(value)}.", "It must be a table or null.", "Copy the directory anew."
+            )
     # transformers, too, obeys the older one where both are there.
     found = dict(older or newer or {})
     found.setdefault("rope_type", found.get("type", "default"))

@@ -5,7 +5,6 @@ Knows transformers' layout of files and DeepSeek's FP8; never unpickles anything
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from lowvram.config import ModelConfig
 from lowvram.errors import CheckpointError, ExportError
-from lowvram.export.form import Form, read_form
+from lowvram.export.form import Form, quote_value, read_form
 from lowvram.export.fp8 import SCALE
 from lowvram.export.names import EMBEDDING, HEAD, join, join_scaled, name_pieces, shapes_of
+from lowvram.json_files import JsonError, read_object
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PLAIN = {"F32", "BF16", "F16"}
@@ -66,9 +66,10 @@ class Outside:
         self.directory, self.form, self.config = directory, form, form.model
         self.notices: list[str] = []
         self._is_quantised = is_quantised
-        self._shapes = shapes_of(self.config)
         self._files = {path: _open(path) for path in _find_files(directory)}
         self._home = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._check_size()
+        self._shapes = shapes_of(self.config)
         self._check()
 
     config: ModelConfig
@@ -98,6 +99,25 @@ class Outside:
             return tensor
         scale: Tensor = self._home[name + SCALE].get_tensor(name + SCALE)
         return Scaled(tensor.view(torch.uint8), scale.to(torch.float32))
+
+    def _check_size(self) -> None:
+        """Refuse numbers that the files cannot hold, before a model of that size is built."""
+        config, count = self.config, len(self._home)
+        size_bytes = sum(path.stat().st_size for path in self._files)
+        routed = (config.layers - config.ffn.dense_layers) * config.ffn.experts if config.ffn.kind == "moe" else 0
+        for said, least in (("num_hidden_layers", config.layers), ("n_routed_experts", routed)):
+            if least > count:
+                raise CheckpointError(
+                    f"config.json asks for more tensors than there are: {said} alone for {least:,}.",
+                    f"The files hold {count:,} tensors.",
+                    "Copy the directory anew.",
+                )
+        if config.num_parameters() > size_bytes:
+            raise CheckpointError(
+                f"config.json describes a model of {config.num_parameters():,} parameters.",
+                f"The weights' files have {size_bytes:,} bytes in all, less than one for each.",
+                "Copy the directory anew.",
+            )
 
     def _check(self) -> None:
         """Compare every name, shape and kind of number with what the form asks for, without reading a tensor."""
@@ -181,26 +201,23 @@ def _piece_shape(shape: Sequence[int], count: int) -> tuple[int, ...]:
 
 def _read_table(path: Path) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except OSError as error:
         why = f"{error.strerror or 'It cannot be read'}."
         raise CheckpointError(f"There is no {path}.", why, "Name a directory as transformers writes it.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON.", f"{error}.", "Copy the directory anew.") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(
-            f"{path} holds no table.", f"It holds {type(table).__name__}.", "Copy the directory anew."
-        )
-    return table
+    except JsonError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}.", "", "Copy the directory anew.") from error
 
 
 def _check_quantised(said: Any) -> None:
     if not isinstance(said, dict):
-        raise ExportError(f"quantization_config is {said!r}.", "It must be a table.", "Copy the directory anew.")
+        raise ExportError(
+            f"quantization_config is {quote_value(said)}.", "It must be a table.", "Copy the directory anew."
+        )
     for key, wanted in _QUANTISED.items():
         if said.get(key, wanted) != wanted or (key == "quant_method" and key not in said):
             raise ExportError(
-                f"quantization_config.{key} is {said.get(key)!r}.",
+                f"quantization_config.{key} is {quote_value(said.get(key))}.",
                 f"lowvram reads {wanted!r} only: E4M3 in blocks of {BLOCK} × {BLOCK}, as DeepSeek-V3 has it.",
                 "Take the model in another precision.",
             )

@@ -157,6 +157,8 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no end": (CONFIG, lambda table: table.update(eos_token=None), "names no eos_token"),
     "an end that is no token": (CONFIG, lambda table: table.update(eos_token="</s>"), "names no eos_token"),
     "no vocabulary": (MODEL, lambda table: table["model"].pop("vocab"), "KeyError"),
+    "an id that is a word": (MODEL, lambda table: table["model"]["vocab"].update(Ğ="1"), "an id is no number"),
+    "an id below 0": (MODEL, lambda table: table["model"]["vocab"].update(a=-1), "an id is no number, or below 0"),
     "a broken pre-tokenizer": (MODEL, lambda table: table.update(pre_tokenizer={"type": "X"}), "tokenizers says"),
 }
 
@@ -176,14 +178,23 @@ def test_a_model_with_too_few_rows_is_told_so(folder: Path) -> None:
         load_tokenizer(folder, rows=300)
 
 
+@pytest.mark.parametrize("file", [MODEL, CONFIG, "chat_template.jinja"])
+def test_files_that_are_deeper_than_any_are_damaged_and_no_crash(file: str, folder: Path, tmp_path: Path) -> None:
+    edited(folder, tmp_path / "out", MODEL, lambda table: None)
+    deep = "{" + '"a":{' * 99_999
+    (tmp_path / "out" / (CONFIG if file.endswith("jinja") else file)).write_text(deep, "utf-8")
+    if file.endswith("jinja"):
+        (tmp_path / "out" / file).write_text("{{ messages }}", "utf-8")
+    with pytest.raises(TokenizerError, match="nested deeper than 64 levels"):
+        load_tokenizer(tmp_path / "out", rows=450)
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", '{"lowvram_rows": "many"}'])
 def test_a_damaged_config_is_complained_of_as_ever(text: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((small_tokenizer.directory / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(text, encoding="utf-8")
     if ROWS in text:
         assert type(load_tokenizer(tmp_path)) is Tokenizer
-    elif text == "{":
-        with pytest.raises(TokenizerError):
-            load_tokenizer(tmp_path)
     else:
-        assert load_tokenizer(tmp_path) == small_tokenizer
+        with pytest.raises(TokenizerError, match="it is not JSON|it holds a list"):
+            load_tokenizer(tmp_path)

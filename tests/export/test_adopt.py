@@ -99,3 +99,17 @@ def test_progress_ends_with_all_tensors(small_tokenizer: Tokenizer, tmp_path: Pa
     told: list[tuple[int, int]] = []
     adopt(outside, small_tokenizer, tmp_path / "run", lambda done, total: told.append((done, total)))
     assert told[-1] == (len(outside.names()), len(outside.names()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    value: float, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = {key: tensor.clone() for key, tensor in load_file(out / "model.safetensors").items()}
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} holds no numbers\. 1 of [\d,]+ values are infinite or NaN"):
+        adopt(open_outside(out), small_tokenizer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,14 @@ def say(out: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_bytes()) | values), encoding="utf-8")
 
 
+def edit_text(out: Path, old: str, new: str) -> None:
+    """Write config.json again with other characters."""
+    path = out / "config.json"
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
 def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     """Return the others."""
     return {key: tensor for key, tensor in tensors.items() if key != name}
@@ -183,9 +192,35 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda out: (out / "config.json").unlink(), "There is no "),
     "a torn config": (
         lambda out: (out / "config.json").write_text('{"model_type": "ll', encoding="utf-8"),
-        "is no JSON",
+        "it is not JSON",
     ),
-    "a list": (lambda out: (out / "config.json").write_text("[1]"), "holds no table"),
+    "a list": (lambda out: (out / "config.json").write_text("[1]"), "it holds a list, not an object"),
+    "a deep config": (lambda out: (out / "config.json").write_text('{"a":' * 99_999), "it is nested deeper than 64"),
+    "an infinite theta": (lambda out: say(out, rope_parameters={"rope_theta": math.inf}), "Infinity is no number"),
+    "a theta beyond floats": (
+        lambda out: edit_text(out, '"rope_theta": 10000.0', '"rope_theta": 1e999'),
+        "rope_theta is inf: input should be a finite number",
+    ),
+    "ten million layers": (lambda out: say(out, num_hidden_layers=10_000_000), "num_hidden_layers is 10000000: "),
+    "fifty thousand layers": (
+        lambda out: say(out, num_hidden_layers=50_000),
+        "more tensors than there are: num_hidden_layers alone for 50,000. The files hold 20 tensors.",
+    ),
+    "a wide vocabulary": (lambda out: say(out, vocab_size=2**30), "config.json describes a model of 38,"),
+    "a number without end": (lambda out: say(out, hidden_size=10**400), "hidden_size is 1000"),
+    "positions without end": (lambda out: say(out, max_position_embeddings=10**30), "max_position_embeddings is 1000"),
+    "a deep map": (
+        lambda out: (out / "model.safetensors.index.json").write_text('{"weight_map":' * 99_999),
+        "it is nested deeper than 64",
+    ),
+    "a header of 2^60 bytes": (
+        lambda out: (out / "model.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}"),
+        "cannot be read as safetensors",
+    ),
+    "a pickle": (
+        lambda out: (out / "model.safetensors").write_bytes(b"\x80\x04\x95" + bytes(99)),
+        "cannot be read as safetensors",
+    ),
     "a part missing": (
         lambda out: (out / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
         "names the file model-1.safetensors",
@@ -221,6 +256,7 @@ def test_damage_is_named(damage: Callable[[Path], Any], words: str, small_tokeni
     assert isinstance(caught.value, CheckpointError | ExportError)
     assert words in str(caught.value)
     assert caught.value.fix
+    assert len(str(caught.value)) < 800
 
 
 def test_a_checkpoint_of_ours_is_not_taken_for_one_from_outside(small_tokenizer: Tokenizer, tmp_path: Path) -> None:

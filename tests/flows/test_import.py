@@ -88,6 +88,15 @@ def test_a_dialogue_model_speaks_through_the_template_that_lies_with_it(home: Pa
     said = typed("import", theirs, "--out", tmp_path / "run")
     assert said.code == 0
     assert f"lowvram chat {tmp_path / 'run'}  (--as dialogue: in turns, it has a chat template)" in said.out
+    (theirs / "chat_template.jinja").write_text("{{ 9 ** (9 ** 9) }}{{ messages[0].content }}", "utf-8")
+    hostile = typed("import", theirs, "--out", tmp_path / "hostile")
+    assert hostile.code == 0
+    assert "its chat template cannot be used: The chat template does more than a template may." in hostile.err
+    assert "--as dialogue" not in hostile.out
+    refused = typed("chat", tmp_path / "hostile", "--as", "dialogue", "--prompt", "Kış", "--device", "cpu")
+    assert (refused.code, refused.out) == (1, "")
+    assert "It computes an integer of more than 1,024 bits." in refused.err
+    tokenizer.save_pretrained(theirs)
     given = [{"role": "system", "content": "Kısa."}, {"role": "user", "content": "Kış geldi mi?"}]
     text = tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
