@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
     directory = loaded.checkpoint.directory if loaded.checkpoint is not None else arguments.checkpoint
     tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
-    shards = ShardSet.open(place, tokenizer.hash)
+    shards = ShardSet.open(place, tokenizer.hash, tokenizer.size)
     with bar("Reading held-out text") as line:
         found = score(
             loaded.model,
@@ -93,7 +93,7 @@ def _baseline(loaded: Loaded, valid: ShardSet, most_tokens: int | None) -> tuple
         return None
     path, tokenizer = loaded.what.data.train[0].path, loaded.tokenizer
     try:
-        train = ShardSet.open(path, tokenizer.hash)
+        train = ShardSet.open(path, tokenizer.hash, tokenizer.size)
     except DataError as error:
         notice(f"No bigram model to compare with: {error}")
         return None

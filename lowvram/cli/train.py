@@ -108,7 +108,7 @@ def train(
 
     place = choose_device(device)
     with ExitStack() as stack:
-        stack.enter_context(lock_run(what.run.dir))
+        lock = stack.enter_context(lock_run(what.run.dir))
         promise = Promise(what, place)
         plan, reason, is_kept = settle_plan(what.run.dir, what.train, micro_batch, recompute, compiled, promise.choose)
         plan = promise.keep_here(plan)
@@ -120,6 +120,7 @@ def train(
         if warning := warn_of_precision(what.train, promise.place.profile):
             notice(warning, "yellow")
         trainer = prepare(what, plan, place)
+        trainer.lock = lock
         notice(_describe_reading(what, trainer))
         promise.bind(plan)
         room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())

@@ -10,8 +10,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 
 from lowvram.checkpoint import Checkpoint, Store, find_checkpoint
@@ -19,7 +19,7 @@ from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import NumbersError
+from lowvram.errors import DataError, NumbersError
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
@@ -28,6 +28,8 @@ from lowvram.objective import DTYPES, Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
 from lowvram.train.compilation import compiled, forget_compiled
+from lowvram.train.conditions import KEY as CONDITIONS
+from lowvram.train.conditions import compare_conditions, conditions_here
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
 from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.guard import (
@@ -38,10 +40,11 @@ from lowvram.train.guard import (
     free_memory,
     halve,
     is_out_of_memory,
+    memory_in_use,
 )
 from lowvram.train.optim import learning_rate
 from lowvram.train.recording import Recording
-from lowvram.train.start import refuse_changes, refuse_other_model
+from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 
@@ -61,6 +64,7 @@ class Trainer:
     store: Store
     hashes: dict[str, str]
     valid: ShardSet | None = None
+    lock: RunLock | None = None
     recording: Recording | None = field(default=None, init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
@@ -83,8 +87,13 @@ class Trainer:
         yield self._begin()
         self._start_clock()
         while self.state.step < self.what.train.steps and not self._stopping:
-            yield from self._advance()
-            yield from self._try(self._look)
+            try:
+                yield from self._advance()
+                yield from self._try(self._look)
+            except DataError:  # a shard was changed: the step has not begun
+                yield from self._rescue()
+                raise
+            self._refuse_lost_lock()
             if self._save_is_due():
                 yield self._save()
                 yield from self._try(self._look_at_masters)
@@ -111,8 +120,15 @@ class Trainer:
             self.state.take_weights(origin)
             began_from = origin.directory
         resumed_from = checkpoint.directory if checkpoint else None
-        notices = (checkpoint.notice,) if checkpoint is not None and checkpoint.notice else ()
+        notices = self._notices(checkpoint) if checkpoint is not None else ()
         return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+
+    def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        other = compare_conditions(checkpoint.numbers().get(CONDITIONS), self._conditions())
+        return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
+
+    def _conditions(self) -> dict[str, Any]:
+        return conditions_here(self.state.model.embedding.device)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where it holds what no run saves."""
@@ -350,8 +366,13 @@ class Trainer:
             self._size_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
         return waited_s >= run.save_interval_s(self._size_bytes)
 
+    def _refuse_lost_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.refuse_lost()
+
     def _save(self) -> Saved:
         began = time.monotonic()
+        self._refuse_lost_lock()
         weights, memory = self.state.tensors()
         if broken := find_not_finite(weights | memory):
             rate = self.what.train.optimizer.lr
@@ -359,7 +380,7 @@ class Trainer:
         checkpoint = self.store.save(
             weights,
             memory,
-            self.state.numbers() | {"plan": self.plan.model_dump()},
+            self.state.numbers() | {"plan": self.plan.model_dump(), CONDITIONS: self._conditions()},
             to_portable(self.what, self.what.run.dir),
             self.tokenizer.directory,
             self.hashes,
@@ -374,16 +395,3 @@ class Trainer:
         self._pace = [*self._pace[-20:], (time.monotonic(), self.state.tokens)]
         (began, tokens_then), (now, tokens) = self._pace[0], self._pace[-1]
         return (tokens - tokens_then) / max(1e-9, now - began)
-
-
-def memory_in_use(device: torch.device, is_recorded: bool = False) -> int:
-    """Return the most bytes that tensors took on a CUDA card, what MPS holds now, or this process's resident bytes.
-
-    is_recorded: tensors of a recording are seen by nobody, so what the allocator holds is returned.
-    """
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved if is_recorded else torch.cuda.max_memory_allocated
-        return int(held(device))
-    if device.type == "mps":
-        return int(torch.mps.driver_allocated_memory())
-    return int(psutil.Process().memory_info().rss)
