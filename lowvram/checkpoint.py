@@ -16,6 +16,7 @@ import errno
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -351,16 +352,21 @@ def write_tensors(
             save_file(whole, place, said)
         except safetensors.SafetensorError as error:
             # safetensors reports a full disk as its own error; the plain one is raised for it.
-            raise OSError(*_errno_of(error)) from error
+            raise OSError(*_errno_of(error), str(place)) from error
         place.chmod(0o644)
 
     disk.write_with(path, save)
 
 
 def _errno_of(error: Exception) -> tuple[int, str]:
+    """Return the system's error that safetensors has put into words."""
     text = str(error)
-    full = "No space left" in text or "os error 28" in text or "os error 112" in text
-    return (errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else (errno.EIO, text)
+    found = re.search(r"os error ([0-9]+)", text)
+    if "No space left" in text or "os error 112" in text:  # 112: Windows' number
+        return errno.ENOSPC, os.strerror(errno.ENOSPC)
+    if found and sys.platform != "win32":
+        return int(found[1]), os.strerror(int(found[1]))
+    return errno.EIO, text
 
 
 def _size_of(directory: Path) -> int:

@@ -154,13 +154,22 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def explain_full_disk(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn "no space left" inside the block into a DiskFullError that says where and how much.
+    """Turn "no space left" and "file too large" inside the block into a DiskFullError that says where and how much.
 
-    needed_bytes: what the whole block takes; where given, it replaces what an inner block said of its part.
+    needed_bytes: what the whole block takes; where given, it replaces what an inner block said of its part.  Any other
+    error of the system names `path`, where it named nothing itself.
     """
     try:
         yield
     except (OSError, DiskFullError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            raise DiskFullError(
+                f"A file in {path} would be larger than is allowed there.",
+                "Either this shell has a limit (ulimit -f), or the file system has one (FAT32: 4 GiB).",
+                "Raise the limit, or name another place; what was finished before is kept.",
+            ) from error
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         is_told = needed_bytes is None if isinstance(error, DiskFullError) else error.errno not in _NO_SPACE
         if is_told:
             raise

@@ -176,3 +176,33 @@ def test_sha256_is_that_of_hashlib(tmp_path: Path) -> None:
 
 def test_free_bytes_of_a_place_that_does_not_exist_yet_is_its_parents(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") == pytest.approx(free_bytes(tmp_path), rel=0.01)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a POSIX limit")
+def test_a_limit_on_the_size_of_files_is_named_with_the_place_and_leaves_the_old_bytes(tmp_path: Path) -> None:
+    import resource
+
+    import torch
+
+    from lowvram.checkpoint import write_tensors
+
+    (tmp_path / "file").write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = rf"A file in {tmp_path} would be larger than is allowed there\. .*ulimit -f.*FAT32"
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        DISK.write(tmp_path / "file", b"x" * 8192)
+        with pytest.raises(DiskFullError, match=message):
+            DISK.write(tmp_path / "file", b"y" * 8193)
+        with pytest.raises(DiskFullError, match=message), explain_full_disk(tmp_path):
+            write_tensors(tmp_path / "tensors", {"w": torch.ones(4096)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "file").read_bytes() == b"x" * 8192
+
+
+@pytest.mark.parametrize("own, named", [(None, "folder"), ("a", "a")])
+def test_an_error_of_the_system_without_a_path_gets_the_one_that_was_written_to(own: str | None, named: str) -> None:
+    with pytest.raises(OSError, match="failed") as found, explain_full_disk(Path("folder")):
+        raise OSError(errno.EIO, "failed", own)
+    assert found.value.filename == named

@@ -26,7 +26,7 @@ def find_baseline(
 
     path = what.data.train[0].path
     try:
-        train = ShardSet.open(path, tokenizer.hash)
+        train = ShardSet.open(path, tokenizer.hash, tokenizer.size)
     except DataError as error:
         notice(f"No bigram model to compare with: {error}")
         return None

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
     directory = loaded.checkpoint.directory if loaded.checkpoint is not None else arguments.checkpoint
     tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
-    shards = ShardSet.open(place, tokenizer.hash)
+    shards = ShardSet.open(place, tokenizer.hash, tokenizer.size)
     with bar("Reading held-out text") as line:
         found = score(
             loaded.model,

@@ -111,7 +111,7 @@ def train(
 
     place = choose_device(device)
     with ExitStack() as stack:
-        stack.enter_context(lock_run(what.run.dir))
+        lock = stack.enter_context(lock_run(what.run.dir))
         promise = Promise(what, place)
         with bar("Looking for the plan that fits"):
             plan, reason, is_kept = settle_plan(
@@ -126,6 +126,7 @@ def train(
             notice(warning, "yellow")
         with bar("Checking the shards and building the model"):
             trainer = prepare(what, plan, place)
+        trainer.lock = lock
         notice(_describe_reading(what, trainer))
         promise.bind(plan)
         _settle_trials(trainer, promise, compiled, recorded, not is_kept)

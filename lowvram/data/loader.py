@@ -9,6 +9,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,15 @@ def _digest(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+class _Window(NamedTuple):
+    """Where a sample lies: from `start` on in an array, which belongs to a corpus and there to a shard."""
+
+    array: np.ndarray
+    start: int
+    corpus: int
+    shard: int
+
+
 class Loader:
     """The windows of one or several corpora, in an order that depends on seed, weights and number only.
 
@@ -88,15 +98,25 @@ class Loader:
         self._block = functools.lru_cache(2)(self._find_block)
 
     def batch(self, first_sample: int, count: int) -> torch.Tensor:
-        """Return `count` samples from `first_sample` on, int64 [count, seq_len + 1]: inputs, last target."""
+        """Return `count` samples from `first_sample` on, int64 [count, seq_len + 1]: inputs, last target.
+
+        Raises DataError where a shard was changed since it was opened, or holds an id beyond the vocabulary.
+        """
         assert first_sample >= 0
         width = self._seq_len + 1
         tokens_BT = np.empty((count, width), np.int64)
-        for row in range(count):
-            number, place = divmod(first_sample + row, BLOCK)
-            array, start = self._block(number)[place]
-            tokens_BT[row] = array[start : start + width]
+        windows = [self._block(number)[place] for number, place in self._places(first_sample, count)]
+        for corpus, shard in {(window.corpus, window.shard) for window in windows}:
+            self._corpora[corpus].refuse_changed(shard)
+        for row, window in enumerate(windows):
+            ids = window.array[window.start : window.start + width]
+            self._corpora[window.corpus].refuse_unknown(ids, window.shard)
+            tokens_BT[row] = ids
         return torch.from_numpy(tokens_BT)
+
+    @staticmethod
+    def _places(first_sample: int, count: int) -> list[tuple[int, int]]:
+        return [divmod(sample, BLOCK) for sample in range(first_sample, first_sample + count)]
 
     def epochs(self, sample: int) -> list[float]:
         """Return how often each corpus has been seen when samples 0 … sample - 1 are done."""
@@ -104,9 +124,9 @@ class Loader:
         done = block * self._quotas + self._earlier[:, slot]
         return [int(count) / windows for count, windows in zip(done, self._windows, strict=True)]
 
-    def _find_block(self, block: int) -> list[tuple[np.ndarray, int]]:
-        """Return, for each sample of a block, the array and the place in it where its window starts."""
-        found: list[tuple[np.ndarray, int]] = [(np.empty(0), 0)] * BLOCK
+    def _find_block(self, block: int) -> list[_Window]:
+        """Return the window of each sample of a block."""
+        found = [_Window(np.empty(0), 0, 0, 0)] * BLOCK
         for number, (corpus, windows) in enumerate(zip(self._corpora, self._windows, strict=True)):
             slots = np.flatnonzero(self._slots == number)
             turn = block * int(self._quotas[number]) + self._earlier[number, slots]
@@ -115,8 +135,10 @@ class Loader:
             for epoch in np.unique(epochs).tolist():
                 here = epochs == epoch
                 chosen[here] = permute(places[here], windows, _digest(self._seed, number, epoch))
-            for slot, span in zip(slots.tolist(), corpus.spans(chosen * self._seq_len, self._seq_len + 1), strict=True):
-                found[slot] = span
+            starts = chosen * self._seq_len
+            spans, shards = corpus.spans(starts, self._seq_len + 1), corpus.numbers(starts).tolist()
+            for slot, span, shard in zip(slots.tolist(), spans, shards, strict=True):
+                found[slot] = _Window(*span, number, shard)
         return found
 
 

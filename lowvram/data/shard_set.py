@@ -61,15 +61,25 @@ def other_tokenizer(directory: Path, found: str, wanted: str, fix: str) -> DataE
     return DataError(f"{directory} holds shards of another tokenizer.", why, fix)
 
 
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return a file's size, and what else changes when it is written or replaced; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+
+
 class ShardSet:
     """The tokens of a packed directory as one sequence, mapped and never wholly in memory.
 
     hash: over the shards' own SHA-256, so that it names the data.  text_bytes: UTF-8 bytes of the
     documents in NFC, as the ids spell them; shards of older versions may count the bytes of the text as it was read.
+    vocabulary: how many ids there are, where it is known: a greater one that is read is an error.
     """
 
-    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, index: dict[str, Any], vocabulary: int | None = None) -> None:
+        self.directory, self.vocabulary = directory, vocabulary
         if index["format"] != FORMAT:
             raise KeyError("format")
         self.tokenizer_hash: str = index["tokenizer"]
@@ -81,11 +91,15 @@ class ShardSet:
         self.hash = hashlib.sha256("\n".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
         self._maps: list[np.ndarray | None] = [None] * len(self._shards)
+        self._paths = [directory / shard["file"] for shard in self._shards]
+        # What each file was when its size was checked: size, time of change, number and device.
+        self._stamps: list[tuple[int, ...] | None] = [None] * len(self._shards)
 
     @staticmethod
-    def open(directory: Path, tokenizer_hash: str | None = None) -> ShardSet:
+    def open(directory: Path, tokenizer_hash: str | None = None, vocabulary: int | None = None) -> ShardSet:
         """Open a packed directory; every file's size is checked, its content by `verify` alone.
 
+        vocabulary: see the class.
         Raises DataError: not (wholly) packed, a file missing or of another size, shards of another tokenizer.
         """
         index = Path(directory) / INDEX
@@ -96,7 +110,7 @@ class ShardSet:
             why = f"It has no {INDEX}: nothing was packed there, or a packing was interrupted."
             raise DataError(f"{directory} holds no shards.", why, "Type `lowvram data pack`, again if need be.")
         try:
-            shards = ShardSet(Path(directory), read_json(index))
+            shards = ShardSet(Path(directory), read_json(index), vocabulary)
         except (KeyError, TypeError, AttributeError) as error:
             why = f"It is damaged, or of another format than {FORMAT}."
             raise DataError(f"{index} cannot be read.", why, "Pack the text again.") from error
@@ -108,9 +122,9 @@ class ShardSet:
 
     def _check_sizes(self) -> None:
         # A mapped file that is too short ends in SIGBUS at the first read, not in an error.
-        for shard in self._shards:
-            path, expected = self.directory / shard["file"], shard["tokens"] * self.dtype.itemsize
-            size = path.stat().st_size if path.exists() else None
+        for number, (path, shard) in enumerate(zip(self._paths, self._shards, strict=True)):
+            expected, stamp = shard["tokens"] * self.dtype.itemsize, _stamp(path)
+            size, self._stamps[number] = stamp[0] if stamp else None, stamp
             if size != expected:
                 what = f"The shard {path} is {'missing' if size is None else 'damaged'}."
                 why = f"It has {size or 0} bytes of {expected}."
@@ -121,11 +135,10 @@ class ShardSet:
 
     def verify(self) -> None:
         """Read every byte, several shards at once; raises DataError naming the first that is not as it was written."""
-        paths = [self.directory / shard["file"] for shard in self._shards]
         # Hashing lets go of the interpreter's lock; more than four at once make a spinning disk seek.
         pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         try:
-            for path, shard, found in zip(paths, self._shards, pool.map(sha256, paths), strict=True):
+            for path, shard, found in zip(self._paths, self._shards, pool.map(sha256, self._paths), strict=True):
                 if found != shard["sha256"]:
                     why = "Its SHA-256 is not the one of the packed bytes."
                     raise DataError(
@@ -134,11 +147,43 @@ class ShardSet:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    def refuse_changed(self, number: int) -> None:
+        """Raise DataError where a shard's file is gone, or was changed since it was opened and has other bytes now.
+
+        Called before a shard's ids are used: a mapped file that is cut short would end the process without a word.
+        """
+        now = _stamp(self._paths[number])
+        if now is not None and now == self._stamps[number]:
+            return
+        path, shard = self._paths[number], self._shards[number]
+        has_size = now is not None and now[0] == shard["tokens"] * self.dtype.itemsize
+        if has_size and sha256(path) == shard["sha256"]:
+            self._stamps[number] = now  # copied or touched, and the same
+            return
+        raise DataError(
+            f"The shard {path} is {'missing' if now is None else 'damaged'}.",
+            "It was whole when it was opened; its size, or its SHA-256, is not that of the packed bytes any more.",
+            "To mend it, pack again into the same folder.",
+        )
+
+    def refuse_unknown(self, ids: np.ndarray, number: int) -> None:
+        """Raise DataError where an id of a shard is beyond the vocabulary."""
+        if self.vocabulary is None or int(greatest := ids.max()) < self.vocabulary:
+            return
+        raise DataError(
+            f"The shard {self._paths[number]} holds the id {greatest}.",
+            f"The tokenizer has {self.vocabulary} ids, so the shard is damaged, or was packed with another tokenizer.",
+            "To mend it, pack again into the same folder.",
+        )
+
+    def numbers(self, starts: np.ndarray) -> np.ndarray:
+        """Return the number of the shard in which each position lies."""
+        return np.searchsorted(self._starts, starts, "right") - 1
+
     def _map(self, number: int) -> np.ndarray:
         found = self._maps[number]
         if found is None:
-            path = self.directory / self._shards[number]["file"]
-            found = self._maps[number] = np.memmap(path, self.dtype, "r").view(np.ndarray)
+            found = self._maps[number] = np.memmap(self._paths[number], self.dtype, "r").view(np.ndarray)
         return found
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -148,13 +193,15 @@ class ShardSet:
         pieces = []
         while count:
             at = start - int(self._starts[number])
+            self.refuse_changed(number)
             pieces.append(self._map(number)[at : at + count])
+            self.refuse_unknown(pieces[-1], number)
             start, count, number = start + len(pieces[-1]), count - len(pieces[-1]), number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def spans(self, starts: np.ndarray, count: int) -> list[tuple[np.ndarray, int]]:
         """Return for each start the array, and the place in it, where its `count` tokens lie in one piece."""
-        numbers = np.searchsorted(self._starts, starts, "right") - 1
+        numbers = self.numbers(starts)
         places = starts - self._starts[numbers]
         is_whole = starts + count <= self._starts[numbers + 1]
         return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import psutil
 import torch
 
 from lowvram.config import TrainConfig, divisors
@@ -155,3 +156,16 @@ def looks_spilled(tokens_per_second: float, expected: float) -> str | None:
         f"Only {show_count(tokens_per_second)} tokens/s where {show_count(expected)} were expected: the card's memory "
         "may be spilling into the computer's.  Close what else uses the card, or lower --micro-batch."
     )
+
+
+def memory_in_use(device: torch.device, is_recorded: bool = False) -> int:
+    """Return the most bytes that tensors took on a CUDA card, what MPS holds now, or this process's resident bytes.
+
+    is_recorded: tensors of a recording are seen by nobody, so what the allocator holds is returned.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved if is_recorded else torch.cuda.max_memory_allocated
+        return int(held(device))
+    if device.type == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    return int(psutil.Process().memory_info().rss)

@@ -58,7 +58,7 @@ def _build(what: RunConfig, plan: Plan, device: torch.device) -> TrainState:
 
 def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
     """Open shards and compare them with their SHA-256: a flipped bit costs seconds now, and weeks later."""
-    shards = ShardSet.open(directory, tokenizer.hash)
+    shards = ShardSet.open(directory, tokenizer.hash, tokenizer.size)
     shards.verify()
     return shards
 

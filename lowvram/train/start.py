@@ -16,6 +16,7 @@ from lowvram.checkpoint import Checkpoint, find_checkpoint
 from lowvram.config import RunConfig, TrainConfig, differences
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.files import DISK, Disk
+from lowvram.json_files import JsonError, read_object
 from lowvram.manifest import CONFIG, OtherVersionError
 from lowvram.plan import Plan, Recompute, choose_plan
 from lowvram.runfile import from_portable
@@ -28,26 +29,70 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
 
 
+class RunLock:
+    """The lock that this process holds on a run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock = FileLock(directory / "lock")
+        self._identity: tuple[int, int] | None = None
+
+    def acquire(self) -> None:
+        """Take it, or raise BusyError naming the process that trains in the directory."""
+        owner = self._directory / "owner"
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+            raise BusyError(
+                f"Another process is training in {self._directory}.",
+                f"Its process id is {who}.",
+                "Stop that one first (Ctrl-C saves), or give this run another run.dir.",
+            ) from error
+        self._identity = self._found()
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+
+    def refuse_lost(self) -> None:
+        """Raise BusyError where the run directory is gone, or another process has taken it since.
+
+        Where the lock file alone was deleted, it is taken again.
+        """
+        found = self._found()
+        if found is not None and found == self._identity:
+            return
+        if not self._directory.is_dir():
+            raise BusyError(
+                f"The run directory {self._directory} is gone.",
+                "It was deleted or renamed while this process was training in it, so nothing more was saved.",
+                "If it was renamed, give it its name back and type the same command again.",
+            )
+        self._lock.release()
+        self._lock = FileLock(self._directory / "lock")
+        self.acquire()
+
+    def release(self) -> None:
+        """Give it back; the directory may be gone."""
+        if self._lock.is_locked:  # else the note is another process's by now
+            (self._directory / "owner").unlink(missing_ok=True)
+        self._lock.release()
+
+    def _found(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._directory / "lock")
+        except OSError:
+            return None
+        return found.st_ino, found.st_dev
+
+
 @contextmanager
-def lock_run(directory: Path) -> Iterator[None]:
+def lock_run(directory: Path) -> Iterator[RunLock]:
     """Hold a run directory; raises BusyError naming the process that trains in it.  Freed even by kill -9."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / "lock")
-    owner = directory / "owner"
+    lock = RunLock(directory)
+    lock.acquire()
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
-        raise BusyError(
-            f"Another process is training in {directory}.",
-            f"Its process id is {who}.",
-            "Stop that one first (Ctrl-C saves), or give this run another run.dir.",
-        ) from error
-    try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
+        yield lock
     finally:
-        owner.unlink(missing_ok=True)
         lock.release()
 
 
@@ -133,37 +178,42 @@ def settle_plan(
 
     choose: makes a new run's plan around the micro-batch and the recomputation that were asked for (default:
     `choose_plan`).
-    Raises ConfigError for a micro_batch that does not divide the step, or a kept plan that cannot be read.
+    Raises ConfigError for a micro_batch that does not divide the step.
     """
-    kept = _plan_so_far(directory, train)
+    kept, is_torn = _plan_so_far(directory, train)
     plan, reason = choose_plan(train, micro_batch)
     asked_for: dict[str, Any] = {"recompute": recompute, "compile": compiled}
     if micro_batch is not None:
         asked_for |= {"micro_batch": plan.micro_batch, "accumulate": plan.accumulate}
     if kept is not None:
         plan, reason = kept, reason if micro_batch is not None else "this run's plan so far"
+        if is_torn:
+            reason += f"; {_PLAN} cannot be read, so it is that of the last checkpoint"
     elif choose is not None:
         plan, reason = choose(micro_batch, recompute)
+    if kept is None and is_torn:
+        reason += f"; {_PLAN} cannot be read, so it is chosen anew"
     plan = plan.model_copy(update={name: value for name, value in asked_for.items() if value is not None})
     return Settled(plan, reason, kept is not None)
 
 
-def _plan_so_far(directory: Path, train: TrainConfig) -> Plan | None:
-    """Return the plan in the run directory, or that of its newest checkpoint; None where neither makes up the step.
+def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool]:
+    """Return the plan in the run directory, or that of its newest checkpoint, and whether the file cannot be read.
 
-    The file is written when the run begins and whenever its micro-batch is halved, so it is never older than a
-    checkpoint's plan; that one counts where the file was lost.
+    The plan is None where neither makes up the step.  The file is written when the run begins and whenever its
+    micro-batch is halved, so it is never older than a checkpoint's plan; that one counts where the file was lost.
     """
-    path = directory / _PLAN
+    path, is_torn = directory / _PLAN, False
     try:
-        plan = Plan.model_validate_json(path.read_bytes()) if path.exists() else _saved_plan(directory)
-    except ValidationError as error:
-        why = "It is torn, or was written by another version."
-        raise ConfigError(f"{path} is no plan.", why, "Delete it: the last checkpoint's is then taken.") from error
+        plan = Plan.model_validate(read_object(path))
+    except FileNotFoundError:
+        plan = _saved_plan(directory)
+    except (JsonError, ValidationError):
+        plan, is_torn = _saved_plan(directory), True
     if plan is None or plan.micro_batch * plan.accumulate != train.batch_samples:
-        return None
+        return None, is_torn
     # A step that updates during backward takes what an older plan had cut as one.
-    return plan if plan.micro_batch in train.micro_batches else None
+    return (plan if plan.micro_batch in train.micro_batches else None), is_torn
 
 
 def _saved_plan(directory: Path) -> Plan | None:

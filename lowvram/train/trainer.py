@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
@@ -10,8 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 
 from lowvram.checkpoint import Checkpoint, Store, find_checkpoint
@@ -19,17 +18,15 @@ from lowvram.config import RunConfig
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import NumbersError
-from lowvram.evaluate.bits_per_byte import score
-from lowvram.generate.decoder import Decoder
-from lowvram.generate.engine import Engine
-from lowvram.generate.sampling import Sampler
-from lowvram.objective import DTYPES, Batch, count_targets
+from lowvram.errors import DataError
+from lowvram.objective import Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
 from lowvram.train.compilation import compiled, forget_compiled
+from lowvram.train.conditions import KEY as CONDITIONS
+from lowvram.train.conditions import compare_conditions, conditions_here
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
-from lowvram.train.events import Doing, Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Doing, Event, Halved, Rotated, Saved, Started, StepDone, Stopped
 from lowvram.train.guard import (
     explain_out_of_memory,
     explain_out_of_memory_in_backward,
@@ -38,10 +35,12 @@ from lowvram.train.guard import (
     free_memory,
     halve,
     is_out_of_memory,
+    memory_in_use,
 )
+from lowvram.train.looks import evaluate, evaluate_masters, write_sample
 from lowvram.train.optim import learning_rate
 from lowvram.train.recording import Recording
-from lowvram.train.start import refuse_changes, refuse_other_model
+from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 
@@ -62,6 +61,7 @@ class Trainer:
     store: Store
     hashes: dict[str, str]
     valid: ShardSet | None = None
+    lock: RunLock | None = None
     recording: Recording | None = field(default=None, init=False)
     doing: Doing = field(default="starting", init=False)
     micro_batches_begun: int = field(default=0, init=False)
@@ -86,16 +86,21 @@ class Trainer:
         yield self._begin()
         self._start_clock()
         while self.state.step < self.what.train.steps and not self._stopping:
-            yield from self._advance()
-            yield from self._try(self._look)
+            try:
+                yield from self._advance()
+                yield from self._look()
+            except DataError:  # a shard was changed: the step has not begun
+                yield from self._rescue()
+                raise
+            self._refuse_lost_lock()
             if self._save_is_due():
                 yield self._save()
-                yield from self._try(self._look_at_masters)
+                yield from self._look_at_masters()
         is_finished = self.state.step >= self.what.train.steps
         if self._saved_step != self.state.step:
             yield self._save()
             if is_finished:  # whoever stops a run waits for its save alone
-                yield from self._try(self._look_at_masters)
+                yield from self._look_at_masters()
         yield Stopped(self.state.step, is_finished)
 
     def _begin(self) -> Started:
@@ -114,8 +119,15 @@ class Trainer:
             self.state.take_weights(origin)
             began_from = origin.directory
         resumed_from = checkpoint.directory if checkpoint else None
-        notices = (checkpoint.notice,) if checkpoint is not None and checkpoint.notice else ()
+        notices = self._notices(checkpoint) if checkpoint is not None else ()
         return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+
+    def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        other = compare_conditions(checkpoint.numbers().get(CONDITIONS), self._conditions())
+        return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
+
+    def _conditions(self) -> dict[str, Any]:
+        return conditions_here(self.state.model.embedding.device)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where it holds what no run saves."""
@@ -287,18 +299,21 @@ class Trainer:
         if state.skipped_in_row >= MOST_SKIPPED:
             raise explain_divergence(MOST_SKIPPED, state.step, self._healthy_step, rate)
 
-    def _try(self, look: Callable[[], Iterator[Event]]) -> Iterator[Event]:
-        """Look at the model; where memory runs out there, what was learnt is saved before the run ends.
+    def _try(self, doing: Doing, look: Callable[[], Event]) -> Iterator[Event]:
+        """Look at the model once; where memory runs out there, what was learnt is saved before the run ends.
 
         A recording, which keeps its memory, goes first: the run is slower after that, and the same.
         """
+        self.doing = doing
         for has_recording in (True, False):
             try:
-                yield from look()
-                return
+                seen = look()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+            else:
+                yield seen
+                return
             if not has_recording or self.recording is None:
                 break
             self.recording = None
@@ -310,45 +325,25 @@ class Trainer:
         run, step = self.what.run, self.state.step
         is_last = step == self.what.train.steps
         if self.valid is not None and (step % run.validate_every == 0 or is_last):
-            yield self._evaluate(self.valid)
-        if run.prompts and (step % run.sample_every == 0 or is_last):
-            yield from self._sample()
+            yield from self._try("validating", functools.partial(evaluate, *self._valid_part()))
+        if step % run.sample_every == 0 or is_last:
+            for prompt in run.prompts:
+                write = functools.partial(write_sample, self.what, self.state, self.tokenizer, prompt)
+                yield from self._try("sampling", write)
         if step % run.validate_every == 0 or step % run.sample_every == 0:
             # Time spent looking is not training time.
             self._pace = [(time.monotonic(), self.state.tokens)]
 
-    def _evaluate(self, valid: ShardSet) -> Evaluated:
-        train, run = self.what.train, self.what.run
-        self.doing = "validating"
-        dtype = DTYPES[train.precision]
-        bos_id, byte_count_V = self.tokenizer.bos_id, self.tokenizer.byte_count_V
-        most, batch = run.validate_tokens, self.plan.micro_batch
-        found = score(self.state.model, valid, bos_id, byte_count_V, train.seq_len, dtype, most, batch)
-        return Evaluated(self.state.step, found.loss, found.bits_per_byte)
-
-    def _look_at_masters(self) -> Iterator[Evaluated]:
+    def _look_at_masters(self) -> Iterator[Event]:
         """Validate what was just saved, where that is more than the card's copies of the experts."""
-        if self.valid is None or self.state.rotation is None:
-            return
-        with self.state.rotation.reading_masters():
-            found = self._evaluate(self.valid)
-        self._pace = [(time.monotonic(), self.state.tokens)]
-        yield dataclasses.replace(found, reads_masters=True)
+        if self.valid is not None and self.state.rotation is not None:
+            look = functools.partial(evaluate_masters, *self._valid_part(), self.state.rotation)
+            yield from self._try("validating", look)
+            self._pace = [(time.monotonic(), self.state.tokens)]
 
-    def _sample(self) -> Iterator[Sampled]:
-        run, train = self.what.run, self.what.train
-        self.doing = "sampling"
-        for prompt in run.prompts:
-            # A sample is short, and a training card has no memory for graphs of it.
-            decoder = Decoder(self.state.model, train.seq_len, dtype=DTYPES[train.precision], captures=False)
-            id_T = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-            pieces = Engine(decoder, self.tokenizer).generate(id_T, Sampler(seed=train.seed), run.sample_tokens)
-            text, problem = "", ""
-            try:
-                text = "".join(pieces)
-            except NumbersError as error:  # the steps to come may mend it; a run that is lost ends by its own count
-                problem = error.what
-            yield Sampled(self.state.step, prompt, text, problem)
+    def _valid_part(self) -> tuple[RunConfig, TrainState, Tokenizer, ShardSet, int]:
+        assert self.valid is not None, "whoever asks has seen it"
+        return self.what, self.state, self.tokenizer, self.valid, self.plan.micro_batch
 
     def _save_is_due(self) -> bool:
         run, waited_s = self.what.run, time.monotonic() - self._saved_at
@@ -360,8 +355,13 @@ class Trainer:
             self._size_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
         return waited_s >= run.save_interval_s(self._size_bytes)
 
+    def _refuse_lost_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.refuse_lost()
+
     def _save(self) -> Saved:
         began = time.monotonic()
+        self._refuse_lost_lock()
         self.doing = "saving"
         weights, memory = self.state.tensors()
         if broken := find_not_finite(weights | memory):
@@ -370,7 +370,7 @@ class Trainer:
         checkpoint = self.store.save(
             weights,
             memory,
-            self.state.numbers() | {"plan": self.plan.model_dump()},
+            self.state.numbers() | {"plan": self.plan.model_dump(), CONDITIONS: self._conditions()},
             to_portable(self.what, self.what.run.dir),
             self.tokenizer.directory,
             self.hashes,
@@ -385,16 +385,3 @@ class Trainer:
         self._pace = [*self._pace[-20:], (time.monotonic(), self.state.tokens)]
         (began, tokens_then), (now, tokens) = self._pace[0], self._pace[-1]
         return (tokens - tokens_then) / max(1e-9, now - began)
-
-
-def memory_in_use(device: torch.device, is_recorded: bool = False) -> int:
-    """Return the most bytes that tensors took on a CUDA card, what MPS holds now, or this process's resident bytes.
-
-    is_recorded: tensors of a recording are seen by nobody, so what the allocator holds is returned.
-    """
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved if is_recorded else torch.cuda.max_memory_allocated
-        return int(held(device))
-    if device.type == "mps":
-        return int(torch.mps.driver_allocated_memory())
-    return int(psutil.Process().memory_info().rss)

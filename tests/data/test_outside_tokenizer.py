@@ -196,5 +196,5 @@ def test_a_damaged_config_is_complained_of_as_ever(text: str, small_tokenizer: T
     if ROWS in text:
         assert type(load_tokenizer(tmp_path)) is Tokenizer
     else:
-        with pytest.raises(TokenizerError, match="it is not JSON|it holds a list"):
+        with pytest.raises(TokenizerError, match=r"it is not JSON|it holds a list"):
             load_tokenizer(tmp_path)

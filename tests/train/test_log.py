@@ -53,11 +53,11 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
     assert all(began - 1 <= row.pop("time_s") <= time.time() + 1 for row in rows)
     assert rows == [
         {"event": "Started", "step": 2, "steps": 6, "resumed_from": str(Path("runs/a/step-00000002")),
-         "passed_over": ["weights.safetensors was altered."], "began_from": None},
+         "passed_over": ["weights.safetensors was altered."], "began_from": None, "notices": []},
         {"event": "StepDone", "step": 3, "tokens": 768, "loss": 5.25, "gradient_norm": 0.5, "learning_rate": 1e-3,
          "tokens_per_second": 1234.5, "memory_bytes": 1 << 30, "left_s": 60.0, "skipped": 0},
         {"event": "Evaluated", "step": 3, "loss": 5.5, "bits_per_byte": 2.75, "reads_masters": False},
-        {"event": "Sampled", "step": 3, "prompt": "Kış", "text": " geldi; “ğüş”\n\x1b[31m\u2028"},
+        {"event": "Sampled", "step": 3, "prompt": "Kış", "text": " geldi; “ğüş”\n\x1b[31m\u2028", "problem": ""},
         {"event": "Saved", "step": 3, "directory": str(Path("runs/a/step-00000003")), "took_s": 0.25},
         {"event": "Evaluated", "step": 3, "loss": 5.25, "bits_per_byte": 2.5, "reads_masters": True},
         {"event": "Rotated", "step": 3, "experts": [0, 2], "card_bytes": 1_000, "host_bytes": 5_000, "took_s": 0.5},

@@ -139,7 +139,7 @@ def test_a_micro_batch_is_halved_until_it_fits(home: Path, monkeypatch: pytest.M
     assert len(steps_of(events)) == 6
 
 
-@pytest.mark.parametrize("where", ["gradients", "score"], ids=["in a step", "in a validation"])
+@pytest.mark.parametrize("where", ["gradients", "evaluate"], ids=["in a step", "in a validation"])
 def test_what_was_learnt_is_saved_before_memory_ends_the_run(
     home: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

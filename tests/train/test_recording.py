@@ -16,7 +16,8 @@ from lowvram.errors import MachineError
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, Loss, causal_loss
 from lowvram.plan import Plan
-from lowvram.train import recording, trial
+from lowvram.train import looks, recording, trial
+from lowvram.train import trainer as trainer_module
 from lowvram.train.events import Event, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.recording import Recording
@@ -145,23 +146,28 @@ def test_a_recorded_run_learns_what_a_launched_one_learns(
     assert device == "cuda" or tape.played == 5 * (8 // micro_batch)
 
 
-def test_a_look_without_memory_gives_up_the_recording_and_not_the_run(
-    home: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", ["evaluate", "write_sample"])
+def test_a_look_without_memory_gives_up_the_recording_and_tells_nothing_twice(
+    home: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    trainer = record(trainer_of(run_of(home, "tight")), tape)
-    look = trainer._look
+    plain = trainer_of(run_of(home, f"roomy-{at}"))
+    trainer = record(trainer_of(run_of(home, f"tight-{at}")), tape)
+    assert [type(event).__name__ for event in plain.run()].count("Evaluated") == 2
+    look = getattr(looks, at)
 
-    def refuse_beside_a_recording() -> Any:
+    def refuse_beside_a_recording(*given: Any) -> Any:
         if trainer.recording is not None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return look()
+        return look(*given)
 
-    monkeypatch.setattr(trainer, "_look", refuse_beside_a_recording)
+    monkeypatch.setattr(trainer_module, at, refuse_beside_a_recording)
     events = list(trainer.run())
-    assert isinstance(events[-1], Stopped)
-    assert events[-1].is_finished
     assert trainer.recording is None
     assert len(losses_of(events)) == 5
+    told = [(type(event).__name__, event.step) for event in events]
+    assert told == [("Started", 0), *[("StepDone", step) for step in (1, 2, 3, 4)], ("Evaluated", 4), ("StepDone", 5),
+                    ("Evaluated", 5), ("Sampled", 5), ("Saved", 5), ("Stopped", 5)]  # fmt: skip
+    assert events[-1] == Stopped(5, is_finished=True)
 
 
 def test_a_halved_micro_batch_is_no_longer_played(home: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:

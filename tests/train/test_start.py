@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -290,8 +291,22 @@ def test_a_wrong_micro_batch_leaves_the_plan_as_it_was(tmp_path: Path) -> None:
     assert settle_plan(tmp_path, RECIPE)[0].micro_batch == 4
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"micro_batch": 4}', "[]"], ids=["empty", "torn", "incomplete", "list"])
-def test_a_plan_that_cannot_be_read_is_answered_with_its_file(tmp_path: Path, text: str) -> None:
-    (tmp_path / "plan.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"plan\.json is no plan.*Delete it"):
-        settle_plan(tmp_path, RECIPE)
+@pytest.mark.parametrize("text", ["", "{", '{"micro_batch": 4}', "[]", '{"a":' * 9_999], ids=lambda text: text[:9])
+def test_a_plan_that_cannot_be_read_is_the_last_checkpoints_or_chosen_anew(
+    home: Path, tmp_path: Path, text: str
+) -> None:
+    what = tiny_run(home, run="done")
+    shutil.copytree(home / "done", tmp_path / "run")
+    for directory, kept, says in (
+        (
+            tmp_path / "run",
+            True,
+            "this run's plan so far; plan.json cannot be read, so it is that of the last checkpoint",
+        ),
+        (tmp_path, False, "; plan.json cannot be read, so it is chosen anew"),
+    ):
+        (directory / "plan.json").write_text(text, encoding="utf-8")
+        found = settle_plan(directory, what.train)
+        assert found.is_kept == kept
+        assert found.reason.endswith(says)
+        assert found.plan.micro_batch * found.plan.accumulate == 8
