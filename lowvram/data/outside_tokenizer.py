@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lowvram.data.tokenizer import Tokenizer, byte_of_letter, count_bytes, read_files
+from lowvram.data.tokenizer import SPECIALS, Tokenizer, byte_of_letter, count_bytes, read_files
 from lowvram.errors import TokenizerError
 from lowvram.json_files import JsonError, parse_object, read_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
-# Our key in tokenizer_config.json: how many rows the model has, some of them for ids that no text gives.
+# The key under which `lowvram import` notes in tokenizer_config.json how many rows the model's embedding has, where it
+# has more than the tokenizer has ids.  Without it there are as many rows as ids, so nobody needs to write it by hand.
 ROWS = "lowvram_rows"
 # What ends a turn in the dialogue formats of Qwen, Llama 3 and Gemma, where it is not the end of the text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_turn|>")
+# GPT-2's older tokenizer_config.json names no special token.
+_GPT2_END = "<|endoftext|>"
 # In NFC, which some of them make themselves, and all that we pack or ask is in.
 _PROBES = (
     "Iğdır'ın “çayı” – %20 €\n\tâ î û 🫖 é \u00a0|\u00ad|\u200d",
@@ -36,10 +39,10 @@ _PROBES = (
 
 
 def load_tokenizer(directory: Path, rows: int | None = None) -> Tokenizer:
-    """Read a tokenizer of ours, or another program's.
+    """Read a tokenizer of ours, or a byte-level BPE of another program.
 
-    rows: of the model's embedding; only where they are given, or an import has noted them, may it be another's.
-    Raises TokenizerError where it is neither ours nor such a one.
+    rows: of the model's embedding; without them what an import has noted, or as many as there are ids.
+    Raises TokenizerError where it is neither, saying which kind it is.
     """
     noted = _noted_rows(directory)
     if noted is not None:
@@ -47,9 +50,19 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> Tokenizer:
     try:
         return Tokenizer.load(directory)
     except TokenizerError:
-        if rows is None or not (Path(directory) / "tokenizer.json").is_file():
+        if not _is_another_programs(Path(directory)):
             raise
     return OutsideTokenizer.read(directory, rows)
+
+
+def _is_another_programs(directory: Path) -> bool:
+    """Whether tokenizer.json is one, and not ours: a damaged file of ours must not be taken for another program's."""
+    try:
+        table = read_object(directory / "tokenizer.json")
+        added = {token["content"] for token in table.get("added_tokens", ())}
+    except (OSError, JsonError, KeyError, TypeError):
+        return False
+    return "model" in table and not added & {*SPECIALS[-24:]}
 
 
 def _noted_rows(directory: Path) -> int | None:
@@ -74,8 +87,8 @@ class OutsideTokenizer(Tokenizer):
     _added: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def read(directory: Path, rows: int) -> OutsideTokenizer:
-        """Read tokenizer.json and tokenizer_config.json for a model of so many rows.
+    def read(directory: Path, rows: int | None = None) -> OutsideTokenizer:
+        """Read tokenizer.json and tokenizer_config.json for a model of so many rows; without them for one of its ids.
 
         Raises TokenizerError unless it is a byte-level BPE that every text in NFC survives and the model has its rows.
         """
@@ -88,8 +101,11 @@ class OutsideTokenizer(Tokenizer):
         except OSError as error:
             why = f"{error.strerror}: {error.filename}."
             raise TokenizerError(f"There is no tokenizer in {directory}.", why, "Name another folder.") from error
+        except _OtherKindError as error:
+            raise _unusable(directory, str(error)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _unusable(directory, f"{type(error).__name__}: {error}") from error
+            raise _unusable(directory, f"its files are damaged ({type(error).__name__}: {error})") from error
+        rows = max(found) + 1 if rows is None else rows
         if max(found) >= rows:
             raise _unusable(directory, f"it has the id {max(found)}, and the model only {rows} rows")
         plain = json.dumps(table | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
@@ -154,21 +170,47 @@ def _unusable(directory: Path, why: str) -> TokenizerError:
     return TokenizerError(
         f"The tokenizer in {directory} cannot be used.",
         f"{why[0].upper()}{why[1:]}.",
-        "lowvram uses byte-level BPE (tokenizer.json with the decoder ByteLevel), its own or another program's.",
+        "Name a byte-level BPE that leaves texts as they are, as of GPT-2, Llama 3 or Qwen, or learn your own with "
+        "`lowvram tokenizer train`.",
     )
 
 
+class _OtherKindError(ValueError):
+    """A whole tokenizer of a kind that cannot be used; its text says which."""
+
+
+# Who has such a model, so that a user knows what he has.
+_KNOWN_FROM = {
+    "Unigram": ", as SentencePiece makes it for T5 and XLM-R; it changes texts before it cuts them",
+    "WordPiece": ", as BERT has it; it loses upper case, spaces or rare characters",
+    "WordLevel": ": whole words, and none for a word that it does not know",
+}
+
+
 def _check_kind(table: dict[str, Any]) -> None:
-    model, normaliser = table["model"], table.get("normalizer")
-    if model["type"] != "BPE":
-        raise ValueError(f"its model is {model['type']}")
-    if normaliser is not None and normaliser["type"] != "NFC":
-        raise ValueError(f"its normalizer is {normaliser['type']}, which changes texts")
+    model = table["model"]
+    # The oldest files name no type: GPT-2's is one.
+    kind = model.get("type") or ("BPE" if "merges" in model else "of no type that it names")
+    if kind != "BPE":
+        raise _OtherKindError(f"its model is {kind}{_KNOWN_FROM.get(kind, '')}")
+    if model.get("byte_fallback"):
+        raise _OtherKindError("it is SentencePiece's BPE, as Llama 2, Mistral and Gemma have it, which changes spaces")
+    changing = [name for name in _normalizers(table.get("normalizer")) if name != "NFC"]
+    if changing:
+        raise _OtherKindError(f"its normalizer is {' and '.join(changing)}, which changes texts")
     if (table.get("decoder") or {}).get("type") != "ByteLevel":
-        raise ValueError("its decoder is not ByteLevel")
+        raise _OtherKindError("its decoder is not ByteLevel, so its tokens stand for characters and not for bytes")
     missing = sorted(byte_of_letter().keys() - model["vocab"].keys())
     if missing:
-        raise ValueError(f"{len(missing)} of the 256 bytes have no token")
+        raise _OtherKindError(f"{len(missing)} of the 256 bytes have no token")
+
+
+def _normalizers(normalizer: dict[str, Any] | None) -> list[str]:
+    if normalizer is None:
+        return []
+    if normalizer["type"] != "Sequence":
+        return [normalizer["type"]]
+    return [name for part in normalizer["normalizers"] for name in _normalizers(part)]
 
 
 def _read_bytes(table: dict[str, Any]) -> dict[int, bytes]:
@@ -193,8 +235,10 @@ def _name_ids(config: dict[str, Any], known: dict[str, int]) -> dict[str, int]:
         token = token.get("content") if isinstance(token, dict) else token
         if token in known:
             said[name] = known[token]
+    if "eos_token" not in config and _GPT2_END in known:
+        said["eos"] = known[_GPT2_END]
     if "eos" not in said:
-        raise ValueError("tokenizer_config.json names no eos_token")
+        raise _OtherKindError("tokenizer_config.json names no eos_token")
     turn_end = next((known[token] for token in _TURN_ENDS if token in known), said["eos"])
     ids = {f"{name}_id": said.get(name, said["eos"]) for name in ("bos", "eos", "pad", "mask")}
     return {**ids, "end_of_turn_id": turn_end}

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowvram.data.outside_tokenizer import ROWS, OutsideTokenizer, load_tokenizer
+from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer, TokenStream
 from lowvram.errors import TokenizerError
 from tests.conftest import TURKISH
@@ -121,9 +122,119 @@ def test_ours_is_loaded_as_ours_even_where_another_may_be(small_tokenizer: Token
     assert small_tokenizer.specials["<|end_of_turn|>"] == small_tokenizer.end_of_turn_id
 
 
-def test_another_programs_is_refused_where_nobody_said_how_many_rows(folder: Path) -> None:
-    with pytest.raises(TokenizerError, match="cannot be used"):
-        load_tokenizer(folder)
+def test_where_nobody_says_how_many_rows_there_are_as_many_as_ids(folder: Path, tokenizer: Tokenizer) -> None:
+    found, library = load_tokenizer(folder), Library.from_file(str(folder / "tokenizer.json"))
+    assert found.size == library.get_vocab_size() < tokenizer.size
+    assert found == tokenizer
+    assert found.encode(TURKISH[0]) == tokenizer.encode(TURKISH[0])
+
+
+def test_a_damaged_file_of_ours_is_not_taken_for_another_programs(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    small_tokenizer.save(tmp_path)
+    table = json.loads((tmp_path / MODEL).read_bytes())
+    table["model"]["merges"].pop()
+    (tmp_path / MODEL).write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="damaged, or not written by lowvram"):
+        load_tokenizer(tmp_path)
+
+
+def save(library: Library, out: Path, config: dict[str, Any] | None = None) -> Path:
+    out.mkdir()
+    library.save(str(out / MODEL))
+    (out / CONFIG).write_text(json.dumps({"eos_token": "</s>"} if config is None else config), encoding="utf-8")
+    return out
+
+
+def gpt2(out: Path, prefix_space: bool = False) -> Path:
+    """Train a tokenizer in the manner of GPT-2, whose oldest files name neither the model's type nor an end."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    library.train_from_iterator(TURKISH, trainer)
+    save(library, out, {"model_max_length": 1024})
+    table = json.loads((out / MODEL).read_bytes())
+    del table["model"]["type"]
+    table["model"]["merges"] = [" ".join(pair) for pair in table["model"]["merges"]]
+    (out / MODEL).write_text(json.dumps(table), encoding="utf-8")
+    return out
+
+
+def test_gpt2s_kind_is_used_as_it_is_and_packs(tmp_path: Path) -> None:
+    found, library = load_tokenizer(gpt2(tmp_path / "gpt2")), Library.from_file(str(tmp_path / "gpt2" / MODEL))
+    assert found.eos_id == found.bos_id == library.token_to_id("<|endoftext|>")
+    for text in TEXTS:
+        assert found.decode(found.encode(text)) == text
+    assert found.encode(TURKISH[0]) == library.encode(TURKISH[0]).ids
+    (tmp_path / "text.txt").write_text("\n\n".join(TURKISH), encoding="utf-8")
+    shards = pack([tmp_path / "text.txt"], found, tmp_path / "shards", processes=1)
+    assert shards.tokenizer_hash == found.hash
+    assert shards.text_bytes == sum(len(text.encode()) for text in TURKISH)
+    assert found.byte_count_V[shards.read(0, shards.tokens)].sum() == shards.text_bytes
+    with pytest.raises(TokenizerError, match="comes back as"):
+        load_tokenizer(gpt2(tmp_path / "prefixed", prefix_space=True))
+
+
+def unigram() -> Library:
+    library = Library(models.Unigram([("<unk>", 0.0), *((letter, -1.0) for letter in "abc")], unk_id=0))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    return library
+
+
+def llama2() -> Library:
+    vocabulary = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁": 257, "a": 258, "▁a": 259}
+    library = Library(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return library
+
+
+def bert() -> Library:
+    library = Library(models.WordPiece({"[UNK]": 0, "a": 1, "##a": 2}, unk_token="[UNK]"))
+    library.normalizer, library.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return library
+
+
+def whole_words() -> Library:
+    return Library(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+
+
+def letters() -> Library:
+    return Library(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+
+
+KINDS: dict[str, tuple[Callable[[], Library], str]] = {
+    "T5's": (unigram, "Its model is Unigram, as SentencePiece makes it"),
+    "Llama 2's": (llama2, "It is SentencePiece's BPE, as Llama 2, Mistral and Gemma have it"),
+    "BERT's": (bert, "Its model is WordPiece, as BERT has it"),
+    "words": (whole_words, "Its model is WordLevel: whole words"),
+    "letters": (letters, "Its decoder is not ByteLevel"),
+}
+
+
+@pytest.mark.parametrize("make_library, words", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("rows", [None, 300])
+def test_a_kind_that_cannot_be_used_is_named_and_what_can_be_used_too(
+    rows: int | None, make_library: Callable[[], Library], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(save(make_library(), tmp_path / "out"), rows)
+    assert caught.value.why.startswith(words)
+    assert "damaged" not in str(caught.value)
+    assert "byte-level BPE" in caught.value.fix
+
+
+def test_composition_alone_may_be_done_before_cutting_however_it_is_written(folder: Path, tmp_path: Path) -> None:
+    def nested(*kinds: str) -> Callable[[dict[str, Any]], Any]:
+        parts = [{"type": "Sequence", "normalizers": [{"type": kind}]} for kind in kinds]
+        return lambda table: table.update(normalizer={"type": "Sequence", "normalizers": parts})
+
+    assert load_tokenizer(edited(folder, tmp_path / "a", MODEL, nested("NFC", "NFC"))) != load_tokenizer(folder)
+    with pytest.raises(TokenizerError, match="Its normalizer is NFD and Strip, which changes texts"):
+        load_tokenizer(edited(folder, tmp_path / "b", MODEL, nested("NFC", "NFD", "Strip")))
 
 
 def test_half_a_character_is_refused(tokenizer: Tokenizer) -> None:
@@ -144,11 +255,15 @@ def edited(folder: Path, out: Path, file: str, edit: Callable[[dict[str, Any]], 
 
 MODEL, CONFIG = "tokenizer.json", "tokenizer_config.json"
 FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
-    "unigram": (MODEL, lambda table: table["model"].update(type="Unigram"), "its model is Unigram"),
-    "lower case": (MODEL, lambda table: table.update(normalizer={"type": "Lowercase"}), "its normalizer is Lowercase"),
-    "sentencepiece": (MODEL, lambda table: table.update(decoder={"type": "Fuse"}), "its decoder is not ByteLevel"),
-    "no decoder": (MODEL, lambda table: table.update(decoder=None), "its decoder is not ByteLevel"),
-    "a byte without a token": (MODEL, lambda table: table["model"]["vocab"].pop("Ġ"), "1 of the 256 bytes have no"),
+    "unigram": (MODEL, lambda table: table["model"].update(type="Unigram"), "Its model is Unigram"),
+    "lower case": (MODEL, lambda table: table.update(normalizer={"type": "Lowercase"}), "Its normalizer is Lowercase"),
+    "sentencepiece": (MODEL, lambda table: table.update(decoder={"type": "Fuse"}), "Its decoder is not ByteLevel"),
+    "no decoder": (MODEL, lambda table: table.update(decoder=None), "Its decoder is not ByteLevel"),
+    "a byte without a token": (
+        MODEL,
+        lambda table: table["model"]["vocab"].pop("Ġ"),
+        "1 of the 256 bytes have",
+    ),
     "a prefix space": (
         MODEL,
         lambda table: table["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
@@ -156,7 +271,7 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     ),
     "no end": (CONFIG, lambda table: table.update(eos_token=None), "names no eos_token"),
     "an end that is no token": (CONFIG, lambda table: table.update(eos_token="</s>"), "names no eos_token"),
-    "no vocabulary": (MODEL, lambda table: table["model"].pop("vocab"), "KeyError"),
+    "no vocabulary": (MODEL, lambda table: table["model"].pop("vocab"), "Its files are damaged (KeyError: 'vocab')"),
     "an id that is a word": (MODEL, lambda table: table["model"]["vocab"].update(Ğ="1"), "an id is no number"),
     "an id below 0": (MODEL, lambda table: table["model"]["vocab"].update(a=-1), "an id is no number, or below 0"),
     "a broken pre-tokenizer": (MODEL, lambda table: table.update(pre_tokenizer={"type": "X"}), "tokenizers says"),
