@@ -356,7 +356,7 @@ def test_a_tokenizer_that_changed_on_disk_is_noticed(
 ) -> None:
     small_tokenizer.save(tmp_path / "tok")
     loaded = Tokenizer.load(tmp_path / "tok")
-    train_tokenizer(iter(turkish), 300, tmp_path / "tok")
+    train_tokenizer(iter(turkish), 300, tmp_path / "tok", replace=True)
     with pytest.raises(TokenizerError, match="has changed"):
         pack([folder], loaded, tmp_path / "out")
 
