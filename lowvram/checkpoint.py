@@ -149,11 +149,20 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
         if path.stat().st_size != facts["bytes"]:
             has = f"{path} has {path.stat().st_size} bytes."
             raise CheckpointError(has, f"The manifest says {facts['bytes']}.")
-        if sha256(path) != facts["sha256"]:
+        if _hash_of(path) != facts["sha256"]:
             raise CheckpointError(f"{path} was altered.", "Its SHA-256 is not the manifest's.")
     checkpoint = Checkpoint(directory, manifest)
     _check_contents(checkpoint, needs_state)
     return checkpoint
+
+
+def _hash_of(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CheckpointError(f"{path} cannot be read.", f"The drive says: {error.strerror}.") from error
 
 
 def _check_contents(checkpoint: Checkpoint, needs_state: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 from lowvram.checkpoint import Store, find_checkpoint, open_checkpoint
 from lowvram.errors import CheckpointError
+from lowvram.files import sha256
 from lowvram.manifest import OtherVersionError, checksum, is_sealed, read_manifest, seal
 from tests.resign import remove_checksum, sign_anew, write_manifest
 
@@ -172,3 +174,24 @@ def test_the_checksum_depends_on_contents_and_on_nothing_else() -> None:
     # Written down, since checkpoints of today must open in every later version.
     assert checksum(manifest) == "01083a92c0748e1e90dcf30c6042472afb15faa47b50af33311c5b8fadb5f07f"
     assert checksum(manifest | {"step": 4}) != sealed["sha256"]
+
+
+@pytest.mark.parametrize("number, is_damage", [(errno.EIO, True), (errno.EACCES, False)], ids=["drive", "permission"])
+def test_a_drive_that_cannot_read_a_file_is_damage_and_a_missing_permission_is_not(
+    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, is_damage: bool
+) -> None:
+    run, newest = two
+
+    def read(path: Path) -> str:
+        if path == newest / "weights.safetensors":
+            raise OSError(number, "refused", str(path))
+        return sha256(path)
+
+    monkeypatch.setattr("lowvram.checkpoint.sha256", read)
+    if is_damage:
+        found, passed_over = find_checkpoint(run)
+        assert found.step == 1
+        assert "weights.safetensors cannot be read. The drive says: refused." in str(passed_over[0])
+    else:
+        with pytest.raises(OSError, match="refused"):
+            find_checkpoint(run)

@@ -50,11 +50,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Write it and say where."""
     from lowvram.checkpoint import find_checkpoint
-    from lowvram.cli.load import check_readable, read_config
+    from lowvram.cli.load import read_config
     from lowvram.cli.show import notice
     from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.export.hf import refuse_existing
     from lowvram.generate.weights import CheckpointSource
+    from lowvram.train.start import check_readable
 
     _check_options(arguments)
     refuse_existing(arguments.out)

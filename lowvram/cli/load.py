@@ -49,6 +49,7 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     from lowvram.export.outside import is_outside, open_outside
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource
+    from lowvram.train.start import check_readable
 
     place = choose_device(device)
     if is_outside(path):
@@ -108,13 +109,6 @@ def multiplies_bf16() -> bool:
     # Of x86 and of ARM; torch before 2.10 tells of none.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def check_readable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
-    from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
-
-    refuse_other_tensors(CheckpointSource(checkpoint, read_config(checkpoint).model))
 
 
 def read_config(checkpoint: Checkpoint) -> RunConfig:

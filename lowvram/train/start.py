@@ -16,6 +16,7 @@ from lowvram.checkpoint import Checkpoint, find_checkpoint
 from lowvram.config import RunConfig, TrainConfig, differences
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.files import DISK, Disk
+from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
 from lowvram.json_files import JsonError, read_object
 from lowvram.manifest import CONFIG, OtherVersionError
 from lowvram.plan import Plan, Recompute, choose_plan
@@ -43,7 +44,7 @@ class RunLock:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+            who = owner.read_text(encoding="utf-8", errors="replace").strip() if owner.exists() else "unknown"
             raise BusyError(
                 f"Another process is training in {self._directory}.",
                 f"Its process id is {who}.",
@@ -114,6 +115,11 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
     if version == lowvram.__version__:
         raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
     raise OtherVersionError(what, why, f"Update lowvram{f' to {version}, which wrote it' if version else ''}.")
+
+
+def check_readable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
+    refuse_other_tensors(CheckpointSource(checkpoint, saved_config(checkpoint).model))
 
 
 def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:

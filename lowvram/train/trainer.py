@@ -40,7 +40,7 @@ from lowvram.train.guard import (
 from lowvram.train.looks import evaluate, evaluate_masters, write_sample
 from lowvram.train.optim import learning_rate
 from lowvram.train.recording import Recording
-from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
+from lowvram.train.start import RunLock, check_readable, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 
@@ -114,7 +114,7 @@ class Trainer:
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
         elif self.what.train.start_from is not None:
-            origin, passed_over = find_checkpoint(self.what.train.start_from, needs_state=False)
+            origin, passed_over = find_checkpoint(self.what.train.start_from, False, check_readable)
             refuse_other_model(self.what, self.hashes, origin)
             self.state.take_weights(origin)
             began_from = origin.directory

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowvram.checkpoint import find_checkpoint
 from lowvram.cli.load import load_model
-from lowvram.files import sha256
 from tests.flows.typed import RUN_FILE, fill_home, typed
+from tests.resign import sign_anew
 
 ALIBI = RUN_FILE.replace("[data]", '[model.positions]\nkind = "alibi"\n[data]').replace('dir = "run"', 'dir = "alibi"')
 
@@ -172,12 +172,10 @@ def test_one_file_for_llama_cpp_is_written_of_either_kind(
 def test_a_run_of_an_unknown_kind_is_one_paragraph(home: Path, out: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "run", tmp_path / "run")
     step = tmp_path / "run" / "step-00000006"
-    manifest, table = (json.loads((step / name).read_bytes()) for name in ("manifest.json", "config.json"))
+    table = json.loads((step / "config.json").read_bytes())
     table["model"]["attention"]["kind"] = "linear"
     (step / "config.json").write_text(json.dumps(table), encoding="utf-8")
-    config = step / "config.json"
-    manifest["files"]["config.json"] = {"bytes": config.stat().st_size, "sha256": sha256(config)}
-    (step / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    sign_anew(step)
     answer = typed("export", tmp_path / "run", "--to", "hf", "--out", out)
     assert answer.code == 1
     assert "describes a run that this lowvram does not know" in answer.err

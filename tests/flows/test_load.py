@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lowvram.cli.load import choose_here, load_model
 from lowvram.generate.weights import weight_bytes
 from tests.flows.typed import typed
+from tests.resign import sign_anew
 
 CPU = torch.device("cpu")
 
@@ -53,10 +53,7 @@ def altered(run: Path, home: Path, name: str, change: Callable[[Path], None]) ->
     copy = home / "step-00000006"
     shutil.copytree(run / "step-00000006", copy)
     change(copy / name)
-    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
-    data = (copy / name).read_bytes()
-    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    sign_anew(copy, versions={"lowvram": "7.8.9"})
     return copy
 
 
@@ -87,7 +84,11 @@ def from_the_future(path: Path) -> None:
         ("weights.safetensors", without_a_tensor, r"norm\.weight is missing\."),
         ("weights.safetensors", with_another_shape, r"norm\.weight is \[7\], and the model needs \[32\]\."),
         ("weights.safetensors", with_a_strange_tensor, r"blocks\.9\.norm\.weight belongs to no layer\."),
-        ("config.json", from_the_future, r"describes a run that this lowvram does not know\. .*Update lowvram to"),
+        (
+            "config.json",
+            from_the_future,
+            r"describes a run that this lowvram does not know\. .*Update lowvram to 7\.8\.9",
+        ),
     ],
     ids=["missing", "shape", "strange", "newer"],
 )

@@ -186,3 +186,13 @@ def test_a_checkpoint_of_before_the_checksum_is_noticed_once_and_the_next_save_h
     assert "its manifest has no checksum" in events[0].notices[0]
     assert find_checkpoint(what.run.dir)[0].notice is None
     assert begin(longer).notices == ()
+
+
+def test_a_further_stage_starts_from_the_older_checkpoint_of_its_origin(copy_of: Any, tmp_path: Path) -> None:
+    what, newest = copy_of("plain")
+    FOR_ALL["a weight less"](newest)
+    sign_anew(newest)
+    train = what.train.model_copy(update={"start_from": what.run.dir})
+    run = what.run.model_copy(update={"dir": tmp_path / "stage"})
+    started = begin(what.model_copy(update={"train": train, "run": run}))
+    assert (started.began_from, len(started.passed_over)) == (what.run.dir / "step-00000005", 1)
