@@ -3,8 +3,9 @@
 python tools/bench_train.py [--preset tr-25m ismail-512] [--batch 4] [--seq-len 512] [--repeats 5]
 
 Both sides: same weights' dtype, same tokens, one thread, AdamW (fused), clipping to 1, no recomputation; steps
-alternate, so that a busy machine slows both.  `bf16`: weights, gradients and states in bf16.  `autocast`: fp32
-weights; theirs under torch.autocast, ours with precision = "bf16".  Times are CPU seconds of this process.
+alternate, so that a busy machine slows both.  `bf16`: weights and gradients in bf16; theirs keep AdamW's moments in
+bf16 too, ours in fp32 (4 bytes a parameter more).  `autocast`: fp32 weights; theirs under torch.autocast, ours with
+precision = "bf16".  Times are CPU seconds of this process.
 """
 
 from __future__ import annotations
