@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         decoder = Decoder(loaded.model, context.max_context, limits.slots, loaded.dtype)
         batcher = Batcher(decoder, loaded.tokenizer, limits.queue, Metrics())
         app = build_app(served, batcher, limits, Door(key, is_loopback(arguments.host)))
+        server = Server(app, batcher, limits)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         notice(f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
             notice(context.warning, "yellow")
         waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
         notice(f"Context of {context.reason}  {waiting}.  Ctrl-C ends.")
-        Server(app, batcher, limits).serve_on(listening)
+        server.serve_on(listening)
     notice("Stopped.", "dim")
 
 
@@ -99,9 +100,13 @@ def _port(text: str) -> int:
 
 
 def _length(text: str) -> int:
+    from lowvram.serve.limits import LONGEST_QUEUE
+
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is less than 0")
+    if number > LONGEST_QUEUE:
+        raise argparse.ArgumentTypeError(f"{number} is more than {LONGEST_QUEUE:,}, the most that may wait")
     return number
 
 
@@ -143,12 +148,13 @@ def _require_extra() -> None:
 
 
 def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
-    from lowvram.serve.limits import Limits
+    from lowvram.serve.limits import MORE_CONNECTIONS, Limits
 
     longest = max(1, max_context - 1)
     return Limits(
         slots=arguments.slots,
         queue=arguments.queue,
+        connections=arguments.slots + arguments.queue + MORE_CONNECTIONS,
         body_bytes=arguments.max_body,
         prompt_tokens=min(longest, arguments.max_prompt or longest),
         output_tokens=min(longest, arguments.max_output or longest),

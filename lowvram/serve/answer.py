@@ -33,13 +33,42 @@ class Piece:
     said: tuple[Said, ...] = ()
 
 
+class _StopString:
+    """One stop string and how much of it the text ends with, so that no token is compared with all of it again.
+
+    Source: Knuth, Morris and Pratt 1977, Fast pattern matching in strings.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0
+        # Of each beginning of the string, how long the longest shorter one is that it ends with.
+        self._borders = [0] * len(text)
+        for place in range(1, len(text)):
+            self._borders[place] = self._extend(self._borders[place - 1], text[place])
+
+    def find_end(self, new: str) -> int | None:
+        """Take the text's next characters; returns behind how many of them the string is there first, or None."""
+        for place, character in enumerate(new, 1):
+            self.matched = self._extend(self.matched, character)
+            if self.matched == len(self.text):
+                return place
+        return None
+
+    def _extend(self, matched: int, character: str) -> int:
+        while self.text[matched] != character:
+            if not matched:
+                return 0
+            matched = self._borders[matched - 1]
+        return matched + 1
+
+
 class Answer:
     """Turns tokens into pieces of text and holds back what may yet be half a character or a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.is_stopped = False
         self._stream = tokenizer.stream()
-        self._stops = tuple(stops)
+        self._stops = tuple(_StopString(stop) for stop in stops)
         self._held, self._unsaid = "", list[Said]()
         self._known = self._released = 0
 
@@ -58,23 +87,15 @@ class Answer:
     def _release(self, new: str, is_last: bool) -> Piece:
         self._known += len(new)
         text = self._held + new
-        cut = min((text.find(stop) for stop in self._stops if stop in text), default=None)
+        ends = [(stop, end) for stop in self._stops if (end := stop.find_end(new)) is not None]
+        cut = min((len(self._held) + end - len(stop.text) for stop, end in ends), default=None)
         self.is_stopped = cut is not None
         if cut is None:
-            cut = len(text) - (0 if is_last else self._doubtful(text))
+            doubtful = max((stop.matched for stop in self._stops), default=0)
+            cut = len(text) - (0 if is_last else doubtful)
         self._held = text[cut:]
         self._released += cut
         is_all = is_last and not self.is_stopped
         said = tuple(one for one in self._unsaid if is_all or one.start < self._released)
         del self._unsaid[: len(said)]
         return Piece(text[:cut], said)
-
-    def _doubtful(self, text: str) -> int:
-        """Return how long the longest end of `text` is with which a stop string begins."""
-        lengths = (
-            length
-            for stop in self._stops
-            for length in range(min(len(stop) - 1, len(text)), 0, -1)
-            if text.endswith(stop[:length])
-        )
-        return max(lengths, default=0)

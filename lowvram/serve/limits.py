@@ -25,6 +25,8 @@ SMALLEST_BODY, LARGEST_BODY = 2**10, 256 * 2**20
 MOST_DRAINED = 16
 # Requests that are parsed, normalised and tokenised at once: more would only take turns.
 PREPARED_AT_ONCE = 2
+# What --queue may be, and connections beyond those that can be answered: pages that are open, clients that are refused.
+LONGEST_QUEUE, MORE_CONNECTIONS = 10_000, 256
 # Clients that the system lets wait until they are accepted.
 BACKLOG = 128
 # Files of a process that are no connections: its libraries, mapped weights, what it writes.
@@ -46,7 +48,7 @@ class Limits(Words):
     body_bytes: PositiveInt = 4 * 2**20
     prompt_tokens: PositiveInt
     output_tokens: PositiveInt
-    connections: PositiveInt = 512
+    connections: PositiveInt = 336
     header_bytes: PositiveInt = 64 * 2**10
     header_wait_s: PositiveFloat = 10.0
     body_wait_s: PositiveFloat = 30.0

@@ -26,7 +26,9 @@ except ImportError:  # Windows, which limits no process's files
 _GRACE_S = 10.0  # answers that run when the server is asked to stop may take so long
 _UNREAD_S = 3  # a client that reads nothing holds the end up for no longer than this
 _IN_USE = (errno.EADDRINUSE, errno.EACCES)
-_RETRY_S = 0.2  # after the system had no room for another connection
+_FEWEST_CONNECTIONS = 8  # also where the system allows hardly any file: those that cannot be accepted wait
+# After the system had no room for another connection: until one has been closed, and where there is none to close.
+_CLOSING_S, _RETRY_S = 0.005, 0.2
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -48,7 +50,7 @@ def find_most_connections(wanted: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < wanted + OWN_FILES:
         most = wanted + OWN_FILES if hard == resource.RLIM_INFINITY else min(wanted + OWN_FILES, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-        return max(1, min(wanted, max(soft, most) - OWN_FILES))
+        return max(_FEWEST_CONNECTIONS, min(wanted, max(soft, most) - OWN_FILES))
     return wanted
 
 
@@ -98,8 +100,7 @@ class Server(uvicorn.Server):
             except OSError as error:
                 # The client has gone already, or the process may open no more files: then one is closed.
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._close_longest_waiting()
-                    await asyncio.sleep(_RETRY_S)
+                    await asyncio.sleep(_CLOSING_S if self._close_longest_waiting() else _RETRY_S)
                 continue
             is_full = len(self.server_state.connections) >= self._most_connections
             is_refused = is_full and not self._close_longest_waiting()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import socket
@@ -17,7 +19,7 @@ import pytest
 from openai import OpenAI
 
 from lowvram.cli.app import build_parser
-from lowvram.cli.serve import _fingerprint
+from lowvram.cli.serve import _build_limits, _fingerprint
 from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import environment, typed
 
@@ -79,6 +81,32 @@ def test_a_model_that_is_to_speak_answers_conversations(run: Path) -> None:
         end(process, signal.SIGTERM)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a system that limits another process's files")
+def test_neither_silent_clients_nor_endless_turns_keep_it_from_answering_and_ending(run: Path) -> None:
+    import resource
+
+    def ask_health() -> str:
+        return httpx.get(f"{url}/health", trust_env=False, timeout=60).text
+
+    with started(run, "--as", "dialogue", "--slots", 1) as (process, url, _):
+        # Fewer files than it was started with: now there are less than its connections need.
+        used = len(os.listdir(f"/proc/{process.pid}/fd"))
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (used + 20, used + 20))
+        port = int(url.rsplit(":", 1)[1])
+        silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        for _ in range(3):
+            assert '"status":"ok"' in ask_health()
+        turns = [{"role": "user", "content": ""}] * 10_000
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            body = json.dumps({"messages": turns, "truncation": "auto"}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            assert '"status":"ok"' in ask_health()
+            end(process, signal.SIGINT)
+        for one in silent:
+            one.close()
+
+
 def test_another_address_demands_a_key(run: Path) -> None:
     answer = typed("serve", run, "--host", "0.0.0.0", "--device", "cpu")
     assert answer.code == 1
@@ -120,6 +148,8 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(tmp_path: Pat
         (("--port", 70_000), "70000 is no port"),
         (("--slots", 0), "less than 1"),
         (("--queue", -1), "less than 0"),
+        (("--queue", 10_001), "10001 is more than 10,000"),
+        (("--queue", 1_000_000), "is more than 10,000"),
         (("--max-body", "many"), "many"),
         (("--max-body", 1023), "'1023' is 1023 B; a request may have 1.0 KiB to 256.0 MiB"),
         (("--max-body", "256.1MiB"), "is 256.1 MiB; a request may have"),
@@ -132,6 +162,12 @@ def test_options_out_of_range_are_usage_errors(run: Path, words: tuple[object, .
     answer = typed("serve", run, *words)
     assert answer.code == 2
     assert word in answer.err
+
+
+def test_there_are_connections_for_all_that_may_be_answered_or_wait() -> None:
+    arguments = build_parser().parse_args(["serve", "run", "--slots", "700", "--queue", "10000"])
+    limits = _build_limits(arguments, 1024)
+    assert (limits.slots, limits.queue, limits.connections) == (700, 10_000, 10_956)
 
 
 @pytest.mark.parametrize(

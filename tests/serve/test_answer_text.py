@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.serve.answer import Answer, Chance
+from lowvram.serve.limits import LONGEST_STOP, MOST_STOPS
 
 SURE = Chance(-0.5, ())
 
@@ -74,6 +75,42 @@ def test_half_a_character_at_the_end_is_a_replacement_character(small_tokenizer:
 def test_any_text_is_cut_exactly_where_python_would(small_tokenizer: Tokenizer, text: str, stop: str) -> None:
     pieces, rest, _ = say(small_tokenizer, text, stop)
     assert "".join(pieces) + rest == text.split(stop)[0]
+
+
+@given(text=st.text("ab", max_size=20), stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3))
+def test_of_several_stop_strings_the_one_that_begins_first_cuts(
+    small_tokenizer: Tokenizer, text: str, stops: list[str]
+) -> None:
+    answer, said = Answer(small_tokenizer, stops), ""
+    for number, id in enumerate(byte_ids(small_tokenizer, text), 1):
+        said += answer.push(id).text
+        found = [text.find(stop) for stop in stops if stop in text[:number]]
+        assert answer.is_stopped == bool(found)
+        if found:
+            assert said == text[: min(found)]
+            break
+        doubtful = [n for stop in stops for n in range(len(stop)) if text[:number].endswith(stop[:n])]
+        assert said == text[: number - max(doubtful, default=0)]
+
+
+class Counting(str):
+    """A string that counts how often a character of it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, place: object) -> str:
+        Counting.looks += 1
+        return super().__getitem__(place)  # type: ignore[index]
+
+
+def test_long_stop_strings_cost_a_few_looks_a_character(small_tokenizer: Tokenizer) -> None:
+    stops = [Counting("a" * (LONGEST_STOP - 1) + "b")] * MOST_STOPS
+    answer = Answer(small_tokenizer, stops)
+    ids = byte_ids(small_tokenizer, "a" * 2000)
+    Counting.looks = 0
+    pieces = [answer.push(id).text for id in ids]
+    assert "".join(pieces) == "a" * (2000 - LONGEST_STOP + 1)
+    assert Counting.looks <= 3 * MOST_STOPS * 2000
 
 
 def test_chances_come_with_the_text_of_their_tokens_and_not_with_a_stop_strings(small_tokenizer: Tokenizer) -> None:
