@@ -26,7 +26,10 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True)
 class Driver:
-    """An NVIDIA driver: the first card's name, and the newest CUDA that the driver can run, as (major, minor)."""
+    """An NVIDIA driver: its card's name, and the newest CUDA that the driver can run, as (major, minor).
+
+    card: the one that a run would use, or would if the environment did not hide it.
+    """
 
     card: str
     cuda: tuple[int, int]
@@ -41,7 +44,7 @@ class TorchBuild:
 
 
 class NvidiaCard(NamedTuple):
-    """The first NVIDIA card as its driver sees it now.  free_bytes: what no other program holds, desktop included."""
+    """An NVIDIA card as its driver sees it now.  free_bytes: what no other program holds, desktop included."""
 
     name: str
     capability: tuple[int, int]
@@ -83,12 +86,12 @@ class Detected(NamedTuple):
 
 
 def find_driver() -> Driver | None:
-    """Return the NVIDIA driver of this machine, or None where there is none."""
+    """Return the NVIDIA driver of this machine, or None where there is no driver or no card that it drives."""
     return _ask_nvml(_read_driver)
 
 
 def find_card() -> NvidiaCard | None:
-    """Return the first NVIDIA card of this machine with its memory now, or None where there is none."""
+    """Return the NVIDIA card that a run would use with its memory now, None where there is none or all are hidden."""
     return _ask_nvml(_read_card)
 
 
@@ -109,30 +112,84 @@ def _ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
         pynvml.nvmlShutdown()
 
 
-def _read_driver(nvml: Any) -> Driver:
+def _read_driver(nvml: Any) -> Driver | None:
     number = nvml.nvmlSystemGetCudaDriverVersion_v2()
-    return Driver(_read_name(nvml), (number // 1000, number % 1000 // 10))
+    indices = _list_indices(nvml)
+    if not indices:
+        return None
+    return Driver(_read_name(nvml, (_list_visible(nvml, indices) or indices)[0]), (number // 1000, number % 1000 // 10))
 
 
-def _read_card(nvml: Any) -> NvidiaCard:
-    """Return the card that CUDA calls its first: the one named, or the fastest, and not the one in the first slot."""
-    cards = [_read_one(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
-    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
-        cards.sort(key=lambda card: (card.capability, card.total_bytes), reverse=True)
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip()
-    return cards[int(first)] if first.isdecimal() and int(first) < len(cards) else cards[0]
+def _read_card(nvml: Any) -> NvidiaCard | None:
+    visible = _list_visible(nvml, _list_indices(nvml))
+    if not visible:
+        return None
+    memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(visible[0]))
+    name, capability = _read_name(nvml, visible[0]), _read_capability(nvml, visible[0])
+    return NvidiaCard(name, capability, int(memory.total), int(memory.free))
 
 
-def _read_one(nvml: Any, index: int) -> NvidiaCard:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return NvidiaCard(_read_name(nvml, index), (major, minor), int(memory.total), int(memory.free))
+def _list_indices(nvml: Any) -> list[int]:
+    """Return NVML's numbers of all cards in the order in which CUDA counts them.
+
+    NVML counts by slot.  CUDA begins with the fastest card, which it takes for the one of the highest capability with
+    the most memory, unless it is told otherwise (CUDA C++ Programming Guide, CUDA environment variables).
+    """
+    indices = list(range(nvml.nvmlDeviceGetCount()))
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(indices) < 2:
+        return indices
+
+    def rank(index: int) -> tuple[tuple[int, int], int]:
+        total_bytes = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).total
+        return _read_capability(nvml, index), int(total_bytes)
+
+    return sorted(indices, key=rank, reverse=True)
 
 
-def _read_name(nvml: Any, index: int = 0) -> str:
+def _list_visible(nvml: Any, indices: list[int]) -> list[int]:
+    """Return those of the cards that CUDA_VISIBLE_DEVICES leaves, in its order.
+
+    It lists places in CUDA's own order or beginnings of UUIDs.  What names no card hides all that follow it, so that
+    nothing and -1 hide every card; a card that is named twice hides all.
+    """
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is None:
+        return indices
+    visible: list[int] = []
+    for entry in asked.split(","):
+        index = _find_named(nvml, indices, entry.strip())
+        if index is None:
+            break
+        if index in visible:
+            return []
+        visible.append(index)
+    return visible
+
+
+def _find_named(nvml: Any, indices: list[int], entry: str) -> int | None:
+    if entry.isdecimal():
+        return indices[int(entry)] if int(entry) < len(indices) else None
+    if entry.startswith("MIG-"):
+        return indices[0] if indices else None  # a part of some card; torch says its memory when a run begins
+    if not entry.startswith("GPU-"):
+        return None
+    found = [index for index in indices if _read_uuid(nvml, index).startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+def _read_capability(nvml: Any, index: int) -> tuple[int, int]:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(index))
+    return int(major), int(minor)
+
+
+def _read_uuid(nvml: Any, index: int) -> str:
+    uuid = nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))
+    return uuid if isinstance(uuid, str) else str(uuid.decode())
+
+
+def _read_name(nvml: Any, index: int) -> str:
     name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
-    return name if isinstance(name, str) else name.decode()
+    return name if isinstance(name, str) else str(name.decode())
 
 
 def find_torch() -> TorchBuild | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 import types
@@ -13,12 +12,14 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_rotation, check_vocabulary, differences
+from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_rotation, check_vocabulary, flatten
 from lowvram.errors import ConfigError, name_nearest
 from lowvram.files import DISK
 
 # What `fit --out` writes where it was not told a folder.
 _GAP = "PUT A FOLDER HERE"
+# The keys that name which member of a tagged union a table is.
+_TAGS = ("kind", "name")
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
 Config = typing.TypeVar("Config", bound=BaseModel)
@@ -119,24 +120,56 @@ def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
-def write_run(path: Path, preset: str, train: TrainConfig, data: Path | None) -> None:
-    """Write the run file of a preset.
+def write_run(path: Path, preset: str, model: ModelConfig, train: TrainConfig, data: Path | None) -> None:
+    """Write the run file of a preset, with every value of the model and of the training that differs from it.
 
     data: a folder that holds the shards `train` and, if there is one, `valid`, with the tokenizer `tok` in it or beside
     it; None leaves gaps, which `load_run` names.  Raises ConfigError where `path` exists or data lacks something.
     """
+    import tomlkit  # only here: it takes a tenth of what `lowvram --help` may take
+
     refuse_overwriting(path)
     folders = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if data is None else find_folders(data)
-    lines = ["[model]", f'preset = "{preset}"', "[data]"]
     home = path.resolve().parent
-    lines += [f"{key} = {_quote(_relate(folder, home) if data else folder)}" for key, folder in folders.items()]
-    lines += ["# valid may go: then nothing is held out"] if data is None else []
-    _, before = load_preset(preset)
-    changed = {key: value for key, _, value in differences(before, train)}
-    lines += ["[train]", *(f"{key} = {_quote(value)}" for key, value in changed.items())] if changed else []
-    lines += ["[run]", f'dir = "runs/{preset}"', ""]
+    before = load_preset(preset)
+    # The vocabulary follows the tokenizer.
+    changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
+    tables: dict[str, Table] = {
+        "model": {"preset": preset} | flatten(changes),
+        "data": {key: _relate(folder, home) if data else folder for key, folder in folders.items()},
+        "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
+        "run": {"dir": f"runs/{preset}"},
+    }
+    written = tomlkit.document()
+    for name, values in tables.items():
+        table = tomlkit.table()
+        for key, value in values.items():
+            table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
+        if name == "data" and data is None:
+            table.add(tomlkit.comment("valid may go: then nothing is held out"))
+        if values:
+            written.append(name, table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    DISK.write(path, "\n".join(lines).encode())
+    DISK.write(path, tomlkit.dumps(written).encode())
+
+
+def _table_over(base: Table, whole: Table) -> Table:
+    """Return what must be laid over a table, by `overlay`, so that it becomes another one.
+
+    TOML has no null: what is nothing now and was something is written as "none".  A table of another kind is written
+    whole, for `overlay` takes nothing over from the old kind; what is nothing there is that kind's default.
+    """
+    top: Table = {}
+    for key, value in whole.items():
+        was = base.get(key)
+        if value == was:
+            continue
+        if isinstance(value, dict):
+            kept = was if isinstance(was, dict) and all(was.get(tag) == value.get(tag) for tag in _TAGS) else {}
+            top[key] = _table_over(kept, value)
+        else:
+            top[key] = "none" if value is None else value
+    return top
 
 
 def refuse_overwriting(path: Path) -> None:
@@ -155,11 +188,6 @@ def find_folders(data: Path) -> dict[str, str]:
         raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
     folders = {"train": data / "train", "valid": data / "valid", "tokenizer": tokenizer}
     return {key: str(folder.resolve()) for key, folder in folders.items() if folder.is_dir()}
-
-
-def _quote(value: object) -> str:
-    """Return a value as TOML writes it; JSON writes text, numbers and truths alike."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _refuse_gaps(path: Path, tables: Table) -> None:
@@ -181,7 +209,7 @@ def overlay(base: Table, top: Mapping[str, Any]) -> Table:
         same_kind = (
             isinstance(below, dict)
             and isinstance(value, Mapping)
-            and all(value.get(tag, below.get(tag)) == below.get(tag) for tag in ("kind", "name"))
+            and all(value.get(tag, below.get(tag)) == below.get(tag) for tag in _TAGS)
         )
         merged[key] = overlay(typing.cast(Table, below), value) if same_kind else value
     return merged

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from lowvram.config import Alibi, RunConfig, SwiGlu, Window, differences
 from lowvram.errors import ConfigError
 from lowvram.recipe import AdamW, WarmupStableDecay
-from lowvram.runfile import from_portable, load_preset, load_run, overlay, preset_names, to_portable
+from lowvram.runfile import from_portable, load_preset, load_run, overlay, preset_names, to_portable, write_run
 from lowvram.words import MOST_TOKENS
 
 RUN = """\
@@ -272,6 +274,47 @@ def test_our_moe_presets_can_be_exported_and_keep_fused_attention_open(name: str
     assert model.ffn.shared >= 1
     assert model.attention.query_dim == model.attention.value_dim <= 128
     assert not (model.layers in (26, 27) and model.attention.q_lora_rank)
+
+
+@pytest.mark.parametrize(
+    "preset, sets",
+    [
+        ("tr-60m", ()),
+        ("tr-60m", ("precision=fp16", "tokens=3M", "optimizer.lr=1e-8")),
+        ("tr-60m", ("optimizer.name=adamw",)),
+        ("tr-60m", ("optimizer.name=adamw", "optimizer.bits=8", "optimizer.lr=1.5e-3")),
+        ("tr-60m", ("optimizer.adamw_lr=1e-4", "schedule.kind=wsd", "schedule.floor=0.25")),
+        ("tr-60m", ("layers=3", "positions.kind=alibi", "window.size=64", "tied=false", "seed=7")),
+        ("ismail-512", ("positions.yarn=none", "rotation.window=2", "update_during_backward=true")),
+        ("tr-130m-moe", ("ffn.kind=swiglu", "ffn.hidden=512", "attention.q_lora_rank=none")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_written_run_file_is_toml_and_learns_what_was_weighed(
+    tmp_path: Path, preset: str, sets: tuple[str, ...]
+) -> None:
+    model, train = load_preset(preset, sets)
+    data = tmp_path / ("Türkçe 'metin' # 1" + ("" if os.name == "nt" else ' "iki" \\ \x7f'))
+    for folder in ("train", "tok"):
+        (data / folder).mkdir(parents=True)
+    write_run(tmp_path / "run.toml", preset, model, train, data)
+    tables = tomllib.loads((tmp_path / "run.toml").read_text(encoding="utf-8"))
+    assert list(tables) == ["model", "data", *(["train"] if "train" in tables else []), "run"]
+    what = load_run(tmp_path / "run.toml", [], lambda _: model.vocabulary)
+    assert (what.model, what.train) == (model, train)
+    assert (what.data.train[0].path, what.data.tokenizer) == (data / "train", data / "tok")
+    if not sets:
+        assert tables["model"] == {"preset": preset}
+        assert "train" not in tables
+
+
+def test_a_run_file_with_gaps_names_them_and_keeps_its_comment(tmp_path: Path) -> None:
+    write_run(tmp_path / "run.toml", "tr-60m", *load_preset("tr-60m"), None)
+    assert "# valid may go: then nothing is held out" in (tmp_path / "run.toml").read_text(encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"leaves data\.train, data\.valid, data\.tokenizer open"):
+        load_run(tmp_path / "run.toml", [], lambda _: 1)
+    with pytest.raises(ConfigError, match="exists already"):
+        write_run(tmp_path / "run.toml", "tr-60m", *load_preset("tr-60m"), None)
 
 
 def test_a_presets_experts_rotate_where_it_has_any() -> None:

@@ -106,7 +106,9 @@ def attention(
         shapes = f"q is {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         raise ShapeError(f"attention: {shapes}; they need [B, H, T, K] and [B, G, S, K] twice, G a divisor of H.")
     card = card_of(q.device)
-    backend = choose_attention(card, q.dtype, mask is not None).backend
+    # As torch asks: a first pass whose blocks are computed again later does not learn yet.
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    backend = choose_attention(card, q.dtype, mask is not None, q.shape[-1], learns).backend
     # Without FlashAttention grouped heads fall to the kernel that writes out every score, so they are repeated.
     if q.shape[1] != k.shape[1] and backend != "flash":
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))

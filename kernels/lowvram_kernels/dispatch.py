@@ -233,9 +233,20 @@ def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
     kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)
 
 
-def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
+# FlashAttention's limits on a head's width: on every card, and while it learns on the consumer cards whose blocks have
+# 99 KiB of shared memory, where the backward pass has no kernel for what lies between (torch, sdp_utils.cpp).
+_WIDEST_FLASH = 256
+_GAP_OF_FLASH = range(193, 225)
+
+
+def _has_gap(capability: tuple[int, int]) -> bool:
+    return (8, 6) <= capability <= (8, 9) or (12, 0) <= capability <= (12, 1)
+
+
+def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool, width: int = 128, learns: bool = True) -> Choice:
     """Choose the attention kernel: "flash", "efficient" or "math", which writes out every score.
 
+    width: of a head's queries and keys, extra columns included.  learns: a backward pass may follow.
     Source: torch, aten/native/transformers/cuda/sdp_utils.cpp and aten/native/mps.
     """
     if card.platform == "cpu":
@@ -251,6 +262,11 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool) -> Choice:
         return Choice("efficient", "FlashAttention 2 takes 16-bit numbers only")
     if is_masked:
         return Choice("efficient", "FlashAttention 2 takes no mask")
+    if width > _WIDEST_FLASH:
+        return Choice("efficient", f"FlashAttention 2 takes heads of {_WIDEST_FLASH} numbers at most, not {width}")
+    if learns and width in _GAP_OF_FLASH and _has_gap(card.capability):
+        reason = f"FlashAttention 2 does not learn with heads of {width} numbers on {_name(card)}"
+        return Choice("efficient", reason)
     return Choice("flash", "16-bit numbers, no mask, compute capability 8.0 or more")
 
 

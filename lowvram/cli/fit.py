@@ -235,6 +235,6 @@ def _write(arguments: argparse.Namespace, answer: Answer | None) -> None:
     if answer is None:
         fix = "Name one with --model to write it all the same."
         raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
-    write_run(arguments.out, answer.name, answer.train, arguments.data)
+    write_run(arguments.out, answer.name, answer.model, answer.train, arguments.data)
     begin = "" if arguments.data else "put your folders into it, then "
     notice(f"Wrote {arguments.out}: {begin}lowvram train {arguments.out}", "green")

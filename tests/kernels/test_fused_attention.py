@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from lowvram_kernels.attention import attention, causal_flops, reference
-from lowvram_kernels.dispatch import Card, HiddenWork, card_of, choose_attention, is_on_paper, note_work, on_paper
+from lowvram_kernels.dispatch import (
+    Card,
+    Choice,
+    HiddenWork,
+    card_of,
+    choose_attention,
+    is_on_paper,
+    note_work,
+    on_paper,
+)
 from lowvram_kernels.errors import ShapeError
 from measures import LiveBytes, relative_error
 from torch import Tensor
@@ -109,6 +118,53 @@ def test_cards_without_flash_repeat_the_heads_and_metal_keeps_every_score() -> N
     repeated = 2 * TENSOR
     assert peak_on_paper(TURING)[0] == TENSOR + ROW + repeated
     assert peak_on_paper(MPS)[0] >= BATCH * HEADS * ROWS * ROWS * 2
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["learning", "reading"])
+@pytest.mark.parametrize("width", [64, 192, 193, 224, 225, 256, 257, 6400, 25_600])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+def test_flash_takes_the_widths_that_torch_gives_it_and_the_ledger_knows(
+    capability: tuple[int, int], width: int, learns: bool
+) -> None:
+    has_gap = learns and capability in ((8, 6), (8, 9), (12, 0))
+    is_flash = width <= 256 and not (has_gap and 192 < width <= 224)
+    card = Card("cuda", capability)
+    choice = choose_attention(card, torch.bfloat16, False, width, learns)
+    assert choice.backend == ("flash" if is_flash else "efficient")
+    assert is_flash or str(width) in choice.reason
+    repeated: list[int] = []
+    with on_paper(card):
+        q, k, v = qkv("meta", torch.bfloat16, width=width)
+        with LiveBytes().ignore(q, k, v) as live, torch.set_grad_enabled(learns):
+            attention(q, k, v, 0.2, causal=True)
+            repeated.append(live.peak)
+    # Without groups k and v lie there once for every query head.
+    assert (repeated[0] > 3 * BATCH * HEADS * ROWS * width * 2) == (not is_flash)
+
+
+@pytest.mark.parametrize("head_dim, form", [(252, "flash"), (254, "efficient")])
+def test_the_extra_columns_of_alibi_count_among_a_heads_numbers(
+    monkeypatch: pytest.MonkeyPatch, head_dim: int, form: str
+) -> None:
+    from lowvram.config import ModelConfig
+    from lowvram.model.transformer import Transformer
+
+    chosen: list[str] = []
+
+    def choose(*given: object) -> Choice:
+        chosen.append(choose_attention(*given).backend)  # type: ignore[arg-type]
+        return Choice(chosen[-1], "as chosen")
+
+    monkeypatch.setattr("lowvram_kernels.attention.choose_attention", choose)
+    table = {
+        "layers": 1, "dim": 32, "vocabulary": 16, "positions": {"kind": "alibi"},
+        "attention": {"kind": "gqa", "heads": 2, "kv_heads": 1, "head_dim": head_dim},
+        "ffn": {"kind": "swiglu", "hidden": 32},
+    }  # fmt: skip
+    model = Transformer(ModelConfig.model_validate(table), seed=None).to("meta")
+    with on_paper(AMPERE):
+        model(torch.zeros(1, 8, dtype=torch.long, device="meta"), torch.bfloat16)
+    assert chosen == [form]
 
 
 @pytest.mark.parametrize("card", [AMPERE, TURING], ids=["flash", "efficient"])
