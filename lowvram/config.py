@@ -8,155 +8,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
+from lowvram.architecture import Alibi as Alibi
+from lowvram.architecture import Attention, Ffn, Positions, Rope, Window
+from lowvram.architecture import Gqa as Gqa
+from lowvram.architecture import Mla as Mla
+from lowvram.architecture import Moe as Moe
+from lowvram.architecture import SwiGlu as SwiGlu
+from lowvram.architecture import Yarn as Yarn
 from lowvram.errors import ConfigError
 from lowvram.recipe import AdamW, Cosine, Optimizer, Rotation, WarmupStableDecay
-from lowvram.words import Count, Share, Size, Words
+from lowvram.words import Count, Share, Size, Words, as_list
 
 # Automatic saving: at most this much written a day, and never more often than this.
 WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
 
 
-class Gqa(Words):
-    """Grouped-query attention (Ainslie et al. 2023); kv_heads = heads is multi-head attention."""
-
-    kind: Literal["gqa"] = "gqa"
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    head_dim: PositiveInt
-    qk_norm: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> Gqa:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"attention.kv_heads is {self.kv_heads}; it must divide heads ({self.heads})")
-        return self
-
-    @property
-    def rope_dim(self) -> int:
-        """The part of each head that is rotated: all of it."""
-        return self.head_dim
-
-    def num_parameters(self, dim: int) -> int:
-        """Count the weights of one layer's attention."""
-        matrices = dim * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return matrices + (2 * self.head_dim if self.qk_norm else 0)
-
-
-class Mla(Words):
-    """Multi-head latent attention (DeepSeek-V2, section 2.1); without q_lora_rank queries are projected directly."""
-
-    kind: Literal["mla"] = "mla"
-    heads: PositiveInt
-    kv_lora_rank: PositiveInt
-    q_lora_rank: PositiveInt | None = None
-    nope_dim: PositiveInt
-    rope_dim: PositiveInt
-    value_dim: PositiveInt
-
-    @model_validator(mode="after")
-    def _check(self) -> Mla:
-        if self.value_dim > self.query_dim:
-            widths = f"nope_dim + rope_dim ({self.nope_dim} + {self.rope_dim})"
-            raise ValueError(f"attention.value_dim is {self.value_dim}; it must not exceed {widths}")
-        return self
-
-    @property
-    def query_dim(self) -> int:
-        """The width of one query or key: the part without position and the rotated part."""
-        return self.nope_dim + self.rope_dim
-
-    def num_parameters(self, dim: int) -> int:
-        """Count the weights of one layer's attention."""
-        queries = self.heads * self.query_dim
-        to_queries = dim * queries
-        if self.q_lora_rank is not None:
-            to_queries = dim * self.q_lora_rank + self.q_lora_rank + self.q_lora_rank * queries
-        to_latent = dim * (self.kv_lora_rank + self.rope_dim) + self.kv_lora_rank
-        from_latent = self.kv_lora_rank * self.heads * (self.nope_dim + self.value_dim)
-        return to_queries + to_latent + from_latent + self.heads * self.value_dim * dim
-
-
-class Yarn(Words):
-    """YaRN context extension (Peng et al. 2023) from `original_len` positions by `factor`."""
-
-    factor: Annotated[float, Field(ge=1.0)]
-    original_len: PositiveInt
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: Annotated[float, Field(gt=0.0)] = 1.0
-
-    @property
-    def magnitude(self) -> float:
-        """The factor on queries and on keys that keeps attention sharp over a longer context (eq. 22)."""
-        return 0.1 * self.mscale * math.log(self.factor) + 1.0
-
-
-class Rope(Words):
-    """Rotary positions (Su et al. 2021)."""
-
-    kind: Literal["rope"] = "rope"
-    theta: Annotated[float, Field(gt=0.0)] = 10_000.0
-    yarn: Yarn | None = None
-
-
-class Alibi(Words):
-    """Linear biases (Press et al. 2022) instead of positions; slopes follow from the number of heads."""
-
-    kind: Literal["alibi"] = "alibi"
-
-
-class Window(Words):
-    """Sliding-window attention: `pattern` is repeated over the layers, S slides over `size` tokens, F sees all."""
-
-    size: PositiveInt
-    pattern: Annotated[str, Field(pattern="^[SF]+$")] = "SSSF"
-
-
-class SwiGlu(Words):
-    """A dense feed-forward layer (Shazeer 2020)."""
-
-    kind: Literal["swiglu"] = "swiglu"
-    hidden: PositiveInt
-
-
-class Moe(Words):
-    """Mixture of experts after a prefix of dense layers (DeepSeek-V3, section 2.1.2)."""
-
-    kind: Literal["moe"] = "moe"
-    hidden: PositiveInt
-    dense_layers: Annotated[int, Field(ge=0)] = 1
-    experts: Annotated[int, Field(ge=2)]
-    top_k: PositiveInt
-    shared: PositiveInt = 1
-    expert_hidden: PositiveInt
-    route_scale: Annotated[float, Field(gt=0.0)] = 1.0
-    balance_rate: Annotated[float, Field(ge=0.0)] = 1e-3
-
-    @model_validator(mode="after")
-    def _check(self) -> Moe:
-        if self.top_k > self.experts:
-            raise ValueError(f"ffn.top_k is {self.top_k}; there are only {self.experts} experts")
-        return self
-
-
-Attention = Annotated[Gqa | Mla, Field(discriminator="kind")]
-Positions = Annotated[Rope | Alibi, Field(discriminator="kind")]
-Ffn = Annotated[SwiGlu | Moe, Field(discriminator="kind")]
-
-
 class ModelConfig(Words):
     """The network's form; everything that decides its parameters and its function."""
 
     layers: PositiveInt
+    """Number of blocks."""
     dim: PositiveInt
+    """Width of the model: numbers per token between two blocks."""
     vocabulary: PositiveInt
+    """Number of token ids. Leave it out: it follows from the tokenizer."""
     attention: Attention
+    """How tokens see each other; a table with `kind`."""
     positions: Positions = Rope()
+    """How the order of tokens is told; a table with `kind`."""
     ffn: Ffn
+    """The feed-forward layers; a table with `kind`."""
     window: Window | None = None
+    """Sliding-window attention in some layers; without it every layer sees all. `"none"` switches a preset's off."""
     tied: bool = True
+    """Whether the embedding is also the output layer."""
     norm_eps: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Added to the mean square in RMSNorm."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -202,27 +90,36 @@ class ModelConfig(Words):
 
 
 class TrainConfig(Words):
-    """How it is learnt; nothing here depends on the machine.
-
-    precision: what is multiplied; fp8 and int8 are for the products of attention and feed-forward layers, forward and
-    backward, with bf16 between them.
-    weights: what matrices are kept in; bf16 is rounded at random with unbiased mean.  update_during_backward: each
-    weight is stepped as soon as its gradient is there, so that gradients never all exist; without accumulation.
-    """
+    """How it is learnt; nothing here depends on the machine."""
 
     tokens: Count
+    """Tokens to train on in all, such as `"500M"`; reading the text more than about four times teaches little."""
     seq_len: PositiveInt = 1024
+    """Tokens of one sequence: the context that the model learns."""
     batch_tokens: Count = 65_536
+    """Tokens of one optimizer step, a multiple of `seq_len`; how many run at once follows from the machine."""
     optimizer: Optimizer = AdamW()
+    """A table with `name`; other keys as below."""
     schedule: Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")] = Cosine()
+    """How the learning rate moves; a table with `kind`."""
     precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = "bf16"
+    """Number format of the products: `"fp16"` for RTX 20, `"bf16"` from RTX 30 on; `"fp8"` and `"int8"` only for the
+    products of attention and feed-forward layers, forward and backward, with bf16 between them."""
     weights: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which matrices are kept; `"bf16"` halves their memory and is rounded stochastically."""
     update_during_backward: bool = False
+    """Whether each weight is updated as soon as its gradient exists, so that gradients never all exist; then nothing
+    accumulates."""
     rotation: Rotation | None = None
+    """Experts that learn in turns; for `ffn.kind = "moe"`. Without it all learn always."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest norm of the gradient; longer ones are shortened to it."""
     dropout: Share = 0.0
+    """Share of activations that is set to zero in training."""
     seed: int = 0
+    """Seed of initial weights, order of the text and dropout."""
     start_from: Path | None = None
+    """Directory of a finished run whose weights this one begins with."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -253,35 +150,56 @@ class Corpus(Words):
     """A directory of shards and its share among the corpora."""
 
     path: Path
+    """Directory that `lowvram data pack` wrote."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """Share among the corpora, relative to the others'."""
 
 
 def _as_corpora(value: Any) -> Any:
-    return [{"path": value}] if isinstance(value, str | Path) else value
+    """Take a folder for one corpus, and a list of folders for corpora that weigh the same."""
+    several = as_list(value)
+    if not isinstance(several, list | tuple):
+        return value
+    return [{"path": one} if isinstance(one, str | Path) else one for one in several]
 
 
 class DataConfig(Words):
     """Where the tokens are."""
 
     train: Annotated[tuple[Corpus, ...], BeforeValidator(_as_corpora), Field(min_length=1)]
+    """Packed text to learn: one folder, a list of folders, or a list of `{ path, weight }`."""
     valid: Path | None = None
+    """Packed text that is held out, for validation; without it overfitting cannot be seen."""
     tokenizer: Path
+    """Directory of the tokenizer with which the text was packed."""
 
 
 class RunOptions(Words):
     """What a run keeps and tells; may change between two starts of the same run."""
 
     dir: Path
+    """Directory of checkpoints and logs."""
     save_every_minutes: Annotated[float, Field(gt=0.0)] | None = None
+    """Minutes between two checkpoints; without it ten, or more for large models, so that at most 50 GB a day are
+    written."""
     keep: PositiveInt = 2
+    """Checkpoints that are kept; older ones are deleted."""
     milestone_steps: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps are kept for good."""
     disk_budget: Size | None = None
+    """Most bytes that checkpoints may take, such as `"40GB"`."""
     validate_every: PositiveInt = 250
+    """Steps between two validations."""
     validate_tokens: Count = 262_144
+    """Tokens of `data.valid` that a validation reads."""
     sample_every: PositiveInt = 500
+    """Steps between two samples."""
     sample_tokens: PositiveInt = 40
-    prompts: tuple[str, ...] = ("Bir gün", "Türkiye'nin", "Bu yüzden")
-    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Tokens of a sample."""
+    prompts: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ("Bir gün", "Türkiye'nin", "Bu yüzden")
+    """Texts that samples continue; `[]` for none."""
+    log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
+    """Where figures go beside `log.jsonl`: `"tensorboard"`, `"wandb"` or both."""
 
     def save_interval_s(self, state_bytes: float) -> float:
         """Return the seconds between two saves of a state of this size: as told, or so that a disk lasts."""
@@ -294,9 +212,13 @@ class RunConfig(Words):
     """A whole run file."""
 
     model: ModelConfig
+    """What the network is."""
     data: DataConfig
+    """What it reads."""
     train: TrainConfig
+    """How it learns."""
     run: RunOptions
+    """What is kept and told; it may change between two starts."""
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from lowvram.card_names import explain_unknown
 from lowvram.errors import ConfigError, name_nearest
 from lowvram.units import parse_bytes, parse_memory, show_bytes
 from lowvram.words import Share, Size, Words
@@ -98,6 +99,11 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in _find_folder().glob("*.toml"))
 
 
+def measured_ids() -> list[str]:
+    """Return the ids of the cards on which this project has measured its kernels: `h200`."""
+    return sorted(path.stem for path in (_find_folder() / "measured").glob("*.json"))
+
+
 def load_profile(profile_id: str) -> Profile:
     """Return the profile with exactly this id; raises ConfigError that names the nearest."""
     if profile_id not in profile_names():
@@ -116,9 +122,7 @@ def find_profile(text: str, memory_bytes: int | None = None) -> tuple[Profile, s
     words, typed_bytes = _split_name(text)
     family = [load_profile(name) for name in profile_names() if _split_name(name)[0] == words]
     if not family:
-        spelt = re.sub(r"nvidia|geforce|apple|gpu|\s", "", text.lower())
-        fix = "Without a name, --memory 8GB works for any NVIDIA card."
-        raise ConfigError(f'The catalogue has no card "{text}".', name_nearest(spelt, profile_names()), fix)
+        raise ConfigError(f'The catalogue has no card "{text}".', fix=explain_unknown(text, profile_names()))
     known_bytes = typed_bytes if memory_bytes is None else memory_bytes
     family.sort(key=lambda profile: profile.memory_bytes)
     if known_bytes is None:
@@ -157,9 +161,11 @@ _SHARED_BYTES = {
 }
 
 # Words that say nothing about which card it is; what is left tells one from another: "pcie", "laptop", "super".
-_SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card"}
+_SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card", "chip", "silicon", "ram"}
 _MEMORY = re.compile(r"(?<!\d)[1-9]\d{0,3}(\.\d+)?\s*g(i?b)?\b")
 _SOCKET = re.compile(r"\b(hbm|sxm)\d*e?\b")
+# Which computer an Apple chip is in; "pro" and "max" alone are the chip's.
+_COMPUTER = re.compile(r"\b(mac ?book( pro| air)?(?= )|mac (mini|studio|pro)(?= )|i?mac)\b")
 _WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
 
 
@@ -167,6 +173,7 @@ def _split_name(text: str) -> tuple[frozenset[str], int | None]:
     """Return the words that tell a card from others, and the memory that was written beside them."""
     # A Turkish keyboard writes ı and İ where others write i.
     lower = _SOCKET.sub(" ", text.replace("ı", "i").replace("İ", "i").lower().replace("mobile", "laptop"))
+    lower = _COMPUTER.sub(" ", lower)
     memory = _MEMORY.search(lower)
     apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
     return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 import types
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from lowvram.config import ModelConfig, RunConfig, TrainConfig, check_rotation, check_vocabulary, flatten
 from lowvram.errors import ConfigError, name_nearest
+from lowvram.field_names import answer_key
 from lowvram.files import DISK
 
 # What `fit --out` writes where it was not told a folder.
@@ -22,6 +24,16 @@ _GAP = "PUT A FOLDER HERE"
 _TAGS = ("kind", "name")
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
+# What pydantic's words for a wrong kind of value mean in a run file.
+_EXPECTED = {
+    "tuple_type": 'a list, such as ["a", "b"]',
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+    "string_type": "text in quotes",
+    "path_type": "a path in quotes",
+}
 Config = typing.TypeVar("Config", bound=BaseModel)
 
 
@@ -251,8 +263,8 @@ def _assign(tables: Table, assignment: str) -> None:
     if keys[0] not in RunConfig.model_fields:
         homes = [home for home, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
         if len(homes) != 1:
-            everything = {key for field in RunConfig.model_fields.values() for key in known_keys(field.annotation)}
-            raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=name_nearest(keys[0], everything))
+            fix = answer_key(keys[0], full_names(), full_names())
+            raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=fix)
         keys.insert(0, homes[0])
     table = tables
     for key in keys[:-1]:
@@ -270,6 +282,8 @@ def _map_paths(tables: Table, change: Callable[[str], str]) -> None:
     """Change every path of a run's tables in place; what is no text is left for the check to name."""
     data = tables.get("data", {})
     corpora = data.get("train") if isinstance(data.get("train"), list) else []
+    if corpora:
+        data["train"] = corpora = [{"path": one} if isinstance(one, str) else one for one in corpora]
     homes: list[tuple[Any, tuple[str, ...]]] = [
         (data, ("valid", "tokenizer", "train")),
         (tables.get("run", {}), ("dir",)),
@@ -290,6 +304,21 @@ def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
         if tag is None or not tags or tag in tags:
             keys += [key for key in member.model_fields if key not in keys]
     return keys
+
+
+@functools.cache
+def full_names() -> Mapping[str, str]:
+    """Return every key of a run file with its full name; a key that several tables have is left out."""
+    found: dict[str, list[str]] = {}
+
+    def walk(config: type[BaseModel], prefix: str) -> None:
+        for key, field in config.model_fields.items():
+            found.setdefault(key, []).append(f"{prefix}{key}")
+            for inner in _configs_in(field.annotation):
+                walk(inner, f"{prefix}{key}.")
+
+    walk(RunConfig, "")
+    return {key: names[0] for key, names in found.items() if len(set(names)) == 1}
 
 
 def _configs_in(annotation: Any) -> list[type[BaseModel]]:
@@ -325,7 +354,10 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
         if problem["type"] == "extra_forbidden":
             word = str(problem["loc"][-1])
             known = [key for c in level for key in c.model_fields]
-            sentences.append(f"there is no key {'.'.join([*keys, word])}. {name_nearest(word, known)}")
+            full = ".".join([*keys, word])
+            # Another kind of the same table has it: of MLA, "it is model.attention.kv_heads" would say nothing.
+            homes = {key: name for key, name in full_names().items() if name != full}
+            sentences.append(f"there is no key {full}. {answer_key(word, known, homes)}")
         elif problem["type"] == "missing":
             sentences.append(f"{path} is missing.")
         elif problem["type"] == "union_tag_invalid":
@@ -333,6 +365,9 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
             sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")
         elif problem["type"] == "value_error":
             sentences.append(f"{problem['msg'].removeprefix('Value error, ')}.")
+        elif problem["type"] in _EXPECTED or (problem["type"].startswith("model_") and level):
+            expected = _EXPECTED.get(problem["type"]) or f"a table with {', '.join(level[0].model_fields)}"
+            sentences.append(f"{path} is {problem['input']!r}; it takes {expected}.")
         else:
             given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
             sentences.append(f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _BYTES = {
@@ -26,17 +27,26 @@ _NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z
 
 
 def _parse(text: str | int | float, suffixes: dict[str, int], what: str, example: str) -> int:
+    return round(_read(text, suffixes, what, example))
+
+
+def _read(text: str | int | float, suffixes: dict[str, int], what: str, example: str) -> Decimal:
+    """Return the exact value: in floating point 1.1B would not be a whole number."""
     match = _NUMBER.fullmatch(str(text))
     factor = suffixes.get(match[2].lower()) if match else None
-    value = float(match[1].replace("_", "")) * factor if match and factor else math.inf
-    if math.isinf(value):
+    number = match[1].replace("_", "") if match else ""
+    if match is None or factor is None or math.isinf(float(number) * factor):
         raise ValueError(f"{text!r} is not {what}; write it like {example}")
-    return round(value)
+    return Decimal(number) * factor
 
 
 def parse_count(text: str | int | float) -> int:
     """Return a whole number from `1200000`, `"1.2e9"`, `"1.2B"` or `"300M"` (decimal multiples)."""
-    return _parse(text, _DECIMAL, "a count", '"1.2e9", "1.2B" or 1200000000')
+    what, example = "a count", '"1.2e9", "1.2B" or 1200000000'
+    value = _read(text, _DECIMAL, what, example)
+    if value != int(value):
+        raise ValueError(f"{text!r} is not {what}, because it is no whole number; write it like {example}")
+    return int(value)
 
 
 def parse_bytes(text: str | int | float) -> int:
@@ -84,3 +94,27 @@ def show_duration(seconds: float) -> str:
     if minutes:
         return f"{minutes} min {whole % 60:02d} s"
     return f"{whole} s"
+
+
+# Of each unit of time its seconds, and up to how many seconds a range is shown in it.
+_TIMES = ((1, "s", 100), (60, "min", 100 * 60), (3600, "h", 48 * 3600), (86_400, "days", 730 * 86_400))
+
+
+def show_duration_range(low_s: float, high_s: float) -> str:
+    """Return a range of time in one unit, two digits each: `41–96 min`, `0.7–1.7 h`, `4.1–9.8 days`, `2–12 years`."""
+    seconds, unit = next(((each, name) for each, name, most in _TIMES if high_s < most), (365.25 * 86_400, "years"))
+    return f"{_show_range(low_s / seconds, high_s / seconds)} {unit}"
+
+
+def show_energy_range(low_kwh: float, high_kwh: float) -> str:
+    """Return a range of energy in one unit: `200–400 Wh`, `1.1–2.6 kWh`, `< 1 Wh`."""
+    if high_kwh < 0.001:
+        return "< 1 Wh"
+    if high_kwh < 1:
+        return f"{_show_range(low_kwh * 1000, high_kwh * 1000)} Wh"
+    return f"{_show_range(low_kwh, high_kwh)} kWh"
+
+
+def _show_range(low: float, high: float) -> str:
+    ends = [f"{value:.{1 if high < 9.95 else 0}f}" for value in (low, high)]
+    return ends[0] if ends[0] == ends[1] else "–".join(ends)

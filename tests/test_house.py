@@ -32,7 +32,8 @@ LADDER = [
     ["objective"],
     ["checkpoint", "manifest"],
     ["model", "data"],
-    ["config", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan"],
+    ["config", "architecture", "recipe", "words", "runfile", "profile", "machine", "facts", "checkup", "plan"],
+    ["field_names", "card_names"],
     ["errors", "units", "files", "json_files"],
     ["lowvram_kernels", "lowvram"],
 ]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from lowvram.units import parse_bytes, parse_count, parse_memory, show_bytes, show_count, show_duration
+from lowvram.units import (
+    parse_bytes,
+    parse_count,
+    parse_memory,
+    show_bytes,
+    show_count,
+    show_duration,
+    show_duration_range,
+    show_energy_range,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +76,51 @@ def test_counts_are_printed_short(count: float, shown: str) -> None:
 )
 def test_durations_are_printed_in_their_two_largest_units(seconds: float, shown: str) -> None:
     assert show_duration(seconds) == shown
+
+
+@pytest.mark.parametrize("text, count", [("16k", 16_000), ("1.1B", 1_100_000_000), ("0.07k", 70), (6.5536e4, 65_536)])
+def test_counts_are_exact_where_floating_point_is_not(text: str | float, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["2.5", "1.2345k", 0.3, "1e-1"], ids=repr)
+def test_a_count_that_is_no_whole_number_is_refused(text: str | float) -> None:
+    with pytest.raises(ValueError, match=r"is not a count, because it is no whole number; write it like"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(
+    "low_s, high_s, shown",
+    [
+        (0.0, 0.0, "0.0 s"),
+        (41, 99, "41–99 s"),
+        (50, 100, "0.8–1.7 min"),
+        (2460, 5760, "41–96 min"),
+        (2400, 6000, "0.7–1.7 h"),
+        (20 * 3600, 47.9 * 3600, "20–48 h"),
+        (20 * 3600, 48 * 3600, "0.8–2.0 days"),
+        (354_000, 846_000, "4.1–9.8 days"),
+        (86_400 * 100, 86_400 * 729, "100–729 days"),
+        (86_400 * 100, 86_400 * 730, "0.3–2.0 years"),
+        (86_400 * 10_000, 86_400 * 60_000, "27–164 years"),
+        (3600 * 10, 3600 * 10.4, "10 h"),
+    ],
+)
+def test_a_range_of_time_has_one_unit(low_s: float, high_s: float, shown: str) -> None:
+    assert show_duration_range(low_s, high_s) == shown
+
+
+@pytest.mark.parametrize(
+    "low, high, shown",
+    [
+        (0.0, 0.0, "< 1 Wh"),
+        (0.0003, 0.0009, "< 1 Wh"),
+        (0.0004, 0.001, "0.4–1.0 Wh"),
+        (0.02, 0.05, "20–50 Wh"),
+        (0.2, 0.999, "200–999 Wh"),
+        (0.4, 1.0, "0.4–1.0 kWh"),
+        (31, 73.4, "31–73 kWh"),
+    ],
+)
+def test_little_energy_is_not_shown_as_none(low: float, high: float, shown: str) -> None:
+    assert show_energy_range(low, high) == shown

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import lowvram
 from lowvram.cli.lasting import lasting_stderr
+from lowvram.cli.usage import Parser
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
 COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "serve", "export", "import")
@@ -31,7 +32,7 @@ _EPILOG = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    parser = argparse.ArgumentParser("lowvram", description=_DESCRIPTION, epilog=_EPILOG)
+    parser = Parser("lowvram", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"lowvram {lowvram.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:

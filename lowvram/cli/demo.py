@@ -224,12 +224,13 @@ def _describe_fit(what: RunConfig, device: str) -> str:
     """Say what the run's plan takes of this machine, and how long it will take."""
     from lowvram.cli.machine import choose_device
     from lowvram.cli.promise import Promise
-    from lowvram.units import show_bytes, show_duration
+    from lowvram.units import show_bytes, show_duration_range
 
     promise = Promise(what, choose_device(device))
     answer = promise.judge()
     plan, limit = answer.found.plan, show_bytes(promise.place.limit_bytes)
-    days = f", about {show_duration(answer.days * 86_400)}" if answer.days is not None else ""
+    lasts = answer.days_range
+    days = f", about {show_duration_range(*(days * 86_400 for days in lasts))}" if lasts is not None else ""
     cut = f"{plan.micro_batch} × {plan.accumulate} sequences a step"
     return f"{cut}: tensors take {show_bytes(answer.found.peak_bytes)} of {limit}{days}"
 

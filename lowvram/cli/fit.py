@@ -10,9 +10,12 @@ from lowvram.cli.options import count, days, memory
 
 if TYPE_CHECKING:
     from lowvram.cli.place import Card
+    from lowvram.cli.verdict import Beside
     from lowvram.config import ModelConfig, RunConfig, TrainConfig
     from lowvram.fit.answer import Answer, Place
     from lowvram.fit.changes import Change
+    from lowvram.fit.passes import Remark, RunText
+    from lowvram.fit.recommend import Advice
     from lowvram.fit.search import Wish
 
 
@@ -23,7 +26,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="what fits on a card, how fast it trains, what it costs",
         description="Say which presets a card can pretrain, with which plan and in how many days, or what one run "
         "needs, line by line.  The bytes come from the trainer's own step, rehearsed on paper; nothing is trained, and "
-        "the card need not be here.  Without --gpu and --memory it is this machine's.",
+        "the card need not be here.  Without --gpu and --memory it is this machine's.  Every key of RUN.toml: "
+        "docs/run-file.md.",
     )
     parser.add_argument("run_file", nargs="?", type=Path, metavar="RUN.toml", help="judge this run (default: presets)")
     parser.add_argument("--gpu", metavar="CARD", help='rtx5070, "RTX 4060 Laptop", m3-max, cpu, …')
@@ -44,17 +48,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--measure", action="store_true", help="time real steps here first, and remember the result")
     parser.add_argument("--explain", action="store_true", help="say why each choice was made")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
-    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --out: the folder of train, valid and tok")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="SHARDS",
+        help="packed text, or the folder of train, valid and tok: say which presets it is enough for",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
-    from lowvram.cli.place import find_card, find_changes, find_faster, name_card
-    from lowvram.cli.show import bar, notice, result
-    from lowvram.cli.verdict import explain, show_json, show_one, show_table
-    from lowvram.fit.answer import recommend
+    from lowvram.cli.fit_table import Advised, show_table
+    from lowvram.cli.place import find_card, name_card
+    from lowvram.cli.show import notice, result
+    from lowvram.cli.verdict import explain, show_json, show_one
+    from lowvram.fit.recommend import Advice, limit_tokens, recommend, recommend_first
 
     _refuse_contradictions(arguments)
     if arguments.gpu is None and arguments.memory is None:
@@ -65,27 +75,72 @@ def run(arguments: argparse.Namespace) -> None:
     what = _read_run(arguments) if arguments.run_file is not None else None
     if arguments.measure:
         _measure(arguments, card, what)
+    text = _read_text(arguments, what)
     answers, place = _judge(arguments, card, what)
-    advice = recommend(answers, arguments.days)
-    is_alone, is_asked = _is_alone(arguments), _is_asked(arguments)
-    changes: list[Change] | None = None if is_asked else []
-    if is_alone and not is_asked and not (answers[0].fits_headless and answers[0].fits_host):
-        with bar("Looking for changes that would fit"):
-            changes = find_changes(answers[0].model, answers[0].train, place)
-    faster: list[Change] = []
-    if what is not None and answers[0].fits_headless and not is_asked:
-        with bar("Looking for a faster precision"):
-            faster = find_faster(answers[0], card)
+    advised = recommend_first(answers, text), recommend(answers, arguments.days, text)
+    beside = _look_beside(arguments, card, place, answers[0], text)
     if arguments.json:
-        show_json(answers, place, advice[0].name if advice else None, changes or [], faster)
-    elif is_alone:
-        show_one(answers[0], place, changes, faster, is_preset=arguments.run_file is None)
+        show_json(answers, place, advised, beside, text)
+    elif _is_alone(arguments):
+        show_one(answers[0], place, beside, is_preset=arguments.run_file is None)
     else:
-        show_table(answers, place, advice)
+        show_table(answers, place, Advised(*advised, _repeat(arguments)), text)
     for line in explain(answers, place) if arguments.explain else ():
         (notice if arguments.json else result)(line)
     if arguments.out is not None:
-        _write(arguments, answers[0] if is_alone else advice[0] if advice else None)
+        long = Advice(answers[0], "", limit_tokens(answers[0], text)) if _is_alone(arguments) else advised[1]
+        _write(arguments, long)
+
+
+def _look_beside(
+    arguments: argparse.Namespace, card: Card, place: Place, answer: Answer, text: RunText | None
+) -> Beside:
+    """Look for what is said about a single model beside its ledger."""
+    from lowvram.cli.place import find_changes, find_faster
+    from lowvram.cli.show import bar
+    from lowvram.cli.verdict import Beside
+    from lowvram.fit.recommend import TOO_SLOW_DAYS, recommend
+
+    is_asked = _is_asked(arguments)
+    if not _is_alone(arguments):
+        return Beside(None if is_asked else [])
+    changes: list[Change] | None = None if is_asked else []
+    if not is_asked and not (answer.fits_headless and answer.fits_host):
+        with bar("Looking for changes that would fit"):
+            changes = find_changes(answer.model, answer.train, place)
+    faster: list[Change] = []
+    if arguments.run_file is not None and answer.fits_headless and not is_asked:
+        with bar("Looking for a faster precision"):
+            faster = find_faster(answer, card)
+    is_too_slow = answer.days is not None and answer.days > TOO_SLOW_DAYS
+    instead = recommend(_judge_known(card), arguments.days) if is_too_slow else None
+    return Beside(changes, faster, _remark(text, answer), instead)
+
+
+def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
+    from lowvram.errors import DataError
+    from lowvram.fit.passes import Remark, remark_on
+
+    try:
+        return list(remark_on(text, answer.model, answer.train)) if text is not None else []
+    except DataError as error:
+        return [Remark(str(error), True)]
+
+
+def _repeat(arguments: argparse.Namespace) -> str:
+    """Return this command with what it says about the machine and the text, as a shell takes it."""
+    from lowvram.cli.next_step import quote_command
+
+    said = (("--gpu", arguments.gpu), ("--memory", arguments.memory), ("--ram", arguments.ram))
+    said += (("--desktop", arguments.desktop), ("--data", arguments.data))
+    words = [word for option, value in said if value is not None for word in (option, _type_again(value))]
+    return quote_command("lowvram", "fit", *words)
+
+
+def _type_again(value: object) -> str:
+    if not isinstance(value, int):
+        return str(value)
+    return f"{value // 2**30}GB" if value % 2**30 == 0 else f"{value // 2**20}MiB"
 
 
 def _is_alone(arguments: argparse.Namespace) -> bool:
@@ -114,7 +169,7 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         (arguments.set and arguments.out, "--out writes a preset as it is.", "Change values in the file it writes."),
         (is_asked and arguments.out, "--out writes no plan.", "Give the same options to lowvram train."),
         (arguments.micro_batch and not is_alone, "--micro-batch is for one run.", "Name RUN.toml, or --model PRESET."),
-        (arguments.data and not arguments.out, "--data says what a new run file holds.", "Add --out run.toml."),
+        (run_file and arguments.data, f"--data and {run_file} both name the text.", "Leave --data out."),
         (arguments.desktop and here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
         (arguments.measure and not here, "--measure times this machine.", "Leave --gpu and --memory out."),
     ):
@@ -122,8 +177,8 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
             raise ConfigError(what, fix=fix)
     if arguments.out is not None:
         refuse_overwriting(arguments.out)
-    if arguments.data is not None:
-        find_folders(arguments.data)
+    if arguments.data is not None and arguments.out is not None:
+        find_folders(_home_of(arguments.data))
 
 
 def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[Answer], Place]:
@@ -153,6 +208,44 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
         with bar(f"Rehearsing {name} on paper"):
             answers.append(judge_here(name, model, train, place, wish=wish))
     return sorted(answers, key=lambda answer: answer.model.num_parameters()), place
+
+
+def _judge_known(card: Card) -> list[Answer]:
+    """Judge the presets whose rehearsals are known for a card."""
+    from lowvram.fit.answer import judge
+    from lowvram.fit.ledgers import find_sketch, path_of
+    from lowvram.runfile import load_preset, preset_names
+
+    answers = []
+    for name in preset_names():
+        model, train = load_preset(name)
+        train = train.model_copy(update={"precision": card.profile.dtype})
+        sketch = find_sketch(name, model, train, path_of(card.profile, train))
+        if sketch is not None:
+            answers.append(judge(name, model, train, sketch, card.place(train.precision)))
+    return answers
+
+
+def _read_text(arguments: argparse.Namespace, what: RunConfig | None) -> RunText | None:
+    """Open the shards of --data or of a run file; a run file is judged without them too, since they may come later."""
+    from lowvram.cli.show import notice
+    from lowvram.errors import DataError
+    from lowvram.fit.passes import open_folder, open_text
+
+    if what is None:
+        return open_folder(arguments.data) if arguments.data is not None else None
+    try:
+        return open_text(what.data)
+    except DataError as error:
+        notice(f"How often the text is read is not known: {error}", "yellow")
+        return None
+
+
+def _home_of(data: Path) -> Path:
+    """Return the folder of train, valid and tok, where --data names the shards in it."""
+    from lowvram.data.shard_set import INDEX
+
+    return data.parent if (data / INDEX).is_file() and data.name == "train" else data
 
 
 def _load_preset(name: str, arguments: argparse.Namespace, card: Card) -> tuple[ModelConfig, TrainConfig]:
@@ -226,15 +319,22 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
     notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
 
 
-def _write(arguments: argparse.Namespace, answer: Answer | None) -> None:
-    """Write a run file for an answer, with gaps that `lowvram train` names where --data was not given."""
+def _write(arguments: argparse.Namespace, advice: Advice | None) -> None:
+    """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
+    from lowvram.cli.fit_table import describe_time
+    from lowvram.cli.next_step import quote_command
     from lowvram.cli.show import notice
     from lowvram.errors import ConfigError
     from lowvram.runfile import write_run
 
-    if answer is None:
+    if advice is None:
         fix = "Name one with --model to write it all the same."
         raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
-    write_run(arguments.out, answer.name, answer.model, answer.train, arguments.data)
-    begin = "" if arguments.data else "put your folders into it, then "
-    notice(f"Wrote {arguments.out}: {begin}lowvram train {arguments.out}", "green")
+    train, data = advice.answer.train, arguments.data
+    if advice.tokens is not None:
+        train = train.model_copy(update={"tokens": advice.tokens})
+    write_run(arguments.out, advice.answer.name, advice.answer.model, train, _home_of(data) if data else None)
+    begin = "" if data else "put your folders into it, then "
+    lasts = f", {describe_time(advice)}" if advice.answer.days_range is not None else ""
+    command = quote_command("lowvram", "train", arguments.out)
+    notice(f"Wrote {arguments.out} ({advice.answer.name}{lasts}): {begin}{command}", "green")

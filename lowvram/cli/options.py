@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lowvram.units import parse_bytes, parse_memory, show_bytes
+from lowvram.units import parse_bytes, parse_count, parse_memory, show_bytes
 
 # Ten times what home-made models are trained on; more takes minutes to find out that it does not fit.
 MOST_CONTEXT = 2**20
@@ -17,8 +17,11 @@ _MOST_BYTES = 2**42  # no computer of our users has more: a bare number was mean
 
 
 def count(text: str) -> int:
-    """Read a whole number of at least one; argparse turns the error into a usage message."""
-    number = int(text)
+    """Read a whole number of at least one, as run files write it: 128, 16k, 500M; an error becomes a usage message."""
+    try:
+        number = parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number

@@ -149,7 +149,8 @@ def judge_here(
 def find_faster(answer: Answer, card: Card) -> list[Change]:
     """Return the precisions of 8 bits in which a run's plan would be faster on a card.
 
-    Either both precisions were measured there, or both are reckoned from published figures.
+    Either both precisions were measured there, or both are estimated from published figures.  Only NVIDIA cards have
+    kernels for products in 8 bits, so elsewhere an estimate would promise what plain PyTorch does not keep.
     """
     profile, plan, train = card.profile, answer.found.plan, answer.train
     places = {name: card.place(name) for name in (train.precision, "fp8", "int8")}
@@ -158,7 +159,8 @@ def find_faster(answer: Answer, card: Card) -> list[Change]:
         rehearsal = rehearse_on(profile, model, other)(plan)
         is_measured = places[other.precision].measured is not None and places[train.precision].measured is not None
         measured = places[other.precision].measured if is_measured else None
-        speed = estimate(rehearsal, plan, other, profile, measured)
+        may_estimate = is_measured or profile.platform == "cuda"
+        speed = estimate(rehearsal, plan, other, profile, measured) if may_estimate else None
         fits_host = not lacking_bytes(rehearsal.ledger, places[train.precision])
         return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from lowvram.cli.lasting import write_at_once
 from lowvram.cli.options import add_device, count
-from lowvram.units import show_count
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +40,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "and stops; twice stops at once, and the last checkpoint is kept.  SIGTERM and a closed terminal save and "
         "stop, too; under nohup a closed terminal changes nothing.  Where the output cannot be written any more, "
         "training goes on without it.  The exit code is 0 where all tokens were seen, and 3 where the run was stopped "
-        "before that and saved.",
+        "before that and saved.  Every key of RUN.toml: docs/run-file.md.",
     )
     parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="what to learn, from which shards")
     parser.add_argument(
@@ -127,7 +126,7 @@ def train(
         with bar("Checking the shards and building the model"):
             trainer = prepare(what, plan, place)
         trainer.lock = lock
-        notice(_describe_reading(what, trainer))
+        _tell_of_text(what)
         promise.bind(plan)
         _settle_trials(trainer, promise, compiled, recorded, not is_kept)
         logs = open_logs(what.run.dir, what.run.log)
@@ -202,13 +201,13 @@ def _describe_plan(plan: Plan, reason: str) -> str:
     return f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step{again}{moved}{compiled} ({reason})."
 
 
-def _describe_reading(what: RunConfig, trainer: Trainer) -> str:
-    """Say how often each corpus is read, which decides more than anything else what can be learnt from it."""
-    epochs = trainer.loader.epochs(what.train.steps * what.train.batch_samples)
-    read = ", ".join(
-        f"{corpus.path.name} {times:.2f} times" for corpus, times in zip(what.data.train, epochs, strict=True)
-    )
-    return f"{show_count(what.train.tokens)} tokens in {what.train.steps:,} steps: {read}."
+def _tell_of_text(what: RunConfig) -> None:
+    """Say how often the text is read, which decides more than anything else what can be learnt from it."""
+    from lowvram.cli.show import notice
+    from lowvram.fit.passes import open_text, remark_on
+
+    for remark in remark_on(open_text(what.data), what.model, what.train):
+        notice(remark.says, "yellow" if remark.is_warning else "")
 
 
 # Sent when the terminal closes; on Windows Ctrl-Break, and the closing of the console, are another signal.

@@ -1,112 +1,37 @@
-"""How answers about what fits look: a table, a ledger line by line, a JSON object; decides nothing."""
+"""How the answer about one model looks: a ledger line by line, reasons, a JSON object; decides nothing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.table import Table
-from rich.text import Text
-
-from lowvram.cli.show import lay_out, literal, out, result, table_width
+from lowvram.cli.show import literal, out, result
 from lowvram.config import TrainConfig
+from lowvram.errors import DataError
 from lowvram.fit.answer import Answer, Place
 from lowvram.fit.changes import Change
-from lowvram.units import show_bytes, show_count, show_duration
+from lowvram.fit.evidence import describe_evidence
+from lowvram.fit.passes import Remark, RunText, suitable_preset
+from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
+from lowvram.profile import measured_ids
+from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
 
-_BAR_CELLS = 16
-# What a window that is not wide enough leaves out, the last first; the columns before these are always shown.
-_DISPENSABLE = 5
-_LEFT = {"preset", "fits", "peak", "technique"}
-
-
-def show_table(answers: Sequence[Answer], place: Place, advice: tuple[Answer, str] | None) -> None:
-    """Print one row per model, and the one that is recommended."""
-    rows = [_row(answer, place, advice) for answer in answers]
-    shown = list(rows[0])
-    while table_width(_tabulate(rows, shown)) > out.width and out.is_terminal and len(shown) > _DISPENSABLE:
-        shown.pop()
-    lay_out(_tabulate(rows, shown))
-    result()
-    result(
-        f"Peak: of the {show_bytes(place.headless_bytes)} that tensors may take on {place.profile.name}" + _mark(place)
-    )
-    if left_out := list(rows[0])[len(shown) :]:
-        result(f"A wider window shows also: {', '.join(left_out)}.")
-    result("Time and kWh: until all of the preset's tokens are seen.  Parameters in brackets: active for a token.")
-    if lacking := [answer for answer in answers if answer.lacks_host_bytes and answer.found.fits]:
-        needs = ", ".join(f"{answer.name} {show_bytes(answer.host_bytes)}" for answer in lacking)
-        result(f"The computer's memory of {show_bytes(place.ram_bytes or 0)} is too small for: {needs}.")
-    result()
-    if advice is None:
-        least = min(answers, key=lambda answer: answer.found.peak_bytes).name
-        result(
-            f"None of them fits.  `lowvram fit --model {least}` with the same options shows what the smallest needs."
-        )
-        return
-    answer, reason = advice
-    result(f"Recommended: {answer.name}, {reason}.")
-    result(f"  Its ledger: --model {answer.name}.  To make it a run: --out run.toml.")
+# Cells of the longest bar, and those that stand before it in its row.
+_BAR_CELLS, _BEFORE_THE_BAR = 40, 27
 
 
-def _tabulate(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in shown:
-        table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(row[name] for name in shown))
-    return table
+class Beside(NamedTuple):
+    """What is said about one model beside its ledger.
 
+    changes: what would make it fit, None where a plan was asked for.  faster: precisions in which it would be faster.
+    remarks: about its text.  instead: what this machine can train in time, where this model takes years.
+    """
 
-def _row(answer: Answer, place: Place, advice: tuple[Answer, str] | None) -> dict[str, Any]:
-    """Return the cells by column, what matters most first."""
-    found, model, speed = answer.found, answer.model, answer.speed
-    size = show_count(model.num_parameters())
-    if model.active_parameters() != model.num_parameters():
-        size += f" ({_round(model.active_parameters())})"
-    is_advised = advice is not None and advice[0].name == answer.name
-    return {
-        "preset": Text(answer.name, "bold" if is_advised else ""),
-        "parameters": size,
-        "fits": _fits(answer, place),
-        "peak": Text.assemble(_bar(found.peak_bytes, place), f" {show_bytes(found.peak_bytes):>9}"),
-        "time": show_duration(answer.days * 86_400) if answer.days is not None else "–",
-        "tokens/s": f"{show_count(speed.tokens_per_second)} ({_range(answer)})" if speed else "–",
-        "kWh": f"{answer.kwh:.1f}" if answer.kwh is not None else "–",
-        "plan": f"{found.plan.micro_batch} × {found.plan.accumulate}",
-        "technique": describe_technique(answer),
-        "tokens": show_count(answer.train.tokens),
-        "saves a day": _gigabytes(answer.written_bytes_per_day),
-        "disk needed": _gigabytes(answer.disk_bytes),
-    }
-
-
-def _fits(answer: Answer, place: Place) -> Text:
-    if answer.fits:
-        return Text("yes", "green")
-    if answer.found.fits:
-        return Text("too little RAM", "red")
-    return Text(f"without {place.beside}", "yellow") if answer.fits_headless else Text("no", "red")
-
-
-def _range(answer: Answer) -> str:
-    assert answer.speed is not None, "only asked where there is a speed"
-    return f"{_round(answer.speed.low)}–{_round(answer.speed.high)}"
-
-
-def _round(count: float) -> str:
-    """Return a count with two or three digits, for an end of a range: `8.4k`, `187k`, `1.1B`."""
-    power = sum(count >= 999.5 * 1000**power for power in range(3))
-    value = count / 1000**power
-    return f"{value:.{1 if value < 9.95 else 0}f}{('', 'k', 'M', 'B')[power]}"
-
-
-def _gigabytes(count: int) -> str:
-    """Return bytes as disks are sold."""
-    if count < 0.95e9:
-        return f"{count / 1e6:.0f} MB"
-    return f"{count / 1e9:.1f} GB" if count < 9.95e9 else f"{count / 1e9:.0f} GB"
+    changes: Sequence[Change] | None
+    faster: Sequence[Change] = ()
+    remarks: Sequence[Remark] = ()
+    instead: Advice | None = None
 
 
 def describe_technique(answer: Answer) -> str:
@@ -128,27 +53,7 @@ def describe_optimizer(train: TrainConfig) -> str:
     return f"{train.optimizer.bits}-bit {name}"
 
 
-def _bar(peak_bytes: int, place: Place) -> Text:
-    """Draw the peak over the whole limit; a mark stands where a desktop begins."""
-    whole = max(1, place.headless_bytes)
-    filled = min(_BAR_CELLS, max(1, round(peak_bytes / whole * _BAR_CELLS)))
-    desktop = min(_BAR_CELLS - 1, int(place.limit_bytes / whole * _BAR_CELLS))
-    cells = ["█" if cell < filled else "░" for cell in range(_BAR_CELLS)]
-    if place.limit_bytes < place.headless_bytes:
-        cells[desktop] = "▓" if desktop < filled else "│"
-    colour = "green" if peak_bytes <= place.limit_bytes else "yellow" if peak_bytes <= whole else "red"
-    return Text("".join(cells), colour)
-
-
-def _mark(place: Place) -> str:
-    if place.limit_bytes == place.headless_bytes:
-        return "."
-    return f"; the mark │ stands at the {show_bytes(place.limit_bytes)} that are left beside {place.beside}."
-
-
-def show_one(
-    answer: Answer, place: Place, changes: Sequence[Change] | None, faster: Sequence[Change], is_preset: bool
-) -> None:
+def show_one(answer: Answer, place: Place, beside: Beside, is_preset: bool) -> None:
     """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
     cut = f"{plan.micro_batch} {'sequence' if plan.micro_batch == 1 else 'sequences'} × {plan.accumulate} a step"
@@ -156,8 +61,9 @@ def show_one(
     result(f"{answer.name} {_verdict(answer, place)}: {cut}{again}.")
     result(f"  {found.reason[:1].upper()}{found.reason[1:]}.")
     result()
+    widest = min(_BAR_CELLS, max(0, out.width - _BEFORE_THE_BAR)) if out.is_terminal else _BAR_CELLS
     for name, size in ledger.lines().items():
-        cells = round(size / ledger.peak_bytes * 40)
+        cells = round(size / ledger.peak_bytes * widest)
         result(f"  {name:<12} {show_bytes(size):>10}  {'█' * cells}".rstrip())
     result(f"  {'peak':<12} {show_bytes(ledger.peak_bytes):>10}  during {ledger.moment}")
     if not found.is_rehearsed:
@@ -169,21 +75,41 @@ def show_one(
     result()
     if answer.lacks_host_bytes:
         result(f"  The computer lacks {show_bytes(answer.lacks_host_bytes)} of memory for it.")
-    if answer.speed and answer.days is not None:
-        kind = "measured here" if answer.speed.is_measured else "estimated"
-        speed = f"{show_count(answer.speed.tokens_per_second)} tokens/s ({kind}, {_range(answer)} expected)"
-        energy = f", {answer.kwh:.1f} kWh" if answer.kwh is not None else ""
-        tokens = f"{show_count(answer.train.tokens)} tokens in {show_duration(answer.days * 86_400)}{energy}"
-        result(f"  {speed}: {tokens}.")
-    elif answer.fits_headless:
-        result(f"  How fast {place.profile.name} is, is not known.")
-    for change in faster:
+    _show_time(answer, place, beside.instead)
+    for change in beside.faster:
         result(f"  {change.says} (--set {change.sets[0]}): {change.costs}; peak {show_bytes(change.peak_bytes)}.")
-    writes, disk = _gigabytes(answer.written_bytes_per_day), _gigabytes(answer.disk_bytes)
-    saves = f"A checkpoint has {show_bytes(answer.state_bytes)}; saving writes up to {writes} a day"
-    result(f"  {saves}; {disk} of disk must be free.")
+    writes, disk = show_bytes(answer.written_bytes_per_day), show_bytes(answer.disk_bytes)
+    result(f"  A checkpoint has {show_bytes(answer.state_bytes)}; checkpoints write up to {writes} a day to the disk.")
+    result(f"  {disk} of disk must be free.")
+    for remark in beside.remarks:
+        result(f"  {remark.says}", "yellow" if remark.is_warning else "")
     if not (answer.fits_headless and answer.fits_host):
-        _show_changes(answer, changes, is_preset)
+        _show_changes(answer, beside.changes, is_preset)
+
+
+def _show_time(answer: Answer, place: Place, instead: Advice | None) -> None:
+    """Say how fast the model is trained, how long that takes, and what to do where it takes years."""
+    if answer.speed is None or answer.days_range is None or answer.days is None:
+        if answer.fits_headless:
+            result(f"  How fast {place.profile.name} is, is not known.")
+        return
+    speed = answer.speed
+    pace = f"{show_count(speed.low)}–{show_count(speed.high)} tokens/s"
+    result(f"  {pace} ({describe_evidence(place.profile, measured_ids(), speed.is_measured)}).")
+    energy = f", {show_energy_range(*answer.kwh_range)}" if answer.kwh_range is not None else ""
+    lasts = show_duration_range(*(days * 86_400 for days in answer.days_range))
+    result(f"  {show_count(answer.train.tokens)} tokens in {lasts}{energy}.")
+    if answer.days > TOO_SLOW_DAYS:
+        result(f"  {place.profile.name} is too slow for {answer.name}.  {_say_instead(instead)}", "yellow")
+
+
+def _say_instead(instead: Advice | None) -> str:
+    demo = "`lowvram demo` trains a small model in minutes."
+    if instead is None or instead.answer.days_range is None:
+        return f"What it can do: {demo}"
+    name = instead.answer.name
+    lasts = show_duration_range(*(days * instead.share * 86_400 for days in instead.answer.days_range))
+    return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
 
 
 def _verdict(answer: Answer, place: Place) -> str:
@@ -241,8 +167,12 @@ def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
     yield f"precision: {train.precision}, {_PRECISION[profile.dtype] if is_own else 'as the run says'}"
     is_measured = any(answer.speed is not None and answer.speed.is_measured for answer in answers)
     has_figures = bool(profile.tflops)
-    source = "not known" if not has_figures else "reckoned from the card's published figures; --measure times it here"
-    yield f"speed: {'measured on this machine' if is_measured else source}"
+    source = describe_evidence(profile, measured_ids(), is_measured) + (
+        "" if is_measured else "; --measure times it here"
+    )
+    yield f"speed: {source if is_measured or has_figures else 'not known'}"
+    if any(not answer.is_dense for answer in answers):
+        yield f"recommendation: {DENSE_FIRST[0].lower()}{DENSE_FIRST[1:]}"
     for answer in answers:
         states = f"{describe_optimizer(answer.train)}, as the recipe says"
         moment = f"peak during {answer.found.rehearsal.ledger.moment}"
@@ -252,28 +182,54 @@ def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
 def show_json(
     answers: Sequence[Answer],
     place: Place,
-    recommended: str | None,
-    changes: Sequence[Change],
-    faster: Sequence[Change],
+    recommended: tuple[Advice | None, Advice | None],
+    beside: Beside,
+    text: RunText | None,
 ) -> None:
     """Print one JSON object; its schema is kept by a test.
 
-    changes: what would make a single model fit.  faster: in which precisions a run would be faster.
+    recommended: the first run and the long one.  text: what there is to read, None where nobody said.
     """
+    first, long = recommended
+    evidence = describe_evidence(place.profile, measured_ids(), any(a.speed and a.speed.is_measured for a in answers))
     values = {
         "gpu": place.profile.id,
         "gpu_name": place.profile.name,
         "limit_bytes": place.limit_bytes,
         "limit_bytes_without_desktop": place.headless_bytes,
-        "recommended": recommended,
-        "models": [_values(answer) for answer in answers],
-        "changes": [change._asdict() for change in changes],
-        "faster": [change._asdict() for change in faster],
+        "recommended": long.answer.name if long else None,
+        "first_run": first.answer.name if first else None,
+        "first_run_tokens": (first.tokens or first.answer.train.tokens) if first else None,
+        "evidence": evidence if any(answer.speed for answer in answers) else None,
+        "text": _text_values(text),
+        "models": [_values(answer, text) for answer in answers],
+        "changes": [change._asdict() for change in beside.changes or ()],
+        "faster": [change._asdict() for change in beside.faster],
     }
     literal(json.dumps(values, ensure_ascii=False))
 
 
-def _values(answer: Answer) -> dict[str, Any]:
+def _text_values(text: RunText | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return {
+        "tokens": text.tokens,
+        "text_bytes": sum(part.text_bytes for part in text.parts),
+        "is_held_out": text.is_held_out,
+        "suits_parameters": text.suits(),
+        "suits_preset": suitable_preset(text),
+    }
+
+
+def _passes(answer: Answer, text: RunText | None) -> float | None:
+    """Return how often the part that is read most often is read; None where that is not known, or it is too short."""
+    try:
+        return round(max(text.passes(answer.train)), 3) if text is not None else None
+    except DataError:
+        return None
+
+
+def _values(answer: Answer, text: RunText | None) -> dict[str, Any]:
     found, speed = answer.found, answer.speed
     return {
         "name": answer.name,
@@ -292,7 +248,10 @@ def _values(answer: Answer) -> dict[str, Any]:
         "tokens_per_second_range": [round(speed.low, 1), round(speed.high, 1)] if speed else None,
         "is_measured": speed.is_measured if speed else None,
         "days": round(answer.days, 3) if answer.days is not None else None,
+        "days_range": [round(days, 3) for days in answer.days_range] if answer.days_range is not None else None,
         "kwh": round(answer.kwh, 2) if answer.kwh is not None else None,
+        "kwh_range": [round(kwh, 3) for kwh in answer.kwh_range] if answer.kwh_range is not None else None,
+        "passes": _passes(answer, text),
         "checkpoint_bytes": answer.state_bytes,
         "written_bytes_per_day": answer.written_bytes_per_day,
         "disk_bytes": answer.disk_bytes,

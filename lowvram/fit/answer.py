@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +12,6 @@ from lowvram.fit.speed import Measured, Speed, days, estimate, kwh, step_seconds
 from lowvram.plan import Ledger, Plan
 from lowvram.profile import Profile
 
-# A person waits a few weeks at most: what is recommended ends within them.
-PATIENCE_DAYS = 21.0
-OUR_PRESETS = "tr-"
 # What an operating system and a browser hold in the computer's memory.
 SYSTEM_BYTES = 2 * 2**30
 _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
@@ -68,6 +63,27 @@ class Answer(NamedTuple):
         """Say whether the computer has room, as far as is known."""
         return not self.lacks_host_bytes
 
+    @property
+    def is_dense(self) -> bool:
+        """Say whether every token passes through all weights."""
+        return self.model.ffn.kind != "moe"
+
+    @property
+    def days_range(self) -> tuple[float, float] | None:
+        """The fewest and the most days that are expected, None where the speed is not known."""
+        if self.days is None or self.speed is None:
+            return None
+        pace = self.speed.tokens_per_second
+        return self.days * pace / self.speed.high, self.days * pace / self.speed.low
+
+    @property
+    def kwh_range(self) -> tuple[float, float] | None:
+        """The least and the most electricity that is expected, None where speed or power is not known."""
+        if self.kwh is None or self.speed is None:
+            return None
+        pace = self.speed.tokens_per_second
+        return self.kwh * pace / self.speed.high, self.kwh * pace / self.speed.low
+
 
 def judge(
     name: str,
@@ -87,11 +103,14 @@ def judge(
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
         return step_seconds(rehearsal, plan, train, place.profile, place.measured)
 
-    may_offload = not place.profile.unified
-    found = search(sketch, place.limit_bytes, seconds, exact, wish, may_offload)
+    def has_room(ledger: Ledger) -> bool:
+        return not lacking_bytes(ledger, place)
+
+    may_move = None if place.profile.unified else has_room
+    found = search(sketch, place.limit_bytes, seconds, exact, wish, may_move)
     fits_headless = found.fits
     if not found.fits and found.peak_bytes <= place.headless_bytes:
-        found = search(sketch, place.headless_bytes, seconds, exact, wish, may_offload)._replace(fits=False)
+        found = search(sketch, place.headless_bytes, seconds, exact, wish, may_move)._replace(fits=False)
         fits_headless = True
     ledger = found.rehearsal.ledger
     state = ledger.checkpoint_bytes
@@ -130,27 +149,3 @@ def lacking_bytes(ledger: Ledger, place: Place) -> int:
         return 0
     share = SYSTEM_BYTES if ledger.kept_on_host and not place.profile.unified else 0
     return max(0, host_bytes_of(ledger, place.profile) + share - place.ram_bytes)
-
-
-def recommend(answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS) -> tuple[Answer, str] | None:
-    """Return the model to train and why, or None where none fits.
-
-    The largest whose tokens are seen in time, by √(parameters · active parameters): what a mixture of experts is worth
-    lies between the two.  Other projects' models are taken only where none of ours fits.
-    """
-    fitting = [answer for answer in answers if answer.fits]
-    fitting = [answer for answer in fitting if answer.name.startswith(OUR_PRESETS)] or fitting
-    if not fitting:
-        return None
-
-    def worth(answer: Answer) -> float:
-        return math.sqrt(answer.model.num_parameters() * answer.model.active_parameters())
-
-    if all(answer.days is None for answer in fitting):
-        return max(fitting, key=worth), "the largest that fits; how fast this card is, is not known"
-    timed = [answer for answer in fitting if answer.days is not None]
-    soon = [answer for answer in timed if answer.days is not None and answer.days <= patience_days]
-    if not soon:
-        quickest = min(timed, key=lambda answer: answer.days or math.inf)
-        return quickest, f"the quickest; none sees all of its tokens within {patience_days:g} days"
-    return max(soon, key=worth), f"the largest that sees all of its tokens within {patience_days:g} days"

@@ -5,16 +5,19 @@ Only what leaves the mathematics alone is searched: the micro-batch and what bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.plan import TECHNIQUES, Plan, Recompute
+from lowvram.plan import TECHNIQUES, Ledger, Plan, Recompute
 
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
 RECOMPUTING_COSTS = 0.05
 # Plans whose times differ by less are equally fast: the smaller one leaves room.
 EQUALLY_FAST = 0.02
+_SMALLEST = "this is the smallest plan: one sequence at a time, every block computed again in backward"
+_NONE_ASKED_FOR = "no plan of the kind that you asked for fits; this one comes nearest"
 
 
 class Wish(NamedTuple):
@@ -51,24 +54,37 @@ def search(
     step_seconds: Callable[[Rehearsal, Plan], float],
     exact: bool = False,
     wish: Wish = ANY,
-    may_offload: bool = False,
+    may_move: Callable[[Ledger], bool] | None = None,
 ) -> Found:
-    """Return the fastest plan within limit_bytes.
+    """Return the fastest plan within limit_bytes; more bytes never make it slower.
 
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
     and another one if that is above the limit; a line between two is near, and mostly above the truth.
-    wish: search only such plans.  may_offload: where nothing fits, try with the optimizer's states in the computer's
-    memory and every block recomputed: a plan that recomputes less would not need it.
+    wish: search only such plans.  may_move: says whether the computer's memory has room for what a plan keeps there;
+    then plans with the optimizer's states in it are tried too, unless the card has room for all that is faster.  None:
+    nothing is moved.
     """
-    found = _search(sketch, limit_bytes, step_seconds, exact, wish)
-    lighter = wish._replace(recompute=TECHNIQUES[-1])
-    if found.fits or not (may_offload and sketch.can_offload) or wish.recompute not in (None, lighter.recompute):
+    found, seconds, is_enough = _search(sketch, limit_bytes, step_seconds, exact, wish)
+    is_allowed = sketch.can_offload and wish.recompute in (None, TECHNIQUES[-1])
+    is_fastest = found.fits and is_enough and found.plan.recompute != TECHNIQUES[-1]
+    if may_move is None or not is_allowed or is_fastest:
         return found
-    moved = _search(sketch.offloaded(), limit_bytes, step_seconds, exact, lighter)
-    if not moved.fits:
-        return moved if moved.peak_bytes < found.peak_bytes else found
-    why = "the optimizer's states lie in the computer's memory, since nothing fits with them on the card"
-    return moved._replace(reason=f"{why}: {moved.plan.micro_batch} sequences at a time")
+    # A plan that recomputes less would have room on the card, since states are smaller than activations.
+    lighter = wish._replace(recompute=TECHNIQUES[-1])
+    moved, moved_seconds, _ = _search(sketch.offloaded(), limit_bytes, step_seconds, exact, lighter)
+    many = f"{moved.plan.micro_batch} {'sequence' if moved.plan.micro_batch == 1 else 'sequences'} at a time"
+    lies = "the optimizer's states lie in the computer's memory"
+    if not found.fits:
+        if not moved.fits:
+            smaller = moved if moved.peak_bytes < found.peak_bytes else found
+            where = f"{_SMALLEST}, and {lies}" if smaller is moved else _SMALLEST
+            return smaller._replace(reason=where if wish == ANY else _NONE_ASKED_FOR)
+        return moved._replace(reason=f"{lies}, since nothing fits with them on the card: {many}")
+    if moved.fits and moved_seconds < seconds and may_move(moved.rehearsal.ledger):
+        slower = seconds / moved_seconds
+        times = f"a step would take {slower:.2f} times as long" if slower > 1.005 else "a step would be no faster"
+        return moved._replace(reason=f"{lies}, which makes room for {many}; with them on the card {times}")
+    return found
 
 
 def _search(
@@ -77,10 +93,12 @@ def _search(
     step_seconds: Callable[[Rehearsal, Plan], float],
     exact: bool,
     wish: Wish,
-) -> Found:
+) -> tuple[Found, float, bool]:
+    """Return what was found, the seconds of its step, and whether more room could make it no faster."""
     techniques = TECHNIQUES if wish.recompute is None else (wish.recompute,)
     sizes = sketch.sizes if wish.micro_batch is None else [wish.micro_batch]
     timed: list[tuple[float, Found]] = []
+    is_enough = False
     for technique in techniques:
         here = []
         for micro_batch, rehearsal in _fitting(sketch, technique, sizes, limit_bytes):
@@ -88,29 +106,33 @@ def _search(
             found = Found(plan, rehearsal, True, "", sketch.has(technique, micro_batch))
             here.append((step_seconds(rehearsal, plan), found))
         timed += here
-        if here and (len(sizes) == 1 or _is_enough(here, sketch.samples)):
+        is_enough = bool(here) and (len(sizes) == 1 or _is_enough(here, sketch.samples))
+        if is_enough:
             break  # more recomputation would make room for nothing that is faster, and itself costs time
     while timed:
-        chosen = _choose(timed, wish, sketch.samples)
+        seconds, chosen = _choose(timed, wish, sketch.samples)
         if not exact:
-            return chosen
+            return chosen, seconds, is_enough
         rehearsal = sketch.exactly(chosen.plan.recompute, chosen.plan.micro_batch)
         if rehearsal.ledger.peak_bytes <= limit_bytes:
-            return chosen._replace(rehearsal=rehearsal, is_rehearsed=True)
-        timed = [(seconds, found) for seconds, found in timed if found.plan != chosen.plan]
-    reason = "this is the smallest plan: one sequence at a time, every block computed again in backward"
-    if wish != ANY:
-        reason = "no plan of the kind that you asked for fits; this one comes nearest"
+            return chosen._replace(rehearsal=rehearsal, is_rehearsed=True), seconds, is_enough
+        timed = [(took, found) for took, found in timed if found.plan != chosen.plan]
+        is_enough = False
     plan = sketch.plan(techniques[-1], sizes[0])
-    return Found(plan, sketch.exactly(plan.recompute, plan.micro_batch), False, reason)
+    reason = _SMALLEST if wish == ANY else _NONE_ASKED_FOR
+    return Found(plan, sketch.exactly(plan.recompute, plan.micro_batch), False, reason), math.inf, False
 
 
-def _choose(timed: Sequence[tuple[float, Found]], wish: Wish, samples: int) -> Found:
+def _choose(timed: Sequence[tuple[float, Found]], wish: Wish, samples: int) -> tuple[float, Found]:
+    """Return the smallest of the plans that are as good as the fastest.
+
+    Of more plans this choice is never slower: whatever is both smaller and faster than it would have been chosen.
+    """
     fastest = min(seconds for seconds, _ in timed)
     level = [(seconds, found) for seconds, found in timed if seconds <= fastest * (1 + EQUALLY_FAST)]
     seconds, chosen = min(level, key=lambda one: one[1].peak_bytes)
     reason = "you asked for it" if wish != ANY else _explain(chosen.plan, seconds, timed, samples)
-    return chosen._replace(reason=reason)
+    return seconds, chosen._replace(reason=reason)
 
 
 def _is_enough(timed: Sequence[tuple[float, Found]], samples: int) -> bool:

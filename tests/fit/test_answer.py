@@ -1,4 +1,4 @@
-"""What is said about a model on a card, in numbers that can be checked by hand; and which model is recommended."""
+"""What is said about a model on a card, in numbers that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.config import RunOptions, divisors
-from lowvram.fit.answer import SYSTEM_BYTES, Answer, Place, judge, recommend
+from lowvram.fit.answer import SYSTEM_BYTES, Answer, Place, judge
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
 from lowvram.fit.speed import step_seconds
 from lowvram.plan import Ledger, Plan
@@ -135,47 +135,11 @@ def test_of_a_card_without_figures_the_plan_is_known_and_the_speed_is_not() -> N
     assert (answer.speed, answer.days, answer.kwh) == (None, None, None)
 
 
-def invented(name: str, parameters_of: str, days: float | None, lacks: int = 0, fits: bool = True) -> Answer:
-    model, train = load_preset(parameters_of)
+def test_time_and_electricity_have_the_range_of_the_speed() -> None:
     answer = answer_on(ROOMY)
-    return answer._replace(
-        name=name,
-        model=model,
-        train=train,
-        found=answer.found._replace(fits=fits),
-        days=days,
-        lacks_host_bytes=lacks,
-    )
-
-
-def test_the_largest_that_ends_in_time_is_recommended() -> None:
-    answers = [invented("s", "tr-25m", 0.1), invented("m", "tr-125m", 5.0), invented("l", "tr-350m", 30.0)]
-    assert recommend(answers) == (answers[1], "the largest that sees all of its tokens within 21 days")
-    assert recommend(answers, 40.0) == (answers[2], "the largest that sees all of its tokens within 40 days")
-    assert recommend(answers, 0.5)[0].name == "s"
-
-
-def test_a_mixture_of_experts_is_worth_what_lies_between_all_and_active_parameters() -> None:
-    dense, moe = invented("dense", "tr-125m", 1.0), invented("moe", "tr-130m-moe", 1.0)
-    assert moe.model.num_parameters() > dense.model.num_parameters()
-    assert recommend([dense, moe])[0].name == "dense"
-
-
-def test_where_none_ends_in_time_the_quickest_is_recommended() -> None:
-    answers = [invented("s", "tr-25m", 33.0), invented("m", "tr-125m", 90.0)]
-    assert recommend(answers) == (answers[0], "the quickest; none sees all of its tokens within 21 days")
-
-
-def test_where_no_speed_is_known_the_largest_that_fits_is_recommended() -> None:
-    answers = [invented("s", "tr-25m", None), invented("m", "tr-125m", None)]
-    assert recommend(answers) == (answers[1], "the largest that fits; how fast this card is, is not known")
-
-
-def test_what_does_not_fit_card_or_computer_is_never_recommended() -> None:
-    answers = [
-        invented("s", "tr-25m", 1.0),
-        invented("m", "tr-125m", 1.0, lacks=1),
-        invented("l", "tr-350m", 1.0, fits=False),
-    ]
-    assert recommend(answers)[0].name == "s"
-    assert recommend(answers[1:]) is None
+    for middle, (low, high) in ((answer.days, answer.days_range), (answer.kwh, answer.kwh_range)):
+        assert low == pytest.approx(middle * answer.speed.tokens_per_second / answer.speed.high)
+        assert high == pytest.approx(middle * answer.speed.tokens_per_second / answer.speed.low)
+        assert low < middle < high
+    unknown = answer_on(Place(generic_profile(8 * GIB), 6 * GIB, 7 * GIB))
+    assert (unknown.days_range, unknown.kwh_range) == (None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lowvram.config import divisors
@@ -166,3 +168,57 @@ def test_a_plan_whose_own_rehearsal_is_above_the_limit_is_passed_over() -> None:
     assert exact.plan.micro_batch == 2
     assert exact.is_rehearsed
     assert exact.peak_bytes <= limit
+
+
+def test_a_plan_is_never_called_asked_for_where_nothing_was_asked() -> None:
+    nothing = Model().search(FIXED + 99, wish=ANY)
+    moved = search(Model().sketch, FIXED + 99, Model().seconds, may_move=lambda _: True)
+    assert not nothing.fits
+    assert not moved.fits
+    assert "asked for" not in nothing.reason + moved.reason
+    asked = search(Model().sketch, FIXED + 99, Model().seconds, wish=Wish(micro_batch=2), may_move=lambda _: True)
+    assert "asked for" in asked.reason
+
+
+class Heavy(Model):
+    """States of 1,000 bytes, which may lie in the computer's memory instead; moving them takes a while each step."""
+
+    STATES, MOVING_S = 1_000, 1.0
+
+    def _rehearse(self, plan: Plan) -> Rehearsal:
+        found = super()._rehearse(plan)
+        states = self.STATES if plan.offload == "none" else 0
+        kept = self.STATES - states
+        ledger = found.ledger._replace(optimizer=states, kept_on_host=kept, host_bytes=kept)
+        return found._replace(ledger=ledger)
+
+    def seconds(self, rehearsal: Rehearsal, plan: Plan) -> float:
+        return super().seconds(rehearsal, plan) + (self.MOVING_S if plan.offload == "optimizer" else 0.0)
+
+    def move(self, limit_bytes: int, has_room: bool = True) -> Found:
+        return search(self.sketch, limit_bytes, self.seconds, may_move=lambda _: has_room)
+
+
+def test_states_are_moved_where_the_room_that_they_leave_is_worth_it() -> None:
+    # One sequence beside the states takes 16 · (10 + 1.3) s, eight without them 2 · (10 + 8 · 1.3) + 1.
+    limit = FIXED + Heavy.STATES + 100
+    moved = Heavy(overhead=10.0).move(limit)
+    assert (moved.plan.offload, moved.plan.micro_batch) == ("optimizer", 8)
+    assert moved.reason == (
+        "the optimizer's states lie in the computer's memory, which makes room for 8 sequences at a time; "
+        f"with them on the card a step would take {180.8 / 41.8:.2f} times as long"
+    )
+    assert Heavy(overhead=10.0).move(limit, has_room=False).plan.offload == "none"
+    assert Heavy(overhead=0.0).move(limit).plan.offload == "none", "moving would cost and gain nothing"
+
+
+@pytest.mark.parametrize("overhead", [0.01, 0.2, 1.0, 10.0])
+def test_more_memory_never_makes_a_step_slower(overhead: float) -> None:
+    model, before = Heavy(overhead=overhead), math.inf
+    for limit in range(FIXED, FIXED + 9_000, 50):
+        found = model.move(limit)
+        if found.fits:
+            seconds = model.seconds(found.rehearsal, found.plan)
+            assert seconds <= before, limit
+            before = seconds
+        assert found.fits == (limit >= FIXED + 100)

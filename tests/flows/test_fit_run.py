@@ -35,7 +35,8 @@ CONTRADICTIONS = {
         "--gpu rtx5070 --set optimizer.bits=8",
         r"--set changes one run\. Name it: RUN\.toml, or --model PRESET\.",
     ),
-    "data without out": ("--gpu rtx5070 --data shards", r"--data says what a new run file holds\. Add --out run\.toml"),
+    "data that is not there": ("--gpu rtx5070 --data shards", r"The folder shards does not exist\."),
+    "two texts": ("{run} --data shards", r"--data and \S+large\.toml both name the text\. Leave --data out\."),
     "out of a run file": ("{run} --out new.toml", r"--out has nothing to write: \S+large\.toml is a run file"),
     "out over a file": ("--gpu rtx5070 --out {run}", r"large\.toml exists already\. It is not overwritten"),
     "a card to measure elsewhere": ("--gpu rtx5070 --measure", r"--measure times this machine\. Leave --gpu"),
@@ -95,11 +96,12 @@ def test_a_wide_run_is_told_which_8_bits_are_faster_on_a_card_that_has_them_and_
     sets = [word for assignment in WIDE for word in ("--set", assignment)]
     offered = {
         gpu: [change["sets"] for change in values(large, "--gpu", gpu, "--desktop", "none", *sets)["faster"]]
-        for gpu in ("rtx5070", "rtx3060-12gb", "rtx2070")
+        for gpu in ("rtx5070", "rtx3060-12gb", "rtx2070", "cpu", "m3-max")
     }
     assert offered["rtx5070"] == [["train.precision=fp8"], ["train.precision=int8"]]
     assert offered["rtx3060-12gb"] == [["train.precision=int8"]], "FP8 is decoded there"
     assert offered["rtx2070"] == []
+    assert offered["cpu"] == offered["m3-max"] == [], "no kernel multiplies 8 bits there"
     screen = typed("fit", large, "--gpu", "rtx5070", "--desktop", "none", *sets).out
     assert re.search(
         r"  INT8 products \(--set train\.precision=int8\): about \d\.\d times as fast; 0\.6 % more", screen
@@ -136,10 +138,14 @@ def test_a_run_file_is_written_for_what_is_recommended_and_train_names_its_gaps(
     path = tmp_path / "new" / "run.toml"
     answer = typed("fit", "--gpu", "rtx2060", "--days", 2, "--out", path)
     assert answer.code == 0, answer.err
-    assert answer.err.endswith(f"Wrote {path}: put your folders into it, then lowvram train {path}\n")
+    [wrote] = re.findall(r"Wrote .*\n", answer.err)
+    assert re.fullmatch(
+        rf"Wrote {path} \((.*), .* h, .* k?Wh\): put your folders into it, then lowvram train {path}\n", wrote
+    )
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     recommended = values("--gpu", "rtx2060", "--days", 2)["recommended"]
     assert tables["model"] == {"preset": recommended}
+    assert wrote.startswith(f"Wrote {path} ({recommended}, ")
     assert tables["train"] == {"precision": "fp16"}, "RTX 20 has no bf16"
     said = typed("train", path)
     assert said.code == 1
@@ -170,7 +176,7 @@ def test_with_data_the_written_run_is_trained_at_once(tmp_path: Path, folder: st
     (tmp_path / "shards").rename(tmp_path / folder)
     path = tmp_path / "mine.toml"
     answer = typed("fit", "--gpu", "cpu", "--model", "tr-25m", "--out", path, "--data", tmp_path / folder)
-    assert answer.err.endswith(f"Wrote {path}: lowvram train {path}\n")
+    assert answer.err.endswith(f"): lowvram train {path}\n")
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     assert tables["data"] == {"train": f"{folder}/train", "valid": f"{folder}/valid", "tokenizer": "tok"}
     sets = [word for assignment in (*SMALL, *SHORT) for word in ("--set", assignment)]
@@ -227,7 +233,7 @@ def test_what_was_measured_here_is_said_from_then_on(tmp_path: Path, monkeypatch
     answer = typed("fit", tmp_path / "run.toml", "--measure")
     assert answer.code == 0, answer.err
     assert re.search(r"Measured: \d+\.\d\d TFLOP/s in products, kept in \S+cpu-fp32\.json\.", answer.err)
-    assert "tokens/s (measured here, " in answer.out
+    assert "tokens/s (measured on this machine)." in answer.out
     assert values(tmp_path / "run.toml")["models"][0]["is_measured"] is True
 
 

@@ -1,0 +1,214 @@
+"""How answers about many models look: a table as wide as the window allows, and what to begin with; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text as Cell
+
+from lowvram.cli.show import lay_out, literal, out, result, table_width
+from lowvram.cli.verdict import describe_technique
+from lowvram.errors import DataError
+from lowvram.fit.answer import Answer, Place
+from lowvram.fit.evidence import describe_evidence
+from lowvram.fit.passes import ENOUGH_PASSES, RunText, round_down
+from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
+from lowvram.profile import measured_ids
+from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
+
+# Cells of the bar, the widest first; a window that is too narrow for any of them gets none.
+_BAR_CELLS = (16, 8, 0)
+# The columns that a narrow window shows first; "parameters" is left out after all others.
+_KEPT = ("preset", "parameters", "fits", "peak", "time", "passes")
+_LEFT = {"preset", "fits", "peak", "technique"}
+
+
+class Advised(NamedTuple):
+    """What is recommended.  first, long: None where nothing is.  command: `lowvram fit` with the card's options."""
+
+    first: Advice | None
+    long: Advice | None
+    command: str
+
+
+def show_table(answers: Sequence[Answer], place: Place, advised: Advised, text: RunText | None) -> None:
+    """Print one row per model, what the columns mean, and what to begin with."""
+    names = {advice.answer.name for advice in advised[:2] if isinstance(advice, Advice)}
+    shown, cells = _choose_layout(answers, place, names, text)
+    rows = [_row(answer, place, names, text, cells) for answer in answers]
+    lay_out(_tabulate(rows, shown))
+    result()
+    tensors = f"{show_bytes(place.headless_bytes)} that tensors may take on {place.profile.name}"
+    result(f"Peak: of the {tensors}{_mark(place, cells)}")
+    if left_out := [name for name in rows[0] if name not in shown]:
+        result(f"A wider window shows also: {', '.join(left_out)}.")
+    if any(answer.speed for answer in answers):
+        is_measured = any(answer.speed is not None and answer.speed.is_measured for answer in answers)
+        evidence = describe_evidence(place.profile, measured_ids(), is_measured)
+        result(f"Time and energy: until all of the preset's tokens are seen; {evidence}.")
+    result("Parameters in brackets: active for a token.")
+    if lacking := [answer for answer in answers if answer.lacks_host_bytes and answer.found.fits]:
+        needs = ", ".join(f"{answer.name} {show_bytes(answer.host_bytes)}" for answer in lacking)
+        result(f"The computer's memory of {show_bytes(place.ram_bytes or 0)} is too small for: {needs}.")
+    if text is not None:
+        _show_text(text)
+    result()
+    _show_advice(answers, place, advised)
+
+
+def _show_text(text: RunText) -> None:
+    result(
+        f"Passes: how often a preset's own tokens read this text of {show_count(text.tokens)} tokens; beyond about "
+        f"{ENOUGH_PASSES:.0f} a model memorises rather than learns."
+    )
+
+
+def _show_advice(answers: Sequence[Answer], place: Place, advised: Advised) -> None:
+    if advised.long is None:
+        least = min(answers, key=lambda answer: answer.found.peak_bytes).name
+        result(f"None of them fits.  With --model {least} the same command shows what the smallest needs.")
+        return
+    same = advised.first is not None and advised.first.answer.name == advised.long.answer.name
+    if advised.first is None:
+        says = f"An hour on {place.profile.name} is too short for every preset"
+        result(f"{says}: `lowvram demo` trains a smaller model in minutes.")
+    elif not same or advised.first.tokens != advised.long.tokens:
+        _show_run("A first run", advised.first, f"{advised.command} --model {advised.first.answer.name} --out run.toml")
+    name = advised.long.answer.name
+    _show_run("A run" if same else "A long run", advised.long, f"{advised.command} --model {name} --out run.toml")
+    if any(not answer.is_dense and answer.fits for answer in answers) and advised.long.answer.is_dense:
+        result(DENSE_FIRST)
+
+
+def _show_run(what: str, advice: Advice, command: str) -> None:
+    says = [f"{what}: {advice.answer.name}"]
+    says += [describe_time(advice)] if advice.days is not None else []
+    result(f"{', '.join(says)}: {advice.reason}.")
+    literal(f"  {command}")
+    if advice.tokens is not None:
+        literal(f"  lowvram train run.toml --set train.tokens={round_down(advice.tokens)}")
+
+
+def describe_time(advice: Advice) -> str:
+    """Return the range of time and of energy of a recommended run: `0.7–1.7 h, 200–400 Wh`."""
+    answer = advice.answer
+    assert answer.days_range is not None, "only asked where there is a speed"
+    low, high = (days * advice.share * 86_400 for days in answer.days_range)
+    energy = answer.kwh_range
+    said = [show_duration_range(low, high)]
+    said += [show_energy_range(*(kwh * advice.share for kwh in energy))] if energy is not None else []
+    return ", ".join(said)
+
+
+def _choose_layout(
+    answers: Sequence[Answer], place: Place, names: set[str], text: RunText | None
+) -> tuple[list[str], int]:
+    """Return the columns that the window has room for, and the cells of the bar; a pipe has room for all."""
+    rows = [_row(answer, place, names, text, _BAR_CELLS[0]) for answer in answers]
+    everything = list(rows[0])
+    if not out.is_terminal:
+        return everything, _BAR_CELLS[0]
+    kept = [name for name in everything if name in _KEPT]
+    offers = [(everything[:count], _BAR_CELLS[0]) for count in range(len(everything), len(kept), -1)]
+    offers += [(kept, cells) for cells in _BAR_CELLS]
+    offers.append(([name for name in kept if name != "parameters"], 0))
+    for shown, cells in offers:
+        rows = [_row(answer, place, names, text, cells) for answer in answers]
+        if table_width(_tabulate(rows, shown)) <= out.width:
+            return shown, cells
+    return offers[-1]
+
+
+def _tabulate(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in shown:
+        table.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
+    return table
+
+
+def _row(answer: Answer, place: Place, names: set[str], text: RunText | None, cells: int) -> dict[str, Any]:
+    """Return the cells by column, what matters most first.  names: the presets that are recommended."""
+    found, model, speed = answer.found, answer.model, answer.speed
+    size = show_count(model.num_parameters())
+    if model.active_parameters() != model.num_parameters():
+        size += f" ({_round(model.active_parameters())})"
+    peak = [_bar(found.peak_bytes, place, cells), " "] if cells else []
+    row = {
+        "preset": Cell(answer.name, "bold" if answer.name in names else ""),
+        "parameters": size,
+        "fits": _fits(answer, place),
+        "peak": Cell.assemble(*peak, f"{show_bytes(found.peak_bytes):>9}"),
+        "time": _time(answer),
+    }
+    row |= {"passes": _passes(answer, text)} if text is not None else {}
+    return row | {
+        "tokens/s": f"{show_count(speed.tokens_per_second)} ({_range(answer)})" if speed else "–",
+        "energy": show_energy_range(*answer.kwh_range) if answer.kwh_range is not None else "–",
+        "plan": f"{found.plan.micro_batch} × {found.plan.accumulate}",
+        "technique": describe_technique(answer),
+        "tokens": show_count(answer.train.tokens),
+        "disk writes a day": show_bytes(answer.written_bytes_per_day),
+        "disk needed": show_bytes(answer.disk_bytes),
+    }
+
+
+def _time(answer: Answer) -> Cell:
+    if answer.days_range is None or answer.days is None:
+        return Cell("–")
+    if answer.days > TOO_SLOW_DAYS:
+        return Cell("over a year", "red")
+    low, high = (days * 86_400 for days in answer.days_range)
+    return Cell(show_duration_range(low, high))
+
+
+def _passes(answer: Answer, text: RunText) -> Cell:
+    try:
+        most = max(text.passes(answer.train))
+    except DataError:
+        return Cell("too short", "red")  # for a single window
+    return Cell(f"{most:,.{1 if most < 9.95 else 0}f}", "yellow" if most > ENOUGH_PASSES else "")
+
+
+def _fits(answer: Answer, place: Place) -> Cell:
+    if answer.fits:
+        return Cell("yes", "green")
+    if answer.found.fits:
+        return Cell("too little RAM", "red")
+    return Cell(f"without {place.beside}", "yellow") if answer.fits_headless else Cell("no", "red")
+
+
+def _range(answer: Answer) -> str:
+    assert answer.speed is not None, "only asked where there is a speed"
+    return f"{_round(answer.speed.low)}–{_round(answer.speed.high)}"
+
+
+def _round(count: float) -> str:
+    """Return a count with two or three digits, for an end of a range: `8.4k`, `187k`, `1.1B`."""
+    power = sum(count >= 999.5 * 1000**power for power in range(3))
+    value = count / 1000**power
+    return f"{value:.{1 if value < 9.95 else 0}f}{('', 'k', 'M', 'B')[power]}"
+
+
+def _bar(peak_bytes: int, place: Place, width: int) -> Cell:
+    """Draw the peak over the whole limit; a mark stands where a desktop begins."""
+    whole = max(1, place.headless_bytes)
+    filled = min(width, max(1, round(peak_bytes / whole * width)))
+    desktop = min(width - 1, int(place.limit_bytes / whole * width))
+    cells = ["█" if cell < filled else "░" for cell in range(width)]
+    if place.limit_bytes < place.headless_bytes:
+        cells[desktop] = "▓" if desktop < filled else "│"
+    colour = "green" if peak_bytes <= place.limit_bytes else "yellow" if peak_bytes <= whole else "red"
+    return Cell("".join(cells), colour)
+
+
+def _mark(place: Place, cells: int) -> str:
+    if place.limit_bytes == place.headless_bytes:
+        return "."
+    left = show_bytes(place.limit_bytes)
+    if not cells:
+        return f"; {left} are left beside {place.beside}."
+    return f"; the mark │ stands at the {left} that are left beside {place.beside}."

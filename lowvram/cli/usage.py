@@ -1,0 +1,50 @@
+"""What is answered to a command or an option that does not exist: what was meant, not all that there is."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+# argparse's own words: from 3.12 on choices stand there without quotes.
+_CHOICE = re.compile(r"argument (.+?): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+_COMMAND = {"COMMAND", "command", "ACTION", "action"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose usage errors name the nearest option, value or command."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Refuse an option here, where its neighbours are known; argparse would refuse it at the very top."""
+        found, left = super().parse_known_args(args, namespace)
+        unknown = [word.partition("=")[0] for word in left if re.match(r"--?[^\W\d]", word)]
+        has_commands = any(isinstance(action, argparse._SubParsersAction) for action in self._actions)
+        if unknown and not has_commands:
+            self.error(f"there is no option {unknown[0]}. {self._answer_option(unknown[0])}")
+        return found, left
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the message with the nearest choice, and exit with 2."""
+        choice = _CHOICE.fullmatch(message)
+        if choice is not None:
+            message = _answer_choice(choice[1], choice[2], re.findall(r"[^\s,']+", choice[3]))
+        super().error(message)
+
+    def _answer_option(self, word: str) -> str:
+        from lowvram.field_names import answer_option
+        from lowvram.runfile import full_names
+
+        options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        return answer_option(word, options, full_names())
+
+
+def _answer_choice(argument: str, given: str, choices: list[str]) -> str:
+    from lowvram.errors import name_nearest
+    from lowvram.field_names import answer_command
+
+    if argument in _COMMAND:
+        return f"there is no command {given}. {answer_command(given, choices)}"
+    return f"argument {argument}: there is no {given!r}. {name_nearest(given, choices)}"

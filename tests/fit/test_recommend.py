@@ -1,0 +1,122 @@
+"""Which preset is recommended for a first run and for a long one: by time, by kind, and by the text that there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowvram.fit.answer import Answer, Place, judge
+from lowvram.fit.passes import Part, RunText
+from lowvram.fit.recommend import TOO_SLOW_DAYS, limit_tokens, recommend, recommend_first
+from lowvram.fit.sketch import Rehearsal, Sketch, Work
+from lowvram.plan import Ledger
+from lowvram.profile import load_profile
+from lowvram.runfile import load_preset
+
+HOUR = 1 / 24
+MODEL, TRAIN = load_preset("tr-25m")
+REHEARSAL = Rehearsal(Ledger(1, 1, 1, 1, 1, 1, "backward"), Work(1e12, 1e9, 1000.0), Work(0.0, 5e8, 100.0))
+ANSWER = judge(
+    "tr-25m", MODEL, TRAIN, Sketch([64], lambda _: REHEARSAL, 1024), Place(load_profile("rtx5070"), 2**33, 2**33)
+)
+
+
+def invented(name: str, days: float | None, lacks: int = 0, fits: bool = True) -> Answer:
+    """An answer about a preset that takes so many days."""
+    model, train = load_preset(name)
+    speed = None if days is None else ANSWER.speed._replace(tokens_per_second=train.tokens / days / 86_400)
+    found = ANSWER.found._replace(fits=fits)
+    return ANSWER._replace(
+        name=name, model=model, train=train, found=found, speed=speed, days=days, lacks_host_bytes=lacks
+    )
+
+
+def text(tokens: int) -> RunText:
+    return RunText((Part(Path("train"), tokens, 4 * tokens),), True)
+
+
+def test_the_largest_that_ends_in_time_is_recommended() -> None:
+    answers = [invented("tr-25m", 0.1), invented("tr-125m", 5.0), invented("tr-350m", 30.0)]
+    advice = recommend(answers)
+    assert (advice.answer, advice.tokens) == (answers[1], None)
+    assert advice.reason == "the largest dense preset that sees all of its tokens within 21 days"
+    assert recommend(answers, 30.0).answer == answers[2]
+    assert recommend(answers, 29.9).answer == answers[1]
+    assert recommend(answers, 0.5).answer.name == "tr-25m"
+
+
+def test_dense_goes_before_mixtures_and_ours_before_others_however_large() -> None:
+    dense, moe, other = invented("tr-25m", 1.0), invented("tr-2b-moe", 1.0), invented("ismail-1024", 1.0)
+    assert recommend([dense, moe, other]).answer == dense
+    assert recommend([moe, other]).answer == moe
+    assert recommend([moe, other]).reason.startswith("the largest preset that sees")
+    assert recommend([other]).answer == other
+    assert recommend([dense._replace(found=dense.found._replace(fits=False)), moe]).answer == moe
+
+
+def test_of_mixtures_the_worth_lies_between_all_and_active_parameters() -> None:
+    many, few = invented("tr-600m-moe", 1.0), invented("tr-130m-moe", 1.0)
+    assert recommend([few, many]).answer == many
+
+
+def test_where_none_ends_in_time_the_quickest_is_recommended() -> None:
+    answers = [invented("tr-25m", 33.0), invented("tr-125m", 90.0)]
+    advice = recommend(answers)
+    assert advice.answer == answers[0]
+    assert advice.reason == "the quickest; none sees all of its tokens within 21 days"
+
+
+def test_where_no_speed_is_known_the_largest_that_fits_is_recommended_and_the_smallest_first() -> None:
+    answers = [invented("tr-25m", None), invented("tr-125m", None)]
+    assert recommend(answers).answer == answers[1]
+    assert recommend(answers).reason == "the largest dense preset that fits; how fast this card is, is not known"
+    assert recommend_first(answers).answer == answers[0]
+
+
+def test_what_does_not_fit_card_or_computer_is_never_recommended() -> None:
+    answers = [invented("tr-25m", 0.01), invented("tr-125m", 0.01, lacks=1), invented("tr-350m", 0.01, fits=False)]
+    for choose in (recommend, recommend_first):
+        assert choose(answers).answer.name == "tr-25m"
+        assert choose(answers[1:]) is None
+
+
+@pytest.mark.parametrize("hours, name", [(2.0, "tr-60m"), (2.01, "tr-25m")])
+def test_a_first_run_ends_within_two_hours(hours: float, name: str) -> None:
+    advice = recommend_first([invented("tr-25m", HOUR), invented("tr-60m", hours * HOUR), invented("tr-125m", 1.0)])
+    assert (advice.answer.name, advice.tokens) == (name, None)
+
+
+def test_a_first_run_on_a_slow_card_is_as_many_tokens_as_an_hour_allows() -> None:
+    slow = invented("tr-25m", 10 * HOUR)
+    advice = recommend_first([slow, invented("tr-125m", 3.0)])
+    assert advice.answer == slow
+    assert advice.tokens == 50_000_000 // 65_536 * 65_536
+    assert advice.days == pytest.approx(HOUR, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens_per_parameter, is_offered", [(1.01, True), (0.99, False)])
+def test_where_an_hour_teaches_nothing_no_first_run_is_named(tokens_per_parameter: float, is_offered: bool) -> None:
+    in_an_hour = tokens_per_parameter * MODEL.num_parameters()
+    answer = invented("tr-25m", TRAIN.tokens / in_an_hour * HOUR)
+    assert (recommend_first([answer]) is not None) == is_offered
+    assert answer.days < TOO_SLOW_DAYS
+
+
+def test_with_a_text_only_presets_that_it_suits_are_recommended_and_no_more_tokens_than_four_passes() -> None:
+    answers = [invented("tr-25m", HOUR), invented("tr-60m", 5 * HOUR), invented("tr-350m", 5.0)]
+    advice = recommend(answers, text=text(320_000_000))
+    assert (advice.answer.name, advice.tokens) == ("tr-60m", None), "3.75 passes"
+    assert advice.reason.startswith("the largest dense preset that this text suits that sees")
+    little = recommend(answers, text=text(6_000_000))
+    assert little.answer.name == "tr-25m"
+    assert little.tokens == limit_tokens(answers[0], text(6_000_000))
+    assert 0.98 * 24e6 < little.tokens < 24e6
+    assert little.days == pytest.approx(HOUR * little.tokens / 500e6)
+    assert recommend_first(answers, text(6_000_000)) is not None
+
+
+def test_a_text_that_is_no_window_or_less_than_a_step_changes_no_tokens() -> None:
+    assert limit_tokens(ANSWER, text(1_000)) is None
+    assert limit_tokens(ANSWER, text(3_000)) is None
+    assert limit_tokens(ANSWER, None) is None
