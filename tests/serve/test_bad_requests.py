@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -168,6 +169,12 @@ def test_of_a_long_prompt_that_may_be_cut_the_end_is_read(http: httpx.Client) ->
 
 def test_a_body_above_the_limit_is_refused_whether_or_not_it_tells_its_length(small_tokenizer: Tokenizer) -> None:
     with served(small_tokenizer, body_bytes=1000) as place, place.http() as http:
+        for size, status in ((1000, 200), (1001, 413), (16_000, 413)):
+            body = json.dumps(GOOD[COMPLETIONS]).encode().ljust(size)
+            assert http.post(COMPLETIONS, content=body).status_code == status
+        # So much is not read to its end, and a reset may come before the answer.
+        with contextlib.suppress(httpx.NetworkError):
+            assert http.post(COMPLETIONS, content=bytes(100_000)).status_code == 413
         body = json.dumps({"prompt": "a" * 2000}).encode()
         assert "1000 bytes" in refused(http.post(COMPLETIONS, content=body), 413)["message"]
         chunks = iter([body[:500], body[500:]])

@@ -16,13 +16,18 @@ import httpx
 import pytest
 
 from lowvram.data.tokenizer import Tokenizer
+from lowvram.json_files import JsonError
 from lowvram.serve import app, prompt
-from lowvram.serve.body import check_shape
+from lowvram.serve.body import check_shape, read_body_object
 from lowvram.serve.limits import (
+    LONGEST_STOP,
     MOST_CONTAINERS,
     MOST_FIELDS,
+    MOST_LEVELS,
     MOST_MESSAGES,
     MOST_PARTS,
+    MOST_STOPS,
+    MOST_TOP,
     PREPARED_AT_ONCE,
     Limits,
 )
@@ -165,14 +170,47 @@ def test_parts_of_messages_are_counted_together(count: int) -> None:
         ask_chat(messages)
 
 
+@pytest.mark.parametrize("times", [1, 100])
+@pytest.mark.parametrize(
+    "fields, most, param",
+    [
+        (lambda count: {"stop": ["a"] * count}, MOST_STOPS, "stop"),
+        (lambda count: {"stop": "a" * count}, LONGEST_STOP, "stop"),
+        (lambda count: {"logprobs": True, "top_logprobs": count}, MOST_TOP, "top_logprobs"),
+        (lambda count: {"max_tokens": count}, LIMITS.output_tokens, "max_tokens"),
+    ],
+    ids=["stops", "letters of a stop", "chances", "tokens"],
+)
+def test_a_field_at_its_limit_is_taken_and_beyond_it_named(
+    small_tokenizer: Tokenizer, fields: Callable[[int], dict[str, Any]], most: int, param: str, times: int
+) -> None:
+    def make(count: int) -> None:
+        ask = read_ask(ChatAsk, json.dumps(CHAT | fields(count)).encode())
+        make_order(ask, served_by(small_tokenizer), LIMITS)
+
+    make(most)
+    with pytest.raises(RequestError) as got:
+        make(most * times + (times == 1))
+    assert got.value.param == param
+    assert len(str(got.value)) < 400
+
+
+@pytest.mark.parametrize("levels", [MOST_LEVELS, MOST_LEVELS + 1, 100 * MOST_LEVELS])
+def test_a_body_may_be_nested_so_deep_and_no_deeper(levels: int) -> None:
+    body = b'{"":' * levels + b"1" + b"}" * levels
+    if levels <= MOST_LEVELS:
+        assert read_body_object(body)
+    else:
+        with pytest.raises(JsonError, match=f"deeper than {MOST_LEVELS} levels"):
+            read_body_object(body)
+
+
 @pytest.mark.parametrize(
     "values, word, most",
     [("[],", "lists", MOST_CONTAINERS), ("{:1},", "lists", MOST_CONTAINERS), (":1,", "fields", MOST_FIELDS)],
     ids=["lists", "objects", "fields"],
 )
 def test_a_body_of_many_values_is_refused_before_it_is_parsed(values: str, word: str, most: int) -> None:
-    from lowvram.json_files import JsonError
-
     for count in (most, most + 1, 100 * most):
         body = (values * count).encode()
         if count <= most:
