@@ -94,12 +94,20 @@ def _load(
 
 
 def choose_here(device: torch.device, precision: Precision | None) -> Reading:
-    """Choose how a model is read on a device of this machine."""
+    """Choose how a model is read on a device of this machine; on a processor by a measurement that is made once."""
     from lowvram_kernels.dispatch import card_of
 
+    from lowvram.cli.show import notice
     from lowvram.generate.precision import choose_reading
+    from lowvram.generate.processor import find_pace, pace_path
 
-    return choose_reading(card_of(device), precision, multiplies_bf16())
+    card, has_bf16 = card_of(device), multiplies_bf16()
+    if device.type != "cpu" or not has_bf16 or precision in ("bf16", "fp32"):
+        return choose_reading(card, precision, has_bf16)
+    pace, is_new = find_pace()
+    if is_new:
+        notice(f"Timed this processor's products in bf16 and fp32, kept in {pace_path()}.", "dim")
+    return choose_reading(card, precision, pace.is_bf16_faster, pace.reason)
 
 
 def multiplies_bf16() -> bool:

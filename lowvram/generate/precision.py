@@ -20,17 +20,20 @@ class Reading(NamedTuple):
     reason: str
 
 
-def choose_reading(card: Card, asked: Precision | None = None, has_fast_bf16: bool = True) -> Reading:
+def choose_reading(
+    card: Card, asked: Precision | None = None, has_fast_bf16: bool = True, measured: str = ""
+) -> Reading:
     """Choose how a model is read on a card.
 
     asked: what the user wants, None where the card decides.  has_fast_bf16: of the processor, where that computes.
+    measured: how that was found out, as half a sentence, where it was measured.
     """
     flow = _choose_flow(card, has_fast_bf16)
     if asked is not None:
         return Reading(asked, _PLAIN.get(asked, flow), "as asked")
     if card.platform == "cpu":
         has = "has" if has_fast_bf16 else "has no"
-        return Reading(flow, flow, f"the processor {has} instructions that multiply bf16")
+        return Reading(flow, flow, measured or f"the processor {has} instructions that multiply bf16")
     if card.platform == "mps":
         return Reading("bf16", flow, "half of fp32's bytes; 8 bits would be decoded by plain PyTorch at every token")
     small = choose("small_matmul", card)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowvram.cli.load import choose_here, load_model
+from lowvram.generate.processor import Pace
 from lowvram.generate.weights import weight_bytes
 from tests.flows.typed import typed
 from tests.resign import sign_anew
@@ -41,6 +42,25 @@ def test_without_a_precision_the_machine_chooses_and_says_why(run: Path) -> None
     loaded, chosen = load_model(run, "cpu"), choose_here(CPU, None)
     assert (loaded.precision, loaded.reason) == (chosen.kept, chosen.reason)
     assert "instructions" in loaded.reason
+
+
+@pytest.mark.parametrize("fp32_s, kept", [(2.0, "bf16"), (0.5, "fp32")])
+def test_a_processor_with_bf16_reads_in_what_is_faster_there_and_says_so(
+    run: Path, monkeypatch: pytest.MonkeyPatch, fp32_s: float, kept: str
+) -> None:
+    pace = Pace(processor="any", torch="2", fp32_s=fp32_s, bf16_s=1.0)
+    news = iter([True, False])
+    monkeypatch.setattr("lowvram.cli.load.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("lowvram.generate.processor.find_pace", lambda: (pace, next(news)))
+    first, second = (typed("chat", run, "--prompt", "Kış", "--tokens", 1, "--device", "cpu") for _ in range(2))
+    assert (first.code, second.code) == (0, 0)
+    assert "Timed this processor's products in bf16 and fp32, kept in " in first.err
+    assert "Timed" not in second.err
+    monkeypatch.setattr("lowvram.generate.processor.find_pace", lambda: (pace, False))
+    loaded = load_model(run, "cpu")
+    assert (loaded.precision, loaded.reason) == (kept, pace.reason)
+    assert load_model(run, "cpu", "bf16").reason == "as asked"
+    assert load_model(run, "cpu", "int8").dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[kept]
 
 
 def test_evaluation_reads_as_the_run_validates(run: Path) -> None:
