@@ -54,7 +54,7 @@ def recommend(
     if not offers:
         return None
     size = "largest dense preset" if offers[0].answer.is_dense else "largest preset"
-    size += " that this text suits" if text is not None else ""
+    size += " that this text suits and" if text is not None else ""
     if all(offer.days is None for offer in offers):
         return _largest(offers)._replace(reason=f"the {size} that fits; how fast this card is, is not known")
     timed = [offer for offer in offers if offer.days is not None]
@@ -62,7 +62,10 @@ def recommend(
     if not soon:
         quickest = min(timed, key=lambda offer: offer.days or math.inf)
         return quickest._replace(reason=f"the quickest; none sees all of its tokens within {patience_days:g} days")
-    return _largest(soon)._replace(reason=f"the {size} that sees all of its tokens within {patience_days:g} days")
+    largest = _largest(soon)
+    if largest.tokens is not None:
+        return largest._replace(reason=f"{ENOUGH_PASSES:.0f} passes over this text, which is little for any preset")
+    return largest._replace(reason=f"the {size} that sees all of its tokens within {patience_days:g} days")
 
 
 def recommend_first(answers: Sequence[Answer], text: RunText | None = None) -> Advice | None:

@@ -183,8 +183,11 @@ def work_seconds(work: Work, rates: Rates, platform: str) -> float:
 def published_rates(profile: Profile, precision: Number) -> Rates | None:
     """Return what a training step is expected to reach by the card's published figures; None where it has none.
 
-    In 8 bits all but the layers' products is computed in bf16.
+    In 8 bits all but the layers' products is computed in bf16.  Only NVIDIA cards have kernels for these products, and
+    nobody knows beforehand how much slower plain PyTorch is than 16 bits elsewhere.
     """
+    if precision in ("fp8", "int8") and profile.platform != "cuda":
+        return None
     low_tflops = _low_tflops(profile, precision)
     tflops = profile.tflops.get("bf16" if precision in ("fp8", "int8") else precision)
     if tflops is None or profile.bandwidth_bytes_per_s is None:

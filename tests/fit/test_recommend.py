@@ -107,9 +107,10 @@ def test_with_a_text_only_presets_that_it_suits_are_recommended_and_no_more_toke
     answers = [invented("tr-25m", HOUR), invented("tr-60m", 5 * HOUR), invented("tr-350m", 5.0)]
     advice = recommend(answers, text=text(320_000_000))
     assert (advice.answer.name, advice.tokens) == ("tr-60m", None), "3.75 passes"
-    assert advice.reason.startswith("the largest dense preset that this text suits that sees")
+    assert advice.reason.startswith("the largest dense preset that this text suits and that sees all")
     little = recommend(answers, text=text(6_000_000))
     assert little.answer.name == "tr-25m"
+    assert little.reason == "4 passes over this text, which is little for any preset"
     assert little.tokens == limit_tokens(answers[0], text(6_000_000))
     assert 0.98 * 24e6 < little.tokens < 24e6
     assert little.days == pytest.approx(HOUR * little.tokens / 500e6)

@@ -294,3 +294,11 @@ def test_the_users_own_place_is_taken_where_no_home_is_named() -> None:
 def test_an_answer_needs_no_torch(module: str) -> None:
     code = f"import sys, lowvram.fit.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("card", ["cpu", "m3-max"])
+def test_no_speed_is_promised_for_products_in_8_bits_without_a_kernel(card: str, precision: str) -> None:
+    profile = load_profile(card)
+    assert published_rates(profile, precision) is None
+    assert published_rates(profile, "bf16") is not None

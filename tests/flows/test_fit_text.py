@@ -91,7 +91,7 @@ def test_a_text_says_which_preset_it_is_enough_for(tmp_path: Path) -> None:
     assert re.search(r" days +54 ", rows["tr-350m"])
     assert "Passes: how often a preset's own tokens read this text of 130.0M tokens; beyond about 4" in out
     assert re.search(
-        r"^A run: tr-25m, .*: the largest dense preset that this text suits that sees all", out, re.MULTILINE
+        r"^A run: tr-25m, .*: the largest dense preset that this text suits and that sees all", out, re.MULTILINE
     )
     found = values(*words)
     assert (found["recommended"], found["text"]["suits_preset"]) == ("tr-25m", "tr-25m")
