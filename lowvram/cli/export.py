@@ -143,7 +143,8 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokeniz
     from lowvram.cli.show import bar, literal, notice, result
     from lowvram.data.outside_tokenizer import OutsideTokenizer
     from lowvram.errors import TokenizerError
-    from lowvram.export.gguf import write_gguf
+    from lowvram.export.gguf import LEAST_BUILD, LEAST_PYTHON, write_gguf
+    from lowvram.generate.template import is_dialogue
     from lowvram.units import show_bytes
 
     if isinstance(tokenizer, OutsideTokenizer):
@@ -156,4 +157,12 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokeniz
     if written.kept_wider:
         notice(f"{len(written.kept_wider)} matrices are in f16: blocks of 32 do not cut their rows.")
     result(f"{written.path}: {written.tensors} tensors, {show_bytes(written.size_bytes)}")
-    literal(f"Next: {quote_command('llama-server', '-m', arguments.out)}  (llama.cpp's own page to talk in)")
+    result(
+        f"It needs llama.cpp {LEAST_BUILD} or llama-cpp-python {LEAST_PYTHON}, or newer: older ones do not know its "
+        "pre-tokenizer (ufakzeka)."
+    )
+    if is_dialogue(tokenizer):
+        literal(f"Next: {quote_command('llama-server', '-m', arguments.out)}  (llama.cpp's own page to talk in)")
+    else:
+        command = quote_command("llama-completion", "-m", arguments.out, "-no-cnv", "-p", "Ankara'nın en")
+        literal(f"Next: {command}  (it goes on with the text)")
