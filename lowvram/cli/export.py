@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowvram.config import RunConfig
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.export.card import Story
+    from lowvram.export.verify import Programs
     from lowvram.generate.weights import CheckpointSource
 
 _SAID = {
@@ -44,6 +45,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--license", metavar="ID", help='for the card, such as "apache-2.0" (default: said to be unknown)'
     )
     parser.add_argument("--language", metavar="TAGS", default="tr", help="for the card (default: %(default)s)")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="PROGRAM",
+        help="with gguf: compare ids of 1,000 lines and 64 greedy tokens with llama.cpp's programs in this folder",
+    )
     parser.set_defaults(run=run)
 
 
@@ -80,6 +87,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.dtype is not None and arguments.dtype not in known:
         fix = f"Take one of {', '.join(known)}, or leave --dtype out." if known else "Leave --dtype out."
         raise ConfigError(f"--dtype {arguments.dtype} does not go with --to {arguments.to}.", "", fix)
+    if arguments.verify is not None and arguments.to != "gguf":
+        raise ConfigError("--verify is given without --to gguf.", "It asks llama.cpp.", "Leave it out, or add that.")
     # They stand in the card's YAML: what could end a line there has no place in them.
     if arguments.license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", arguments.license):
         why = "The card names a licence by its identifier: letters, digits, dots and hyphens."
@@ -143,12 +152,16 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokeniz
     from lowvram.cli.show import bar, literal, notice, result
     from lowvram.data.outside_tokenizer import OutsideTokenizer
     from lowvram.errors import TokenizerError
-    from lowvram.export.gguf import write_gguf
+    from lowvram.export.gguf import LEAST_BUILD, LEAST_PYTHON, write_gguf
+    from lowvram.export.verify import find_programs
+    from lowvram.generate.template import is_dialogue
     from lowvram.units import show_bytes
 
     if isinstance(tokenizer, OutsideTokenizer):
         why = "llama.cpp knows pre-tokenizers by name, and lowvram knows the name of its own only."
         raise TokenizerError("This model's tokenizer is another program's.", why, "Export it with --to hf.")
+    # Before anything is written: a wrong folder is said at once.
+    programs = None if arguments.verify is None else find_programs(arguments.verify)
     numbers = {"fp32": "f32"}.get(arguments.dtype, arguments.dtype) or "bf16"
     said = {"name": arguments.out.stem, "license": arguments.license or "unknown"}
     with bar("Writing"):
@@ -156,4 +169,38 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokeniz
     if written.kept_wider:
         notice(f"{len(written.kept_wider)} matrices are in f16: blocks of 32 do not cut their rows.")
     result(f"{written.path}: {written.tensors} tensors, {show_bytes(written.size_bytes)}")
-    literal(f"Next: {quote_command('llama-server', '-m', arguments.out)}  (llama.cpp's own page to talk in)")
+    result(
+        f"It needs llama.cpp {LEAST_BUILD} or llama-cpp-python {LEAST_PYTHON}, or newer: older ones do not know its "
+        "pre-tokenizer (ufakzeka)."
+    )
+    if programs is not None:
+        _verify(programs, arguments.out, numbers, source, tokenizer, what.train.seq_len)
+    if is_dialogue(tokenizer):
+        literal(f"Next: {quote_command('llama-server', '-m', arguments.out)}  (llama.cpp's own page to talk in)")
+    else:
+        command = quote_command("llama-completion", "-m", arguments.out, "-no-cnv", "-p", "Ankara'nın en")
+        literal(f"Next: {command}  (it goes on with the text)")
+
+
+def _verify(
+    programs: Programs, file: Path, numbers: str, source: CheckpointSource, tokenizer: Tokenizer, max_context: int
+) -> None:
+    import torch
+
+    from lowvram.cli.show import bar, result
+    from lowvram.errors import ExportError
+    from lowvram.export.verify import verify
+    from lowvram.generate.decoder import Decoder
+    from lowvram.generate.weights import load_for_reading
+
+    with bar("Comparing with llama.cpp"):
+        model = load_for_reading(source, "fp32", flow=torch.float32)
+        found = verify(programs, file, numbers, tokenizer, Decoder(model, max_context, dtype=torch.float32))
+    if found.gap is not None and not found.is_tie:
+        raise ExportError(
+            f"llama.cpp writes another text after {found.tokens} of {found.of} greedy tokens.",
+            f"There our logits differ by {found.gap:.3f}, which rounding to {numbers} does not explain.",
+            "Export with --dtype fp32 and verify again; if it differs there, too, please report it.",
+        )
+    rest = "" if found.gap is None else f", then two logits only {abs(found.gap):.3f} apart"
+    result(f"Verified: {found.ids:,} ids are equal, and {found.tokens} of {found.of} greedy tokens{rest}.")

@@ -196,6 +196,14 @@ class Tokenizer:
         """The number of ids, specials included."""
         return len(self._bytes)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids at which a text or a turn has ended.
+
+        BOS is one: packed texts have no EOS, so that a model learns to write the BOS of the next text where one ends.
+        """
+        return tuple(dict.fromkeys((self.bos_id, self.eos_id, self.end_of_turn_id)))
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What tokenizer_config.json says, names of special tokens and the chat template among it."""

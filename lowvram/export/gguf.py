@@ -22,6 +22,7 @@ from lowvram.errors import ExportError, MachineError
 from lowvram.export.llama_cpp import Cut, Value, architecture_of, cuts_of, keys_of
 from lowvram.files import DISK, Disk, explain_full_disk, name_beside
 from lowvram.generate.source import Source
+from lowvram.generate.template import is_dialogue
 from lowvram.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ Numbers = Literal["f32", "f16", "bf16", "q8_0"]
 
 # The name of `EXPRESSION` (data/tokenizer.py) in llama.cpp's src/llama-vocab.cpp.
 _PRE_TOKENIZER = "ufakzeka"
+# The first builds that know it: ggml-org/llama.cpp pull request 29033, September 2026; llama-cpp-python was tried.
+LEAST_BUILD, LEAST_PYTHON = "b11034", "0.3.36"
 # Above it a number of fp16, which is also what q8_0 keeps its scales in, is infinite.
 _FP16_MAX = 65_504.0
 
@@ -166,13 +169,16 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_token_types([TokenType.CONTROL] * len(SPECIALS) + [TokenType.NORMAL] * plain)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
+    # llama.cpp stops at this one id and at eot.  A text ends where the BOS of the next stood in the packed data.
+    writer.add_eos_token_id(tokenizer.bos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_mask_token_id(tokenizer.mask_id)
-    writer.add_eot_token_id(tokenizer.end_of_turn_id)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
+    if not is_dialogue(tokenizer):
+        return  # with a template, programs would ask in turns what has learnt none
+    writer.add_eot_token_id(tokenizer.end_of_turn_id)
     template = tokenizer.settings.get("chat_template")
     if template is not None:
         writer.add_chat_template(template)

@@ -21,6 +21,7 @@ from lowvram_kernels.quantise import Scaled, dequantise
 from torch import Tensor
 
 from lowvram.checkpoint import write_tensors
+from lowvram.data.outside_tokenizer import OutsideTokenizer
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
 from lowvram.export.fp8 import Kept, quantise_piece
@@ -29,6 +30,7 @@ from lowvram.export.settings import to_settings
 from lowvram.files import DISK, Disk, explain_full_disk, free_bytes, name_beside
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.source import Source
+from lowvram.generate.template import is_dialogue
 
 MOST_BYTES = 5_000_000_000  # of one file, as transformers' own save_pretrained has it
 Numbers = Literal["fp32", "bf16", "fp8"]
@@ -84,6 +86,9 @@ def write_directory(
             disk.write(draft / "config.json", as_json(settings | _special_ids(tokenizer)))
             disk.write(draft / "generation_config.json", as_json(_generation(tokenizer)))
             tokenizer.save(draft, disk)
+            if not _may_speak(tokenizer):
+                silent = {key: value for key, value in tokenizer.settings.items() if key != "chat_template"}
+                disk.write(draft / "tokenizer_config.json", as_json(silent))
             for name, data in more.items():
                 disk.write(draft / name, data)
             disk.sync_directory(draft)
@@ -115,8 +120,15 @@ def estimate_bytes(source: Source, numbers: Numbers | None) -> int:
     return count * {"fp32": 4, "bf16": 2, "fp8": 1, None: as_kept}[numbers]
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    return {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+def _may_speak(tokenizer: Tokenizer) -> bool:
+    """Say whether a chat template belongs to a model: another program's comes along, whatever the model has learnt."""
+    return is_dialogue(tokenizer) or isinstance(tokenizer, OutsideTokenizer)
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the ids that open, end and fill texts; programs stop at each of eos_token_id."""
+    stops = list(tokenizer.stop_ids)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
 
 
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -124,7 +136,6 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     usual = Sampler()
     return {
         **_special_ids(tokenizer),
-        "eos_token_id": [tokenizer.eos_id, tokenizer.end_of_turn_id],
         "do_sample": True,
         "temperature": usual.temperature,
         "top_k": usual.top_k,

@@ -72,7 +72,7 @@ class Engine:
         return self._write(sampler, max_tokens)
 
     def _write(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
-        stops = {self.tokenizer.bos_id, self.tokenizer.eos_id, self.tokenizer.end_of_turn_id}
+        stops = set(self.tokenizer.stop_ids)
         stream = TokenStream(self.tokenizer)
         seen = torch.empty(self.max_context, dtype=torch.int64)
         seen[: len(self.ids)] = torch.tensor(self.ids)

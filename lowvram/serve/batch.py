@@ -105,7 +105,7 @@ class Batcher:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, queue: int, metrics: Metrics) -> None:
         self.decoder, self.tokenizer, self.queue, self.metrics = decoder, tokenizer, queue, metrics
-        self._ends = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_turn_id}
+        self._ends = set(tokenizer.stop_ids)
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}

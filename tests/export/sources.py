@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def held(config: ModelConfig, std: float = 0.08) -> tuple[Transformer, Held]:
     """Return a model none of whose tensors can be ignored unseen, and the same as a source."""
     model = randomise(Transformer(config), std=std).eval()
     return model, Held(config, dict(model.state_dict()))
+
+
+def speak(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """Return the tokenizer as it lies with a model that was trained on dialogues."""
+    tokenizer.save(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(tokenizer.settings | {"lowvram_dialogue": True}, indent=2), "utf-8")
+    return Tokenizer.load(folder)
 
 
 def written(config: ModelConfig, tokenizer: Tokenizer, out: Path, **wish: object) -> tuple[Transformer, Path]:

@@ -19,6 +19,7 @@ from lowvram.export.gguf import write_gguf
 from lowvram.export.llama_cpp import architecture_of
 from tests.conftest import TURKISH
 from tests.export.models import FORMS, VOCABULARY, hold, small
+from tests.export.sources import speak
 from tests.faults import FaultyDisk, PowerCut
 
 gguf = pytest.importorskip("gguf")
@@ -171,16 +172,20 @@ def test_the_tokenizer_goes_along_whole(tokenizer: Tokenizer, tmp_path: Path) ->
     types = keys["tokenizer.ggml.token_type"]
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.CONTROL]
     assert control == list(SPECIALS)
-    ids = {name: tokens[keys[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "padding", "mask", "eot")}
+    ids = {name: tokens[keys[f"tokenizer.ggml.{name}_token_id"]] for name in ("bos", "eos", "padding", "mask")}
     assert ids == {
         "bos": "<|bos|>",
-        "eos": "<|eos|>",
+        "eos": "<|bos|>",  # packed texts end where the next one begins
         "padding": "<|pad|>",
         "mask": "<|mask|>",
-        "eot": "<|end_of_turn|>",
     }
     assert keys["tokenizer.ggml.add_bos_token"] is True
-    assert keys["tokenizer.chat_template"] == tokenizer.parsed("tokenizer_config.json")["chat_template"]
+    assert "tokenizer.ggml.eot_token_id" not in keys
+    assert "tokenizer.chat_template" not in keys
+    speaking = speak(tokenizer, tmp_path / "speaking")
+    keys, _, _ = read(write_gguf(source, speaking, tmp_path / "speaks.gguf", CONTEXT_LEN).path)
+    assert tokens[keys["tokenizer.ggml.eot_token_id"]] == "<|end_of_turn|>"
+    assert keys["tokenizer.chat_template"] == tokenizer.settings["chat_template"]
 
 
 _GQA = Gqa(heads=4, kv_heads=2, head_dim=8)

