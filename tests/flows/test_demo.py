@@ -100,9 +100,10 @@ def test_only_replace_deletes_and_only_what_an_earlier_demo_made(tmp_path: Path)
 
 def test_replace_does_not_delete_a_run_in_which_another_process_trains(tmp_path: Path) -> None:
     home = demo._claim(tmp_path / "d", None, replace=False)
-    script = "import sys; from pathlib import Path; from lowvram.train.start import lock_run\n"
-    script += "with lock_run(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", script, str(home / "run")]
+    script = "import sys; from filelock import FileLock\n"
+    script += "with FileLock(sys.argv[1]): print('held', flush=True); sys.stdin.read()"
+    (home / "run").mkdir()
+    command = [sys.executable, "-c", script, str(home / "run" / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
