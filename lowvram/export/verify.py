@@ -97,7 +97,7 @@ def verify(programs: Programs, file: Path, numbers: str, tokenizer: Tokenizer, d
 
 def write_lines() -> str:
     """Return the text whose ids are compared."""
-    lines = [line for text in sample_documents(0, 80 * LINES) for line in text.splitlines()]
+    lines = [line for text in sample_documents(0, 200 * LINES) for line in text.splitlines()]
     return "\n".join([*_RARE, *lines][:LINES])
 
 
