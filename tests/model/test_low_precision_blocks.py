@@ -62,8 +62,8 @@ def test_a_block_is_one_graph_on_a_cards_path(form: Form) -> None:
 
 @each_form
 def test_inductor_compiles_a_block_of_8_bits_on_a_processor(form: Form) -> None:
-    # One width of vectors for every processor.  With 512 bits Inductor of torch 2.13 writes beyond a buffer, and malloc
-    # aborts; nobody meets that, since training compiles on CUDA alone.
+    # One width of vectors for every processor: with 512 bits the code of torch 2.13's Inductor damages the heap (malloc
+    # aborts a little later).  By itself training compiles on CUDA alone.
     with torch._inductor.config.patch({"cpp.simdlen": 256}):
         found, expected = (step(model_of("gqa-rope", form), backend) for backend in ("inductor", None))
     assert_same(found, expected, NEIGHBOUR)
