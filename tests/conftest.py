@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,10 @@ else:
     import torch
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # as lowvram does where it chooses its device
+
+# A shell that starts tests in the background has them ignore Ctrl-C, and every process that they start with them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TURKISH = (
     "Ankara'da sabah erkenden yola çıktık; hava serindi, gökyüzü ise bulutsuzdu.",
