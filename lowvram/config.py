@@ -22,12 +22,14 @@ from lowvram.words import Count, Share, Size, Words, as_list
 # Automatic saving: at most this much written a day, and never more often than this.
 WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
+# Several times the deepest published model: what is deeper is a slip, and would be built block by block for minutes.
+MOST_LAYERS = 1024
 
 
 class ModelConfig(Words):
     """The network's form; everything that decides its parameters and its function."""
 
-    layers: PositiveInt
+    layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]
     """Number of blocks."""
     dim: PositiveInt
     """Width of the model: numbers per token between two blocks."""

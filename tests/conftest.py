@@ -50,6 +50,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if is_shared else min(os.cpu_count() or 1, 8)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a name that is another one in each process: they would not agree on which tests there are."""
+    unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if unstable:
+        raise pytest.UsageError(f"Give the parameters of {unstable[0]} ids.")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> Iterator[None]:
     """One thread: tiny tensors gain nothing from two, and threads that spin on a busy machine cost minutes."""

@@ -5,7 +5,6 @@ Says only what the checkpoint, its run's log and the shards say; what none of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from lowvram.checkpoint import Checkpoint
 from lowvram.config import RunConfig, flatten
 from lowvram.data.shard_set import ShardSet
 from lowvram.errors import DataError
+from lowvram.json_files import JsonError, parse_object
 from lowvram.units import show_bytes, show_count
 
 CURVE = "training.svg"
@@ -56,10 +56,10 @@ def read_curve(log: Path, last_step: int) -> list[Point]:
     found: dict[int, Point] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_object(line)
+        except JsonError:
             continue  # torn by a power cut; the trainer goes on below it
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int) or row["step"] > last_step:
+        if not isinstance(row.get("step"), int) or row["step"] > last_step:
             continue
         before = found.get(row["step"], Point(row["step"], None, None))
         if row.get("event") == "StepDone":

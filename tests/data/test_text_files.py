@@ -191,6 +191,7 @@ def test_a_field_in_a_field_is_read_and_a_name_with_a_dot_goes_first(tmp_path: P
         ("pipe", gzip.compress(b"bir\n\niki")),
         ("pipe.ndjson", b'{"text": "bir"}\n{"text": "iki"}'),
     ],
+    ids=["text", "json lines", "gzip", "ndjson"],
 )
 def test_a_pipe_is_read(tmp_path: Path, name: str, data: bytes) -> None:
     os.mkfifo(tmp_path / name)

@@ -55,7 +55,9 @@ def test_fewer_ids_than_there_are_is_refused_before_a_text_is_read(home: Path, t
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
-    "edit", [lambda data: data[: len(data) // 2], lambda data: data + b"\n", lambda data: b"[1]"], ids=repr
+    "edit",
+    [lambda data: data[: len(data) // 2], lambda data: data + b"\n", lambda data: b"[1]"],
+    ids=["half", "longer", "a list"],
 )
 def test_a_file_that_was_changed_by_hand_is_not_lost(
     name: str, edit: Callable[[bytes], bytes], home: Path, turkish: tuple[str, ...]
