@@ -45,7 +45,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--micro-batch", type=count, metavar="N", help="only plans with N sequences at a time")
     parser.add_argument("--recompute", choices=("none", "attention", "block"), help="only plans that recompute this")
     parser.add_argument("--days", type=days, default=21.0, metavar="N", help="longest run to recommend (default: 21)")
-    parser.add_argument("--measure", action="store_true", help="time real steps here first, and remember the result")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="time real steps here first, on a processor in bf16 and in fp32, and remember the result",
+    )
     parser.add_argument("--explain", action="store_true", help="say why each choice was made")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
     parser.add_argument(
@@ -85,11 +89,25 @@ def run(arguments: argparse.Namespace) -> None:
         show_one(answers[0], place, beside, is_preset=arguments.run_file is None)
     else:
         show_table(answers, place, Advised(*advised, _repeat(arguments)), text)
+    if arguments.run_file is None:
+        _say_slower(answers, place, arguments.json)
     for line in explain(answers, place) if arguments.explain else ():
         (notice if arguments.json else result)(line)
     if arguments.out is not None:
         long = Advice(answers[0], "", limit_tokens(answers[0], text)) if _is_alone(arguments) else advised[1]
-        _write(arguments, long)
+        _write(arguments, card, long)
+
+
+def _say_slower(answers: list[Answer], place: Place, is_json: bool) -> None:
+    """Say of presets, which are judged in bf16, that this processor was measured to be slower in it."""
+    from lowvram.cli.show import notice, result
+    from lowvram.fit.changes import describe_slower, is_slower
+    from lowvram.fit.measured import compare_precisions
+
+    times = compare_precisions(place.profile)
+    if answers[0].train.precision == "bf16" and is_slower(times):
+        says = f'Precision: {describe_slower(times)}. --out writes precision = "fp32" where that fits.'
+        (notice if is_json else result)(says)
 
 
 def _look_beside(
@@ -284,42 +302,35 @@ def _read_run(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> None:
-    """Time one preset, or the run that was named, on this machine, and keep what that says about its speed."""
-    from lowvram.cli.machine import choose_device
-    from lowvram.cli.place import judge_here
-    from lowvram.cli.show import notice
-    from lowvram.errors import ConfigError, MachineError
-    from lowvram.fit.measure import measure
-    from lowvram.fit.measured import store_measured
-    from lowvram.train.guard import cap_memory
+    """Time one preset, or the run that was named, on this machine."""
+    from lowvram.cli.measure import measure_here
 
-    device = choose_device("auto")
-    if device.type != card.profile.platform:
-        fix = "Install a torch for it, or leave --measure out."
-        raise MachineError(f"{card.profile.name} cannot be timed.", f"torch trains on {device} here.", fix)
     if what is not None:
-        name, model, train = arguments.run_file.stem, what.model, what.train
+        measure_here(arguments.run_file.stem, what.model, what.train, card)
     else:
         name = arguments.model or "tr-25m"
-        model, train = _load_preset(name, arguments, card)
-    if train.update_during_backward:
-        fix = "Measure a preset of about that size: what is found holds for the card, whatever is trained on it."
-        raise ConfigError(f"{name} updates during backward.", "--measure times gradients and updates apart.", fix)
-    place = card.place(train.precision)
-    answer = judge_here(name, model, train, place)
-    if not answer.found.fits:
-        raise MachineError(
-            f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller preset: --model."
-        )
-    notice(f"Timing {name} on {device}: half a minute or so …")
-    # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
-    cap_memory(device, card.profile.allocator_bytes(place.limit_bytes))
-    measured = measure(name, model, train, answer.found.plan, device, card.profile)
-    path = store_measured(measured)
-    notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
+        measure_here(name, *_load_preset(name, arguments, card), card)
 
 
-def _write(arguments: argparse.Namespace, advice: Advice | None) -> None:
+def _prefer_fp32(advice: Advice, card: Card) -> tuple[Advice, str]:
+    """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is."""
+    from lowvram.cli.place import judge_here
+    from lowvram.cli.show import bar
+    from lowvram.fit.changes import describe_slower, is_slower
+    from lowvram.fit.measured import compare_precisions
+
+    answer, times = advice.answer, compare_precisions(card.profile)
+    if answer.train.precision != "bf16" or not is_slower(times):
+        return advice, ""
+    train = answer.train.model_copy(update={"precision": "fp32"})
+    with bar(f"Rehearsing {answer.name} on paper"):
+        wide = judge_here(answer.name, answer.model, train, card.place("fp32"))
+    if not wide.fits:
+        return advice, f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'
+    return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}'
+
+
+def _write(arguments: argparse.Namespace, card: Card, advice: Advice | None) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
     from lowvram.cli.fit_table import describe_time
     from lowvram.cli.next_step import quote_command
@@ -330,6 +341,7 @@ def _write(arguments: argparse.Namespace, advice: Advice | None) -> None:
     if advice is None:
         fix = "Name one with --model to write it all the same."
         raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
+    advice, reason = _prefer_fp32(advice, card)
     train, data = advice.answer.train, arguments.data
     if advice.tokens is not None:
         train = train.model_copy(update={"tokens": advice.tokens})
@@ -337,4 +349,5 @@ def _write(arguments: argparse.Namespace, advice: Advice | None) -> None:
     begin = "" if data else "put your folders into it, then "
     lasts = f", {describe_time(advice)}" if advice.answer.days_range is not None else ""
     command = quote_command("lowvram", "train", arguments.out)
-    notice(f"Wrote {arguments.out} ({advice.answer.name}{lasts}): {begin}{command}", "green")
+    because = f"; {reason}" if reason else ""
+    notice(f"Wrote {arguments.out} ({advice.answer.name}{lasts}{because}): {begin}{command}", "green")

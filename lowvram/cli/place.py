@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.cli.show import notice
 from lowvram.fit.answer import Answer, Place, judge, lacking_bytes
-from lowvram.fit.changes import Change, Weighed, propose, propose_faster
-from lowvram.fit.measured import load_measured
+from lowvram.fit.changes import Change, Weighed, propose, propose_faster, propose_fp32
+from lowvram.fit.measured import compare_precisions, load_measured
 from lowvram.fit.search import ANY, Wish
 from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.fit.speed import estimate
@@ -147,24 +147,29 @@ def judge_here(
 
 
 def find_faster(answer: Answer, card: Card) -> list[Change]:
-    """Return the precisions of 8 bits in which a run's plan would be faster on a card.
+    """Return the precisions of 8 bits, and on a processor fp32, in which a run's plan would be faster on a card.
 
     Either both precisions were measured there, or both are estimated from published figures.  Only NVIDIA cards have
-    kernels for products in 8 bits, so elsewhere an estimate would promise what plain PyTorch does not keep.
+    kernels for products in 8 bits, so elsewhere an estimate would promise what plain PyTorch does not keep.  For fp32
+    only a measurement of both speaks.
     """
     profile, plan, train = card.profile, answer.found.plan, answer.train
-    places = {name: card.place(name) for name in (train.precision, "fp8", "int8")}
+    others = ("fp8", "int8", *(["fp32"] if profile.platform == "cpu" else []))
+    places = {name: card.place(name) for name in (train.precision, *others)}
 
     def weigh(model: ModelConfig, other: TrainConfig) -> Weighed:
-        rehearsal = rehearse_on(profile, model, other)(plan)
         is_measured = places[other.precision].measured is not None and places[train.precision].measured is not None
+        if not is_measured and profile.platform != "cuda":
+            return Weighed(0, None, fits_host=False)  # no speed to compare, so a rehearsal would only take time
+        rehearsal = rehearse_on(profile, model, other)(plan)
         measured = places[other.precision].measured if is_measured else None
-        may_estimate = is_measured or profile.platform == "cuda"
-        speed = estimate(rehearsal, plan, other, profile, measured) if may_estimate else None
+        speed = estimate(rehearsal, plan, other, profile, measured)
         fits_host = not lacking_bytes(rehearsal.ledger, places[train.precision])
         return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 
-    return list(propose_faster(answer.model, train, places[train.precision].headless_bytes, weigh))
+    limit_bytes = places[train.precision].headless_bytes
+    in_fp32 = propose_fp32(answer.model, train, limit_bytes, weigh, compare_precisions(profile))
+    return [*in_fp32, *propose_faster(answer.model, train, limit_bytes, weigh)]
 
 
 def find_changes(model: ModelConfig, train: TrainConfig, place: Place) -> list[Change]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from lowvram.config import ModelConfig, TrainConfig, check_rotation
 from lowvram.recipe import Muon, Rotation
@@ -132,6 +132,31 @@ def propose_faster(model: ModelConfig, train: TrainConfig, limit_bytes: int, wei
         if (times := weighed.tokens_per_second / before) >= LEAST_GAIN:
             costs = f"about {times:.1f} times as fast; {QUALITY[precision]}"
             yield Change((f"train.precision={precision}",), f"{precision.upper()} products", weighed.peak_bytes, costs)
+
+
+def propose_fp32(
+    model: ModelConfig, train: TrainConfig, limit_bytes: int, weigh: Weigh, times: float | None
+) -> Iterator[Change]:
+    """Yield fp32 for a run in bf16 on a processor that was measured to be slower in bf16, where its plan still fits.
+
+    times: how many times as long a micro-batch takes in bf16, None where that was not measured.
+    """
+    if train.precision != "bf16" or not is_slower(times):
+        return
+    weighed = weigh(model, _with(train, precision="fp32"))
+    if _fits(weighed, limit_bytes):
+        costs = f"{describe_slower(times)}; rounds less"
+        yield Change(("train.precision=fp32",), "FP32 products", weighed.peak_bytes, costs)
+
+
+def is_slower(times: float | None) -> TypeGuard[float]:
+    """Say whether bf16 takes so many times as long as fp32 that fp32 is worth its memory."""
+    return times is not None and times >= LEAST_GAIN
+
+
+def describe_slower(times: float) -> str:
+    """Return half a sentence with the measurement that speaks for fp32."""
+    return f"bf16 takes {times:.2f} times as long as fp32, as measured on this processor"
 
 
 def _fits(weighed: Weighed, limit_bytes: int) -> bool:

@@ -8,8 +8,10 @@ import platformdirs
 from pydantic import ValidationError
 
 from lowvram.files import DISK, Disk
-from lowvram.fit.speed import Measured
+from lowvram.fit.speed import Measured, work_seconds
 from lowvram.json_files import JsonError, read_object
+from lowvram.machine import find_torch
+from lowvram.profile import Profile
 
 
 def measurements(home: Path | None = None) -> Path:
@@ -43,6 +45,33 @@ def load_measured(profile_id: str, precision: str, home: Path | None = None) -> 
             f"{ignored}: it is of {measured.profile_id}, {measured.precision}; {again}.",
         )
     return measured, ""
+
+
+def compare_precisions(profile: Profile, home: Path | None = None) -> float | None:
+    """Return how many times as long as in fp32 a processor's micro-batch takes in bf16; None where nobody knows.
+
+    Both must have been timed, forward and backward, on one configuration with the torch that is installed and as many
+    threads.  A card's 16 bits are in its profile, and are not asked for here.
+    """
+    if profile.platform != "cpu":
+        return None
+    bf16, fp32 = (load_measured(profile.id, precision, home)[0] for precision in ("bf16", "fp32"))
+    if bf16 is None or fp32 is None or _conditions(bf16) != _conditions(fp32):
+        return None
+    build = find_torch()
+    if build is None or build.version != bf16.torch:
+        return None
+    fp32_s = _micro_seconds(fp32)
+    return _micro_seconds(bf16) / fp32_s if fp32_s > 0.0 else None
+
+
+def _conditions(measured: Measured) -> tuple[object, ...]:
+    # A run file's name says little about what is in it, but the operations of its micro-batch do.
+    return measured.timed, measured.torch, measured.threads, measured.micro.flops + measured.micro.attention_flops
+
+
+def _micro_seconds(measured: Measured) -> float:
+    return work_seconds(measured.micro, measured.rates, "cpu") * measured.micro_ratio
 
 
 def _path(profile_id: str, precision: str, home: Path | None) -> Path:

@@ -228,11 +228,16 @@ def measures_on(monkeypatch: pytest.MonkeyPatch, profile_id: str, home: Path) ->
 
 def test_what_was_measured_here_is_said_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measures_on(monkeypatch, "cpu", tmp_path)
+    monkeypatch.setattr("lowvram.fit.measure._BUDGET_S", 0.01)
+    monkeypatch.setattr("lowvram.fit.measure._LOAD_S", 0.001)
     fill_home(tmp_path)
     assert values(tmp_path / "run.toml")["models"][0]["is_measured"] is False
     answer = typed("fit", tmp_path / "run.toml", "--measure")
     assert answer.code == 0, answer.err
-    assert re.search(r"Measured: \d+\.\d\d TFLOP/s in products, kept in \S+cpu-fp32\.json\.", answer.err)
+    for precision in ("fp32", "bf16"):
+        kept = rf"Measured: \d+\.\d\d TFLOP/s in products, kept in \S+cpu-{precision}\.json\."
+        assert re.search(kept, answer.err), "a processor is asked which numbers are faster"
+    assert re.search(r"\nA micro-batch takes \d+\.\d\d times as long in bf16 as in fp32\.\n", answer.err)
     assert "tokens/s (measured on this machine)." in answer.out
     assert values(tmp_path / "run.toml")["models"][0]["is_measured"] is True
 
