@@ -42,6 +42,7 @@ from lowvram.manifest import (
     TOKENIZER_FILES,
     WEIGHTS,
     OtherVersionError,
+    explain_bad_drive,
     is_sealed,
     read_manifest,
     seal,
@@ -149,20 +150,13 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
         if path.stat().st_size != facts["bytes"]:
             has = f"{path} has {path.stat().st_size} bytes."
             raise CheckpointError(has, f"The manifest says {facts['bytes']}.")
-        if _hash_of(path) != facts["sha256"]:
+        with explain_bad_drive(path):
+            found = sha256(path)
+        if found != facts["sha256"]:
             raise CheckpointError(f"{path} was altered.", "Its SHA-256 is not the manifest's.")
     checkpoint = Checkpoint(directory, manifest)
     _check_contents(checkpoint, needs_state)
     return checkpoint
-
-
-def _hash_of(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise CheckpointError(f"{path} cannot be read.", f"The drive says: {error.strerror}.") from error
 
 
 def _check_contents(checkpoint: Checkpoint, needs_state: bool) -> None:
@@ -198,10 +192,19 @@ def find_checkpoint(
     return found, list(passed_over.values())
 
 
+class _RefusedError(CheckpointError):
+    """A checkpoint that is whole, and holds what whoever asked for it cannot use."""
+
+
 def _open_checked(directory: Path, needs_state: bool, check: Check | None) -> Checkpoint:
     checkpoint = open_checkpoint(directory, needs_state)
-    if check is not None:
-        check(checkpoint)
+    try:
+        if check is not None:
+            check(checkpoint)
+    except OtherVersionError:
+        raise
+    except CheckpointError as problem:
+        raise _RefusedError(problem.what, problem.why, problem.fix) from problem
     return checkpoint
 
 
@@ -250,8 +253,10 @@ class Store:
     milestone_steps: int | None = None
     budget_bytes: int | None = None
     disk: Disk = DISK
-    # Those that `latest` passed over: the next save lets them go, and until then they count for nothing.
+    # Those that `latest` passed over count for nothing.  The next save deletes the damaged ones; those that are whole
+    # stay until a save of the same step takes their place, since another version may read them.
     _corrupt: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
+    _refused: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def latest(self, check: Check | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
         """Return the newest whole checkpoint, or None where none was written, and the corrupt ones passed over.
@@ -264,7 +269,8 @@ class Store:
         if not directories:
             return None, []
         found, passed_over = _open_newest(directories, True, check)
-        self._corrupt.update(passed_over)
+        for directory, problem in passed_over.items():
+            (self._refused if isinstance(problem, _RefusedError) else self._corrupt).add(directory)
         return found, list(passed_over.values())
 
     def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
@@ -328,7 +334,9 @@ class Store:
         return Checkpoint(final, manifest)
 
     def _let_go(self, newest: Path, stays: int | None) -> None:
-        others = [path for path in _newest_first(self.run) if path != newest and _step_of(path) != stays][::-1]
+        self._refused.discard(newest)
+        settled = {newest, *self._refused}
+        others = [path for path in _newest_first(self.run) if path not in settled and _step_of(path) != stays][::-1]
         # A step above the one just saved was passed over, or the run would have gone on from there.
         lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
         old = [path for path in others if path not in lost]

@@ -30,7 +30,8 @@ def parse_object(data: bytes | str, most_bytes: int = MOST_BYTES, most_levels: i
     if len(data) > most_bytes:
         raise JsonError(f"it is larger than {show_bytes(most_bytes)}, the most that is read")
     try:
-        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        # Editors on Windows put a byte order mark before the text.
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
         found = json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise JsonError(f"it is not UTF-8 at byte {error.start}") from error

@@ -9,9 +9,12 @@ The checksum covers every other entry, so one flipped bit anywhere in the manife
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,17 @@ def is_sealed(manifest: dict[str, Any]) -> bool:
     return _CHECKSUM in manifest
 
 
+@contextmanager
+def explain_bad_drive(path: Path) -> Iterator[None]:
+    """Raise CheckpointError where the drive cannot read the file `path` inside the block: that is damage, too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CheckpointError(f"{path} cannot be read.", f"The drive says: {error.strerror}.") from error
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint directory after checking its checksum and its form.
 
@@ -66,7 +80,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {MANIFEST}.", "It is no checkpoint, or was not finished.")
     try:
-        manifest = read_object(path, _MOST_BYTES)
+        with explain_bad_drive(path):
+            manifest = read_object(path, _MOST_BYTES)
     except JsonError as error:
         raise CheckpointError(f"{path} cannot be read as a manifest: {error}.") from error
     if is_sealed(manifest) and manifest[_CHECKSUM] != checksum(manifest):

@@ -30,6 +30,11 @@ def test_what_is_no_object_is_an_error_that_says_why(data: bytes, why: str) -> N
         parse_object(data)
 
 
+@pytest.mark.parametrize("data", [b'\xef\xbb\xbf{"a": 1}', '\ufeff{"a": 1}'], ids=["bytes", "text"])
+def test_the_byte_order_mark_of_an_editor_is_passed_over(data: bytes | str) -> None:
+    assert parse_object(data) == {"a": 1}
+
+
 def nested(levels: int) -> str:
     """An object inside an object …, so many of them."""
     return '{"a":' * (levels - 1) + "{}" + "}" * (levels - 1)

@@ -6,6 +6,7 @@ import errno
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from lowvram.checkpoint import Store, find_checkpoint, open_checkpoint
 from lowvram.errors import CheckpointError
 from lowvram.files import sha256
-from lowvram.manifest import OtherVersionError, checksum, is_sealed, read_manifest, seal
+from lowvram.json_files import read_object
+from lowvram.manifest import MANIFEST, OtherVersionError, checksum, is_sealed, read_manifest, seal
 from tests.resign import remove_checksum, sign_anew, write_manifest
 
 
@@ -176,22 +178,29 @@ def test_the_checksum_depends_on_contents_and_on_nothing_else() -> None:
     assert checksum(manifest | {"step": 4}) != sealed["sha256"]
 
 
+@pytest.mark.parametrize("unreadable", ["weights.safetensors", MANIFEST])
 @pytest.mark.parametrize("number, is_damage", [(errno.EIO, True), (errno.EACCES, False)], ids=["drive", "permission"])
 def test_a_drive_that_cannot_read_a_file_is_damage_and_a_missing_permission_is_not(
-    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, is_damage: bool
+    two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, is_damage: bool, unreadable: str
 ) -> None:
     run, newest = two
 
-    def read(path: Path) -> str:
-        if path == newest / "weights.safetensors":
-            raise OSError(number, "refused", str(path))
-        return sha256(path)
+    def refusing(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(path: Path, *more: object) -> Any:
+            if path == newest / name:
+                raise OSError(number, "refused", str(path))
+            return read(path, *more)
 
-    monkeypatch.setattr("lowvram.checkpoint.sha256", read)
+        return refuse
+
+    if unreadable == MANIFEST:
+        monkeypatch.setattr("lowvram.manifest.read_object", refusing(unreadable, read_object))
+    else:
+        monkeypatch.setattr("lowvram.checkpoint.sha256", refusing(unreadable, sha256))
     if is_damage:
         found, passed_over = find_checkpoint(run)
         assert found.step == 1
-        assert "weights.safetensors cannot be read. The drive says: refused." in str(passed_over[0])
+        assert f"{unreadable} cannot be read. The drive says: refused." in str(passed_over[0])
     else:
         with pytest.raises(OSError, match="refused"):
             find_checkpoint(run)

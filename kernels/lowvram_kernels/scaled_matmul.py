@@ -55,7 +55,7 @@ def _sums_int8_exactly() -> bool:
     """
     if not torch.cpu._is_vnni_supported():
         return False
-    largest = torch.full((4, 64), 127, dtype=torch.int8)
+    largest = torch.full((4, 64), 127, dtype=torch.int8, device="cpu")  # whatever the default device is
     return bool((torch._int_mm(largest, largest.mT) == 64 * 127**2).all())
 
 

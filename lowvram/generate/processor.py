@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch.nn import functional as F
 
+from lowvram.errors import DiskFullError
 from lowvram.files import DISK, Disk
 from lowvram.json_files import JsonError, read_object
 from lowvram.words import Words
@@ -80,7 +81,7 @@ def find_pace(home: Path | None = None, clock: Clock = time.perf_counter, disk: 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         disk.write(path, found.model_dump_json(indent=1).encode())
-    except OSError:
+    except (OSError, DiskFullError):
         return found, True  # a cache that cannot be written costs time and nothing else
     return found, True
 

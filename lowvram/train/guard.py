@@ -26,6 +26,21 @@ _SPELLINGS = (
 )
 # torch's own class for errors of the driver, from 2.8 on.
 _DEVICE_ERRORS = tuple(kind for kind in [getattr(torch, "AcceleratorError", None)] if kind is not None)
+# What a driver says of a card that hung, overheated, lost power or was taken away (cudaError_t, CUDA Runtime API).
+_DEVICE_FAULTS = (
+    "unspecified launch failure",
+    "illegal memory access",
+    "illegal instruction",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ecc",
+    "unknown error",
+    "fallen off the bus",
+    "device lost",
+    "device is lost",
+    "busy or unavailable",
+    "driver shutting down",
+)
 # A ledger that is off by more is wrong about the step, not about rounding.
 _LEDGER_TOLERANCE = 0.05
 # Spilling into host memory slows a step by far more than this (12 × on an 8 GB card), a hot card by far less.
@@ -40,10 +55,12 @@ def is_out_of_memory(error: Exception) -> bool:
 def explain_device_fault(error: RuntimeError, saved_step: int | None) -> DeviceFaultError | None:
     """Return the error of a device or driver that failed, which a new process mends; None for any other one.
 
+    An error that the same command meets again (no kernel for this card, a failed assertion) is none of them.
     saved_step: of the newest checkpoint, if any.
     """
     words = str(error)
-    if is_out_of_memory(error) or not (isinstance(error, _DEVICE_ERRORS) or words.startswith("CUDA error")):
+    is_of_device = isinstance(error, _DEVICE_ERRORS) or words.startswith("CUDA error")
+    if not is_of_device or is_out_of_memory(error) or not any(fault in words.lower() for fault in _DEVICE_FAULTS):
         return None
     last = "Nothing was saved yet" if saved_step is None else f"The last checkpoint is of step {saved_step}"
     return DeviceFaultError(

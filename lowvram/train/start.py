@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,10 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # May differ between two starts: where things lie (a run that goes on needs its origin no more), what is kept and
 # told, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
+# What pydantic calls a key, a kind or a choice that this version does not know.
+_LATER = ("extra_forbidden", "union_tag_invalid", "literal_error")
+# A network or USB drive may be away for a moment.
+_AWAY_S = 2.0
 
 
 class RunLock:
@@ -62,6 +67,11 @@ class RunLock:
         if found is not None and found == self._identity:
             return
         if not self._directory.is_dir():
+            time.sleep(_AWAY_S)
+            found = self._found()
+            if found is not None and found == self._identity:
+                return
+        if not self._directory.is_dir():
             raise BusyError(
                 f"The run directory {self._directory} is gone.",
                 "It was deleted or renamed while this process was training in it, so nothing more was saved.",
@@ -78,10 +88,13 @@ class RunLock:
         self._lock.release()
 
     def _found(self) -> tuple[int, int] | None:
+        """Return what the lock file is now; None where there is none."""
         try:
             found = os.stat(self._directory / "lock")
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError:
+            return self._identity  # the drive does not answer, which says nothing about the file
         return found.st_ino, found.st_dev
 
 
@@ -101,20 +114,24 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
     """Return the run that a checkpoint is of.
 
     Raises CheckpointError where there is no such run; OtherVersionError where another lowvram wrote it, which may know
-    more keys than this one.
+    more keys and choices than this one.  A version number alone does not tell: it is the same for many commits.
     """
+    is_later = False
     try:
         return from_portable(checkpoint.config(), checkpoint.directory.parent)
     except ValidationError as error:
-        problem = error.errors()[0]
+        problems = error.errors()
+        problem = next((one for one in problems if one["type"] in _LATER), problems[0])
+        is_later = problem["type"] in _LATER
         why = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}."
     except (ConfigError, AttributeError, TypeError) as error:  # a text or a list where a table belongs
         why = f"{error}."
     what = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
     version = checkpoint.manifest["versions"].get("lowvram", "")
-    if version == lowvram.__version__:
-        raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
-    raise OtherVersionError(what, why, f"Update lowvram{f' to {version}, which wrote it' if version else ''}.")
+    if is_later or version != lowvram.__version__:
+        which = f" to {version}, which wrote it" if version not in ("", lowvram.__version__) else ""
+        raise OtherVersionError(what, why, f"Update lowvram{which}.")
+    raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
 
 
 def check_readable(checkpoint: Checkpoint) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 
+from lowvram.files import DISK, Disk
 from lowvram.generate import processor as under_test
 from lowvram.generate.processor import Pace, find_pace, pace_path
 
@@ -63,7 +66,12 @@ def test_what_was_measured_elsewhere_or_is_damaged_is_measured_again(tmp_path: P
 
 
 def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_error(tmp_path: Path) -> None:
+    class FullDisk(Disk):
+        def write_handle(self, file: IO[bytes], data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
     (tmp_path / "file").write_text("in the way")
-    for _ in range(2):
-        found, is_new = find_pace(tmp_path / "file", Clock(2.0, 3.0))
-        assert (is_new, found.is_bf16_faster) == (True, False)
+    for home, disk in ((tmp_path / "file", DISK), (tmp_path, FullDisk())):
+        for _ in range(2):
+            found, is_new = find_pace(home, Clock(2.0, 3.0), disk)
+            assert (is_new, found.is_bf16_faster) == (True, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -59,7 +60,10 @@ def expect(error: type[Exception], message: str, trainer: Trainer, deed: Callabl
 
 @on_posix
 @pytest.mark.parametrize("how", ["deleted", "renamed"])
-def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(what: RunConfig, how: str) -> None:
+def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(
+    what: RunConfig, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram.train.start._AWAY_S", 0.0)
     run, elsewhere = what.run.dir, what.run.dir.with_name("elsewhere")
     deed = {"deleted": lambda: shutil.rmtree(run), "renamed": lambda: run.rename(elsewhere)}[how]
     with lock_run(run) as lock:
@@ -73,6 +77,28 @@ def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(what: 
         )
         assert trainer.state.step == 2, "at once, not at the next save"
     assert not run.exists()
+
+
+@on_posix
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE], ids=["gone", "stale"])
+def test_a_drive_that_is_away_for_a_moment_stops_no_run(
+    what: RunConfig, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, is_away = os.stat, True
+
+    def look(path: Any, **more: Any) -> os.stat_result:
+        if is_away and Path(path).is_relative_to(what.run.dir):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, **more)
+
+    def come_back(_seconds: float) -> None:
+        nonlocal is_away
+        is_away = False
+
+    with lock_run(what.run.dir) as lock:
+        monkeypatch.setattr("lowvram.train.start.time.sleep", come_back)
+        monkeypatch.setattr("os.stat", look)
+        lock.refuse_lost()
 
 
 @on_posix
