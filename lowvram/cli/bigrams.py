@@ -25,6 +25,9 @@ def find_baseline(
     from lowvram.units import show_count
 
     path = what.data.train[0].path
+    if not path.exists():  # of a model that was imported or moved nobody has it here
+        notice("No bigram model to compare with: the shards that the model was trained on are not here.")
+        return None
     try:
         train = ShardSet.open(path, tokenizer.hash, tokenizer.size)
     except DataError as error:

@@ -61,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     """Answer one prompt, or turn after turn."""
     from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
@@ -78,13 +78,13 @@ def run(arguments: argparse.Namespace) -> None:
     conversation = open_conversation(loaded, context.max_context, arguments, cache)
     if text is not None:
         _answer_once(conversation, text, sampler, arguments)
-        return
+        return 0
     notes = [
         f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
         _describe_manner(loaded.tokenizer, speaks=conversation.template is not None),
     ]
     talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
-    talk.run(keeps_history=not arguments.no_history)
+    return talk.run(keeps_history=not arguments.no_history)
 
 
 def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:

@@ -55,8 +55,9 @@ class Talk:
     _is_over: bool = field(default=False, init=False)
     _has_warned: bool = field(default=False, init=False)
 
-    def run(self, keeps_history: bool = True) -> None:
-        """Talk until Ctrl-D, /quit, or Ctrl-C twice."""
+    def run(self, keeps_history: bool = True) -> int:
+        """Talk until Ctrl-D, /quit, or Ctrl-C twice; 1 where a program typed, and a text had no answer."""
+        failed = False
         for note in self.notes:
             notice(note, "dim")
         if self.warning:
@@ -68,12 +69,16 @@ class Talk:
                     self._take(typed)
                 except LowvramError as error:
                     show_error(str(error))
+                    failed |= not typed.is_command
                 except RuntimeError as error:
                     show_error(str(_explain(error)))
+                    failed |= not typed.is_command
                 except KeyboardInterrupt:
                     notice("(stopped)", "dim")
                 if self._is_over:
-                    return
+                    break
+        # A person has read it; a script has only the exit code.
+        return int(failed and not sys.stdin.isatty())
 
     def _all_typed(self) -> Iterator[Typed]:
         """Yield what is typed, until the end of input or a second Ctrl-C in a row."""

@@ -233,7 +233,7 @@ def _stop_on_signal(trainer: Trainer) -> Iterator[None]:
         asked.add(number)
         trainer.stop()
         if is_first:
-            write_at_once(b"\nStopping: this step is finished and saved first.  Once more stops at once, unsaved.\n")
+            write_at_once(b"\nStopping: this step is finished and saved first.\nOnce more stops at once, unsaved.\n")
 
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP, _BREAK) if number is not None]
     heard = [number for number in numbers if number != _HANG_UP or signal.getsignal(number) != signal.SIG_IGN]

@@ -29,6 +29,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the usage and the message with the nearest choice, and exit with 2."""
         choice = _CHOICE.fullmatch(message)
+        if message.endswith((": COMMAND", ": ACTION")):
+            known = [
+                name
+                for action in self._actions
+                if isinstance(action, argparse._SubParsersAction)
+                for name in action.choices
+            ]
+            message = f"which command? {', '.join(known)}" + (". Begin with: lowvram demo" if "demo" in known else "")
         if choice is not None:
             message = _answer_choice(choice[1], choice[2], re.findall(r"[^\s,']+", choice[3]))
         super().error(message)

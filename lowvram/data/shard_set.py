@@ -107,6 +107,13 @@ class ShardSet:
             fix = "Name the folder that was the --out of `lowvram data pack`."
             raise DataError(f"The folder {directory} does not exist.", "Shards were to be read from it.", fix)
         if not index.exists():
+            inside = [
+                str(Path(directory) / name) for name in ("train", "valid") if (Path(directory) / name / INDEX).exists()
+            ]
+            if inside:
+                raise DataError(
+                    f"{directory} holds no shards itself.", f"They are in {' and '.join(inside)}.", "Name one."
+                )
             why = f"It has no {INDEX}: nothing was packed there, or a packing was interrupted."
             raise DataError(f"{directory} holds no shards.", why, "Type `lowvram data pack`, again if need be.")
         try:

@@ -5,6 +5,7 @@ Says only what the checkpoint, its run's log and the shards say; what none of th
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,7 +121,7 @@ def _use(story: Story) -> str:
         f"{opening}"
         "text = tokenizer.decode(model.generate(ids, max_new_tokens=60)[0], skip_special_tokens=True)\n"
         "```\n\n"
-        f"or `lowvram chat {story.name}`.\n"
+        f"or `lowvram chat {shlex.quote(story.name)}`.\n"
     )
 
 

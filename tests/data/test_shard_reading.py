@@ -84,6 +84,11 @@ def test_opening_with_another_tokenizer_is_refused(packed: ShardSet, small_token
 def test_a_folder_that_was_never_packed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no shards.*interrupted"):
         ShardSet.open(tmp_path)
+    for name in ("train", "valid"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "shards.json").touch()
+    with pytest.raises(DataError, match=r"holds no shards itself\. They are in \S+train and \S+valid\. Name one"):
+        ShardSet.open(tmp_path)
     with pytest.raises(DataError, match=r"missing does not exist\.(?!.*interrupted)"):
         ShardSet.open(tmp_path / "missing")
 

@@ -109,7 +109,7 @@ def test_a_turn_longer_than_the_context_is_an_error_with_numbers_and_the_talk_go
     monkeypatch: pytest.MonkeyPatch, run: Path
 ) -> None:
     answer = converse(monkeypatch, run, "Kış", "uzun " * 50, "Evet")
-    assert answer.code == 0
+    assert answer.code == 1, "one text had no answer"
     assert "tokens, " in answer.err
     assert " too many.  The context holds 32" in answer.err.replace(". The", ".  The")
     assert answer.out == converse(monkeypatch, run, "Kış", "Evet").out
@@ -294,7 +294,7 @@ def test_the_first_lines_say_where_a_model_is_asked_otherwise_than_it_was_traine
 def test_input_that_is_not_utf8_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"g\xfcn\n"), encoding="utf-8"))
     answer = typed("chat", run, "--device", "cpu")
-    assert answer.code == 0
+    assert answer.code == 1, "a script has only the exit code"
     assert "Error: The text is not UTF-8: byte 0xFC at position 1. It is probably windows-1254" in answer.err
     assert "in which it reads “gün”. Set your terminal or editor to UTF-8" in answer.err
 
