@@ -29,6 +29,7 @@ _IN_USE = (errno.EADDRINUSE, errno.EACCES)
 _FEWEST_CONNECTIONS = 8  # also where the system allows hardly any file: those that cannot be accepted wait
 # After the system had no room for another connection: until one has been closed, and where there is none to close.
 _CLOSING_S, _RETRY_S = 0.005, 0.2
+_FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -98,9 +99,8 @@ class Server(uvicorn.Server):
             try:
                 client, _ = await loop.sock_accept(listening)
             except OSError as error:
-                # The client has gone already, or the process may open no more files: then one is closed.
-                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await asyncio.sleep(_CLOSING_S if self._close_longest_waiting() else _RETRY_S)
+                # sock_accept fails without giving way: without a wait here nothing else in the process would ever run.
+                await asyncio.sleep(self._find_wait_s(error))
                 continue
             is_full = len(self.server_state.connections) >= self._most_connections
             is_refused = is_full and not self._close_longest_waiting()
@@ -112,6 +112,12 @@ class Server(uvicorn.Server):
                 await loop.connect_accepted_socket(connect, client)
             except OSError:  # the client has gone
                 client.close()
+
+    def _find_wait_s(self, error: OSError) -> float:
+        """Return how long to wait before the next try to accept; closes a connection where there is no room for one."""
+        if error.errno == errno.ECONNABORTED:
+            return 0.0  # the client has gone already, and the next one may be there
+        return _CLOSING_S if error.errno in _FULL and self._close_longest_waiting() else _RETRY_S
 
     def _close_longest_waiting(self) -> bool:
         """Close the connection that has been without a whole request for the longest time; returns whether one was."""

@@ -69,11 +69,23 @@ class _Closed(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _check_text(value: str) -> str:
+    """Return a text that has bytes in UTF-8; pydantic lets others pass where a string has no other limit."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("surrogate", "It holds half a character, a lone surrogate.") from error
+    return value
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+
+
 class TextPart(_Closed):
     """A part of a message's content; only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(_Closed):
@@ -83,8 +95,8 @@ class Message(_Closed):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None
-    name: str | None = None
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None
+    name: Text | None = None
     refusal: None = None
     annotations: Annotated[list[None], Field(max_length=0)] | None = None
     audio: None = None
@@ -104,7 +116,7 @@ class StreamOptions(_Closed):
     include_obfuscation: bool = False
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Ask(_Closed):
@@ -163,17 +175,7 @@ def _check_prompt(value: Any) -> str | list[int]:
     is_ids = isinstance(value, list) and all(type(id) is int for id in value)
     if not isinstance(value, str) and not is_ids:
         raise PydanticCustomError("prompt", "It should be a string, or a list of token ids.")
-    if isinstance(value, str) and not _is_unicode(value):
-        raise PydanticCustomError("surrogate", "It holds half a character, a lone surrogate.")
-    return value
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return _check_text(value) if isinstance(value, str) else value
 
 
 Prompt = Annotated[Any, AfterValidator(_check_prompt)]
@@ -281,6 +283,9 @@ def _explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationEr
         return RequestError(f"{param} is missing.", "Every request needs it.", f"Add {place[-1]}.", param)
     if problem["type"] == "extra_forbidden":
         return _unknown_field(kind, place)
+    # pydantic places a name with half a character at the object that holds it.
+    if problem["type"] == "string_unicode" and isinstance(_value_at(data, place), Mapping):
+        return _unknown_field(kind, [*place, problem["input"]])
     why = f"{problem['msg'].removesuffix('.')}."
     return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Mend that field.", param)
 
@@ -297,6 +302,12 @@ def _place(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:
             way.append(step)
             data = data[step]
     return way
+
+
+def _value_at(data: Any, place: Sequence[int | str]) -> Any:
+    for step in place:
+        data = data[step]
+    return data
 
 
 def show_value(value: Any) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -270,6 +272,29 @@ def test_beyond_the_systems_limit_of_files_the_server_goes_on_and_logs_nothing(
             assert read_all(slow) == b"", "who had no request made room"
     assert refused == 3
     assert [record for record in log.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asyncio on Windows does not call socket.accept")
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ECONNABORTED, errno.EMFILE, errno.EIO])
+def test_a_system_that_lets_accept_nothing_hinders_no_open_connection_and_no_end(
+    small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    tries = 0
+
+    def fail(_: socket.socket) -> Any:
+        nonlocal tries
+        tries += 1
+        raise OSError(number, "refused")
+
+    with served(small_tokenizer) as place, place.http() as http:
+        assert http.get("/health").status_code == 200
+        monkeypatch.setattr(socket.socket, "accept", fail)
+        port = int(place.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port)):
+            wait_until(lambda: tries > 0)
+            if number != errno.EMFILE:  # which closes the connection that has no request
+                assert http.get("/health").status_code == 200
+    # `served` has seen that the server ended.
 
 
 @pytest.mark.parametrize(
