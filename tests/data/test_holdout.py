@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -68,6 +70,27 @@ def test_line_ends_white_space_and_unicode_form_move_no_document(text: str) -> N
         holdout.takes(variant)
         places.add(holdout._lowest)
     assert len(places) == 1
+
+
+def test_the_place_is_the_hash_of_the_words_wherever_a_document_is_cut_into_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for text in ("  İki satır\n\n var.\u3000 ", " \t ", "", "tek", "a b", "şu bir\u00a0\u2028iki \x1c üç"):
+        digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
+        for size in (1, 2, 3, 5, 1 << 16):
+            monkeypatch.setattr("lowvram.data.holdout._PIECE_CHARACTERS", size)
+            holdout = Holdout(0.5)
+            holdout.takes(text)
+            assert holdout._lowest == int.from_bytes(digest, "big") / 2**64
+
+
+def test_a_long_document_is_not_taken_apart_into_all_its_words_at_once() -> None:
+    text = "ev " * 1_000_000
+    tracemalloc.start()
+    Holdout(0.5).takes(text)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < len(text)
 
 
 def test_the_share_is_kept_and_a_larger_one_holds_out_all_of_a_smaller_one() -> None:
