@@ -24,6 +24,14 @@ _SIDECAR = {"tokenizer", "text", "dtype", "sha256", *COUNTS}
 _MOST_NAMES = 3
 
 
+def holds_shards(folder: Path) -> bool:
+    """Return whether shards lie directly in a folder: with their index, or of a packing that was interrupted."""
+    if (folder / INDEX).is_file():
+        return True
+    sidecars = [path for path in folder.glob("*.json") if _NAME.fullmatch(path.name)]
+    return any(read_json(path).keys() >= _SIDECAR for path in sidecars)
+
+
 class ShardFolder:
     """One --out while it is packed into; use inside `claim`.
 

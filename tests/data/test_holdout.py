@@ -122,6 +122,29 @@ def test_a_share_that_holds_out_nothing_is_said_with_one_that_does(
     assert [show_share(share) for share in (0.005, 0.1, 1e-5)] == ["0.5%", "10%", "0.001%"]
 
 
+def test_a_split_and_shards_of_all_of_a_text_never_lie_beside_each_other(
+    folder: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    flat, both, alone = (tmp_path / name for name in ("flat", "both", "alone"))
+    pack([folder], small_tokenizer, flat, processes=1)
+    pack_split([folder], small_tokenizer, both, Holdout(SHARE), processes=1)
+    pack([folder], small_tokenizer, alone / "valid", processes=1)
+    for replace in (False, True):
+        with pytest.raises(DataError, match=f"^{flat} itself holds shards.*another --out, or delete the shards in"):
+            pack_split([folder], small_tokenizer, flat, Holdout(SHARE), processes=1, replace=replace)
+        with pytest.raises(DataError, match=f"^{both}/train and {both}/valid hold shards already.*add --holdout"):
+            pack([folder], small_tokenizer, both, processes=1, replace=replace)
+        with pytest.raises(DataError, match=f"^{alone}/valid holds shards already"):
+            pack([folder], small_tokenizer, alone, processes=1, replace=replace)
+    assert not (flat / "train").exists()
+    assert {path.name for path in both.iterdir()} == {"train", "valid"}
+    pack([folder], small_tokenizer, flat / "valid", processes=1)
+    assert pack([folder], small_tokenizer, flat, processes=1).documents == 60, "as it was laid out by hand"
+    (flat / "shards.json").unlink()  # as where a packing was interrupted
+    with pytest.raises(DataError, match="itself holds shards"):
+        pack_split([folder], small_tokenizer, flat, Holdout(SHARE), processes=1)
+
+
 def test_a_split_that_was_interrupted_goes_on_where_it_stopped(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None
 ) -> None:
