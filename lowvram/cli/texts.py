@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _HINT = "--on-bad-row skip leaves such rows out, and --on-bad-row report lists them all."
-_FILE_HINT = "--on-bad-row skip leaves out single rows, and no file or the rest of one; report lists all such files."
+_FILE_HINT = "--on-bad-row skip leaves out single rows, never the rest of a file; report lists all such files."
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:

@@ -231,7 +231,7 @@ def _find_column(file: str, field: str, schema: Any) -> list[str]:
     if field in schema.names:
         return [field]
     names = field.split(".")
-    fields = {name: schema.field(name) for name in schema.names}
+    fields = {each.name: each for each in schema}  # by its name Arrow gives none that is there twice
     for name in names:
         if name not in fields:
             raise _no_field(file, field, schema.names)
@@ -247,4 +247,6 @@ def _read_cell(where: str, field: str, cell: Any) -> str | BadRow:
     except UnicodeDecodeError as error:
         what = f"{where}: the text is not UTF-8 at its byte {error.start}."
         return BadRow("not UTF-8", what, f"({error.reason}.)", "Mend or delete that row.")
+    except (ValueError, OverflowError):  # such as a time in nanoseconds, for which Python has no value
+        value = cell
     return _check_text(where, field, value)

@@ -246,7 +246,8 @@ def test_the_command_line_stops_skips_and_reports(
     cut = run("report").out.splitlines()
     assert cut[1] == "1 of 1 row is bad: 1 unreadable."
     assert cut[2].startswith(f"Next: lowvram {command} in --on-bad-row report "), "skip would stop there, too"
-    assert "--on-bad-row skip leaves out single rows" in run("skip").err
+    del options[-2:]  # the folder holds shards that were packed without --holdout
+    assert "--on-bad-row skip leaves out single rows, never the rest of a file" in run("skip").err
 
 
 def typed_words(line: str) -> list[str]:
