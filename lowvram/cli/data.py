@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lowvram.data.shards import PackProgress, ShardSet
     from lowvram.data.tokenizer import Tokenizer
 
+TOKENIZER, OUT = Path("tok"), Path("shards")
+
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
@@ -26,8 +28,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "a .jsonl or .parquet row.  Interrupted, it goes on where it stopped when typed again.",
     )
     add_reading(pack)
-    pack.add_argument("--tokenizer", type=Path, default=Path("tok"), metavar="DIR", help="(default: %(default)s)")
-    pack.add_argument("--out", type=Path, default=Path("shards"), metavar="DIR", help="(default: %(default)s)")
+    pack.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="DIR", help="(default: %(default)s)")
+    pack.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="(default: %(default)s)")
     add_holdout(
         pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
     )
@@ -46,7 +48,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from lowvram.data.shards import pack, pack_split
 
     if arguments.on_bad_row == "report":
-        return report(arguments, "data", "pack")
+        return report(arguments, ("data", "pack"), _options(arguments))
     tokenizer = load_tokenizer(arguments.tokenizer)
     out, bad_rows, files = arguments.out, start_reading(arguments), find(arguments.text)
 
@@ -68,12 +70,25 @@ def run_pack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _options(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return the options, other than those of reading, as they were typed; none that has its default."""
+    from lowvram.data.holdout import show_share
+
+    words: list[str | Path] = []
+    words += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer != TOKENIZER else []
+    words += ["--out", arguments.out] if arguments.out != OUT else []
+    words += ["--holdout", show_share(arguments.holdout)] if arguments.holdout else []
+    words += ["--replace"] if arguments.replace else []
+    return words + (["--processes", str(arguments.processes)] if arguments.processes else [])
+
+
 def _describe(folder: Path, shards: ShardSet) -> str:
     from lowvram.units import show_bytes, show_count
 
     ratio = shards.text_bytes / max(1, shards.tokens - shards.documents)
     return (
-        f"{folder}: {show_count(shards.tokens)} tokens of {show_count(shards.documents)} documents, "
+        f"{folder}: {show_count(shards.tokens)} token{'s' * (shards.tokens != 1)} of "
+        f"{show_count(shards.documents)} document{'s' * (shards.documents != 1)}, "
         f"{show_bytes(shards.text_bytes)} of text ({ratio:.2f} bytes a token)"
     )
 

@@ -94,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not _train(what, arguments):
         again = ["--text", arguments.text] if arguments.text else []
-        _tell_command("You stopped it.  Go on with:", "demo", *again, "--dir", arguments.dir)
+        device = [] if arguments.device == "auto" else ["--device", arguments.device]
+        _tell_command("You stopped it.  Go on with:", "demo", *again, "--dir", arguments.dir, *device)
         return STOPPED
 
     _say(7, "Bits per byte of held-out text", "evaluate", arguments.dir / "run")
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:
     """Make text, tokenizer and shards, or find them made."""
     from lowvram.cli.data import pack_with_progress
-    from lowvram.units import show_bytes
+    from lowvram.units import count_of, show_bytes
 
     train_file, valid_file = home / "text/train.txt", home / "text/valid.txt"
     _say(1, f"Text, in {home}", "demo", "--text", "FOLDER")
@@ -130,7 +131,7 @@ def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:
     _say(3, "Shards", "data", "pack", "FOLDER", "--tokenizer", "tok", "--out", "shards/train")
     for name, file in (("train", train_file), ("valid", valid_file)):
         shards = pack_with_progress([file], tokenizer, home / "shards" / name)
-        _tell(f"{name}: {shards.tokens:,} tokens of {shards.documents:,} documents")
+        _tell(f"{name}: {count_of(shards.tokens, 'token')} of {count_of(shards.documents, 'document')}")
     return tokenizer
 
 
@@ -303,6 +304,7 @@ def _split(folder: Path) -> tuple[list[str], list[str]]:
     from lowvram.cli.show import notice
     from lowvram.data.text import documents, find_files
     from lowvram.errors import DataError
+    from lowvram.units import count_of
 
     train: list[str] = []
     valid: list[str] = []
@@ -318,7 +320,7 @@ def _split(folder: Path) -> tuple[list[str], list[str]]:
         valid.append(train.pop())
     if not train or not valid or read < LEAST_USER_CHARACTERS:
         raise DataError(
-            f"{folder} has {len(train) + len(valid)} documents of {read:,} characters together.",
+            f"{folder} has {count_of(len(train) + len(valid), 'document')} of {read:,} characters together.",
             f"One part is learnt and another held out: {LEAST_USER_CHARACTERS:,} characters in two documents at least.",
             "Add text, or separate documents by blank lines.",
         )

@@ -13,6 +13,10 @@ from lowvram.units import parse_bytes, parse_count, parse_memory, show_bytes
 MOST_CONTEXT = 2**20
 MOST_PROCESSES = 256
 MOST_SLOTS = 1024
+TEXTS = (
+    ".txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst; folders of them, patterns such as 'data/*.txt', or - for "
+    "standard input"
+)
 _MOST_BYTES = 2**42  # no computer of our users has more: a bare number was meant as something smaller
 
 
@@ -99,8 +103,8 @@ def add_precision(parser: argparse.ArgumentParser, default: str = "by the card")
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the texts to read, and --field."""
-    parser.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
-    parser.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")
+    parser.add_argument("text", nargs="+", type=Path, help=TEXTS)
+    parser.add_argument("--field", default="text", help="field of .jsonl, .ndjson and .parquet (default: %(default)s)")
 
 
 def add_holdout(parser: argparse.ArgumentParser, what: str) -> None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRow, BadRows
 
 _SHOWN = 5
-_HINT = "Or add --on-bad-row: skip leaves such rows out, report lists them all."
+_HINT = "--on-bad-row skip leaves such rows out, and --on-bad-row report lists them all."
+_FILE_HINT = "--on-bad-row skip leaves out single rows, never the rest of a file; report lists all such files."
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,8 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--on-bad-row",
         choices=("stop", "skip", "report"),
         default="stop",
-        help="rows that are no text: stop at the first (default); skip them, up to 1%% and 10,000; or report: read "
-        "everything, list them all and do nothing else",
+        help="rows that are no text: stop at the first (default); skip them, up to 1%% and 10,000, but stop at a file "
+        "that cannot be read to its end; or report: read everything, list them all and do nothing else",
     )
 
 
@@ -52,30 +53,33 @@ def start_reading(arguments: argparse.Namespace) -> BadRows:
         if shown <= _SHOWN:
             notice(f"Skipped: {row.what}")
 
-    return BadRows(arguments.on_bad_row, tell, _HINT)
+    return BadRows(arguments.on_bad_row, tell, _HINT, _FILE_HINT)
 
 
 def say_skipped(bad_rows: BadRows) -> None:
     """Say how many rows were skipped, if any."""
     from lowvram.cli.show import notice
+    from lowvram.units import count_of
 
     if bad_rows.count:
-        notice(f"Skipped {bad_rows.count:,} of {bad_rows.rows:,} rows: {bad_rows.describe()}.")
+        notice(f"Skipped {bad_rows.count:,} of {count_of(bad_rows.rows, 'row')}: {bad_rows.describe()}.")
 
 
-def report(arguments: argparse.Namespace, *command: str) -> int:
+def report(arguments: argparse.Namespace, command: Sequence[str], options: Sequence[str | Path]) -> int:
     """Read everything, list every bad row and name the next step; return 1 if there are any.
 
-    command: the words of the command that was typed.
+    command: the words of the command that was typed.  options: those that it was typed with and that say what is made
+    of the texts, so that the next step makes the same of them.
     """
     from lowvram.cli.next_step import next_step
     from lowvram.cli.show import bar, literal, result
     from lowvram.data.bad_rows import BadRows
     from lowvram.data.text import documents
     from lowvram.data.text_files import size_of
+    from lowvram.units import count_of
 
     def tell(row: BadRow) -> None:
-        result(f"{row.what} {row.why}" if row.kind == "unreadable files" else row.what)
+        result(f"{row.what} {row.why}" if row.ends_file else row.what)
 
     bad_rows = BadRows("report", tell)
     files = find(arguments.text)
@@ -90,10 +94,17 @@ def report(arguments: argparse.Namespace, *command: str) -> int:
                 pass
             before += size_of(file)
     if not bad_rows.count:
-        result(f"All {bad_rows.rows:,} rows of {len(files):,} files are text.")
+        rows = "The only row" if bad_rows.rows == 1 else f"All {bad_rows.rows:,} rows"
+        are = "is" if bad_rows.rows == 1 else "are"
+        result(f"{rows} of {count_of(len(files), 'file')} {are} text.")
+        literal(next_step(*command, *reading_words(arguments, "stop"), *options))
         return 0
-    result(f"{bad_rows.count:,} of {bad_rows.rows:,} rows are bad: {bad_rows.describe()}.")
-    literal(next_step(*command, *reading_words(arguments, "skip"), why="or mend them"))
+    are = "is" if bad_rows.count == 1 else "are"
+    result(f"{bad_rows.count:,} of {count_of(bad_rows.rows, 'row')} {are} bad: {bad_rows.describe()}.")
+    action, why = (
+        ("skip", "or mend them") if bad_rows.can_be_skipped else ("report", "when these are mended or left out")
+    )
+    literal(next_step(*command, *reading_words(arguments, action), *options, why=why))
     return 1
 
 

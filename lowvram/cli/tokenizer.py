@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # The share that the next step names where the user named none.
 SHARE = 0.005
+VOCABULARY, OUT = 32768, Path("tok")
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,8 +31,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "transformers and tokenizers load too; every string survives encoding and decoding unchanged.",
     )
     add_reading(train)
-    train.add_argument("--vocab", type=count, default=32768, metavar="N", help="number of ids (default: %(default)s)")
-    train.add_argument("--out", type=Path, default=Path("tok"), metavar="DIR", help="where to (default: %(default)s)")
+    train.add_argument(
+        "--vocab", type=count, default=VOCABULARY, metavar="N", help="number of ids (default: %(default)s)"
+    )
+    train.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where to (default: %(default)s)")
     add_holdout(train, "leave out the documents that `data pack --holdout SHARE` holds out, as 0.5%%")
     train.add_argument("--replace", action="store_true", help="overwrite another tokenizer that DIR holds")
     train.set_defaults(run=run_train)
@@ -44,7 +47,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from lowvram.data.holdout import Holdout, show_share
 
     if arguments.on_bad_row == "report":
-        return report(arguments, "tokenizer", "train")
+        return report(arguments, ("tokenizer", "train"), _options(arguments))
     holdout = Holdout(arguments.holdout) if arguments.holdout else None
     bad_rows, files = start_reading(arguments), find(arguments.text)
     if not arguments.replace and (arguments.out / "tokenizer.json").exists():
@@ -60,6 +63,16 @@ def run_train(arguments: argparse.Namespace) -> int:
     split = ("--holdout", show_share(holdout.share if holdout else SHARE))
     literal(next_step("data", "pack", *words, *split, "--tokenizer", arguments.out, "--out", "shards"))
     return 0
+
+
+def _options(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return the options, other than those of reading, as they were typed; none that has its default."""
+    from lowvram.data.holdout import show_share
+
+    words: list[str | Path] = ["--vocab", str(arguments.vocab)] if arguments.vocab != VOCABULARY else []
+    words += ["--out", arguments.out] if arguments.out != OUT else []
+    words += ["--holdout", show_share(arguments.holdout)] if arguments.holdout else []
+    return words + (["--replace"] if arguments.replace else [])
 
 
 def train_with_progress(

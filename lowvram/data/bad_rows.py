@@ -21,31 +21,40 @@ _SHOWN = 3
 @final
 @dataclass(frozen=True)
 class BadRow:
-    """One row, or the rest of a file, that is no text.  kind: a few words by which such rows are counted."""
+    """One row, or the rest of a file, that is no text.
+
+    kind: a few words by which such rows are counted.  ends_file: nothing more can be read of the file, so nobody knows
+    how many rows are lost.
+    """
 
     kind: str
     what: str
     why: str = ""
     fix: str = ""
+    ends_file: bool = False
 
     @staticmethod
-    def of(kind: str, error: DataError) -> BadRow:
+    def of(kind: str, error: DataError, ends_file: bool = False) -> BadRow:
         """Return what an error says, as a bad row."""
-        return BadRow(kind, error.what, error.why, error.fix)
+        return BadRow(kind, error.what, error.why, error.fix, ends_file)
 
 
 @dataclass
 class BadRows:
     """What is done with bad rows, and how many there were; one object for all files of a reading.
 
-    action: `stop` raises at the first, `skip` leaves them out and raises beyond a limit, `report` reads on.
-    tell: called with each bad row that does not stop.  hint: said behind an error that stops, in the caller's words.
+    action: `stop` raises at the first, `skip` leaves single rows out and raises beyond a limit or where a file ends
+    too early, `report` reads on.
+    tell: called with each bad row that does not stop.  hint: what an error that stops at a row says of the other
+    actions, in the caller's words; `file_hint` the same where a file ends too early.
     """
 
     action: Action = "stop"
     tell: Callable[[BadRow], None] | None = None
     hint: str = ""
+    file_hint: str = ""
     rows: int = 0
+    ended_files: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     _first: list[str] = field(default_factory=list)
 
@@ -56,9 +65,12 @@ class BadRows:
 
     def take(self, row: BadRow) -> None:
         """Count a bad row and tell of it, or raise DataError."""
-        if self.action == "stop":
-            raise DataError(row.what, row.why, f"{row.fix} {self.hint}")
+        if self.action == "stop" or (self.action == "skip" and row.ends_file):
+            # The hint goes first, because a fix may end in a command, behind which nothing may stand.
+            hint = self.file_hint if row.ends_file else self.hint
+            raise DataError(row.what, row.why, " ".join(filter(None, (hint, row.fix))))
         self.rows += 1
+        self.ended_files += row.ends_file
         self.kinds[row.kind] += 1
         if len(self._first) < _SHOWN:
             self._first.append(row.what)
@@ -70,9 +82,16 @@ class BadRows:
         """Raise DataError where more than the share was skipped; call it when everything was read."""
         self._check(_FEW)
 
+    @property
+    def can_be_skipped(self) -> bool:
+        """Whether `skip` would leave out all that was found, when everything was read."""
+        return not self.ended_files and self.count <= MOST_SKIPPED and not self._is_large_share(_FEW)
+
+    def _is_large_share(self, least: int) -> bool:
+        return self.count > least and self.count > self.rows * MOST_SKIPPED_SHARE
+
     def _check(self, least: int) -> None:
-        count = self.count
-        is_share = count > least and count > self.rows * MOST_SKIPPED_SHARE
+        count, is_share = self.count, self._is_large_share(least)
         if self.action != "skip" or not (is_share or count > MOST_SKIPPED):
             return
         limit = f"{MOST_SKIPPED_SHARE:.0%}" if is_share else f"{MOST_SKIPPED:,} rows"

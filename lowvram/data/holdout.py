@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 
 from lowvram.data.normal_form import nfc
 from lowvram.errors import DataError
+from lowvram.units import count_of
 
 _HASH_BYTES = 8
+_PIECE_CHARACTERS = 1 << 16
 
 
 class Holdout:
@@ -26,9 +28,7 @@ class Holdout:
 
     def takes(self, text: str) -> bool:
         """Return whether this document is held out, and count it."""
-        words = " ".join(nfc(text).split())
-        digest = hashlib.blake2b(words.encode("utf-8"), digest_size=_HASH_BYTES).digest()
-        place = int.from_bytes(digest, "big") / 256**_HASH_BYTES
+        place = _place(nfc(text))
         is_held_out = place < self.share
         self.documents += 1
         self.held_out += is_held_out
@@ -46,7 +46,7 @@ class Holdout:
         """Raise DataError if none of the documents is held out, or all are; it names a share that would do."""
         if 0 < self.held_out < self.documents:
             return
-        named, counted = show_share(self.share), f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        named, counted = show_share(self.share), count_of(self.documents, "document")
         if not self.documents:
             raise DataError("There is no document to hold out.", "The files have none.", "Name files that hold text.")
         if self.documents == 1:
@@ -58,6 +58,23 @@ class Holdout:
             fix = f"The smallest share that holds one out is {_show_above(self._lowest)}; or leave --holdout out."
             raise DataError(f"--holdout {named} holds out none of {counted}.", why, fix)
         raise DataError(f"--holdout {named} holds out all {counted}.", "Nothing is left to learn.", "Ask for less.")
+
+
+def _place(text: str) -> float:
+    """Return the hash of a document's words, each parted from the next by one blank, as a number from 0 to 1."""
+    hash, is_begun, is_parted = hashlib.blake2b(digest_size=_HASH_BYTES), False, False
+    # In pieces, because a list of all words takes many times the document's own bytes.
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        piece = text[start : start + _PIECE_CHARACTERS]
+        words = " ".join(piece.split())
+        if words:
+            # A word may go on from the last piece into this one.
+            if is_begun and (is_parted or piece[0].isspace()):
+                hash.update(b" ")
+            hash.update(words.encode("utf-8"))
+            is_begun = True
+        is_parted = piece[-1].isspace()
+    return int.from_bytes(hash.digest(), "big") / 256**_HASH_BYTES
 
 
 def show_share(share: float) -> str:

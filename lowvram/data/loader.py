@@ -16,6 +16,7 @@ import torch
 
 from lowvram.data.shards import ShardSet
 from lowvram.errors import DataError
+from lowvram.units import count_of
 
 # Samples whose windows are worked out together, and slots in which each corpus has a whole number.
 BLOCK = 4096
@@ -83,7 +84,7 @@ class Loader:
         for corpus, windows in zip(self._corpora, self._windows, strict=True):
             if windows < 1:
                 raise DataError(
-                    f"{corpus.directory} holds {corpus.tokens} tokens.",
+                    f"{corpus.directory} holds {count_of(corpus.tokens, 'token')}.",
                     f"A window of seq_len = {seq_len} takes {seq_len + 1}.",
                     "Pack more text, or lower train.seq_len.",
                 )

@@ -18,6 +18,7 @@ import numpy as np
 from lowvram.data.tokenizer import SPECIALS, Tokenizer, byte_of_letter, count_bytes, read_files
 from lowvram.errors import TokenizerError
 from lowvram.json_files import JsonError, parse_object, read_object
+from lowvram.units import count_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # The key under which `lowvram import` notes in tokenizer_config.json how many rows the model's embedding has, where it
 # has more than the tokenizer has ids.  Without it there are as many rows as ids, so nobody needs to write it by hand.
 ROWS = "lowvram_rows"
+# Sixteen times the largest vocabularies in use.  One wrong id would else reserve gigabytes for ids that nothing has.
+MOST_ROWS = 2**22
 # What ends a turn in the dialogue formats of Qwen, Llama 3 and Gemma, where it is not the end of the text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_turn|>")
 # GPT-2's older tokenizer_config.json names no special token.
@@ -107,7 +110,9 @@ class OutsideTokenizer(Tokenizer):
             raise _unusable(directory, f"its files are damaged ({type(error).__name__}: {error})") from error
         rows = max(found) + 1 if rows is None else rows
         if max(found) >= rows:
-            raise _unusable(directory, f"it has the id {max(found)}, and the model only {rows} rows")
+            raise _unusable(directory, f"it has the id {max(found)}, and the model only {count_of(rows, 'row')}")
+        if rows > MOST_ROWS:
+            raise _unusable(directory, f"it asks for {rows:,} rows, and more than {MOST_ROWS:,} are taken for damage")
         plain = json.dumps(table | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
         noted = json.dumps(config | {ROWS: rows}, indent=2, ensure_ascii=False) + "\n"
         files["tokenizer_config.json"] = noted.encode()

@@ -15,13 +15,21 @@ import filelock
 from lowvram.data.shard_set import COUNTS, FORMAT, INDEX, ShardSet, add_up, has_counts, other_tokenizer, read_json
 from lowvram.errors import BusyError, DataError
 from lowvram.files import Disk, sha256
-from lowvram.units import show_count
+from lowvram.units import count_of, show_count
 
 _NAME = re.compile(r"([0-9]{5,})\.(bin|json)")
 _UNFINISHED = re.compile(r"([0-9]{5,}\.(bin|json)|shards\.json)\.[0-9]+\.tmp")
 # What a sidecar says of its shard; a file without them is not ours to delete.
 _SIDECAR = {"tokenizer", "text", "dtype", "sha256", *COUNTS}
 _MOST_NAMES = 3
+
+
+def holds_shards(folder: Path) -> bool:
+    """Return whether shards lie directly in a folder: with their index, or of a packing that was interrupted."""
+    if (folder / INDEX).is_file():
+        return True
+    sidecars = [path for path in folder.glob("*.json") if _NAME.fullmatch(path.name)]
+    return any(read_json(path).keys() >= _SIDECAR for path in sidecars)
 
 
 class ShardFolder:
@@ -136,14 +144,15 @@ class ShardFolder:
             totals = None
         if totals is None:
             count = sum(path.suffix == ".bin" for path in self._former)
-            return f"{count} shard{'s' * (count != 1)} of a packing that was interrupted"
+            return f"{count_of(count, 'shard')} of a packing that was interrupted"
         sources = self._index.get("sources")
         names = sources.get("first") if isinstance(sources, dict) else None
         origin = ""
         if isinstance(sources, dict) and isinstance(names, list) and names:
             more = sources.get("files", 0) - len(names)
             origin = f" from {', '.join(map(str, names))}" + (f" and {more} more" if more > 0 else "")
-        return f"{show_count(totals['tokens'])} tokens of {totals['documents']:,} documents{origin}, packed {told}"
+        documents = count_of(totals["documents"], "document")
+        return f"{show_count(totals['tokens'])} tokens of {documents}{origin}, packed {told}"
 
     def add(self, number: int, sidecar: dict[str, Any], beside: Path | None) -> None:
         """Count a shard; one that was encoded now lies at `beside` and gets its name here."""

@@ -15,7 +15,7 @@ from typing import Any
 from lowvram.data.bad_rows import BadRows
 from lowvram.data.encoders import Encoders, EncodeTask
 from lowvram.data.holdout import Holdout
-from lowvram.data.shard_folder import ShardFolder
+from lowvram.data.shard_folder import ShardFolder, holds_shards
 from lowvram.data.shard_set import COUNTS, ShardSet
 from lowvram.data.text import documents, find_files
 from lowvram.data.text_files import is_stream, size_of
@@ -25,6 +25,8 @@ from lowvram.files import DISK, Disk
 
 __all__ = ["PackProgress", "ShardSet", "pack", "pack_split"]
 
+# The folders of a split: what is learnt, and what is held out.
+SIDES = ("train", "valid")
 PART_BYTES = 8 << 20
 _BLOCK_CHARACTERS = 1 << 20
 # The last id of uint16 is 65,535, so it holds this many.
@@ -78,6 +80,7 @@ def pack(
     Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`), BusyError,
     DiskFullError.
     """
+    _refuse_split(out)
     folder = ShardFolder(out, tokenizer.hash, _dtype_name(tokenizer), disk, replace)
     return _pack([folder], None, paths, tokenizer, field, processes, progress, disk, bad_rows)[0]
 
@@ -97,11 +100,12 @@ def pack_split(
 ) -> tuple[ShardSet, ShardSet]:
     """Like `pack`, into two folders: `out/train`, and `out/valid` for the documents that are held out.
 
-    Raises DataError also where `holdout` leaves one of them without a document.
+    Raises DataError also where `holdout` leaves one of them without a document, and where `out` itself holds shards.
     """
-    folders = [
-        ShardFolder(out / name, tokenizer.hash, _dtype_name(tokenizer), disk, replace) for name in ("train", "valid")
-    ]
+    if holds_shards(out):
+        why = f"They were packed without --holdout; beside {out / SIDES[0]} nobody could tell which of them are meant."
+        raise DataError(f"{out} itself holds shards.", why, f"Name another --out, or delete the shards in {out} first.")
+    folders = [ShardFolder(out / name, tokenizer.hash, _dtype_name(tokenizer), disk, replace) for name in SIDES]
     train, valid = _pack(folders, holdout, paths, tokenizer, field, processes, progress, disk, bad_rows)
     return train, valid
 
@@ -137,6 +141,17 @@ def _pack(
         for folder in folders:
             folder.check_end()
         return [folder.finish(files) for folder in folders]
+
+
+def _refuse_split(out: Path) -> None:
+    """Raise DataError where shards would lie beside a split of a text; held-out ones may lie in their folder."""
+    inside = [out / name for name in SIDES if holds_shards(out / name)]
+    if inside and not (inside == [out / SIDES[1]] and holds_shards(out)):
+        what = f"{' and '.join(map(str, inside))} {'holds' if len(inside) == 1 else 'hold'} shards already."
+        why = f"Beside shards in {out} itself nobody could tell which of them are meant."
+        raise DataError(
+            what, why, f"Name another --out, add --holdout, or delete {' and '.join(map(str, inside))} first."
+        )
 
 
 def _refuse_text_inside(out: Path, files: Sequence[Path]) -> None:

@@ -52,7 +52,7 @@ def documents(
             yield row
     if not any_yet:
         what, why = f"{file} holds no document.", "It is empty, or all white space."
-        bad_rows.take(BadRow("empty files", what, why, "Leave it out."))
+        bad_rows.take(BadRow("empty", what, why, "Leave it out."))
 
 
 def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterator[str | BadRow]:
@@ -68,7 +68,7 @@ def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterato
                         tell(stream.read_bytes())
                     yield row
     except DataError as error:
-        yield BadRow.of("unreadable files", error)
+        yield BadRow.of("unreadable", error, ends_file=True)
 
 
 def _lines(stream: TextStream) -> Iterator[bytes]:
@@ -78,12 +78,19 @@ def _lines(stream: TextStream) -> Iterator[bytes]:
 
 
 def _lines_with_cr(stream: TextStream) -> Iterator[bytes]:
-    rest = b""
+    parts: list[bytes] = []  # of one line; they are joined once, since a line may be many blocks long
     for block in iter(partial(stream.bytes.read1, COPY_BYTES), b""):
-        *whole, rest = (rest + block).splitlines(keepends=True)
-        yield from whole
-    if rest:
-        yield rest
+        if parts and (parts[-1].endswith(b"\n") or (parts[-1].endswith(b"\r") and not block.startswith(b"\n"))):
+            yield b"".join(parts)
+            parts = []
+        first, *lines = block.splitlines(keepends=True)
+        parts.append(first)
+        if lines:
+            yield b"".join(parts)
+            yield from lines[:-1]
+            parts = lines[-1:]
+    if parts:
+        yield b"".join(parts)
 
 
 def _decoded(file: Path, stream: TextStream) -> Iterator[str | BadRow]:
@@ -156,7 +163,7 @@ def _read_line(where: str, line: str, field: str) -> str | BadRow:
     if not isinstance(record, dict):
         what = f"{where} is a JSON {type(record).__name__}, not an object."
         why = "Each line must be one object that holds the text in a field."
-        return BadRow("no objects", what, why, f'Write lines like {{"{field}": "..."}}.')
+        return BadRow("not an object", what, why, f'Write lines like {{"{field}": "..."}}.')
     value: Any = record
     for name in [field] if field in record else field.split("."):
         if not isinstance(value, dict) or name not in value:
@@ -216,16 +223,21 @@ def _parquet_documents(file: Path, stream: TextStream, field: str) -> Iterator[s
 
 
 def _find_column(file: str, field: str, schema: Any) -> list[str]:
-    """Return the names that lead to a column through structs; a column whose own name has dots goes first."""
+    """Return the names that lead to a column through structs; a column whose own name has dots goes first.
+
+    A list or a map is no way to one text in each row, although Arrow also has names for what lies in them.
+    """
+    is_struct = need("pyarrow.types").is_struct
     if field in schema.names:
         return [field]
     names = field.split(".")
-    fields = {name: schema.field(name) for name in schema.names}
+    fields = {each.name: each for each in schema}  # by its name Arrow gives none that is there twice
     for name in names:
         if name not in fields:
             raise _no_field(file, field, schema.names)
         inner = fields[name].type
-        fields = {inner.field(at).name: inner.field(at) for at in range(inner.num_fields)}
+        inside = [inner.field(at) for at in range(inner.num_fields)] if is_struct(inner) else []
+        fields = {each.name: each for each in inside}
     return names
 
 
@@ -235,4 +247,6 @@ def _read_cell(where: str, field: str, cell: Any) -> str | BadRow:
     except UnicodeDecodeError as error:
         what = f"{where}: the text is not UTF-8 at its byte {error.start}."
         return BadRow("not UTF-8", what, f"({error.reason}.)", "Mend or delete that row.")
+    except (ValueError, OverflowError):  # such as a time in nanoseconds, for which Python has no value
+        value = cell
     return _check_text(where, field, value)

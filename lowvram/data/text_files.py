@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowvram.errors import DataError
+from lowvram.units import count_of
 
 KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")
 ENDINGS = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
@@ -35,22 +36,18 @@ class TextFiles:
         if self.other_endings:
             endings = [f"{count:,} {ending or 'without ending'}" for ending, count in self.other_endings.most_common()]
             count = self.other_endings.total()
-            told.append(f"{_count(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
+            told.append(f"{count_of(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
         for paths, noun, why in (
             (self.broken_links, "broken link", "passed over"),
             (self.linked_folders, "linked folder", "not followed (it is read where it is named)"),
             (self.unreadable, "folder", "passed over for want of permission"),
         ):
             if paths:
-                told.append(f"{_count(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")
+                told.append(f"{count_of(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")
         if self.repeats:
             pairs = [f"{again} is {first}" for again, first in self.repeats]
-            told.append(f"{_count(len(self.repeats), 'name')} of the same file read once: {_few(pairs)}.")
+            told.append(f"{count_of(len(self.repeats), 'name')} of the same file read once: {_few(pairs)}.")
         return told
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _few(words: list[str]) -> str:

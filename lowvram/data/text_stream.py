@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ COPY_BYTES = 1 << 20
 _ZSTD_BYTES = 128
 _BUFFER_BYTES = 1 << 17
 _MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}
+# How an object, or an array of objects or strings, begins; the rest may not be there yet.  A line of text may begin
+# with a bracket, too: `[Müzik]`.
+_JSON = re.compile(rb"\s*(\{\s*([\"}]|$)|\[\s*[\[{\"])")
 # What begins a file that is no plain text, what it then is, and what to do.
 _OTHERS = {
     b"PAR1": ("a Parquet file", "Rename it so that it ends in .parquet."),
@@ -55,7 +59,7 @@ def open_text(file: Path) -> Iterator[TextStream]:
         with io.BufferedReader(io.FileIO(file if is_file else 0, closefd=is_file), _BUFFER_BYTES) as raw:
             stream = _unpack(file, raw)
             head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
-            kind = kind or (".jsonl" if head.lstrip().startswith(b'{"') else ".txt")
+            kind = kind or (".jsonl" if _JSON.match(head) else ".txt")
             if kind != ".parquet":
                 _refuse_other_formats(file, head)
             yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, stream is raw and raw.seekable())

@@ -13,6 +13,7 @@ from lowvram.data.tokenizer import Tokenizer, TokenStream
 from lowvram.errors import PromptError
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
+from lowvram.units import count_of
 
 
 class Counts(NamedTuple):
@@ -59,9 +60,9 @@ class Engine:
             raise PromptError("The text is empty.", "A model continues a text of at least one token.", "Write one.")
         if len(id_T) >= self.max_context:
             raise PromptError(
-                f"The text has {len(id_T)} tokens.",
+                f"The text has {count_of(len(id_T), 'token')}.",
                 f"The context holds {self.max_context}, and the answer needs room in it too.",
-                f"Shorten it by at least {len(id_T) - self.max_context + 1} tokens.",
+                f"Shorten it by at least {count_of(len(id_T) - self.max_context + 1, 'token')}.",
             )
         same = next((i for i, (a, b) in enumerate(zip(self.ids, id_T, strict=False)) if a != b), None)
         same = min(len(self.ids), len(id_T)) if same is None else same

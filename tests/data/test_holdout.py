@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import tracemalloc
 import unicodedata
 from pathlib import Path
 
@@ -70,6 +72,27 @@ def test_line_ends_white_space_and_unicode_form_move_no_document(text: str) -> N
     assert len(places) == 1
 
 
+def test_the_place_is_the_hash_of_the_words_wherever_a_document_is_cut_into_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for text in ("  İki satır\n\n var.\u3000 ", " \t ", "", "tek", "a b", "şu bir\u00a0\u2028iki \x1c üç"):
+        digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=8).digest()
+        for size in (1, 2, 3, 5, 1 << 16):
+            monkeypatch.setattr("lowvram.data.holdout._PIECE_CHARACTERS", size)
+            holdout = Holdout(0.5)
+            holdout.takes(text)
+            assert holdout._lowest == int.from_bytes(digest, "big") / 2**64
+
+
+def test_a_long_document_is_not_taken_apart_into_all_its_words_at_once() -> None:
+    text = "ev " * 1_000_000
+    tracemalloc.start()
+    Holdout(0.5).takes(text)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < len(text)
+
+
 def test_the_share_is_kept_and_a_larger_one_holds_out_all_of_a_smaller_one() -> None:
     texts = [f"belge {number}" for number in range(4000)]
     small, large = Holdout(0.05), Holdout(0.1)
@@ -97,6 +120,29 @@ def test_a_share_that_holds_out_nothing_is_said_with_one_that_does(
         train_tokenizer(Holdout(1e-9).leave(["bir", "iki"]), 300, tmp_path / "tok")
     assert not (tmp_path / "tok").exists()
     assert [show_share(share) for share in (0.005, 0.1, 1e-5)] == ["0.5%", "10%", "0.001%"]
+
+
+def test_a_split_and_shards_of_all_of_a_text_never_lie_beside_each_other(
+    folder: Path, small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    flat, both, alone = (tmp_path / name for name in ("flat", "both", "alone"))
+    pack([folder], small_tokenizer, flat, processes=1)
+    pack_split([folder], small_tokenizer, both, Holdout(SHARE), processes=1)
+    pack([folder], small_tokenizer, alone / "valid", processes=1)
+    for replace in (False, True):
+        with pytest.raises(DataError, match=f"^{flat} itself holds shards.*another --out, or delete the shards in"):
+            pack_split([folder], small_tokenizer, flat, Holdout(SHARE), processes=1, replace=replace)
+        with pytest.raises(DataError, match=f"^{both}/train and {both}/valid hold shards already.*add --holdout"):
+            pack([folder], small_tokenizer, both, processes=1, replace=replace)
+        with pytest.raises(DataError, match=f"^{alone}/valid holds shards already"):
+            pack([folder], small_tokenizer, alone, processes=1, replace=replace)
+    assert not (flat / "train").exists()
+    assert {path.name for path in both.iterdir()} == {"train", "valid"}
+    pack([folder], small_tokenizer, flat / "valid", processes=1)
+    assert pack([folder], small_tokenizer, flat, processes=1).documents == 60, "as it was laid out by hand"
+    (flat / "shards.json").unlink()  # as where a packing was interrupted
+    with pytest.raises(DataError, match="itself holds shards"):
+        pack_split([folder], small_tokenizer, flat, Holdout(SHARE), processes=1)
 
 
 def test_a_split_that_was_interrupted_goes_on_where_it_stopped(

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowvram.data.outside_tokenizer import ROWS, OutsideTokenizer, load_tokenizer
+from lowvram.data.outside_tokenizer import MOST_ROWS, ROWS, OutsideTokenizer, load_tokenizer
 from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer, TokenStream
 from lowvram.errors import TokenizerError
@@ -291,6 +291,31 @@ def test_a_tokenizer_that_cannot_be_used_is_told_why(
 def test_a_model_with_too_few_rows_is_told_so(folder: Path) -> None:
     with pytest.raises(TokenizerError, match="and the model only 300 rows"):
         load_tokenizer(folder, rows=300)
+
+
+@pytest.mark.parametrize("rows", [1_000, 1_001, 100_000, 10**18])
+@pytest.mark.parametrize("said", ["an added token", "a token of the text", "rows noted", "rows asked for"])
+def test_one_wrong_number_reserves_no_memory_for_ids_that_nothing_has(
+    said: str, rows: int, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 262_144 * 10 < MOST_ROWS < 2**23, "far above the largest in use, and a table of it takes less than 100 MB"
+    monkeypatch.setattr("lowvram.data.outside_tokenizer.MOST_ROWS", 1_000)
+
+    def edit(table: dict[str, Any]) -> None:
+        if said == "an added token":
+            table["added_tokens"][-1]["id"] = rows - 1
+        elif said == "a token of the text":
+            table["model"]["vocab"][list(table["model"]["vocab"])[-1]] = rows - 1
+        elif said == "rows noted":
+            table[ROWS] = rows
+
+    place = edited(folder, tmp_path / "out", CONFIG if said == "rows noted" else MODEL, edit)
+    asked = rows if said == "rows asked for" else None
+    if rows == 1_000:
+        assert load_tokenizer(place, asked).size == rows
+    else:
+        with pytest.raises(TokenizerError, match=f"asks for {rows:,} rows, and more than 1,000"):
+            load_tokenizer(place, asked)
 
 
 @pytest.mark.parametrize("file", [MODEL, CONFIG, "chat_template.jinja"])

@@ -16,8 +16,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lowvram.data.text import documents
+from lowvram.data.text import _lines_with_cr, documents
 from lowvram.data.text_files import find_text_files
+from lowvram.data.text_stream import TextStream
 from lowvram.errors import DataError
 from tests.flows.typed import environment, typed
 
@@ -162,6 +163,27 @@ def test_a_long_file_of_cr_is_cut_at_no_block(tmp_path: Path) -> None:
     ]
 
 
+def test_lines_of_cr_are_the_same_however_the_file_comes_in_blocks() -> None:
+    class Block(bytes):
+        def __radd__(self, before: bytes) -> bytes:
+            raise AssertionError("joined to all blocks before it, a line of many takes the square of their number")
+
+    class Blocks:
+        """Stands for a buffered reader, whose blocks end where the system pleases."""
+
+        def __init__(self, blocks: list[bytes]) -> None:
+            self._blocks = blocks
+
+        def read1(self, _size: int) -> bytes:
+            return Block(self._blocks.pop(0)) if self._blocks else b""
+
+    data = b"\rbir\r\r\niki\n\r\n" + b"uzun" * 4 + b"\r\r"
+    for size in range(1, len(data) + 1):
+        blocks = [data[start : start + size] for start in range(0, len(data), size)]
+        stream = TextStream(".txt", Blocks(blocks), lambda: 0, False)  # type: ignore[arg-type]
+        assert list(_lines_with_cr(stream)) == data.splitlines(keepends=True), size
+
+
 def test_a_string_that_is_not_closed_is_called_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Unterminated string"):
         list(documents(write(tmp_path / "a.jsonl", b'{"text": "a\n')))
@@ -182,16 +204,44 @@ def test_a_field_in_a_field_is_read_and_a_name_with_a_dot_goes_first(tmp_path: P
                 list(documents(file, missing))
 
 
+def test_a_field_is_not_looked_for_in_lists_and_maps(tmp_path: Path) -> None:
+    kinds = {
+        "texts": (pyarrow.list_(pyarrow.string()), ["bir", "iki"]),
+        "turns": (pyarrow.list_(pyarrow.struct({"content": pyarrow.string()})), [{"content": "bir"}]),
+        "named": (pyarrow.map_(pyarrow.string(), pyarrow.string()), [("a", "bir")]),
+        "large": (pyarrow.large_list(pyarrow.string()), ["bir"]),
+        "in": (pyarrow.struct({"texts": pyarrow.list_(pyarrow.string())}), {"texts": ["bir"]}),
+    }
+    columns = [pyarrow.array([value], kind) for kind, value in kinds.values()]
+    table = pyarrow.Table.from_arrays([*columns, columns[0]], names=[*kinds, "texts"])  # a name may be there twice
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    inside = ("texts.element", "texts.item", "turns.element", "turns.element.content", "turns.content", "named.key")
+    for field in (*inside, "named.key_value", "named.entries", "large.element", "in.texts.element", "texts.list"):
+        with pytest.raises(DataError, match=f"has no field '{field}'. Fields there: texts, turns, named, large, in"):
+            list(documents(tmp_path / "a.parquet", field))
+    for field in ("turns", "named", "in.texts"):
+        with pytest.raises(DataError, match=f"row 0: the field '{field}' holds list, not text"):
+            list(documents(tmp_path / "a.parquet", field))
+
+
+def test_a_value_that_python_has_not_is_no_text(tmp_path: Path) -> None:
+    times = pyarrow.array([2**62 + 1], pyarrow.timestamp("ns"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": times}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 0: the field 'text' holds TimestampScalar, not text"):
+        list(documents(tmp_path / "a.parquet"))
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 @pytest.mark.parametrize(
     "name, data",
     [
         ("pipe", b"bir\n\niki"),
         ("pipe", b'{"text": "bir"}\n{"text": "iki"}'),
+        ("pipe", b' {\t"text": "bir"}\n{"text": "iki"}'),
         ("pipe", gzip.compress(b"bir\n\niki")),
         ("pipe.ndjson", b'{"text": "bir"}\n{"text": "iki"}'),
     ],
-    ids=["text", "json lines", "gzip", "ndjson"],
+    ids=["text", "json lines", "json lines with white space", "gzip", "ndjson"],
 )
 def test_a_pipe_is_read(tmp_path: Path, name: str, data: bytes) -> None:
     os.mkfifo(tmp_path / name)
@@ -202,6 +252,29 @@ def test_a_pipe_is_read(tmp_path: Path, name: str, data: bytes) -> None:
     assert [text for file in files for text in documents(file, tell=told.append)] == ["bir", "iki"]
     writer.join()
     assert told == [0, 0], "of unknown length, and never an illegal seek"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize(
+    "data, read",
+    [
+        (b'{\n  "text": "bir"\n}\n', "is not JSON"),
+        (b'[{"text": "bir"}]\n', "is a JSON list"),
+        (b"[\n  {", "is not JSON"),
+        ("[Müzik]".encode(), ["[Müzik]"]),
+        (b"{ad} bey", ["{ad} bey"]),
+    ],
+)
+def test_a_pipe_is_json_only_where_it_begins_as_json_does(tmp_path: Path, data: bytes, read: str | list[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=write, args=(tmp_path / "pipe", data))
+    writer.start()
+    if isinstance(read, list):
+        assert list(documents(tmp_path / "pipe")) == read
+    else:
+        with pytest.raises(DataError, match=read):
+            list(documents(tmp_path / "pipe"))
+    writer.join()
 
 
 def test_standard_input_is_packed(tmp_path: Path) -> None:

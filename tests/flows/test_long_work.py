@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,20 +24,23 @@ def test_without_a_terminal_a_plain_line_comes_from_time_to_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(show, "PLAIN_EVERY_S", 0.001)
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(show, "time", SimpleNamespace(monotonic=lambda: clock.now))
     said = threading.Event()
     real = show.notice
     monkeypatch.setattr(show, "notice", lambda text: (real(text), said.set()))
     with show.bar("Packing") as line:
-        for done, total, words in ((5, 10, "1.2k tokens"), (7, None, "7 B"), (0, None, "")):
+        for passed, done, total, words in ((0, 5, 10, "1.2k tokens"), (75, 7, None, "7 B"), (7500, 0, None, "")):
             line.tell(done, total, words)
+            clock.now = 1000.0 + passed
             said.clear()
             said.wait(20)
             said.clear()
             said.wait(20)
     lines = capsys.readouterr().err.splitlines()
     assert "Packing: 50%, 1.2k tokens, 0 s" in lines
-    assert "Packing: 7 B, 0 s" in lines
-    assert "Packing: 0 s" in lines
+    assert "Packing: 7 B, 1 min 15 s" in lines
+    assert "Packing: 2 h 05 min" in lines
     monkeypatch.setattr(show, "PLAIN_EVERY_S", 1e3)
     with show.bar("Packing") as line:
         line.tell(1, 2)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lowvram.cli.ending import say_next
 from lowvram.cli.next_step import next_step, quote_command
+from lowvram.train.events import Stopped
 
 HARD = [
     "Türkçe Metinler/a.txt",
@@ -68,6 +71,16 @@ def test_windows_gives_back_every_word() -> None:
     line = quote_command(*words, is_windows=True)
     assert read_as_windows(line) == words
     assert line.startswith('"C:\\Yeni Klasör\\\\" C:\\a\\b.txt "Türkçe Metinler/a.txt"')
+
+
+def test_a_stopped_run_names_the_options_that_are_kept_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lowvram.cli.show.copyable", said.append)
+    typed_as = {"run_file": Path("my run.toml"), "set": ["lr=1e-3"], "device": "cpu", "graphs": "off"}
+    arguments = argparse.Namespace(**typed_as)
+    say_next(arguments, None, Stopped(5, is_finished=False))  # type: ignore[arg-type]
+    words = ("train", Path("my run.toml"), "--set", "lr=1e-3", "--graphs", "off", "--device", "cpu")
+    assert said == [next_step(*words, why="goes on from here")]
 
 
 def test_a_path_that_looks_like_an_option_is_not_read_as_one() -> None:

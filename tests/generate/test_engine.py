@@ -201,7 +201,7 @@ def test_a_prompt_may_fill_the_context_up_to_its_last_token(small_tokenizer: Tok
     count = 1 + len(small_tokenizer.encode(PROMPT))
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdef"), max_context=count + room)
     if room == 0:
-        with pytest.raises(PromptError, match=f"has {count} tokens.*at least 1 tokens"):
+        with pytest.raises(PromptError, match=rf"has {count} tokens.*at least 1 token\."):
             list(pieces_behind(engine, PROMPT, 9))
     else:
         assert go_on(engine, PROMPT, 9) == "abcdef"[:room]
