@@ -83,6 +83,11 @@ def show_count(count: int | float) -> str:
     return f"{value:.2f}B"
 
 
+def count_of(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun: `1 row`, `12,345 rows`.  plural: where it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def show_duration(seconds: float) -> str:
     """Return a duration in its two largest units: `3 d 04 h`, `2 h 05 min`, `45 s`."""
     whole = max(0, round(seconds))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowvram.units import (
+    count_of,
     parse_bytes,
     parse_count,
     parse_memory,
@@ -124,3 +125,18 @@ def test_a_range_of_time_has_one_unit(low_s: float, high_s: float, shown: str) -
 )
 def test_little_energy_is_not_shown_as_none(low: float, high: float, shown: str) -> None:
     assert show_energy_range(low, high) == shown
+
+
+@pytest.mark.parametrize(
+    "count, words, shown",
+    [
+        (0, ("row",), "0 rows"),
+        (1, ("row",), "1 row"),
+        (2, ("row",), "2 rows"),
+        (12_345, ("step",), "12,345 steps"),
+        (1, ("copy", "copies"), "1 copy"),
+        (3, ("copy", "copies"), "3 copies"),
+    ],
+)
+def test_a_count_agrees_with_its_noun(count: int, words: tuple[str, ...], shown: str) -> None:
+    assert count_of(count, *words) == shown
