@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
-from lowvram.units import parse_bytes, parse_count
+from lowvram.units import parse_bytes, round_count
 
 # A hundred times the largest training run there was: what is larger is a slip, and overflows where tokens are counted.
 MOST_TOKENS = 10**15
-Count = Annotated[PositiveInt, Field(le=MOST_TOKENS), BeforeValidator(parse_count)]
+Count = Annotated[PositiveInt, Field(le=MOST_TOKENS), BeforeValidator(round_count)]
 Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -326,3 +326,9 @@ def test_a_presets_experts_rotate_where_it_has_any() -> None:
         load_preset("tr-60m", ("rotation={window=1}",))
     with pytest.raises(ConfigError, match=r"preset tr-130m-moe: rotation\.window is 64; a layer has \d+ experts"):
         load_preset("tr-130m-moe", ("rotation={window=64}",))
+
+
+@pytest.mark.parametrize("tokens, taken", [("42857142.857", 42_857_143), ('"1.23456789k"', 1235), ("1234.5", 1234)])
+def test_a_count_with_a_fraction_is_rounded_as_it_always_was(tmp_path: Path, tokens: str, taken: int) -> None:
+    assert load(tmp_path, RUN, f"tokens={tokens}").train.tokens == taken
+    assert load_preset("tr-25m", [f"train.tokens={tokens}"])[1].tokens == taken

@@ -123,8 +123,8 @@ def sections(config: type[BaseModel], title: str) -> Iterator[str]:
 def type_of(field: FieldInfo) -> str:
     """Return a field's type; a number that is read in units is told by its validator."""
     names = {getattr(item, "func", None).__name__ for item in field.metadata if getattr(item, "func", None)}
-    if names & {"parse_count", "parse_bytes"}:
-        return "count" if "parse_count" in names else "size"
+    if names & {"round_count", "parse_bytes"}:
+        return "count" if "round_count" in names else "size"
     return name_type(field.annotation)
 
 
