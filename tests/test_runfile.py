@@ -295,9 +295,8 @@ def test_a_written_run_file_is_toml_and_learns_what_was_weighed(
 ) -> None:
     model, train = load_preset(preset, sets)
     data = tmp_path / ("Türkçe 'metin' # 1" + ("" if os.name == "nt" else ' "iki" \\ \x7f'))
-    for folder in ("train", "tok"):
-        (data / folder).mkdir(parents=True)
-    write_run(tmp_path / "run.toml", preset, model, train, data)
+    folders = {"train": str(data / "train"), "tokenizer": str(data / "tok")}
+    write_run(tmp_path / "run.toml", preset, model, train, folders)
     tables = tomllib.loads((tmp_path / "run.toml").read_text(encoding="utf-8"))
     assert list(tables) == ["model", "data", *(["train"] if "train" in tables else []), "run"]
     what = load_run(tmp_path / "run.toml", [], lambda _: model.vocabulary)
