@@ -351,6 +351,9 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
             sentences.append(f"there is no key {full}. {answer_key(word, known, homes)}")
         elif problem["type"] == "missing":
             sentences.append(f"{path} is missing.")
+        elif problem["type"] == "union_tag_not_found":
+            known = ", ".join(repr(tag) for c in level for tag in _tags_of(c))
+            sentences.append(f"{path}.{problem['ctx']['discriminator'].strip(chr(39))} is missing; there are {known}.")
         elif problem["type"] == "union_tag_invalid":
             tag, known = (problem["ctx"][word] for word in ("discriminator", "expected_tags"))
             sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")

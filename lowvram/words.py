@@ -25,3 +25,8 @@ class Words(BaseModel):
 def as_list(value: Any) -> Any:
     """Take one text or path for a list of one: people write `log = "wandb"`."""
     return [value] if isinstance(value, str | Path) else value
+
+
+def unless_named(**tag: str) -> BeforeValidator:
+    """Return what takes a table that does not name its kind for one of this kind: `positions = { theta = 5e5 }`."""
+    return BeforeValidator(lambda value: {**tag, **value} if isinstance(value, dict) else value)

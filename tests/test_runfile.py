@@ -331,3 +331,32 @@ def test_a_presets_experts_rotate_where_it_has_any() -> None:
 def test_a_count_with_a_fraction_is_rounded_as_it_always_was(tmp_path: Path, tokens: str, taken: int) -> None:
     assert load(tmp_path, RUN, f"tokens={tokens}").train.tokens == taken
     assert load_preset("tr-25m", [f"train.tokens={tokens}"])[1].tokens == taken
+
+
+WHOLE = RUN.replace(
+    'preset = "tr-60m"',
+    """layers = 2
+dim = 64
+attention = { kind = "gqa", heads = 2, kv_heads = 1, head_dim = 32 }
+ffn = { kind = "swiglu", hidden = 128 }""",
+)
+
+
+@pytest.mark.parametrize("written", ["", "positions = { theta = 5e5 }", 'positions = { kind = "rope", theta = 5e5 }'])
+def test_a_table_that_names_no_kind_is_of_the_default_kind(tmp_path: Path, written: str) -> None:
+    text = WHOLE.replace("dim = 64", f"dim = 64\n{written}").replace("[run]", "schedule = { floor = 0.2 }\n[run]")
+    what = load(tmp_path, text)
+    assert (what.model.positions.kind, what.model.positions.theta) == ("rope", 5e5 if written else 1e4)
+    assert (what.train.schedule.kind, what.train.schedule.floor) == ("cosine", 0.2)
+    assert what.train.optimizer.name == "adamw"
+
+
+@pytest.mark.parametrize(
+    "old, key, kinds",
+    [('kind = "gqa", ', "attention", "'gqa', 'mla'"), ('kind = "swiglu", ', "ffn", "'swiglu', 'moe'")],
+)
+def test_a_kind_that_must_be_named_is_asked_for_with_those_that_there_are(
+    tmp_path: Path, old: str, key: str, kinds: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.toml: model\.{key}\.kind is missing; there are {kinds}\.$"):
+        load(tmp_path, WHOLE.replace(old, ""))
