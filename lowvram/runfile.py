@@ -352,8 +352,11 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
         elif problem["type"] == "missing":
             sentences.append(f"{path} is missing.")
         elif problem["type"] == "union_tag_not_found":
-            known = ", ".join(repr(tag) for c in level for tag in _tags_of(c))
-            sentences.append(f"{path}.{problem['ctx']['discriminator'].strip(chr(39))} is missing; there are {known}.")
+            tag, kinds = (
+                problem["ctx"]["discriminator"].strip(chr(39)),
+                [repr(kind) for c in level for kind in _tags_of(c)],
+            )
+            sentences.append(f"{path}.{tag} is missing; there are {', '.join(kinds)}.")
         elif problem["type"] == "union_tag_invalid":
             tag, known = (problem["ctx"][word] for word in ("discriminator", "expected_tags"))
             sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")

@@ -48,7 +48,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--verify",
         type=Path,
-        metavar="PROGRAM",
+        metavar="FOLDER",
         help="with gguf: compare ids of 1,000 lines and 64 greedy tokens with llama.cpp's programs in this folder",
     )
     parser.set_defaults(run=run)

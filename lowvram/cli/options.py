@@ -99,7 +99,12 @@ def add_precision(parser: argparse.ArgumentParser, default: str = "by the card")
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the texts to read, and --field."""
-    parser.add_argument("text", nargs="+", type=Path, help=".txt, .jsonl or .parquet, plain, .gz or .zst; or folders")
+    parser.add_argument(
+        "text",
+        nargs="+",
+        type=Path,
+        help=".txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst; folders; patterns; - for standard input",
+    )
     parser.add_argument("--field", default="text", help="field of .jsonl and .parquet (default: %(default)s)")
 
 
