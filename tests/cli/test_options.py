@@ -29,7 +29,11 @@ def test_a_number_is_taken_up_to_its_limit_and_refused_beyond(words: tuple[str, 
         answer = typed(*words, number)
         assert (answer.code, answer.out) == (2, "")
         assert f"{number} is more than {most}" in answer.err
-    for text, why in (("0", "0 is less than 1"), ("-1", "-1 is less than 1"), ("x", "invalid count value: 'x'")):
+    for text, why in (
+        ("0", "0 is less than 1"),
+        ("-1", "-1 is less than 1"),
+        ("x", "'x' is not a count; write it like"),
+    ):
         assert why in typed(*words, text).err
 
 
