@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lowvram.words import Words
+from lowvram.words import Words, unless_named
 
 
 class Gqa(Words):
@@ -168,5 +168,5 @@ class Moe(Words):
 
 
 Attention = Annotated[Gqa | Mla, Field(discriminator="kind")]
-Positions = Annotated[Rope | Alibi, Field(discriminator="kind")]
+Positions = Annotated[Rope | Alibi, Field(discriminator="kind"), unless_named(kind="rope")]
 Ffn = Annotated[SwiGlu | Moe, Field(discriminator="kind")]

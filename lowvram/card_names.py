@@ -39,7 +39,8 @@ _FAMILIES = (
         "right, and an Ultra is up to twice as fast.",
     ),
     (
-        r"^(?=.)(apple ?)?(silicon|mac|macbook( pro| air)?|imac|mac (mini|studio|pro))?$",
+        r"^(?=.)(apple ?)?(silicon|mac|macbook( pro| air)?|imac|mac (mini|studio|pro))?"
+        r"( (20)?\d\d?(\.\d)? ?(inch|in|inç|gb)?)*$",
         "Name the chip and the memory, such as --gpu m3-pro --ram 18GB.",
     ),
     (

@@ -16,7 +16,7 @@ from lowvram.architecture import Moe as Moe
 from lowvram.architecture import SwiGlu as SwiGlu
 from lowvram.architecture import Yarn as Yarn
 from lowvram.errors import ConfigError
-from lowvram.recipe import AdamW, Cosine, Optimizer, Rotation, WarmupStableDecay
+from lowvram.recipe import AdamW, Cosine, Optimizer, Rotation, Schedule
 from lowvram.words import Count, Share, Size, Words, as_list
 
 # Automatic saving: at most this much written a day, and never more often than this.
@@ -102,7 +102,7 @@ class TrainConfig(Words):
     """Tokens of one optimizer step, a multiple of `seq_len`; how many run at once follows from the machine."""
     optimizer: Optimizer = AdamW()
     """A table with `name`; other keys as below."""
-    schedule: Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind")] = Cosine()
+    schedule: Schedule = Cosine()
     """How the learning rate moves; a table with `kind`."""
     precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = "bf16"
     """Number format of the products: `"fp16"` for RTX 20, `"bf16"` from RTX 30 on; `"fp8"` and `"int8"` only for the

@@ -16,6 +16,7 @@ class Meant(NamedTuple):
 
 
 _TOKENS = "It counts tokens: steps × train.batch_tokens."
+_EPOCHS = "It counts tokens: epochs × the tokens of the text."
 _BATCH = (
     "It counts tokens, not sequences: sequences × train.seq_len.  How many run at a time is --micro-batch of train."
 )
@@ -45,9 +46,7 @@ _NAMES: dict[Meant, str] = {
     Meant("model.norm_eps"): "rms_norm_eps layer_norm_eps layernorm_epsilon rms_eps",
     Meant("train.tokens"): "max_tokens num_tokens total_tokens train_tokens target_tokens",
     Meant("train.tokens", _TOKENS): "max_steps max_iters num_steps num_iterations iterations steps total_steps n_steps",
-    Meant(
-        "train.tokens", "It counts tokens: epochs × the tokens of the text."
-    ): "epochs num_epochs num_train_epochs epoch",
+    Meant("train.tokens", _EPOCHS): "epochs num_epochs num_train_epochs epoch",
     Meant("train.seq_len"): "max_seq_len block_size context_length seq_length sequence_length max_position_embeddings "
     "n_ctx n_positions ctx_len context max_length max_seq_length context_size ctx context_window sequence_len",
     Meant(
@@ -95,6 +94,24 @@ _NAMES: dict[Meant, str] = {
 }
 _MEANT = {name: meant for meant, names in _NAMES.items() for name in names.split()}
 
+# The options that take what a key of a run file takes, or what another option does, the first that a command has.
+_OPTIONS = {
+    "model.vocabulary": ("--vocab",),
+    "train.tokens": ("--tokens",),
+    "train.seq_len": ("--context",),
+    "train.precision": ("--precision", "--dtype"),
+    "train.seed": ("--seed",),
+    "data.train": ("--data",),
+    "data.valid": ("--data",),
+    "data.tokenizer": ("--tokenizer",),
+    "run.dir": ("--out", "--dir"),
+    "--gpu": ("--device", "--gpu"),
+    "--recompute": ("--recompute",),
+    "--compile": ("--compile",),
+}
+# Names with these notes count something else than tokens, so that no option takes their value.
+_CONVERTED = {_TOKENS, _EPOCHS}
+
 # What other projects call our commands.
 _COMMANDS = {
     "generate": "chat",
@@ -141,12 +158,21 @@ def answer_key(word: str, known: Iterable[str], homes: Mapping[str, str]) -> str
 
 
 def answer_option(word: str, options: Iterable[str], homes: Mapping[str, str]) -> str:
-    """Return a sentence about an option that a command does not have.  homes: see `answer_key`."""
-    meant = find_meant(word)
+    """Return a sentence about an option that a command does not have: its name here, a key, or the nearest.
+
+    options: those of the command; a key of a run file is named only where one of them is --set.  homes: see
+    `answer_key`.
+    """
+    options, meant = list(options), find_meant(word)
+    takes_run_file = "--set" in options
+    key = meant.key if meant is not None else homes.get(word.strip("-").replace("-", "_"))
+    if meant is None or meant.note not in _CONVERTED:
+        here = next((option for option in _OPTIONS.get(key or "", ()) if option in options), None)
+        if here is not None:
+            return f"It is called {here} here."
     if meant is not None and meant.key.startswith("--"):
         return meant.note
-    key = meant.key if meant is not None else homes.get(word.strip("-").replace("-", "_"))
-    if key is not None:
+    if key is not None and takes_run_file:
         note = f" {meant.note}" if meant is not None and meant.note else ""
         return f"It is {key} of a run file, which `lowvram train RUN.toml --set {key}=VALUE` sets.{note}"
     return name_nearest(word, options)

@@ -133,15 +133,19 @@ def _list_indices(nvml: Any) -> list[int]:
     """Return NVML's numbers of all cards in the order in which CUDA counts them.
 
     NVML counts by slot.  CUDA begins with the fastest card, which it takes for the one of the highest capability with
-    the most memory, unless it is told otherwise (CUDA C++ Programming Guide, CUDA environment variables).
+    the most memory, unless it is told otherwise (CUDA C++ Programming Guide, CUDA environment variables).  A card
+    whose memory NVML does not know comes after the others of its capability.
     """
     indices = list(range(nvml.nvmlDeviceGetCount()))
     if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(indices) < 2:
         return indices
 
     def rank(index: int) -> tuple[tuple[int, int], int]:
-        total_bytes = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).total
-        return _read_capability(nvml, index), int(total_bytes)
+        try:
+            total_bytes = int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).total)
+        except nvml.NVMLError:  # "not supported": such a card shares the computer's memory
+            total_bytes = 0
+        return _read_capability(nvml, index), total_bytes
 
     return sorted(indices, key=rank, reverse=True)
 

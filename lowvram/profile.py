@@ -164,8 +164,10 @@ _SHARED_BYTES = {
 _SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card", "chip", "silicon", "ram"}
 _MEMORY = re.compile(r"(?<!\d)[1-9]\d{0,3}(\.\d+)?\s*g(i?b)?\b")
 _SOCKET = re.compile(r"\b(hbm|sxm)\d*e?\b")
-# Which computer an Apple chip is in; "pro" and "max" alone are the chip's.
-_COMPUTER = re.compile(r"\b(mac ?book( pro| air)?(?= )|mac (mini|studio|pro)(?= )|i?mac)\b")
+# Which computer an Apple chip is in: its "pro" is not the chip's, wherever the chip stands; others are the chip's.
+_COMPUTER = re.compile(r"\b(mac[ -]?book([ -]?(pro|air))?|mac[ -](mini|studio|pro)|i?mac)\b")
+# The screen or the year of such a computer: `14`, `16-inch`, `13.3"`, `2023`; what GB follows is memory.
+_SCREEN = re.compile(r"\b(20[12]\d|1[1-7](\.\d)?|2[147](\.\d)?)\b(?!\s*g(i?b)?\b)([ -]?(inches|inch|in|inç)\b)?")
 _WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
 
 
@@ -173,7 +175,8 @@ def _split_name(text: str) -> tuple[frozenset[str], int | None]:
     """Return the words that tell a card from others, and the memory that was written beside them."""
     # A Turkish keyboard writes ı and İ where others write i.
     lower = _SOCKET.sub(" ", text.replace("ı", "i").replace("İ", "i").lower().replace("mobile", "laptop"))
-    lower = _COMPUTER.sub(" ", lower)
+    lower, computers = _COMPUTER.subn(" ", lower)
+    lower = _SCREEN.sub(" ", lower) if computers else lower
     memory = _MEMORY.search(lower)
     apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
     return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None

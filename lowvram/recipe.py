@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
-from lowvram.words import Share, Words
+from lowvram.words import Share, Words, unless_named
 
 
 class AdamW(Words):
@@ -57,11 +57,7 @@ class Muon(Words):
     """Weight decay of matrices."""
 
 
-def _as_adamw(value: Any) -> Any:
-    return {"name": "adamw", **value} if isinstance(value, dict) else value
-
-
-Optimizer = Annotated[AdamW | Muon, Field(discriminator="name"), BeforeValidator(_as_adamw)]
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="name"), unless_named(name="adamw")]
 
 
 class Cosine(Words):
@@ -86,6 +82,9 @@ class WarmupStableDecay(Words):
     """Share of the steps, at the end, in which it falls."""
     floor: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     """Last rate, as a share of the highest."""
+
+
+Schedule = Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind"), unless_named(kind="cosine")]
 
 
 class Rotation(Words):

@@ -132,23 +132,26 @@ def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
-def write_run(path: Path, preset: str, model: ModelConfig, train: TrainConfig, data: Path | None) -> None:
+def write_run(
+    path: Path, preset: str, model: ModelConfig, train: TrainConfig, folders: Mapping[str, str] | None
+) -> None:
     """Write the run file of a preset, with every value of the model and of the training that differs from it.
 
-    data: a folder that holds the shards `train` and, if there is one, `valid`, with the tokenizer `tok` in it or beside
-    it; None leaves gaps, which `load_run` names.  Raises ConfigError where `path` exists or data lacks something.
+    folders: the full paths of `train`, `tokenizer` and, if there is one, `valid`; None leaves gaps, which `load_run`
+    names.  Raises ConfigError where `path` exists.
     """
     import tomlkit  # only here: it takes a tenth of what `lowvram --help` may take
 
     refuse_overwriting(path)
-    folders = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if data is None else find_folders(data)
+    has_gaps = folders is None
+    places = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if folders is None else folders
     home = path.resolve().parent
     before = load_preset(preset)
     # The vocabulary follows the tokenizer.
     changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
     tables: dict[str, Table] = {
         "model": {"preset": preset} | flatten(changes),
-        "data": {key: _relate(folder, home) if data else folder for key, folder in folders.items()},
+        "data": {key: place if has_gaps else _relate(place, home) for key, place in places.items()},
         "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
         "run": {"dir": f"runs/{preset}"},
     }
@@ -157,7 +160,7 @@ def write_run(path: Path, preset: str, model: ModelConfig, train: TrainConfig, d
         table = tomlkit.table()
         for key, value in values.items():
             table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
-        if name == "data" and data is None:
+        if name == "data" and has_gaps:
             table.add(tomlkit.comment("valid may go: then nothing is held out"))
         if values:
             written.append(name, table)
@@ -188,18 +191,6 @@ def refuse_overwriting(path: Path) -> None:
     """Raise ConfigError where a run file would be written over something."""
     if path.exists():
         raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
-
-
-def find_folders(data: Path) -> dict[str, str]:
-    """Return the folders `train`, `valid` (if there is one) and `tokenizer` of --data, as `write_run` takes them."""
-    tokenizer = next((place for place in (data / "tok", data.parent / "tok") if place.is_dir()), None)
-    if not (data / "train").is_dir() or tokenizer is None:
-        lacks = "no folder train" if tokenizer else "no folder tok, in it or beside it"
-        pack = f"data pack TEXTS --tokenizer {tokenizer} --out {data / 'train'}"
-        fix = f"Make it: lowvram {pack if tokenizer else f'tokenizer train TEXTS --out {data}/tok'}"
-        raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
-    folders = {"train": data / "train", "valid": data / "valid", "tokenizer": tokenizer}
-    return {key: str(folder.resolve()) for key, folder in folders.items() if folder.is_dir()}
 
 
 def _refuse_gaps(path: Path, tables: Table) -> None:
@@ -360,6 +351,12 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
             sentences.append(f"there is no key {full}. {answer_key(word, known, homes)}")
         elif problem["type"] == "missing":
             sentences.append(f"{path} is missing.")
+        elif problem["type"] == "union_tag_not_found":
+            tag, kinds = (
+                problem["ctx"]["discriminator"].strip(chr(39)),
+                [repr(kind) for c in level for kind in _tags_of(c)],
+            )
+            sentences.append(f"{path}.{tag} is missing; there are {', '.join(kinds)}.")
         elif problem["type"] == "union_tag_invalid":
             tag, known = (problem["ctx"][word] for word in ("discriminator", "expected_tags"))
             sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")

@@ -23,6 +23,7 @@ _BYTES = {
 _MEMORY = {"": 2**30} | {
     unit: 2**power for power, m in ((20, "m"), (30, "g"), (40, "t")) for unit in (m, f"{m}b", f"{m}ib")
 }
+_COUNT = ("a count", '"1.2e9", "1.2B" or 1200000000')
 _NUMBER = re.compile(r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -42,11 +43,15 @@ def _read(text: str | int | float, suffixes: dict[str, int], what: str, example:
 
 def parse_count(text: str | int | float) -> int:
     """Return a whole number from `1200000`, `"1.2e9"`, `"1.2B"` or `"300M"` (decimal multiples)."""
-    what, example = "a count", '"1.2e9", "1.2B" or 1200000000'
-    value = _read(text, _DECIMAL, what, example)
+    value = _read(text, _DECIMAL, *_COUNT)
     if value != int(value):
-        raise ValueError(f"{text!r} is not {what}, because it is no whole number; write it like {example}")
+        raise ValueError(f"{text!r} is not {_COUNT[0]}, because it is no whole number; write it like {_COUNT[1]}")
     return int(value)
+
+
+def round_count(text: str | int | float) -> int:
+    """Return the whole number nearest to a count: run files may hold a quotient such as `42857142.857`."""
+    return _parse(text, _DECIMAL, *_COUNT)
 
 
 def parse_bytes(text: str | int | float) -> int:

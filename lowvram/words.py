@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
-from lowvram.units import parse_bytes, parse_count
+from lowvram.units import parse_bytes, round_count
 
 # A hundred times the largest training run there was: what is larger is a slip, and overflows where tokens are counted.
 MOST_TOKENS = 10**15
-Count = Annotated[PositiveInt, Field(le=MOST_TOKENS), BeforeValidator(parse_count)]
+Count = Annotated[PositiveInt, Field(le=MOST_TOKENS), BeforeValidator(round_count)]
 Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -25,3 +25,8 @@ class Words(BaseModel):
 def as_list(value: Any) -> Any:
     """Take one text or path for a list of one: people write `log = "wandb"`."""
     return [value] if isinstance(value, str | Path) else value
+
+
+def unless_named(**tag: str) -> BeforeValidator:
+    """Return what takes a table that does not name its kind for one of this kind: `positions = { theta = 5e5 }`."""
+    return BeforeValidator(lambda value: {**tag, **value} if isinstance(value, dict) else value)

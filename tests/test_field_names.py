@@ -45,7 +45,7 @@ def test_a_usual_name_is_answered_with_ours_in_a_run_file_in_set_and_as_an_optio
             continue
         with pytest.raises(ConfigError, match=rf"there is no key (train\.)?{word}\. It is (called )?{key}( here)?\."):
             load(tmp_path, text, *sets)
-    said = answer_option("--" + word.replace("_", "-"), ["--ram", "--model"], full_names())
+    said = answer_option("--" + word.replace("_", "-"), ["--ram", "--model", "--set"], full_names())
     assert key in said
     assert "Did you mean" not in said
 
@@ -137,7 +137,24 @@ def test_a_wrong_kind_of_value_is_answered_without_the_validators_words(
         ),
         ("train run.toml --learning-rate 3e-4", "--set train.optimizer.lr=VALUE` sets."),
         ("train run.toml --tokens 3", "--set train.tokens=VALUE` sets."),
-        ("train run.toml --gpu 1", "`lowvram fit --gpu CARD` and `lowvram train --device` take it."),
+        ("train run.toml --gpu 1", "there is no option --gpu. It is called --device here."),
+        ("fit --device cuda", "there is no option --device. It is called --gpu here."),
+        ("tokenizer train x --gpu 1", "`lowvram fit --gpu CARD` and `lowvram train --device` take it."),
+        ("tokenizer train x --vocab-size 16000", "there is no option --vocab-size. It is called --vocab here."),
+        ("tokenizer train x --vocabulary 16000", "It is called --vocab here."),
+        ("chat run --max-tokens 5", "It is called --tokens here."),
+        ("chat run --n-ctx 5", "It is called --context here."),
+        ("serve run --max-seq-len 5", "It is called --context here."),
+        ("chat run --dtype=bf16", "there is no option --dtype. It is called --precision here."),
+        ("export run --to hf --out e --torch-dtype bf16", "It is called --dtype here."),
+        ("data pack x --tokenizer-path t", "It is called --tokenizer here."),
+        ("data pack x --output-dir t", "It is called --out here."),
+        ("evaluate run --dataset d", "It is called --data here."),
+        ("demo --save-dir d", "It is called --dir here."),
+        ("chat run --learning-rate 1", "there is no option --learning-rate. Did you mean "),
+        ("evaluate run --epochs 1", "there is no option --epochs. Did you mean "),
+        ("fit --dataset d", "It is called --data here."),
+        ("fit --max-tokens 5", "--set train.tokens=VALUE` sets."),
         ("fit --desktop lniux", "argument --desktop: there is no 'lniux'. Did you mean linux?"),
         ("tokenizer train x --vocab 2.5", "is not a count, because it is no whole number"),
         ("tokenizer train x --vocab 0", "0 is less than 1"),

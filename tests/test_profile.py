@@ -336,3 +336,46 @@ def test_an_installed_package_reads_the_cards_inside_it(tmp_path: Path, monkeypa
 def test_the_catalogue_answers_without_importing_torch() -> None:
     code = "import lowvram.profile as p, sys; p.find_profile('5070'); assert not {'torch', 'psutil'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
+
+
+@pytest.mark.parametrize(
+    "text, profile",
+    [
+        ("M1 MacBook Pro", "m1"),
+        ("Apple M2 MacBook Pro", "m2"),
+        ("M1 Mac Pro", "m1"),
+        ("M3 MacBook Air", "m3"),
+        ("M1 Pro MacBook Pro", "m1-pro"),
+        ("m3 max macbook pro", "m3-max"),
+        ("M4 Max Mac Studio", "m4-max"),
+        ("MacBook Pro M3 Max", "m3-max"),
+        ("MacBook M1 Pro", "m1-pro"),
+        ("MacBook Pro 14 M3", "m3"),
+        ("MacBook Pro 16 M1 Pro", "m1-pro"),
+        ("MacBook Pro (14-inch, M3 Pro)", "m3-pro"),
+        ('MacBook Pro 16.2" M4 Max', "m4-max"),
+        ("MacBook Air 15 inç M2", "m2"),
+        ("MacBook Pro 2021 M1 Max", "m1-max"),
+        ("14 inch M3 MacBook Pro", "m3"),
+        ("macbookpro m3", "m3"),
+        ("iMac 24 M1", "m1"),
+        ("Mac mini M2 Pro", "m2-pro"),
+    ],
+)
+def test_an_apple_chip_is_found_in_its_computer_whose_name_says_nothing_about_it(text: str, profile: str) -> None:
+    assert find_profile(text)[0] == load_profile(profile)
+
+
+@pytest.mark.parametrize(
+    "text, memory", [("MacBook Pro 14 M3 16GB", 16), ("MacBook Air 16 GB M2", 16), ("MacBook Pro 16 M1 Pro 32 gb", 32)]
+)
+def test_the_screen_of_a_computer_is_not_its_memory(text: str, memory: int) -> None:
+    assert find_profile(text)[0].memory_bytes == memory * GIB
+
+
+@pytest.mark.parametrize(
+    "text", ["MacBook Pro", "MacBook Air 13", "MacBook Pro 14 inch 16 GB", "Mac Pro", "iMac 27 2020"]
+)
+def test_a_computer_without_its_chip_is_asked_for_it(text: str) -> None:
+    with pytest.raises(ConfigError, match="Name the chip and the memory, such as --gpu m3-pro"):
+        find_profile(text)

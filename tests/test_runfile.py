@@ -295,9 +295,8 @@ def test_a_written_run_file_is_toml_and_learns_what_was_weighed(
 ) -> None:
     model, train = load_preset(preset, sets)
     data = tmp_path / ("Türkçe 'metin' # 1" + ("" if os.name == "nt" else ' "iki" \\ \x7f'))
-    for folder in ("train", "tok"):
-        (data / folder).mkdir(parents=True)
-    write_run(tmp_path / "run.toml", preset, model, train, data)
+    folders = {"train": str(data / "train"), "tokenizer": str(data / "tok")}
+    write_run(tmp_path / "run.toml", preset, model, train, folders)
     tables = tomllib.loads((tmp_path / "run.toml").read_text(encoding="utf-8"))
     assert list(tables) == ["model", "data", *(["train"] if "train" in tables else []), "run"]
     what = load_run(tmp_path / "run.toml", [], lambda _: model.vocabulary)
@@ -326,3 +325,38 @@ def test_a_presets_experts_rotate_where_it_has_any() -> None:
         load_preset("tr-60m", ("rotation={window=1}",))
     with pytest.raises(ConfigError, match=r"preset tr-130m-moe: rotation\.window is 64; a layer has \d+ experts"):
         load_preset("tr-130m-moe", ("rotation={window=64}",))
+
+
+@pytest.mark.parametrize("tokens, taken", [("42857142.857", 42_857_143), ('"1.23456789k"', 1235), ("1234.5", 1234)])
+def test_a_count_with_a_fraction_is_rounded_as_it_always_was(tmp_path: Path, tokens: str, taken: int) -> None:
+    assert load(tmp_path, RUN, f"tokens={tokens}").train.tokens == taken
+    assert load_preset("tr-25m", [f"train.tokens={tokens}"])[1].tokens == taken
+
+
+WHOLE = RUN.replace(
+    'preset = "tr-60m"',
+    """layers = 2
+dim = 64
+attention = { kind = "gqa", heads = 2, kv_heads = 1, head_dim = 32 }
+ffn = { kind = "swiglu", hidden = 128 }""",
+)
+
+
+@pytest.mark.parametrize("written", ["", "positions = { theta = 5e5 }", 'positions = { kind = "rope", theta = 5e5 }'])
+def test_a_table_that_names_no_kind_is_of_the_default_kind(tmp_path: Path, written: str) -> None:
+    text = WHOLE.replace("dim = 64", f"dim = 64\n{written}").replace("[run]", "schedule = { floor = 0.2 }\n[run]")
+    what = load(tmp_path, text)
+    assert (what.model.positions.kind, what.model.positions.theta) == ("rope", 5e5 if written else 1e4)
+    assert (what.train.schedule.kind, what.train.schedule.floor) == ("cosine", 0.2)
+    assert what.train.optimizer.name == "adamw"
+
+
+@pytest.mark.parametrize(
+    "old, key, kinds",
+    [('kind = "gqa", ', "attention", "'gqa', 'mla'"), ('kind = "swiglu", ', "ffn", "'swiglu', 'moe'")],
+)
+def test_a_kind_that_must_be_named_is_asked_for_with_those_that_there_are(
+    tmp_path: Path, old: str, key: str, kinds: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.toml: model\.{key}\.kind is missing; there are {kinds}\.$"):
+        load(tmp_path, WHOLE.replace(old, ""))

@@ -9,6 +9,7 @@ from lowvram.units import (
     parse_bytes,
     parse_count,
     parse_memory,
+    round_count,
     show_bytes,
     show_count,
     show_duration,
@@ -140,3 +141,18 @@ def test_little_energy_is_not_shown_as_none(low: float, high: float, shown: str)
 )
 def test_a_count_agrees_with_its_noun(count: int, words: tuple[str, ...], shown: str) -> None:
     assert count_of(count, *words) == shown
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [(1234.5, 1234), ("1.23456789k", 1235), (42857142.857, 42_857_143), ("0.5M", 500_000), (7, 7)],
+    ids=repr,
+)
+def test_a_run_files_count_is_rounded_to_the_nearest_whole_number(text: str | float, count: int) -> None:
+    assert round_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["many", "-3", "1e999"])
+def test_what_is_no_count_is_refused_also_where_it_would_be_rounded(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a count; write it like"):
+        round_count(text)

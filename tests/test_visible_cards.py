@@ -114,3 +114,20 @@ def test_the_note_of_an_idle_card_names_the_one_that_a_run_would_use(
     monkeypatch.setattr(command, "find_torch", lambda: CPU_BUILD)
     assert command.choose_device("auto") == torch.device("cpu")
     assert "NVIDIA GeForce RTX 3060 is here, but torch" in " ".join(capsys.readouterr().err.split())
+
+
+class CardsOfUnknownMemory(SeveralCards):
+    """NVML answers "not supported" where a card shares the computer's memory."""
+
+    def nvmlDeviceGetMemoryInfo(self, index: int) -> SeveralCards:
+        raise self.NVMLError
+
+
+def test_cards_whose_memory_is_not_known_are_ranked_by_their_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    be_visible(monkeypatch, None)
+    monkeypatch.setitem(sys.modules, "pynvml", CardsOfUnknownMemory())
+    driver = find_driver()
+    assert driver is not None
+    assert driver.card == SeveralCards.names[1]
+    assert driver.cuda == (12, 8)
+    assert find_card() is None, "what fits on it cannot be said"

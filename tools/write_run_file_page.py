@@ -45,6 +45,9 @@ without one the keys marked *required* must be there. Counts may be written `"50
 # Not a field of the configuration: `load_run` lays the rest of the file over what it names.
 _PRESET = "| `preset` | text | none | Name of a preset, from which every key that the file leaves out is taken. |"
 
+# What `load_run` fills in, though the configuration itself has no default for it.
+_FOLLOWS = {(ModelConfig, "vocabulary"): "the tokenizer's"}
+
 
 def docs_of(config: type[BaseModel]) -> dict[str, str]:
     """Return the meaning of each field: the text that stands below it in the source."""
@@ -97,8 +100,8 @@ def name_default(field: FieldInfo) -> str:
     if value is None:
         return "none"
     if isinstance(value, BaseModel):
-        tags = [getattr(value, tag) for tag in ("kind", "name") if hasattr(value, tag)]
-        return f'`"{tags[0]}"`'
+        tag = next(tag for tag in ("kind", "name") if hasattr(value, tag))
+        return f'`{{ {tag} = "{getattr(value, tag)}" }}`'
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}`"
 
 
@@ -106,7 +109,7 @@ def sections(config: type[BaseModel], title: str) -> Iterator[str]:
     """Yield a table of a class's keys, then those of the tables in it."""
     meanings = docs_of(config)
     rows = [
-        f"| `{key}` | {type_of(field)} | {name_default(field)} | {meanings[key]} |"
+        f"| `{key}` | {type_of(field)} | {_FOLLOWS.get((config, key)) or name_default(field)} | {meanings[key]} |"
         for key, field in config.model_fields.items()
     ]
     rows = [_PRESET, *rows] if config is ModelConfig else rows
@@ -123,8 +126,8 @@ def sections(config: type[BaseModel], title: str) -> Iterator[str]:
 def type_of(field: FieldInfo) -> str:
     """Return a field's type; a number that is read in units is told by its validator."""
     names = {getattr(item, "func", None).__name__ for item in field.metadata if getattr(item, "func", None)}
-    if names & {"parse_count", "parse_bytes"}:
-        return "count" if "parse_count" in names else "size"
+    if names & {"round_count", "parse_bytes"}:
+        return "count" if "round_count" in names else "size"
     return name_type(field.annotation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.place import find_card, name_card
     from lowvram.cli.show import notice, result
     from lowvram.cli.verdict import explain, show_json, show_one
-    from lowvram.fit.recommend import Advice, limit_tokens, recommend, recommend_first
+    from lowvram.fit.recommend import recommend, recommend_first
 
     _refuse_contradictions(arguments)
     if arguments.gpu is None and arguments.memory is None:
@@ -94,8 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in explain(answers, place) if arguments.explain else ():
         (notice if arguments.json else result)(line)
     if arguments.out is not None:
-        long = Advice(answers[0], "", limit_tokens(answers[0], text)) if _is_alone(arguments) else advised[1]
-        _write(arguments, card, long)
+        _write(arguments, card, _choose_written(arguments, answers, advised[1], text))
 
 
 def _say_slower(answers: list[Answer], place: Place, is_json: bool) -> None:
@@ -173,7 +173,7 @@ def _is_asked(arguments: argparse.Namespace) -> bool:
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
     from lowvram.errors import ConfigError
-    from lowvram.runfile import find_folders, refuse_overwriting
+    from lowvram.runfile import refuse_overwriting
 
     here = arguments.gpu is None and arguments.memory is None
     run_file, is_alone, is_asked = arguments.run_file, _is_alone(arguments), _is_asked(arguments)
@@ -196,7 +196,7 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         refuse_overwriting(arguments.out)
     if arguments.data is not None and arguments.out is not None:
-        find_folders(_home_of(arguments.data))
+        _choose_folders(arguments.data)
 
 
 def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[Answer], Place]:
@@ -259,11 +259,26 @@ def _read_text(arguments: argparse.Namespace, what: RunConfig | None) -> RunText
         return None
 
 
-def _home_of(data: Path) -> Path:
-    """Return the folder of train, valid and tok, where --data names the shards in it."""
-    from lowvram.data.shard_set import INDEX
+def _choose_folders(data: Path) -> dict[str, str]:
+    """Return the folders that a run file names, or raise ConfigError with what makes the one that is missing."""
+    from lowvram.cli.next_step import quote_command
+    from lowvram.errors import ConfigError
+    from lowvram.fit.folders import find_folders
 
-    return data.parent if (data / INDEX).is_file() and data.name == "train" else data
+    found = find_folders(data)
+    if found.is_packed and found.tokenizer is not None:
+        return found.as_words()
+    tok = found.tokenizer or found.home / "tok"
+    make = quote_command("lowvram", "tokenizer", "train", "TEXTS", "--out", tok)
+    pack = quote_command("lowvram", "data", "pack", "TEXTS", "--tokenizer", tok, "--out", found.train)
+    if found.tokenizer is not None:
+        lacks, fix = f"no shards in {found.train}", f"Make them: {pack}"
+    elif found.is_packed:
+        lacks = "no folder tok, in it or beside it"
+        fix = f"Put the tokenizer there with which the shards were packed, as {tok}; another one does not fit them."
+    else:
+        lacks, fix = "no folder tok, in it or beside it, and no shards", f"Make both: {make}, then {pack}"
+    raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
 
 
 def _load_preset(name: str, arguments: argparse.Namespace, card: Card) -> tuple[ModelConfig, TrainConfig]:
@@ -330,23 +345,45 @@ def _prefer_fp32(advice: Advice, card: Card) -> tuple[Advice, str]:
     return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}'
 
 
-def _write(arguments: argparse.Namespace, card: Card, advice: Advice | None) -> None:
+def _choose_written(
+    arguments: argparse.Namespace, answers: Sequence[Answer], advice: Advice | None, text: RunText | None
+) -> Advice:
+    """Return the preset that was named or recommended, with its tokens; raises ConfigError where there is none.
+
+    advice: the long run that is recommended.
+    """
+    from lowvram.cli.show import notice
+    from lowvram.errors import ConfigError
+    from lowvram.fit.recommend import Advice, explain_too_little, limit_tokens
+
+    if _is_alone(arguments):
+        tokens = limit_tokens(answers[0], text)
+        if text is not None and tokens == 0:  # one's own choice: smaller steps and windows can be set in the file
+            notice(" ".join(explain_too_little(answers, text)), "yellow")
+        return Advice(answers[0], "", tokens or None)
+    if advice is None and text is not None and any(answer.fits for answer in answers):
+        what, why, fix = explain_too_little(answers, text)
+        raise ConfigError(f"--out has nothing to write. {what}", why, f"{fix} Or name a preset with --model.")
+    if advice is None:
+        fix = "Name one with --model to write it all the same."
+        raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
+    return advice
+
+
+def _write(arguments: argparse.Namespace, card: Card, advice: Advice) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
     from lowvram.cli.fit_table import describe_time
     from lowvram.cli.next_step import quote_command
     from lowvram.cli.show import notice
-    from lowvram.errors import ConfigError
     from lowvram.runfile import write_run
 
-    if advice is None:
-        fix = "Name one with --model to write it all the same."
-        raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
     advice, reason = _prefer_fp32(advice, card)
-    train, data = advice.answer.train, arguments.data
+    train, model = advice.answer.train, advice.answer.model
     if advice.tokens is not None:
         train = train.model_copy(update={"tokens": advice.tokens})
-    write_run(arguments.out, advice.answer.name, advice.answer.model, train, _home_of(data) if data else None)
-    begin = "" if data else "put your folders into it, then "
+    folders = _choose_folders(arguments.data) if arguments.data is not None else None
+    write_run(arguments.out, advice.answer.name, model, train, folders)
+    begin = "" if folders else "put your folders into it, then "
     lasts = f", {describe_time(advice)}" if advice.answer.days_range is not None else ""
     command = quote_command("lowvram", "train", arguments.out)
     because = f"; {reason}" if reason else ""

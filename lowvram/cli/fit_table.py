@@ -14,7 +14,7 @@ from lowvram.errors import DataError
 from lowvram.fit.answer import Answer, Place
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.passes import ENOUGH_PASSES, RunText, round_down
-from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
+from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice, explain_too_little
 from lowvram.profile import measured_ids
 from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
 
@@ -55,7 +55,7 @@ def show_table(answers: Sequence[Answer], place: Place, advised: Advised, text: 
     if text is not None:
         _show_text(text)
     result()
-    _show_advice(answers, place, advised)
+    _show_advice(answers, place, advised, text)
 
 
 def _show_text(text: RunText) -> None:
@@ -65,30 +65,41 @@ def _show_text(text: RunText) -> None:
     )
 
 
-def _show_advice(answers: Sequence[Answer], place: Place, advised: Advised) -> None:
+def _show_advice(answers: Sequence[Answer], place: Place, advised: Advised, text: RunText | None) -> None:
+    if advised.long is None and text is not None and any(answer.fits for answer in answers):
+        result(" ".join(explain_too_little(answers, text)), "yellow")
+        result("`lowvram demo` trains a small model in minutes.")
+        return
     if advised.long is None:
         least = min(answers, key=lambda answer: answer.found.peak_bytes).name
         result(f"None of them fits.  With --model {least} the same command shows what the smallest needs.")
         return
-    same = advised.first is not None and advised.first.answer.name == advised.long.answer.name
+    name = advised.long.answer.name
+    is_one_preset = advised.first is not None and advised.first.answer.name == name
+    is_one_run = is_one_preset and advised.first is not None and advised.first.tokens == advised.long.tokens
     if advised.first is None:
         says = f"An hour on {place.profile.name} is too short for every preset"
         result(f"{says}: `lowvram demo` trains a smaller model in minutes.")
-    elif not same or advised.first.tokens != advised.long.tokens:
-        _show_run("A first run", advised.first, f"{advised.command} --model {advised.first.answer.name} --out run.toml")
-    name = advised.long.answer.name
-    _show_run("A run" if same else "A long run", advised.long, f"{advised.command} --model {name} --out run.toml")
+    elif not is_one_run:
+        _show_run("A first run", advised.first, advised.command)
+    # A first run of the same preset has written the file, and the long one goes on with it.
+    command = "" if is_one_preset and not is_one_run else advised.command
+    _show_run("A run" if is_one_run else "A long run", advised.long, command)
     if any(not answer.is_dense and answer.fits for answer in answers) and advised.long.answer.is_dense:
         result(DENSE_FIRST)
 
 
 def _show_run(what: str, advice: Advice, command: str) -> None:
-    says = [f"{what}: {advice.answer.name}"]
+    """Print a run and what to type.  command: see `Advised`; "" where its run file is written already."""
+    name = advice.answer.name
+    says = [f"{what}: {name}"]
     says += [describe_time(advice)] if advice.days is not None else []
     result(f"{', '.join(says)}: {advice.reason}.")
-    literal(f"  {command}")
-    if advice.tokens is not None:
-        literal(f"  lowvram train run.toml --set train.tokens={round_down(advice.tokens)}")
+    if command:
+        literal(f"  {command} --model {name} --out {name}.toml")
+    sets = f" --set train.tokens={round_down(advice.tokens)}" if advice.tokens is not None else ""
+    if sets or not command:
+        literal(f"  lowvram train {name}.toml{sets}")
 
 
 def describe_time(advice: Advice) -> str:

@@ -22,12 +22,13 @@ _MOST_BYTES = 2**42  # no computer of our users has more: a bare number was mean
 
 def count(text: str) -> int:
     """Read a whole number of at least one, as run files write it: 128, 16k, 500M; an error becomes a usage message."""
+    plain = text.strip()
     try:
-        number = parse_count(text)
+        number = parse_count(plain.removeprefix("-"))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    if number < 1 or plain.startswith("-"):
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
 
 

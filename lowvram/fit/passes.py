@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lowvram.config import DataConfig, ModelConfig, TrainConfig
 from lowvram.errors import DataError
+from lowvram.fit.folders import find_folders
 from lowvram.runfile import load_preset, preset_names
-from lowvram.units import show_bytes, show_count
+from lowvram.units import count_of, show_bytes, show_count
 
 # Up to four passes over a text teach nearly as much as as much fresh text; later passes teach less and less.
 # Source: Muennighoff et al. 2023, Scaling Data-Constrained Language Models, section 5.
@@ -94,13 +96,12 @@ def open_text(data: DataConfig) -> RunText:
 
 
 def open_folder(data: Path) -> RunText:
-    """Return the text in a folder of shards, or in one that holds `train` and perhaps `valid`; raises DataError."""
-    from lowvram.data.shard_set import INDEX
+    """Return the text in a folder of shards, or in one that holds `train` and perhaps `valid`.
 
-    is_itself = (data / INDEX).is_file()
-    home = data.parent if is_itself and data.name == "train" else data
-    train = data if is_itself or not (data / "train").is_dir() else data / "train"
-    return RunText((_open(train, 1.0),), (home / "valid" / INDEX).is_file())
+    Raises DataError where there are no shards, ConfigError as `find_folders`.
+    """
+    found = find_folders(data)
+    return RunText((_open(found.train if found.train.is_dir() else data, 1.0),), found.valid is not None)
 
 
 def _open(path: Path, share: float) -> Part:
@@ -124,6 +125,11 @@ def suitable_preset(text: RunText) -> str | None:
     return fitting[-1] if fitting else None
 
 
+def wanted_tokens(model: ModelConfig) -> int:
+    """Return the tokens of text that suit a model: TOKENS_PER_PARAMETER in ENOUGH_PASSES."""
+    return math.ceil(model.num_parameters() * TOKENS_PER_PARAMETER / ENOUGH_PASSES)
+
+
 def remark_on(text: RunText, model: ModelConfig, train: TrainConfig) -> Iterator[Remark]:
     """Yield what there is to say about a run's text: how often it is read, and what to do where that is too often."""
     passes = text.passes(train)
@@ -139,10 +145,10 @@ def remark_on(text: RunText, model: ModelConfig, train: TrainConfig) -> Iterator
 
 def _count(parts: Sequence[Part], passes: Sequence[float], train: TrainConfig) -> str:
     read = "; ".join(
-        f"{part.path.name} has {show_count(part.tokens)} tokens and is read {times:.2f} times"
+        f"{part.path.name} has {show_count(part.tokens)} tokens and is read {times:,.2f} times"
         for part, times in zip(parts, passes, strict=True)
     )
-    return f"{show_count(train.tokens)} tokens in {train.steps:,} steps: {read}."
+    return f"{show_count(train.tokens)} tokens in {count_of(train.steps, 'step')}: {read}."
 
 
 def _propose(text: RunText, most: float, train: TrainConfig) -> str:
@@ -167,8 +173,8 @@ def _orient(text: RunText, model: ModelConfig) -> str:
     if name is not None:
         return f"{says}{show_count(size)}.  The preset for it is {name}."
     smallest, model, _ = _dense_presets()[0]
-    wants = model.num_parameters() * TOKENS_PER_PARAMETER / ENOUGH_PASSES
-    return f"{says}{show_count(size)}.  The smallest preset, {smallest}, wants {show_count(wants)} tokens of text."
+    wants = show_count(wanted_tokens(model))
+    return f"{says}{show_count(size)}.  The smallest preset, {smallest}, wants {wants} tokens of text."
 
 
 def round_down(count: int) -> str:

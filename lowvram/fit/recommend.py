@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from lowvram.errors import DataError
 from lowvram.fit.answer import Answer
-from lowvram.fit.passes import ENOUGH_PASSES, OUR_PRESETS, RunText
+from lowvram.fit.passes import ENOUGH_PASSES, OUR_PRESETS, RunText, wanted_tokens
+from lowvram.units import count_of, show_count
 
 # A person waits a few weeks at most: what is recommended ends within them.
 PATIENCE_DAYS = 21.0
@@ -48,29 +49,33 @@ def recommend(
     """Return the long run: the largest dense preset whose tokens are seen in time; None where nothing fits.
 
     text: what there is to read; presets that it does not suit are left out, and no more tokens are trained than it has
-    for.  Mixtures, and other projects' models, are taken only where nothing else fits.
+    for; None, too, where it is too little for a single step.  Mixtures, and other projects' models, are taken only
+    where nothing else fits.
     """
-    offers = [Advice(answer, "", limit_tokens(answer, text)) for answer in _candidates(answers, text)]
+    offers = _offer(answers, text)
     if not offers:
         return None
-    size = "largest dense preset" if offers[0].answer.is_dense else "largest preset"
-    size += " that this text suits and" if text is not None else ""
+    size = _describe_size(offers[0].answer, text)
     if all(offer.days is None for offer in offers):
         return _largest(offers)._replace(reason=f"the {size} that fits; how fast this card is, is not known")
     timed = [offer for offer in offers if offer.days is not None]
     soon = [offer for offer in timed if offer.days is not None and offer.days <= patience_days]
     if not soon:
         quickest = min(timed, key=lambda offer: offer.days or math.inf)
-        return quickest._replace(reason=f"the quickest; none sees all of its tokens within {patience_days:g} days")
+        return quickest._replace(
+            reason=f"the quickest; none is expected to see all of its tokens within {patience_days:g} days"
+        )
     largest = _largest(soon)
     if largest.tokens is not None:
-        return largest._replace(reason=f"{ENOUGH_PASSES:.0f} passes over this text, which is little for any preset")
-    return largest._replace(reason=f"the {size} that sees all of its tokens within {patience_days:g} days")
+        little = "" if _suits(largest.answer, text) else ", which is little for any preset"
+        return largest._replace(reason=f"{ENOUGH_PASSES:.0f} passes over this text{little}")
+    soon_enough = f"is expected to see all of its tokens within {patience_days:g} days"
+    return largest._replace(reason=f"the {size} that {soon_enough}")
 
 
 def recommend_first(answers: Sequence[Answer], text: RunText | None = None) -> Advice | None:
-    """Return a first run of an hour or two; None where nothing fits, or an hour is too short for every preset."""
-    offers = [Advice(answer, "", limit_tokens(answer, text)) for answer in _candidates(answers, text)]
+    """Return a first run of an hour or two; None where nothing fits, or an hour or a text is too short for a preset."""
+    offers = _offer(answers, text)
     if not offers:
         return None
     timed = [offer for offer in offers if offer.days is not None]
@@ -97,20 +102,54 @@ def _candidates(answers: Sequence[Answer], text: RunText | None) -> list[Answer]
     fitting = [answer for answer in fitting if answer.is_dense] or fitting
     if text is None or not fitting:
         return fitting
-    suited = [answer for answer in fitting if answer.model.num_parameters() <= text.suits()]
+    suited = [answer for answer in fitting if _suits(answer, text)]
     return suited or [min(fitting, key=lambda answer: answer.model.num_parameters())]
 
 
+def _suits(answer: Answer, text: RunText | None) -> bool:
+    return text is None or answer.model.num_parameters() <= text.suits()
+
+
+def _describe_size(answer: Answer, text: RunText | None) -> str:
+    """Return which of the presets is recommended, as its reason begins."""
+    kind = "dense preset" if answer.is_dense else "preset"
+    if not _suits(answer, text):
+        return f"smallest {kind}, since this text is little for any, and one"
+    return f"largest {kind}" + (" that this text suits and" if text is not None else "")
+
+
+def _offer(answers: Sequence[Answer], text: RunText | None) -> list[Advice]:
+    """Return what may be recommended with the tokens that a text has for it, without what it gives no step for."""
+    offers = [Advice(answer, "", limit_tokens(answer, text)) for answer in _candidates(answers, text)]
+    return [offer for offer in offers if offer.tokens != 0]
+
+
 def limit_tokens(answer: Answer, text: RunText | None) -> int | None:
-    """Return the tokens to train where a text is too little for the preset's own, None where it is not."""
+    """Return the tokens to train where a text is too little for the preset's own, None where it is not.
+
+    Returns 0 where the text gives not even one step: it is shorter than a window, or one step reads it too often.
+    """
     if text is None:
         return None
     try:
         if max(text.passes(answer.train)) <= ENOUGH_PASSES:
             return None
-        return text.most_tokens(answer.train) or None
+        return text.most_tokens(answer.train)
     except DataError:  # shorter than one window
-        return None
+        return 0
+
+
+def explain_too_little(answers: Sequence[Answer], text: RunText) -> tuple[str, str, str]:
+    """Say that a text gives not even one step of the smallest preset that fits, or of the only one; why; what to do."""
+    least = min(_candidates(answers, text) or answers, key=lambda answer: answer.model.num_parameters())
+    step, wants = least.train.batch_tokens, wanted_tokens(least.model)
+    try:
+        often = max(text.passes(least.train.model_copy(update={"tokens": step})))
+        why = f"A single step of {least.name} reads {step:,} tokens, which is this text {often:,.0f} times."
+    except DataError:
+        why = f"One window of {least.name} is {least.train.seq_len + 1:,} tokens long."
+    what = f"This text of {count_of(text.tokens, 'token')} is too little for {least.name}."
+    return what, why, f"Pack more text: {least.name} wants {show_count(wants)} tokens."
 
 
 def _largest(offers: Sequence[Advice]) -> Advice:

@@ -9,6 +9,7 @@ import pytest
 from lowvram.cli.app import build_parser
 from lowvram.cli.options import MOST_CONTEXT, MOST_PROCESSES, MOST_SLOTS
 from lowvram.data import encoders
+from lowvram.data.text_files import KINDS
 from tests.flows.typed import typed
 
 FLAGS = {
@@ -28,7 +29,11 @@ def test_a_number_is_taken_up_to_its_limit_and_refused_beyond(words: tuple[str, 
         answer = typed(*words, number)
         assert (answer.code, answer.out) == (2, "")
         assert f"{number} is more than {most}" in answer.err
-    for text, why in (("0", "0 is less than 1"), ("-1", "-1 is less than 1"), ("x", "invalid count value: 'x'")):
+    for text, why in (
+        ("0", "0 is less than 1"),
+        ("-1", "-1 is less than 1"),
+        ("x", "'x' is not a count; write it like"),
+    ):
         assert why in typed(*words, text).err
 
 
@@ -48,3 +53,11 @@ def test_windows_is_given_no_more_encoders_than_it_can_wait_for(monkeypatch: pyt
             started, hang_up = encoders._start_pool(processes)
             hang_up.close()
             assert started == min(processes, most)
+
+
+def test_the_help_names_every_kind_of_text_that_is_read_and_what_an_option_takes() -> None:
+    for command in (("data", "pack"), ("tokenizer", "train")):
+        told = " ".join(typed(*command, "--help").out.split())
+        for word in (*KINDS, ".gz", ".zst", "folders", "patterns", "- for standard input"):
+            assert word in told, word
+    assert "--verify FOLDER" in typed("export", "--help").out

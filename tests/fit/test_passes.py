@@ -74,6 +74,10 @@ def test_four_passes_are_enough_and_one_window_more_is_too_often(windows: int, i
 
 def test_what_helps_is_named_with_its_numbers() -> None:
     said = [remark.says for remark in say(text(1_600_000), PRESET)]
+    assert say(text(65 * 1024 + 1), PRESET)[0].says.endswith("is read 7,512.62 times.")
+    assert say(text(10_001), TrainConfig(tokens=64, seq_len=16, batch_tokens=64))[0].says.startswith(
+        "64 tokens in 1 step:"
+    )
     assert said[0] == "500.0M tokens in 7,630 steps: train has 1.6M tokens and is read 312.62 times."
     assert "Beyond about 4 passes over its text a model memorises it" in said[1]
     assert said[2].startswith(
@@ -152,6 +156,7 @@ def test_a_folder_is_shards_or_holds_them(tmp_path: Path) -> None:
     pack(tmp_path / "shards/valid", 50)
     assert open_folder(tmp_path / "shards").is_held_out
     assert open_folder(tmp_path / "shards/train").is_held_out
+    assert open_folder(tmp_path / "shards/valid").tokens == 50
     for folder, said in (("nowhere", "does not exist"), (".", "holds no shards")):
         with pytest.raises(DataError, match=said):
             open_folder(tmp_path / folder)

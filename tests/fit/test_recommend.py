@@ -8,7 +8,7 @@ import pytest
 
 from lowvram.fit.answer import Answer, Place, judge
 from lowvram.fit.passes import Part, RunText
-from lowvram.fit.recommend import TOO_SLOW_DAYS, limit_tokens, recommend, recommend_first
+from lowvram.fit.recommend import TOO_SLOW_DAYS, explain_too_little, limit_tokens, recommend, recommend_first
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
 from lowvram.plan import Ledger
 from lowvram.profile import load_profile
@@ -40,7 +40,7 @@ def test_the_largest_that_ends_in_time_is_recommended() -> None:
     answers = [invented("tr-25m", 0.1), invented("tr-125m", 5.0), invented("tr-350m", 30.0)]
     advice = recommend(answers)
     assert (advice.answer, advice.tokens) == (answers[1], None)
-    assert advice.reason == "the largest dense preset that sees all of its tokens within 21 days"
+    assert advice.reason == "the largest dense preset that is expected to see all of its tokens within 21 days"
     assert recommend(answers, 30.0).answer == answers[2]
     assert recommend(answers, 29.9).answer == answers[1]
     assert recommend(answers, 0.5).answer.name == "tr-25m"
@@ -50,7 +50,7 @@ def test_dense_goes_before_mixtures_and_ours_before_others_however_large() -> No
     dense, moe, other = invented("tr-25m", 1.0), invented("tr-2b-moe", 1.0), invented("ismail-1024", 1.0)
     assert recommend([dense, moe, other]).answer == dense
     assert recommend([moe, other]).answer == moe
-    assert recommend([moe, other]).reason.startswith("the largest preset that sees")
+    assert recommend([moe, other]).reason.startswith("the largest preset that is expected to see")
     assert recommend([other]).answer == other
     assert recommend([dense._replace(found=dense.found._replace(fits=False)), moe]).answer == moe
 
@@ -64,7 +64,7 @@ def test_where_none_ends_in_time_the_quickest_is_recommended() -> None:
     answers = [invented("tr-25m", 33.0), invented("tr-125m", 90.0)]
     advice = recommend(answers)
     assert advice.answer == answers[0]
-    assert advice.reason == "the quickest; none sees all of its tokens within 21 days"
+    assert advice.reason == "the quickest; none is expected to see all of its tokens within 21 days"
 
 
 def test_where_no_speed_is_known_the_largest_that_fits_is_recommended_and_the_smallest_first() -> None:
@@ -107,7 +107,7 @@ def test_with_a_text_only_presets_that_it_suits_are_recommended_and_no_more_toke
     answers = [invented("tr-25m", HOUR), invented("tr-60m", 5 * HOUR), invented("tr-350m", 5.0)]
     advice = recommend(answers, text=text(320_000_000))
     assert (advice.answer.name, advice.tokens) == ("tr-60m", None), "3.75 passes"
-    assert advice.reason.startswith("the largest dense preset that this text suits and that sees all")
+    assert advice.reason.startswith("the largest dense preset that this text suits and that is expected to see all")
     little = recommend(answers, text=text(6_000_000))
     assert little.answer.name == "tr-25m"
     assert little.reason == "4 passes over this text, which is little for any preset"
@@ -117,7 +117,42 @@ def test_with_a_text_only_presets_that_it_suits_are_recommended_and_no_more_toke
     assert recommend_first(answers, text(6_000_000)) is not None
 
 
-def test_a_text_that_is_no_window_or_less_than_a_step_changes_no_tokens() -> None:
-    assert limit_tokens(ANSWER, text(1_000)) is None
-    assert limit_tokens(ANSWER, text(3_000)) is None
+# A window of tr-25m takes 1,025 tokens, and its step reads 64 windows: 16 windows give four passes.
+@pytest.mark.parametrize(
+    "tokens, limit",
+    [(2, 0), (1_024, 0), (1_025, 0), (3_000, 0), (16 * 1024, 0), (16 * 1024 + 1, 65_536), (32 * 1024 + 1, 131_072)],
+)
+def test_a_text_that_gives_no_step_is_recommended_no_run_and_one_that_gives_one_is(tokens: int, limit: int) -> None:
+    assert limit_tokens(ANSWER, text(tokens)) == limit
+    answers = [invented("tr-25m", HOUR), invented("tr-60m", 5 * HOUR)]
+    advised = recommend(answers, text=text(tokens)), recommend_first(answers, text(tokens))
+    assert [advice and advice.tokens for advice in advised] == ([limit] * 2 if limit else [None] * 2)
+    assert (advised[0] is None) == (limit == 0)
+
+
+def test_a_text_that_is_enough_limits_no_tokens() -> None:
     assert limit_tokens(ANSWER, None) is None
+    assert limit_tokens(ANSWER, text(125_100_000)) is None
+
+
+def test_a_text_that_suits_no_preset_is_never_said_to_suit_one() -> None:
+    """500M tokens are 3.997 passes over it, and a preset of 25.2M parameters wants 125.9M."""
+    answers = [invented("tr-25m", HOUR), invented("tr-60m", 5 * HOUR)]
+    advice = recommend(answers, text=text(125_100_000))
+    assert (advice.answer.name, advice.tokens) == ("tr-25m", None)
+    assert advice.reason == (
+        "the smallest dense preset, since this text is little for any, and one that is expected to see all of its "
+        "tokens within 21 days"
+    )
+    suited = recommend([invented("tr-25m", HOUR)], text=text(125_900_000))
+    assert suited.reason.startswith("the largest dense preset that this text suits")
+
+
+def test_too_little_text_is_told_why_and_how_much_is_wanted() -> None:
+    said = explain_too_little([invented("tr-60m", 1.0), ANSWER, invented("tiny-llm-v1", 1.0)], text(2_049))
+    assert said == (
+        "This text of 2,049 tokens is too little for tr-25m.",
+        "A single step of tr-25m reads 65,536 tokens, which is this text 32 times.",
+        "Pack more text: tr-25m wants 125.9M tokens.",
+    )
+    assert explain_too_little([ANSWER], text(1_024))[1] == "One window of tr-25m is 1,025 tokens long."

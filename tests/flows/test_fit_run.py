@@ -13,6 +13,7 @@ import torch
 from lowvram.machine import Detected
 from lowvram.profile import load_profile
 from lowvram.runfile import load_preset, load_run
+from tests.fit.test_passes import pack
 from tests.flows.test_fit import kinds, refused, values
 from tests.flows.typed import RUN_FILE, fill_home, typed
 
@@ -200,17 +201,35 @@ def test_a_run_file_behind_a_link_finds_its_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "present, message",
     [
-        ((), r"has no folder tok, in it or beside it\. .*lowvram tokenizer train TEXTS --out \S+tok"),
-        (("tok",), r"has no folder train\. .*lowvram data pack TEXTS --tokenizer \S+tok --out \S+train"),
+        (
+            (),
+            r"has no folder tok, in it or beside it, and no shards\. .* Make both: lowvram tokenizer train TEXTS "
+            r"--out '\S+my data/tok', then lowvram data pack TEXTS --tokenizer '\S+my data/tok' --out '.+/train'",
+        ),
+        (
+            ("tok",),
+            r"has no shards in \S+my data/train\. .* Make them: lowvram data pack TEXTS --tokenizer '.+tok' "
+            r"--out '\S+my data/train'",
+        ),
+        (
+            ("train",),
+            r"has no folder tok, in it or beside it\. .* Put the tokenizer there with which the shards were packed, "
+            r"as \S+my data/tok; another one does not fit them\.",
+        ),
     ],
-    ids=["nothing", "only a tokenizer"],
+    ids=["nothing", "only a tokenizer", "only shards"],
 )
+@pytest.mark.skipif(sys.platform == "win32", reason="quotes are others there")
 def test_data_that_lacks_something_is_told_how_to_make_it(
     tmp_path: Path, present: tuple[str, ...], message: str
 ) -> None:
+    data = tmp_path / "my data"
     for name in present:
-        (tmp_path / "data" / name).mkdir(parents=True)
-    words = ("--gpu", "rtx5070", "--out", tmp_path / "run.toml", "--data", tmp_path / "data")
+        if name == "tok":
+            (data / name).mkdir(parents=True)
+        else:
+            pack(data / name, 100)
+    words = ("--gpu", "rtx5070", "--out", tmp_path / "run.toml", "--data", data)
     answer = typed("fit", *words)
     assert answer.code == 1
     assert re.search(message, answer.err.splitlines()[-1])

@@ -30,7 +30,7 @@ def test_a_run_file_is_told_how_often_its_text_is_read_and_what_helps(packed: Pa
     assert few.code == many.code == 0
     assert MEMORISES not in few.out
     assert MEMORISES in many.out
-    assert re.search(r"10\.0M tokens in 39,063 steps: train has \S+ tokens and is read \d+\.\d\d times\.", many.out)
+    assert re.search(r"10\.0M tokens in 39,063 steps: train has \S+ tokens and is read [\d,]+\.\d\d times\.", many.out)
     better = re.search(r'What helps: train\.tokens = "(\S+)", which is 4 passes; or more text, at least', many.out)[1]
     assert MEMORISES not in typed(*words, "--set", f"tokens={better}").out
     assert "Nothing is held out" not in many.out
@@ -46,7 +46,7 @@ def test_training_says_the_same_in_a_warning_colour(packed: Path) -> None:
     assert trained.code == 0, trained.err
     for said in (before, trained.err):
         assert "Nothing is held out: data.valid is not set, so overfitting cannot be seen." in said
-    [count] = re.findall(r"^  (512 tokens in 1 steps: .*)$", before, re.MULTILINE)
+    [count] = re.findall(r"^  (512 tokens in 1 step: .*)$", before, re.MULTILINE)
     assert f"\n{count}\n" in trained.err
 
 
@@ -91,7 +91,7 @@ def test_a_text_says_which_preset_it_is_enough_for(tmp_path: Path) -> None:
     assert re.search(r" days +54 ", rows["tr-350m"])
     assert "Passes: how often a preset's own tokens read this text of 130.0M tokens; beyond about 4" in out
     assert re.search(
-        r"^A run: tr-25m, .*: the largest dense preset that this text suits and that sees all", out, re.MULTILINE
+        r"^A run: tr-25m, .*: the largest dense preset that this text suits and that is expected", out, re.MULTILINE
     )
     found = values(*words)
     assert (found["recommended"], found["text"]["suits_preset"]) == ("tr-25m", "tr-25m")
@@ -120,7 +120,56 @@ def test_a_folder_without_shards_is_refused_before_anything_is_judged(tmp_path: 
     pack(tmp_path / "short", 100)
     out = typed("fit", "--gpu", "rtx5070", "--data", tmp_path / "short").out
     assert "too short" in out
+    assert "This text of 100 tokens is too little for tr-25m. One window of tr-25m is 1,025 tokens long." in out
+    assert "`lowvram demo` trains a small model in minutes." in out
+    assert "un: " not in out, "nothing is recommended"
     assert (
         "A window of seq_len = 1024 takes 1025."
         in typed("fit", "--gpu", "rtx5070", "--data", tmp_path / "short", "--model", "tr-25m").out
     )
+
+
+@pytest.mark.parametrize("tokens", [100, 2_049, 16 * 1024])
+def test_of_a_text_too_little_for_one_step_no_run_file_is_written_unasked(tmp_path: Path, tokens: int) -> None:
+    pack(tmp_path / "shards/train", tokens)
+    (tmp_path / "tok").mkdir()
+    words = ("fit", "--gpu", "rtx5070", "--data", tmp_path / "shards", "--out", tmp_path / "run.toml")
+    answer = typed(*words)
+    assert answer.code == 1
+    assert f"--out has nothing to write. This text of {tokens:,} tokens is too little for tr-25m." in answer.err
+    assert answer.err.splitlines()[-1].endswith("Or name a preset with --model.")
+    assert not (tmp_path / "run.toml").exists()
+    found = values("--gpu", "rtx5070", "--data", tmp_path / "shards")
+    assert (found["recommended"], found["first_run"], found["first_run_tokens"]) == (None, None, None)
+    named = typed(*words, "--model", "tr-60m")
+    assert named.code == 0, "who names a preset gets it, with a warning"
+    assert f"This text of {tokens:,} tokens is too little for tr-60m." in named.err
+    assert (tmp_path / "run.toml").exists()
+
+
+def test_a_first_run_and_a_long_one_of_one_preset_share_their_file(tmp_path: Path) -> None:
+    """A slow card and a text for one preset only: the first run takes an hour, the long one goes on with it."""
+    pack(tmp_path / "shards/train", 130_000_000)
+    out = typed("fit", "--gpu", "rtx2060-6gb", "--desktop", "linux", "--data", tmp_path / "shards").out
+    first, begins, long = re.search(
+        r"A first run: tr-25m, .*\n  (.+)\n  (.+)\nA long run: tr-25m, .*\n  (.+)\n", out
+    ).groups()
+    assert first.endswith(" --model tr-25m --out tr-25m.toml")
+    assert re.fullmatch(r"lowvram train tr-25m\.toml --set train\.tokens=\d+M", begins)
+    assert long == "lowvram train tr-25m.toml"
+
+
+def test_what_is_judged_and_what_is_written_are_the_same_folders(tmp_path: Path) -> None:
+    """Shards in the folder itself, with and without a folder of held-out text, and an empty folder `valid`."""
+    pack(tmp_path / "flat", 20_000_000)
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "flat/valid").mkdir()
+    for is_held_out in (False, True):
+        if is_held_out:
+            (tmp_path / "flat/valid").rmdir()
+            pack(tmp_path / "flat/valid", 50)
+        path = tmp_path / f"{is_held_out}.toml"
+        assert typed("fit", "--gpu", "rtx5070", "--data", tmp_path / "flat", "--out", path).code == 0
+        said = {"train": "flat", "tokenizer": "tok"} | ({"valid": "flat/valid"} if is_held_out else {})
+        assert tomllib.loads(path.read_text(encoding="utf-8"))["data"] == said
+        assert values("--gpu", "rtx5070", "--data", tmp_path / "flat")["text"]["is_held_out"] == is_held_out

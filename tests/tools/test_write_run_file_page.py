@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowvram.runfile import full_names
+from lowvram.runfile import full_names, load_run
 from tests.flows.typed import typed
 from tools.write_run_file_page import PAGE, page
 
@@ -50,9 +50,36 @@ def test_types_and_defaults_are_those_that_a_person_writes() -> None:
         '| `weights` | `"fp32"` or `"bf16"` | `"fp32"` |',
         "| `dropout` | number | `0.0` |",
         "| `valid` | path | none |",
+        "| `vocabulary` | whole number | the tokenizer's |",
+        '| `positions` | table | `{ kind = "rope" }` |',
+        '| `optimizer` | table | `{ name = "adamw" }` |',
+        '| `schedule` | table | `{ kind = "cosine" }` |',
         '| `log` | list of `"tensorboard"` or `"wandb"` | `[]` |',
     ):
         assert row in text
+
+
+def test_every_default_is_taken_where_it_is_written(tmp_path: Path) -> None:
+    """A run file that writes each default of the page out is the one that leaves them all out."""
+    tables: dict[str, list[str]] = {}
+    for section, body in re.findall(r"^## (\S+)$(.+?)(?=^## |\Z)", page(), re.MULTILINE | re.DOTALL):
+        rows = re.findall(r"^\| `(\w+)` \| .+? \| `(.+?)` \| ", body, re.MULTILINE)
+        tables[section] = [f"{key} = {default}" for key, default in rows]
+    least = {
+        "model": """layers = 2\ndim = 64\nattention = { kind = "gqa", heads = 2, kv_heads = 1, head_dim = 32 }
+ffn = { kind = "swiglu", hidden = 128 }""",
+        "data": 'train = "a"\ntokenizer = "tok"',
+        "train": 'tokens = "1M"',
+        "run": 'dir = "r"',
+    }
+    both = []
+    for written in ({}, tables):
+        lines = [f"[{home}]\n{keys}\n" + "\n".join(written.get(home, [])) for home, keys in least.items()]
+        (tmp_path / "run.toml").write_text("\n".join(lines), encoding="utf-8")
+        both.append(load_run(tmp_path / "run.toml", [], lambda _: 300))
+    assert both[0] == both[1]
+    assert len(tables["model"]) >= 3
+    assert len(tables["train"]) >= 10
 
 
 def test_help_and_readme_point_to_the_page() -> None:
