@@ -66,7 +66,8 @@ def run_pack(arguments: argparse.Namespace) -> int:
         result(_describe(folder, shards))
     if arguments.holdout is None and out.name != "valid" and not (out.parent / "valid").is_dir():
         notice("Nothing is held out for validation. --holdout 0.5% packs that share of the documents apart.")
-    literal(_name_next(out if arguments.holdout else out.parent, arguments.tokenizer))
+    is_side = arguments.holdout is None and out.name in ("train", "valid")
+    literal(_name_next(out.parent if is_side else out, arguments.tokenizer))
     return 0
 
 
@@ -96,9 +97,11 @@ def _describe(folder: Path, shards: ShardSet) -> str:
 def _name_next(home: Path, tokenizer: Path) -> str:
     """Return the next step: a run file over the packed folders, where they lie as `fit --data` finds them."""
     from lowvram.cli.next_step import next_step
+    from lowvram.data.shard_set import INDEX
 
     why = "which model fits, and a run file for it"
-    is_found = (home / "train").is_dir() and tokenizer.resolve() in (
+    is_packed = (home / "train").is_dir() or (home / INDEX).is_file()
+    is_found = is_packed and tokenizer.resolve() in (
         (home / "tok").resolve(),
         home.resolve().parent / "tok",
     )

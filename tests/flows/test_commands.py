@@ -37,6 +37,8 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Answ
     }
     written = (home / "shards/train/00000.bin").stat().st_mtime_ns
     told |= {"pack again": typed(*pack), "pack valid": typed(*valid)}
+    whole = ("data", "pack", home / "train.txt", "--tokenizer", home / "tok", "--out", home / "whole")
+    told |= {"pack whole": typed(*whole, "--processes", 1)}
     assert (home / "shards/train/00000.bin").stat().st_mtime_ns == written, "a finished shard is not written again"
     told["start"] = typed(*training, "--set", "tokens=1024", "--micro-batch", 2)
     told["resume"] = typed(*training)
@@ -74,6 +76,7 @@ def test_packing_says_what_came_out_and_the_same_the_second_time(road: tuple[Pat
     assert told["pack again"].out == told["pack"].out
     assert "--holdout 0.5% packs that share" in told["pack again"].err
     assert told["pack valid"].err == ""
+    assert re.search(r"\nNext: lowvram fit --data \S+/whole --out run\.toml ", told["pack whole"].out)
 
 
 def test_the_steps_from_text_to_a_run_file_follow_from_one_another(
