@@ -86,6 +86,9 @@ def test_the_steps_from_text_to_a_run_file_follow_from_one_another(
     home.mkdir()
     write_home(home)
     (home / "run.toml").unlink()
+    # Enough for a step of the smallest preset: below that `fit` writes no run file.
+    text = (home / "train.txt").read_text(encoding="utf-8").strip()
+    (home / "train.txt").write_text("\n\n".join([text] * 6), encoding="utf-8")
     monkeypatch.chdir(home)
     first = typed("tokenizer", "train", home / "train.txt", "--vocab", 400, "--holdout", "4%")
     words = shlex.split(first.out.splitlines()[-1].removeprefix("Next: lowvram "))
@@ -93,7 +96,7 @@ def test_the_steps_from_text_to_a_run_file_follow_from_one_another(
     assert first.err == ""
     second = typed(*words)
     sides = [re.search(rf"{name}: .* of (\d+) documents", second.out)[1] for name in ("train", "valid")]
-    assert sum(map(int, sides)) == 96
+    assert sum(map(int, sides)) == 6 * 96
     assert second.err == ""
     words = shlex.split(second.out.splitlines()[-1].removeprefix("Next: lowvram ").partition("  (")[0])
     assert typed(*words, "--gpu", "rtx4060").code == 0
