@@ -25,7 +25,7 @@ _PROBES_S = (0.1, 1.0)
 
 
 class Connection(H11Protocol):
-    """A connection of the server.  since: when the client last had nothing to wait for.
+    """A connection of the server.  since: from when on the server has waited for the client to send or to read.
 
     is_refused: whether the server has no room for it, which it is told.
     """
@@ -39,10 +39,16 @@ class Connection(H11Protocol):
         self._headers: asyncio.TimerHandle | None = None
         self._unread: asyncio.TimerHandle | None = None
         self._probe: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0  # when they were last looked at
         self._is_half_closed = self._has_sent = False
 
     @property
     def is_answering(self) -> bool:
+        """Whether the client waits for the server: its request is whole, and what was written of the answer is read."""
+        return self._owes_answer and self._unread is None
+
+    @property
+    def _owes_answer(self) -> bool:
         """Whether a whole request has come and its answer has not all been written."""
         is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
         return self.cycle is not None and not self.cycle.response_complete and is_whole
@@ -77,27 +83,29 @@ class Connection(H11Protocol):
     def eof_received(self) -> bool:  # type: ignore[override]
         """Return whether the connection stays: it does until a request that is all here is answered."""
         self._is_half_closed = True
-        if self.is_answering:
+        if self._owes_answer:
             self._probe_client(0)
-        return self.is_answering
+        return self._owes_answer
 
     def on_response_complete(self) -> None:
         """Wait for the next request, where one can come."""
         self.since = time.monotonic()
         self._has_sent = False
         super().on_response_complete()
-        if self._is_half_closed and not self.is_answering:
+        if self._is_half_closed and not self._owes_answer:
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """Wait until the client reads what was sent, but not for ever."""
+        """Wait until the client reads what was sent, as long as it reads at all."""
         super().pause_writing()
-        self._unread = self.loop.call_later(self._limits.unread_wait_s, self.transport.abort)
+        self.since = time.monotonic()
+        self._await_reader()
 
     def resume_writing(self) -> None:
         """Go on writing."""
         if self._unread is not None:
             self._unread.cancel()
+            self._unread = None
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
@@ -127,9 +135,21 @@ class Connection(H11Protocol):
         else:
             self.transport.close()
 
+    def _await_reader(self) -> None:
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._unread = self.loop.call_later(self._limits.unread_wait_s, self._look_at_reader)
+
+    def _look_at_reader(self) -> None:
+        """Give up a client that has read nothing; one large answer may take a slow one many times as long."""
+        if self.transport.get_write_buffer_size() >= self._unread_bytes:
+            self.transport.abort()
+        else:
+            self.since = time.monotonic()
+            self._await_reader()
+
     def _probe_client(self, number: int) -> None:
         """Tell the client to go on waiting, which every client of HTTP/1.1 passes over (RFC 9110, 15.2)."""
-        if self.transport.is_closing() or not self.is_answering:
+        if self.transport.is_closing() or not self._owes_answer:
             return
         # Once an answer has begun, its own pieces tell.  HTTP/1.0 knows no such message.
         if self.conn.our_state is h11.SEND_RESPONSE and self.conn.their_http_version != b"1.0":

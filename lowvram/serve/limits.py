@@ -38,7 +38,8 @@ class Limits(Words):
 
     slots: answers written at once.  queue: requests that may wait for a slot, and those that may be read for it.
     body_bytes: of one request.  prompt_tokens, output_tokens: of one request; neither can be more than the context.
-    connections: open at once; one more closes the one that has been without a request for the longest time.
+    connections: open at once; one more closes the one that has been without a request, or has not read its answer,
+    for the longest time.
     header_bytes: of a request's first line and headers.  header_wait_s, body_wait_s: how long a request's headers, and
     its body, may take to come.  unread_wait_s: how long a client may read nothing of an answer that is sent to it.
     """

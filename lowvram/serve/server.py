@@ -120,7 +120,10 @@ class Server(uvicorn.Server):
         return _CLOSING_S if error.errno in _FULL and self._close_longest_waiting() else _RETRY_S
 
     def _close_longest_waiting(self) -> bool:
-        """Close the connection that has been without a whole request for the longest time; returns whether one was."""
+        """Close the connection whose client has sent no whole request, or read nothing, for the longest time.
+
+        Returns whether there was one.
+        """
         connections = [one for one in self.server_state.connections if isinstance(one, Connection)]
         longest = min((one for one in connections if not one.is_answering), key=lambda one: one.since, default=None)
         if longest is None:

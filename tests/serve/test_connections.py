@@ -22,6 +22,7 @@ from lowvram.serve.server import find_most_connections
 from tests.serve.place import Place, Scripted, served
 from tests.serve.test_crowd import wait_until
 
+ACCEPTS = pytest.mark.skipif(sys.platform == "win32", reason="asyncio on Windows does not call socket.accept")
 HOST = b"Host: localhost\r\n"
 HEALTH = b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n"
 BODY = json.dumps({"prompt": "Kış", "max_tokens": 2}).encode()
@@ -181,7 +182,9 @@ def test_a_client_that_is_gone_for_good_is_noticed(small_tokenizer: Tokenizer, i
         with connected(place, post()) as client:
             wait_until(lambda: place.batcher.running == 1)
             if is_reset:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # Two ints, two shorts on Windows: closing sends a reset at once.
+                linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         wait_until(lambda: 'completions",status="499"} 1' in http.get("/metrics").text)
         decoder.may_write.set()
 
@@ -251,6 +254,7 @@ def test_a_client_that_reads_nothing_is_given_up(small_tokenizer: Tokenizer) -> 
         wait_until(is_given_up)
 
 
+@ACCEPTS
 def test_beyond_the_systems_limit_of_files_the_server_goes_on_and_logs_nothing(
     small_tokenizer: Tokenizer, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +278,7 @@ def test_beyond_the_systems_limit_of_files_the_server_goes_on_and_logs_nothing(
     assert [record for record in log.records if record.levelno >= logging.WARNING] == []
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="asyncio on Windows does not call socket.accept")
+@ACCEPTS
 @pytest.mark.parametrize("number", [errno.EPERM, errno.ECONNABORTED, errno.EMFILE, errno.EIO])
 def test_a_system_that_lets_accept_nothing_hinders_no_open_connection_and_no_end(
     small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, number: int
@@ -297,6 +301,7 @@ def test_a_system_that_lets_accept_nothing_hinders_no_open_connection_and_no_end
     # `served` has seen that the server ended.
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no process's files")
 @pytest.mark.parametrize(
     "soft, hard, most, raised",
     [(1024, 4096, 512, 1024), (100, 4096, 512, 560), (100, 100, 52, 100), (64, 300, 252, 300), (20, 20, 8, 20)],
