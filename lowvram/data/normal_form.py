@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections import defaultdict
 
 # Every character below U+0300 is composed and starts a new character, so a text of these alone is its own NFC.
 _MAY_CHANGE = re.compile("[\u0300-\U0010ffff]")
@@ -16,7 +17,7 @@ _TIBETAN_VOWELS = re.compile("[\u0f73\u0f75\u0f81]")
 
 
 def nfc(text: str) -> str:
-    """Return the same string as `unicodedata.normalize("NFC", text)`, in O(n log n) also for long runs of marks.
+    """Return the same string as `unicodedata.normalize("NFC", text)`, in linear time also for long runs of marks.
 
     Source: Unicode Standard Annex #15; canonical ordering is a stable sort of each run by combining class, so a
     run that is sorted beforehand has the same normal form.
@@ -31,16 +32,23 @@ def _sort_marks(characters: str) -> str:
     if not any(map(unicodedata.combining, characters)) and not _TIBETAN_VOWELS.search(characters):
         return characters
     sorted_parts: list[str] = []
-    marks: list[str] = []
+    # One list for each class that occurs.  A sort of the whole run would be one step that lets no other thread run.
+    marks: defaultdict[int, list[str]] = defaultdict(list)
     for character in characters:
         if decomposed := _decompose_mark(character):
-            marks.extend(decomposed)
+            for mark in decomposed:
+                marks[unicodedata.combining(mark)].append(mark)
             continue
-        sorted_parts += sorted(marks, key=unicodedata.combining)
-        marks.clear()
+        _move_marks(marks, sorted_parts)
         sorted_parts.append(character)
-    sorted_parts += sorted(marks, key=unicodedata.combining)
+    _move_marks(marks, sorted_parts)
     return "".join(sorted_parts)
+
+
+def _move_marks(marks: dict[int, list[str]], sorted_parts: list[str]) -> None:
+    for combining_class in sorted(marks):
+        sorted_parts += marks[combining_class]
+    marks.clear()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,7 +1,8 @@
 """A request's bytes as one JSON object, refused before it is parsed where that would take long; knows no field.
 
 Python's JSON parser and pydantic hold the interpreter until they are done, and every other request waits for them.
-Four megabytes of text are parsed in milliseconds, four megabytes of brackets or names take up to a second.
+Four megabytes of text are parsed in milliseconds, four megabytes of brackets or names take up to a second, and so
+do some more of numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowvram.json_files import JsonError, parse_object
-from lowvram.serve.limits import MOST_CONTAINERS, MOST_FIELDS, MOST_LEVELS
+from lowvram.serve.limits import MOST_COMMAS, MOST_CONTAINERS, MOST_FIELDS, MOST_LEVELS
 
 
 def read_body_object(body: bytes) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def read_body_object(body: bytes) -> dict[str, Any]:
 
 
 def check_shape(body: bytes) -> None:
-    """Raise JsonError where a body has more lists, objects or fields than any request needs; in linear time."""
+    """Raise JsonError where a body has more lists, objects, fields or values than any request needs, in linear time."""
     # Without its escapes a text begins and ends at a quote, so every other piece between quotes is no text.
     bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if (quotes := bare.count(b'"')) > 4 * MOST_FIELDS:
@@ -35,3 +36,5 @@ def check_shape(body: bytes) -> None:
         )
     if (fields := outside.count(b":")) > MOST_FIELDS:
         raise JsonError(f"it holds {fields:,} fields, and no request needs more than {MOST_FIELDS:,}")
+    if (commas := outside.count(b",")) > MOST_COMMAS:
+        raise JsonError(f"it holds {commas:,} commas between values, and no request needs more than {MOST_COMMAS:,}")

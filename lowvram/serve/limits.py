@@ -16,6 +16,7 @@ MOST_MESSAGES = 10_000
 MOST_PARTS = 10_000  # text parts of all messages together
 MOST_CONTAINERS = 2 * (MOST_MESSAGES + MOST_PARTS)  # lists and objects; a message with parts has two
 MOST_FIELDS = 10 * (MOST_MESSAGES + MOST_PARTS)  # names with a value; a message has at most eight
+MOST_COMMAS = 2**20  # between values; a prompt of more ids is longer than any context
 MOST_LEVELS = 16  # a text part of a message lies on the fifth
 MOST_STOPS, LONGEST_STOP = 16, 500
 MOST_TOP = 20  # OpenAI's bound of top_logprobs

@@ -55,3 +55,17 @@ def test_a_run_of_marks_is_sorted_before_python_sorts_it_by_insertion(monkeypatc
     classes = [unicodedata.combining(c) for c in given_to_python[-1]]
     assert len(classes) == 100_001
     assert classes == sorted(classes)
+
+
+def test_no_step_sorts_the_marks_of_a_run_at_once_so_that_other_threads_may_run(monkeypatch) -> None:
+    sizes: list[int] = []
+
+    def watched(values):
+        sizes.append(len(found := sorted(values)))
+        return found
+
+    monkeypatch.setattr("lowvram.data.normal_form.sorted", watched, raising=False)
+    order = random.Random(2)
+    run = "".join(order.choices(MARKS, k=3000))
+    assert nfc(f"a{run}b{run}") == unicodedata.normalize("NFC", f"a{run}b{run}")
+    assert 1 < max(sizes) <= len(set(map(unicodedata.combining, MARKS)))

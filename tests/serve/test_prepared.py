@@ -21,6 +21,7 @@ from lowvram.serve import app, prompt
 from lowvram.serve.body import check_shape, read_body_object
 from lowvram.serve.limits import (
     LONGEST_STOP,
+    MOST_COMMAS,
     MOST_CONTAINERS,
     MOST_FIELDS,
     MOST_LEVELS,
@@ -207,12 +208,17 @@ def test_a_body_may_be_nested_so_deep_and_no_deeper(levels: int) -> None:
 
 @pytest.mark.parametrize(
     "values, word, most",
-    [("[],", "lists", MOST_CONTAINERS), ("{:1},", "lists", MOST_CONTAINERS), (":1,", "fields", MOST_FIELDS)],
-    ids=["lists", "objects", "fields"],
+    [
+        ("[],", "lists", MOST_CONTAINERS),
+        ("{:1},", "lists", MOST_CONTAINERS),
+        (":1,", "fields", MOST_FIELDS),
+        (",", "commas", MOST_COMMAS),
+    ],
+    ids=["lists", "objects", "fields", "numbers"],
 )
 def test_a_body_of_many_values_is_refused_before_it_is_parsed(values: str, word: str, most: int) -> None:
     for count in (most, most + 1, 100 * most):
-        body = (values * count).encode()
+        body = values.encode() * count
         if count <= most:
             check_shape(body)
         else:
@@ -221,7 +227,7 @@ def test_a_body_of_many_values_is_refused_before_it_is_parsed(values: str, word:
 
 
 def test_brackets_and_quotes_within_a_text_are_no_values() -> None:
-    text = '[{":\\' * 300_000 + '"'
+    text = '[{":,,,,\\' * 300_000 + '"'
     check_shape(json.dumps({"prompt": text}).encode())
     assert read_ask(CompletionAsk, json.dumps({"prompt": text}).encode()).prompt == text
     with pytest.raises(RequestError, match="strings"):
