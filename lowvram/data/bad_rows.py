@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 from lowvram.errors import DataError
+from lowvram.units import count_of
 
 Action = Literal["stop", "skip", "report"]
 # Beyond either the files are not text with a few faults; the second is asked where many rows were read, and at the end.
 MOST_SKIPPED = 10_000
 MOST_SKIPPED_SHARE = 0.01
+# So few characters may be lost, whatever their share.
+MOST_LOST = 100_000
 _FEW = 10
 _MANY = 1_000
 _SHOWN = 3
@@ -24,7 +27,7 @@ class BadRow:
     """One row, or the rest of a file, that is no text.
 
     kind: a few words by which such rows are counted.  ends_file: nothing more can be read of the file, so nobody knows
-    how many rows are lost.
+    how many rows are lost.  characters: about how much text is lost with it, 0 where that is not known.
     """
 
     kind: str
@@ -32,6 +35,7 @@ class BadRow:
     why: str = ""
     fix: str = ""
     ends_file: bool = False
+    characters: int = 0
 
     @staticmethod
     def of(kind: str, error: DataError, ends_file: bool = False) -> BadRow:
@@ -55,6 +59,8 @@ class BadRows:
     file_hint: str = ""
     rows: int = 0
     ended_files: int = 0
+    characters: int = 0
+    lost_characters: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
     _first: list[str] = field(default_factory=list)
 
@@ -62,6 +68,11 @@ class BadRows:
     def count(self) -> int:
         """How many bad rows there were."""
         return self.kinds.total()
+
+    def count_text(self, characters: int) -> None:
+        """Count a row that is text."""
+        self.rows += 1
+        self.characters += characters
 
     def take(self, row: BadRow) -> None:
         """Count a bad row and tell of it, or raise DataError."""
@@ -71,6 +82,7 @@ class BadRows:
             raise DataError(row.what, row.why, " ".join(filter(None, (hint, row.fix))))
         self.rows += 1
         self.ended_files += row.ends_file
+        self.lost_characters += row.characters
         self.kinds[row.kind] += 1
         if len(self._first) < _SHOWN:
             self._first.append(row.what)
@@ -81,11 +93,28 @@ class BadRows:
     def finish(self) -> None:
         """Raise DataError where more than the share was skipped; call it when everything was read."""
         self._check(_FEW)
+        if self.action == "skip" and self._is_much_text():
+            lost, all = self.lost_characters, self.characters + self.lost_characters
+            raise DataError(
+                f"{count_of(self.count, 'bad row')} {'holds' if self.count == 1 else 'hold'} {lost:,} of {all:,} "
+                f"characters, which is more than {MOST_SKIPPED_SHARE:.0%} ({self.describe()}).",
+                f"The first: {' '.join(self._first)}",
+                "Mend these files or leave them out; --on-bad-row report lists every such row.",
+            )
 
     @property
     def can_be_skipped(self) -> bool:
         """Whether `skip` would leave out all that was found, when everything was read."""
-        return not self.ended_files and self.count <= MOST_SKIPPED and not self._is_large_share(_FEW)
+        return (
+            not self.ended_files
+            and self.count <= MOST_SKIPPED
+            and not (self._is_large_share(_FEW) or self._is_much_text())
+        )
+
+    def _is_much_text(self) -> bool:
+        """Whether few rows are much text: a whole book in another encoding, without a blank line, is one row."""
+        lost, all = self.lost_characters, self.characters + self.lost_characters
+        return lost > MOST_LOST and lost > all * MOST_SKIPPED_SHARE
 
     def _is_large_share(self, least: int) -> bool:
         return self.count > least and self.count > self.rows * MOST_SKIPPED_SHARE

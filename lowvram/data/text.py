@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -48,7 +49,7 @@ def documents(
         if type(row) is BadRow:
             bad_rows.take(row)
         else:
-            bad_rows.rows += 1
+            bad_rows.count_text(len(row))
             yield row
     if not any_yet:
         what, why = f"{file} holds no document.", "It is empty, or all white space."
@@ -104,14 +105,14 @@ def _decoded(file: Path, stream: TextStream) -> Iterator[str | BadRow]:
             if b"\0" not in raw:
                 advice = advice or explain_not_utf8(sample + raw)
                 what = f"{file}:{number} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x}."
-                yield BadRow("not UTF-8", what, advice.why, advice.fix)
+                yield BadRow("not UTF-8", what, advice.why, advice.fix, characters=len(raw))
                 offset += len(raw)
                 continue
         if b"\0" in raw:
             what = f"{file}:{number} is not text: byte {offset + raw.index(0)} is NUL."
             why = "The file is binary, or text in UTF-16, or that line is damaged."
             fix = "Leave it out, mend the line, or convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
-            yield BadRow("with NUL", what, why, fix)
+            yield BadRow("with NUL", what, why, fix, characters=len(raw))
         else:
             yield line
         offset += len(raw)
@@ -120,21 +121,25 @@ def _decoded(file: Path, stream: TextStream) -> Iterator[str | BadRow]:
 def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
     lines: list[str] = []
     bad: BadRow | None = None
+    lost = 0
     for line in _decoded(file, stream):
         if type(line) is BadRow:
+            lost += line.characters + sum(map(len, lines))
             bad, lines = bad or line, []
             continue
         if line[0] == _BOM:
             # Another file was appended here; its first line is no blank one, but a document ends all the same.
-            yield bad or _join(lines)
-            bad, line = None, line.lstrip(_BOM)
+            yield replace(bad, characters=lost) if bad else _join(lines)
+            bad, lost, line = None, 0, line.lstrip(_BOM)
         if not line.isspace():
-            if not bad:
+            if bad:
+                lost += len(line)
+            else:
                 lines.append(line)
         elif lines or bad:
-            yield bad or _join(lines)
-            bad = None
-    yield bad or _join(lines)
+            yield replace(bad, characters=lost) if bad else _join(lines)
+            bad, lost = None, 0
+    yield replace(bad, characters=lost) if bad else _join(lines)
 
 
 def _join(lines: list[str]) -> str:
@@ -151,7 +156,8 @@ def _json_documents(file: Path, stream: TextStream, field: str) -> Iterator[str 
         if type(line) is BadRow:
             yield line
         elif not line.isspace():
-            yield _read_line(f"{file}:{number}", line, field)
+            row = _read_line(f"{file}:{number}", line, field)
+            yield replace(row, characters=len(line)) if type(row) is BadRow else row
 
 
 def _read_line(where: str, line: str, field: str) -> str | BadRow:

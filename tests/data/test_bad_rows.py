@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lowvram.data.bad_rows import MOST_SKIPPED, BadRow, BadRows
+from lowvram.data.bad_rows import MOST_LOST, MOST_SKIPPED, BadRow, BadRows
 from lowvram.data.encoding import explain_not_utf8
 from lowvram.data.holdout import Holdout
 from lowvram.data.shards import pack, pack_split
@@ -173,6 +173,41 @@ def test_skipping_ends_at_its_limits_and_reporting_never(good: int, bad: int, st
             take_all(BadRows("skip"))
     else:
         take_all(BadRows("skip"))
+
+
+@pytest.mark.parametrize(
+    "good, lost, stops",
+    [
+        pytest.param(0, MOST_LOST, False, id="a little is always allowed"),
+        pytest.param(0, MOST_LOST + 1, True, id="one character more"),
+        pytest.param(99 * (MOST_LOST + 1), MOST_LOST + 1, False, id="a hundredth"),
+        pytest.param(99 * (MOST_LOST + 1) - 1, MOST_LOST + 1, True, id="a little more than a hundredth"),
+        pytest.param(99 * MOST_LOST, 100 * MOST_LOST, True, id="half"),
+    ],
+)
+def test_few_rows_that_are_much_text_are_not_skipped(good: int, lost: int, stops: bool) -> None:
+    for action in ("report", "skip"):
+        bad_rows = BadRows(action)
+        bad_rows.count_text(good)
+        bad_rows.take(BadRow("not UTF-8", "a.txt:1 is not UTF-8.", characters=lost))
+        assert bad_rows.can_be_skipped != stops
+        if stops and action == "skip":
+            words = rf"1 bad row holds {lost:,} of {lost + good:,} characters.*1%.*The first: a\.txt:1"
+            with pytest.raises(DataError, match=words):
+                bad_rows.finish()
+        else:
+            bad_rows.finish()
+
+
+def test_all_the_text_that_goes_with_a_bad_row_is_counted(place: Path) -> None:
+    (place / "a.txt").write_bytes(b"1234\n\n12\nk\xff\n123\n\xff\0\n1\n\n12345\n\n\xff\n\xef\xbb\xbf1\n")
+    (place / "b.jsonl").write_bytes(jsonl(b'{"text": 1234}'))
+    told: list[BadRow] = []
+    bad_rows = BadRows("skip", told.append)
+    assert read(place, bad_rows) == ["1234", "12345", "1", *GOOD]
+    assert [row.characters for row in told] == [3 + 3 + 4 + 3 + 2, 2, len('{"text": 1234}\n')]
+    assert bad_rows.lost_characters == sum(row.characters for row in told)
+    assert bad_rows.characters == sum(map(len, ["1234", "12345", "1", *GOOD]))
 
 
 def test_a_file_of_bad_rows_is_not_read_to_its_end(place: Path) -> None:
