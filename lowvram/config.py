@@ -17,6 +17,7 @@ from lowvram.architecture import SwiGlu as SwiGlu
 from lowvram.architecture import Yarn as Yarn
 from lowvram.errors import ConfigError
 from lowvram.recipe import AdamW, Cosine, Optimizer, Rotation, Schedule
+from lowvram.units import count_of
 from lowvram.words import Count, Share, Size, Words, as_list
 
 # Automatic saving: at most this much written a day, and never more often than this.
@@ -242,7 +243,9 @@ def check_rotation(model: ModelConfig, train: TrainConfig) -> None:
         raise ValueError(f"rotation.window is {rotation.window}; {why}. Try {max(1, ffn.experts // 4)}")
     turns = math.ceil(ffn.experts / rotation.window)
     if turns * rotation.interval > train.steps:
-        why = f"the run has {train.steps} steps, in which {turns} turns must end, or some experts never learn"
+        why = (
+            f"the run has {count_of(train.steps, 'step')}, in which {turns} turns must end, or some experts never learn"
+        )
         fix = f"Try {max(1, train.steps // turns // 8)}" if turns <= train.steps else "Train on more tokens"
         raise ValueError(f"rotation.interval is {rotation.interval}; {why}. {fix}")
     size = model.dim * ffn.expert_hidden

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from lowvram.cli.show import err, notice
 from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
-from lowvram.units import show_bytes, show_count, show_duration
+from lowvram.units import count_of, show_bytes, show_count, show_duration
 
 if TYPE_CHECKING:
     from lowvram.train.trainer import Trainer
@@ -94,7 +94,7 @@ class TrainingScreen:
             if event.resumed_from:
                 notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
         elif isinstance(event, Halved):
-            now = f"{event.micro_batch} sequences × {event.accumulate} a step"
+            now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
             notice(f"step {event.step + 1:>6}  memory ran out: tried again, and on from here, with {now}", "yellow")
         elif isinstance(event, Evaluated):
             self.evaluated = event

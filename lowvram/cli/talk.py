@@ -16,7 +16,7 @@ from lowvram.cli.sampler import build_sampler
 from lowvram.cli.show import AnswerStream, clean, notice, quote, show_error
 from lowvram.cli.typed_text import read_typed
 from lowvram.errors import ConfigError, LowvramError, MachineError, PromptError, PromptTooLongError, name_nearest
-from lowvram.units import show_bytes
+from lowvram.units import count_of, show_bytes
 
 if TYPE_CHECKING:
     from lowvram.generate.conversation import Conversation
@@ -160,7 +160,7 @@ class Talk:
         elif engine.ended == "context":
             notice(f"(The context of {engine.max_context:,} tokens is full; the next turn makes room.)", "dim")
         elif engine.ended == "tokens":
-            notice(f"(cut at {self.tokens} tokens; /set tokens allows more)", "dim")
+            notice(f"(cut at {count_of(self.tokens, 'token')}; /set tokens allows more)", "dim")
         elif conversation.template is None:
             notice("(The model ended the text here.)", "dim")
         if conversation.dropped > dropped:
@@ -251,7 +251,7 @@ class Talk:
 
         conversation, counts = self.conversation, self.conversation.counts
         engine = conversation.engine
-        read, written = f"{counts.read:,} tokens read", f"{counts.written:,} written"
+        read, written = f"{count_of(counts.read, 'token')} read", f"{counts.written:,} written"
         if counts.read:
             read += f" in {counts.read_s:,.2f} s"
         if counts.written and counts.written_s:

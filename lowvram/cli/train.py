@@ -195,10 +195,13 @@ def _describe_size(what: RunConfig, device: torch.device) -> str:
 
 
 def _describe_plan(plan: Plan, reason: str) -> str:
+    from lowvram.units import count_of
+
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
     moved = ", the optimizer's states in the computer's memory" if plan.offload == "optimizer" else ""
     compiled = ", blocks compiled" if plan.compile else ""
-    return f"Plan: {plan.micro_batch} sequences × {plan.accumulate} a step{again}{moved}{compiled} ({reason})."
+    cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
+    return f"Plan: {cut}{again}{moved}{compiled} ({reason})."
 
 
 def _tell_of_text(what: RunConfig) -> None:

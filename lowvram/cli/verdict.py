@@ -15,7 +15,7 @@ from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.passes import Remark, RunText, suitable_preset
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
 from lowvram.profile import measured_ids
-from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
+from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
 
 # Cells of the longest bar, and those that stand before it in its row.
 _BAR_CELLS, _BEFORE_THE_BAR = 40, 27
@@ -56,7 +56,7 @@ def describe_optimizer(train: TrainConfig) -> str:
 def show_one(answer: Answer, place: Place, beside: Beside, is_preset: bool) -> None:
     """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
-    cut = f"{plan.micro_batch} {'sequence' if plan.micro_batch == 1 else 'sequences'} × {plan.accumulate} a step"
+    cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
     result(f"{answer.name} {_verdict(answer, place)}: {cut}{again}.")
     result(f"  {found.reason[:1].upper()}{found.reason[1:]}.")

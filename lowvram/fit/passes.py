@@ -84,7 +84,9 @@ def _windows(part: Part, seq_len: int) -> int:
     windows = (part.tokens - 1) // seq_len
     if windows < 1:
         why = f"A window of seq_len = {seq_len} takes {seq_len + 1}."
-        raise DataError(f"{part.path} holds {part.tokens} tokens.", why, "Pack more text, or lower train.seq_len.")
+        raise DataError(
+            f"{part.path} holds {count_of(part.tokens, 'token')}.", why, "Pack more text, or lower train.seq_len."
+        )
     return windows
 
 

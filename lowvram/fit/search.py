@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from lowvram.fit.sketch import Rehearsal, Sketch
 from lowvram.plan import TECHNIQUES, Ledger, Plan, Recompute
+from lowvram.units import count_of
 
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
 RECOMPUTING_COSTS = 0.05
@@ -72,7 +73,7 @@ def search(
     # A plan that recomputes less would have room on the card, since states are smaller than activations.
     lighter = wish._replace(recompute=TECHNIQUES[-1])
     moved, moved_seconds, _ = _search(sketch.offloaded(), limit_bytes, step_seconds, exact, lighter)
-    many = f"{moved.plan.micro_batch} {'sequence' if moved.plan.micro_batch == 1 else 'sequences'} at a time"
+    many = f"{count_of(moved.plan.micro_batch, 'sequence')} at a time"
     lies = "the optimizer's states lie in the computer's memory"
     if not found.fits:
         if not moved.fits:
@@ -173,7 +174,7 @@ def _fitting(
 def _explain(plan: Plan, seconds: float, timed: Sequence[tuple[float, Found]], samples: int) -> str:
     largest = max(found.plan.micro_batch for _, found in timed if found.plan.recompute == plan.recompute)
     is_one = plan.micro_batch == 1
-    sequences = "1 sequence at a time" if is_one else f"{plan.micro_batch} sequences at a time"
+    sequences = f"{count_of(plan.micro_batch, 'sequence')} at a time"
     if plan.micro_batch == samples:
         size = "the whole step fits at once"
     elif plan.micro_batch == largest:

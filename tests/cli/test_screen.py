@@ -12,7 +12,9 @@ from rich.console import Console
 
 from lowvram.cli import screen
 from lowvram.cli.screen import TrainingScreen, join_fitting, step_parts
-from lowvram.train.events import StepDone
+from lowvram.cli.train import _describe_plan
+from lowvram.plan import Plan
+from lowvram.train.events import Halved, StepDone
 
 STEP = StepDone(
     step=1234,
@@ -123,3 +125,13 @@ def test_no_line_of_the_screen_is_wider_than_the_terminal(terminal: Console, wid
     console.print(shown._progress.get_renderable())
     for line in console.file.getvalue().splitlines():
         assert len(line.rstrip()) <= width, line
+
+
+@pytest.mark.parametrize("micro_batch, says", [(1, "with 1 sequence × 16 a step"), (2, "with 2 sequences × 16 a step")])
+def test_a_plan_counts_its_sequences_in_words_that_agree(
+    capsys: pytest.CaptureFixture[str], micro_batch: int, says: str
+) -> None:
+    TrainingScreen(trainer_on()).show(Halved(3, micro_batch, 16))
+    assert says in " ".join(capsys.readouterr().err.split())
+    plan = Plan(micro_batch=micro_batch, accumulate=16)
+    assert f"Plan: {says.removeprefix('with ')} (as asked)." == _describe_plan(plan, "as asked")
