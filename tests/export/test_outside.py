@@ -202,9 +202,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "rope_theta is inf: input should be a finite number",
     ),
     "ten million layers": (lambda out: say(out, num_hidden_layers=10_000_000), "num_hidden_layers is 10000000: "),
-    "fifty thousand layers": (
-        lambda out: say(out, num_hidden_layers=50_000),
-        "more tensors than there are: num_hidden_layers alone for 50,000. The files hold 20 tensors.",
+    "a thousand layers": (
+        lambda out: say(out, num_hidden_layers=1_000),
+        "more tensors than there are: num_hidden_layers alone for 1,000. The files hold 20 tensors.",
     ),
     "a wide vocabulary": (lambda out: say(out, vocab_size=2**30), "config.json describes a model of 38,"),
     "a number without end": (lambda out: say(out, hidden_size=10**400), "hidden_size is 1000"),

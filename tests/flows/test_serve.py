@@ -155,7 +155,7 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(tmp_path: Pat
         (("--max-body", "256.1MiB"), "is 256.1 MiB; a request may have"),
         (("--max-body", "25600MiB"), "is 25.0 GiB; a request may have"),
         (("--max-body", 0), "less than a byte"),
-        (("--as", "king"), "invalid choice"),
+        (("--as", "king"), "argument --as: there is no 'king'. Known: base, dialogue."),
     ],
 )
 def test_options_out_of_range_are_usage_errors(run: Path, words: tuple[object, ...], word: str) -> None:
