@@ -68,7 +68,8 @@ def recommend(
     largest = _largest(soon)
     if largest.tokens is not None:
         little = "" if _suits(largest.answer, text) else ", which is little for any preset"
-        return largest._replace(reason=f"{ENOUGH_PASSES:.0f} passes over this text{little}")
+        steps = count_of(largest.tokens // largest.answer.train.batch_tokens, "step")
+        return largest._replace(reason=f"{ENOUGH_PASSES:.0f} passes over this text in {steps}{little}")
     soon_enough = f"is expected to see all of its tokens within {patience_days:g} days"
     return largest._replace(reason=f"the {size} that {soon_enough}")
 

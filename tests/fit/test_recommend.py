@@ -110,7 +110,7 @@ def test_with_a_text_only_presets_that_it_suits_are_recommended_and_no_more_toke
     assert advice.reason.startswith("the largest dense preset that this text suits and that is expected to see all")
     little = recommend(answers, text=text(6_000_000))
     assert little.answer.name == "tr-25m"
-    assert little.reason == "4 passes over this text, which is little for any preset"
+    assert little.reason == "4 passes over this text in 366 steps, which is little for any preset"
     assert little.tokens == limit_tokens(answers[0], text(6_000_000))
     assert 0.98 * 24e6 < little.tokens < 24e6
     assert little.days == pytest.approx(HOUR * little.tokens / 500e6)
