@@ -30,6 +30,8 @@ PREPARED_AT_ONCE = 2
 LONGEST_QUEUE, MORE_CONNECTIONS = 10_000, 256
 # Clients that the system lets wait until they are accepted.
 BACKLOG = 128
+# Of an answer, so much lies with the system unread; otherwise a slow client's reading would show once in megabytes.
+SEND_BUFFER = 256 * 2**10
 # Files of a process that are no connections: its libraries, mapped weights, what it writes.
 OWN_FILES = 48
 

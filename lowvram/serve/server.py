@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from lowvram.errors import MachineError
 from lowvram.serve.batch import Batcher
 from lowvram.serve.connection import Connection
-from lowvram.serve.limits import BACKLOG, OWN_FILES, Limits
+from lowvram.serve.limits import BACKLOG, OWN_FILES, SEND_BUFFER, Limits
 
 try:
     import resource
@@ -109,6 +109,7 @@ class Server(uvicorn.Server):
                 return Connection(self.config, self.server_state, self.lifespan.state, self._limits, is_refused)
 
             try:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
                 await loop.connect_accepted_socket(connect, client)
             except OSError:  # the client has gone
                 client.close()

@@ -15,7 +15,7 @@ from uvicorn.server import ServerState
 
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.serve.connection import Connection
-from lowvram.serve.limits import Limits
+from lowvram.serve.limits import SEND_BUFFER, Limits
 from tests.serve.place import served
 from tests.serve.test_crowd import wait_until
 
@@ -143,6 +143,10 @@ def test_clients_that_read_nothing_keep_nobody_out(small_tokenizer: Tokenizer) -
             client.sendall(PAGE * 600)
         connections = place.server.server_state.connections
         wait_until(lambda: len(connections) == 4 and all(one.flow.write_paused for one in connections.copy()))
+        for one in connections.copy():
+            # Linux tells twice what it was asked for.
+            buffer = one.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+            assert buffer <= 2 * SEND_BUFFER
         for _ in range(6):
             with place.http() as http:
                 assert http.get("/health").status_code == 200
