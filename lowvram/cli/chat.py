@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_device, add_precision, context_length, count
 from lowvram.cli.sampler import add_sampler, sampler_of
-from lowvram.cli.typed_text import read_typed
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
@@ -117,6 +116,7 @@ def open_conversation(
     loaded: Loaded, max_context: int, arguments: argparse.Namespace, cache: CacheForm
 ) -> Conversation:
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
+    from lowvram.cli.typed_text import read_typed
     from lowvram.errors import ConfigError
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
@@ -138,6 +138,8 @@ def open_conversation(
 def _read_prompt(given: str | None) -> str | None:
     if given is None:
         return None
+    from lowvram.cli.typed_text import read_typed
+
     return read_typed(sys.stdin.read().removesuffix("\n") if given == "-" else given)
 
 

@@ -95,12 +95,8 @@ class BadRows:
         self._check(_FEW)
         if self.action == "skip" and self._is_much_text():
             lost, all = self.lost_characters, self.characters + self.lost_characters
-            raise DataError(
-                f"{count_of(self.count, 'bad row')} {'holds' if self.count == 1 else 'hold'} {lost:,} of {all:,} "
-                f"characters, which is more than {MOST_SKIPPED_SHARE:.0%} ({self.describe()}).",
-                f"The first: {' '.join(self._first)}",
-                "Mend these files or leave them out; --on-bad-row report lists every such row.",
-            )
+            holds = f"{count_of(self.count, 'bad row')} {'holds' if self.count == 1 else 'hold'}"
+            raise self._too_many(f"{holds} {lost:,} of {all:,} characters", f"{MOST_SKIPPED_SHARE:.0%}")
 
     @property
     def can_be_skipped(self) -> bool:
@@ -124,8 +120,11 @@ class BadRows:
         if self.action != "skip" or not (is_share or count > MOST_SKIPPED):
             return
         limit = f"{MOST_SKIPPED_SHARE:.0%}" if is_share else f"{MOST_SKIPPED:,} rows"
-        raise DataError(
-            f"{count:,} of {self.rows:,} rows so far are bad, which is more than {limit} ({self.describe()}).",
+        raise self._too_many(f"{count:,} of {self.rows:,} rows so far are bad", limit)
+
+    def _too_many(self, what: str, limit: str) -> DataError:
+        return DataError(
+            f"{what}, which is more than {limit} ({self.describe()}).",
             f"The first: {' '.join(self._first)}",
             "Mend these files or leave them out; --on-bad-row report lists every such row.",
         )
