@@ -203,8 +203,6 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
     """Judge the run file, the preset that was named, or every preset."""
     from lowvram.cli.place import judge_here, warn_of_precision
     from lowvram.cli.show import bar, notice
-    from lowvram.fit.answer import judge
-    from lowvram.fit.ledgers import find_sketch, path_of
     from lowvram.runfile import preset_names
 
     if what is not None:
@@ -219,29 +217,37 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
     for name in [arguments.model] if arguments.model else preset_names():
         model, train = _load_preset(name, arguments, card)
         wish = _wish(arguments, train)
-        sketch = find_sketch(name, model, train, path_of(card.profile, train)) if wish.micro_batch is None else None
-        if sketch is not None:
-            answers.append(judge(name, model, train, sketch, place, wish=wish))
-            continue
-        with bar(f"Rehearsing {name} on paper"):
-            answers.append(judge_here(name, model, train, place, wish=wish))
+        answer = _judge_by_sketch(name, model, train, card, place, wish) if wish.micro_batch is None else None
+        if answer is None:
+            with bar(f"Rehearsing {name} on paper"):
+                answer = judge_here(name, model, train, place, wish=wish)
+        answers.append(answer)
     return sorted(answers, key=lambda answer: answer.model.num_parameters()), place
 
 
 def _judge_known(card: Card) -> list[Answer]:
     """Judge the presets whose rehearsals are known for a card."""
-    from lowvram.fit.answer import judge
-    from lowvram.fit.ledgers import find_sketch, path_of
+    from lowvram.fit.search import ANY
     from lowvram.runfile import load_preset, preset_names
 
+    place = card.place(card.profile.dtype)
     answers = []
     for name in preset_names():
         model, train = load_preset(name)
         train = train.model_copy(update={"precision": card.profile.dtype})
-        sketch = find_sketch(name, model, train, path_of(card.profile, train))
-        if sketch is not None:
-            answers.append(judge(name, model, train, sketch, card.place(train.precision)))
-    return answers
+        answers.append(_judge_by_sketch(name, model, train, card, place, ANY))
+    return [answer for answer in answers if answer is not None]
+
+
+def _judge_by_sketch(
+    name: str, model: ModelConfig, train: TrainConfig, card: Card, place: Place, wish: Wish
+) -> Answer | None:
+    """Judge a preset by its stored rehearsals; None where there are none for such a card."""
+    from lowvram.fit.answer import judge
+    from lowvram.fit.ledgers import find_sketch, path_of
+
+    sketch = find_sketch(name, model, train, path_of(card.profile, train))
+    return None if sketch is None else judge(name, model, train, sketch, place, wish=wish)
 
 
 def _read_text(arguments: argparse.Namespace, what: RunConfig | None) -> RunText | None:
