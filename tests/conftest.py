@@ -46,7 +46,7 @@ TURKISH = (
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One process a core, up to eight; one alone where a card, or gigabytes of memory, are to be had once."""
     expression = config.option.markexpr
-    is_shared = "not gpu" not in expression or "not heavy" not in expression
+    is_shared = expression != "nightly" and ("not gpu" not in expression or "not heavy" not in expression)
     return 0 if is_shared else min(os.cpu_count() or 1, 8)
 
 

@@ -134,6 +134,7 @@ def test_cutting_long_white_space_reads_each_character_a_few_times(run: int) -> 
     assert len(text) // 200_000 <= looked_at <= 4 * len(text)
 
 
+@pytest.mark.nightly
 @pytest.mark.covers("tokenizer")
 def test_real_turkish_gets_the_ids_that_tokenizers_gives(shared_data: Path, tmp_path: Path) -> None:
     texts = list(documents(shared_data / "text" / "tr_mix_small.train.txt.gz"))

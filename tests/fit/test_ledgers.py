@@ -68,6 +68,7 @@ def test_every_card_of_the_catalogue_takes_one_of_the_paths() -> None:
         assert path_of(profile, train.model_copy(update={"precision": profile.dtype})).key in known, name
 
 
+@pytest.mark.nightly
 def test_an_eighteenth_of_the_file_is_rehearsed_again_and_is_the_same() -> None:
     turn = turn_of(TURNS, "lowvram", "kernels")
     mine = rows()[turn::TURNS]

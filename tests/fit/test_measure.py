@@ -174,6 +174,7 @@ def test_a_clock_of_coarse_ticks_still_gives_a_number() -> None:
     assert under_test._median_seconds(lambda: None, HERE, lambda: 7.0) > 0.0
 
 
+@pytest.mark.nightly
 def test_nothing_of_a_measurement_stays_in_memory() -> None:
     def alive() -> int:
         gc.collect()

@@ -89,6 +89,7 @@ def terminal(run: Path, tmp_path: Path) -> Iterator[Terminal]:
     terminal.close()
 
 
+@pytest.mark.nightly
 def test_a_person_edits_lines_stops_an_answer_and_goes_on(terminal: Terminal, tmp_path: Path) -> None:
     terminal.read_until("› ".encode())
     terminal.settle()

@@ -73,6 +73,7 @@ def test_a_run_file_is_judged_with_its_own_tokenizer_and_settings(tmp_path: Path
     assert deeper["disk_bytes"] == 10 * deeper["checkpoint_bytes"] + 2 * 1536
 
 
+@pytest.mark.nightly
 def test_a_run_file_that_does_not_fit_is_told_what_would_and_it_does(large: Path) -> None:
     words = (large, "--memory", "2GB", "--desktop", "none")
     found = values(*words)

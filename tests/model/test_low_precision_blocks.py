@@ -45,12 +45,14 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
         assert (own - truth).norm() <= tolerance * truth.norm()
 
 
+@pytest.mark.nightly
 @each_form
 @pytest.mark.parametrize("kind", ["gqa-rope", "mla-moe"])
 def test_a_block_is_one_graph_on_a_processor(kind: str, form: Form) -> None:
     assert_same(step(model_of(kind, form), "aot_eager"), step(model_of(kind, form), None))
 
 
+@pytest.mark.nightly
 @each_form
 def test_a_block_is_one_graph_on_a_cards_path(form: Form) -> None:
     if not is_interpreted():
@@ -60,6 +62,7 @@ def test_a_block_is_one_graph_on_a_cards_path(form: Form) -> None:
     assert_same(found, expected)
 
 
+@pytest.mark.nightly
 @each_form
 def test_inductor_compiles_a_block_of_8_bits_on_a_processor(form: Form) -> None:
     # One width of vectors for every processor: with 512 bits the code of torch 2.13's Inductor damages the heap (malloc

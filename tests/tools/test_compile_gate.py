@@ -44,6 +44,7 @@ def ask(script: str, *arguments: str) -> str:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cuobjdump comes with Triton's wheels for Linux")
 
 
+@pytest.mark.nightly
 def test_a_part_of_the_kernels_compiles_without_a_fault_and_the_table_is_of_all() -> None:
     printed = ask(
         """

@@ -50,6 +50,7 @@ def options(minutes: float = 5.0, **others: Any) -> argparse.Namespace:
     return argparse.Namespace(**({"minutes": minutes, "only": [], "tiny": True} | others))
 
 
+@pytest.mark.nightly
 def test_the_whole_command_runs_every_case_where_there_is_no_card(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     command = [sys.executable, str(ROOT / "tools/gpu_report.py"), "--tiny", "--minutes", "8", "--out", str(tmp_path)]

@@ -77,6 +77,7 @@ def tensors_at_the_end(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     return checkpoint.weights() | checkpoint.state()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str) -> None:
     whole, killed = (
