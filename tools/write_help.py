@@ -1,4 +1,4 @@
-"""Writes the commands' help, and what fits on one card, between the README's markers, or checks that it stands there.
+"""Writes what commands print between the markers of the documents that show it, or checks that it stands there.
 
 python tools/write_help.py [--check]
 """
@@ -46,33 +46,31 @@ def printed_by(*words: str) -> str:
     return "\n".join(line.rstrip() for line in run.stdout.splitlines()).rstrip()
 
 
-def blocks() -> dict[str, str]:
-    """Return what stands between each pair of markers."""
+def blocks() -> dict[tuple[str, str], str]:
+    """Return what stands between each pair of markers, by document and name."""
     helps = [
         f"```\n$ lowvram {command} --help\n{printed_by(*command.split(), '--help')}\n```\n" for command in COMMANDS
     ]
     card = printed_by(*CARD.split()[1:], "--desktop", "linux")
-    return {"help": "\n".join(helps), "fit": f"```\n$ {CARD}\n{card}\n```\n"}
+    fit = f"```\n$ {CARD}\n{card}\n```\n"
+    return {("docs/commands.md", "help"): "\n".join(helps), ("README.md", "fit"): fit}
 
 
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 where the README differs; write nothing")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a document differs; write nothing")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    written = text
-    for name, block in blocks().items():
+    for (document, name), block in blocks().items():
+        text = (ROOT / document).read_text(encoding="utf-8")
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            sys.exit(f"README.md has no markers for {name}")
-        written = pattern.sub(lambda match, block=block: f"{match[1]}{block}{match[2]}", written)
-    if check:
-        if written != text:
-            sys.exit("README.md shows something else than the commands print; run: python tools/write_help.py")
-        return
-    readme.write_text(written, encoding="utf-8")
+            sys.exit(f"{document} has no markers for {name}")
+        written = pattern.sub(lambda match, block=block: f"{match[1]}{block}{match[2]}", text)
+        if not check:
+            (ROOT / document).write_text(written, encoding="utf-8")
+        elif written != text:
+            sys.exit(f"{document} shows something else than the commands print; run: python tools/write_help.py")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ MOST_USER_CHARACTERS = 20_000_000
 HELD_OUT_SHARE = 0.03
 VOCABULARY = 4096
 PROMPTS = ("Ayşe", "Bu sabah", "Ankara'da")
-# README, "Measured": the first row of the models that FP8 is measured on.
+# docs/measured.md: the first row of the models that FP8 is measured on.
 REAL_TEXT = "1.158 on Turkish law with 22 M parameters and 1.55 M tokens, where bigrams have 1.248"
 _MARKER = ".lowvram-demo"
 _MADE = ("text", "tok", "shards", "run", "run.toml")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-# Seeds of one recipe differ by 0.6 % (README, "Learning"): a smaller difference is none.
+# Seeds of one recipe differ by 0.6 % (docs/measured.md, "Learning"): a smaller difference is none.
 SAME_SHARE = 0.006
 
 
