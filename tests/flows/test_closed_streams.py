@@ -25,6 +25,7 @@ def run_closed(closing: str, *words: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(arguments, input="", capture_output=True, text=True, env=os.environ | places, timeout=300)
 
 
+@pytest.mark.nightly
 def test_chat_works_or_ends_where_streams_are_closed(run: Path) -> None:
     options = ("--device", "cpu", "--tokens", 3, "--temperature", 0)
     silent = run_closed(">&-", "chat", run, "--prompt", "Kış", *options)

@@ -252,6 +252,7 @@ def test_where_a_speed_is_not_known_json_says_null() -> None:
     assert unknown == speed | {"days", "days_range", "kwh", "kwh_range", "passes"}
 
 
+@pytest.mark.nightly
 def test_too_little_host_memory_is_said_and_such_a_model_is_not_recommended() -> None:
     words = ("--gpu", "rtx5070", "--desktop", "linux", "--ram", "1500MB")
     found = values(*words)
