@@ -40,5 +40,7 @@ def test_only_16_bits_without_instructions_for_them_are_slow(
 
 def test_a_layer_s_matrix_is_the_weight_itself_where_it_is_kept_so() -> None:
     layer = Linear(6, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))
     assert layer.matrix(torch.float32).data_ptr() == layer.weight.data_ptr()
     assert torch.equal(layer.matrix(torch.bfloat16), layer.weight.bfloat16())
