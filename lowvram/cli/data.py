@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_holdout, process_count
-from lowvram.cli.texts import add_reading, find, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, find, option_words, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
     from lowvram.data.shards import PackProgress, ShardSet
     from lowvram.data.tokenizer import Tokenizer
 
 TOKENIZER, OUT = Path("tok"), Path("shards")
+_DEFAULTS = {"tokenizer": TOKENIZER, "out": OUT, "holdout": None, "replace": False, "processes": None}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +49,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from lowvram.data.shards import pack, pack_split
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("data", "pack"), _options(arguments))
+        return report(arguments, ("data", "pack"), option_words(arguments, _DEFAULTS))
     tokenizer = load_tokenizer(arguments.tokenizer)
     out, bad_rows, files = arguments.out, start_reading(arguments), find(arguments.text)
 
@@ -69,18 +70,6 @@ def run_pack(arguments: argparse.Namespace) -> int:
     is_side = arguments.holdout is None and out.name in ("train", "valid")
     literal(_name_next(out.parent if is_side else out, arguments.tokenizer))
     return 0
-
-
-def _options(arguments: argparse.Namespace) -> list[str | Path]:
-    """Return the options, other than those of reading, as they were typed; none that has its default."""
-    from lowvram.data.holdout import show_share
-
-    words: list[str | Path] = []
-    words += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer != TOKENIZER else []
-    words += ["--out", arguments.out] if arguments.out != OUT else []
-    words += ["--holdout", show_share(arguments.holdout)] if arguments.holdout else []
-    words += ["--replace"] if arguments.replace else []
-    return words + (["--processes", str(arguments.processes)] if arguments.processes else [])
 
 
 def _describe(folder: Path, shards: ShardSet) -> str:

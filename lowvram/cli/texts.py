@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,8 +75,7 @@ def report(arguments: argparse.Namespace, command: Sequence[str], options: Seque
     from lowvram.cli.next_step import next_step
     from lowvram.cli.show import bar, literal, result
     from lowvram.data.bad_rows import BadRows
-    from lowvram.data.text import documents
-    from lowvram.data.text_files import size_of
+    from lowvram.data.text import documents_of
     from lowvram.units import count_of
 
     def tell(row: BadRow) -> None:
@@ -84,16 +83,9 @@ def report(arguments: argparse.Namespace, command: Sequence[str], options: Seque
 
     bad_rows = BadRows("report", tell)
     files = find(arguments.text)
-    total, before = sum(map(size_of, files)), 0
     with bar("Reading") as line:
-        for file in files:
-
-            def show(inside: int, before: int = before) -> None:
-                line.tell(before + inside, total or None)
-
-            for _ in documents(file, arguments.field, show, bad_rows):
-                pass
-            before += size_of(file)
+        for _ in documents_of(files, arguments.field, line.tell, bad_rows):
+            pass
     if not bad_rows.count:
         rows = "The only row" if bad_rows.rows == 1 else f"All {bad_rows.rows:,} rows"
         are = "is" if bad_rows.rows == 1 else "are"
@@ -114,3 +106,20 @@ def reading_words(arguments: argparse.Namespace, on_bad_row: str) -> list[str | 
     words: list[str | Path] = [*arguments.text]
     words += [] if arguments.field == "text" else ["--field", arguments.field]
     return words + ([] if on_bad_row == "stop" else ["--on-bad-row", on_bad_row])
+
+
+def option_words(arguments: argparse.Namespace, defaults: Mapping[str, object]) -> list[str | Path]:
+    """Return the options of these names as they were typed, without those that have their default."""
+    from lowvram.data.holdout import show_share
+
+    words: list[str | Path] = []
+    for name, default in defaults.items():
+        value = getattr(arguments, name)
+        if value in (default, None):
+            continue
+        words.append(f"--{name}")
+        if name == "holdout":
+            words.append(show_share(value))
+        elif value is not True:
+            words.append(value if isinstance(value, Path) else str(value))
+    return words

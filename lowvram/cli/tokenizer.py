@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_holdout, count
-from lowvram.cli.texts import add_reading, find, reading_words, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, find, option_words, reading_words, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRows
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # The share that the next step names where the user named none.
 SHARE = 0.005
 VOCABULARY, OUT = 32768, Path("tok")
+_DEFAULTS = {"vocab": VOCABULARY, "out": OUT, "holdout": None, "replace": False}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +48,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from lowvram.data.holdout import Holdout, show_share
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("tokenizer", "train"), _options(arguments))
+        return report(arguments, ("tokenizer", "train"), option_words(arguments, _DEFAULTS))
     holdout = Holdout(arguments.holdout) if arguments.holdout else None
     bad_rows, files = start_reading(arguments), find(arguments.text)
     if not arguments.replace and (arguments.out / "tokenizer.json").exists():
@@ -63,16 +64,6 @@ def run_train(arguments: argparse.Namespace) -> int:
     split = ("--holdout", show_share(holdout.share if holdout else SHARE))
     literal(next_step("data", "pack", *words, *split, "--tokenizer", arguments.out, "--out", "shards"))
     return 0
-
-
-def _options(arguments: argparse.Namespace) -> list[str | Path]:
-    """Return the options, other than those of reading, as they were typed; none that has its default."""
-    from lowvram.data.holdout import show_share
-
-    words: list[str | Path] = ["--vocab", str(arguments.vocab)] if arguments.vocab != VOCABULARY else []
-    words += ["--out", arguments.out] if arguments.out != OUT else []
-    words += ["--holdout", show_share(arguments.holdout)] if arguments.holdout else []
-    return words + (["--replace"] if arguments.replace else [])
 
 
 def train_with_progress(
@@ -92,25 +83,18 @@ def train_with_progress(
     from lowvram.cli.show import bar, notice
     from lowvram.data.interruptible import run_interruptibly
     from lowvram.data.long_words import LONGEST_WORD
-    from lowvram.data.text import documents, find_files
+    from lowvram.data.text import documents_of, find_files
     from lowvram.data.text_files import size_of
     from lowvram.data.tokenizer import train_tokenizer
     from lowvram.units import show_bytes
 
     files = find_files(paths)
-    sizes = [size_of(file) for file in files]
-    total = sum(sizes)
+    total = sum(map(size_of, files))
     left_out: list[int] = []
     with bar("Learning the vocabulary") as line:
 
         def texts() -> Iterator[str]:
-            for number, file in enumerate(files):
-                before = sum(sizes[:number])
-
-                def tell(inside: int, before: int = before) -> None:
-                    line.tell(before + inside, total or None)
-
-                yield from documents(file, field, tell, bad_rows)
+            yield from documents_of(files, field, line.tell, bad_rows)
             if bad_rows:
                 bad_rows.finish()
             line.tell(total, total, f"{show_bytes(total)} read; merging")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import IO, Any
 
 from lowvram.data.bad_rows import BadRow, BadRows
 from lowvram.data.encoding import Advice, explain_not_utf8
-from lowvram.data.text_files import ENDINGS, KINDS, find_files
+from lowvram.data.text_files import ENDINGS, KINDS, find_files, size_of
 from lowvram.data.text_stream import COPY_BYTES, TextStream, need, open_text
 from lowvram.errors import DataError
 from lowvram.files import explain_full_disk
 
-__all__ = ["ENDINGS", "KINDS", "documents", "find_files"]
+__all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 
 _BOM = "\ufeff"
 _PARQUET_ROWS = 1024
@@ -54,6 +54,23 @@ def documents(
     if not any_yet:
         what, why = f"{file} holds no document.", "It is empty, or all white space."
         bad_rows.take(BadRow("empty", what, why, "Leave it out."))
+
+
+def documents_of(
+    files: Sequence[Path], field: str, tell: Callable[[int, int | None], None], bad_rows: BadRows | None = None
+) -> Iterator[str]:
+    """Yield the documents of several files, one file behind the other; otherwise as `documents`.
+
+    tell: called before each document with the bytes read of all files, and with their sum, None where it is not known.
+    """
+    total, before = sum(map(size_of, files)), 0
+    for file in files:
+
+        def tell_of_all(inside: int, before: int = before) -> None:
+            tell(before + inside, total or None)
+
+        yield from documents(file, field, tell_of_all, bad_rows)
+        before += size_of(file)
 
 
 def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterator[str | BadRow]:
