@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from lowvram_kernels.dropout import hash_keys
-from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
-from lowvram_kernels.product import Form
+from lowvram_kernels.layers.dropout import hash_keys
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.matmul.quant_linear import Form
 from torch import Tensor
 
 from lowvram.model.transformer import Dropout, Transformer

@@ -11,6 +11,7 @@ table into kernels/README.md.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import importlib
@@ -142,15 +143,26 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """Return the kernel's name with its module's, without the folder's."""
-        return f"{self.launch.module.removesuffix('_triton')}: {self.launch.kernel}"
+        module = self.launch.module.rpartition(".")[2].removesuffix("_triton")
+        return f"{module}: {self.launch.kernel}"
 
 
 @functools.cache
 def hash_sources(module: str) -> str:
-    """Return a hash of a module of device code and of those that it imports."""
-    text = (ROOT / f"kernels/lowvram_kernels/{module}.py").read_text(encoding="utf-8")
-    imported = sorted(set(re.findall(r"^from lowvram_kernels\.(\w+_triton) import", text, re.MULTILINE)))
-    return hashlib.sha256("".join([text, *map(hash_sources, imported)]).encode()).hexdigest()[:16]
+    """Return a hash of the code of a module of device code and of those that it imports.
+
+    Comments, docstrings, layout and the modules' own names do not count: none of them reaches the compiler.
+    """
+    path = ROOT / f"kernels/lowvram_kernels/{module.replace('.', '/')}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowvram_kernels."):
+            imported.append((node.module or "").removeprefix("lowvram_kernels."))
+            node.module = ""
+        elif isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256("".join([ast.unparse(tree), *map(hash_sources, imported)]).encode()).hexdigest()[:16]
 
 
 def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:

@@ -12,15 +12,15 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
-from lowvram_kernels import adamw8, muon
-from lowvram_kernels import quantise as q8
-from lowvram_kernels.attention import attention
-from lowvram_kernels.attention import reference as attention_reference
-from lowvram_kernels.latent_attention import encode_latent, latent_attention
-from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
-from lowvram_kernels.linear_cross_entropy import reference as cross_entropy
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.rounding import add_rounded_
+from lowvram_kernels.attention.latent_attention import encode_latent, latent_attention
+from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.attention.sdpa import reference as attention_reference
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.loss.linear_cross_entropy import reference as cross_entropy
+from lowvram_kernels.optim import adamw8, muon
+from lowvram_kernels.quant import quantise as q8
+from lowvram_kernels.quant.quantise import Scaled
+from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
 from torch.nn import functional as F
 

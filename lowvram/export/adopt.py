@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import Scaled, dequantise
 from torch import Tensor
 
 from lowvram.checkpoint import Checkpoint, Store

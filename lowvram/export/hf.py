@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import Scaled, dequantise
 from torch import Tensor
 
 from lowvram.checkpoint import write_tensors

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lowvram_kernels.quantise import BLOCK, Scaled
+from lowvram_kernels.quant.quantise import BLOCK, Scaled
 from torch import Tensor
 
 from lowvram.config import ModelConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors
 import torch
-from lowvram_kernels.quantise import BLOCK, Scaled, dequantise
+from lowvram_kernels.quant.quantise import BLOCK, Scaled, dequantise
 from torch import Tensor
 
 from lowvram.config import ModelConfig

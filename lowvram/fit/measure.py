@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from lowvram_kernels.attention import attention
+from lowvram_kernels.attention.sdpa import attention
 from lowvram_kernels.dispatch import Card, card_of, on_paper
-from lowvram_kernels.product import along_rows, forward
+from lowvram_kernels.matmul.quant_linear import along_rows, forward
 from torch import Tensor
 
 from lowvram.config import ModelConfig, TrainConfig

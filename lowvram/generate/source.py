@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.quant.quantise import Scaled
 from torch import Tensor
 
 from lowvram.config import ModelConfig

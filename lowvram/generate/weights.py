@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lowvram_kernels.dispatch import bytes_of
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_weight
 from torch import Tensor, nn
 
 from lowvram.checkpoint import Checkpoint

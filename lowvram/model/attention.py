@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lowvram_kernels.attention import attention
+from lowvram_kernels.attention.sdpa import attention
 from torch import Tensor, nn
 
 from lowvram.config import Gqa, Mla, ModelConfig

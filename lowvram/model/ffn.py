@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lowvram_kernels.experts import experts
-from lowvram_kernels.idle import IdleStack, new_idle
-from lowvram_kernels.swiglu import gated_product, swiglu
+from lowvram_kernels.layers.swiglu import gated_product, swiglu
+from lowvram_kernels.moe.experts import experts
+from lowvram_kernels.moe.idle import IdleStack, new_idle
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.dispatch import card_of
-from lowvram_kernels.linear import linear
-from lowvram_kernels.norm_linears import norm_linears
-from lowvram_kernels.product import Form
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.rms_norm import rms_norm
-from lowvram_kernels.weight_only import decoded, weight_only_linear
+from lowvram_kernels.layers.norm_linears import norm_linears
+from lowvram_kernels.layers.rms_norm import rms_norm
+from lowvram_kernels.matmul.linear import linear
+from lowvram_kernels.matmul.quant_linear import Form
+from lowvram_kernels.matmul.weight_only import decoded, weight_only_linear
+from lowvram_kernels.quant.quantise import Scaled
 from torch import Tensor, nn
 
 from lowvram.recipe import Rotation

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lowvram_kernels.swiglu import gated_product
+from lowvram_kernels.layers.swiglu import gated_product
 from torch import Tensor
 
 from lowvram.model.attention import GqaAttention, MlaAttention

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from lowvram_kernels.dropout import dropout
-from lowvram_kernels.embedding import embedding
-from lowvram_kernels.linear import linear
-from lowvram_kernels.product import Form
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.weight_only import decoded, look_up, weight_only_linear
+from lowvram_kernels.layers.dropout import dropout
+from lowvram_kernels.layers.embedding import embedding
+from lowvram_kernels.matmul.linear import linear
+from lowvram_kernels.matmul.quant_linear import Form
+from lowvram_kernels.matmul.weight_only import decoded, look_up, weight_only_linear
+from lowvram_kernels.quant.quantise import Scaled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.dispatch import empty_on_host, shown
-from lowvram_kernels.idle import IdleStack, encode_, nbytes
+from lowvram_kernels.moe.idle import IdleStack, encode_, nbytes
 from torch import Tensor
 
 from lowvram.model.ffn import MoeFfn

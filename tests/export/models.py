@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.quant.quantise import Scaled
 from torch import Tensor
 
 from lowvram.config import Alibi, Gqa, Mla, ModelConfig, Moe, Rope, SwiGlu, Yarn

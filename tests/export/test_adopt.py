@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import Scaled, dequantise
 from safetensors.torch import load_file, save_file
 
 from lowvram.checkpoint import find_checkpoint

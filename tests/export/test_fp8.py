@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_weight
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM

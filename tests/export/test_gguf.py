@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lowvram_kernels.quantise import dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import dequantise, quantise_weight
 
 from lowvram.config import Alibi, Gqa, Mla, Moe, Rope, SwiGlu, Window, Yarn
 from lowvram.data.tokenizer import SPECIALS, Tokenizer, train_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_weight
 
 from lowvram.export.names import cut, join, join_scaled, name_pieces, shapes_of
 from lowvram.model.transformer import Transformer

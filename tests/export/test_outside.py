@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import Scaled, dequantise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import lowvram_kernels.adamw8 as adamw8
-import lowvram_kernels.muon as muon
-import lowvram_kernels.rounding as rounding
+import lowvram_kernels.optim.adamw8 as adamw8
+import lowvram_kernels.optim.muon as muon
+import lowvram_kernels.random.stochastic_rounding as rounding
 import pytest
 import torch
 from lowvram_kernels.dispatch import Card, on_paper

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.adamw8 import build_maps
 from lowvram_kernels.dispatch import Card
+from lowvram_kernels.optim.adamw8 import build_maps
 from torch.profiler import ProfilerActivity, profile
 
 from lowvram.config import ModelConfig, TrainConfig

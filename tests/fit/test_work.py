@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.attention import attention
+from lowvram_kernels.attention.sdpa import attention
 from lowvram_kernels.dispatch import Card, on_paper
-from lowvram_kernels.experts import experts
-from lowvram_kernels.idle import new_idle
-from lowvram_kernels.quantise import quantise_rows
+from lowvram_kernels.moe.experts import experts
+from lowvram_kernels.moe.idle import new_idle
+from lowvram_kernels.quant.quantise import quantise_rows
 
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.fit.rehearse import LiveStorage, rehearse

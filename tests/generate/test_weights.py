@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowvram_kernels.dispatch import Card, on_paper
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_weight
 from torch import Tensor
 
 from lowvram.checkpoint import Store, open_checkpoint

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels import adamw8
 from lowvram_kernels.dispatch import card_of, is_interpreted, on_paper
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_rows, quantise_weight
-from lowvram_kernels.scaled_matmul import scaled_matmul
+from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
+from lowvram_kernels.optim import adamw8
+from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_rows, quantise_weight
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._inductor.config
 from lowvram_kernels.dispatch import Card, imagining, is_interpreted
-from lowvram_kernels.product import Form
+from lowvram_kernels.matmul.quant_linear import Form
 from torch import Tensor
 
 from lowvram.config import ModelConfig

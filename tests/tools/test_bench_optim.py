@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lowvram_kernels.dispatch import Card, on_paper
-from lowvram_kernels.muon import orthogonalise
+from lowvram_kernels.optim.muon import orthogonalise
 
 from lowvram.fit.rehearse import LiveStorage
 from lowvram.model.transformer import Transformer

@@ -28,7 +28,7 @@ def meta(n, dtype=torch.float32):
 def encode(block=1024, native=True, promise="", warps=4):
     constants = {"BLOCK": block, "NATIVE": native}
     given = meta(4096), meta(4096, torch.uint8), 4096
-    return Launch("e4m3_triton", "encode_kernel", (4,), given, constants, warps, 3, promise)
+    return Launch("quant.e4m3_triton", "encode_kernel", (4,), given, constants, warps, 3, promise)
 """
 
 

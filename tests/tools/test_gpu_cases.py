@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 TINY = Scene(CPU, True, torch.float16)
 FULL = Scene(CPU, False, torch.float16)
 # Libraries of device code that other kernels call.
-CALLED = {"e4m3_triton", "keyed_triton"}
+CALLED = {"quant.e4m3_triton", "random.counter_rng_triton"}
 
 
 interpreted = pytest.mark.skipif(not is_interpreted(), reason="a processor's tensors need Triton's interpreter")
@@ -70,7 +70,7 @@ def test_what_a_case_declares_is_what_its_launches_do(kernel: Kernel) -> None:
 @interpreted
 def test_every_file_of_device_code_has_a_case() -> None:
     launched = {launch.module for kernel in kernels(TINY) for launch in told_on_paper(kernel)[1]}
-    assert launched | CALLED == {path.stem for path in PACKAGE.glob("*_triton.py")}
+    assert launched | CALLED == {f"{path.parent.name}.{path.stem}" for path in PACKAGE.rglob("*_triton.py")}
 
 
 def test_cases_have_names_of_their_own_and_the_most_important_come_first() -> None:
