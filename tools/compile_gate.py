@@ -104,7 +104,7 @@ def compile_launch(what: Launch, card: Card) -> Compiled:
     target = GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32)
     options = {"num_warps": what.warps, "num_stages": what.stages, **options_of(what)}
     found = triton.compile(source_of(what), target=target, options=options)
-    pattern = INSTRUCTIONS.get(what.promise)
+    pattern = INSTRUCTIONS.get(what.expected_mma)
     match = re.search(pattern, found.asm["ptx"]) if pattern else None
     return Compiled(*_resources(found.asm["cubin"]), found.metadata.shared, match[0] if match else "")
 
@@ -128,8 +128,8 @@ def judge(what: Launch, card: Card, found: Compiled) -> list[str]:
         wrong.append(f"{found.shared_bytes} bytes of shared memory; the card has {card.shared_bytes}")
     if found.stack_bytes:
         wrong.append(f"{found.stack_bytes} bytes of stack: registers spill")
-    if what.promise and not found.instruction:
-        wrong.append(f"no tensor-core instruction for {what.promise}")
+    if what.expected_mma and not found.instruction:
+        wrong.append(f"no tensor-core instruction for {what.expected_mma}")
     return wrong
 
 
@@ -172,7 +172,7 @@ def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
     for what in launches:
         source = source_of(what)
         text = f"{about} {hash_sources(what.module)} {what.kernel} {source.signature} {source.constants} {source.attrs}"
-        text += f" {what.warps} {what.stages} {what.promise}"
+        text += f" {what.warps} {what.stages} {what.expected_mma}"
         if options := options_of(what):
             text += f" {options}"
         key = hashlib.sha256(text.encode()).hexdigest()[:32]

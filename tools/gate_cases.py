@@ -10,13 +10,13 @@ from functools import partial
 
 import torch
 from lowvram_kernels.attention import latent_attention
-from lowvram_kernels.dispatch import Card, Launch, choose, launch, on_paper
+from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
 from lowvram_kernels.matmul import gemv, scaled_matmul
 from lowvram_kernels.moe import grouped_matmul, grouped_wgrad
 from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.optim import adamw8
 from lowvram_kernels.quant import quantise
-from lowvram_kernels.quant.quantise import Scaled
+from lowvram_kernels.quant.quantise import QuantTensor
 from lowvram_kernels.random import stochastic_rounding
 from torch import Tensor
 
@@ -38,19 +38,19 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def scaled(rows: int, columns: int, form: str, block_rows: int = 1, stack: int | None = None) -> Scaled:
+def scaled(rows: int, columns: int, form: str, block_rows: int = 1, stack: int | None = None) -> QuantTensor:
     """Return a quantised matrix, or a stack of them, without memory."""
     before = () if stack is None else (stack,)
     if form == "int8":
-        return Scaled(meta(*before, rows, columns, dtype=torch.int8), meta(*before, rows, 1, dtype=FP32))
+        return QuantTensor(meta(*before, rows, columns, dtype=torch.int8), meta(*before, rows, 1, dtype=FP32))
     scale = meta(*before, -(-rows // block_rows), -(-columns // BLOCK), dtype=FP32)
-    return Scaled(meta(*before, rows, columns, dtype=BYTES), scale)
+    return QuantTensor(meta(*before, rows, columns, dtype=BYTES), scale)
 
 
 def launches_of(card: Card) -> list[Launch]:
     """Return every launch that `cases` and the presets make on a card."""
     found: list[Launch] = []
-    with on_paper(card, note_launch=found.append):
+    with simulate_card(card, note_launch=found.append):
         for call in cases(card):
             call()
         for model, train in presets():

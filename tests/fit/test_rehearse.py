@@ -250,8 +250,8 @@ def test_the_work_grows_with_what_is_computed_twice() -> None:
 
 
 def test_paper_is_left_as_it_was_found() -> None:
-    from lowvram_kernels.dispatch import is_on_paper
+    from lowvram_kernels.dispatch import is_simulated
 
     ledger_of()
-    assert not is_on_paper()
+    assert not is_simulated()
     assert torch.empty(1).device.type == "cpu"

@@ -83,7 +83,7 @@ def test_validation_sees_the_function_that_training_saw(home: Path, precision: s
     what = tiny_run(home, "gqa-rope", f"seen-{precision}", precision=precision)
     trainer = trainer_of(what)
     told = [event.loss for event in trainer.run() if isinstance(event, Evaluated)]
-    assert trainer.state.model.blocks[0].attention.q_proj.form == {"fp8": "e4m3", "int8": "int8"}[precision]
+    assert trainer.state.model.blocks[0].attention.q_proj.matmul_format == {"fp8": "e4m3", "int8": "int8"}[precision]
     assert told
     assert all(0.0 < loss < 10.0 for loss in told)
 

@@ -34,10 +34,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import Scaled, quantise_rows
+from lowvram_kernels.quant.quantise import QuantTensor, quantise_rows
 
 BLOCK = 128
 _MOST_CHANNELS, _MOST_ROTATED = 512, 128
@@ -193,7 +193,7 @@ def _launch_both(
 _attend = torch.library.custom_op(
     "lowvram_kernels::latent_attention", _launch_both, mutates_args=("out", "partial", "largest", "total")
 )
-_attend.register_fake(lambda *arguments: _launch_both(*arguments) if is_on_paper() else None)
+_attend.register_fake(lambda *arguments: _launch_both(*arguments) if is_simulated() else None)
 
 
 def on_card(
@@ -277,7 +277,7 @@ def latent_attention(
     return run(q_latent, q_rope, latent, rope, lengths, scale, latent_scale, window)
 
 
-def encode_latent(latent: Tensor) -> Scaled:
+def encode_latent(latent: Tensor) -> QuantTensor:
     """Round rows of a latent cache to E4M3.
 
     latent: [..., C] fp32|bf16|fp16.  Returns code [..., C] uint8, scale [..., ⌈C/128⌉] fp32: what `latent_attention`
@@ -285,7 +285,7 @@ def encode_latent(latent: Tensor) -> Scaled:
     Raises ShapeError if latent is not floating.
     """
     code, scale = quantise_rows(latent.reshape(-1, latent.shape[-1]), "e4m3")
-    return Scaled(code.view(latent.shape), scale.view(*latent.shape[:-1], -1))
+    return QuantTensor(code.view(latent.shape), scale.view(*latent.shape[:-1], -1))
 
 
 def _check(

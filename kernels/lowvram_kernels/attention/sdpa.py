@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lowvram_kernels.dispatch import card_of, choose_attention, is_on_paper, note_work
+from lowvram_kernels.dispatch import card_of, choose_attention, is_simulated, note_work
 from lowvram_kernels.errors import ShapeError
 
 # CUDA kernels work on rows of queries and widths rounded up to these (torch, flash_api.cpp, mha_bwd).
@@ -39,7 +39,7 @@ def causal_flops(q: Tensor, k: Tensor) -> float:
     return 2.0 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * q.shape[3]
 
 
-class _CudaOnPaper(torch.autograd.Function):
+class _CudaOnMeta(torch.autograd.Function):
     """What torch's CUDA kernels allocate, and nothing else: for meta tensors.
 
     Flash backward adds up dq in fp32, and makes dk and dv for every query head before it sums the groups.  The
@@ -88,7 +88,7 @@ def _on_paper(
     if path[1] == "math":
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale)
-    return _CudaOnPaper.apply(q, k, v, path[1] == "flash")  # type: ignore[no-untyped-call]
+    return _CudaOnMeta.apply(q, k, v, path[1] == "flash")  # type: ignore[no-untyped-call]
 
 
 def attention(
@@ -123,7 +123,7 @@ def attention(
 def _run(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, path: tuple[str, str]
 ) -> Tensor:
-    if is_on_paper():
+    if is_simulated():
         return _on_paper(q, k, v, scale, causal, mask, path)
     is_grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)

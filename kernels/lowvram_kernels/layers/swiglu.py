@@ -27,12 +27,12 @@ from torch.nn import functional as F
 from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.quant_linear import (
-    Form,
+    MatmulFormat,
     along_columns,
     along_rows,
     backward_input,
     backward_weight,
-    check_form,
+    check_matmul_format,
     forward,
 )
 
@@ -72,20 +72,20 @@ def gated_product_backward(d_product: Tensor, gate_up: Tensor) -> tuple[Tensor, 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, down: Tensor, form: Form) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, down: Tensor, matmul_format: MatmulFormat) -> Tensor:
         ctx.save_for_backward(gate_up, down)
-        ctx.form = form
-        product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), form)
-        return forward(product, down, form, gate_up.dtype).view(*gate_up.shape[:-1], down.shape[0])
+        ctx.matmul_format = matmul_format
+        product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), matmul_format)
+        return forward(product, down, matmul_format, gate_up.dtype).view(*gate_up.shape[:-1], down.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (gate_up, down_DI), form = ctx.saved_tensors, ctx.form
+        (gate_up, down_DI), matmul_format = ctx.saved_tensors, ctx.matmul_format
         needs_input, needs_down, _ = ctx.needs_input_grad
         dy_ND, d_gate_up = dy.reshape(-1, down_DI.shape[0]), None
         if needs_input:
-            d_product_NI = backward_input(along_rows(dy_ND, form), down_DI, form, dy.dtype)
+            d_product_NI = backward_input(along_rows(dy_ND, matmul_format), down_DI, matmul_format, dy.dtype)
             d_gate_up, product = gated_product_backward(d_product_NI.view(*dy.shape[:-1], -1), gate_up)
             del d_product_NI
         else:
@@ -93,24 +93,26 @@ class _SwiGLU(torch.autograd.Function):
         if not needs_down:
             return d_gate_up, None, None
         product_NI = product.reshape(-1, down_DI.shape[1])
-        ddown = backward_weight(along_columns(dy_ND, form), along_columns(product_NI, form), down_DI.dtype)
+        ddown = backward_weight(
+            along_columns(dy_ND, matmul_format), along_columns(product_NI, matmul_format), down_DI.dtype
+        )
         return d_gate_up, ddown, None
 
 
-def swiglu(gate_up: Tensor, down: Tensor, form: Form = "plain") -> Tensor:
+def swiglu(gate_up: Tensor, down: Tensor, matmul_format: MatmulFormat = "plain") -> Tensor:
     """Gate, multiply and project down: (silu(gate) · up) @ downᵀ.
 
     gate_up: [..., 2I] fp32|bf16|fp16, the gate first.  down: [D, I], a master of any floating dtype, cast or
-    quantised at use.  form: the numbers that are multiplied, see `quant_linear.py`.  Returns [..., D] in gate_up's
-    dtype; silu is taken in fp32.  ddown comes in down's dtype.
+    quantised at use.  matmul_format: the numbers that are multiplied, see `quant_linear.py`.  Returns [..., D] in
+    gate_up's dtype; silu is taken in fp32.  ddown comes in down's dtype.
     Saved for backward: gate_up and the master.
     Raises ShapeError if gate_up's last is not twice down's, or either is not floating.
     Source: Shazeer 2020, eq. 6.
     """
-    check_form(form, "swiglu")
+    check_matmul_format(matmul_format, "swiglu")
     if gate_up.dim() < 1 or down.dim() != 2 or gate_up.shape[-1] != 2 * down.shape[1]:
         shapes = f"gate_up is {list(gate_up.shape)}, down {list(down.shape)}"
         raise ShapeError(f"swiglu: {shapes}; they need [..., 2I] and [D, I].")
     if not (gate_up.dtype.is_floating_point and down.dtype.is_floating_point):
         raise ShapeError(f"swiglu: gate_up is {gate_up.dtype}, down {down.dtype}; both must be floating.")
-    return _SwiGLU.apply(gate_up, down, form)  # type: ignore[no-untyped-call]
+    return _SwiGLU.apply(gate_up, down, matmul_format)  # type: ignore[no-untyped-call]

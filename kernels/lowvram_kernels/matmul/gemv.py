@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import BLOCK, rows_of_scale
-from lowvram_kernels.quant.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 
 MOST_ROWS = 16
 # Rows of a program without tensor cores.
@@ -51,7 +51,7 @@ _TILES = {
 }
 
 
-def reference(x: Tensor, weight: Scaled) -> Tensor:
+def reference(x: Tensor, weight: QuantTensor) -> Tensor:
     """Decode the weight to x's dtype and multiply."""
     return F.linear(x, dequantise(weight, x.dtype))
 
@@ -83,7 +83,7 @@ def choose_splits(card: Card, tile: Tile, outputs: int, inputs: int) -> int:
     return -(-blocks // -(-blocks // wanted))
 
 
-def gemv(x: Tensor, weight: Scaled) -> Tensor:
+def gemv(x: Tensor, weight: QuantTensor) -> Tensor:
     """Multiply up to 16 rows by the transposed weight, in x's dtype.
 
     x: [N, I] fp32|bf16|fp16, N ≤ 16.  weight: code [O, I], scale [⌈O/128⌉, ⌈I/128⌉] or [O, ⌈I/128⌉] for E4M3, [O, 1]
@@ -102,7 +102,7 @@ def gemv(x: Tensor, weight: Scaled) -> Tensor:
     card = card_of(x.device)
     if not (x.numel() and weight.code.numel()):
         return x.new_empty(x.shape[0], weight.code.shape[0])
-    weight = Scaled(weight.code, weight.scale.contiguous())
+    weight = QuantTensor(weight.code, weight.scale.contiguous())
     if choose("small_matmul", card).backend == "reference":
         return reference(x, weight)
     kernel = kernel_of(card, x.shape[0], x.dtype)
@@ -110,7 +110,7 @@ def gemv(x: Tensor, weight: Scaled) -> Tensor:
     return multiply_bands(x, weight, kernel, tile, choose_splits(card, tile, *weight.code.shape))
 
 
-def multiply_bands(x: Tensor, weight: Scaled, kernel: str, tile: Tile, splits: int) -> Tensor:
+def multiply_bands(x: Tensor, weight: QuantTensor, kernel: str, tile: Tile, splits: int) -> Tensor:
     """Multiply by a kernel, band by band; arguments as `gemv` has found them right.
 
     kernel: a key of `tiles`.  splits: parts of at least one block of 128 inputs, none empty; for the gate and the
@@ -130,18 +130,21 @@ def _launch_kernel(
 ) -> None:
     (N, I), O, chosen = x_NI.shape, code_OI.shape[0], Tile(*tile)  # noqa: E741
     is_e4m3 = code_OI.dtype == torch.uint8
-    constants: dict[str, Any] = {"SCALE_ROWS": rows_of_scale(Scaled(code_OI, scale), "weight"), "BAND": chosen.band}
+    constants: dict[str, Any] = {
+        "SCALE_ROWS": rows_of_scale(QuantTensor(code_OI, scale), "weight"),
+        "BAND": chosen.band,
+    }
     constants |= {"IS_E4M3": is_e4m3, "NATIVE": is_e4m3 and converts_e4m3(x_NI.device)}
-    groups, promise = 1, "bf16" if x_NI.dtype == torch.bfloat16 else "f16"
+    groups, expected_mma = 1, "bf16" if x_NI.dtype == torch.bfloat16 else "f16"
     if kernel == "few_rows_kernel":
         constants["ROWS"] = 1 if N == 1 else 2 if N == 2 else _MOST_FEW
         # As many blocks at once as registers can hold; rows of odd lengths are read byte by byte, which takes more.
         constants["UNROLL"] = 1 if I % 16 else min(4, 16 // (constants["ROWS"] * x_NI.element_size()))
-        groups, promise = -(-N // constants["ROWS"]), ""
+        groups, expected_mma = -(-N // constants["ROWS"]), ""
     grid = (-(-O // chosen.band), splits, groups)
     blocks = -(-I // BLOCK)
     arguments = (x_NI, code_OI, scale, part, N, O, I, -(-blocks // splits))
-    what = Launch("matmul.gemv_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, promise)
+    what = Launch("matmul.gemv_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, expected_mma)
     launch(what, flops=2.0 * N * O * I, moved_bytes=bytes_of(x_NI, code_OI, scale, part))
 
 
@@ -150,7 +153,7 @@ _launch_bands = torch.library.custom_op("lowvram_kernels::small_matmul", _launch
 
 @_launch_bands.register_fake
 def _(*arguments: Any) -> None:
-    if is_on_paper():
+    if is_simulated():
         _launch_kernel(*arguments)
 
 
@@ -167,5 +170,5 @@ _launch_adding = torch.library.custom_op("lowvram_kernels::add_splits", _launch_
 
 @_launch_adding.register_fake
 def _(*arguments: Any) -> None:
-    if is_on_paper():
+    if is_simulated():
         _launch_adding_kernel(*arguments)

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.quant_linear import (
-    Form,
+    MatmulFormat,
     along_columns,
     along_rows,
     backward_input,
     backward_weight,
-    check_form,
+    check_matmul_format,
     forward,
 )
 
@@ -38,40 +38,44 @@ def reference(x: Tensor, weight: Tensor) -> Tensor:
 
 class _CastLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, form: Form) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, matmul_format: MatmulFormat) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.form = form
+        ctx.matmul_format = matmul_format
         x_NI = x.reshape(-1, weight.shape[1])
-        return forward(along_rows(x_NI, form), weight, form, x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return forward(along_rows(x_NI, matmul_format), weight, matmul_format, x.dtype).view(
+            *x.shape[:-1], weight.shape[0]
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, weight_OI), form = ctx.saved_tensors, ctx.form
+        (x, weight_OI), matmul_format = ctx.saved_tensors, ctx.matmul_format
         needs_dx, needs_dweight, _ = ctx.needs_input_grad
         dy_NO, x_NI = dy.reshape(-1, weight_OI.shape[0]), x.reshape(-1, weight_OI.shape[1])
         dx = dweight = None
         if needs_dx:
-            dx = backward_input(along_rows(dy_NO, form), weight_OI, form, dy.dtype).view(x.shape)
+            dx = backward_input(along_rows(dy_NO, matmul_format), weight_OI, matmul_format, dy.dtype).view(x.shape)
         if needs_dweight:
-            dweight = backward_weight(along_columns(dy_NO, form), along_columns(x_NI, form), weight_OI.dtype)
+            dweight = backward_weight(
+                along_columns(dy_NO, matmul_format), along_columns(x_NI, matmul_format), weight_OI.dtype
+            )
         return dx, dweight, None
 
 
-def linear(x: Tensor, weight: Tensor, form: Form = "plain") -> Tensor:
+def linear(x: Tensor, weight: Tensor, matmul_format: MatmulFormat = "plain") -> Tensor:
     """Multiply x by the transposed weight; the result comes in x's dtype.
 
-    x: [..., I].  weight: [O, I], a master of any floating dtype.  form: the numbers that are multiplied, see
+    x: [..., I].  weight: [O, I], a master of any floating dtype.  matmul_format: the numbers that are multiplied, see
     `quant_linear.py`.  Returns [..., O] in x's dtype.
     dx comes in x's dtype, dweight in weight's.
     Saved for backward: x and the master; the cast copy is made again, never kept.
     Raises ShapeError if weight is not [O, I], either is not floating, or there is no such form.
     """
-    check_form(form, "linear")
+    check_matmul_format(matmul_format, "linear")
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ShapeError(f"linear: weight is {list(weight.shape)}; x {list(x.shape)} needs [O, I].")
     if not (x.dtype.is_floating_point and weight.dtype.is_floating_point):
         raise ShapeError(f"linear: x is {x.dtype}, weight {weight.dtype}; both must be floating.")
-    if form == "plain" and x.dtype == weight.dtype:
+    if matmul_format == "plain" and x.dtype == weight.dtype:
         return F.linear(x, weight)
-    return _CastLinear.apply(x, weight, form)  # type: ignore[no-untyped-call]
+    return _CastLinear.apply(x, weight, matmul_format)  # type: ignore[no-untyped-call]

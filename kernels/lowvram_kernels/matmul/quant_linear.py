@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
-from lowvram_kernels.quant.quantise import Scaled, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, quantise_columns, quantise_rows, quantise_weight
 
-Form = Literal["plain", "e4m3", "int8"]
-FORMS = ("plain", "e4m3", "int8")
-Operand = Tensor | Scaled
+MatmulFormat = Literal["plain", "e4m3", "int8"]
+MATMUL_FORMATS = ("plain", "e4m3", "int8")
+Operand = Tensor | QuantTensor
 
 
 def reference(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,27 +42,27 @@ def reference(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Te
     return x @ weight.mT, dy @ weight, dy.mT @ x
 
 
-def along_rows(x_NI: Tensor, form: Form) -> Operand:
+def along_rows(x_NI: Tensor, matmul_format: MatmulFormat) -> Operand:
     """Return x as an operand whose rows are multiplied: of y's x, of dx's dy.  x_NI: [N, I] floating."""
-    return x_NI if form == "plain" else quantise_rows(x_NI, form)
+    return x_NI if matmul_format == "plain" else quantise_rows(x_NI, matmul_format)
 
 
-def along_columns(x_NI: Tensor, form: Form) -> Operand:
+def along_columns(x_NI: Tensor, matmul_format: MatmulFormat) -> Operand:
     """Return x as an operand whose columns are multiplied: dW's dy and x.  x_NI: [N, I] floating."""
-    return x_NI if form == "plain" else quantise_columns(x_NI, form)
+    return x_NI if matmul_format == "plain" else quantise_columns(x_NI, matmul_format)
 
 
-def forward(x: Operand, weight_OI: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+def forward(x: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: torch.dtype) -> Tensor:
     """Return y = x @ Wᵀ: [N, O] in dtype.  x: what `along_rows` made.  weight_OI: a master of any floating dtype."""
-    if isinstance(x, Scaled):
-        return scaled_matmul(x, quantise_weight(weight_OI, form), dtype)
+    if isinstance(x, QuantTensor):
+        return scaled_matmul(x, quantise_weight(weight_OI, matmul_format), dtype)
     return F.linear(x, weight_OI.to(dtype))
 
 
-def backward_input(dy: Operand, weight_OI: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+def backward_input(dy: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: torch.dtype) -> Tensor:
     """Return dx = dy @ W: [N, I] in dtype.  dy: what `along_rows` made."""
-    if isinstance(dy, Scaled):
-        return scaled_matmul(dy, quantise_weight(weight_OI, form, transposed=True), dtype)
+    if isinstance(dy, QuantTensor):
+        return scaled_matmul(dy, quantise_weight(weight_OI, matmul_format, transposed=True), dtype)
     return dy @ weight_OI.to(dtype)
 
 
@@ -71,14 +71,14 @@ def backward_weight(dy: Operand, x: Operand, dtype: torch.dtype) -> Tensor:
 
     dy, x: what `along_columns` made.
     """
-    if isinstance(dy, Scaled) and isinstance(x, Scaled):
+    if isinstance(dy, QuantTensor) and isinstance(x, QuantTensor):
         return scaled_matmul(dy, x, dtype)
-    assert not isinstance(dy, Scaled), "both of one form"
-    assert not isinstance(x, Scaled), "both of one form"
+    assert not isinstance(dy, QuantTensor), "both of one form"
+    assert not isinstance(x, QuantTensor), "both of one form"
     return (dy.mT @ x).to(dtype)
 
 
-def check_form(form: str, what: str) -> None:
-    """Raise ShapeError, naming `what`, unless the form is one of `FORMS`."""
-    if form not in FORMS:
-        raise ShapeError(f"{what}: form is {form!r}; needs one of {', '.join(FORMS)}.")
+def check_matmul_format(matmul_format: str, what: str) -> None:
+    """Raise ShapeError, naming `what`, unless the form is one of `MATMUL_FORMATS`."""
+    if matmul_format not in MATMUL_FORMATS:
+        raise ShapeError(f"{what}: matmul_format is {matmul_format!r}; needs one of {', '.join(MATMUL_FORMATS)}.")

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.quant.quantise import Scaled, dequantise, fill_lines
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, fill_lines
 
 BLOCK = 128
 # Tiles of rows that run down before the next tile of columns begins, so that operands come from the L2 cache.
@@ -88,12 +88,12 @@ _KERNELS = {
 }
 
 
-def reference(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+def reference(a: QuantTensor, b: QuantTensor, dtype: torch.dtype) -> Tensor:
     """Decode both to fp32 and multiply."""
     return F.linear(dequantise(a, torch.float32), dequantise(b, torch.float32)).to(dtype)
 
 
-def rows_of_scale(scaled: Scaled, what: str) -> int:
+def rows_of_scale(scaled: QuantTensor, what: str) -> int:
     """Return how many rows share a scale: 1 or 128.
 
     Raises ShapeError, naming `what`, unless code and scale are those of one format, the code contiguous.
@@ -147,7 +147,7 @@ def _count(tile: Tile, rows: int, columns: int) -> int:
     return -(-rows // tile.rows) * -(-columns // tile.columns)
 
 
-def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype, has_fp32_scales: bool = False) -> Tensor:
+def scaled_matmul(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_scales: bool = False) -> Tensor:
     """Multiply a by b transposed: [M, N] in dtype.
 
     a: code [M, K], scale [M, ⌈K/128⌉] for E4M3, [M, 1] for INT8; E4M3 may also have [⌈M/128⌉, ⌈K/128⌉].  b: the same
@@ -168,14 +168,14 @@ def scaled_matmul(a: Scaled, b: Scaled, dtype: torch.dtype, has_fp32_scales: boo
     card = card_of(a.code.device)
     if not (a.code.numel() and b.code.numel()):
         return torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
-    a, b = (Scaled(operand.code, operand.scale.contiguous()) for operand in (a, b))
+    a, b = (QuantTensor(operand.code, operand.scale.contiguous()) for operand in (a, b))
     backend = backend_of(a.code.dtype, card, has_fp32_scales)
     if backend not in _TILES:
         return _multiply_decoded(a, b, dtype, card, has_fp32_scales)
     return multiply_tiles(a, b, dtype, backend, choose_tile(card, backend, a.code.shape[0], b.code.shape[0]))
 
 
-def multiply_tiles(a: Scaled, b: Scaled, dtype: torch.dtype, backend: str, tile: Tile) -> Tensor:
+def multiply_tiles(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, backend: str, tile: Tile) -> Tensor:
     """Multiply by a kernel, tile by tile; arguments as `scaled_matmul` has found them right.
 
     backend: a key of `tiles`, for the gate and the tests, which force each one.
@@ -189,11 +189,11 @@ def _launch_kernel(
     a_code: Tensor, a_scale: Tensor, b_code: Tensor, b_scale: Tensor, y_MN: Tensor, backend: str, tile: list[int]
 ) -> None:
     (M, K), N, chosen = a_code.shape, b_code.shape[0], Tile(*tile)
-    kernel, promise = _KERNELS[backend]
+    kernel, expected_mma = _KERNELS[backend]
     constants = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "BLOCK_K": chosen.depth, "GROUP": _GROUP}
     if backend != "int8":
-        constants["A_ROWS"] = rows_of_scale(Scaled(a_code, a_scale), "a")
-        constants["B_ROWS"] = rows_of_scale(Scaled(b_code, b_scale), "b")
+        constants["A_ROWS"] = rows_of_scale(QuantTensor(a_code, a_scale), "a")
+        constants["B_ROWS"] = rows_of_scale(QuantTensor(b_code, b_scale), "b")
     if kernel == "e4m3_kernel":
         constants["DECODES"] = backend == "storage"
     operands = (a_code, b_code)
@@ -204,7 +204,7 @@ def _launch_kernel(
     grid = (_count(chosen, M, N),)
     moved = bytes_of(a_code, a_scale, b_code, b_scale, y_MN)
     what = Launch(
-        "matmul.scaled_matmul_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, promise
+        "matmul.scaled_matmul_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, expected_mma
     )
     launch(what, flops=2.0 * M * N * K, moved_bytes=moved)
 
@@ -214,11 +214,11 @@ _launch_tiles = torch.library.custom_op("lowvram_kernels::scaled_matmul", _launc
 
 @_launch_tiles.register_fake
 def _(*arguments: Any) -> None:
-    if is_on_paper():
+    if is_simulated():
         _launch_kernel(*arguments)
 
 
-def _multiply_decoded(a: Scaled, b: Scaled, dtype: torch.dtype, card: Card, has_fp32_scales: bool) -> Tensor:
+def _multiply_decoded(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, card: Card, has_fp32_scales: bool) -> Tensor:
     """Multiply by the device's library: exact operands, sums in fp32."""
     has_bf16 = card.platform != "cuda" or (card.capability or (0, 0)) >= (8, 0)
     if card.platform == "cuda" and (dtype != torch.bfloat16 or not has_bf16 or a.code.dtype == torch.int8):
@@ -234,7 +234,7 @@ def _multiply_decoded(a: Scaled, b: Scaled, dtype: torch.dtype, card: Card, has_
     return reference(a, b, dtype)
 
 
-def _multiply_halves(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
+def _multiply_halves(a: QuantTensor, b: QuantTensor, dtype: torch.dtype) -> Tensor:
     """Multiply in fp16 with sums and result in fp32, then scale: cards before 8.0 have no other tensor cores."""
     (a_MK, a_unit_M1), (b_NK, b_unit_N1) = _to_halves(a), _to_halves(b)
     if a_MK.device.type == "cpu":
@@ -244,12 +244,12 @@ def _multiply_halves(a: Scaled, b: Scaled, dtype: torch.dtype) -> Tensor:
     return y_MN.mul_(a_unit_M1).mul_(b_unit_N1.mT).to(dtype)
 
 
-def _to_halves(scaled: Scaled) -> tuple[Tensor, Tensor]:
+def _to_halves(scaled: QuantTensor) -> tuple[Tensor, Tensor]:
     """Return fp16 [N, K] and fp32 [N, 1] whose product is the matrix; |fp16| ≤ 448."""
     code, scale = scaled
     if code.dtype == torch.int8:
         return code.half(), scale
     unit_A1 = scale.amax(1, keepdim=True)
-    share = Scaled(code, scale / unit_A1)
+    share = QuantTensor(code, scale / unit_A1)
     unit_N1 = unit_A1 if len(scale) == len(code) else unit_A1.repeat_interleave(BLOCK, 0)[: len(code)]
     return dequantise(share, torch.float16), unit_N1

@@ -26,18 +26,18 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.gemv import MOST_ROWS, gemv
 from lowvram_kernels.matmul.scaled_matmul import BLOCK, rows_of_scale
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 
 # Numbers of a weight at work on a processor at once; fewer cost more calls than they spare memory (AVX2, one thread).
 CHUNK = 2**20
 
 
-def reference(x: Tensor, weight: Scaled) -> Tensor:
+def reference(x: Tensor, weight: QuantTensor) -> Tensor:
     """Decode the weight to x's dtype and multiply."""
     return F.linear(x, dequantise(weight, x.dtype))
 
 
-def weight_only_linear(x: Tensor, weight: Scaled) -> Tensor:
+def weight_only_linear(x: Tensor, weight: QuantTensor) -> Tensor:
     """Multiply x by the transposed weight; the result comes in x's dtype.
 
     x: [..., I] fp32|bf16|fp16.  weight: code [O, I]; scale [⌈O/128⌉, ⌈I/128⌉] or [O, ⌈I/128⌉] for E4M3, [O, 1] for
@@ -58,7 +58,7 @@ def weight_only_linear(x: Tensor, weight: Scaled) -> Tensor:
     return y_NO.view(*x.shape[:-1], weight.code.shape[0])
 
 
-def _multiply_parts(x_NI: Tensor, weight: Scaled) -> Tensor:
+def _multiply_parts(x_NI: Tensor, weight: QuantTensor) -> Tensor:
     """Multiply band by band of the weight's outputs."""
     (code_OI, scale), height = weight, rows_of_scale(weight, "weight_only_linear: weight")
     outputs, inputs = code_OI.shape
@@ -87,7 +87,7 @@ def _decode_e4m3(code_PI: Tensor, scale: Tensor, height: int) -> Tensor:
     return part_PI
 
 
-def look_up(ids: Tensor, table: Scaled, dtype: torch.dtype) -> Tensor:
+def look_up(ids: Tensor, table: QuantTensor, dtype: torch.dtype) -> Tensor:
     """Look up and decode rows.
 
     ids: int64, any shape.  table: code [V, D], scales as of a weight.  Returns ids' shape and D, in dtype.
@@ -99,9 +99,9 @@ def look_up(ids: Tensor, table: Scaled, dtype: torch.dtype) -> Tensor:
     id_N = ids.flatten()
     # Rows of blocks are rows with scales of their own.
     scale = table.scale[id_N // BLOCK if height == BLOCK else id_N]
-    return dequantise(Scaled(table.code[id_N], scale), dtype).view(*ids.shape, table.code.shape[1])
+    return dequantise(QuantTensor(table.code[id_N], scale), dtype).view(*ids.shape, table.code.shape[1])
 
 
 def decoded(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return a weight or a stack of them in dtype: itself where it is plain and of that dtype, else a copy."""
-    return weight.to(dtype) if scale is None else dequantise(Scaled(weight, scale), dtype)
+    return weight.to(dtype) if scale is None else dequantise(QuantTensor(weight, scale), dtype)

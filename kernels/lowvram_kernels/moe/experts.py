@@ -31,14 +31,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_on_paper, note_work, untold
+from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_simulated, note_work, uncounted
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.swiglu import gated_product, gated_product_backward
-from lowvram_kernels.matmul.quant_linear import Form, check_form
+from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
 from lowvram_kernels.moe.grouped_matmul import grouped_matmul
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import IdleStack, check_stack, decode, needs_decoding
-from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns, quantise_rows, quantise_weight
 
 
 def reference(
@@ -125,18 +125,18 @@ def _multiply_tokens(
     master_WOI: Tensor,
     idle: tuple[Tensor | None, Tensor | None],
     ends_E: Tensor,
-    form: Form,
+    matmul_format: MatmulFormat,
 ) -> Tensor:
     """Multiply the tokens' rows, repeated and sorted, by their experts' matrices [O, I]: [M, O].
 
     x is rounded before it is repeated, if nothing reads its own numbers: the same bits for a K-th of the work.
     """
     has_copies = idle[0] is not None and idle[0].shape[0] > 0
-    if form == "plain" or has_copies or not _is_one_launch(x_NI.device):
-        return _multiply(x_NI[token_M], master_WOI, idle, ends_E, True, form)
-    code, scale = quantise_rows(x_NI, form)
-    rows = Scaled(code[token_M], scale[token_M])
-    return grouped_matmul(rows, quantise_weight(master_WOI, form), ends_E, dtype=x_NI.dtype)
+    if matmul_format == "plain" or has_copies or not _is_one_launch(x_NI.device):
+        return _multiply(x_NI[token_M], master_WOI, idle, ends_E, True, matmul_format)
+    code, scale = quantise_rows(x_NI, matmul_format)
+    rows = QuantTensor(code[token_M], scale[token_M])
+    return grouped_matmul(rows, quantise_weight(master_WOI, matmul_format), ends_E, dtype=x_NI.dtype)
 
 
 def _multiply(
@@ -145,7 +145,7 @@ def _multiply(
     idle: tuple[Tensor | None, Tensor | None],
     ends_E: Tensor,
     is_turned: bool,
-    form: Form,
+    matmul_format: MatmulFormat,
 ) -> Tensor:
     """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I].
 
@@ -154,7 +154,7 @@ def _multiply(
     code, scale = idle
     if _is_one_launch(rows_MI.device):
         if master.shape[0]:
-            out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, form)
+            out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, matmul_format)
         else:
             out_MO = rows_MI.new_empty(rows_MI.shape[0], master.shape[1 if is_turned else 2])
         if code is not None and code.shape[0]:
@@ -163,33 +163,35 @@ def _multiply(
                 copies = IdleStack(code.mT, None if scale is None else scale.mT)
             grouped_matmul(rows_MI, copies, ends_E, first=master.shape[0], out=out_MO)
         return out_MO
-    if form == "plain":
+    if matmul_format == "plain":
         stack = master.to(rows_MI.dtype)
         stack = stack.mT if is_turned else stack
     else:
-        stack = dequantise(quantise_weight(master, form, transposed=not is_turned), rows_MI.dtype).mT
-        rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], form)
+        stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_turned), rows_MI.dtype).mT
+        rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], matmul_format)
     scratch = None
     if code is not None and needs_decoding(code, rows_MI.dtype):
         # Made here and not inside the op, which a rehearsal cannot look into.
         scratch = rows_MI.new_empty(code.shape[1:])
     out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
-    if code is not None and scratch is not None and is_on_paper():
+    if code is not None and scratch is not None and is_simulated():
         _show_decoding(IdleStack(code, scale), scratch)
     return out_MO
 
 
-def _multiply_residents(rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_turned: bool, form: Form) -> Tensor:
-    if form == "plain":
+def _multiply_residents(
+    rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_turned: bool, matmul_format: MatmulFormat
+) -> Tensor:
+    if matmul_format == "plain":
         stack = master.to(rows_MI.dtype)
         return grouped_matmul(rows_MI, stack if is_turned else stack.mT, ends_E)
-    weight = quantise_weight(master, form, transposed=not is_turned)
-    return grouped_matmul(quantise_rows(rows_MI, form), weight, ends_E, dtype=rows_MI.dtype)
+    weight = quantise_weight(master, matmul_format, transposed=not is_turned)
+    return grouped_matmul(quantise_rows(rows_MI, matmul_format), weight, ends_E, dtype=rows_MI.dtype)
 
 
-def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, form: Form) -> Tensor:
+def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul_format: MatmulFormat) -> Tensor:
     """Return the rows as their low form reads them, for a product of the library; idle experts' rows as they are."""
-    rounded_MI = dequantise(quantise_rows(rows_MI, form), rows_MI.dtype)
+    rounded_MI = dequantise(quantise_rows(rows_MI, matmul_format), rows_MI.dtype)
     if resident == ends_E.shape[0]:
         return rounded_MI
     is_residents_M = torch.arange(rows_MI.shape[0], device=rows_MI.device) < ends_E[resident - 1].to(rows_MI.device)
@@ -197,15 +199,15 @@ def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, form: 
 
 
 def _sum_outer(
-    left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int, form: Form
+    left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int, matmul_format: MatmulFormat
 ) -> Tensor:
     """Sum leftᵀ @ right over each resident expert's slice: [W, O, I] in dtype."""
     is_one_launch = _is_one_launch(left_MO.device)
-    if form == "plain":
+    if matmul_format == "plain":
         if is_one_launch:
             return grouped_wgrad(left_MO, right_MI, ends_E, resident, dtype)
         return _sum_outer_slices(left_MO, right_MI, ends_E, dtype, resident)
-    left, right = quantise_columns(left_MO, form), quantise_columns(right_MI, form)
+    left, right = quantise_columns(left_MO, matmul_format), quantise_columns(right_MI, matmul_format)
     if is_one_launch:
         return grouped_wgrad(left, right, ends_E, resident, dtype)
     rounded = [dequantise(columns, left_MO.dtype).mT for columns in (left, right)]
@@ -221,7 +223,7 @@ def _show_decoding(copies: IdleStack, scratch: Tensor) -> None:
 
     That is besides the codes and one scratch, which a rehearsal sees: each scratch is written and read.
     """
-    with untold():
+    with uncounted():
         decode(copies, 0, scratch.dtype, scratch)
     count, passes = copies.code.shape[0], 2 if copies.scale is None else 4
     note_work(moved_bytes=(count * passes - 1) * bytes_of(scratch), ops=count * passes // 2)
@@ -233,7 +235,7 @@ def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     count_E = torch.zeros(experts, dtype=torch.int64, device=ids_NK.device)
     count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
     ends_E = count_E.cumsum(0)
-    stays = is_on_paper() or _is_one_launch(ids_NK.device)
+    stays = is_simulated() or _is_one_launch(ids_NK.device)
     return torch.argsort(flat_M, stable=True), ends_E if stays else ends_E.to("cpu")
 
 
@@ -257,16 +259,16 @@ class _Experts(torch.autograd.Function):
         gate_up_scale: Tensor | None,
         down_code: Tensor | None,
         down_scale: Tensor | None,
-        form: Form,
+        matmul_format: MatmulFormat,
     ) -> Tensor:
-        ctx.form = form
+        ctx.matmul_format = matmul_format
         idle_gate_up, idle_down = (gate_up_code, gate_up_scale), (down_code, down_scale)
         idle_count = 0 if gate_up_code is None else gate_up_code.shape[0]
         order_M, ends_E = _sort(ids, gate_up.shape[0] + idle_count)
-        gate_up_MI = _multiply_tokens(x, order_M // ids.shape[1], gate_up, idle_gate_up, ends_E, form)
+        gate_up_MI = _multiply_tokens(x, order_M // ids.shape[1], gate_up, idle_gate_up, ends_E, matmul_format)
         ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle_gate_up, *idle_down)
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
-        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, True, form)
+        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, True, matmul_format)
         return _combine(out_MD, order_M, ids.shape[1])
 
     @staticmethod
@@ -275,23 +277,25 @@ class _Experts(torch.autograd.Function):
         x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle = ctx.saved_tensors
         idle_gate_up, idle_down = (idle[0], idle[1]), (idle[2], idle[3])
         needs_dx, needs_dgate_up, needs_ddown, needs_dweights = ctx.needs_input_grad[:4]
-        choices, resident, form = weights.shape[1], gate_up.shape[0], ctx.form
+        choices, resident, matmul_format = weights.shape[1], gate_up.shape[0], ctx.matmul_format
         token_M = order_M // choices
         weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
         dx = dgate_up = ddown = dweights = None
         dy_MD = dy[token_M]
-        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, False, form)
+        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, False, matmul_format)
         d_gate_up_MI, product_MI = gated_product_backward(dh_MI * weight_M1, gate_up_MI)
         if needs_dweights:
             dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
             dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
         if needs_ddown:
-            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident, form)
+            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident, matmul_format)
         del dy_MD, dh_MI, product_MI
         if needs_dgate_up:
-            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident, form)
+            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident, matmul_format)
         if needs_dx:
-            dx = _combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, form), order_M, choices)
+            dx = _combine(
+                _multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, matmul_format), order_M, choices
+            )
         return dx, dgate_up, ddown, dweights, None, None, None, None, None, None
 
 
@@ -302,7 +306,7 @@ def experts(
     weights: Tensor,
     ids: Tensor,
     idle: tuple[IdleStack, IdleStack] | None = None,
-    form: Form = "plain",
+    matmul_format: MatmulFormat = "plain",
 ) -> Tensor:
     """Send each token through its chosen experts and add the answers by routing weight.
 
@@ -310,8 +314,8 @@ def experts(
     each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
     gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole; without it
     E = W, with it W may be 0, where experts are only read.  Returns [N, D] in x's dtype.
-    form: the numbers that resident experts multiply, see `quant_linear.py`; where a loop calls the library, operands
-    are rounded to them and multiplied in x's dtype.
+    matmul_format: the numbers that resident experts multiply, see `quant_linear.py`; where a loop calls the library,
+    operands are rounded to them and multiplied in x's dtype.
     Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
     Saved for backward: x, weights, [N·K] int64, [E] int64, [N·K, 2I] in x's dtype, the masters, idle.
     The result and its gradients are deterministic.  The device is waited for once, where Triton runs never.
@@ -326,11 +330,11 @@ def experts(
         raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")
     if ids.dtype != torch.int64 or not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
         raise ShapeError(f"experts: ids is {ids.dtype}, x {x.dtype}; ids needs int64, the others floating.")
-    check_form(form, "experts")
+    check_matmul_format(matmul_format, "experts")
     if idle is not None:
         _check_idle(gate_up, down, *idle)
     copies = (None, None, None, None) if idle is None else (*idle[0], *idle[1])
-    return _Experts.apply(x, gate_up, down, weights, ids, *copies, form)  # type: ignore[no-untyped-call]
+    return _Experts.apply(x, gate_up, down, weights, ids, *copies, matmul_format)  # type: ignore[no-untyped-call]
 
 
 def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: IdleStack, idle_down: IdleStack) -> None:

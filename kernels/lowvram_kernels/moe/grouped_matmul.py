@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_interpreted, is_on_paper, launch
+from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import Scaled, fill_lines
+from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
 
 BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
@@ -37,7 +37,7 @@ GROUP = 8
 # Products of two numbers up to 127 whose sum int32 holds.
 MOST_INT8 = (2**31 - 1) // 127**2
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-PROMISES = {
+EXPECTED_MMA = {
     "mxfp8": "mxf8",
     "tensor": "e4m3",
     "storage": "f16",
@@ -103,8 +103,8 @@ def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int)
 
 
 def reference(
-    rows: Tensor | Scaled,
-    stack: Tensor | Scaled | IdleStack,
+    rows: Tensor | QuantTensor,
+    stack: Tensor | QuantTensor | IdleStack,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -210,8 +210,8 @@ def _launch_multiply(
         constants["IS_TURNED"] = code_CNK.stride(1) == 1 and code_CNK.stride(2) != 1
         arguments = (rows_MK, code_CNK, scale, ends_E, out_MN, *sizes)
         arguments += (*rows_MK.stride(), *code_CNK.stride(), *scale_strides)
-    promise = PROMISES.get(way if rows_scale is not None else rows_MK.dtype, "")
-    what = Launch("moe.grouped_matmul_triton", kernel, grid, arguments, constants, it.warps, it.stages, promise)
+    expected_mma = EXPECTED_MMA.get(way if rows_scale is not None else rows_MK.dtype, "")
+    what = Launch("moe.grouped_matmul_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     # Which experts are chosen is not known on paper: all are taken to have as many rows.
     share = count / ends_E.shape[0]
     moved = share * bytes_of(rows_MK, rows_scale, out_MN) + bytes_of(code_CNK, scale)
@@ -223,13 +223,13 @@ _multiply_op = torch.library.custom_op("lowvram_kernels::grouped_matmul", _launc
 
 @_multiply_op.register_fake
 def _(*arguments: Any) -> None:
-    if is_on_paper():
+    if is_simulated():
         _launch_multiply(*arguments)
 
 
 def grouped_matmul(
-    rows: Tensor | Scaled,
-    stack: Tensor | Scaled | IdleStack,
+    rows: Tensor | QuantTensor,
+    stack: Tensor | QuantTensor | IdleStack,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -274,7 +274,7 @@ def grouped_matmul(
     return out
 
 
-def parts_of(operand: Tensor | Scaled | IdleStack) -> tuple[Tensor, Tensor | None]:
+def parts_of(operand: Tensor | QuantTensor | IdleStack) -> tuple[Tensor, Tensor | None]:
     """Return an operand's numbers and its scale, None for plain ones."""
     return (operand, None) if isinstance(operand, Tensor) else (operand.code, operand.scale)
 

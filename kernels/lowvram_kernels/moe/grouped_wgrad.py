@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, is_on_paper, launch
+from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.grouped_matmul import (
     BLOCK,
+    EXPECTED_MMA,
     FLOATING,
     GROUP,
-    PROMISES,
     Tile,
     check_ends,
     choose_tile,
@@ -39,13 +39,15 @@ from lowvram_kernels.moe.grouped_matmul import (
     parts_of,
     way_of,
 )
-from lowvram_kernels.quant.quantise import Scaled, fill_lines
+from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
 
 # Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
 _TERMS = 2**17
 
 
-def reference(left: Tensor | Scaled, right: Tensor | Scaled, ends: Tensor, resident: int, dtype: torch.dtype) -> Tensor:
+def reference(
+    left: Tensor | QuantTensor, right: Tensor | QuantTensor, ends: Tensor, resident: int, dtype: torch.dtype
+) -> Tensor:
     """Sum the outer products of each expert's rows, of all rows with the others' made zero."""
     left_MO, right_MI = (
         side if isinstance(side, Tensor) else decoded(*side, torch.float32, 1).mT for side in (left, right)
@@ -83,8 +85,8 @@ def _launch_outer(
     else:
         kernel, rows = "outer_kernel", left.shape[0]
         arguments = (left, right, ends_E, out_WOI, outputs, inputs, *left.stride(), *right.stride())
-    promise = PROMISES.get(way if left_scale is not None else left.dtype, "")
-    what = Launch("moe.grouped_wgrad_triton", kernel, grid, arguments, constants, it.warps, it.stages, promise)
+    expected_mma = EXPECTED_MMA.get(way if left_scale is not None else left.dtype, "")
+    what = Launch("moe.grouped_wgrad_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     share = count / ends_E.shape[0]
     moved = share * bytes_of(left, left_scale, right, right_scale) + bytes_of(out_WOI)
     launch(what, 2.0 * share * rows * outputs * inputs, moved)
@@ -95,13 +97,13 @@ _outer_op = torch.library.custom_op("lowvram_kernels::grouped_outer", _launch_ou
 
 @_outer_op.register_fake
 def _(*arguments: Any) -> None:
-    if is_on_paper():
+    if is_simulated():
         _launch_outer(*arguments)
 
 
 def grouped_wgrad(
-    left: Tensor | Scaled,
-    right: Tensor | Scaled,
+    left: Tensor | QuantTensor,
+    right: Tensor | QuantTensor,
     ends: Tensor,
     resident: int,
     dtype: torch.dtype,

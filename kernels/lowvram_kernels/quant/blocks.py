@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import card_of, shown
+from lowvram_kernels.dispatch import card_of, representative
 from lowvram_kernels.quant import e4m3
 
 CHUNK = 2**19
@@ -111,7 +111,7 @@ def _parts(rows: int, width: int, block: tuple[int, int]) -> Iterator[tuple[_Sli
 def _cuts(size: int, block: int, most: int) -> Iterator[tuple[int, int]]:
     """Cut an axis into whole blocks, so many numbers of them at a time, and the block that the edge cuts off."""
     step, whole = max(most // block, 1) * block, size // block * block
-    for index in shown(whole // step):
+    for index in representative(whole // step):
         yield index * step, (index + 1) * step
     if whole % step:
         yield whole // step * step, whole

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, converts_e4m3, is_on_paper, launch
+from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import blocks, e4m3
 
@@ -39,7 +39,7 @@ BLOCK = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Scaled(NamedTuple):
+class QuantTensor(NamedTuple):
     """code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8, contiguous.  scale: fp32, contiguous.
 
     scale: [N, ⌈K/128⌉] (rows of E4M3), [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.
@@ -106,7 +106,7 @@ def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tens
     return found_NK
 
 
-def quantise_rows(x: Tensor, form: str, fp32_scales: bool = False) -> Scaled:
+def quantise_rows(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTensor:
     """Round a matrix that a product will sum along its rows.
 
     x: [N, K] fp32|bf16|fp16, of any strides.  form: one of `FORMATS`.  fp32_scales: scale = absmax / 448 in fp32, as
@@ -118,7 +118,7 @@ def quantise_rows(x: Tensor, form: str, fp32_scales: bool = False) -> Scaled:
     return _quantise_rows(x.detach(), form, fp32_scales)
 
 
-def quantise_columns(x: Tensor, form: str, fp32_scales: bool = False) -> Scaled:
+def quantise_columns(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTensor:
     """Round a matrix that a product will sum along its columns, and turn it: as `quantise_rows` of x transposed.
 
     x: [N, K] fp32|bf16|fp16, of any strides.  Returns code [K, N]; scale [K, ⌈N/128⌉] (e4m3) or [K, 1] (int8).
@@ -129,7 +129,7 @@ def quantise_columns(x: Tensor, form: str, fp32_scales: bool = False) -> Scaled:
     return _quantise_rows(x.detach().mT, form, fp32_scales)
 
 
-def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales: bool = False) -> Scaled:
+def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales: bool = False) -> QuantTensor:
     """Round a weight or a stack of them, as they lie or each one turned.
 
     w: [O, I] or [E, O, I] fp32|bf16|fp16, of any strides.  Returns code [O, I] or, transposed, [I, O], after E; scale
@@ -147,7 +147,7 @@ def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales:
     return found
 
 
-def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tuple[Scaled, Scaled]:
+def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tuple[QuantTensor, QuantTensor]:
     """Round a weight or a stack of them and return it as it lies and turned; E4M3 reads it once for both.
 
     w and what is returned: as in `quantise_weight`.
@@ -163,7 +163,7 @@ def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tup
     return plain, turned
 
 
-def dequantise(scaled: Scaled, dtype: torch.dtype) -> Tensor:
+def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of codes: code · scale in fp32, rounded once to dtype.
 
     scaled: of any form and shape above.  dtype: fp32|bf16|fp16.  Returns [N, K] or [E, N, K].
@@ -214,15 +214,15 @@ def _block_of(code: Tensor, scale: Tensor) -> tuple[int, int]:
     return forms[shapes.index(list(scale.shape))]
 
 
-def _new(x: Tensor, form: str, block: tuple[int, int]) -> Scaled:
+def _new(x: Tensor, form: str, block: tuple[int, int]) -> QuantTensor:
     """Allocate what x will be."""
     *stack, rows, width = x.shape
     code = torch.empty(*stack, rows, width, dtype=torch.uint8 if form == "e4m3" else torch.int8, device=x.device)
     shape = (*stack, -(-rows // block[0]), -(-width // block[1]))
-    return Scaled(code, torch.empty(shape, dtype=torch.float32, device=x.device))
+    return QuantTensor(code, torch.empty(shape, dtype=torch.float32, device=x.device))
 
 
-def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = None) -> Scaled:
+def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
     """Round the rows of [N, K] or [E, N, K]."""
     block = (1, BLOCK if form == "e4m3" else x.shape[-1])
     # What is contiguous along N is read along N, whatever it is called.
@@ -245,7 +245,9 @@ def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = 
     return result
 
 
-def _quantise_blocks(w: Tensor, fp32_scales: bool, plain: bool, turned: bool) -> tuple[Scaled | None, Scaled | None]:
+def _quantise_blocks(
+    w: Tensor, fp32_scales: bool, plain: bool, turned: bool
+) -> tuple[QuantTensor | None, QuantTensor | None]:
     """Round the 128 × 128 blocks of [O, I] or [E, O, I], as it lies and turned."""
     block = (BLOCK, BLOCK)
     if choose("quantise", card_of(w.device)).backend != "triton":
@@ -256,15 +258,15 @@ def _quantise_blocks(w: Tensor, fp32_scales: bool, plain: bool, turned: bool) ->
     return results
 
 
-def _encode(x: Tensor, form: str, fp32_scales: bool, block: tuple[int, int]) -> Scaled:
+def _encode(x: Tensor, form: str, fp32_scales: bool, block: tuple[int, int]) -> QuantTensor:
     result = _new(x, form, block)
     for x_NK, code_NK, scale_AB in zip(*map(_matrices, (x, *result)), strict=True):
         blocks.encode_(code_NK, scale_AB, x_NK, block, fp32_scales)
     return result
 
 
-def _turn(scaled: Scaled) -> Scaled:
-    return Scaled(scaled.code.mT.contiguous(), scaled.scale.mT.contiguous())
+def _turn(scaled: QuantTensor) -> QuantTensor:
+    return QuantTensor(scaled.code.mT.contiguous(), scaled.scale.mT.contiguous())
 
 
 def _matrices(x: Tensor) -> list[Tensor]:
@@ -276,7 +278,7 @@ def _opaque(name: str, *outputs: str) -> Callable[[Callable[..., None]], Any]:
 
     def wrap(run: Callable[..., None]) -> Any:
         op = torch.library.custom_op(f"lowvram_kernels::{name}", run, mutates_args=outputs)
-        op.register_fake(lambda *arguments: run(*arguments) if is_on_paper() else None)
+        op.register_fake(lambda *arguments: run(*arguments) if is_simulated() else None)
         return op
 
     return wrap

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, card_of, choose, is_on_paper, launch, note_work
+from lowvram_kernels.dispatch import Launch, card_of, choose, is_simulated, launch, note_work
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.random.counter_rng import chain, chain_numbers, draw_bits, name_noise
 
@@ -56,7 +56,7 @@ def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLO
     """
     count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
     whole = count // block * block
-    shown = min(whole, chunk) if is_on_paper() else whole
+    shown = min(whole, chunk) if is_simulated() else whole
     yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))
     if shown < whole:
         left = whole - shown

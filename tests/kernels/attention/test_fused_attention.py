@@ -11,9 +11,9 @@ from lowvram_kernels.dispatch import (
     HiddenWork,
     card_of,
     choose_attention,
-    is_on_paper,
+    is_simulated,
     note_work,
-    on_paper,
+    simulate_card,
 )
 from lowvram_kernels.errors import ShapeError
 from torch import Tensor
@@ -88,7 +88,7 @@ def test_every_profile_states_the_kernel_that_is_chosen_for_it() -> None:
 
 def peak_on_paper(card: Card, groups: int = GROUPS, width: int = WIDTH) -> tuple[int, int]:
     """Return the bytes after a forward pass and at the peak of backward, beyond q, k, v, for 16-bit numbers."""
-    with on_paper(card):
+    with simulate_card(card):
         given = qkv("meta", torch.bfloat16, groups, width)
         with LiveBytes().ignore(*given) as live:
             out = attention(*given, 0.2, causal=True)
@@ -134,7 +134,7 @@ def test_flash_takes_the_widths_that_torch_gives_it_and_the_ledger_knows(
     assert choice.backend == ("flash" if is_flash else "efficient")
     assert is_flash or str(width) in choice.reason
     repeated: list[int] = []
-    with on_paper(card):
+    with simulate_card(card):
         q, k, v = qkv("meta", torch.bfloat16, width=width)
         with LiveBytes().ignore(q, k, v) as live, torch.set_grad_enabled(learns):
             attention(q, k, v, 0.2, causal=True)
@@ -163,7 +163,7 @@ def test_the_extra_columns_of_alibi_count_among_a_heads_numbers(
         "ffn": {"kind": "swiglu", "hidden": 32},
     }  # fmt: skip
     model = Transformer(ModelConfig.model_validate(table), seed=None).to("meta")
-    with on_paper(AMPERE):
+    with simulate_card(AMPERE):
         model(torch.zeros(1, 8, dtype=torch.long, device="meta"), torch.bfloat16)
     assert chosen == [form]
 
@@ -176,15 +176,15 @@ def test_odd_widths_are_padded_so_that_every_fused_kernel_takes_them(card: Card)
 
 def test_paper_tells_the_work_of_the_kernels_that_it_replaces() -> None:
     told: list[HiddenWork] = []
-    with on_paper(AMPERE, told.append):
-        assert is_on_paper()
+    with simulate_card(AMPERE, told.append):
+        assert is_simulated()
         assert card_of(torch.device("meta")) == AMPERE
         q, k, v = qkv("meta", torch.bfloat16)
         attention(q, k, v, 0.2, causal=True).sum().backward()
     assert [work.flops for work in told] == [causal_flops(q, k), 2.5 * causal_flops(q, k)]
     assert causal_flops(q, k) == 2 * BATCH * HEADS * ROWS * ROWS * WIDTH, "two products of half the scores"
     note_work(flops=1.0)
-    assert not is_on_paper()
+    assert not is_simulated()
     assert len(told) == 2, "off paper nobody counts"
     assert card_of(torch.device("cpu")) == CPU
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowvram_kernels.attention import latent_attention as op
 from lowvram_kernels.attention.latent_attention import encode_latent, latent_attention, on_card, reference
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, is_interpreted, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, is_interpreted, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import e4m3
 from torch import Tensor
@@ -84,7 +84,7 @@ def assert_true(out: Tensor, case: Case, what: str = "") -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_the_plain_form_is_the_textbook(dtype: torch.dtype, is_coded: bool, window: int | None) -> None:
     case = make(5, 200, 6, 40, (0, 1, 17, 40), dtype, is_coded, window)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         assert_true(latent_attention(*case), case)
 
 
@@ -240,7 +240,7 @@ def test_on_paper_the_card_s_memory_and_launches_are_counted(is_coded: bool) -> 
     launches: list[Launch] = []
     work: list[HiddenWork] = []
     card = CARDS["sm89"]._replace(multiprocessors=30)
-    with on_paper(card, note=work.append, note_launch=launches.append), LiveBytes() as live:
+    with simulate_card(card, note=work.append, note_launch=launches.append), LiveBytes() as live:
         out = latent_attention(*arguments)
     assert (out.shape, out.dtype) == ((2, 12, 512), torch.bfloat16)
     splits = 2 * 30 // 2
@@ -248,7 +248,7 @@ def test_on_paper_the_card_s_memory_and_launches_are_counted(is_coded: bool) -> 
     assert live.peak == 2 * 12 * 512 * 2 + partial_bytes
     assert [what.kernel for what in launches] == ["attend_kernel", "combine_kernel"]
     assert [what.grid for what in launches] == [(1, splits, 2), (24, 4)]
-    assert launches[0].promise == "bf16"
+    assert launches[0].expected_mma == "bf16"
     assert launches[0].constants["NATIVE"] is (not is_interpreted())
     position_bytes = 512 + 4 * 4 + 128 if is_coded else 1024 + 128
     assert work[0].moved_bytes == 2 * 4096 * position_bytes + 2 * 12 * 576 * 2 + partial_bytes
@@ -259,10 +259,10 @@ def test_on_paper_the_card_s_memory_and_launches_are_counted(is_coded: bool) -> 
 def test_a_window_bounds_what_is_moved_and_split() -> None:
     launches: list[Launch] = []
     work: list[HiddenWork] = []
-    with on_paper(CARDS["sm86"], note=work.append, note_launch=launches.append):
+    with simulate_card(CARDS["sm86"], note=work.append, note_launch=launches.append):
         latent_attention(*paper_case(torch.float16, 512, 64), window=100)
     assert launches[0].grid == (1, 2, 2)
-    assert launches[0].promise == "f16"
+    assert launches[0].expected_mma == "f16"
     assert work[0].product_flops == 2 * 2 * 100 * 12 * (2 * 512 + 64)
 
 
@@ -278,7 +278,7 @@ def test_a_window_bounds_what_is_moved_and_split() -> None:
 )
 def test_what_no_kernel_takes_is_computed_plainly(card: str, dtype: torch.dtype, channels: int, rotated: int) -> None:
     launches: list[Launch] = []
-    with on_paper(CARDS[card], note_launch=launches.append):
+    with simulate_card(CARDS[card], note_launch=launches.append):
         latent_attention(*paper_case(dtype, channels, rotated))
     assert launches == []
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, Launch, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.gemv import (
     Tile,
@@ -19,7 +19,7 @@ from lowvram_kernels.matmul.gemv import (
     reference,
     tiles,
 )
-from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on
@@ -51,14 +51,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def operands(
     shape: tuple[int, int, int], form: str, dtype: torch.dtype, by_rows: bool = False
-) -> tuple[Tensor, Scaled]:
+) -> tuple[Tensor, QuantTensor]:
     rows, inputs, outputs = shape
     quantise = quantise_rows if by_rows else quantise_weight
     weight = quantise(random(outputs, inputs, seed=1), form)
-    return random(rows, inputs).to(DEVICE, dtype), Scaled(*(part.to(DEVICE) for part in weight))
+    return random(rows, inputs).to(DEVICE, dtype), QuantTensor(*(part.to(DEVICE) for part in weight))
 
 
-def assert_near(y: Tensor, x: Tensor, weight: Scaled) -> None:
+def assert_near(y: Tensor, x: Tensor, weight: QuantTensor) -> None:
     """Hold y against fp64 of the decoded weight.
 
     Sums of I terms in fp32, scaled once or twice, err by some √I + 2 roundings of the terms' sizes where errors have
@@ -89,7 +89,7 @@ def test_every_card_multiplies_what_the_codes_stand_for(
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
 def test_a_processor_decodes_and_multiplies(form: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     x, weight = operands(shape, form, dtype)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         y = gemv(x, weight)
     assert torch.equal(y, reference(x, weight))
     # INT8's decoded weight is rounded to dtype, and so is the sum: each once.
@@ -131,7 +131,7 @@ def test_every_tile_and_split_gives_the_same_product(kernel: str, tile: Tile, sp
 def test_what_is_not_finite_comes_out_as_nan(form: str, rows: int, splits: int) -> None:
     w = random(6, 300, seed=1)
     w[4, 290] = torch.nan
-    weight = Scaled(*(part.to(DEVICE) for part in quantise_rows(w, form)))
+    weight = QuantTensor(*(part.to(DEVICE) for part in quantise_rows(w, form)))
     x = random(rows, 300).to(DEVICE, torch.float16)
     x[1, 3] = torch.inf
     with running_on("sm86") as _:
@@ -145,9 +145,9 @@ def test_what_is_not_finite_comes_out_as_nan(form: str, rows: int, splits: int) 
 @pytest.mark.parametrize("card", [CARDS["sm86"], Card("cpu")], ids=["sm86", "cpu"])
 def test_rows_and_scales_may_lie_turned_in_memory(card: Card) -> None:
     x, weight = operands((5, 140, 130), "e4m3", torch.float16)
-    turned = Scaled(weight.code, weight.scale.mT.contiguous().mT)
+    turned = QuantTensor(weight.code, weight.scale.mT.contiguous().mT)
     assert not turned.scale.is_contiguous()
-    with imagining(card):
+    with override_card(card):
         y = gemv(x.mT.contiguous().mT, turned)
     assert_near(y, x, weight)
 
@@ -156,22 +156,22 @@ def test_rows_and_scales_may_lie_turned_in_memory(card: Card) -> None:
 @each_form
 def test_no_rows_make_no_launch(card: Card, form: str) -> None:
     x, weight = operands((3, 130, 5), form, torch.float16)
-    with imagining(card):
+    with override_card(card):
         assert gemv(x[:0], weight).shape == (0, 5)
-        assert gemv(x, Scaled(weight.code[:0], weight.scale[:0])).shape == (3, 0)
+        assert gemv(x, QuantTensor(weight.code[:0], weight.scale[:0])).shape == (3, 0)
 
 
 def rehearse(card: Card, rows: int, dtype: torch.dtype, outputs: int = 512) -> tuple[list[Launch], int]:
     launches: list[Launch] = []
-    weight = Scaled(*(part.to("meta") for part in quantise_weight(random(outputs, 1408), "e4m3")))
+    weight = QuantTensor(*(part.to("meta") for part in quantise_weight(random(outputs, 1408), "e4m3")))
     x = torch.empty(rows, 1408, dtype=dtype, device="meta")
-    with on_paper(card, note_launch=launches.append), LiveBytes() as live:
+    with simulate_card(card, note_launch=launches.append), LiveBytes() as live:
         assert gemv(x, weight).shape == (rows, outputs)
     return launches, live.peak
 
 
 @pytest.mark.parametrize(
-    "card, rows, dtype, kernel, promise",
+    "card, rows, dtype, kernel, expected_mma",
     [
         ("sm75", 16, torch.float16, FEW, ""),
         ("sm86", 1, torch.float16, FEW, ""),
@@ -181,10 +181,13 @@ def rehearse(card: Card, rows: int, dtype: torch.dtype, outputs: int = 512) -> t
     ],
 )
 def test_on_paper_a_card_launches_its_own_kernel(
-    card: str, rows: int, dtype: torch.dtype, kernel: str, promise: str
+    card: str, rows: int, dtype: torch.dtype, kernel: str, expected_mma: str
 ) -> None:
     launches, peak = rehearse(CARDS[card], rows, dtype)
-    assert [(what.kernel, what.promise) for what in launches] == [(kernel, promise), ("add_splits_kernel", "")]
+    assert [(what.kernel, what.expected_mma) for what in launches] == [
+        (kernel, expected_mma),
+        ("add_splits_kernel", ""),
+    ]
     splits = launches[0].grid[1]
     assert splits > 1
     assert launches[1].constants["SPLITS"] == splits
@@ -215,7 +218,7 @@ def test_a_compiled_graph_holds_the_product_whole() -> None:
     x, weight = operands((3, 1408, 4), "e4m3", torch.float32)
 
     def multiply(x: Tensor, *parts: Tensor) -> Tensor:
-        return gemv(x, Scaled(*parts)) * 2.0
+        return gemv(x, QuantTensor(*parts)) * 2.0
 
     with running_on("sm86"):
         compiled = torch.compile(multiply, backend="aot_eager", fullgraph=True)
@@ -231,12 +234,15 @@ def test_a_compiled_graph_holds_the_product_whole() -> None:
         (lambda x, w: (x[0], w), r"x is \[300\]"),
         (lambda x, w: (x.double(), w), r"torch.float64.*needs \[N, I\] fp32, bf16 or fp16"),
         (lambda x, w: (x.to("meta"), w), r"on the weight's device"),
-        (lambda x, w: (x, Scaled(w.code.mT, w.scale)), r"weight: code is \[300, 140\]"),
-        (lambda x, w: (x, Scaled(w.code, w.scale[:1])), r"weight: scale is \[1, 3\].*needs \[2, 3\] or \[140, 3\]"),
+        (lambda x, w: (x, QuantTensor(w.code.mT, w.scale)), r"weight: code is \[300, 140\]"),
+        (
+            lambda x, w: (x, QuantTensor(w.code, w.scale[:1])),
+            r"weight: scale is \[1, 3\].*needs \[2, 3\] or \[140, 3\]",
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_named(
-    change: Callable[[Tensor, Scaled], tuple[Tensor, Scaled]], message: str
+    change: Callable[[Tensor, QuantTensor], tuple[Tensor, QuantTensor]], message: str
 ) -> None:
     with pytest.raises(ShapeError, match=message):
         gemv(*change(*operands((3, 300, 140), "e4m3", torch.float32)))

@@ -32,7 +32,9 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 @each_form
 @pytest.mark.parametrize("shape", SHAPES)
-def test_all_three_products_are_near_the_textbooks(form: quant_linear.Form, shape: tuple[int, int, int]) -> None:
+def test_all_three_products_are_near_the_textbooks(
+    form: quant_linear.MatmulFormat, shape: tuple[int, int, int]
+) -> None:
     rows, outputs, inputs = shape
     x, weight = numbers(rows, inputs), 0.02 * numbers(outputs, inputs, seed=1)
     dy = 1e-5 * numbers(rows, outputs, seed=2)
@@ -55,7 +57,9 @@ def test_plain_products_are_the_librarys(dtype: torch.dtype) -> None:
     assert torch.equal(backward_weight(dy, x, torch.float32), (dy.mT @ x).float())
 
 
-def ops(form: quant_linear.Form) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Callable[..., Tensor]]]:
+def ops(
+    form: quant_linear.MatmulFormat,
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Callable[..., Tensor]]]:
     """Name each op that multiplies: itself, its arguments, its textbook."""
     x, gain = numbers(6, 40), 1.0 + 0.1 * numbers(40, seed=3)
     near, far, down = numbers(24, 40, seed=4), numbers(9, 40, seed=5), numbers(40, 12, seed=6)
@@ -64,7 +68,7 @@ def ops(form: quant_linear.Form) -> dict[str, tuple[Callable[..., Tensor], list[
         return torch.cat(of(x, gain, [near, far]), dim=-1)
 
     def joined(*given: Tensor) -> Tensor:
-        return both(*given, of=lambda x, w, p: norm_linears.norm_linears(x, w, p, form=form))
+        return both(*given, of=lambda x, w, p: norm_linears.norm_linears(x, w, p, matmul_format=form))
 
     def joined_truth(*given: Tensor) -> Tensor:
         return both(*given, of=norm_linears.reference)
@@ -78,7 +82,7 @@ def ops(form: quant_linear.Form) -> dict[str, tuple[Callable[..., Tensor], list[
 
 @each_form
 @pytest.mark.parametrize("name", ["linear", "norm_linears", "swiglu"])
-def test_every_op_and_gradient_is_near_the_textbooks(form: quant_linear.Form, name: str) -> None:
+def test_every_op_and_gradient_is_near_the_textbooks(form: quant_linear.MatmulFormat, name: str) -> None:
     op, given, textbook = ops(form)[name]
     own = [tensor.clone().requires_grad_() for tensor in given]
     truths = [tensor.double().requires_grad_() for tensor in given]
@@ -93,8 +97,10 @@ def test_every_op_and_gradient_is_near_the_textbooks(form: quant_linear.Form, na
 
 @each_form
 @pytest.mark.parametrize("name", ["linear", "norm_linears", "swiglu"])
-def test_a_low_precision_keeps_for_backward_what_the_plain_form_keeps(form: quant_linear.Form, name: str) -> None:
-    def kept(form: quant_linear.Form) -> int:
+def test_a_low_precision_keeps_for_backward_what_the_plain_form_keeps(
+    form: quant_linear.MatmulFormat, name: str
+) -> None:
+    def kept(form: quant_linear.MatmulFormat) -> int:
         op, given, _ = ops(form)[name]
         given = [given[0].bfloat16().requires_grad_(), *(tensor.requires_grad_() for tensor in given[1:])]
         return saved_bytes(lambda: op(*given), given[1:])
@@ -103,7 +109,7 @@ def test_a_low_precision_keeps_for_backward_what_the_plain_form_keeps(form: quan
 
 
 @each_form
-def test_the_same_numbers_give_the_same_bits(form: quant_linear.Form) -> None:
+def test_the_same_numbers_give_the_same_bits(form: quant_linear.MatmulFormat) -> None:
     def step() -> list[Tensor]:
         x, weight = numbers(50, 129).bfloat16().requires_grad_(), numbers(70, 129, seed=1).requires_grad_()
         y = linear(x, weight, form)
@@ -114,7 +120,7 @@ def test_the_same_numbers_give_the_same_bits(form: quant_linear.Form) -> None:
 
 @each_form
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_never_becomes_a_plausible_number(form: quant_linear.Form, bad: float) -> None:
+def test_what_is_not_finite_never_becomes_a_plausible_number(form: quant_linear.MatmulFormat, bad: float) -> None:
     x, weight = numbers(4, 300), numbers(6, 300, seed=1)
     x[2, 7] = bad
     y = linear(x, weight, form)
@@ -123,7 +129,7 @@ def test_what_is_not_finite_never_becomes_a_plausible_number(form: quant_linear.
 
 
 @each_form
-def test_dynamo_goes_through_forward_and_backward(form: quant_linear.Form) -> None:
+def test_dynamo_goes_through_forward_and_backward(form: quant_linear.MatmulFormat) -> None:
     x, weight = numbers(8, 40).bfloat16().requires_grad_(), numbers(12, 40, seed=1).requires_grad_()
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     eager, traced = linear(x, weight, form), compiled(x, weight, form)

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import lowvram_kernels.matmul.scaled_matmul as product_of_codes
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import (
     Tile,
@@ -21,7 +21,7 @@ from lowvram_kernels.matmul.scaled_matmul import (
     scaled_matmul,
     tiles,
 )
-from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns, quantise_rows, quantise_weight
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on
@@ -74,30 +74,30 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return x * torch.exp2(torch.arange(shape[1]) // 128 % 3 * 3.0 - 4.0)
 
 
-def operands(shape: tuple[int, int, int], form: str, b_is_weight: bool = True) -> tuple[Scaled, Scaled]:
+def operands(shape: tuple[int, int, int], form: str, b_is_weight: bool = True) -> tuple[QuantTensor, QuantTensor]:
     rows, summed, columns = shape
     quantise = quantise_weight if b_is_weight else quantise_rows
     return quantise_rows(random(rows, summed), form), quantise(random(columns, summed, seed=1), form)
 
 
-def to_device(scaled: Scaled, device: str) -> Scaled:
-    return Scaled(*(part.to(device) for part in scaled))
+def to_device(scaled: QuantTensor, device: str) -> QuantTensor:
+    return QuantTensor(*(part.to(device) for part in scaled))
 
 
-def assert_near(y: Tensor, a: Scaled, b: Scaled, fp8_sum: float = 0.0) -> None:
+def assert_near(y: Tensor, a: QuantTensor, b: QuantTensor, fp8_sum: float = 0.0) -> None:
     """Hold y against fp64 of the decoded operands.
 
     Sums of K terms in fp32 err by some √K roundings of the terms' sizes where errors have random signs (Higham and
     Mary 2019, "A new approach to probabilistic rounding error analysis"), and the result is rounded once.
     """
-    a_MK, b_NK = (dequantise(Scaled(*(part.cpu() for part in s)), torch.float32).double() for s in (a, b))
+    a_MK, b_NK = (dequantise(QuantTensor(*(part.cpu() for part in s)), torch.float32).double() for s in (a, b))
     truth, sizes = a_MK @ b_NK.mT, a_MK.abs() @ b_NK.abs().mT
     sum_rounding = 2.0**-24 * math.sqrt(a_MK.shape[1]) + (fp8_sum if DEVICE == "cuda" else 0.0)
     bound = sum_rounding * sizes.norm() + ROUNDING[y.dtype] * truth.norm()
     assert float((y.cpu().double() - truth).norm()) <= float(bound)
 
 
-def multiply_on(card: str, a: Scaled, b: Scaled, dtype: torch.dtype, has_fp32_scales: bool = False) -> Tensor:
+def multiply_on(card: str, a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_scales: bool = False) -> Tensor:
     if card == "cpu":
         return scaled_matmul(a, b, dtype, has_fp32_scales)
     with running_on(card) as device:
@@ -146,8 +146,8 @@ def test_every_tile_gives_the_same_product(card: str, form: str, tile: Tile) -> 
 @each_form
 def test_rows_of_odd_lengths_are_padded_in_copies(form: str) -> None:
     card = CARDS["sm89"]
-    a, b = (Scaled(*(part.to("meta") for part in each)) for each in operands((64, 100, 32), form))
-    with on_paper(card), LiveBytes() as live:
+    a, b = (QuantTensor(*(part.to("meta") for part in each)) for each in operands((64, 100, 32), form))
+    with simulate_card(card), LiveBytes() as live:
         scaled_matmul(a, b, torch.float16)
     assert live.peak == 64 * 32 * 2 + (64 + 32) * 112
 
@@ -180,7 +180,7 @@ def test_both_operands_may_have_square_blocks(card: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_scales_that_are_no_powers_of_two_are_taken_where_it_is_said(card: str, dtype: torch.dtype) -> None:
     a, b = operands((20, 200, 30), "e4m3")
-    a, b = Scaled(a.code, a.scale * 1.37), Scaled(b.code, b.scale * 0.77)
+    a, b = QuantTensor(a.code, a.scale * 1.37), QuantTensor(b.code, b.scale * 0.77)
     y = multiply_on(card, a, b, dtype, True)
     # Before capability 8.0 each operand is rounded to fp16 once.
     if card == "sm75":
@@ -189,14 +189,14 @@ def test_scales_that_are_no_powers_of_two_are_taken_where_it_is_said(card: str, 
         assert_near(y, a, b, FP8_SUM)
 
 
-def assert_nearly(y: Tensor, a: Scaled, b: Scaled, tolerance: float) -> None:
+def assert_nearly(y: Tensor, a: QuantTensor, b: QuantTensor, tolerance: float) -> None:
     truth = dequantise(a, torch.float32).double() @ dequantise(b, torch.float32).double().mT
     assert float((y.cpu().double() - truth).norm() / truth.norm()) < tolerance
 
 
 def test_a_processor_in_bf16_takes_any_scale_too() -> None:
     a, b = operands((20, 200, 30), "e4m3")
-    a, b = Scaled(a.code, a.scale * 1.37), Scaled(b.code, b.scale * 0.77)
+    a, b = QuantTensor(a.code, a.scale * 1.37), QuantTensor(b.code, b.scale * 0.77)
     assert_near(scaled_matmul(a, b, torch.bfloat16, has_fp32_scales=True), a, b)
 
 
@@ -206,7 +206,7 @@ def test_int8_sums_are_exact(card: str) -> None:
     code = torch.full((3, 1500), 127, dtype=torch.int8)
     code[1] = -127
     code[2, ::2] = -126
-    a = Scaled(code, torch.ones(3, 1))
+    a = QuantTensor(code, torch.ones(3, 1))
     y = multiply_on(card, a, a, torch.float32)
     exact = code.long() @ code.long().mT
     # Kernels and VNNI add whole numbers and round once; cuBLAS in fp16 adds in fp32.
@@ -248,8 +248,8 @@ def test_what_is_not_finite_comes_out_as_nan(card: str, form: str, bad: float) -
 def test_scales_far_apart_are_multiplied(card: str) -> None:
     a, b = operands((9, 512, 7), "e4m3")
     # In fp16 2⁴⁰ would be infinite; what sm75's units of rows leave out of fp16 is 2⁻²⁰ of the rest and less.
-    a = Scaled(a.code, a.scale * torch.tensor([[2.0**40, 2.0**30, 2.0**5, 1.0]]))
-    b = Scaled(b.code, b.scale * torch.tensor([[2.0**-30, 2.0**-22, 2.0**-30, 2.0**-40]]))
+    a = QuantTensor(a.code, a.scale * torch.tensor([[2.0**40, 2.0**30, 2.0**5, 1.0]]))
+    b = QuantTensor(b.code, b.scale * torch.tensor([[2.0**-30, 2.0**-22, 2.0**-30, 2.0**-40]]))
     assert_nearly(multiply_on(card, a, b, torch.float32), a, b, 2.0**-18 + (FP8_SUM if DEVICE == "cuda" else 0.0))
 
 
@@ -266,7 +266,7 @@ def test_a_scale_of_nan_is_enough(card: str) -> None:
 @each_form
 def test_no_rows_make_no_launch(card: str, form: str) -> None:
     a, b = operands((3, 130, 5), form)
-    none = Scaled(a.code[:0], a.scale[:0])
+    none = QuantTensor(a.code[:0], a.scale[:0])
     assert multiply_on(card, none, b, torch.float16).shape == (0, 5)
     assert multiply_on(card, b, none, torch.float16).shape == (5, 0)
 
@@ -274,7 +274,7 @@ def test_no_rows_make_no_launch(card: str, form: str) -> None:
 @pytest.mark.parametrize("card", [*CARDS, "cpu"])
 def test_scales_may_lie_turned_in_memory(card: str) -> None:
     a, b = operands((5, 300, 200), "e4m3")
-    turned = Scaled(b.code, b.scale.mT.contiguous().mT)
+    turned = QuantTensor(b.code, b.scale.mT.contiguous().mT)
     assert not turned.scale.is_contiguous()
     assert torch.equal(multiply_on(card, a, turned, torch.float32), multiply_on(card, a, b, torch.float32))
 
@@ -285,14 +285,14 @@ def rehearse(
     launches: list[Launch] = []
     works: list[HiddenWork] = []
     a, b = (to_device(each, "meta") for each in operands((256, 384, 128), form))
-    with on_paper(card, note=works.append, note_launch=launches.append), LiveBytes() as live:
+    with simulate_card(card, note=works.append, note_launch=launches.append), LiveBytes() as live:
         y = scaled_matmul(a, b, torch.bfloat16, has_fp32_scales)
     assert y.shape == (256, 128)
     return launches, works, live.peak
 
 
 @pytest.mark.parametrize(
-    "card, form, has_fp32_scales, kernel, promise",
+    "card, form, has_fp32_scales, kernel, expected_mma",
     [
         ("sm86", "e4m3", False, "e4m3_kernel", "f16"),
         ("sm89", "e4m3", False, "e4m3_kernel", "e4m3"),
@@ -303,10 +303,10 @@ def rehearse(
     ],
 )
 def test_on_paper_a_card_launches_its_own_kernel_and_holds_y_alone(
-    card: str, form: str, has_fp32_scales: bool, kernel: str, promise: str
+    card: str, form: str, has_fp32_scales: bool, kernel: str, expected_mma: str
 ) -> None:
     launches, works, peak = rehearse(CARDS[card], has_fp32_scales, form)
-    assert [(what.kernel, what.promise) for what in launches] == [(kernel, promise)]
+    assert [(what.kernel, what.expected_mma) for what in launches] == [(kernel, expected_mma)]
     flops = 2.0 * 256 * 384 * 128
     assert [work.low_flops + work.product_flops for work in works] == [flops]
     assert works[0].moved_bytes > 256 * 384 + 384 * 128 + 256 * 128 * 2
@@ -334,7 +334,7 @@ def test_a_compiled_graph_holds_the_product_whole(card: str | None, form: str) -
     a, b = operands((5, 140, 7), form)
 
     def multiply(*parts: Tensor) -> Tensor:
-        return scaled_matmul(Scaled(*parts[:2]), Scaled(*parts[2:]), torch.float32) * 2.0
+        return scaled_matmul(QuantTensor(*parts[:2]), QuantTensor(*parts[2:]), torch.float32) * 2.0
 
     compiled = torch.compile(multiply, backend="aot_eager", fullgraph=True)
     where: Callable[[], AbstractContextManager[object]] = (
@@ -349,19 +349,22 @@ def test_a_compiled_graph_holds_the_product_whole(card: str | None, form: str) -
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a, b: (Scaled(a.code.mT, a.scale), b), r"a: code is \[200, 4\] torch.uint8, strides"),
-        (lambda a, b: (Scaled(a.code.float(), a.scale), b), r"torch.float32.*needs \[N, K\] uint8 or int8"),
-        (lambda a, b: (Scaled(a.code[0], a.scale), b), r"code is \[200\]"),
-        (lambda a, b: (a, Scaled(b.code, b.scale[:, :1])), r"b: scale is \[1, 1\].*needs \[1, 2\] or \[30, 2\], fp32"),
-        (lambda a, b: (a, Scaled(b.code, b.scale.double())), r"torch.float64"),
-        (lambda a, b: (Scaled(a.code[:, :128].contiguous(), a.scale[:, :1]), b), r"need one K, dtype and device"),
-        (lambda a, b: (Scaled(a.code.view(torch.int8), a.scale[:, :1]), b), r"need one K, dtype and device"),
+        (lambda a, b: (QuantTensor(a.code.mT, a.scale), b), r"a: code is \[200, 4\] torch.uint8, strides"),
+        (lambda a, b: (QuantTensor(a.code.float(), a.scale), b), r"torch.float32.*needs \[N, K\] uint8 or int8"),
+        (lambda a, b: (QuantTensor(a.code[0], a.scale), b), r"code is \[200\]"),
+        (
+            lambda a, b: (a, QuantTensor(b.code, b.scale[:, :1])),
+            r"b: scale is \[1, 1\].*needs \[1, 2\] or \[30, 2\], fp32",
+        ),
+        (lambda a, b: (a, QuantTensor(b.code, b.scale.double())), r"torch.float64"),
+        (lambda a, b: (QuantTensor(a.code[:, :128].contiguous(), a.scale[:, :1]), b), r"need one K, dtype and device"),
+        (lambda a, b: (QuantTensor(a.code.view(torch.int8), a.scale[:, :1]), b), r"need one K, dtype and device"),
         (lambda a, b: (a, to_device(b, "meta")), r"need one K, dtype and device"),
-        (lambda a, b: (Scaled(a.code[:, :0], a.scale[:, :0]), b), r"K ≥ 1"),
+        (lambda a, b: (QuantTensor(a.code[:, :0], a.scale[:, :0]), b), r"K ≥ 1"),
     ],
 )
 def test_what_does_not_fit_together_is_named(
-    change: Callable[[Scaled, Scaled], tuple[Scaled, Scaled]], message: str
+    change: Callable[[QuantTensor, QuantTensor], tuple[QuantTensor, QuantTensor]], message: str
 ) -> None:
     with pytest.raises(ShapeError, match=message):
         scaled_matmul(*change(*operands((4, 200, 30), "e4m3")), torch.float32)
@@ -371,7 +374,7 @@ def test_a_wrong_dtype_and_too_long_a_sum_are_named() -> None:
     a, b = operands((4, 200, 30), "e4m3")
     with pytest.raises(ShapeError, match=r"dtype is torch.float64; needs bf16, fp16 or fp32"):
         scaled_matmul(a, b, torch.float64)
-    long = Scaled(torch.zeros(1, 133_145, dtype=torch.int8), torch.ones(1, 1))
+    long = QuantTensor(torch.zeros(1, 133_145, dtype=torch.int8), torch.ones(1, 1))
     with pytest.raises(ShapeError, match=r"K is 133145; int32 holds INT8 sums over 133144"):
         scaled_matmul(long, long, torch.float32)
 

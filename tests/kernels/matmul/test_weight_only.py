@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, Launch, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul import weight_only
 from lowvram_kernels.matmul.weight_only import decoded, look_up, reference, weight_only_linear
-from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on
@@ -30,13 +30,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return x * torch.exp2(sizes - 5.0)
 
 
-def operands(shape: tuple[int, int, int], form: str, dtype: torch.dtype) -> tuple[Tensor, Scaled]:
+def operands(shape: tuple[int, int, int], form: str, dtype: torch.dtype) -> tuple[Tensor, QuantTensor]:
     rows, inputs, outputs = shape
     weight = quantise_weight(random(outputs, inputs, seed=1), form)
-    return random(rows, inputs).to(DEVICE, dtype), Scaled(*(part.to(DEVICE) for part in weight))
+    return random(rows, inputs).to(DEVICE, dtype), QuantTensor(*(part.to(DEVICE) for part in weight))
 
 
-def truth_of(x: Tensor, weight: Scaled) -> Tensor:
+def truth_of(x: Tensor, weight: QuantTensor) -> Tensor:
     return x.double() @ dequantise(weight, torch.float32).double().mT
 
 
@@ -47,7 +47,7 @@ def test_a_processor_multiplies_what_the_codes_stand_for(
     form: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     x, weight = operands(shape, form, dtype)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         y = weight_only_linear(x, weight)
         expected = reference(x, weight)
     assert y.dtype == dtype
@@ -68,7 +68,7 @@ def test_a_card_multiplies_what_the_codes_stand_for(form: str, card: str, rows: 
 @each_form
 def test_bands_of_the_weight_give_the_product_of_the_whole(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = operands((3, 300, 700), form, torch.float32)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         whole = weight_only_linear(x, weight)
         monkeypatch.setattr(weight_only, "CHUNK", 300 * 256)
         banded = weight_only_linear(x, weight)
@@ -78,14 +78,14 @@ def test_bands_of_the_weight_give_the_product_of_the_whole(form: str, monkeypatc
 def test_scales_of_rows_are_taken_too() -> None:
     weight = quantise_rows(random(150, 260, seed=2), "e4m3")
     x = random(2, 260)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         assert relative_error(weight_only_linear(x, weight), truth_of(x, weight)) < TOLERANCE[torch.float32]
 
 
 def test_scales_that_are_no_powers_of_two_are_taken_too() -> None:
     weight = quantise_weight(random(150, 260, seed=2), "e4m3", fp32_scales=True)
     x = random(2, 260)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         assert relative_error(weight_only_linear(x, weight), truth_of(x, weight)) < TOLERANCE[torch.float32]
 
 
@@ -101,7 +101,7 @@ def test_rows_of_any_shape_come_back_in_it() -> None:
 def test_a_processor_never_holds_the_decoded_weight(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_only, "CHUNK", 2**16)
     x, weight = operands((rows, 512, 4096), form, torch.float32)
-    with imagining(Card("cpu")), LiveBytes().ignore(x, *weight) as live:
+    with override_card(Card("cpu")), LiveBytes().ignore(x, *weight) as live:
         weight_only_linear(x, weight)
     y_bytes, scales = 2 * rows * 4096 * 4, 3 * 4 * 512
     assert live.peak <= 10 * 2**16 + y_bytes + scales < weight.code.numel() * 4 + y_bytes
@@ -112,8 +112,8 @@ def test_a_card_decodes_few_rows_weights_in_registers(rows: int, kernels: list[s
     launches: list[Launch] = []
     x = torch.empty(rows, 256, dtype=torch.bfloat16, device="meta")
     code = torch.empty(16384, 256, dtype=torch.uint8, device="meta")
-    weight = Scaled(code, torch.empty(128, 2, device="meta"))
-    with on_paper(CARDS["sm89"], note_launch=launches.append):
+    weight = QuantTensor(code, torch.empty(128, 2, device="meta"))
+    with simulate_card(CARDS["sm89"], note_launch=launches.append):
         y = weight_only_linear(x, weight)
     assert y.shape == (rows, 16384)
     assert [what.kernel for what in launches if what.module == "matmul.gemv_triton"] == kernels
@@ -150,8 +150,8 @@ def test_what_is_plain_and_of_the_dtype_is_not_copied() -> None:
 )
 def test_what_does_not_fit_together_is_named(change: dict[str, Tensor], message: str) -> None:
     x, (code, scale) = torch.zeros(2, 64), quantise_weight(random(10, 64), "e4m3")
-    with pytest.raises(ShapeError, match=message), imagining(Card("cpu")):
-        weight_only_linear(change.get("x", x), Scaled(code, change.get("scale", scale)))
+    with pytest.raises(ShapeError, match=message), override_card(Card("cpu")):
+        weight_only_linear(change.get("x", x), QuantTensor(code, change.get("scale", scale)))
 
 
 def test_ids_of_another_dtype_are_named() -> None:

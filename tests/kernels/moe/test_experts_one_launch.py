@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
-from lowvram_kernels.matmul.quant_linear import Form
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
+from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.moe import experts as module
 from lowvram_kernels.moe.experts import experts, reference
 from lowvram_kernels.moe.idle import FORMATS, IdleStack, encode_, new_idle
@@ -126,7 +126,7 @@ def test_experts_that_are_only_read_may_all_be_copies(form: str, card: str) -> N
     (x, gate_up, down, weights), ids, idle = draw(torch.float16, form, resident=0)
     assert len(gate_up) == len(down) == 0
     with torch.no_grad():
-        with imagining(Card("cpu")) if card == "cpu" else running_on(card):
+        with override_card(Card("cpu")) if card == "cpu" else running_on(card):
             y = experts(x, gate_up, down, weights, ids, idle)
         truth = reference(*(part.double() for part in (x, gate_up, down, weights)), ids, idle)
     assert relative_error(y, truth) < TOLERANCE[torch.float16]
@@ -152,7 +152,7 @@ def test_it_repeats_itself_bit_for_bit_and_saves_what_the_loop_saves() -> None:
 @each_form
 def test_nothing_reads_the_device(form: str | None) -> None:
     torch.use_deterministic_algorithms(False)
-    with FakeTensorMode(allow_non_fake_inputs=True), imagining(CARDS["sm86"]):
+    with FakeTensorMode(allow_non_fake_inputs=True), override_card(CARDS["sm86"]):
         leaves, ids, idle = [torch.ones(9, 8), torch.ones(2, 12, 8), torch.ones(2, 8, 6), torch.ones(9, 2)], None, None
         if form is not None:
             idle = new_idle(3, 12, 8, form), new_idle(3, 8, 6, form)
@@ -178,11 +178,11 @@ def test_it_compiles_into_one_graph(form: str | None) -> None:
         assert relative_error(got, expected) < TOLERANCE[torch.float32]
 
 
-def compare_low(leaves: list[Tensor], ids: Tensor, idle: Idle, form: Form, card: str = "sm86") -> list[Tensor]:
+def compare_low(leaves: list[Tensor], ids: Tensor, idle: Idle, form: MatmulFormat, card: str = "sm86") -> list[Tensor]:
     """Hold values and gradients against the loop, which rounds the same operands, and against the textbook."""
     dtype, found = leaves[0].dtype, []
     upstream = torch.randn(leaves[0].shape).to(dtype).to(DEVICE)
-    for where in (running_on(card), imagining(Card(DEVICE))):
+    for where in (running_on(card), override_card(Card(DEVICE))):
         with where:
             y = experts(*leaves, ids, idle, form)
             found.append([y, *torch.autograd.grad(y, leaves, upstream)])
@@ -199,12 +199,12 @@ def compare_low(leaves: list[Tensor], ids: Tensor, idle: Idle, form: Form, card:
 @pytest.mark.parametrize("is_idle", [False, True], ids=["all resident", "with idle copies"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @each_low
-def test_low_forms_compute_what_the_loop_computes(form: Form, dtype: torch.dtype, is_idle: bool) -> None:
+def test_low_forms_compute_what_the_loop_computes(form: MatmulFormat, dtype: torch.dtype, is_idle: bool) -> None:
     compare_low(*draw(dtype, "e4m3" if is_idle else None), form)
 
 
 @each_low
-def test_low_forms_give_zeros_where_nobody_chose(form: Form) -> None:
+def test_low_forms_give_zeros_where_nobody_chose(form: MatmulFormat) -> None:
     for idle_form, chosen in ((None, [1, 3]), ("int8", [0, 4])):
         leaves, ids, idle = draw(torch.float32, idle_form)
         _, _, dgate_up, ddown, _ = compare_low(leaves, torch.tensor([chosen] * len(ids), device=DEVICE), idle, form)
@@ -214,7 +214,7 @@ def test_low_forms_give_zeros_where_nobody_chose(form: Form) -> None:
 
 
 @each_low
-def test_tokens_that_are_rounded_before_they_are_repeated_have_the_same_bits(form: Form) -> None:
+def test_tokens_that_are_rounded_before_they_are_repeated_have_the_same_bits(form: MatmulFormat) -> None:
     (x, gate_up, *_), ids, _ = draw(torch.float16, None)
     order, ends = module._sort(ids, 5)
     with running_on("sm86"):
@@ -224,12 +224,12 @@ def test_tokens_that_are_rounded_before_they_are_repeated_have_the_same_bits(for
 
 
 @each_low
-def test_low_forms_are_one_graph_and_read_nothing_of_the_device(form: Form) -> None:
+def test_low_forms_are_one_graph_and_read_nothing_of_the_device(form: MatmulFormat) -> None:
     torch.use_deterministic_algorithms(False)
     torch._dynamo.reset()
 
     def run(*given: Tensor) -> Tensor:
-        return experts(*given, form=form)
+        return experts(*given, matmul_format=form)
 
     (x, gate_up, down, weights), ids, _ = draw(torch.float32, None)
     leaves = [t.detach().requires_grad_() for t in (x[:7], gate_up[:2], down[:2], weights[:7])]
@@ -247,13 +247,13 @@ def test_low_forms_are_one_graph_and_read_nothing_of_the_device(form: Form) -> N
 
 
 @pytest.mark.parametrize(("form", "kind"), [("e4m3", "fp8"), ("int8", "int8")])
-def test_on_paper_low_forms_make_low_products_alone_and_round_each_token_once(form: Form, kind: str) -> None:
+def test_on_paper_low_forms_make_low_products_alone_and_round_each_token_once(form: MatmulFormat, kind: str) -> None:
     launches: list[Launch] = []
     work: list[HiddenWork] = []
-    with torch.device("meta"), on_paper(CARDS["sm86"], work.append, note_launch=launches.append):
+    with torch.device("meta"), simulate_card(CARDS["sm86"], work.append, note_launch=launches.append):
         leaves = [torch.ones(96, 64), torch.ones(8, 96, 64), torch.ones(8, 64, 48), torch.ones(96, 2)]
         ids = torch.zeros(96, 2, dtype=torch.int64)
-        y = experts(*(leaf.requires_grad_() for leaf in leaves), ids, form=form)
+        y = experts(*(leaf.requires_grad_() for leaf in leaves), ids, matmul_format=form)
         forward = len(launches)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
     kernels = [what.kernel for what in launches]
@@ -275,7 +275,7 @@ def on_paper_of(card: Card, form: str | None, tokens: int = 96) -> tuple[list[st
     def note(what: Launch) -> None:
         kernels.append(what.kernel)  # not the launch, which holds its tensors
 
-    with torch.device("meta"), on_paper(card, work.append, note_launch=note):
+    with torch.device("meta"), simulate_card(card, work.append, note_launch=note):
         shapes = ((tokens, 64), (resident, 80, 64), (resident, 64, 40), (tokens, 2))
         dtypes = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)
         leaves = [torch.ones(s, dtype=d).requires_grad_() for s, d in zip(shapes, dtypes, strict=True)]

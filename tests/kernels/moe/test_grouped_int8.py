@@ -7,13 +7,13 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, choose, imagining, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, choose, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as outer_module
 from lowvram_kernels.moe.grouped_matmul import MOST_INT8, Tile, choose_tile, grouped_matmul, tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import IdleStack
-from lowvram_kernels.quant.quantise import Scaled, fill_lines, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, quantise_columns, quantise_rows, quantise_weight
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on, unwritten
@@ -50,22 +50,22 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return (x * torch.logspace(-1, 1, shape[-2])[:, None]).to(DEVICE)
 
 
-def draw_columns(rows: int, width: int, seed: int = 0) -> Scaled:
+def draw_columns(rows: int, width: int, seed: int = 0) -> QuantTensor:
     return quantise_columns(draw(width, rows, seed=seed).T, "int8")
 
 
-def numbers(scaled: Scaled) -> Tensor:
+def numbers(scaled: QuantTensor) -> Tensor:
     return scaled.code.double() * scaled.scale.double()
 
 
-def products(rows: Scaled, stack: Scaled, ends: Tensor) -> Tensor:
+def products(rows: QuantTensor, stack: QuantTensor, ends: Tensor) -> Tensor:
     """The textbook, slice by slice: fp64 [M, N]."""
     x, matrices, starts = numbers(rows), numbers(stack), [0, *ends.tolist()]
     parts = [x[starts[e] : starts[e + 1]] @ matrices[e].T for e in range(len(matrices))]
     return torch.cat([*parts, x.new_zeros(len(x) - starts[-1], matrices.shape[1])])
 
 
-def sums(left: Scaled, right: Scaled, ends: Tensor, resident: int) -> Tensor:
+def sums(left: QuantTensor, right: QuantTensor, ends: Tensor, resident: int) -> Tensor:
     """The textbook, slice by slice: fp64 [W, O, I]."""
     starts = [0, *ends.tolist()]
     slices = [slice(starts[expert], starts[expert + 1]) for expert in range(resident)]
@@ -101,10 +101,11 @@ def test_each_slice_is_multiplied_by_its_matrix(outputs: int, inputs: int, dtype
 def test_any_loads_give_right_products_and_sums(loads: tuple[int, ...]) -> None:
     ends, count = ends_of(loads).int(), len(loads)
     rows = quantise_rows(draw(max(sum(loads), 1), 20), "int8")
-    rows = Scaled(*(part[: sum(loads)] for part in rows))
+    rows = QuantTensor(*(part[: sum(loads)] for part in rows))
     stack = quantise_weight(draw(count, 19, 20, seed=1), "int8")
     left, right = (
-        Scaled(s.code[:, : sum(loads)].contiguous(), s.scale) for s in (draw_columns(61, 33), draw_columns(61, 17, 1))
+        QuantTensor(s.code[:, : sum(loads)].contiguous(), s.scale)
+        for s in (draw_columns(61, 33), draw_columns(61, 17, 1))
     )
     with running_on("sm86"):
         y = grouped_matmul(rows, stack, ends, out=unwritten(sum(loads), 19, dtype=torch.float32))
@@ -142,7 +143,7 @@ def test_a_range_of_experts_writes_its_own_rows_only() -> None:
     whole = quantise_weight(draw(5, 18, 24, seed=1), "int8")
     out = unwritten(60, 18, dtype=torch.float32)
     with running_on("sm86"):
-        grouped_matmul(rows, Scaled(*(part[1:3] for part in whole)), ends, first=1, out=out)
+        grouped_matmul(rows, QuantTensor(*(part[1:3] for part in whole)), ends, first=1, out=out)
     assert_near(out[5:23], products(rows, whole, ends)[5:23])
     assert out[:5].isnan().all()
     assert out[23:].isnan().all()
@@ -159,7 +160,10 @@ def test_sums_are_exact_whole_numbers() -> None:
     # 127²·1500 has 25 bits, which fp32 sums would not hold; ends of 127 and 1 tell a missing term.
     code = torch.full((2, 1501), 127, dtype=torch.int8, device=DEVICE)
     code[:, -1] = 1
-    rows, stack = Scaled(code, torch.ones(2, 1, device=DEVICE)), Scaled(code[None], torch.ones(1, 2, 1, device=DEVICE))
+    rows, stack = (
+        QuantTensor(code, torch.ones(2, 1, device=DEVICE)),
+        QuantTensor(code[None], torch.ones(1, 2, 1, device=DEVICE)),
+    )
     expected = float(torch.tensor(1500 * 127**2 + 1, dtype=torch.float32))
     with running_on("sm86"):
         y = grouped_matmul(rows, stack, ends_of((2,)), dtype=torch.float32)
@@ -206,7 +210,7 @@ def test_where_there_is_no_triton_the_reference_answers(card: str | None) -> Non
         ends_of((7, 20, 3)),
     )
     left, right, out = draw_columns(30, 20), draw_columns(30, 18, 1), torch.full((30, 18), 5.0, device=DEVICE)
-    with imagining(Card(DEVICE) if card is None else CARDS[card]):
+    with override_card(Card(DEVICE) if card is None else CARDS[card]):
         grouped_matmul(rows, stack, ends[1:], out=out)
         gradients = grouped_wgrad(left, right, ends, 3, torch.float32)
     truth = products(rows, stack, ends[1:])
@@ -230,14 +234,14 @@ def test_every_card_that_launches_has_int8_and_its_chosen_tiles_fit(name: str) -
 
 
 def note(
-    rows: Scaled, stack: Scaled, columns: tuple[Scaled, Scaled]
+    rows: QuantTensor, stack: QuantTensor, columns: tuple[QuantTensor, QuantTensor]
 ) -> tuple[list[Launch], list[HiddenWork], list[int]]:
     """What paper tells of a product and of sums for 2 of 8 experts, and the bytes that each allocates."""
     launches: list[Launch] = []
     work: list[HiddenWork] = []
     peaks = []
     ends = torch.empty(8, dtype=torch.int64, device="meta")
-    with on_paper(CARDS["sm86"], work.append, note_launch=launches.append):
+    with simulate_card(CARDS["sm86"], work.append, note_launch=launches.append):
         for run in (
             lambda: grouped_matmul(rows, stack, ends),
             lambda: grouped_wgrad(*columns, ends, 2, torch.bfloat16),
@@ -248,15 +252,15 @@ def note(
     return launches, work, peaks
 
 
-def meta(*shape: int) -> Scaled:
+def meta(*shape: int) -> QuantTensor:
     code = torch.empty(*shape, dtype=torch.int8, device="meta")
-    return Scaled(code, torch.empty(*shape[:-1], 1, device="meta"))
+    return QuantTensor(code, torch.empty(*shape[:-1], 1, device="meta"))
 
 
 def test_on_paper_it_tells_of_its_launch_and_allocates_the_result_alone() -> None:
     launches, work, peaks = note(meta(96, 64), meta(2, 40, 64), (meta(40, 96), meta(64, 96)))
     assert [what.kernel for what in launches] == ["multiply_int8_kernel", "outer_int8_kernel"]
-    assert {what.promise for what in launches} == {"s8"}
+    assert {what.expected_mma for what in launches} == {"s8"}
     assert peaks == [96 * 40 * 2, 2 * 40 * 64 * 2]
     assert [told.low_flops for told in work] == [2 * 96 * 40 * 64 * 2 / 8] * 2, "two of eight experts"
     assert work[0].moved_bytes == 2 / 8 * (96 * (64 + 4) + 96 * 40 * 2) + 2 * 40 * (64 + 4)
@@ -276,7 +280,7 @@ def test_rows_that_end_within_16_bytes_are_copied_and_long_slices_told() -> None
 def test_e4m3_too_is_read_in_whole_lines() -> None:
     rows = quantise_rows(draw(20, 100), "e4m3")
     stack = quantise_weight(draw(1, 18, 100, seed=1), "e4m3")
-    filled = [Scaled(fill_lines(part.code), part.scale) for part in (rows, stack)]
+    filled = [QuantTensor(fill_lines(part.code), part.scale) for part in (rows, stack)]
     assert [part.code.shape[-1] for part in filled] == [112, 112]
     with running_on("sm86"):
         short, whole = (grouped_matmul(*pair, ends_of((20,)), dtype=torch.float32) for pair in ((rows, stack), filled))
@@ -285,7 +289,7 @@ def test_e4m3_too_is_read_in_whole_lines() -> None:
 
 CODES, STACK, ENDS = meta(6, 4), meta(2, 5, 4), torch.empty(2, dtype=torch.int64, device="meta")
 LONG = MOST_INT8 + 1
-TURNED = Scaled(meta(4, 6).code.T, CODES.scale)
+TURNED = QuantTensor(meta(4, 6).code.T, CODES.scale)
 
 
 @pytest.mark.parametrize(
@@ -293,18 +297,22 @@ TURNED = Scaled(meta(4, 6).code.T, CODES.scale)
     [
         pytest.param(CODES, STACK.code.float(), "int8 rows", id="plain stack"),
         pytest.param(
-            CODES, Scaled(STACK.code, torch.empty(2, 1, 4, device="meta")), r"one of \[C, N, 1\]", id="turned"
+            CODES, QuantTensor(STACK.code, torch.empty(2, 1, 4, device="meta")), r"one of \[C, N, 1\]", id="turned"
         ),
-        pytest.param(Scaled(CODES.code, torch.empty(6, 4, device="meta")), STACK, r"\[M, 1\]", id="scales of blocks"),
-        pytest.param(Scaled(CODES.code, CODES.scale.half()), STACK, r"\[M, 1\]", id="fp16 scales"),
-        pytest.param(Scaled(CODES.code.float(), CODES.scale), STACK.code.float(), r"\[M, 1\]", id="plain with scales"),
+        pytest.param(
+            QuantTensor(CODES.code, torch.empty(6, 4, device="meta")), STACK, r"\[M, 1\]", id="scales of blocks"
+        ),
+        pytest.param(QuantTensor(CODES.code, CODES.scale.half()), STACK, r"\[M, 1\]", id="fp16 scales"),
+        pytest.param(
+            QuantTensor(CODES.code.float(), CODES.scale), STACK.code.float(), r"\[M, 1\]", id="plain with scales"
+        ),
         pytest.param(TURNED, STACK, "all contiguous", id="strides"),
         pytest.param(CODES.code, STACK, "rows without a scale", id="rows without scales"),
         pytest.param(CODES, IdleStack(STACK.code.byte(), torch.empty(2, 1, 1, device="meta")), "int8", id="E4M3 stack"),
         pytest.param(meta(6, LONG), meta(2, 5, LONG), "at most", id="int32 overflows"),
     ],
 )
-def test_products_that_cannot_be_right_are_named(rows: Scaled, stack: Scaled, what: str) -> None:
+def test_products_that_cannot_be_right_are_named(rows: QuantTensor, stack: QuantTensor, what: str) -> None:
     with pytest.raises(ShapeError, match=f"grouped_matmul: .*{what}"):
         grouped_matmul(rows, stack, ENDS)
 
@@ -315,12 +323,14 @@ def test_products_that_cannot_be_right_are_named(rows: Scaled, stack: Scaled, wh
         pytest.param(meta(4, 6), meta(5, 7), r"scaled \[O, M\]", id="rows"),
         pytest.param(meta(4, 6), meta(5, 6).code, "int8 of rows", id="one scale"),
         pytest.param(
-            meta(4, 6), Scaled(meta(5, 6).code, torch.empty(5, 2, device="meta")), "int8 of rows", id="blocks"
+            meta(4, 6), QuantTensor(meta(5, 6).code, torch.empty(5, 2, device="meta")), "int8 of rows", id="blocks"
         ),
-        pytest.param(meta(4, 6), Scaled(meta(6, 5).code.T, meta(5, 6).scale), "contiguous", id="strides"),
-        pytest.param(meta(4, 6), Scaled(meta(5, 6).code.byte(), meta(5, 6).scale), "of one dtype", id="E4M3 by int8"),
+        pytest.param(meta(4, 6), QuantTensor(meta(6, 5).code.T, meta(5, 6).scale), "contiguous", id="strides"),
+        pytest.param(
+            meta(4, 6), QuantTensor(meta(5, 6).code.byte(), meta(5, 6).scale), "of one dtype", id="E4M3 by int8"
+        ),
     ],
 )
-def test_sums_that_cannot_be_right_are_named(left: Scaled, right: Scaled, what: str) -> None:
+def test_sums_that_cannot_be_right_are_named(left: QuantTensor, right: QuantTensor, what: str) -> None:
     with pytest.raises(ShapeError, match=f"grouped_wgrad: .*{what}"):
         grouped_wgrad(left, right, ENDS, 2, torch.float32)

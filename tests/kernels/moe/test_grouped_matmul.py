@@ -6,13 +6,13 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_matmul as module
 from lowvram_kernels.moe.grouped_matmul import Tile, choose_tile, grouped_matmul, reference, tiles
 from lowvram_kernels.moe.idle import IdleStack, decode, encode_, new_idle
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -196,9 +196,9 @@ def test_a_copy_that_is_not_a_number_spoils_what_it_touches(is_turned: bool) -> 
     assert y.isnan().sum() == 9
 
 
-def quantise_stack(stack: Tensor) -> Scaled:
+def quantise_stack(stack: Tensor) -> QuantTensor:
     parts = [quantise_weight(matrix, "e4m3") for matrix in stack]
-    return Scaled(torch.stack([part.code for part in parts]), torch.stack([part.scale for part in parts]))
+    return QuantTensor(torch.stack([part.code for part in parts]), torch.stack([part.scale for part in parts]))
 
 
 EVERY_FP8_TILE = [
@@ -214,7 +214,7 @@ def test_e4m3_products_are_those_of_the_numbers_they_stand_for(card: str, tile: 
     stack, ends = quantise_stack(draw(3, 140, 200, seed=1)), ends_of((20, 0, 30))
     with running_on(card):
         y = grouped_matmul(rows, stack, ends, out=unwritten(50, 140, dtype=torch.float32), tile=tile)
-    numbers = torch.stack([dequantise(Scaled(*pair), torch.float32) for pair in zip(*stack, strict=True)])
+    numbers = torch.stack([dequantise(QuantTensor(*pair), torch.float32) for pair in zip(*stack, strict=True)])
     expected = truth(dequantise(rows, torch.float32), numbers, ends)
     for row in (slice(0, 20), slice(20, 50)):  # whose magnitudes differ
         assert relative_error(y[row], expected[row]) < FP8_TOLERANCE
@@ -235,7 +235,7 @@ def test_an_e4m3_block_that_is_not_a_number_stays_in_its_row(card: str) -> None:
 def test_where_there_is_no_triton_the_reference_answers(card: str | None) -> None:
     rows, stack, ends = draw(30, 20), draw(2, 18, 20), ends_of((7, 20, 3))
     out = torch.full((30, 18), 5.0, device=DEVICE)
-    with imagining(Card(DEVICE) if card is None else CARDS[card]):
+    with override_card(Card(DEVICE) if card is None else CARDS[card]):
         grouped_matmul(rows, stack, ends, 1, out=out)
         fp8 = grouped_matmul(quantise_rows(rows, "e4m3"), quantise_stack(stack), ends, 1, torch.float32)
     assert (out[:7] == 5.0).all()
@@ -268,7 +268,7 @@ def note(card: str, form: str | None, first: int = 0) -> tuple[Launch, HiddenWor
     """What paper tells of one product, and the bytes that it allocates."""
     launches: list[Launch] = []
     work: list[HiddenWork] = []
-    with torch.device("meta"), on_paper(CARDS[card], work.append, note_launch=launches.append):
+    with torch.device("meta"), simulate_card(CARDS[card], work.append, note_launch=launches.append):
         rows, ends = torch.empty(96, 64, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int64)
         stack = torch.empty(2, 40, 64, dtype=torch.bfloat16) if form is None else new_idle(2, 40, 64, form)
         with LiveBytes() as live:
@@ -284,7 +284,7 @@ def test_on_paper_it_tells_of_its_launch_and_allocates_the_result_alone(
     card: str, form: str | None, code_bytes: int
 ) -> None:
     what, told, peak = note(card, form, first=3)
-    assert (what.kernel, what.promise, what.constants["FIRST"]) == ("multiply_kernel", "bf16", 3)
+    assert (what.kernel, what.expected_mma, what.constants["FIRST"]) == ("multiply_kernel", "bf16", 3)
     assert peak == 96 * 40 * 2
     products = 2 * 96 * 40 * 64 * 2 / 8  # two of eight experts
     assert products in told
@@ -311,8 +311,8 @@ def test_it_repeats_itself_bit_for_bit() -> None:
 
 
 ROWS, STACK, ENDS = torch.ones(6, 4), torch.ones(2, 5, 4), torch.tensor([2, 6])
-BYTES = Scaled(torch.zeros(6, 4, dtype=torch.uint8), torch.ones(6, 1))
-BYTE_STACK = Scaled(torch.zeros(2, 5, 4, dtype=torch.uint8), torch.ones(2, 1, 1))
+BYTES = QuantTensor(torch.zeros(6, 4, dtype=torch.uint8), torch.ones(6, 1))
+BYTE_STACK = QuantTensor(torch.zeros(2, 5, 4, dtype=torch.uint8), torch.ones(2, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -327,9 +327,9 @@ BYTE_STACK = Scaled(torch.zeros(2, 5, 4, dtype=torch.uint8), torch.ones(2, 1, 1)
         pytest.param((ROWS, STACK.double(), ENDS), "a stack is fp32", id="fp64 stack"),
         pytest.param((ROWS, BYTE_STACK.code, ENDS), r"scale needs \[2, 1, 1\]", id="bytes without scales"),
         pytest.param((ROWS, IdleStack(STACK.char(), torch.ones(2, 4, 1)), ENDS), r"scale needs \[2, 5, 1\]", id="int8"),
-        pytest.param((ROWS, Scaled(BYTE_STACK.code, torch.ones(2, 1, 1).half()), ENDS), "fp32", id="fp16 scales"),
+        pytest.param((ROWS, QuantTensor(BYTE_STACK.code, torch.ones(2, 1, 1).half()), ENDS), "fp32", id="fp16 scales"),
         pytest.param((BYTES, STACK, ENDS), "an E4M3 stack", id="E4M3 by plain numbers"),
-        pytest.param((Scaled(BYTES.code, torch.ones(6, 2)), BYTE_STACK, ENDS), r"scales \[M, 1\]", id="blocks"),
+        pytest.param((QuantTensor(BYTES.code, torch.ones(6, 2)), BYTE_STACK, ENDS), r"scales \[M, 1\]", id="blocks"),
         pytest.param((BYTES, BYTE_STACK, ENDS, 0, torch.int64), "out is", id="integer result"),
         pytest.param((ROWS, STACK, ENDS, 0, None, torch.ones(5, 6).T), "out is", id="out is turned"),
         pytest.param((ROWS, STACK, ENDS, 0, None, torch.ones(6, 4)), "out is", id="out is narrow"),

@@ -6,12 +6,12 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as module
 from lowvram_kernels.moe.grouped_matmul import Tile, choose_tile, tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad, reference
-from lowvram_kernels.quant.quantise import Scaled, dequantise, quantise_columns
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -130,13 +130,13 @@ EVERY_FP8_TILE = [
 ]
 
 
-def quantised(rows: int, outputs: int, inputs: int) -> tuple[Scaled, Scaled]:
+def quantised(rows: int, outputs: int, inputs: int) -> tuple[QuantTensor, QuantTensor]:
     growing = torch.logspace(-1, 1, rows, device=DEVICE)[:, None]
     left = quantise_columns(draw(rows, outputs) * growing, "e4m3")
     return left, quantise_columns(draw(rows, inputs, seed=1), "e4m3")
 
 
-def dequantised(scaled: Scaled) -> Tensor:
+def dequantised(scaled: QuantTensor) -> Tensor:
     return dequantise(scaled, torch.float32).mT
 
 
@@ -166,7 +166,7 @@ def test_an_e4m3_block_that_is_not_a_number_spoils_those_alone_whose_rows_it_hol
 @pytest.mark.parametrize("card", [None, "sm75"])
 def test_where_there_is_no_triton_the_reference_answers(card: str | None) -> None:
     left, right, ends = draw(30, 20), draw(30, 18, seed=1), ends_of((7, 20, 3))
-    with imagining(Card(DEVICE) if card is None else CARDS[card]):
+    with override_card(Card(DEVICE) if card is None else CARDS[card]):
         found = grouped_wgrad(left, right, ends, 2, torch.float32)
         fp8 = grouped_wgrad(quantise_columns(left, "e4m3"), quantise_columns(right, "e4m3"), ends, 2, torch.float32)
     assert relative_error(found, truth(left, right, ends, 2)) < TOLERANCE[torch.float32]
@@ -188,13 +188,13 @@ def test_the_chosen_tile_is_one_that_the_gate_compiles(name: str) -> None:
 def test_on_paper_it_tells_of_its_launch_and_allocates_the_result_alone(result: torch.dtype) -> None:
     launches: list[Launch] = []
     work: list[HiddenWork] = []
-    with torch.device("meta"), on_paper(CARDS["sm86"], work.append, note_launch=launches.append):
+    with torch.device("meta"), simulate_card(CARDS["sm86"], work.append, note_launch=launches.append):
         left, right = torch.empty(96, 40, dtype=torch.bfloat16), torch.empty(96, 64, dtype=torch.bfloat16)
         ends = torch.empty(8, dtype=torch.int64)
         with LiveBytes() as live:
             grouped_wgrad(left, right, ends, 2, result)
     (what,), (told,) = launches, work
-    assert (what.kernel, what.promise) == ("outer_kernel", "bf16")
+    assert (what.kernel, what.expected_mma) == ("outer_kernel", "bf16")
     assert live.peak == 2 * 40 * 64 * result.itemsize
     assert 2 * 96 * 40 * 64 * 2 / 8 in told, "two of eight experts"
     assert told.moved_bytes == 2 / 8 * 96 * (40 + 64) * 2 + 2 * 40 * 64 * result.itemsize
@@ -218,8 +218,8 @@ def test_it_repeats_itself_bit_for_bit() -> None:
 
 
 LEFT, RIGHT, ENDS = torch.ones(6, 4), torch.ones(6, 5), torch.tensor([2, 6])
-BYTES = Scaled(torch.zeros(4, 6, dtype=torch.uint8), torch.ones(4, 1))
-MORE_BYTES = Scaled(torch.zeros(5, 6, dtype=torch.uint8), torch.ones(5, 1))
+BYTES = QuantTensor(torch.zeros(4, 6, dtype=torch.uint8), torch.ones(4, 1))
+MORE_BYTES = QuantTensor(torch.zeros(5, 6, dtype=torch.uint8), torch.ones(5, 1))
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ MORE_BYTES = Scaled(torch.zeros(5, 6, dtype=torch.uint8), torch.ones(5, 1))
         pytest.param((LEFT, RIGHT.half(), ENDS, 2), "of one dtype", id="two dtypes"),
         pytest.param((LEFT.long(), RIGHT.long(), ENDS, 2), "needs fp32", id="integers"),
         pytest.param((BYTES, MORE_BYTES.code, ENDS, 2), "needs fp32", id="one scale"),
-        pytest.param((BYTES, Scaled(MORE_BYTES.code, torch.ones(5, 2)), ENDS, 2), "1×128", id="blocks"),
+        pytest.param((BYTES, QuantTensor(MORE_BYTES.code, torch.ones(5, 2)), ENDS, 2), "1×128", id="blocks"),
         pytest.param(
-            (BYTES, Scaled(torch.zeros(6, 5).byte().T, MORE_BYTES.scale), ENDS, 2), "contiguous", id="strides"
+            (BYTES, QuantTensor(torch.zeros(6, 5).byte().T, MORE_BYTES.scale), ENDS, 2), "contiguous", id="strides"
         ),
         pytest.param((LEFT, RIGHT, ENDS, 0), "resident is 0", id="none resident"),
         pytest.param((LEFT, RIGHT, ENDS, 3), r"E ≥ 3", id="more than there are"),

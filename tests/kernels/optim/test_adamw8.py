@@ -9,7 +9,7 @@ from typing import Any
 import lowvram_kernels.optim.adamw8 as op
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
+from lowvram_kernels.dispatch import Card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.optim.adamw8 import CodeMap, Maps, Moments, adamw8_, build_maps, decode, encode, new_moments
 from lowvram_kernels.random.stochastic_rounding import CHUNK
@@ -286,7 +286,7 @@ def test_no_temporary_has_the_size_of_the_weight_and_paper_agrees(dtype: torch.d
     limit = {torch.float32: 19, torch.bfloat16: 27}[dtype] * CHUNK
     for count in (3 * CHUNK + 77, 9 * CHUNK):
         peaks = []
-        for mode, device in ((on_paper(Card("cpu")), "meta"), (contextlib.nullcontext(), "cpu")):
+        for mode, device in ((simulate_card(Card("cpu")), "meta"), (contextlib.nullcontext(), "cpu")):
             with mode, torch.device(device):
                 weight, gradient = torch.zeros(count, dtype=dtype), torch.ones(count)
                 moments, maps = new_moments(weight), build_maps(device)

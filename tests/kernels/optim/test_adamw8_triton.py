@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, is_interpreted, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, is_interpreted, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.optim.adamw8 import Moments, adamw8_, build_maps, new_moments, reference
 from test_adamw8 import Oracle, decode_flat
@@ -47,7 +47,7 @@ def gradient_of(shape: tuple[int, ...], step: int, dtype: torch.dtype = torch.fl
 
 def take(card: Card, weight: Tensor, gradient: Tensor, moments: Moments, step: int, **others: Any) -> None:
     settings = {"learning_rate": 1e-3, "decay": 0.1, "seed": 5, "purpose": 3} | others
-    with imagining(card):
+    with override_card(card):
         adamw8_(weight, gradient, moments, MAPS, torch.tensor(float(step), device=DEVICE), **settings)
 
 
@@ -289,7 +289,7 @@ def test_on_paper_it_is_one_launch_without_temporaries_that_moves_what_is_said(
     count = 40_000 * 256
     launches: list[Launch] = []
     told: list[HiddenWork] = []
-    with torch.device("meta"), on_paper(CARDS[card], told.append, note_launch=launches.append):
+    with torch.device("meta"), simulate_card(CARDS[card], told.append, note_launch=launches.append):
         weight, gradient = torch.empty(count, dtype=dtype), torch.empty(count, dtype=gradient_dtype)
         moments, maps, step, skip = new_moments(weight, exact), build_maps("meta"), torch.ones(()), torch.zeros(())
         with LiveBytes().ignore(weight, gradient, *moments, *maps.first, *maps.second, step, skip) as live:
@@ -301,7 +301,7 @@ def test_on_paper_it_is_one_launch_without_temporaries_that_moves_what_is_said(
 
 def test_without_triton_a_card_takes_the_plain_form() -> None:
     launches: list[Launch] = []
-    with torch.device("meta"), on_paper(Card("cuda", (8, 6), has_triton=False), note_launch=launches.append):
+    with torch.device("meta"), simulate_card(Card("cuda", (8, 6), has_triton=False), note_launch=launches.append):
         weight = torch.empty(5_000)
         adamw8_(weight, torch.empty(5_000), new_moments(weight), build_maps("meta"), torch.ones(()), 1e-3)
     assert not launches

@@ -5,7 +5,7 @@ from __future__ import annotations
 import lowvram_kernels.optim.muon as op
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
+from lowvram_kernels.dispatch import Card, simulate_card
 from lowvram_kernels.optim.adamw8 import build_maps
 from lowvram_kernels.optim.muon import QUINTICS, muon_, new_momentum, orthogonalise, reference
 from lowvram_kernels.random.stochastic_rounding import CARD_CHUNK, CHUNK
@@ -191,7 +191,7 @@ def test_inside_a_step_live_three_numbers_an_element_or_one_chunk_and_paper_agre
 
     few = 256 + 4 * 256  # scalars, and the lanes of a bf16 weight's noise
     for platform, chunk, each in (("mps", CARD_CHUNK, 2), ("cpu", CHUNK, 4)):  # each: bytes of a number in the products
-        with on_paper(Card(platform)):
+        with simulate_card(Card(platform)):
             peak = peak_of("meta")
         in_a_chunk = 1.01 * {torch.float32: 14, torch.bfloat16: 16}[dtype] * min(chunk, at_work)
         limit = max(3 * each * at_work, each * at_work + in_a_chunk) + few

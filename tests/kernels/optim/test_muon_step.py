@@ -8,7 +8,7 @@ from typing import Any
 import lowvram_kernels.optim.muon as op
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, imagining
+from lowvram_kernels.dispatch import Card, override_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.optim.adamw8 import build_maps
 from lowvram_kernels.optim.muon import QUINTICS, Momentum, muon_, new_momentum, reference
@@ -237,7 +237,7 @@ def test_cards_that_multiply_in_fp16_take_gradients_that_fp16_cannot_say() -> No
     exact, _ = textbook(start.double(), gradient.double(), torch.zeros(40, 32).double(), 40, False)
     for size in (1e-8, 1e9):
         weight = start.clone()
-        with imagining(Card("cuda", (7, 5), has_triton=False)):
+        with override_card(Card("cuda", (7, 5), has_triton=False)):
             take(weight, gradient * size, new_momentum(weight, 16), 1)
         assert relative_error(weight.double() - start.double(), exact - start.double()) < ONE_STEP
 

@@ -8,7 +8,7 @@ from typing import Any
 import lowvram_kernels.optim.muon as op
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, is_interpreted, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, is_interpreted, override_card, simulate_card
 from lowvram_kernels.optim.adamw8 import build_maps
 from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
 from torch import Tensor
@@ -39,7 +39,7 @@ def gradient_of(shape: tuple[int, ...], step: int, dtype: torch.dtype = torch.fl
 
 def take(card: Card, weight: Tensor, gradient: Tensor, momentum: Momentum, step: int, **others: Any) -> None:
     settings = {"learning_rate": 2e-3, "decay": 0.1, "seed": 5, "purpose": 3} | others
-    with imagining(card):
+    with override_card(card):
         muon_(weight, gradient, momentum, CODES, torch.tensor(float(step), device=DEVICE), **settings)
 
 
@@ -158,7 +158,7 @@ def test_on_paper_both_passes_are_launches_that_move_what_is_said(
     count = 512 * 512
     launches: list[Launch] = []
     told: list[HiddenWork] = []
-    with torch.device("meta"), on_paper(CARDS["sm86"], told.append, note_launch=launches.append):
+    with torch.device("meta"), simulate_card(CARDS["sm86"], told.append, note_launch=launches.append):
         weight, gradient = torch.empty(512, 512, dtype=dtype), torch.empty(512, 512, dtype=torch.bfloat16)
         momentum, codes, step = new_momentum(weight, bits), build_maps("meta").first, torch.ones(())
         with LiveBytes().ignore(weight, gradient, *momentum, *codes, step) as live:

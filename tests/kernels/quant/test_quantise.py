@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, imagining
+from lowvram_kernels.dispatch import Card, override_card
 from lowvram_kernels.quant import quantise
 from lowvram_kernels.quant.quantise import (
     FORMATS,
-    Scaled,
+    QuantTensor,
     dequantise,
     quantise_columns,
     quantise_rows,
@@ -25,7 +25,7 @@ from tests.kernels.cards import DEVICE, running_on
 SHAPES = [(1, 1), (17, 100), (130, 300), (33, 688), (3, 1376), (300, 5)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 each_form = pytest.mark.parametrize("form", FORMATS)
-WAYS: dict[str, Callable[[Tensor, str], Scaled]] = {
+WAYS: dict[str, Callable[[Tensor, str], QuantTensor]] = {
     "rows": quantise_rows,
     "columns": quantise_columns,
     "weight": quantise_weight,
@@ -56,12 +56,12 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: in
     return x.to(dtype)
 
 
-def on_card(run: Callable[[Tensor], Scaled], x: Tensor, card: str = "sm86") -> Scaled:
+def on_card(run: Callable[[Tensor], QuantTensor], x: Tensor, card: str = "sm86") -> QuantTensor:
     with running_on(card):
-        return Scaled(*(part.cpu() for part in run(x.to(DEVICE))))
+        return QuantTensor(*(part.cpu() for part in run(x.to(DEVICE))))
 
 
-def assert_same(found: Scaled, expected: Scaled) -> None:
+def assert_same(found: QuantTensor, expected: QuantTensor) -> None:
     assert found.code.dtype == expected.code.dtype
     assert torch.equal(found.code, expected.code)
     assert torch.equal(found.scale, expected.scale)
@@ -126,7 +126,7 @@ def test_bits_are_the_same_on_mps_and_where_there_is_no_triton(form: str, way: s
     x = numbers((130, 300), torch.bfloat16)
     expected = WAYS[way](x, form)
     for card in (Card("mps"), Card("cuda", (8, 6), has_triton=False)):
-        with imagining(card):
+        with override_card(card):
             found = WAYS[way](x, form)
             assert torch.equal(dequantise(found, torch.float32), dequantise(expected, torch.float32))
         assert_same(found, expected)
@@ -177,7 +177,7 @@ def test_columns_are_the_rows_of_the_transposed(shape: tuple[int, int], form: st
 def test_a_turned_weight_holds_the_same_numbers(shape: tuple[int, int]) -> None:
     w = numbers(shape)
     plain, turned = quantise_weight(w, "e4m3"), quantise_weight(w, "e4m3", transposed=True)
-    assert_same(turned, Scaled(plain.code.T.contiguous(), plain.scale.T.contiguous()))
+    assert_same(turned, QuantTensor(plain.code.T.contiguous(), plain.scale.T.contiguous()))
     assert [list(part.shape) for part in turned] == [[shape[1], shape[0]], [-(-shape[1] // 128), -(-shape[0] // 128)]]
     assert_same(quantise_weight(w, "int8", transposed=True), quantise_rows(w.T.contiguous(), "int8"))
 
@@ -187,14 +187,14 @@ def test_a_turned_weight_holds_the_same_numbers(shape: tuple[int, int]) -> None:
 def test_a_stack_is_each_of_its_matrices(form: str, way: str) -> None:
     stack = numbers((2, 130, 40), torch.float16)
     each = [WAYS[way](matrix, form) for matrix in stack]
-    expected = Scaled(*(torch.stack(parts) for parts in zip(*each, strict=True)))
+    expected = QuantTensor(*(torch.stack(parts) for parts in zip(*each, strict=True)))
     for view in (stack, stack.mT.contiguous().mT):
         assert_same(WAYS[way](view, form), expected)
         assert_same(on_card(lambda w: WAYS[way](w, form), view), expected)
     whole = torch.stack([dequantise(part, torch.float32) for part in each])
     assert torch.equal(dequantise(expected, torch.float32), whole)
     with running_on("sm86"):
-        assert torch.equal(dequantise(Scaled(*(part.to(DEVICE) for part in expected)), torch.float32).cpu(), whole)
+        assert torch.equal(dequantise(QuantTensor(*(part.to(DEVICE) for part in expected)), torch.float32).cpu(), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -216,7 +216,7 @@ def test_what_is_not_finite_spoils_its_block_and_no_other(
     for way, expected in spoilt.items():
         scaled = on_card(lambda x, way=way: WAYS[way](x, form), x) if is_on_card else WAYS[way](x, form)
         with running_on("sm86"):
-            found = dequantise(Scaled(*(part.to(DEVICE) for part in scaled)), torch.float32).cpu()
+            found = dequantise(QuantTensor(*(part.to(DEVICE) for part in scaled)), torch.float32).cpu()
         assert torch.equal(dequantise(scaled, torch.float32).isnan(), found.isnan())
         assert torch.equal(found.isnan(), expected.T if way == "columns" else expected)
 
@@ -273,18 +273,18 @@ def test_dequantising_rounds_the_product_once(shape: tuple[int, int], dtype: tor
         expected = (code.float() * scale).to(dtype)
         assert torch.equal(dequantise(scaled, dtype), expected)
         with running_on("sm75"):
-            found = dequantise(Scaled(*(part.to(DEVICE) for part in scaled)), dtype).cpu()
+            found = dequantise(QuantTensor(*(part.to(DEVICE) for part in scaled)), dtype).cpu()
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("is_on_card", [False, True], ids=["plain", "triton"])
 def test_bytes_that_are_nan_decode_to_nan(is_on_card: bool) -> None:
     code = torch.arange(256, dtype=torch.uint8).view(2, 128)
-    scaled = Scaled(code, torch.tensor([[2.0], [0.5]]))
+    scaled = QuantTensor(code, torch.tensor([[2.0], [0.5]]))
     expected = code.view(torch.float8_e4m3fn).float() * scaled.scale
     if is_on_card:
         with running_on("sm86"):
-            found = dequantise(Scaled(*(part.to(DEVICE) for part in scaled)), torch.float32).cpu()
+            found = dequantise(QuantTensor(*(part.to(DEVICE) for part in scaled)), torch.float32).cpu()
     else:
         found = dequantise(scaled, torch.float32)
     assert torch.equal(found.isnan(), expected.isnan())

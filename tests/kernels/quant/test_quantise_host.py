@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import blocks, quantise
 from lowvram_kernels.quant.quantise import (
     FORMATS,
-    Scaled,
+    QuantTensor,
     dequantise,
     quantise_columns,
     quantise_rows,
@@ -50,7 +50,7 @@ class Paper:
         def note(what: Launch) -> None:
             self.launches.append(what._replace(arguments=()))  # which would keep them alive
 
-        with on_paper(card, note=self.work.append, note_launch=note), LiveBytes().ignore(*given) as live:
+        with simulate_card(card, note=self.work.append, note_launch=note), LiveBytes().ignore(*given) as live:
             self.result = run()
             self.kept = live.now
         self.peak = live.peak
@@ -116,9 +116,9 @@ def test_the_peak_of_plain_pytorch_on_paper_is_its_peak_in_memory(shape: tuple[i
                 quantise_rows(x, form)
         return live.peak
 
-    with on_paper(Card(platform)):
+    with simulate_card(Card(platform)):
         expected = run("meta")
-    with imagining(Card(platform)):
+    with override_card(Card(platform)):
         assert run("cpu") == expected > 0
 
 
@@ -126,7 +126,7 @@ def test_the_peak_of_plain_pytorch_on_paper_is_its_peak_in_memory(shape: tuple[i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_plain_pytorch_has_no_more_at_work_than_promised(dtype: torch.dtype, platform: str, promised: int) -> None:
     x = torch.zeros(2048, blocks.CHUNK // 512, dtype=dtype)
-    with imagining(Card(platform)):
+    with override_card(Card(platform)):
         scaled = [quantise_rows(x, form) for form in FORMATS]
         runs: list[Callable[[], Any]] = [
             *(lambda form=form: quantise_rows(x, form) for form in FORMATS),
@@ -154,7 +154,7 @@ def test_a_compiler_takes_everything_as_one_graph(form: str, card: Card) -> None
         return tuple(dequantise(part, torch.float32) for part in scaled)
 
     x = torch.randn(20, 300, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    with imagining(card):
+    with override_card(card):
         torch._dynamo.reset()
         found = torch.compile(round_trip, backend="eager", fullgraph=True)(x)
         expected = round_trip(x)
@@ -165,7 +165,7 @@ def test_a_compiler_takes_everything_as_one_graph(form: str, card: Card) -> None
 def test_no_gradient_is_kept() -> None:
     x = torch.randn(3, 200, device=DEVICE, requires_grad=True)
     for card in (Card("cpu"), Card("cuda", (8, 6))):
-        with imagining(card):
+        with override_card(card):
             scaled = [quantise_rows(x, "e4m3"), quantise_columns(x, "int8"), quantise_weight(x, "e4m3")]
             assert not any(part.requires_grad for parts in scaled for part in parts)
 
@@ -220,25 +220,25 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "nothing": (lambda: quantise_weight_both(torch.ones(0, 2), "e4m3"), "[0, 2] torch.float32; needs"),
     "integers": (lambda: quantise_weight(torch.ones(2, 2, dtype=torch.int32), "int8"), "torch.int32; needs"),
     "doubles": (lambda: quantise_rows(torch.ones(2, 2, dtype=torch.float64), "int8"), "torch.float64; needs"),
-    "codes": (lambda: dequantise(Scaled(torch.ones(2, 2), torch.ones(2, 1)), torch.float32), "code is [2, 2]"),
+    "codes": (lambda: dequantise(QuantTensor(torch.ones(2, 2), torch.ones(2, 1)), torch.float32), "code is [2, 2]"),
     "scales": (
-        lambda: dequantise(Scaled(torch.ones(200, 300, dtype=torch.uint8), torch.ones(200, 2)), torch.float32),
+        lambda: dequantise(QuantTensor(torch.ones(200, 300, dtype=torch.uint8), torch.ones(200, 2)), torch.float32),
         "scale is [200, 2] torch.float32; this code needs [200, 3] or [2, 3], fp32",
     ),
     "scales of rows": (
-        lambda: dequantise(Scaled(torch.ones(2, 300, dtype=torch.int8), torch.ones(2, 3)), torch.float32),
+        lambda: dequantise(QuantTensor(torch.ones(2, 300, dtype=torch.int8), torch.ones(2, 3)), torch.float32),
         "this code needs [2, 1], fp32",
     ),
     "half a scale": (
-        lambda: dequantise(Scaled(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1).half()), torch.float32),
+        lambda: dequantise(QuantTensor(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1).half()), torch.float32),
         "torch.float16; this code needs",
     ),
     "turned codes": (
-        lambda: dequantise(Scaled(torch.ones(2, 3, dtype=torch.int8).T, torch.ones(3, 1)), torch.float32),
+        lambda: dequantise(QuantTensor(torch.ones(2, 3, dtype=torch.int8).T, torch.ones(3, 1)), torch.float32),
         "contiguous",
     ),
     "dtype": (
-        lambda: dequantise(Scaled(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1)), torch.float64),
+        lambda: dequantise(QuantTensor(torch.ones(2, 2, dtype=torch.int8), torch.ones(2, 1)), torch.float64),
         "dtype is torch.float64; needs fp32, bf16 or fp16",
     ),
 }
@@ -248,5 +248,5 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("card", [Card("cpu"), Card("cuda", (8, 6))], ids=["plain", "triton"])
 def test_what_does_not_fit_is_refused_by_name(name: str, card: Card) -> None:
     run, message = REFUSED[name]
-    with imagining(card), pytest.raises(ShapeError, match=re.escape(message)):
+    with override_card(card), pytest.raises(ShapeError, match=re.escape(message)):
         run()

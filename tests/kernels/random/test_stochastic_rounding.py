@@ -9,7 +9,7 @@ from typing import Any
 import lowvram_kernels.random.stochastic_rounding as op
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.random.counter_rng import chain, draw_bits, name_noise
 from lowvram_kernels.random.stochastic_rounding import CHUNK, add_rounded_, reference, round_to_bf16
@@ -171,7 +171,7 @@ def test_terms_that_vary_cost_a_root_of_two_against_rounding_to_nearest_and_no_b
 def test_no_temporary_has_the_size_of_the_sum_and_paper_agrees(count: int) -> None:
     peaks, told = [], []
     for mode, device in (
-        (on_paper(Card("cpu"), told.append), "meta"),
+        (simulate_card(Card("cpu"), told.append), "meta"),
         (contextlib.nullcontext(), "cpu"),
     ):
         with mode, torch.device(device):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, imagining, on_paper
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
 from lowvram_kernels.random.counter_rng import chain, chain_numbers
 from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
@@ -21,7 +21,7 @@ COUNTS = pytest.mark.parametrize("count", [1, 255, 257, 1376, 4096 + 17])
 
 
 def add(card: Card, total: Tensor, term: Tensor, seed: int = 7, purpose: int = 2, sample: int = 11) -> Tensor:
-    with imagining(card):
+    with override_card(card):
         add_rounded_(total, term, seed, purpose, torch.tensor(sample, device=DEVICE))
     return total
 
@@ -30,7 +30,7 @@ def on_both(total: Tensor, term: Tensor, **names: int) -> tuple[Tensor, Tensor]:
     """The sums of the kernel and of the plain form on the processor."""
     with running_on("sm75"):
         ours = add(CARDS["sm75"], total.to(DEVICE, copy=True), term.to(DEVICE), **names)
-    with imagining(Card("cpu")):
+    with override_card(Card("cpu")):
         plain = total.clone()
         sample = torch.tensor(names.get("sample", 11))
         add_rounded_(plain, term, names.get("seed", 7), names.get("purpose", 2), sample)
@@ -124,7 +124,7 @@ def test_on_paper_it_is_one_launch_that_moves_both_and_the_sum(dtype: torch.dtyp
     count = 3_000_000
     launches: list[Launch] = []
     told: list[HiddenWork] = []
-    with torch.device("meta"), on_paper(CARDS[card], told.append, note_launch=launches.append):
+    with torch.device("meta"), simulate_card(CARDS[card], told.append, note_launch=launches.append):
         total, term = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=dtype)
         sample = torch.zeros((), dtype=torch.int64)
         with LiveBytes().ignore(total, term, sample) as live:
