@@ -11,6 +11,7 @@ table into kernels/README.md.
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import importlib
@@ -103,7 +104,7 @@ def compile_launch(what: Launch, card: Card) -> Compiled:
     target = GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32)
     options = {"num_warps": what.warps, "num_stages": what.stages, **options_of(what)}
     found = triton.compile(source_of(what), target=target, options=options)
-    pattern = INSTRUCTIONS.get(what.promise)
+    pattern = INSTRUCTIONS.get(what.expected_mma)
     match = re.search(pattern, found.asm["ptx"]) if pattern else None
     return Compiled(*_resources(found.asm["cubin"]), found.metadata.shared, match[0] if match else "")
 
@@ -127,8 +128,8 @@ def judge(what: Launch, card: Card, found: Compiled) -> list[str]:
         wrong.append(f"{found.shared_bytes} bytes of shared memory; the card has {card.shared_bytes}")
     if found.stack_bytes:
         wrong.append(f"{found.stack_bytes} bytes of stack: registers spill")
-    if what.promise and not found.instruction:
-        wrong.append(f"no tensor-core instruction for {what.promise}")
+    if what.expected_mma and not found.instruction:
+        wrong.append(f"no tensor-core instruction for {what.expected_mma}")
     return wrong
 
 
@@ -142,15 +143,26 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """Return the kernel's name with its module's, without the folder's."""
-        return f"{self.launch.module.removesuffix('_triton')}: {self.launch.kernel}"
+        module = self.launch.module.rpartition(".")[2].removesuffix("_triton")
+        return f"{module}: {self.launch.kernel}"
 
 
 @functools.cache
 def hash_sources(module: str) -> str:
-    """Return a hash of a module of device code and of those that it imports."""
-    text = (ROOT / f"kernels/lowvram_kernels/{module}.py").read_text(encoding="utf-8")
-    imported = sorted(set(re.findall(r"^from lowvram_kernels\.(\w+_triton) import", text, re.MULTILINE)))
-    return hashlib.sha256("".join([text, *map(hash_sources, imported)]).encode()).hexdigest()[:16]
+    """Return a hash of the code of a module of device code and of those that it imports.
+
+    Comments, docstrings, layout and the modules' own names do not count: none of them reaches the compiler.
+    """
+    path = ROOT / f"kernels/lowvram_kernels/{module.replace('.', '/')}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowvram_kernels."):
+            imported.append((node.module or "").removeprefix("lowvram_kernels."))
+            node.module = ""
+        elif isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256("".join([ast.unparse(tree), *map(hash_sources, imported)]).encode()).hexdigest()[:16]
 
 
 def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
@@ -160,7 +172,7 @@ def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
     for what in launches:
         source = source_of(what)
         text = f"{about} {hash_sources(what.module)} {what.kernel} {source.signature} {source.constants} {source.attrs}"
-        text += f" {what.warps} {what.stages} {what.promise}"
+        text += f" {what.warps} {what.stages} {what.expected_mma}"
         if options := options_of(what):
             text += f" {options}"
         key = hashlib.sha256(text.encode()).hexdigest()[:32]

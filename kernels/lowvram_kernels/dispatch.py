@@ -1,7 +1,7 @@
 """Which card an op works for, and which backend it takes there; knows no tensor's values and no run.
 
-On paper (inside `on_paper(card)`) tensors are meta tensors, but every op takes the card's own path and makes the card's
-own allocations: so what is counted there is what the card will hold.
+Inside `simulate_card(card)` tensors are meta tensors: every op takes the path that it takes on that card and makes the
+same allocations, so what is counted there is what the card will hold.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Choice(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch of a Triton kernel, as values: run on a card, written down on paper, compiled by the gate.
+    """One launch of a Triton kernel, as values: run on a card, recorded in meta mode, compiled by the gate.
 
     module: of this package, holds the kernel.  arguments: tensors and numbers in the kernel's order, before its
-    constants.  promise: the numbers whose tensor-core product the kernel must become ("f16", "bf16", "e4m3", "mxf8",
-    "s8"; "" for none).
+    constants.  expected_mma: operands of the tensor-core instruction that the kernel must compile to ("f16", "bf16",
+    "e4m3", "mxf8", "s8"; "" for none).
     """
 
     module: str
@@ -60,7 +60,7 @@ class Launch(NamedTuple):
     constants: Mapping[str, Any]
     warps: int = 4
     stages: int = 3
-    promise: str = ""
+    expected_mma: str = ""
 
 
 class HiddenWork(NamedTuple):
@@ -76,7 +76,7 @@ class HiddenWork(NamedTuple):
     low_flops: float = 0.0
 
 
-# Promises that are kept by instructions on numbers of 8 bits.
+# Operands of 8 bits.
 _LOW = ("e4m3", "mxf8", "s8")
 _SHARED_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
 
@@ -89,17 +89,17 @@ def _forget(work: HiddenWork | Tensor | Launch) -> None:
 _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 _HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 # Plain names, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
-_imagined: Card | None = None
-_is_paper = False
+_overriding_card: Card | None = None
+_is_simulated = False
 _note_launch: Callable[[Launch], None] = _forget
 _note: Callable[[HiddenWork], None] = _forget
 _note_host: Callable[[Tensor], None] = _forget
 # How often what happens on paper now really happens.
-_times = 1
+_multiplier = 1
 
 
 @contextmanager
-def on_paper(
+def simulate_card(
     card: Card,
     note: Callable[[HiddenWork], None] = _forget,
     note_host: Callable[[Tensor], None] = _forget,
@@ -111,25 +111,25 @@ def on_paper(
     computer's memory and not on the card.  note_launch: of each kernel that would be launched; without it whoever was
     told before still is.
     """
-    global _imagined, _is_paper, _note, _note_host, _note_launch
-    before = _imagined, _is_paper, _note, _note_host, _note_launch
-    _imagined, _is_paper, _note, _note_host = card, True, note, note_host
+    global _overriding_card, _is_simulated, _note, _note_host, _note_launch
+    before = _overriding_card, _is_simulated, _note, _note_host, _note_launch
+    _overriding_card, _is_simulated, _note, _note_host = card, True, note, note_host
     _note_launch = note_launch or _note_launch
     try:
         yield
     finally:
-        _imagined, _is_paper, _note, _note_host, _note_launch = before
+        _overriding_card, _is_simulated, _note, _note_host, _note_launch = before
 
 
 @contextmanager
-def imagining(card: Card) -> Iterator[None]:
+def override_card(card: Card) -> Iterator[None]:
     """Let ops take `card`'s path and really launch, which Triton's interpreter does with a processor's tensors."""
-    global _imagined
-    before, _imagined = _imagined, card
+    global _overriding_card
+    before, _overriding_card = _overriding_card, card
     try:
         yield
     finally:
-        _imagined = before
+        _overriding_card = before
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -138,7 +138,7 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     Not page-locked: torch rounds each block of such memory up to a power of two, half as much again for large stacks,
     and Windows lends little of it.  device: the card, "cpu" where there is none.
     """
-    if is_on_paper():
+    if is_simulated():
         tensor = torch.empty(shape, dtype=dtype, device=device)
         _note_host(tensor)
         return tensor
@@ -155,12 +155,12 @@ def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) ->
     _note(HiddenWork(flops, moved_bytes, ops))
 
 
-def shown(count: int) -> Iterator[int]:
+def representative(count: int) -> Iterator[int]:
     """Yield 0 … count − 1; on paper 0 alone, whose work counts for all: for turns that allocate the same.
 
     The caller must use each number before it asks for the next, and the last one too.
     """
-    if not is_on_paper():
+    if not is_simulated():
         yield from range(count)
         return
     with _counting(count):
@@ -168,7 +168,7 @@ def shown(count: int) -> Iterator[int]:
             yield 0
 
 
-def untold() -> AbstractContextManager[None]:
+def uncounted() -> AbstractContextManager[None]:
     """Let what is done on paper take its memory and count as no work: that is told of otherwise."""
     return _counting(0)
 
@@ -176,28 +176,28 @@ def untold() -> AbstractContextManager[None]:
 @contextmanager
 def _counting(times: int) -> Iterator[None]:
     """Let work that is done on paper count so many times."""
-    global _times
-    before, _times = _times, _times * times
+    global _multiplier
+    before, _multiplier = _multiplier, _multiplier * times
     try:
         yield
     finally:
-        _times = before
+        _multiplier = before
 
 
-def times_now() -> int:
+def work_multiplier() -> int:
     """Return for how many turns the work counts that is done on paper now."""
-    return _times
+    return _multiplier
 
 
-def is_on_paper() -> bool:
-    """Say whether this runs inside `on_paper`."""
-    return _is_paper
+def is_simulated() -> bool:
+    """Say whether this runs inside `simulate_card`."""
+    return _is_simulated
 
 
 def card_of(device: torch.device) -> Card:
     """Return the card that a tensor on `device` is computed by: the imagined one on paper."""
-    if _imagined is not None:
-        return _imagined
+    if _overriding_card is not None:
+        return _overriding_card
     if device.type != "cuda":
         return Card(device.type)
     facts = torch.cuda.get_device_properties(device)
@@ -224,9 +224,9 @@ def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
 
     flops, moved_bytes: its operations and the bytes that it reads and writes, by which its roofline is reckoned.
     """
-    if _is_paper:
+    if _is_simulated:
         _note_launch(what)
-        kind = "low_flops" if what.promise in _LOW else "product_flops"
+        kind = "low_flops" if what.expected_mma in _LOW else "product_flops"
         _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, **{kind: flops}))
         return
     kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)

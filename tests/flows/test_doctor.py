@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attention, imagining
+from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attention, override_card
 from rich.console import Console
 
 import lowvram.cli.machine as machine
@@ -101,7 +101,7 @@ def test_the_json_has_exactly_these_keys() -> None:
 
 def test_the_json_of_a_card_and_of_findings_has_exactly_these_keys(be: Callable[[Facts], None]) -> None:
     be(CUDA)
-    with imagining(Card("cuda", (12, 0), has_triton=False)):
+    with override_card(Card("cuda", (12, 0), has_triton=False)):
         found = values()
     assert found["machine"]["card"] == {
         "name": CARD, "capability": [12, 0], "total_bytes": 12 * GIB, "free_bytes": 11 * GIB,
@@ -120,7 +120,7 @@ def test_the_json_of_a_card_and_of_findings_has_exactly_these_keys(be: Callable[
 
 def test_a_slower_machine_ends_with_0_and_shows_what_would_change_each_op(be: Callable[[Facts], None]) -> None:
     be(CUDA)
-    with imagining(Card("cuda", (12, 0), has_triton=False)):
+    with override_card(Card("cuda", (12, 0), has_triton=False)):
         answer = typed("doctor")
     assert answer.code == 0
     row = "reference", "Triton is not installed, so plain PyTorch computes, slower", "pip install"
@@ -139,7 +139,7 @@ def test_a_slower_machine_ends_with_0_and_shows_what_would_change_each_op(be: Ca
 
 def test_a_machine_that_cannot_train_ends_with_1_and_says_why(be: Callable[[Facts], None]) -> None:
     be(Facts(CUDA.says, card=CUDA.card, driver=CUDA.driver, build=CUDA.build, triton=TritonBuild("3.7.1")))
-    with imagining(Card("cuda", (12, 0))):
+    with override_card(Card("cuda", (12, 0))):
         answer, found = typed("doctor"), values(code=1)
     assert answer.code == 1
     assert "Fatal: there is no C compiler\n" in answer.out
@@ -214,7 +214,7 @@ def test_a_narrow_window_folds_the_table_and_hides_nothing(
     window = Console(file=screen, width=width, force_terminal=True, color_system=None, soft_wrap=True, highlight=False)
     monkeypatch.setattr(show, "out", window)
     be(CUDA)
-    with imagining(Card("cuda", (12, 0), has_triton=False)):
+    with override_card(Card("cuda", (12, 0), has_triton=False)):
         assert typed("doctor").code == 0
     whole = screen.getvalue()
     table = whole.split("\n\n")[1]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, imagining, is_interpreted
+from lowvram_kernels.dispatch import Card, is_interpreted, override_card
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,7 +31,7 @@ def running_on(name: str) -> Iterator[str]:
     card = CARDS[name]
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (card.capability or (0, 0)):
         pytest.skip(f"this card is not {name}")
-    with imagining(card):
+    with override_card(card):
         yield DEVICE
 
 

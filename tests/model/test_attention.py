@@ -107,5 +107,5 @@ def test_repeating_the_heads_equals_leaving_them_grouped(masked: bool, monkeypat
     window = 4 if masked else None
     grouped = attend(q, k, v, 0.3, window)
     choice = Choice("efficient", "as on a card without FlashAttention")
-    monkeypatch.setattr("lowvram_kernels.attention.choose_attention", lambda *_: choice)
+    monkeypatch.setattr("lowvram_kernels.attention.sdpa.choose_attention", lambda *_: choice)
     torch.testing.assert_close(attend(q, k, v, 0.3, window), grouped)

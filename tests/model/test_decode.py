@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, imagining
+from lowvram_kernels.dispatch import Card, override_card
 
 from lowvram.config.model import ModelConfig
 from lowvram.model import decode as one_token
@@ -150,7 +150,7 @@ def test_latents_are_read_by_a_card_s_kernel_as_without_it(name: str, monkeypatc
     last = tokens()[:, 25].to(cards.DEVICE)
     lengths, starts, active = torch.tensor([[25, 25], [0, 0], [1, 1]], device=cards.DEVICE)
     with torch.no_grad():
-        with imagining(Card("cpu")):
+        with override_card(Card("cpu")):
             plain = read_one_token(model, last, AllTexts(cache, lengths, starts, active.bool(), 32), torch.float16)
         with cards.running_on("sm86"):
             kernel = read_one_token(model, last, AllTexts(cache, lengths, starts, active.bool(), 32), torch.float16)

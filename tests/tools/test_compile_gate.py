@@ -25,10 +25,10 @@ from lowvram_kernels.dispatch import Card, Launch
 ADA = Card("cuda", (8, 9))
 def meta(n, dtype=torch.float32):
     return torch.empty(n, dtype=dtype, device="meta")
-def encode(block=1024, native=True, promise="", warps=4):
+def encode(block=1024, native=True, expected_mma="", warps=4):
     constants = {"BLOCK": block, "NATIVE": native}
     given = meta(4096), meta(4096, torch.uint8), 4096
-    return Launch("e4m3_triton", "encode_kernel", (4,), given, constants, warps, 3, promise)
+    return Launch("quant.e4m3_triton", "encode_kernel", (4,), given, constants, warps, 3, expected_mma)
 """
 
 
@@ -89,9 +89,9 @@ for jobs in (old, new):
 def test_shared_memory_spills_and_missing_instructions_are_faults() -> None:
     printed = ask(
         """
-found = gate.compile_launch(encode(promise="e4m3"), ADA)
+found = gate.compile_launch(encode(expected_mma="e4m3"), ADA)
 print(found.registers > 0, found.stack_bytes, found.instruction == "")
-print(gate.judge(encode(promise="e4m3"), ADA, found))
+print(gate.judge(encode(expected_mma="e4m3"), ADA, found))
 print(gate.judge(encode(), ADA, found._replace(shared_bytes=101_377, stack_bytes=8)))
 """
     )
