@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -57,6 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         raise pytest.UsageError(f"Give the parameters of {unstable[0]} ids.")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """Take what lives before a file of tests out of garbage collection.
+
+    A command collects garbage before it loads a model. Over the million objects of torch and of the tests' own modules
+    that takes 0.3 s each time, more than half of all that a test of `chat` computes.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> Iterator[None]:
     """One thread: tiny tensors gain nothing from two, and threads that spin on a busy machine cost minutes."""
@@ -78,13 +90,20 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_bf16_processor() -> Iterator[None]:
+def processor_without_bf16() -> Iterator[None]:
     """Models are read in fp32 where no precision is asked for, whatever the processor of the machine multiplies.
 
     In bf16 a text that is read at once and one that is read turn by turn may differ in their last bits, hence in words.
+    LOWVRAM_TEST_BF16=1 or 0 has every detection of bf16 answer yes or no, for a run of the tests on purpose.
     """
+    asked = os.environ.get("LOWVRAM_TEST_BF16", "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: False)
+        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: asked == "1")
+        if asked:
+            import torch
+
+            for name in ("lowvram.model.linear.is_slow_in_half", "lowvram.generate.decoder.is_slow_in_half"):
+                patch.setattr(name, lambda x: asked == "0" and x.dtype != torch.float32 and x.device.type == "cpu")
         yield
 
 

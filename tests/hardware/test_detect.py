@@ -267,7 +267,6 @@ def test_an_apple_chip_of_the_future_has_memory_and_no_speed(be_mac: Callable[[s
     assert sentence.endswith("The catalogue does not know it, so its speed is not known.")
 
 
-@pytest.mark.covers("device")
 @pytest.mark.parametrize("system, processor", [("Linux", "x86_64"), ("Darwin", "x86_64"), ("Linux", "arm64")])
 def test_without_a_gpu_the_processor_trains_in_this_machines_memory(
     monkeypatch: pytest.MonkeyPatch, system: str, processor: str
@@ -289,7 +288,6 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch, driver: Driver | None, build
     monkeypatch.setattr(command, "find_torch", lambda: build)
 
 
-@pytest.mark.covers("device")
 @pytest.mark.parametrize("asked", ["cuda", "mps"])
 def test_a_device_that_is_not_here_is_refused_with_a_way_on(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     no_accelerator(monkeypatch, None, CPU_BUILD)
@@ -303,7 +301,6 @@ def test_a_card_that_torch_cannot_use_is_refused_with_the_command(monkeypatch: p
         command.choose_device("cuda")
 
 
-@pytest.mark.covers("device")
 def test_auto_takes_what_is_here_and_says_which_card_lies_idle(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

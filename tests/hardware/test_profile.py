@@ -129,7 +129,6 @@ def test_a_better_card_is_faster() -> None:
         assert len(set(speeds)) == len(speeds)
 
 
-@pytest.mark.covers("device")
 @pytest.mark.parametrize(
     "name, headless, desktop",
     [("rtx5070", 10.8, 10.0), ("rtx3060-12gb", 10.8, 10.0), ("rtx4060", 7.0, 6.3)],

@@ -55,7 +55,6 @@ def decoded(model: Transformer, token_NT: torch.Tensor, cache: Cache, make: Make
     return torch.stack(steps, dim=1)
 
 
-@pytest.mark.covers("generation")
 @both
 @every_variant
 def test_decoding_token_by_token_equals_the_full_forward_at_every_position(config: ModelConfig, make: MakeRows) -> None:
@@ -66,7 +65,6 @@ def test_decoding_token_by_token_equals_the_full_forward_at_every_position(confi
     torch.testing.assert_close(found, whole, atol=ABSOLUTE, rtol=0)
 
 
-@pytest.mark.covers("generation")
 @every_variant
 def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
     model = lay_by_columns(randomise(Transformer(config)))
