@@ -230,7 +230,7 @@ def digests(jobs: Sequence[Job]) -> dict[tuple[str, str], str]:
     """Return 8 digits per kernel and card: of all that decides what its variants become and how they are judged."""
     texts: dict[tuple[str, str], list[str]] = {}
     for job in jobs:
-        judged = f"{job.card.shared_bytes} {INSTRUCTIONS.get(job.launch.promise)}"
+        judged = f"{job.card.shared_bytes} {INSTRUCTIONS.get(job.launch.expected_mma)}"
         texts.setdefault(_row_of(job), []).append(f"{job.key} {judged}")
     return {row: hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:8] for row, lines in texts.items()}
 
