@@ -84,8 +84,7 @@ def cases(card: Card) -> Iterator[Call]:
 
 def e4m3_cases(card: Card) -> Iterator[Call]:
     """Yield the two kernels that hold the conversions against torch."""
-    native = card.capability is not None and card.capability >= (8, 9)
-    constants = {"BLOCK": 1024, "NATIVE": native}
+    constants = {"BLOCK": 1024, "NATIVE": card.features.has_e4m3}
     what = Launch("quant.e4m3_triton", "encode_kernel", (4,), (meta(4096), meta(4096, dtype=BYTES), 4096), constants)
     yield partial(launch, what)
     back = (meta(4096, dtype=BYTES), meta(4096, dtype=FP32), 4096)

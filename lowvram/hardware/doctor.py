@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from lowvram_kernels.capabilities import features_of
+
 from lowvram.hardware.detect import TORCH, UPDATE_DRIVER, find_mismatch, find_wheel, install_command
 from lowvram.hardware.inspect import Facts
 from lowvram.units import show_bytes
@@ -116,8 +118,11 @@ def _runs(code: str, capability: tuple[int, int]) -> bool:
 
 
 def check_numbers(facts: Facts) -> Finding | None:
-    """Before capability 8.0 there are no tensor cores for bf16."""
-    if not facts.has_cuda or facts.capability is None or not (7, 0) <= facts.capability < (8, 0):
+    """A card whose tensor cores take fp16 alone is slow in bf16."""
+    if not facts.has_cuda or facts.capability is None:
+        return None
+    features = features_of(facts.capability)
+    if features.has_bf16 or not features.has_half:
         return None
     consequence = "it trains about 8 times as fast in fp16"
     command = "lowvram train RUN.toml --set train.precision=fp16"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lowvram_kernels.capabilities import features_of
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lowvram.config.base import Share, Size, Words
@@ -66,8 +67,8 @@ class Profile(Words):
 
     @property
     def dtype(self) -> Literal["fp16", "bf16"]:
-        """The 16-bit numbers to train in: before capability 8.0 bf16 has no tensor cores and is 8 times slower."""
-        return "fp16" if self.capability is not None and self.capability < (8, 0) else "bf16"
+        """The 16-bit numbers to train in: without tensor cores for it bf16 is 8 times slower than fp16."""
+        return "bf16" if self.capability is None or features_of(self.capability).has_bf16 else "fp16"
 
     def limit_bytes(
         self, desktop: Desktop = "none", ram_bytes: int | None = None, free_bytes: int | None = None
@@ -135,30 +136,19 @@ def generic_profile(memory_bytes: int, name: str = "", capability: Capability = 
 
     capability: the driver's answer; without one that of RTX 30, whose paths every later card has too.
     """
-    is_modern = capability >= (8, 0)
+    features = features_of(capability)
     return Profile(
         id="generic",
         name=name or f"NVIDIA card with {show_bytes(memory_bytes)}",
         platform="cuda",
         capability=capability,
         memory_bytes=memory_bytes,
-        shared_memory_bytes=_SHARED_BYTES.get(capability, 49_152 if capability < (7, 5) else 65_536),
-        fp8="mxfp8" if capability >= (10, 0) else "tensor" if capability >= (8, 9) else "storage",
-        attention="flash" if is_modern else "efficient",
+        shared_memory_bytes=features.shared_bytes,
+        fp8=features.fp8,
+        attention="flash" if features.has_flash else "efficient",
         uncertainty=0.5,
     )
 
-
-# Shared memory of a block by compute capability: CUDA C++ Programming Guide, technical specifications.
-_SHARED_BYTES = {
-    (7, 5): 65_536,
-    (8, 0): 166_912,
-    (8, 6): 101_376,
-    (8, 9): 101_376,
-    (9, 0): 232_448,
-    (10, 0): 232_448,
-    (12, 0): 101_376,
-}
 
 # Words that say nothing about which card it is; what is left tells one from another: "pcie", "laptop", "super".
 _SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card", "chip", "silicon", "ram"}

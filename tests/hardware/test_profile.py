@@ -292,8 +292,8 @@ def test_a_card_without_a_file_takes_the_path_of_its_capability(card: Profile) -
 def test_an_older_or_a_newer_card_than_any_known_is_given_no_more_than_it_surely_has() -> None:
     assert generic_profile(11 * GIB, capability=(6, 1)).shared_memory_bytes == 48 * 1024
     assert generic_profile(11 * GIB, capability=(6, 1)).attention == "efficient"
-    assert generic_profile(16 * GIB, capability=(13, 0)).shared_memory_bytes == 64 * 1024
-    assert generic_profile(16 * GIB, capability=(13, 0)).fp8 == "mxfp8"
+    assert generic_profile(16 * GIB, capability=(13, 0)).shared_memory_bytes == 99 * 1024
+    assert generic_profile(16 * GIB, capability=(13, 0)).fp8 == "tensor"
 
 
 def test_a_profile_is_closed_to_unknown_keys_and_cannot_be_changed() -> None:

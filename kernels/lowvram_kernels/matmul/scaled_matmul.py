@@ -220,7 +220,7 @@ def _(*arguments: Any) -> None:
 
 def _multiply_decoded(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, card: Card, has_fp32_scales: bool) -> Tensor:
     """Multiply by the device's library: exact operands, sums in fp32."""
-    has_bf16 = card.platform != "cuda" or (card.capability or (0, 0)) >= (8, 0)
+    has_bf16 = card.platform != "cuda" or card.features.has_bf16
     if card.platform == "cuda" and (dtype != torch.bfloat16 or not has_bf16 or a.code.dtype == torch.int8):
         return _multiply_halves(a, b, dtype)
     if a.code.dtype == torch.int8:

@@ -152,7 +152,7 @@ def _dtype_of_products(device: torch.device) -> torch.dtype:
     if (card.platform if device.type == "meta" else device.type) == "cpu":
         return torch.float32
     # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
-    is_before_bf16 = card.platform == "cuda" and (card.capability or (8, 0)) < (8, 0)
+    is_before_bf16 = card.platform == "cuda" and card.capability is not None and not card.features.has_bf16
     return torch.float16 if is_before_bf16 else torch.bfloat16
 
 
