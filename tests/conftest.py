@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.machine import find_card
+from tests.sweeps import mark_rest
 
 if find_card() is None:
     # Read when Triton is imported: without a card its kernels run in its interpreter.
@@ -51,8 +52,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if is_shared else min(os.cpu_count() or 1, 8)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a name that is another one in each process: they would not agree on which tests there are."""
+    """Mark the rest of long sweeps as nightly, and refuse a name that is another one in each process.
+
+    Processes with other names would not agree on which tests there are.
+    """
+    mark_rest(items)
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if unstable:
         raise pytest.UsageError(f"Give the parameters of {unstable[0]} ids.")
