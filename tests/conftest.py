@@ -87,6 +87,21 @@ def single_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def unwritten_memory() -> Iterator[None]:
+    """With LOWVRAM_TEST_NAN=1 what torch.empty returns is NaN, so that a test which reads unwritten memory fails.
+
+    It is not always so, because torch ties it to its deterministic algorithms, which are not those that users run.
+    """
+    import torch
+
+    if os.environ.get("LOWVRAM_TEST_NAN") == "1":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes what was measured on this machine."""
     with pytest.MonkeyPatch.context() as patch:
