@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.hardware.detect import find_card
+from tests.sweeps import mark_rest
 
 if find_card() is None:
     # Read when Triton is imported: without a card its kernels run in its interpreter.
@@ -51,8 +52,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if is_shared else min(os.cpu_count() or 1, 8)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a name that is another one in each process: they would not agree on which tests there are."""
+    """Mark the rest of long sweeps as nightly, and refuse a name that is another one in each process.
+
+    Processes with other names would not agree on which tests there are.
+    """
+    mark_rest(items)
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if unstable:
         raise pytest.UsageError(f"Give the parameters of {unstable[0]} ids.")
@@ -78,6 +84,21 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def unwritten_memory() -> Iterator[None]:
+    """With LOWVRAM_TEST_NAN=1 what torch.empty returns is NaN, so that a test which reads unwritten memory fails.
+
+    It is not always so, because torch ties it to its deterministic algorithms, which are not those that users run.
+    """
+    import torch
+
+    if os.environ.get("LOWVRAM_TEST_NAN") == "1":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True, scope="session")
