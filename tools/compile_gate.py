@@ -3,9 +3,9 @@
 python tools/compile_gate.py [--write]
 
 Every launch that an op makes for the shapes and tiles below, and that the presets' steps make, is compiled for compute
-capability 7.5, 8.6, 8.9, 9.0 and 12.0.  It fails on a type that a card refuses, on more shared memory than one of its
-blocks may use, on registers spilt to memory, and where a promised tensor-core instruction is missing.  --write puts the
-table into kernels/README.md.
+capability 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0.  It fails on a type that a card refuses, on more shared memory than one of
+its blocks may use, on registers spilt to memory, and where a promised tensor-core instruction is missing.  --write puts
+the table into kernels/README.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REFUSED = (triton.compiler.CompilationError, triton.runtime.errors.PTXASError, R
 CACHE = Path(tempfile.gettempdir()) / f"lowvram-gate-{os.getuid()}"
 BEGIN, END = "<!-- written by tools/compile_gate.py -->", "<!-- end -->"
 README = ROOT / "kernels/README.md"
-CAPABILITIES = ((7, 5), (8, 6), (8, 9), (9, 0), (12, 0))
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 # What the PTX of each promised product must hold.
 INSTRUCTIONS = {
     "f16": r"(mma\.sync|wgmma\.mma_async)\S*\.f16\.f16",

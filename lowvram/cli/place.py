@@ -118,7 +118,9 @@ def warn_of_precision(train: TrainConfig, profile: Profile) -> str | None:
         return f'{says}: train.precision = "{profile.dtype}" is faster.'
     if train.precision != "bf16" or profile.dtype != "fp16":
         return None
-    return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about 8 times as fast.'
+    known = profile.tflops
+    times = round(known["fp16"] / known["bf16"]) if "fp16" in known and "bf16" in known else 8
+    return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about {times} times as fast.'
 
 
 def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Callable[[Plan], Rehearsal]:

@@ -121,14 +121,17 @@ def find_profile(text: str, memory_bytes: int | None = None) -> tuple[Profile, s
     Raises ConfigError that names the nearest ids.
     """
     words, typed_bytes = _split_name(text)
+    one = "A run uses one of the cards." if _COUNT.search(text.lower()) else ""
     family = [load_profile(name) for name in profile_names() if _split_name(name)[0] == words]
     if not family:
         raise ConfigError(f'The catalogue has no card "{text}".', fix=explain_unknown(text, profile_names()))
     known_bytes = typed_bytes if memory_bytes is None else memory_bytes
     family.sort(key=lambda profile: profile.memory_bytes)
     if known_bytes is None:
-        return family[0], _explain_assumed(family)
-    return _fit_memory(min(family, key=lambda profile: abs(profile.memory_bytes - known_bytes)), known_bytes)
+        return family[0], f"{_explain_assumed(family)} {one}".strip()
+    nearest = min(family, key=lambda profile: abs(profile.memory_bytes - known_bytes))
+    profile, note = _fit_memory(nearest, known_bytes)
+    return profile, f"{note} {one}".strip()
 
 
 def generic_profile(memory_bytes: int, name: str = "", capability: Capability = (8, 6)) -> Profile:
@@ -152,6 +155,8 @@ def generic_profile(memory_bytes: int, name: str = "", capability: Capability = 
 
 # Words that say nothing about which card it is; what is left tells one from another: "pcie", "laptop", "super".
 _SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card", "chip", "silicon", "ram"}
+# The same beside cards of data centres: `Tesla T4`, `A100 Tensor Core GPU`, `colab l4`, `kaggle t4`.
+_SILENT |= {"tesla", "tensor", "core", "google", "colab", "kaggle"}
 _MEMORY = re.compile(r"(?<!\d)[1-9]\d{0,3}(\.\d+)?\s*g(i?b)?\b")
 _SOCKET = re.compile(r"\b(hbm|sxm)\d*e?\b")
 # Which computer an Apple chip is in: its "pro" is not the chip's, wherever the chip stands; others are the chip's.
@@ -159,6 +164,7 @@ _COMPUTER = re.compile(r"\b(mac[ -]?book([ -]?(pro|air))?|mac[ -](mini|studio|pr
 # The screen or the year of such a computer: `14`, `16-inch`, `13.3"`, `2023`; what GB follows is memory.
 _SCREEN = re.compile(r"\b(20[12]\d|1[1-7](\.\d)?|2[147](\.\d)?)\b(?!\s*g(i?b)?\b)([ -]?(inches|inch|in|inç)\b)?")
 _WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
+_COUNT = re.compile(r"\b([2-8] ?x|x ?[2-8])\b")  # `T4 x2`, as Kaggle calls its two cards; each is one of them
 
 
 def _split_name(text: str) -> tuple[frozenset[str], int | None]:
@@ -166,7 +172,7 @@ def _split_name(text: str) -> tuple[frozenset[str], int | None]:
     # A Turkish keyboard writes ı and İ where others write i.
     lower = _SOCKET.sub(" ", text.replace("ı", "i").replace("İ", "i").lower().replace("mobile", "laptop"))
     lower, computers = _COMPUTER.subn(" ", lower)
-    lower = _SCREEN.sub(" ", lower) if computers else lower
+    lower = _SCREEN.sub(" ", lower) if computers else _COUNT.sub(" ", lower)
     memory = _MEMORY.search(lower)
     apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
     return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None

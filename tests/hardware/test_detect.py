@@ -18,6 +18,7 @@ from lowvram.hardware.detect import (
     Driver,
     NvidiaCard,
     TorchBuild,
+    describe_card,
     describe_machine,
     detect,
     explain_mismatch,
@@ -231,6 +232,12 @@ def test_a_card_outside_the_catalogue_has_its_drivers_memory_and_capability(monk
     assert (profile.name, profile.memory_bytes, free_bytes) == ("NVIDIA GeForce RTX 4080 SUPER", 16 * GIB, 15 * GIB)
     assert (profile.capability, profile.fp8, profile.tflops) == ((8, 9), "tensor", {})
     assert sentence.endswith("The catalogue does not know it, so its memory is known and its speed is not.")
+
+
+def test_a_card_that_is_here_and_too_old_is_told_so_with_its_memory() -> None:
+    found = describe_card(NvidiaCard("Tesla P100-PCIE-16GB", (6, 0), 16 * GIB, 15 * GIB))
+    assert found.sentence.startswith("Tesla P100-PCIE-16GB with 16.0 GiB, 15.0 GiB of it free. It is too old")
+    assert "on Kaggle and Colab the T4" in found.sentence
 
 
 @pytest.fixture

@@ -160,6 +160,7 @@ def test_an_errors_first_line_or_its_kind() -> None:
         ((12, 4), (8, 6), (12, 6)),
         ((12, 6), (12, 0), (12, 8)),
         ((11, 8), (6, 1), None),
+        ((13, 0), (3, 7), None),
     ],
     ids=str,
 )
