@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from lowvram.profile import find_profile, load_profile
 
 from lowvram.errors import ConfigError
+from lowvram.hardware.profile import find_profile, load_profile
 
 GIB = 2**30
 

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
-from lowvram.card_names import explain_too_old
 from lowvram.errors import ConfigError
+from lowvram.hardware.card_names import explain_too_old
 from lowvram.hardware.profile import Profile, find_profile, generic_profile, load_profile
 from lowvram.units import show_bytes
 
