@@ -20,12 +20,12 @@ Shapes: M rows, sorted by expert; E experts, C of them in the stack; N outputs, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.quant import e4m3
@@ -45,16 +45,6 @@ EXPECTED_MMA = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
 }
-
-
-class Tile(NamedTuple):
-    """What a program computes: rows × columns numbers, `depth` terms at a time; its warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 # For much work first, for little last: (of a slice's product, of an outer product).
@@ -121,7 +111,7 @@ def reference(
     return y_MN.to(dtype or rows_MK.dtype)
 
 
-def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
+def grouped_tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     """Return every tile that a product may take on a card.
 
     way: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
@@ -138,12 +128,12 @@ def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     ]
 
 
-def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
+def choose_grouped_tile(card: Card, way: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
     """Choose the tile for `count` products of rows × columns numbers; rows: of one expert, in the mean.
 
     The largest that is no more than a third empty and gives each multiprocessor something to do.
     """
-    found = tiles(card, way, is_outer)
+    found = grouped_tiles(card, way, is_outer)
     filled = [tile for tile in found if tile.rows <= 1.5 * rows] or found[-1:]
     for tile in filled:
         if count * -(-rows // tile.rows) * -(-columns // tile.columns) >= card.multiprocessors:
@@ -152,7 +142,7 @@ def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_
 
 
 def way_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
-    """Return how two operands are multiplied, in the words of `tiles`.  is_scaled: both are, with scales."""
+    """Return how two operands are multiplied, in the words of `grouped_tiles`.  is_scaled: both are, with scales."""
     if left.dtype == torch.int8:
         return "int8"  # of "int8_matmul", which is "tensor" on every card that has these launches
     if is_scaled:
@@ -244,7 +234,7 @@ def grouped_matmul(
     rows an int8 stack with scales [C, N, 1], and both contiguous.
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  dtype: of the result; without it
     rows' dtype, bf16 for E4M3 and int8.  out: [M, N], contiguous: other experts' rows stay as they are there; in a
-    result made here they mean nothing.  tile: one of `tiles`, chosen without it.
+    result made here they mean nothing.  tile: one of `grouped_tiles`, chosen without it.
     Returns [M, N].  Has no gradient of its own.  Where there is no Triton it is `reference`, C times the work.
     Raises ShapeError if shapes, dtypes or devices do not fit together, or K is over 133,144 for int8 on both sides.
     """
@@ -267,7 +257,7 @@ def grouped_matmul(
         return out.copy_(torch.where(is_own_M[:, None], reference(rows, stack, ends, first, dtype), out))
     if tile is None:
         way, rows_of_one = way_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
-        tile = choose_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
+        tile = choose_grouped_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
     if rows_scale is not None:
         rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
     _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import blocks, e4m3
 
@@ -49,37 +49,33 @@ class QuantTensor(NamedTuple):
     scale: Tensor
 
 
-class Tile(NamedTuple):
-    """What one program does at a time: rows × columns, by so many warps, in so many turns along the columns."""
-
-    rows: int
-    columns: int
-    warps: int
-    turns: int = 1
-
-
 # Codes leave a program 16 bytes a thread; 4,096 numbers are 32 for each thread.
-_E4M3_ROWS = (Tile(8, 512, 4), Tile(32, 128, 4))
-_E4M3_COLUMNS = (Tile(64, 128, 8),)
-_INT8_ROWS = (Tile(4, 1024, 4), Tile(2, 2048, 4), Tile(1, 4096, 4), Tile(1, 8192, 8))
-# Rows too long for a program, and columns: 32 of them are 64 bytes of bf16.
-_INT8_SLICES = (Tile(8, 512, 4, 4), Tile(32, 128, 4, 4))
-_DEQUANTISE = Tile(32, 128, 4)
+_E4M3_ROWS = (Tile(8, 512, 512), Tile(32, 128, 128))
+_E4M3_COLUMNS = (Tile(64, 128, 128, warps=8),)
+_INT8_ROWS = (Tile(4, 1024, 1024), Tile(2, 2048, 2048), Tile(1, 4096, 4096), Tile(1, 8192, 8192, warps=8))
+# Rows too long for a program, and columns (32 of them are 64 bytes of bf16), in slices of four steps.
+_INT8_SLICES = (Tile(8, 2048, 512), Tile(32, 512, 128))
+_DEQUANTISE = Tile(32, 128, 128)
 
 
-def tiles(form: str, is_turned: bool) -> list[Tile]:
+def quantise_tiles(form: str, is_turned: bool) -> list[Tile]:
     """Return every tile that may be chosen to quantise rows or, is_turned, columns: the same on every card."""
     if form == "e4m3":
         return list(_E4M3_COLUMNS if is_turned else _E4M3_ROWS)
     return [_INT8_SLICES[1]] if is_turned else [*_INT8_ROWS, _INT8_SLICES[0]]
 
 
-def choose_tile(form: str, width: int, is_turned: bool) -> Tile:
+def choose_quantise_tile(form: str, width: int, is_turned: bool) -> Tile:
     """Choose the tile for rows of `width` numbers, or is_turned for columns."""
-    found = tiles(form, is_turned)
+    found = quantise_tiles(form, is_turned)
     if form == "e4m3":
         return found[0] if width >= found[0].columns else found[-1]
-    return next((tile for tile in found if tile.turns == 1 and width <= tile.columns), found[-1])
+    return next((tile for tile in found if not _is_slice(tile) and width <= tile.columns), found[-1])
+
+
+def _is_slice(tile: Tile) -> bool:
+    """Say whether rows are cut into slices, whose largest magnitudes another kernel finds first."""
+    return tile.depth < tile.columns
 
 
 def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tensor:
@@ -231,14 +227,14 @@ def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = 
         return (
             _turn(_encode(x.mT, form, fp32_scales, block[::-1])) if is_turned else _encode(x, form, fp32_scales, block)
         )
-    tile = tile or choose_tile(form, x.shape[-1], is_turned)
+    tile = tile or choose_quantise_tile(form, x.shape[-1], is_turned)
     result = _new(x, form, block)
     if form == "e4m3":
         _launch_e4m3_rows(x, *result, fp32_scales, [*tile])
-    elif tile.turns == 1:
+    elif not _is_slice(tile):
         _launch_int8_rows(x, *result, [*tile])
     else:
-        slices = -(-x.shape[-1] // (tile.columns * tile.turns))
+        slices = -(-x.shape[-1] // tile.columns)
         absmax = torch.empty(*x.shape[:-2], slices, x.shape[-2], dtype=torch.int32, device=x.device)
         _launch_absmax(x, absmax, [*tile])
         _launch_int8_slices(x, absmax, *result, [*tile])
@@ -293,7 +289,7 @@ def _axes(x: Tensor) -> tuple[int, int, int, int, int, int]:
 @_opaque("quantise_e4m3_rows", "code", "scale")
 def _launch_e4m3_rows(x: Tensor, code: Tensor, scale: Tensor, fp32_scales: bool, tile: list[int]) -> None:
     count, *axes = _axes(x)
-    rows, columns, warps, _ = tile
+    rows, columns, _, warps, _ = tile
     constants = {"ROWS": rows, "COLUMNS": columns, "HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(x.device)}
     grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     what = Launch("quant.quantise_triton", "e4m3_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
@@ -320,7 +316,7 @@ def _launch_e4m3_blocks(
 @_opaque("quantise_int8_rows", "code", "scale")
 def _launch_int8_rows(x: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -> None:
     count, *axes = _axes(x)
-    rows, columns, warps, _ = tile
+    rows, columns, _, warps, _ = tile
     constants = {"ROWS": rows, "COLUMNS": columns}
     grid = (-(-axes[0] // rows), 1, count)
     what = Launch("quant.quantise_triton", "int8_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
@@ -341,9 +337,9 @@ def _launch_int8_slices(x: Tensor, absmax: Tensor, code: Tensor, scale: Tensor, 
 
 def _sliced(kernel: str, x: Tensor, tensors: tuple[Tensor, ...], tile: list[int]) -> Launch:
     count, *axes = _axes(x)
-    rows, columns, warps, turns = tile
-    constants = {"ROWS": rows, "COLUMNS": columns, "TURNS": turns}
-    grid = (-(-axes[0] // rows), -(-axes[1] // (columns * turns)), count)
+    rows, columns, depth, warps, _ = tile
+    constants = {"ROWS": rows, "COLUMNS": depth, "TURNS": columns // depth}
+    grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     return Launch("quant.quantise_triton", kernel, grid, (*tensors, *axes), constants, warps)
 
 

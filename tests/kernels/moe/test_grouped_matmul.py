@@ -9,7 +9,7 @@ import torch
 from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_matmul as module
-from lowvram_kernels.moe.grouped_matmul import Tile, choose_tile, grouped_matmul, reference, tiles
+from lowvram_kernels.moe.grouped_matmul import Tile, choose_grouped_tile, grouped_matmul, grouped_tiles, reference
 from lowvram_kernels.moe.idle import IdleStack, decode, encode_, new_idle
 from lowvram_kernels.quant import e4m3
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
@@ -93,7 +93,7 @@ def test_every_row_finds_its_tile_whatever_the_loads() -> None:
         loads = tuple(torch.randint(0, limit, (1 + seed,), generator=generator).tolist())
         rows, stack = draw(sum(loads), 3, seed=seed), draw(len(loads), 2, 3)
         with running_on("sm86"):
-            few = tiles(CARDS["sm86"], "single")[-1]
+            few = grouped_tiles(CARDS["sm86"], "single")[-1]
             y = grouped_matmul(rows, stack, ends_of(loads), out=unwritten(sum(loads), 2, dtype=torch.float32), tile=few)
         assert relative_error(y, truth(rows, stack, ends_of(loads))) < TOLERANCE[torch.float32]
 
@@ -102,7 +102,7 @@ EVERY_TILE = [
     pytest.param(card, way, tile, id=f"{card}-{way}-{'x'.join(map(str, tile[:3]))}")
     for card in ("sm86", "sm90")
     for way in ("half", "decode", "single")
-    for tile in tiles(CARDS[card], way)
+    for tile in grouped_tiles(CARDS[card], way)
 ]
 
 
@@ -175,7 +175,9 @@ def test_idle_copies_are_decoded_to_the_numbers_that_they_stand_for(
     whole = torch.stack([number.to(dtype) for number in numbers])
     with running_on("sm86"):
         y = grouped_matmul(rows, stack, ends, first=1)[3:33]
-        same = grouped_matmul(rows, whole, ends, first=1, tile=choose_tile(CARDS["sm86"], "half", 10, 1, 1))[3:33]
+        same = grouped_matmul(rows, whole, ends, first=1, tile=choose_grouped_tile(CARDS["sm86"], "half", 10, 1, 1))[
+            3:33
+        ]
     assert relative_error(y, truth(rows, whole, ends, 1)[3:33]) < TOLERANCE[dtype]
     if DEVICE == "cuda":  # which adds up operands from registers and from shared memory in another order
         assert relative_error(y, same) < TOLERANCE[dtype]
@@ -204,7 +206,7 @@ def quantise_stack(stack: Tensor) -> QuantTensor:
 EVERY_FP8_TILE = [
     pytest.param(card, tile, id=f"{card}-{'x'.join(map(str, tile[:3]))}")
     for card, way in (("sm86", "storage"), ("sm89", "tensor"), ("sm90", "tensor"), ("sm120", "mxfp8"))
-    for tile in tiles(CARDS[card], way)
+    for tile in grouped_tiles(CARDS[card], way)
 ]
 
 
@@ -251,17 +253,17 @@ WAYS = {"sm86": "storage", "sm89": "tensor", "sm90": "tensor", "sm120": "mxfp8"}
 def test_the_chosen_tile_is_one_that_the_gate_compiles(name: str) -> None:
     card = CARDS[name]
     for way in ("half", "decode", "single", WAYS[name]):
-        found = tiles(card, way)
+        found = grouped_tiles(card, way)
         assert all(tile.depth <= 128 and 128 % min(tile.columns, 128) == 0 for tile in found)
-        chosen = {choose_tile(card, way, rows, 1376, 16) for rows in (0.3, 5, 50, 200, 3000)}
+        chosen = {choose_grouped_tile(card, way, rows, 1376, 16) for rows in (0.3, 5, 50, 200, 3000)}
         assert {found[0], found[-1]} <= chosen <= set(found)
-        assert choose_tile(card, way, 4096, 16, 1).rows < 4096, "few programs take small tiles"
+        assert choose_grouped_tile(card, way, 4096, 16, 1).rows < 4096, "few programs take small tiles"
 
 
 def test_only_plain_stacks_take_tiles_wider_than_a_block_of_scales() -> None:
-    assert max(tile.columns for tile in tiles(CARDS["sm90"], "half")) == 256
+    assert max(tile.columns for tile in grouped_tiles(CARDS["sm90"], "half")) == 256
     for way in ("decode", "tensor", "storage", "mxfp8"):
-        assert all(tile.columns <= module.BLOCK for card in CARDS.values() for tile in tiles(card, way))
+        assert all(tile.columns <= module.BLOCK for card in CARDS.values() for tile in grouped_tiles(card, way))
 
 
 def note(card: str, form: str | None, first: int = 0) -> tuple[Launch, HiddenWork, int]:
@@ -298,7 +300,7 @@ def test_nothing_reads_the_device_and_the_op_keeps_torchs_rules() -> None:
     with running_on("sm86"):
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert grouped_matmul(rows, stack, ends).shape == (6, 5)
-        out, tile = torch.zeros(6, 5, device=DEVICE), list(tiles(CARDS["sm86"], "single")[-1])
+        out, tile = torch.zeros(6, 5, device=DEVICE), list(grouped_tiles(CARDS["sm86"], "single")[-1])
         arguments = (rows, None, stack, None, ends, 0, out, tile)
         torch.library.opcheck(module._multiply_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
