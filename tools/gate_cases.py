@@ -13,7 +13,6 @@ from lowvram_kernels.attention import latent_attention
 from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
 from lowvram_kernels.matmul import gemv, scaled_matmul
 from lowvram_kernels.moe import grouped_matmul, grouped_wgrad
-from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.optim import adamw8
 from lowvram_kernels.quant import quantise
 from lowvram_kernels.quant.quantise import QuantTensor
@@ -150,16 +149,16 @@ def grouped_cases(card: Card) -> Iterator[Call]:
             for out in (dtype, FP32):
                 yield partial(grouped_wgrad.grouped_wgrad, left, rows, ends, experts, out, tile=tile)
         blocks = meta(experts, -(-outputs // BLOCK), -(-inputs // BLOCK), dtype=FP32)
-        copies = IdleStack(meta(experts, outputs, inputs, dtype=BYTES), blocks)
-        in_rows = IdleStack(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
-        turned_rows = IdleStack(
+        copies = QuantTensor(meta(experts, outputs, inputs, dtype=BYTES), blocks)
+        in_rows = QuantTensor(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
+        turned_rows = QuantTensor(
             meta(experts, inputs, outputs, dtype=torch.int8).mT, meta(experts, inputs, 1, dtype=FP32).mT
         )
-        turned_copies = IdleStack(
+        turned_copies = QuantTensor(
             meta(experts, inputs, outputs, dtype=BYTES).mT,
             meta(experts, -(-inputs // BLOCK), -(-outputs // BLOCK), dtype=FP32).mT,
         )
-        masters = IdleStack(meta(experts, outputs, inputs, dtype=FP32), None)  # read in place of their copies
+        masters = meta(experts, outputs, inputs, dtype=FP32)  # read in place of their copies
         for tile in grouped_matmul.grouped_tiles(card, "decode")[:most]:
             for idle in (copies, turned_copies, in_rows, turned_rows, masters):
                 yield partial(grouped_matmul.grouped_matmul, rows, idle, ends, tile=tile)

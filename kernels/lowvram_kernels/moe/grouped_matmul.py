@@ -27,9 +27,8 @@ from torch import Tensor
 
 from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, parts_of
 
 BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
@@ -94,7 +93,7 @@ def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int)
 
 def reference(
     rows: Tensor | QuantTensor,
-    stack: Tensor | QuantTensor | IdleStack,
+    stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -219,7 +218,7 @@ def _(*arguments: Any) -> None:
 
 def grouped_matmul(
     rows: Tensor | QuantTensor,
-    stack: Tensor | QuantTensor | IdleStack,
+    stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -262,11 +261,6 @@ def grouped_matmul(
         rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
     _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))
     return out
-
-
-def parts_of(operand: Tensor | QuantTensor | IdleStack) -> tuple[Tensor, Tensor | None]:
-    """Return an operand's numbers and its scale, None for plain ones."""
-    return (operand, None) if isinstance(operand, Tensor) else (operand.code, operand.scale)
 
 
 def form_of(tensor: Tensor | None) -> str:

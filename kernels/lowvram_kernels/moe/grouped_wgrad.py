@@ -35,10 +35,9 @@ from lowvram_kernels.moe.grouped_matmul import (
     decoded,
     form_of,
     mask_M,
-    parts_of,
     way_of,
 )
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, parts_of
 
 # Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
 _TERMS = 2**17

@@ -40,13 +40,25 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantTensor(NamedTuple):
-    """code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8, contiguous.  scale: fp32, contiguous.
+    """A matrix in 8 bits, or a stack of them: code · scale.
 
-    scale: [N, ⌈K/128⌉] (rows of E4M3), [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.
+    code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8.  scale: fp32, [N, ⌈K/128⌉] (rows of E4M3),
+    [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.  Both contiguous, save in views of a transposed
+    stack, which `grouped_matmul` takes.
     """
 
     code: Tensor
     scale: Tensor
+
+
+def parts_of(operand: Tensor | QuantTensor) -> tuple[Tensor, Tensor | None]:
+    """Return the codes and scales of a quantised tensor; of a plain one itself and None."""
+    return (operand, None) if isinstance(operand, Tensor) else operand
+
+
+def join_parts(code: Tensor, scale: Tensor | None) -> Tensor | QuantTensor:
+    """Return what `parts_of` takes apart."""
+    return code if scale is None else QuantTensor(code, scale)
 
 
 # Codes leave a program 16 bytes a thread; 4,096 numbers are 32 for each thread.

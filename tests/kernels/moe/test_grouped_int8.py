@@ -12,7 +12,6 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as outer_module
 from lowvram_kernels.moe.grouped_matmul import MOST_INT8, Tile, choose_grouped_tile, grouped_matmul, grouped_tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
-from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, quantise_columns, quantise_rows, quantise_weight
 from torch import Tensor
 
@@ -308,7 +307,9 @@ TURNED = QuantTensor(meta(4, 6).code.T, CODES.scale)
         ),
         pytest.param(TURNED, STACK, "all contiguous", id="strides"),
         pytest.param(CODES.code, STACK, "rows without a scale", id="rows without scales"),
-        pytest.param(CODES, IdleStack(STACK.code.byte(), torch.empty(2, 1, 1, device="meta")), "int8", id="E4M3 stack"),
+        pytest.param(
+            CODES, QuantTensor(STACK.code.byte(), torch.empty(2, 1, 1, device="meta")), "int8", id="E4M3 stack"
+        ),
         pytest.param(meta(6, LONG), meta(2, 5, LONG), "at most", id="int32 overflows"),
     ],
 )

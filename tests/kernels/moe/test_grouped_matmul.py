@@ -10,9 +10,9 @@ from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, si
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_matmul as module
 from lowvram_kernels.moe.grouped_matmul import Tile, choose_grouped_tile, grouped_matmul, grouped_tiles, reference
-from lowvram_kernels.moe.idle import IdleStack, decode, encode_, new_idle
+from lowvram_kernels.moe.idle import Stack, decode, encode_, new_idle
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, join_parts, parts_of, quantise_rows, quantise_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -152,7 +152,7 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
     assert relative_error(y.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0)) < TOLERANCE[torch.float32]
 
 
-def copies_of(masters: Tensor, form: str, is_turned: bool) -> tuple[IdleStack, list[Tensor]]:
+def copies_of(masters: Tensor, form: str, is_turned: bool) -> tuple[Stack, list[Tensor]]:
     """Copies as `grouped_matmul` takes them, [C, N, K], and the numbers that they stand for."""
     stack = new_idle(*masters.shape, form, DEVICE)
     for index, master in enumerate(masters):
@@ -160,8 +160,8 @@ def copies_of(masters: Tensor, form: str, is_turned: bool) -> tuple[IdleStack, l
     numbers = [decode(stack, index, torch.float32) for index in range(len(masters))]
     if not is_turned:
         return stack, numbers
-    scale = None if stack.scale is None else stack.scale.mT
-    return IdleStack(stack.code.mT, scale), [number.mT for number in numbers]
+    code, scale = parts_of(stack)
+    return join_parts(code.mT, None if scale is None else scale.mT), [number.mT for number in numbers]
 
 
 @each_side
@@ -328,7 +328,9 @@ BYTE_STACK = QuantTensor(torch.zeros(2, 5, 4, dtype=torch.uint8), torch.ones(2, 
         pytest.param((ROWS.long(), STACK, ENDS), "rows without a scale", id="integer rows"),
         pytest.param((ROWS, STACK.double(), ENDS), "a stack is fp32", id="fp64 stack"),
         pytest.param((ROWS, BYTE_STACK.code, ENDS), r"scale needs \[2, 1, 1\]", id="bytes without scales"),
-        pytest.param((ROWS, IdleStack(STACK.char(), torch.ones(2, 4, 1)), ENDS), r"scale needs \[2, 5, 1\]", id="int8"),
+        pytest.param(
+            (ROWS, QuantTensor(STACK.char(), torch.ones(2, 4, 1)), ENDS), r"scale needs \[2, 5, 1\]", id="int8"
+        ),
         pytest.param((ROWS, QuantTensor(BYTE_STACK.code, torch.ones(2, 1, 1).half()), ENDS), "fp32", id="fp16 scales"),
         pytest.param((BYTES, STACK, ENDS), "an E4M3 stack", id="E4M3 by plain numbers"),
         pytest.param((QuantTensor(BYTES.code, torch.ones(6, 2)), BYTE_STACK, ENDS), r"scales \[M, 1\]", id="blocks"),

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import lowvram_kernels.moe.idle as module
 import pytest
 import torch
+from lowvram_kernels.dispatch import bytes_of
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.moe.idle import FORMATS, IdleStack, check_stack, decode, encode_, nbytes, new_idle, reference
+from lowvram_kernels.moe.idle import FORMATS, Stack, check_stack, decode, encode_, new_idle, reference
+from lowvram_kernels.quant.quantise import QuantTensor, join_parts, parts_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,7 +45,7 @@ def master_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Ten
     return (torch.randn(shape) * size * (torch.rand(shape) > 0.1)).to(dtype)
 
 
-def encoded(master: Tensor, form: str) -> IdleStack:
+def encoded(master: Tensor, form: str) -> Stack:
     stack = new_idle(1, *master.shape, form)
     encode_(stack, 0, master)
     return stack
@@ -102,7 +104,7 @@ def test_bf16_keeps_a_bf16_master_exactly_and_rounds_others_to_the_nearest() -> 
 @pytest.mark.parametrize("absmax", [448.0, 448.0001, 449.0, 1.75, 1.7500001, 1.0, 0.03, 3e-37, 1e-42, 3e38])
 def test_e4m3_scales_are_the_least_powers_of_two_that_hold_the_block(absmax: float) -> None:
     stack = encoded(torch.tensor([[absmax, -absmax / 3]]), "e4m3")
-    assert stack.scale is not None
+    assert isinstance(stack, QuantTensor)
     scale, largest = float(stack.scale), float(torch.tensor(absmax))
     assert torch.frexp(stack.scale).mantissa == 0.5
     assert largest / scale <= 448
@@ -143,7 +145,7 @@ def test_encoding_touches_its_own_copy_alone_and_chunks_change_no_bit(
     stack = new_idle(3, 257, 130, form)
     encode_(stack, 0, first)
     encode_(stack, 2, torch.nn.Parameter(second))
-    for part, (one, two) in zip(stack, zip(*expected, strict=True), strict=True):
+    for part, (one, two) in zip(parts_of(stack), zip(*map(parts_of, expected), strict=True), strict=True):
         if part is not None:
             assert torch.equal(part, torch.cat([one, torch.zeros_like(one), two]))
             assert not part.requires_grad
@@ -171,7 +173,7 @@ def test_the_table_for_devices_without_float8_has_the_same_numbers(dtype: torch.
 def test_a_copy_takes_the_bytes_of_its_format(form: str, expected: int) -> None:
     with LiveBytes() as live:
         stack = new_idle(7, 5, 60, form)
-    assert nbytes(stack) == live.now == 7 * expected
+    assert bytes_of(*parts_of(stack)) == live.now == 7 * expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,17 +183,18 @@ def test_decoding_makes_no_temporary_as_large_as_two_copies(
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", 2**14)
     stack, out = new_idle(2, 1024, 512, form), torch.empty(1024, 512, dtype=dtype)
-    with LiveBytes().ignore(*[part for part in stack if part is not None], out) as live:
+    with LiveBytes().ignore(*[part for part in parts_of(stack) if part is not None], out) as live:
         decode(stack, 1, dtype, out)
     at_work = 6 * 128 * 512 if form == "e4m3" else 0  # 2 bytes of fp16 and 4 of fp32, of one block of rows
     assert live.peak <= at_work + 3 * 2**12  # E4M3's scales, one for each row and block of columns
     # What torch's own kernels take besides, by the allocator's events: 12 bytes of a chunk, which is one block of rows.
-    assert hidden_bytes(lambda: decode(stack, 1, dtype, out)) <= 12 * 128 * 512 < nbytes(stack)
+    assert hidden_bytes(lambda: decode(stack, 1, dtype, out)) <= 12 * 128 * 512 < bytes_of(*parts_of(stack))
 
 
 def test_a_bf16_copy_asked_for_in_bf16_is_no_copy() -> None:
     stack = encoded(master_of((20, 30)), "bf16")
-    assert decode(stack, 0, torch.bfloat16).data_ptr() == stack.code.data_ptr()
+    assert isinstance(stack, Tensor)
+    assert decode(stack, 0, torch.bfloat16).data_ptr() == stack.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32-master", "bf16-master"])
@@ -201,7 +204,7 @@ def test_encoding_takes_13_bytes_of_an_element_at_work(
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", 2**16)
     stack, master = new_idle(2, 1024, 512, form), master_of((1024, 512), dtype)
-    with LiveBytes().ignore(*[part for part in stack if part is not None], master) as live:
+    with LiveBytes().ignore(*[part for part in parts_of(stack) if part is not None], master) as live:
         encode_(stack, 1, master)
     assert live.peak <= 13 * 2**16 + 2**10  # and the scales of one chunk
 
@@ -228,6 +231,7 @@ def test_arguments_that_cannot_be_right_are_named() -> None:
     with pytest.raises(ShapeError, match="new_idle: form is 'fp4'"):
         new_idle(1, 2, 3, "fp4")
     stack = new_idle(2, 5, 60, "int8")
+    assert isinstance(stack, QuantTensor)
     for master in (torch.ones(1, 60), torch.ones(5, 60, dtype=torch.int64)):
         with pytest.raises(ShapeError, match="encode_: "):
             encode_(stack, 0, master)
@@ -244,6 +248,6 @@ def test_arguments_that_cannot_be_right_are_named() -> None:
         (stack.code.view(torch.uint8), scale),
     ):
         with pytest.raises(ShapeError, match=r"mine: (code|scale) is "):
-            check_stack(IdleStack(code, wrong), "mine")
+            check_stack(join_parts(code, wrong), "mine")
     for form in FORMATS:
         check_stack(new_idle(2, 5, 60, form), "mine")
