@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.dispatch import bytes_of, empty_on_host, representative
-from lowvram_kernels.moe.idle import Stack, encode_
+from lowvram_kernels.moe.idle import Stack, write_copy_
 from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 
@@ -85,7 +85,7 @@ class ExpertRotation:
             slot, place = self.slots[old], self.slots[new]
             for name, weight, idle in self._stacks():
                 self._send_home(name, weight, slot, old)
-                encode_(idle, place - self._config.window, weight[slot])
+                write_copy_(idle, place - self._config.window, weight[slot])
                 self._fetch(name, weight, slot, new)
             self.slots[old], self.slots[new] = place, slot
         self._settle()
@@ -203,7 +203,7 @@ class ExpertRotation:
                     self._fetch(name, weight, slot, expert)
                 else:
                     # On the card, as when it rotates: the same bits, and fast.
-                    encode_(idle, slot - self._config.window, self.masters[name][expert].to(weight.device))
+                    write_copy_(idle, slot - self._config.window, self.masters[name][expert].to(weight.device))
         self._settle()
 
     def _settle(self) -> None:

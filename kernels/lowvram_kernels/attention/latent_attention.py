@@ -36,9 +36,8 @@ from torch import Tensor
 from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, quantise_rows
+from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, quantise_rows
 
-BLOCK = 128
 _MOST_CHANNELS, _MOST_ROTATED = 512, 128
 # Rows of the smallest product on tensor cores; of one tile's heads.  More heads are more tiles, which find the cache
 # in L2.

@@ -24,13 +24,12 @@ from torch.nn import functional as F
 
 from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.matmul.scaled_matmul import BLOCK, rows_of_scale
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise
+from lowvram_kernels.matmul.scaled_matmul import rows_of_scale
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, dequantise
 
 MOST_ROWS = 16
 # Rows of a program without tensor cores.
 _MOST_FEW = 4
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Warps that a multiprocessor needs so that enough bytes are on their way; blocks of 128 inputs that a split is worth.
 _WARPS, _LEAST_BLOCKS = 8, 4
 _ADDED = 256  # elements that a program adds over the splits
@@ -84,7 +83,7 @@ def gemv(x: Tensor, weight: QuantTensor) -> Tensor:
     Source: the definition.
     """
     rows_of_scale(weight, "gemv: weight")
-    if x.dim() != 2 or x.shape[1] != weight.code.shape[1] or x.dtype not in _DTYPES or x.device != weight.code.device:
+    if x.dim() != 2 or x.shape[1] != weight.code.shape[1] or x.dtype not in FLOATING or x.device != weight.code.device:
         found = (
             f"x is {list(x.shape)} {x.dtype} on {x.device}, weight {list(weight.code.shape)} on {weight.code.device}"
         )

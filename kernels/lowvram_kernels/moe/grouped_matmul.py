@@ -2,14 +2,14 @@
 
     y[m] = stack[e] @ rows[m]        ends[e − 1] ≤ m < ends[e]
 
-It is what a dropless mixture of experts computes: y forward, and dx with the stack turned.  The slices' ends lie on the
-device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program finds
-out its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
+It is what a dropless mixture of experts computes: y forward, and dx with the stack transposed.  The slices' ends lie
+on the device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program
+finds its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
 
 Rows and stack are of one dtype; or both are E4M3 or both int8 (`quantise.py`), whose sums are int32 and scaled once; or
 the stack is a low-precision copy (`idle.py`) that is decoded in registers and rounded to the rows' dtype, as
-`idle.decode` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3 must
-be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless it is told otherwise.
+`idle.read_copy` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3
+must be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless told otherwise.
 
 Alive: the result alone; copies of codes on both sides where K is no multiple of 16.  Bytes moved: rows, stack and
 result, once.  Operations: 2·M·N·K.
@@ -28,14 +28,10 @@ from torch import Tensor
 from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, parts_of
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, fill_lines, parts_of
 
-BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
 GROUP = 8
-# Products of two numbers up to 127 whose sum int32 holds.
-MOST_INT8 = (2**31 - 1) // 127**2
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 EXPECTED_MMA = {
     "mxfp8": "mxf8",
     "tensor": "e4m3",
@@ -80,7 +76,7 @@ def mask_M(ends_E: Tensor, count: int, expert: int) -> Tensor:
     return is_before_end if expert == 0 else is_before_end & (at_M >= ends_E[expert - 1])
 
 
-def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int) -> Tensor:
+def dequantise_operand(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int) -> Tensor:
     """Return the numbers of a code [..., R, K]; E4M3's scales are of blocks height × 128, int8's of rows or columns."""
     if scale is None:
         return code.to(dtype)
@@ -101,8 +97,8 @@ def reference(
     """Multiply all rows by every matrix and pick, zeros where it is another expert's row."""
     rows_MK, scale = parts_of(rows)
     if scale is not None:
-        rows_MK = decoded(rows_MK, scale, torch.float32, 1)
-    stack_CNK = decoded(*parts_of(stack), rows_MK.dtype, BLOCK)
+        rows_MK = dequantise_operand(rows_MK, scale, torch.float32, 1)
+    stack_CNK = dequantise_operand(*parts_of(stack), rows_MK.dtype, BLOCK)
     y_MN = rows_MK.new_zeros(rows_MK.shape[0], stack_CNK.shape[1])
     for index, matrix_NK in enumerate(stack_CNK):
         mask_M1 = mask_M(ends, len(rows_MK), first + index)[:, None]

@@ -26,20 +26,18 @@ from torch import Tensor
 from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.grouped_matmul import (
-    BLOCK,
     EXPECTED_MMA,
-    FLOATING,
     GROUP,
     check_ends,
     choose_grouped_tile,
-    decoded,
+    dequantise_operand,
     form_of,
     mask_M,
     way_of,
 )
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, parts_of
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines, parts_of
 
-# Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
+# Rows of int8 whose sums int32 holds, in whole tiles: at most quantise.MOST_INT8.
 _TERMS = 2**17
 
 
@@ -48,7 +46,7 @@ def reference(
 ) -> Tensor:
     """Sum the outer products of each expert's rows, of all rows with the others' made zero."""
     left_MO, right_MI = (
-        side if isinstance(side, Tensor) else decoded(*side, torch.float32, 1).mT for side in (left, right)
+        side if isinstance(side, Tensor) else dequantise_operand(*side, torch.float32, 1).mT for side in (left, right)
     )
     sums = []
     for expert in range(resident):

@@ -9,8 +9,8 @@ numbers, |w| < 2⁻⁶·scale).  A decoded number is rounded once, to the dtype 
 E4M3 lies in uint8, because float8 raises on MPS.  Blocks of 128×128 may be read transposed, as dx needs them.
 
 Bytes of an element: 2 (bf16); 1 and 4 a row (int8); 1 and 4 a block (e4m3).
-Alive inside: encode_ 13 bytes for each of the `CHUNK` elements at work.  decode makes its result; besides, where the
-device casts by a copy (all but CUDA), up to 12 bytes for each of `CHUNK` elements.
+Alive inside: write_copy_ 13 bytes for each of the `CHUNK` elements at work.  read_copy makes its result; besides, where
+the device casts by a copy (all but CUDA), up to 12 bytes for each of `CHUNK` elements.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3 (blocks of 128×128); Open Compute Project 2023, "Microscaling
 Formats (MX)", section 5 (E4M3 and E8M0, scales that are powers of two).
@@ -32,7 +32,7 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import blocks, e4m3, quantise
 from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, parts_of
 
-FORMATS = ("bf16", "int8", "e4m3")
+COPY_FORMATS = ("bf16", "int8", "e4m3")
 # Elements at work at once, in whole blocks of rows: temporaries are then some 13 MiB and not several matrices.
 CHUNK = 2**20
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "e4m3": torch.uint8}
@@ -53,11 +53,11 @@ def reference(master: Tensor, form: str) -> Tensor:
 def new_idle(count: int, outputs: int, inputs: int, form: str, device: torch.device | str | None = None) -> Stack:
     """Return `count` copies [outputs, inputs] that decode to zeros.
 
-    form: one of `FORMATS`.
+    form: one of `COPY_FORMATS`.
     Raises ShapeError if it is another.
     """
-    if form not in FORMATS:
-        raise ShapeError(f"new_idle: form is {form!r}; needs one of {', '.join(FORMATS)}.")
+    if form not in COPY_FORMATS:
+        raise ShapeError(f"new_idle: form is {form!r}; needs one of {', '.join(COPY_FORMATS)}.")
     code = torch.zeros(count, outputs, inputs, dtype=_DTYPES[form], device=device)
     if form == "bf16":
         return code
@@ -76,7 +76,7 @@ def check_stack(stack: Stack, what: str) -> None:
 
 
 @torch.no_grad()
-def encode_(stack: Stack, index: int, master: Tensor) -> None:
+def write_copy_(stack: Stack, index: int, master: Tensor) -> None:
     """Replace one copy by the master, rounded; the other copies do not change.
 
     master: [O, N], any floating dtype, on any device.  Its device computes, save that the CPU makes E4M3 for MPS.
@@ -87,7 +87,7 @@ def encode_(stack: Stack, index: int, master: Tensor) -> None:
     code_ON = code[index]
     if master.shape != code_ON.shape or not master.dtype.is_floating_point:
         shapes = f"master is {list(master.shape)} {master.dtype}, copy {list(code_ON.shape)}"
-        raise ShapeError(f"encode_: {shapes}; both need one shape, and the master a floating dtype.")
+        raise ShapeError(f"write_copy_: {shapes}; both need one shape, and the master a floating dtype.")
     if scale is None:
         code_ON.copy_(master)
         return
@@ -100,7 +100,7 @@ def encode_(stack: Stack, index: int, master: Tensor) -> None:
         scale[index, start // step : -(-end // step)].copy_(part)
 
 
-def decode(stack: Stack, index: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def read_copy(stack: Stack, index: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return one matrix in dtype: [O, N].
 
     out: [O, N] in dtype, to be overwritten and returned; without it bf16 copies asked for in bf16 come as a view.
@@ -113,7 +113,7 @@ def decode(stack: Stack, index: int, dtype: torch.dtype, out: Tensor | None = No
     if out is None:
         out = torch.empty(code_ON.shape, dtype=dtype, device=code_ON.device)
     if out.shape != code_ON.shape or out.dtype != dtype:
-        raise ShapeError(f"decode: out is {list(out.shape)} {out.dtype}; needs {list(code_ON.shape)} {dtype}.")
+        raise ShapeError(f"read_copy: out is {list(out.shape)} {out.dtype}; needs {list(code_ON.shape)} {dtype}.")
     if scales is None:
         return out.copy_(code_ON)
     scale = scales[index]

@@ -27,8 +27,8 @@ TILES = {
     "narrow": op._NARROW,
     "wide": op._WIDE,
     "shallow": op._WIDE_SHALLOW,
-    "turned": op._TURNED,
-    "turned-coded": op._TURNED_CODED,
+    "turned": op._TRANSPOSED,
+    "turned-coded": op._TRANSPOSED_CODED,
 }
 
 

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, Launch, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, Launch, Tile, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.gemv import (
-    Tile,
     choose_gemv_tile,
     choose_splits,
     gemv,

@@ -9,10 +9,9 @@ from contextlib import AbstractContextManager
 import lowvram_kernels.matmul.scaled_matmul as product_of_codes
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import (
-    Tile,
     backend_of,
     choose_matmul_tile,
     matmul_tiles,

@@ -9,7 +9,7 @@ import torch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import experts as module
 from lowvram_kernels.moe.experts import experts, reference
-from lowvram_kernels.moe.idle import FORMATS, Stack, decode, encode_, new_idle
+from lowvram_kernels.moe.idle import COPY_FORMATS, Stack, new_idle, read_copy, write_copy_
 from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,7 +46,7 @@ def put_idle(leaves: list[Tensor], resident: int, form: str) -> tuple[list[Tenso
     for master in (gate_up, down):
         stack = new_idle(master.shape[0] - resident, *master.shape[1:], form)
         for index, matrix in enumerate(master[resident:]):
-            encode_(stack, index, matrix)
+            write_copy_(stack, index, matrix)
         stacks.append(stack)
     mixed = [x.clone(), gate_up[:resident].clone(), down[:resident].clone(), weights.clone()]
     return [t.requires_grad_() for t in mixed], (stacks[0], stacks[1])
@@ -56,7 +56,7 @@ def fill_up(mixed: list[Tensor], idle: tuple[Stack, Stack]) -> list[Tensor]:
     """Full stacks in x's dtype whose idle experts are their decoded copies."""
     x, gate_up, down, weights = (t.detach().clone() for t in mixed)
     full = [
-        torch.stack([*master.to(x.dtype), *(decode(stack, i, x.dtype) for i in range(len(parts_of(stack)[0])))])
+        torch.stack([*master.to(x.dtype), *(read_copy(stack, i, x.dtype) for i in range(len(parts_of(stack)[0])))])
         for master, stack in zip((gate_up, down), idle, strict=True)
     ]
     return [t.requires_grad_() for t in (x, *full, weights)]
@@ -180,13 +180,13 @@ def test_the_private_ops_keep_torchs_rules() -> None:
     more = torch.randn(6, 5)
     for resident in (3, 2):
         torch.library.opcheck(module._sum_outer_slices, (rows, more, ends, torch.float32, resident), test_utils=rules)
-    for form in FORMATS:
+    for form in COPY_FORMATS:
         idle = new_idle(1, 5, 4, form)
         mixed = (rows, stack[:2], ends, *parts_of(idle), torch.zeros(5, 4), True)
         torch.library.opcheck(module._multiply_slices, mixed, test_utils=rules)
 
 
-each_form = pytest.mark.parametrize("form", FORMATS)
+each_form = pytest.mark.parametrize("form", COPY_FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_window = pytest.mark.parametrize("resident", [1, 2, 4])
 

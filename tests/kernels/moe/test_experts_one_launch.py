@@ -10,7 +10,7 @@ from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, si
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.moe import experts as module
 from lowvram_kernels.moe.experts import experts, reference
-from lowvram_kernels.moe.idle import FORMATS, Stack, encode_, new_idle
+from lowvram_kernels.moe.idle import COPY_FORMATS, Stack, new_idle, write_copy_
 from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,7 +32,7 @@ SAME = {
     ("int8", torch.float16): 6e-3,
 }
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_form = pytest.mark.parametrize("form", [None, *FORMATS], ids=["all resident", *FORMATS])
+each_form = pytest.mark.parametrize("form", [None, *COPY_FORMATS], ids=["all resident", *COPY_FORMATS])
 each_low = pytest.mark.parametrize("form", ["e4m3", "int8"])
 Idle = tuple[Stack, Stack] | None
 
@@ -59,7 +59,7 @@ def draw(dtype: torch.dtype, form: str | None, resident: int = 2) -> tuple[list[
         for master in (gate_up, down):
             stack = new_idle(count - resident, *master.shape[1:], form, DEVICE)
             for index, matrix in enumerate(master[resident:]):
-                encode_(stack, index, matrix)
+                write_copy_(stack, index, matrix)
             stacks.append(stack)
         idle = stacks[0], stacks[1]
         gate_up, down = gate_up[:resident].clone(), down[:resident].clone()

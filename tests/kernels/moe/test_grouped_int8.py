@@ -7,12 +7,19 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, choose, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, choose, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as outer_module
-from lowvram_kernels.moe.grouped_matmul import MOST_INT8, Tile, choose_grouped_tile, grouped_matmul, grouped_tiles
+from lowvram_kernels.moe.grouped_matmul import choose_grouped_tile, grouped_matmul, grouped_tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import (
+    MOST_INT8,
+    QuantTensor,
+    fill_lines,
+    quantise_columns,
+    quantise_rows,
+    quantise_weight,
+)
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on, unwritten

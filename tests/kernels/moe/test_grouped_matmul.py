@@ -6,11 +6,11 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_matmul as module
-from lowvram_kernels.moe.grouped_matmul import Tile, choose_grouped_tile, grouped_matmul, grouped_tiles, reference
-from lowvram_kernels.moe.idle import Stack, decode, encode_, new_idle
+from lowvram_kernels.moe.grouped_matmul import choose_grouped_tile, grouped_matmul, grouped_tiles, reference
+from lowvram_kernels.moe.idle import Stack, new_idle, read_copy, write_copy_
 from lowvram_kernels.quant import e4m3
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise, join_parts, parts_of, quantise_rows, quantise_weight
 from torch import Tensor
@@ -156,8 +156,8 @@ def copies_of(masters: Tensor, form: str, is_turned: bool) -> tuple[Stack, list[
     """Copies as `grouped_matmul` takes them, [C, N, K], and the numbers that they stand for."""
     stack = new_idle(*masters.shape, form, DEVICE)
     for index, master in enumerate(masters):
-        encode_(stack, index, master)
-    numbers = [decode(stack, index, torch.float32) for index in range(len(masters))]
+        write_copy_(stack, index, master)
+    numbers = [read_copy(stack, index, torch.float32) for index in range(len(masters))]
     if not is_turned:
         return stack, numbers
     code, scale = parts_of(stack)
@@ -347,7 +347,7 @@ def test_arguments_that_cannot_be_right_are_named(arguments: tuple, what: str) -
 
 def test_the_reference_decodes_as_the_copies_do() -> None:
     stack, numbers = copies_of(draw(2, 140, 200), "e4m3", False)
-    found = module.decoded(*stack, torch.float32, module.BLOCK)
+    found = module.dequantise_operand(*stack, torch.float32, module.BLOCK)
     assert torch.equal(found, torch.stack(numbers))
     assert torch.equal(
         found[0, :128, :128], e4m3.decode(stack.code[0, :128, :128], torch.float32) * stack.scale[0, 0, 0]

@@ -6,10 +6,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as module
-from lowvram_kernels.moe.grouped_matmul import Tile, choose_grouped_tile, grouped_tiles
+from lowvram_kernels.moe.grouped_matmul import choose_grouped_tile, grouped_tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad, reference
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns
 from torch import Tensor
