@@ -16,8 +16,8 @@ from lowvram_kernels.quant.quantise import QuantTensor, join_parts, parts_of
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowvram.config import Moe
-from lowvram.model.exact import ExactBuffers
+from lowvram.config.architecture import Moe
+from lowvram.model.fp32_buffers import ExactBuffers
 from lowvram.model.linear import DEFAULT_OPTIONS, Linear, ParamOptions, RmsNorm, project
 
 

@@ -15,7 +15,7 @@ from lowvram_kernels.matmul.weight_only import decoded, weight_only_linear
 from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor, nn
 
-from lowvram.recipe import Rotation
+from lowvram.config.train import Rotation
 
 
 class ParamOptions(NamedTuple):

@@ -21,9 +21,9 @@ from lowvram_kernels.moe.idle import Stack, write_copy_
 from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 
+from lowvram.config.train import Rotation
 from lowvram.model.ffn import MoeFfn
 from lowvram.model.transformer import Transformer, draw_
-from lowvram.recipe import Rotation
 from lowvram.train.optim import LeanOptimizer, State, part_of
 
 

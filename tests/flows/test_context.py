@@ -13,12 +13,12 @@ from lowvram.cli import context as module
 from lowvram.cli import place
 from lowvram.cli.context import find_max_context, reach
 from lowvram.cli.load import Loaded
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError
-from lowvram.fit.answer import Place
+from lowvram.fit.report import Place
+from lowvram.hardware.profile import load_profile
 from lowvram.model.transformer import Transformer
-from lowvram.profile import load_profile
 from tests.model.variants import VARIANTS
 
 
@@ -89,6 +89,7 @@ def test_what_fits_is_as_long_as_it_can_be(kind: str, slots: int, monkeypatch: p
     )
 
 
+@pytest.mark.nightly
 def test_latents_in_8_bits_leave_room_for_a_longer_text(monkeypatch: pytest.MonkeyPatch) -> None:
     # Latents so wide that what layers keep outweighs what one of them works with.
     wide = VARIANTS["mla-moe"].attention.model_copy(update={"kv_lora_rank": 512})

@@ -18,12 +18,13 @@ from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attentio
 from rich.console import Console
 
 import lowvram.cli.machine as machine
-from lowvram.cli import show
+from lowvram.cli import console as show
 from lowvram.cli.doctor import choose_all
-from lowvram.facts import Facts, TorchSays
+from lowvram.errors import MachineError
 from lowvram.fit.rehearse import imagine
-from lowvram.machine import Driver, NvidiaCard, TorchBuild, TritonBuild
-from lowvram.profile import load_profile, profile_names
+from lowvram.hardware.detect import Driver, NvidiaCard, TorchBuild, TritonBuild
+from lowvram.hardware.inspect import Facts, TorchSays
+from lowvram.hardware.profile import load_profile, profile_names
 from tests.flows.typed import environment, typed
 
 GIB = 2**30
@@ -44,7 +45,7 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
 
     def become(facts: Facts) -> None:
         monkeypatch.setattr("lowvram.cli.machine.ask_torch", lambda: facts.says)
-        monkeypatch.setattr("lowvram.facts.gather", lambda _: facts)
+        monkeypatch.setattr("lowvram.hardware.inspect.gather", lambda _: facts)
 
     return become
 
@@ -224,6 +225,28 @@ def test_a_narrow_window_folds_the_table_and_hides_nothing(
     words = set(re.findall(r"\w+", table))
     assert set(re.findall(r"\w+", "Triton is not installed, so plain PyTorch computes, slower")) <= words
     assert '  to mend it    pip install "triton>=3.5,<3.8"\n' in whole
+
+
+def test_a_card_that_is_too_old_for_torch_ends_a_run_before_its_first_launch(
+    monkeypatch: pytest.MonkeyPatch, be: Callable[[Facts], None]
+) -> None:
+    name = "Tesla P100-PCIE-16GB"
+    says = TorchSays(device="cuda", capability=(6, 0), architectures=("sm_75", "sm_80", "sm_120"))
+    driver, card = Driver(name, (12, 8)), NvidiaCard(name, (6, 0), 16 * GIB, 15 * GIB)
+    build = TorchBuild("2.13.0+cu129", (12, 9))
+    be(Facts(says, driver=driver, card=card, build=build, triton=TritonBuild("3.7.1"), compiler="gcc"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "find_driver", lambda: driver)
+    monkeypatch.setattr(machine, "find_card", lambda: card)
+    monkeypatch.setattr(machine, "find_torch", lambda: build)
+    with pytest.raises(MachineError) as caught:
+        machine.choose_device("auto")
+    assert caught.value.what == "This card has capability 6.0."
+    assert "too old for Triton, and torch 2.13.0+cu129 has no code for it" in caught.value.why
+    assert "on Kaggle and Colab the T4" in caught.value.why
+    assert "/cu126" in caught.value.fix
+    assert "--device cpu" in caught.value.fix
+    assert machine.choose_device("cpu") == torch.device("cpu")
 
 
 def test_a_missing_triton_is_one_sentence_when_a_card_is_opened(

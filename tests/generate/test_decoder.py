@@ -10,11 +10,12 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card, card_of, override_card, simulate_card
 
-from lowvram.config import Mla, ModelConfig
+from lowvram.config.architecture import Mla
+from lowvram.config.model import ModelConfig
 from lowvram.generate import decoder as of_decoder
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.graphs import Graphs, can_capture
-from lowvram.model.cache import Cache
+from lowvram.model.kv_cache import Cache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -41,7 +42,6 @@ def whole(model: Transformer, token_T: list[int]) -> torch.Tensor:
         return model.logits(torch.tensor([token_T]))[0, -1]
 
 
-@pytest.mark.covers("generation")
 @each_way
 @every_variant
 def test_each_slot_answers_as_if_its_text_were_alone(config: ModelConfig, card: Card) -> None:
@@ -62,7 +62,6 @@ def test_each_slot_answers_as_if_its_text_were_alone(config: ModelConfig, card: 
     assert [decoder.length(slot) for slot in range(4)] == [len(texts.get(slot, [])) for slot in range(4)]
 
 
-@pytest.mark.covers("generation")
 @pytest.mark.parametrize("chunk", [1, 2, 7, 20, 512])
 @every_variant
 def test_reading_in_chunks_equals_reading_at_once(config: ModelConfig, chunk: int) -> None:
@@ -71,7 +70,6 @@ def test_reading_in_chunks_equals_reading_at_once(config: ModelConfig, chunk: in
     torch.testing.assert_close(decoder.prefill(0, token_T), whole(model, token_T), atol=ABSOLUTE, rtol=0)
 
 
-@pytest.mark.covers("generation")
 @each_way
 @pytest.mark.parametrize("name", ["mla-moe", "gqa-rope", "gqa-window", "mla-window"])
 def test_a_text_that_is_taken_back_goes_on_as_if_it_had_never_been(name: str, card: Card) -> None:

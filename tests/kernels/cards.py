@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cpu" if is_interpreted() else "cuda"
 CARDS = {
     "sm75": Card("cuda", (7, 5)),
+    "sm80": Card("cuda", (8, 0)),
     "sm86": Card("cuda", (8, 6)),
     "sm89": Card("cuda", (8, 9)),
     "sm90": Card("cuda", (9, 0)),

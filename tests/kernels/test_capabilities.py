@@ -11,7 +11,7 @@ import torch
 from lowvram_kernels.capabilities import features_of
 from lowvram_kernels.dispatch import Card, choose, choose_attention
 
-from lowvram.profile import generic_profile, load_profile, profile_names
+from lowvram.hardware.profile import generic_profile, load_profile, profile_names
 
 ROOT = Path(__file__).parents[2]
 # Of a block's shared memory, by the CUDA C++ Programming Guide; of 13.0, which nobody has seen, the least since 8.0.

@@ -9,7 +9,7 @@ from lowvram_kernels.dispatch import Card, is_interpreted, override_card
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from torch import Tensor
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.model.transformer import Transformer
 from tests.tiny import KINDS
 

@@ -13,7 +13,7 @@ from lowvram_kernels.moe.idle import reference
 from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.fit.rehearse import rehearse
 from lowvram.model.transformer import Transformer

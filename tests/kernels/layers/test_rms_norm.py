@@ -25,7 +25,6 @@ def with_gradients(shape: tuple[int, ...], dtype: torch.dtype, master: torch.dty
     return [x.requires_grad_(), weight.requires_grad_()]
 
 
-@pytest.mark.covers("RMSNorm")
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16], ids=["fp32-master", "bf16-master"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -45,14 +44,12 @@ def test_values_and_both_gradients_are_the_textbooks(
     assert relative_error(dweight, dweight_truth) < max(TOLERANCE[dtype], TOLERANCE[master])
 
 
-@pytest.mark.covers("RMSNorm")
 def test_rows_leave_with_unit_root_mean_square() -> None:
     x = torch.randn(7, 129) * torch.logspace(-2, 3, 7)[:, None]
     torch.testing.assert_close(rms_norm(x, torch.ones(129)).square().mean(-1), torch.ones(7), rtol=2e-2, atol=0)
     assert not torch.allclose(rms_norm(x + 5.0, torch.ones(129)).mean(-1), torch.zeros(7), atol=1e-3)
 
 
-@pytest.mark.covers("RMSNorm")
 def test_fp32_is_the_norm_that_exported_models_run() -> None:
     llama = pytest.importorskip("transformers.models.llama.modeling_llama").LlamaRMSNorm(384, eps=1e-6)
     torch.manual_seed(2)
@@ -61,7 +58,6 @@ def test_fp32_is_the_norm_that_exported_models_run() -> None:
     torch.testing.assert_close(rms_norm(x, llama.weight, 1e-6), llama(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.covers("RMSNorm")
 def test_scaling_a_row_leaves_the_result_and_divides_the_gradient() -> None:
     x, weight = with_gradients((6, 50), torch.float32, torch.float32)
     upstream = torch.randn(6, 50)
@@ -84,7 +80,6 @@ def test_strides_do_not_matter(transform: str) -> None:
     torch.testing.assert_close(da, db, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.covers("numerical stability")
 @pytest.mark.parametrize("scale", [0.0, 1e-20, 3e4], ids=["zeros", "tiny", "near-fp16s-limit"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_extreme_rows_stay_finite(scale: float, dtype: torch.dtype) -> None:

@@ -12,7 +12,6 @@ from tests.kernels.measures import relative_error, saved_bytes
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.2e-3}
 
 
-@pytest.mark.covers("SwiGLU")
 @pytest.mark.parametrize("master", [torch.float32, torch.bfloat16], ids=["fp32-master", "bf16-master"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
@@ -36,14 +35,12 @@ def test_values_and_both_gradients_are_the_textbooks(
     assert relative_error(d_down, d_down_truth) < max(TOLERANCE[dtype], TOLERANCE[master])
 
 
-@pytest.mark.covers("SwiGLU")
 def test_the_gate_comes_first_and_only_it_is_squashed() -> None:
     gate_up, down = torch.tensor([[0.0, 2.0, 5.0, 3.0]]), torch.eye(2)
     expected = torch.tensor([[0.0, 2.0 / (1.0 + torch.tensor(-2.0).exp().item()) * 3.0]])
     torch.testing.assert_close(swiglu(gate_up, down), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.covers("SwiGLU")
 def test_it_saves_gate_up_alone() -> None:
     gate_up = torch.randn(6, 48).bfloat16().requires_grad_()
     down = torch.randn(10, 24, requires_grad=True)
@@ -60,7 +57,6 @@ def test_the_backward_pass_hands_the_product_along() -> None:
     assert relative_error(d_gate_up, truth) < 2e-6
 
 
-@pytest.mark.covers("numerical stability")
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_a_saturated_gate_neither_overflows_nor_loses_its_slope(dtype: torch.dtype) -> None:
     gate = torch.tensor([-3e4, -200.0, -90.0, 0.0, 90.0, 200.0, 3e4])

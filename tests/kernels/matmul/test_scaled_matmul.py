@@ -318,6 +318,15 @@ def test_on_paper_the_oldest_card_holds_both_operands_in_fp16() -> None:
     assert peak >= 2 * (256 * 384 + 384 * 128) + 4 * 256 * 128
 
 
+def test_an_a100_decodes_e4m3_in_registers_and_has_163_kib_of_shared_memory() -> None:
+    card = CARDS["sm80"]
+    assert backend_of(torch.uint8, card) == "storage"
+    assert backend_of(torch.int8, card) == "int8"
+    assert card.shared_bytes == 163 * 1024
+    assert tiles(card, "storage") == tiles(CARDS["sm86"], "storage")
+    assert set(tiles(CARDS["sm86"], "int8")) <= set(tiles(card, "int8"))
+
+
 def test_tiles_fit_the_shared_memory_and_grow_with_the_work() -> None:
     card = CARDS["sm86"]
     assert [tile.rows * tile.columns for tile in matmul_tiles(card, "storage")] == [128 * 128, 128 * 64, 64 * 64]
