@@ -19,7 +19,7 @@ from lowvram.config.run_file import load_preset, preset_names
 from lowvram.hardware.detect import Detected
 from lowvram.hardware.profile import load_profile
 from lowvram.units import show_bytes, show_duration_range, show_energy_range
-from tests.flows.typed import environment, typed
+from tests.flows.typed import Output, environment, typed
 
 GIB = 2**30
 COLUMNS = ["preset", "parameters", "fits", "peak", "time", "tokens/s", "energy", "plan", "technique", "tokens"]
