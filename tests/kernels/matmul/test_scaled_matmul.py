@@ -323,8 +323,8 @@ def test_an_a100_decodes_e4m3_in_registers_and_has_163_kib_of_shared_memory() ->
     assert backend_of(torch.uint8, card) == "storage"
     assert backend_of(torch.int8, card) == "int8"
     assert card.shared_bytes == 163 * 1024
-    assert tiles(card, "storage") == tiles(CARDS["sm86"], "storage")
-    assert set(tiles(CARDS["sm86"], "int8")) <= set(tiles(card, "int8"))
+    assert matmul_tiles(card, "storage") == matmul_tiles(CARDS["sm86"], "storage")
+    assert set(matmul_tiles(CARDS["sm86"], "int8")) <= set(matmul_tiles(card, "int8"))
 
 
 def test_tiles_fit_the_shared_memory_and_grow_with_the_work() -> None:
