@@ -5,7 +5,7 @@ python tools/check_figures.py --stamp NAME    after measuring again: note today'
 
 A stamp stands above the figures that it is about:
 <!-- figures NAME: measured DATE, sources DIGEST of PATH PATH … -->
-The digest is over what the sources compute: comments, docstrings, imports and the names of files do not count, so a file
+The digest is over what the sources compute: comments, docstrings, imports and names of files do not count, so a file
 that only moved makes nothing older.  "unknown" stands where the sources of that day were not noted.
 """
 
