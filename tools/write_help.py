@@ -21,8 +21,9 @@ os.environ["NO_COLOR"] = "1"  # argparse colours its help from Python 3.14 on
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from lowvram.config import ModelConfig, TrainConfig
-from lowvram.runfile import load_preset, preset_names
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.config.train import TrainConfig
 from lowvram.units import show_bytes, show_count, show_duration_range
 
 COMMANDS = (
