@@ -331,7 +331,7 @@ def test_runs_save_at_the_interval_asked_for_or_at_one_that_grows_with_their_siz
     assert saved_steps(with_run(what, dir=home / "least"), clock) == [6, 12, 18, 22], "never more often than 600 s"
     weights, memory = trainer_of(asked), find_checkpoint(home / "asked")[0]
     size = sum(t.numel() * t.element_size() for t in (*weights.state.tensors()[0].values(), *memory.state().values()))
-    monkeypatch.setattr("lowvram.config.WRITTEN_PER_DAY_BYTES", size * 86_400 / 980)
+    monkeypatch.setattr("lowvram.config.run.WRITTEN_PER_DAY_BYTES", size * 86_400 / 980)
     assert saved_steps(with_run(what, dir=home / "large"), clock)[-2:] == [20, 22]
 
 

@@ -2,14 +2,14 @@
 
     y[m] = stack[e] @ rows[m]        ends[e − 1] ≤ m < ends[e]
 
-It is what a dropless mixture of experts computes: y forward, and dx with the stack turned.  The slices' ends lie on the
-device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program finds
-out its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
+It is what a dropless mixture of experts computes: y forward, and dx with the stack transposed.  The slices' ends lie
+on the device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program
+finds its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
 
 Rows and stack are of one dtype; or both are E4M3 or both int8 (`quantise.py`), whose sums are int32 and scaled once; or
 the stack is a low-precision copy (`idle.py`) that is decoded in registers and rounded to the rows' dtype, as
-`idle.decode` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3 must
-be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless it is told otherwise.
+`idle.read_copy` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3
+must be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless told otherwise.
 
 Alive: the result alone; copies of codes on both sides where K is no multiple of 16.  Bytes moved: rows, stack and
 result, once.  Operations: 2·M·N·K.
@@ -20,23 +20,18 @@ Shapes: M rows, sorted by expert; E experts, C of them in the stack; N outputs, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, fill_lines, parts_of
 
-BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
 GROUP = 8
-# Products of two numbers up to 127 whose sum int32 holds.
-MOST_INT8 = (2**31 - 1) // 127**2
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 EXPECTED_MMA = {
     "mxfp8": "mxf8",
     "tensor": "e4m3",
@@ -45,16 +40,6 @@ EXPECTED_MMA = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
 }
-
-
-class Tile(NamedTuple):
-    """What a program computes: rows × columns numbers, `depth` terms at a time; its warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 # For much work first, for little last: (of a slice's product, of an outer product).
@@ -91,7 +76,7 @@ def mask_M(ends_E: Tensor, count: int, expert: int) -> Tensor:
     return is_before_end if expert == 0 else is_before_end & (at_M >= ends_E[expert - 1])
 
 
-def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int) -> Tensor:
+def dequantise_operand(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int) -> Tensor:
     """Return the numbers of a code [..., R, K]; E4M3's scales are of blocks height × 128, int8's of rows or columns."""
     if scale is None:
         return code.to(dtype)
@@ -104,7 +89,7 @@ def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int)
 
 def reference(
     rows: Tensor | QuantTensor,
-    stack: Tensor | QuantTensor | IdleStack,
+    stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -112,8 +97,8 @@ def reference(
     """Multiply all rows by every matrix and pick, zeros where it is another expert's row."""
     rows_MK, scale = parts_of(rows)
     if scale is not None:
-        rows_MK = decoded(rows_MK, scale, torch.float32, 1)
-    stack_CNK = decoded(*parts_of(stack), rows_MK.dtype, BLOCK)
+        rows_MK = dequantise_operand(rows_MK, scale, torch.float32, 1)
+    stack_CNK = dequantise_operand(*parts_of(stack), rows_MK.dtype, BLOCK)
     y_MN = rows_MK.new_zeros(rows_MK.shape[0], stack_CNK.shape[1])
     for index, matrix_NK in enumerate(stack_CNK):
         mask_M1 = mask_M(ends, len(rows_MK), first + index)[:, None]
@@ -121,7 +106,7 @@ def reference(
     return y_MN.to(dtype or rows_MK.dtype)
 
 
-def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
+def grouped_tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     """Return every tile that a product may take on a card.
 
     way: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
@@ -138,12 +123,12 @@ def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     ]
 
 
-def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
+def choose_grouped_tile(card: Card, way: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
     """Choose the tile for `count` products of rows × columns numbers; rows: of one expert, in the mean.
 
     The largest that is no more than a third empty and gives each multiprocessor something to do.
     """
-    found = tiles(card, way, is_outer)
+    found = grouped_tiles(card, way, is_outer)
     filled = [tile for tile in found if tile.rows <= 1.5 * rows] or found[-1:]
     for tile in filled:
         if count * -(-rows // tile.rows) * -(-columns // tile.columns) >= card.multiprocessors:
@@ -152,7 +137,7 @@ def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_
 
 
 def way_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
-    """Return how two operands are multiplied, in the words of `tiles`.  is_scaled: both are, with scales."""
+    """Return how two operands are multiplied, in the words of `grouped_tiles`.  is_scaled: both are, with scales."""
     if left.dtype == torch.int8:
         return "int8"  # of "int8_matmul", which is "tensor" on every card that has these launches
     if is_scaled:
@@ -229,7 +214,7 @@ def _(*arguments: Any) -> None:
 
 def grouped_matmul(
     rows: Tensor | QuantTensor,
-    stack: Tensor | QuantTensor | IdleStack,
+    stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -244,7 +229,7 @@ def grouped_matmul(
     rows an int8 stack with scales [C, N, 1], and both contiguous.
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  dtype: of the result; without it
     rows' dtype, bf16 for E4M3 and int8.  out: [M, N], contiguous: other experts' rows stay as they are there; in a
-    result made here they mean nothing.  tile: one of `tiles`, chosen without it.
+    result made here they mean nothing.  tile: one of `grouped_tiles`, chosen without it.
     Returns [M, N].  Has no gradient of its own.  Where there is no Triton it is `reference`, C times the work.
     Raises ShapeError if shapes, dtypes or devices do not fit together, or K is over 133,144 for int8 on both sides.
     """
@@ -267,16 +252,11 @@ def grouped_matmul(
         return out.copy_(torch.where(is_own_M[:, None], reference(rows, stack, ends, first, dtype), out))
     if tile is None:
         way, rows_of_one = way_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
-        tile = choose_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
+        tile = choose_grouped_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
     if rows_scale is not None:
         rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
     _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))
     return out
-
-
-def parts_of(operand: Tensor | QuantTensor | IdleStack) -> tuple[Tensor, Tensor | None]:
-    """Return an operand's numbers and its scale, None for plain ones."""
-    return (operand, None) if isinstance(operand, Tensor) else (operand.code, operand.scale)
 
 
 def form_of(tensor: Tensor | None) -> str:

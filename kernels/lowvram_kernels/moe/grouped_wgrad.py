@@ -23,25 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.grouped_matmul import (
-    BLOCK,
     EXPECTED_MMA,
-    FLOATING,
     GROUP,
-    Tile,
     check_ends,
-    choose_tile,
-    decoded,
+    choose_grouped_tile,
+    dequantise_operand,
     form_of,
     mask_M,
-    parts_of,
     way_of,
 )
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines, parts_of
 
-# Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
+# Rows of int8 whose sums int32 holds, in whole tiles: at most quantise.MOST_INT8.
 _TERMS = 2**17
 
 
@@ -50,7 +46,7 @@ def reference(
 ) -> Tensor:
     """Sum the outer products of each expert's rows, of all rows with the others' made zero."""
     left_MO, right_MI = (
-        side if isinstance(side, Tensor) else decoded(*side, torch.float32, 1).mT for side in (left, right)
+        side if isinstance(side, Tensor) else dequantise_operand(*side, torch.float32, 1).mT for side in (left, right)
     )
     sums = []
     for expert in range(resident):
@@ -114,7 +110,7 @@ def grouped_wgrad(
     left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or columns [O, M] and [I, M], both
     E4M3 in blocks of 1×128 or both int8 with scales [O, 1] and [I, 1].
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  resident: how many experts, from
-    the first.  dtype: of the result, rounded once from fp32.  tile: one of `tiles`, chosen without it.
+    the first.  dtype: of the result, rounded once from fp32.  tile: one of `grouped_tiles`, chosen without it.
     Returns [resident, O, I], zeros for an expert without rows.  Has no gradient of its own.
     Raises ShapeError if shapes, dtypes or devices do not fit together.
     """
@@ -128,7 +124,7 @@ def grouped_wgrad(
     out = torch.empty(resident, outputs, inputs, dtype=dtype, device=left_code.device)
     if tile is None:
         way = way_of(left_code, right_code, left_scale is not None)
-        tile = choose_tile(card, way, outputs, inputs, resident, is_outer=True)
+        tile = choose_grouped_tile(card, way, outputs, inputs, resident, is_outer=True)
     if left_scale is not None:
         left_code, right_code = fill_lines(left_code), fill_lines(right_code)
     _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))

@@ -5,8 +5,8 @@
     int8    x ≈ code · scale     scale = absmax / 127 of each row; code = x / scale to the nearest, ties to even
 
 Every operand of a product comes contiguous along what is summed, so that one product serves all three of a layer:
-    y = x Wᵀ: rows of x, weight    dx = dy W: rows of dy, turned weight    dW = dyᵀ x: columns of dy, columns of x
-A block of 128 × 128 is the same block turned: dx sees the very weight that y saw.
+    y = x Wᵀ: rows of x, weight    dx = dy W: rows of dy, transposed weight    dW = dyᵀ x: columns of dy, columns of x
+A block of 128 × 128 is the same block transposed: dx sees the very weight that y saw.
 One round trip errs by at most 2⁻⁴·|x| (e4m3; 2⁻¹⁰·scale where |x| < 2⁻⁶·scale) or absmax / 254 (int8).
 NaN or infinity makes its block's scale NaN (int8: its row's), so all of it decodes to NaN; its codes mean nothing.
 A block of zeros has codes 0.  The two backends agree bit for bit.
@@ -14,7 +14,7 @@ A block of zeros has codes 0.  The two backends agree bit for bit.
 Moved on a card: x once, a byte for each number and 4 for each scale; x twice for int8 of columns and of rows that one
 program cannot hold.  No products, and some twenty integer operations for each number: memory is what bounds it.
 Alive inside: on a card the results, and for those int8 rows 4 bytes for each slice of 512 or 2,048 numbers; else the
-results, for turned ones a byte more for each number, and what `blocks.py` has at work.
+results, for transposed ones a byte more for each number, and what `blocks.py` has at work.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3; Open Compute Project 2023, "Microscaling Formats (MX)", section 5.
 
@@ -30,56 +30,66 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import blocks, e4m3
 
 FORMATS = ("e4m3", "int8")
 BLOCK = 128
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# Products of two numbers up to 127 whose sum int32 holds.
+MOST_INT8 = (2**31 - 1) // 127**2
 
 
 class QuantTensor(NamedTuple):
-    """code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8, contiguous.  scale: fp32, contiguous.
+    """A matrix in 8 bits, or a stack of them: code · scale.
 
-    scale: [N, ⌈K/128⌉] (rows of E4M3), [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.
+    code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8.  scale: fp32, [N, ⌈K/128⌉] (rows of E4M3),
+    [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.  Both contiguous, save in views of a transposed
+    stack, which `grouped_matmul` takes.
     """
 
     code: Tensor
     scale: Tensor
 
 
-class Tile(NamedTuple):
-    """What one program does at a time: rows × columns, by so many warps, in so many turns along the columns."""
+def parts_of(operand: Tensor | QuantTensor) -> tuple[Tensor, Tensor | None]:
+    """Return the codes and scales of a quantised tensor; of a plain one itself and None."""
+    return (operand, None) if isinstance(operand, Tensor) else operand
 
-    rows: int
-    columns: int
-    warps: int
-    turns: int = 1
+
+def join_parts(code: Tensor, scale: Tensor | None) -> Tensor | QuantTensor:
+    """Return what `parts_of` takes apart."""
+    return code if scale is None else QuantTensor(code, scale)
 
 
 # Codes leave a program 16 bytes a thread; 4,096 numbers are 32 for each thread.
-_E4M3_ROWS = (Tile(8, 512, 4), Tile(32, 128, 4))
-_E4M3_COLUMNS = (Tile(64, 128, 8),)
-_INT8_ROWS = (Tile(4, 1024, 4), Tile(2, 2048, 4), Tile(1, 4096, 4), Tile(1, 8192, 8))
-# Rows too long for a program, and columns: 32 of them are 64 bytes of bf16.
-_INT8_SLICES = (Tile(8, 512, 4, 4), Tile(32, 128, 4, 4))
-_DEQUANTISE = Tile(32, 128, 4)
+_E4M3_ROWS = (Tile(8, 512, 512), Tile(32, 128, 128))
+_E4M3_COLUMNS = (Tile(64, 128, 128, warps=8),)
+_INT8_ROWS = (Tile(4, 1024, 1024), Tile(2, 2048, 2048), Tile(1, 4096, 4096), Tile(1, 8192, 8192, warps=8))
+# Rows too long for a program, and columns (32 of them are 64 bytes of bf16), in slices of four steps.
+_INT8_SLICES = (Tile(8, 2048, 512), Tile(32, 512, 128))
+_DEQUANTISE = Tile(32, 128, 128)
 
 
-def tiles(form: str, is_turned: bool) -> list[Tile]:
-    """Return every tile that may be chosen to quantise rows or, is_turned, columns: the same on every card."""
+def quantise_tiles(form: str, is_transposed: bool) -> list[Tile]:
+    """Return every tile that may be chosen to quantise rows or, is_transposed, columns: the same on every card."""
     if form == "e4m3":
-        return list(_E4M3_COLUMNS if is_turned else _E4M3_ROWS)
-    return [_INT8_SLICES[1]] if is_turned else [*_INT8_ROWS, _INT8_SLICES[0]]
+        return list(_E4M3_COLUMNS if is_transposed else _E4M3_ROWS)
+    return [_INT8_SLICES[1]] if is_transposed else [*_INT8_ROWS, _INT8_SLICES[0]]
 
 
-def choose_tile(form: str, width: int, is_turned: bool) -> Tile:
-    """Choose the tile for rows of `width` numbers, or is_turned for columns."""
-    found = tiles(form, is_turned)
+def choose_quantise_tile(form: str, width: int, is_transposed: bool) -> Tile:
+    """Choose the tile for rows of `width` numbers, or is_transposed for columns."""
+    found = quantise_tiles(form, is_transposed)
     if form == "e4m3":
         return found[0] if width >= found[0].columns else found[-1]
-    return next((tile for tile in found if tile.turns == 1 and width <= tile.columns), found[-1])
+    return next((tile for tile in found if not _is_slice(tile) and width <= tile.columns), found[-1])
+
+
+def _is_slice(tile: Tile) -> bool:
+    """Say whether rows are cut into slices, whose largest magnitudes another kernel finds first."""
+    return tile.depth < tile.columns
 
 
 def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tensor:
@@ -130,10 +140,10 @@ def quantise_columns(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTe
 
 
 def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales: bool = False) -> QuantTensor:
-    """Round a weight or a stack of them, as they lie or each one turned.
+    """Round a weight or a stack of them, as they lie or each one transposed.
 
     w: [O, I] or [E, O, I] fp32|bf16|fp16, of any strides.  Returns code [O, I] or, transposed, [I, O], after E; scale
-    [⌈O/128⌉, ⌈I/128⌉] or turned (e4m3: the same numbers), [O, 1] or [I, 1] (int8: of the rows of what is returned).
+    [⌈O/128⌉, ⌈I/128⌉] or transposed (e4m3: the same numbers), [O, 1] or [I, 1] (int8: of the rows of what is returned).
     Raises ShapeError if w, its dtype or the form is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
@@ -141,14 +151,13 @@ def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales:
     if form == "int8":
         w = w.detach()
         return _quantise_rows(w.mT if transposed else w, form, False)
-    plain, turned = _quantise_blocks(w.detach(), fp32_scales, not transposed, transposed)
-    found = turned if transposed else plain
+    found = _quantise_blocks(w.detach(), fp32_scales, not transposed, transposed)[int(transposed)]
     assert found is not None
     return found
 
 
 def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tuple[QuantTensor, QuantTensor]:
-    """Round a weight or a stack of them and return it as it lies and turned; E4M3 reads it once for both.
+    """Round a weight or a stack of them and return it as it lies and transposed; E4M3 reads it once for both.
 
     w and what is returned: as in `quantise_weight`.
     Raises ShapeError if w, its dtype or the form is another.
@@ -157,10 +166,10 @@ def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tup
     if form != "e4m3":
         return quantise_weight(w, form), quantise_weight(w, form, transposed=True)
     _check("quantise_weight_both", w, form, fp32_scales, (2, 3))
-    plain, turned = _quantise_blocks(w.detach(), fp32_scales, True, True)
+    plain, flipped = _quantise_blocks(w.detach(), fp32_scales, True, True)
     assert plain is not None
-    assert turned is not None
-    return plain, turned
+    assert flipped is not None
+    return plain, flipped
 
 
 def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -171,7 +180,7 @@ def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
     """
     code, scale = scaled
     block = _block_of(code, scale)
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ShapeError(f"dequantise: dtype is {dtype}; needs fp32, bf16 or fp16.")
     x = torch.empty(code.shape, dtype=dtype, device=code.device)
     if choose("quantise", card_of(code.device)).backend == "triton":
@@ -194,7 +203,7 @@ def fill_lines(code: Tensor) -> Tensor:
 def _check(what: str, x: Tensor, form: str, fp32_scales: bool, dimensions: tuple[int, ...]) -> None:
     if form not in FORMATS or (fp32_scales and form != "e4m3"):
         raise ShapeError(f"{what}: form is {form!r}; needs one of {', '.join(FORMATS)}, for fp32_scales e4m3.")
-    if x.dim() not in dimensions or x.numel() == 0 or x.dtype not in _DTYPES:
+    if x.dim() not in dimensions or x.numel() == 0 or x.dtype not in FLOATING:
         needed = " or ".join(("[N, K]", "[E, O, I]")[: len(dimensions)])
         raise ShapeError(f"{what}: got {list(x.shape)} {x.dtype}; needs {needed}, not empty, fp32, bf16 or fp16.")
 
@@ -226,19 +235,21 @@ def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = 
     """Round the rows of [N, K] or [E, N, K]."""
     block = (1, BLOCK if form == "e4m3" else x.shape[-1])
     # What is contiguous along N is read along N, whatever it is called.
-    is_turned = x.stride(-1) != 1 and x.stride(-2) == 1
+    is_transposed = x.stride(-1) != 1 and x.stride(-2) == 1
     if choose("quantise", card_of(x.device)).backend != "triton":
         return (
-            _turn(_encode(x.mT, form, fp32_scales, block[::-1])) if is_turned else _encode(x, form, fp32_scales, block)
+            _transpose(_encode(x.mT, form, fp32_scales, block[::-1]))
+            if is_transposed
+            else _encode(x, form, fp32_scales, block)
         )
-    tile = tile or choose_tile(form, x.shape[-1], is_turned)
+    tile = tile or choose_quantise_tile(form, x.shape[-1], is_transposed)
     result = _new(x, form, block)
     if form == "e4m3":
         _launch_e4m3_rows(x, *result, fp32_scales, [*tile])
-    elif tile.turns == 1:
+    elif not _is_slice(tile):
         _launch_int8_rows(x, *result, [*tile])
     else:
-        slices = -(-x.shape[-1] // (tile.columns * tile.turns))
+        slices = -(-x.shape[-1] // tile.columns)
         absmax = torch.empty(*x.shape[:-2], slices, x.shape[-2], dtype=torch.int32, device=x.device)
         _launch_absmax(x, absmax, [*tile])
         _launch_int8_slices(x, absmax, *result, [*tile])
@@ -246,14 +257,14 @@ def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = 
 
 
 def _quantise_blocks(
-    w: Tensor, fp32_scales: bool, plain: bool, turned: bool
+    w: Tensor, fp32_scales: bool, plain: bool, transposed: bool
 ) -> tuple[QuantTensor | None, QuantTensor | None]:
-    """Round the 128 × 128 blocks of [O, I] or [E, O, I], as it lies and turned."""
+    """Round the 128 × 128 blocks of [O, I] or [E, O, I], as it lies and transposed."""
     block = (BLOCK, BLOCK)
     if choose("quantise", card_of(w.device)).backend != "triton":
         found = _encode(w, "e4m3", fp32_scales, block)
-        return found, _turn(found) if turned else None
-    results = _new(w, "e4m3", block) if plain else None, _new(w.mT, "e4m3", block) if turned else None
+        return found, _transpose(found) if transposed else None
+    results = _new(w, "e4m3", block) if plain else None, _new(w.mT, "e4m3", block) if transposed else None
     _launch_e4m3_blocks(w, *(results[0] or (None, None)), *(results[1] or (None, None)), fp32_scales)
     return results
 
@@ -265,7 +276,7 @@ def _encode(x: Tensor, form: str, fp32_scales: bool, block: tuple[int, int]) -> 
     return result
 
 
-def _turn(scaled: QuantTensor) -> QuantTensor:
+def _transpose(scaled: QuantTensor) -> QuantTensor:
     return QuantTensor(scaled.code.mT.contiguous(), scaled.scale.mT.contiguous())
 
 
@@ -293,24 +304,24 @@ def _axes(x: Tensor) -> tuple[int, int, int, int, int, int]:
 @_opaque("quantise_e4m3_rows", "code", "scale")
 def _launch_e4m3_rows(x: Tensor, code: Tensor, scale: Tensor, fp32_scales: bool, tile: list[int]) -> None:
     count, *axes = _axes(x)
-    rows, columns, warps, _ = tile
+    rows, columns, _, warps, _ = tile
     constants = {"ROWS": rows, "COLUMNS": columns, "HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(x.device)}
     grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     what = Launch("quant.quantise_triton", "e4m3_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
     launch(what, moved_bytes=bytes_of(x, code, scale))
 
 
-@_opaque("quantise_e4m3_blocks", "code", "scale", "turned_code", "turned_scale")
+@_opaque("quantise_e4m3_blocks", "code", "scale", "transposed_code", "transposed_scale")
 def _launch_e4m3_blocks(
     w: Tensor,
     code: Tensor | None,
     scale: Tensor | None,
-    turned_code: Tensor | None,
-    turned_scale: Tensor | None,
+    transposed_code: Tensor | None,
+    transposed_scale: Tensor | None,
     fp32_scales: bool,
 ) -> None:
     count, *axes = _axes(w)
-    results = (code, scale, turned_code, turned_scale)
+    results = (code, scale, transposed_code, transposed_scale)
     constants = {"HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(w.device)}
     grid = (-(-axes[0] // BLOCK), -(-axes[1] // BLOCK), count)
     what = Launch("quant.quantise_triton", "e4m3_blocks_kernel", grid, (w, *results, *axes), constants, warps=16)
@@ -320,7 +331,7 @@ def _launch_e4m3_blocks(
 @_opaque("quantise_int8_rows", "code", "scale")
 def _launch_int8_rows(x: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -> None:
     count, *axes = _axes(x)
-    rows, columns, warps, _ = tile
+    rows, columns, _, warps, _ = tile
     constants = {"ROWS": rows, "COLUMNS": columns}
     grid = (-(-axes[0] // rows), 1, count)
     what = Launch("quant.quantise_triton", "int8_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
@@ -341,9 +352,9 @@ def _launch_int8_slices(x: Tensor, absmax: Tensor, code: Tensor, scale: Tensor, 
 
 def _sliced(kernel: str, x: Tensor, tensors: tuple[Tensor, ...], tile: list[int]) -> Launch:
     count, *axes = _axes(x)
-    rows, columns, warps, turns = tile
-    constants = {"ROWS": rows, "COLUMNS": columns, "TURNS": turns}
-    grid = (-(-axes[0] // rows), -(-axes[1] // (columns * turns)), count)
+    rows, columns, depth, warps, _ = tile
+    constants = {"ROWS": rows, "COLUMNS": depth, "TURNS": columns // depth}
+    grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     return Launch("quant.quantise_triton", kernel, grid, (*tensors, *axes), constants, warps)
 
 
