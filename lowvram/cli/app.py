@@ -24,9 +24,9 @@ CPU_MANNERS = {
 }
 _DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
 _EPILOG = (
-    "Begin with `lowvram demo`: the whole road in a few minutes.  `lowvram COMMAND --help` explains each.  "
-    "Exit codes: 0 finished; 1 an error that you can mend; 2 wrong usage; 3 stopped as you asked, and saved; "
-    "75 a fault after which the same command goes on; 130 interrupted, nothing saved."
+    "Begin with `lowvram demo`, which shows every step in a few minutes.  `lowvram COMMAND --help` explains each.  "
+    "Exit codes: 0 finished; 1 an error that you can repair; 2 wrong usage; 3 stopped as you asked, and saved; "
+    "75 a fault after which the same command resumes; 130 interrupted, nothing saved."
 )
 
 
@@ -86,7 +86,7 @@ def _explain_refusal(error: OSError) -> MachineError:
     return MachineError(
         f"{error.filename or 'A file'} could not be read or written.",
         f"The system says: {error.strerror}.",
-        "Mend that and type the same command again; what was finished before is kept.",
+        "Repair that and type the same command again; what was finished before is kept.",
     )
 
 

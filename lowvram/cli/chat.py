@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lowvram.generate.sampling import Sampler
     from lowvram.model.kv_cache import CacheForm
 
-_DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other goes on
-with the text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends."""
+_DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other continues the
+text so far, to which each line that you type is added.  Ctrl-C stops an answer, Ctrl-D ends."""
 _EXAMPLES = """examples:
   lowvram chat runs/first                                talk; /help lists what can be typed
-  lowvram chat runs/first --prompt "Ankara'nın en"       go on with this once
+  lowvram chat runs/first --prompt "Ankara'nın en"       continue this once
   lowvram chat runs/first --prompt - < soru.txt          read the prompt from a file
   lowvram chat runs/first --temperature 0 --tokens 400   the likeliest text, and more of it
   lowvram chat runs/first --precision bf16               without rounding weights to 8 bits
@@ -41,19 +41,21 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this once and exit; - reads standard input")
     parser.add_argument("--json", action="store_true", help="with --prompt: one object, for programs")
-    parser.add_argument("--system", metavar="TEXT", help="what a dialogue model is told first")
+    parser.add_argument("--system", metavar="TEXT", help="instruction for a dialogue model")
     parser.add_argument(
         "--as", choices=("base", "dialogue"), dest="form", help="how to talk (default: as it was trained)"
     )
     parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
     parser.add_argument(
-        "--context", type=context_length, metavar="N", help="tokens to remember (default: what was trained)"
+        "--context", type=context_length, metavar="N", help="tokens of context (default: what was trained)"
     )
     parser.add_argument(
-        "--cache", choices=("plain", "fp8"), default="plain", help="fp8: what MLA remembers in 8 bits, half the bytes"
+        "--cache", choices=("plain", "fp8"), default="plain", help="fp8: MLA's cache in 8 bits, half the bytes"
     )
     parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
-    parser.add_argument("--tokens", type=count, default=128, metavar="N", help="longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=count, default=128, metavar="N", help="most tokens of an answer (default: %(default)s)"
+    )
     add_sampler(parser)
     add_precision(parser)
     add_device(parser)

@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "pack",
         help="tokenize text into memory-mapped shards",
         description="Tokenize text into memory-mapped shards.  Documents end at a blank line, or are one field of "
-        "a .jsonl or .parquet row.  Interrupted, it goes on where it stopped when typed again.",
+        "a .jsonl or .parquet row.  If it is interrupted, the same command continues where it stopped.",
     )
     add_reading(pack)
     pack.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="DIR", help="(default: %(default)s)")
@@ -35,9 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
     )
     pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
-    pack.add_argument(
-        "--processes", type=process_count, metavar="N", help="encoders at work at once (default: one a core)"
-    )
+    pack.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
     pack.set_defaults(run=run_pack)
 
 

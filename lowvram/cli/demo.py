@@ -60,8 +60,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "demo",
-        help="the whole road in a few minutes, on any machine",
-        description="From text to a model that answers, in a few minutes and without network or GPU: tokenizer, "
+        help="every step in a few minutes, on any machine",
+        description="Train a small model from scratch, in a few minutes and without network or GPU: tokenizer, "
         "shards, what fits, training, an interruption and a resume, bits per byte, three prompts.  Each step names the "
         "command that does it on your own text.",
     )
@@ -70,9 +70,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dir",
         type=Path,
         default=Path("lowvram-demo"),
-        help="where to work; an earlier demo there goes on (default: %(default)s)",
+        help="where to work; an earlier demo there is continued (default: %(default)s)",
     )
-    parser.add_argument("--replace", action="store_true", help="delete what an earlier demo made in --dir, begin anew")
+    parser.add_argument("--replace", action="store_true", help="delete what an earlier demo made in --dir")
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     home = _claim(arguments.dir.resolve(), arguments.text, arguments.replace)
     run_file = arguments.dir / "run.toml"
     if (home / "run.toml").exists():
-        _tell(f"An earlier demo in {home} goes on; --replace would begin anew.")
+        _tell(f"An earlier demo in {home} is continued; --replace would begin again.")
 
     tokenizer = _prepare(home, arguments)
 
@@ -173,7 +173,7 @@ def _train(what: RunConfig, arguments: argparse.Namespace) -> bool:
     elif train(what, device=arguments.device, stop_at=half).step != half:
         return False
 
-    _say(6, "Interrupted half-way, as by Ctrl-C; the same command goes on", "train", run_file)
+    _say(6, "Interrupted half-way, as by Ctrl-C; the same command resumes", "train", run_file)
     if not train(what, device=arguments.device).is_finished:
         return False
     _show_curve(what)

@@ -21,13 +21,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "doctor",
-        help="what this machine is, what computes each op here, what to mend",
+        help="what this machine is, which backend computes each op, what to repair",
         description="Say what this machine is, which backend computes each op on it and why, and what keeps it from "
-        "training or makes it slower, each with the command that mends it.  Nothing is trained, installed or changed.  "
-        "Ends with 1 where training would fail, with 0 where all is well or only slower.",
+        "training or makes it slower, each with the command that repairs it.  Nothing is trained, installed or "
+        "changed.  Ends with 1 where training would fail, with 0 where all is well or only slower.",
     )
     parser.add_argument(
-        "--gpu", metavar="CARD", help='the ops on another card, on paper: rtx5070, "RTX 4060 Laptop", m3-max, cpu, …'
+        "--gpu",
+        metavar="CARD",
+        help='the ops on another card, which need not be here: rtx5070, "RTX 4060 Laptop", m3-max, cpu, …',
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

@@ -15,9 +15,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "import",
-        help="take a model of transformers as a checkpoint",
-        description="Make a Hugging Face directory (Llama, Mistral, Qwen3, DeepSeek-V3 and their like; safetensors in "
-        "fp32, bf16, fp16 or block-scaled FP8) a checkpoint, to chat with or to name in train.start_from.",
+        help="make a checkpoint from a transformers model",
+        description="Convert a Hugging Face directory (Llama, Mistral, Qwen3, DeepSeek-V3 and their like; safetensors "
+        "in fp32, bf16, fp16 or block-scaled FP8) into a checkpoint, to chat with or to name in train.start_from.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a directory with config.json and safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory to write; must not exist")

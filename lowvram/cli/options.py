@@ -98,7 +98,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_precision(parser: argparse.ArgumentParser, default: str = "by the card") -> None:
     """Add --precision.  default: what holds without it, in words."""
     parser.add_argument(
-        "--precision", choices=("fp8", "int8", "bf16", "fp32"), help=f"numbers of the weights (default: {default})"
+        "--precision", choices=("fp8", "int8", "bf16", "fp32"), help=f"format of the weights (default: {default})"
     )
 
 

@@ -17,11 +17,16 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting."""
     add = partial(parser.add_argument, type=float)
     shown = "(default: %(default)s)"
-    add("--temperature", default=0.8, metavar="T", help=f"under 1: likelier words; 0: always the likeliest {shown}")
+    add("--temperature", default=0.8, metavar="T", help=f"below 1: likelier words; 0: always the likeliest {shown}")
     add("--top-k", type=int, default=50, metavar="K", help=f"draw from the K likeliest tokens; 0: all {shown}")
     add("--top-p", default=0.95, metavar="P", help=f"and from the likeliest that make up this share {shown}")
-    add("--min-p", default=0.0, metavar="P", help=f"and at least this share of the likeliest one's {shown}")
-    add("--repetition-penalty", default=1.1, metavar="R", help=f"over 1: fewer words again {shown}")
+    add(
+        "--min-p",
+        default=0.0,
+        metavar="P",
+        help=f"and at least this share of the likeliest token's probability {shown}",
+    )
+    add("--repetition-penalty", default=1.1, metavar="R", help=f"above 1: fewer repetitions {shown}")
     add("--seed", type=int, default=0, help=f"the same seed gives the same text {shown}")
 
 

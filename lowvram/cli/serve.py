@@ -26,7 +26,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "serve",
-        help="answer OpenAI's clients and a page in the browser",
+        help="an OpenAI-compatible API, and a page in the browser",
         description="Serve a trained model at /v1 as OpenAI's API does, and a page to talk to it at /.  Needs the "
         "extra serve.  Ctrl-C lets running answers end; twice cuts them.",
     )
@@ -42,10 +42,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--slots", type=slot_count, default=16, metavar="N", help="answers at once (default: %(default)s)"
     )
     parser.add_argument(
-        "--context", type=context_length, metavar="N", help="tokens of a text (default: the most that fit)"
+        "--context", type=context_length, metavar="N", help="tokens of context (default: the most that fit)"
     )
-    parser.add_argument("--queue", type=_length, default=64, metavar="N", help="who may wait (default: %(default)s)")
-    body_help = "of a request: bytes, or with KiB or MiB (default: %(default)s)"
+    parser.add_argument(
+        "--queue", type=_length, default=64, metavar="N", help="requests that may wait (default: %(default)s)"
+    )
+    body_help = "largest request: bytes, or with KiB or MiB (default: %(default)s)"
     parser.add_argument("--max-body", type=_body_size, default="4MiB", metavar="SIZE", help=body_help)
     parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
     parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")

@@ -24,7 +24,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--on-bad-row",
         choices=("stop", "skip", "report"),
         default="stop",
-        help="rows that are no text: stop at the first (default); skip them, up to 1%% of rows and text and 10,000 "
+        help="rows that are not text: stop at the first (default); skip them, up to 1%% of rows and text and 10,000 "
         "rows, but stop at a file that cannot be read to its end; or report: read everything, list them all and do "
         "nothing else",
     )

@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument(
         "--vocab", type=count, default=VOCABULARY, metavar="N", help="number of ids (default: %(default)s)"
     )
-    train.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where to (default: %(default)s)")
+    train.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where to write (default: %(default)s)")
     add_holdout(train, "leave out the documents that `data pack --holdout SHARE` holds out, as 0.5%%")
     train.add_argument("--replace", action="store_true", help="overwrite another tokenizer that DIR holds")
     train.set_defaults(run=run_train)

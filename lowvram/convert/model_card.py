@@ -92,7 +92,7 @@ def _opening(story: Story) -> str:
     model = story.what.model
     count, active = model.num_parameters(), model.active_parameters()
     parts = f", of which one token passes through {active:,}" if active != count else ""
-    licence = story.licence or "unknown: whoever made this directory named none, so nothing is permitted by it"
+    licence = story.licence or "unknown: none was named when this directory was made, so nothing is permitted by it"
     return (
         f"# {story.name}\n\n"
         f"A language model of {count:,} parameters{parts}, pretrained with "
