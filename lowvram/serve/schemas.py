@@ -289,7 +289,7 @@ def _explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationEr
     if problem["type"] == "string_unicode" and isinstance(_value_at(data, path), Mapping):
         return _unknown_field(kind, [*path, problem["input"]])
     why = f"{problem['msg'].removesuffix('.')}."
-    return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Mend that field.", param)
+    return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Correct that field.", param)
 
 
 def _find_path(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:

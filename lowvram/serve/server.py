@@ -38,7 +38,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        fix = "Choose another with --port." if error.errno in _IN_USE else "Mend --host."
+        fix = "Choose another with --port." if error.errno in _IN_USE else "Correct --host."
         why = f"The system says: {error.strerror or error}."
         raise MachineError(f"{host} port {port} cannot be listened on.", why, fix) from error
 
