@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each says what happened, why, and what to do.  Knows nothing else."""
+"""Errors that a user can fix: each says what happened, why, and what to do.  Knows nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class LowvramError(Exception):
-    """An error that the user can mend; the command line prints it as one paragraph and ends with its exit code."""
+    """An error that the user can fix; the command line prints it as one paragraph and exits with its exit code."""
 
     exit_code = 1
 
@@ -39,61 +39,61 @@ class LowvramError(Exception):
 
 
 class ConfigError(LowvramError):
-    """A run file, preset or --set that cannot be meant."""
+    """A run file, preset or --set is invalid."""
 
 
 class DataError(LowvramError):
-    """Text or shards that cannot be read as what they claim to be."""
+    """Text or shards cannot be read in the format that they claim to have."""
 
 
 class TokenizerError(LowvramError):
-    """A tokenizer that cannot be trained, loaded, or used on this text."""
+    """A tokenizer cannot be trained, loaded, or used on this text."""
 
 
 class CheckpointError(LowvramError):
-    """A checkpoint that is missing, incomplete or altered."""
+    """A checkpoint is missing, incomplete or altered."""
 
 
 class BusyError(LowvramError):
-    """A directory that another process is using."""
+    """Another process is using a directory."""
 
 
 class DiskFullError(LowvramError):
-    """No space left where something had to be written."""
+    """There is no space left where something had to be written."""
 
 
 class MachineError(LowvramError):
-    """A device, driver or package that cannot do what was asked."""
+    """A device, driver or package cannot do what was asked."""
 
 
 class PromptError(LowvramError):
-    """A prompt that the model cannot take."""
+    """The model cannot take a prompt."""
 
 
 class ExportError(LowvramError):
-    """A model that another program's form cannot hold, or such a form that cannot be read."""
+    """Another program's format cannot hold a model, or a model in such a format cannot be read."""
 
 
 class PromptTooLongError(PromptError):
-    """A prompt that does not fit the context; its newest part would."""
+    """A prompt does not fit the context; its newest part would."""
 
 
 class NumbersError(LowvramError):
-    """Numbers of a model that are not finite where something must be read from them."""
+    """A model's numbers are not finite where a result must be computed from them."""
 
 
 class TrainingError(LowvramError):
-    """Training that cannot go on."""
+    """Training cannot go on."""
 
 
 class DeviceFaultError(TrainingError):
-    """A device or its driver that failed during training: the same command goes on from the last checkpoint."""
+    """A device or its driver failed during training: the same command goes on from the last checkpoint."""
 
     exit_code = 75
 
 
 class MemoryRanOutError(TrainingError):
-    """A step that cannot be cut further and does not fit; another recipe may."""
+    """A training step does not fit the memory and cannot be split further; another training configuration may fit."""
 
 
 def name_nearest(word: str, known: Iterable[str]) -> str:

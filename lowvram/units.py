@@ -1,4 +1,4 @@
-"""Bytes, token counts and durations as people write them: parsed and printed here and nowhere else."""
+"""Parses and prints bytes, token counts and durations as people write them; no other module does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BYTES = {
     "gib": 2**30,
     "tib": 2**40,
 }
-# Cards and memory modules are sold in powers of two whatever the label says.
+# The memory of cards and memory modules is sold in powers of two, whether the label says GB or GiB.
 _MEMORY = {"": 2**30} | {
     unit: 2**power for power, m in ((20, "m"), (30, "g"), (40, "t")) for unit in (m, f"{m}b", f"{m}ib")
 }
@@ -32,7 +32,7 @@ def _parse(text: str | int | float, suffixes: dict[str, int], what: str, example
 
 
 def _read(text: str | int | float, suffixes: dict[str, int], what: str, example: str) -> Decimal:
-    """Return the exact value: in floating point 1.1B would not be a whole number."""
+    """Return the exact value: in floating point `1.1B` would not be a whole number."""
     match = _NUMBER.fullmatch(str(text))
     factor = suffixes.get(match[2].lower()) if match else None
     number = match[1].replace("_", "") if match else ""
@@ -89,7 +89,7 @@ def show_count(count: int | float) -> str:
 
 
 def count_of(count: int, noun: str, plural: str = "") -> str:
-    """Return a count with its noun: `1 row`, `12,345 rows`.  plural: where it is not the noun with an s."""
+    """Return a count with its noun: `1 row`, `12,345 rows`.  plural: given where it is not the noun with an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
@@ -106,7 +106,7 @@ def show_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-# Of each unit of time its seconds, and up to how many seconds a range is shown in it.
+# For each unit of time: its seconds, its name, and below how many seconds a range is shown in it.
 _TIMES = ((1, "s", 100), (60, "min", 100 * 60), (3600, "h", 48 * 3600), (86_400, "days", 730 * 86_400))
 
 

@@ -64,9 +64,9 @@ def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> It
     model = lay_for_reading(Transformer(config).eval(), dtype)
     decoder, tokenizer = Decoder(model, max_context, slots, dtype), tokenizer_of(config.vocabulary)
     limits = Limits(slots=slots, queue=slots, prompt_tokens=max_context - 1, output_tokens=max_context - 1)
-    batcher = Scheduler(decoder, tokenizer, limits.queue, Metrics())
-    app = build_app(ServedModel(preset, "fp_bench", tokenizer, max_context), batcher, limits, AccessPolicy())
-    server, listening = Server(app, batcher, limits), open_socket("127.0.0.1", 0)
+    scheduler = Scheduler(decoder, tokenizer, limits.queue, Metrics())
+    app = build_app(ServedModel(preset, "fp_bench", tokenizer, max_context), scheduler, limits, AccessPolicy())
+    server, listening = Server(app, scheduler, limits), open_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_on, args=(listening,))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread.start()

@@ -194,7 +194,7 @@ def _verify(
     from lowvram.generate.weights import load_for_inference
 
     with bar("Comparing with llama.cpp"):
-        model = load_for_inference(source, "fp32", flow=torch.float32)
+        model = load_for_inference(source, "fp32", compute_dtype=torch.float32)
         found = verify(programs, file, numbers, tokenizer, Decoder(model, max_context, dtype=torch.float32))
     if found.gap is not None and not found.is_tie:
         raise ExportError(

@@ -85,12 +85,12 @@ def _load(
     from lowvram.objective import DTYPES
     from lowvram.train.oom import free_memory
 
-    dtype = DTYPES[reading.flow]
-    model = load_for_inference(source, reading.kept, device, dtype)
+    dtype = DTYPES[reading.compute_dtype]
+    model = load_for_inference(source, reading.weight_precision, device, dtype)
     if device.type == "cpu":
         model = lay_by_columns(model)
     free_memory(device)
-    read_in = (dtype, reading.kept, reading.reason)
+    read_in = (dtype, reading.weight_precision, reading.reason)
     return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)
 
 

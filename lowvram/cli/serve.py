@@ -79,9 +79,9 @@ def run(arguments: argparse.Namespace) -> None:
         limits = _build_limits(arguments, context.max_context)
         served = _describe(arguments, loaded, context.max_context)
         decoder = Decoder(loaded.model, context.max_context, limits.slots, loaded.dtype)
-        batcher = Scheduler(decoder, loaded.tokenizer, limits.queue, Metrics())
-        app = build_app(served, batcher, limits, AccessPolicy(key, is_loopback(arguments.host)))
-        server = Server(app, batcher, limits)
+        scheduler = Scheduler(decoder, loaded.tokenizer, limits.queue, Metrics())
+        app = build_app(served, scheduler, limits, AccessPolicy(key, is_loopback(arguments.host)))
+        server = Server(app, scheduler, limits)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         notice(f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))

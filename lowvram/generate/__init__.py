@@ -1,1 +1,1 @@
-"""Text from a model: sampling, decoding through a cache, conversation."""
+"""Generates text with a model: sampling, decoding with a KV cache, conversations."""

@@ -1,4 +1,4 @@
-"""What was said so far, as the ids that a model reads: a text that goes on, or turns; knows no terminal."""
+"""A conversation as the ids that a model reads: turns, or for a base model one text; knows no terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lowvram.generate.engine import Counts, Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.truncation import drop_oldest, find_starts
 
-# Of the context, what a prompt that is cut to its newest part leaves for the answer at least.
+# A prompt that is cut to its newest part leaves 1/_ANSWER_SHARE of the room for the answer, or max_tokens if less.
 _ANSWER_SHARE = 4
 
 
 @dataclass
 class Conversation:
-    """All that was said, and what of it the context holds.
+    """All messages of a conversation, and how many of them no longer fit the context.
 
-    template: how turns become ids; None: a base model, for which what is said is one text, a line for each turn.
-    dropped: messages, of a base model tokens, that the context has no room for any more.
-    counts: what all answers cost.
+    template: turns messages into ids; None: a base model, for which the messages are one text, a line for each.
+    dropped: how many messages, or tokens for a base model, the context has no room for any more.
+    counts: what all answers cost together.
     """
 
     engine: Engine
@@ -32,21 +32,21 @@ class Conversation:
     counts: Counts = field(default_factory=Counts)
 
     def ask(self, text: str, sampler: Sampler, max_tokens: int, newest: bool = False) -> Iterator[str]:
-        """Say `text` and return the pieces of the answer as they come; close the iterator to stop it.
+        """Add `text` as a user's message and return the pieces of the answer as they come; close the iterator to stop.
 
-        newest: of a text that does not fit the newest part that does is said.  What was written stays said, however
-        the answer ends.  Raises PromptTooLongError, with nothing said or dropped, where the text alone does not fit;
-        PromptError where what the system says leaves no room for any.
+        newest: of a text that does not fit, use the newest part that does.  What was written of the answer stays in the
+        conversation, however it ends.  Raises PromptTooLongError, before anything is added or dropped, where the text
+        alone does not fit; PromptError where the system message leaves no room for any.
         """
-        said = Message("user", text)
+        message = Message("user", text)
         if newest:
-            said = self._newest_of(said, max_tokens)
-        ids = self._fit([*self.messages, said])
-        self.messages.append(said)
+            message = self._keep_newest(message, max_tokens)
+        ids = self._fit([*self.messages, message])
+        self.messages.append(message)
         return self._write(ids, sampler, max_tokens)
 
     def retry(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
-        """Forget the last answer and return another; raises PromptError where nothing was asked yet."""
+        """Drop the last answer and return another; raises PromptError where nothing was asked yet."""
         if self.messages and self.messages[-1].role == "assistant":
             self.messages.pop()
         if not self.messages:
@@ -54,7 +54,7 @@ class Conversation:
         return self._write(self._fit(self.messages), sampler, max_tokens)
 
     def reset(self) -> None:
-        """Forget all that was said; what the system said stays."""
+        """Drop all messages but the system message."""
         self.messages.clear()
         self.dropped = 0
 
@@ -72,17 +72,17 @@ class Conversation:
     def _ids(self, messages: list[Message]) -> list[int]:
         tokenizer = self.engine.tokenizer
         if self.template is not None:
-            spoken = [Message("system", self.system)] if self.system else []
-            return self.template.encode(tokenizer, [*spoken, *messages])
+            system_turn = [Message("system", self.system)] if self.system else []
+            return self.template.encode(tokenizer, [*system_turn, *messages])
         ids = [tokenizer.bos_id]
         for number, message in enumerate(messages):
-            # A line of its own for each turn: a base model knows texts, not speakers.
+            # Each turn gets a line of its own, since a base model knows texts and no speakers.
             text = message.content if number == 0 else f"\n{message.content}"
             ids += tokenizer.encode(text) if message.ids is None else message.ids
         return ids
 
     def _fit(self, messages: list[Message]) -> list[int]:
-        """Return the ids of as much as fits, the last message whole, and leave room for an answer."""
+        """Return the ids of the newest messages that fit, the last one whole, with room for an answer."""
         most = self.engine.max_context - 1
         if self.template is None:
             return self._fit_text(messages, most)
@@ -94,39 +94,39 @@ class Conversation:
         return ids
 
     def _fit_text(self, messages: list[Message], most: int) -> list[int]:
-        ids, alone = self._ids(messages), len(self._ids(messages[-1:]))
-        if alone > most:
-            raise _too_long(alone, self.engine.max_context)
+        ids, newest_tokens = self._ids(messages), len(self._ids(messages[-1:]))
+        if newest_tokens > most:
+            raise _too_long(newest_tokens, self.engine.max_context)
         if len(ids) - self.dropped > most:
-            self.dropped = len(ids) - max(alone, self.engine.max_context // 2)
-        # What is left begins as every text does.
+            self.dropped = len(ids) - max(newest_tokens, self.engine.max_context // 2)
+        # The rest begins with BOS, as every text does.
         return [ids[0], *ids[1 + self.dropped :]]
 
     def _explain(self, count: int) -> PromptError:
-        """Return why so many tokens do not fit: what the system says, or what is asked."""
-        around, holds = self._around(), self.engine.max_context
-        if not self.system or around < holds - 1:
-            return _too_long(count, holds)
+        """Return an error that says whether the system message or the user's message is too long."""
+        overhead, max_context = self._count_overhead(), self.engine.max_context
+        if not self.system or overhead < max_context - 1:
+            return _too_long(count, max_context)
         return PromptError(
-            f"What the system says has {around:,} tokens, and the context holds {holds:,}.",
-            "Nothing that is asked has room beside it.",
+            f"The system message has {overhead:,} tokens, and the context holds {max_context:,}.",
+            "It leaves no room for a question.",
             "Shorten it, or give more context with --context.",
         )
 
-    def _around(self) -> int:
-        """Return the tokens of a conversation in which nothing is asked yet."""
+    def _count_overhead(self) -> int:
+        """Return how many tokens a conversation has whose only message is empty."""
         return len(self._ids([Message("user", "")]))
 
-    def _newest_of(self, said: Message, max_tokens: int) -> Message:
+    def _keep_newest(self, message: Message, max_tokens: int) -> Message:
         tokenizer = self.engine.tokenizer
-        ids = tokenizer.encode(said.content)
-        room = self.engine.max_context - 1 - self._around()
+        ids = tokenizer.encode(message.content)
+        room = self.engine.max_context - 1 - self._count_overhead()
         if len(ids) <= room:
-            return said
+            return message
         room -= min(max_tokens, room // _ANSWER_SHARE)
-        # The cut may lie inside a character, of which the rest is no text.
+        # The cut may be inside a character, whose rest does not decode to text.
         text = tokenizer.decode(ids[len(ids) - max(1, room) :]).lstrip("\ufffd")
-        return said._replace(content=text)
+        return message._replace(content=text)
 
 
 def _too_long(count: int, max_context: int) -> PromptTooLongError:

@@ -1,7 +1,7 @@
-"""A model and what it has read of some texts at once, each at its own length; knows neither text nor sampling.
+"""Runs a model with a KV cache for several texts, each at its own length; knows neither text nor sampling.
 
-Many tokens of one text are read in chunks, so that what a chunk needs is bounded.  One token each of several texts is
-one batch; on a CUDA card it is one replayed graph.
+Many tokens of one text are read in chunks, so that the memory for activations is bounded.  One token each of several
+texts is one batch; on a CUDA card it is one replayed graph.
 
 Legend: T tokens of one text, N texts, V vocabulary.
 """
@@ -23,11 +23,11 @@ from lowvram.model.transformer import Transformer
 
 
 class Decoder:
-    """Reads tokens into slots, one text each, and returns the logits behind them.
+    """Reads tokens into slots, one text each, and returns the logits after them.
 
-    dtype: of the numbers it computes with, and of the cache (the weights' own if None).  cache: "e4m3" keeps MLA's
-    latents in 8 bits.  chunk: how many tokens of a text are read at once.  captures: whether a card's steps become
-    graphs, which take memory and pay off for a text or two.
+    dtype: of the computation and of the cache (the weights' own if None).  cache: "e4m3" keeps MLA's latents in 8 bits.
+    chunk: how many tokens of a text are read at once.  captures: whether steps on a card are captured as CUDA graphs,
+    which take memory and pay off after a text or two.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
-        """How many bytes it holds besides the model."""
+        """How many bytes it takes besides the model."""
         return self.cache.bytes
 
     def length(self, slot: int) -> int:
@@ -56,12 +56,12 @@ class Decoder:
 
     @torch.inference_mode()
     def rewind(self, slot: int, length: int) -> int:
-        """Forget the slot's tokens from number `length` on, or more of them; returns how many it still holds."""
+        """Drop the slot's tokens from number `length` on, perhaps earlier ones too; returns how many it still holds."""
         return self.cache.rewind(slot, length)
 
     @torch.inference_mode()
     def prefill(self, slot: int, token_T: Sequence[int]) -> Tensor:
-        """Read tokens behind what the slot holds; returns the logits [V] after the last of them."""
+        """Read tokens that follow what the slot holds; returns the logits [V] after the last of them."""
         if len(token_T) == 1:
             return self.decode_one_token([slot], token_T)[0]
         token_BT = torch.tensor([list(token_T)], device=self.model.embedding.device)
@@ -70,17 +70,17 @@ class Decoder:
         return read_out(self.model, last_D[None])[0]
 
     def _read(self, slot: int, token_BT: Tensor) -> Tensor:
-        """Read one chunk; returns the stream [D] behind its last token."""
+        """Read one chunk; returns the hidden state [D] of its last token."""
         self.cache.make_room(slot, token_BT.shape[1])
-        # Without instructions for 16 bits a processor reads many tokens several times as fast in fp32.
+        # A processor without instructions for 16-bit numbers reads many tokens several times as fast in fp32.
         is_slow = is_slow_in_half(torch.empty(0, dtype=self.dtype, device=token_BT.device))
         dtype = torch.float32 if is_slow else self.dtype
-        stream_BTD, _ = self.model(token_BT, dtype, cache=CacheSlot(self.cache, slot))
-        return stream_BTD[0, -1].to(self.dtype)
+        hidden_BTD, _ = self.model(token_BT, dtype, cache=CacheSlot(self.cache, slot))
+        return hidden_BTD[0, -1].to(self.dtype)
 
     @torch.inference_mode()
     def decode_one_token(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
-        """Read one token into each of the slots named, all different; returns the logits [N, V] after them."""
+        """Read one token into each of the given slots, all different; returns the logits [N, V] after them."""
         for slot in slot_N:
             self.cache.make_room(slot, 1)
         if self._graphs is None:

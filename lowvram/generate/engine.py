@@ -1,4 +1,4 @@
-"""Text from a model, one token at a time, as pieces of whole characters; knows neither terminal nor file."""
+"""Generates one text token by token, in pieces of whole characters; knows neither terminal nor file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowvram.units import count_of
 
 
 class Counts(NamedTuple):
-    """What one text cost: tokens that were there already, read and written, and seconds of reading and of writing."""
+    """What one answer cost: tokens reused from the cache, read and written; seconds of reading and of writing."""
 
     reused: int = 0
     read: int = 0
@@ -31,9 +31,9 @@ class Counts(NamedTuple):
 
 
 class Engine:
-    """One text that grows: what was read stays in the decoder's slot, so a second turn reads only its new tokens.
+    """One growing text: what was read stays in the decoder's slot, so a second turn reads only its new tokens.
 
-    ids: the text as far as it goes.  ended: why the last answer ended.  counts: what it cost.
+    ids: the text so far.  ended: why the last answer ended.  counts: what it cost.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, slot: int = 0) -> None:
@@ -48,13 +48,13 @@ class Engine:
         return self.decoder.max_context
 
     def generate(self, id_T: Sequence[int], sampler: Sampler, max_tokens: int) -> Iterator[str]:
-        """Return pieces of what the model writes behind a whole text, as it writes, whole characters only.
+        """Return the answer to a text in pieces of whole characters, while it is written.
 
-        id_T: all of the text, BOS first; of it only what differs from the text before (`ids`) is read, and what the
-        decoder had to forget.  Stops at a document's or turn's end, after max_tokens, or when the context is full;
-        `ended` then says which.
+        id_T: the whole text, BOS first.  Only the tokens after its common prefix with the text before (`ids`) are read,
+        and those that the decoder had to drop.  The answer ends at the end of a document or turn, after max_tokens, or
+        when the context is full; `ended` then says which.
         Raises PromptError, at once, where there is no text or it leaves no room for an answer; NumbersError where the
-        model's numbers are broken.
+        model's logits are not finite.
         """
         if not id_T:
             raise PromptError("The text is empty.", "A model continues a text of at least one token.", "Write one.")
@@ -70,20 +70,20 @@ class Engine:
         # The last token is read again where all were read before: its logits were not kept.
         reused = self.decoder.rewind(self.slot, min(same, len(id_T) - 1))
         self.ended, self.counts = "tokens", Counts(reused)
-        return self._write(sampler, max_tokens)
+        return self._decode(sampler, max_tokens)
 
-    def _write(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
-        stops = set(self.tokenizer.stop_ids)
+    def _decode(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
+        stop_ids = set(self.tokenizer.stop_ids)
         stream = TokenStream(self.tokenizer)
         seen = torch.empty(self.max_context, dtype=torch.int64)
         seen[: len(self.ids)] = torch.tensor(self.ids)
-        logit_V = self._read_new()
+        logit_V = self._prefill()
         for number in range(1, max_tokens + 1):
             began = time.perf_counter()
             if number > 1:
                 logit_V = self.decoder.decode_one_token([self.slot], self.ids[-1:])[0]
             token = sample(logit_V, sampler, seen[: len(self.ids)], len(self.ids))
-            if token in stops:
+            if token in stop_ids:
                 self.ended = "text"
                 break
             seen[len(self.ids)] = token
@@ -95,11 +95,11 @@ class Engine:
             if len(self.ids) == self.max_context:
                 self.ended = "context"
                 break
-        if rest := stream.finish():
-            yield rest
+        if last_piece := stream.finish():
+            yield last_piece
 
-    def _read_new(self) -> Tensor:
-        """Read what the slot does not hold of the text; returns the logits [V] behind it."""
+    def _prefill(self) -> Tensor:
+        """Read the part of the text that the slot does not hold; returns the logits [V] after it."""
         new, began = self.ids[self.decoder.length(self.slot) :], time.perf_counter()
         logit_V = self.decoder.prefill(self.slot, new)
         self.counts = self.counts._replace(read=len(new), read_s=time.perf_counter() - began)

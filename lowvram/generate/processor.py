@@ -1,4 +1,4 @@
-"""Whether this processor reads and writes text faster in bf16 or in fp32: measured once, and kept in the user's cache.
+"""Measures once whether this processor is faster in bf16 or in fp32, and stores the result in the user's cache.
 
 A processor that has instructions for bf16 is not always faster with them, and no list of processors says which are.
 """
@@ -23,17 +23,17 @@ from lowvram.storage.json_files import JsonError, read_object
 
 Clock = Callable[[], float]
 Seconds = Annotated[float, Field(gt=0.0)]
-# An exchange in a chat: so many tokens are read at once, and so many are written one by one.
-_READ = _WRITTEN = 64
-# A matrix of a model of some hundred millions of parameters: it does not fit the caches of a core.
+# One turn of a chat, as it is timed: so many tokens are read at once, and so many are written one by one.
+_PROMPT_TOKENS = _NEW_TOKENS = 64
+# A matrix as in a model of some hundred million parameters: it does not fit the caches of a core.
 _OUTPUTS, _INPUTS = 4096, 1024
 _REPEATS = 15
 
 
 class Pace(FrozenConfig):
-    """The seconds that one matrix takes one thread in an exchange, in both numbers, and where they were measured.
+    """The seconds that one thread multiplies by one matrix in a chat's turn, in fp32 and in bf16.
 
-    processor: its name and instructions, as torch and oneDNN may use them.
+    processor, torch: where it was measured; the processor's name and the instructions that torch and oneDNN may use.
     """
 
     version: Literal[1] = 1
@@ -49,58 +49,58 @@ class Pace(FrozenConfig):
 
     @property
     def reason(self) -> str:
-        """Return half a sentence for the numbers that were chosen."""
+        """The measurement as half a sentence, the reason for the choice."""
         return f"measured on this processor: bf16 takes {self.bf16_s / self.fp32_s:.2f} times as long as fp32"
 
 
-def pace_path(home: Path | None = None) -> Path:
-    """Return the file that holds the measurement: in `home`, or in the user's own place for what can be made again."""
-    return (home or Path(platformdirs.user_cache_dir("lowvram", appauthor=False))) / "processor.json"
+def pace_path(directory: Path | None = None) -> Path:
+    """Return the path of the file with the measurement: in `directory`, by default in the user's cache directory."""
+    return (directory or Path(platformdirs.user_cache_dir("lowvram", appauthor=False))) / "processor.json"
 
 
-def find_pace(home: Path | None = None, clock: Clock = time.perf_counter, disk: Disk = DISK) -> tuple[Pace, bool]:
-    """Return the measurement of this processor and torch, and whether it was made just now.
+def find_pace(directory: Path | None = None, clock: Clock = time.perf_counter, disk: Disk = DISK) -> tuple[Pace, bool]:
+    """Return the measurement for this processor and this torch, and whether it was made just now.
 
-    It takes some tenths of a second, once.  Where it cannot be written it is made again the next time.
+    It takes some tenths of a second, once.  Where the file cannot be written, it is made again the next time.
     """
-    path = pace_path(home)
-    here = {"processor": _name_processor(), "torch": torch.__version__}
+    path = pace_path(directory)
+    current = {"processor": _name_processor(), "torch": torch.__version__}
     try:
-        known = Pace.model_validate(read_object(path))
+        cached = Pace.model_validate(read_object(path))
     except (OSError, JsonError, ValidationError):
-        known = None
-    if known is not None and here == known.model_dump(include=set(here)):
-        return known, False
+        cached = None
+    if cached is not None and current == cached.model_dump(include=set(current)):
+        return cached, False
     threads = torch.get_num_threads()
-    # Threads that wait for one another on a busy machine would say more about the other programs than about products.
+    # On a busy machine several threads would wait for one another, and the other programs would be timed instead.
     torch.set_num_threads(1)
     try:
-        found = Pace(**here, **_time_exchange(clock))
+        pace = Pace(**current, **_time_exchange(clock))
     finally:
         torch.set_num_threads(threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        disk.write(path, found.model_dump_json(indent=1).encode())
+        disk.write(path, pace.model_dump_json(indent=1).encode())
     except (OSError, DiskFullError):
-        return found, True  # a cache that cannot be written costs time and nothing else
-    return found, True
+        return pace, True  # without the cache the next call measures again, and nothing else is lost
+    return pace, True
 
 
 def _name_processor() -> str:
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     instructions = os.environ.get("ONEDNN_MAX_CPU_ISA") or torch.backends.cpu.get_cpu_capability()
-    return f"{known.get('cpu_name', 'unknown')}, {instructions}"
+    return f"{capabilities.get('cpu_name', 'unknown')}, {instructions}"
 
 
 def _time_exchange(clock: Clock) -> dict[str, float]:
-    """Return the seconds of one matrix in an exchange, in both numbers, by the names of `Pace`.
+    """Return the seconds of one matrix in a chat's turn, in fp32 and bf16, by the names of `Pace`'s fields.
 
-    The numbers take turns and the fastest of several products counts: other programs can only make one slower.
+    The dtypes alternate and the fastest of several products counts: other programs can only make one slower.
     """
-    weights = {"fp32_s": torch.ones(_OUTPUTS, _INPUTS).mT.contiguous().mT}  # as `lay_by_columns` lays it
+    weights = {"fp32_s": torch.ones(_OUTPUTS, _INPUTS).mT.contiguous().mT}  # the layout that `lay_by_columns` makes
     weights["bf16_s"] = torch.ones(_OUTPUTS, _INPUTS, dtype=torch.bfloat16)
     seconds = dict.fromkeys(weights, 0.0)
-    for rows, times in ((_READ, 1), (1, _WRITTEN)):
+    for rows, times in ((_PROMPT_TOKENS, 1), (1, _NEW_TOKENS)):
         samples: dict[str, list[float]] = {name: [] for name in weights}
         for _ in range(1 + _REPEATS):
             for name, weight_OI in weights.items():
@@ -109,6 +109,6 @@ def _time_exchange(clock: Clock) -> dict[str, float]:
                 F.linear(x, weight_OI)
                 samples[name].append(clock() - began)
         for name, taken in samples.items():
-            # The first one warms up.  A clock of coarse ticks may see nothing at all.
+            # The first sample is warm-up.  A clock with coarse ticks may measure 0.
             seconds[name] += times * max(min(taken[1:]), 1e-9)
     return seconds

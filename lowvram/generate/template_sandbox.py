@@ -1,7 +1,7 @@
-"""The dialect of Jinja in which chat templates are written, in a sandbox that counts its work; knows no message.
+"""A Jinja environment for chat templates, in a sandbox that limits their work; knows no message.
 
-transformers' settings and tags.  jinja2's own sandbox keeps a template away from Python's internals, not from a
-machine's time and memory: here every loop, call, operator and output goes through a Budget.
+It has transformers' settings and tags.  jinja2's own sandbox protects Python's internals from a template, but not the
+machine's time and memory: here every loop, call, operator and output is counted by a Budget.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lowvram.generate.template_budget import Budget
 from lowvram.generate.template_operations import (
-    FORESEEN_OPERATORS,
+    CHECKED_OPERATORS,
     BudgetedContext,
     BudgetedFormatter,
     FormatMethod,
-    Names,
+    ShortNamespace,
     check_method,
     filters,
     raise_exception,
@@ -32,12 +32,12 @@ from lowvram.generate.template_operations import (
     tests,
 )
 
-# What jinja2's code adds to every call inside loops and blocks.
+# Arguments that jinja2's code adds to every call inside loops and blocks.
 _GIVEN_BY_JINJA = {"_loop_vars", "_block_vars"}
 
 
 class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks what an assistant writes: for training, nothing to render."""
+    """`{% generation %} … {% endgeneration %}` marks an assistant's text for training; rendering ignores the tags."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class's type)
 
@@ -47,7 +47,7 @@ class _Generation(Extension):
 
 
 class _BudgetedCode(CodeGenerator):
-    """Writes calls of the Budget into the Python code that jinja2 makes of a template."""
+    """Adds calls of the Budget to the Python code into which jinja2 compiles a template."""
 
     def visit_Output(self, node: nodes.Output, frame: Frame) -> None:
         """Count the template's own text; `finalize` counts what is computed."""
@@ -57,18 +57,18 @@ class _BudgetedCode(CodeGenerator):
         super().visit_Output(node, frame)
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        """Count every iteration, also those that the loop's condition leaves out."""
+        """Count every iteration, also those that the loop's condition skips."""
         node.body = [nodes.ExprStmt(nodes.ContextReference()), *node.body]
         if node.test is not None:
             node.test = nodes.And(nodes.ContextReference(), node.test)
         super().visit_For(node, frame)
 
     def visit_ContextReference(self, node: nodes.ContextReference, frame: Frame) -> None:
-        """Write a step, which is true; none of this dialect's tags makes such a node."""
+        """Write the call that counts a step and returns True; no tag of chat templates makes such a node itself."""
         self.write("context.step()")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """Count what `~` joins before it is joined."""
+        """Count the operands of `~` before they are joined."""
         self.write("(markup_join if context.eval_ctx.autoescape else str_join)(context.budget.join((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -76,7 +76,7 @@ class _BudgetedCode(CodeGenerator):
         self.write(")))")
 
     def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
-        """Count comparisons that may look at much: those with a short constant cost no more than a step."""
+        """Count what a comparison reads, unless one side is a constant: that costs no more than a step."""
         last = node.ops[-1]
         is_bounded = len(node.ops) == 1 and (
             _is_constant(last.expr, frame) or (last.op in ("eq", "ne") and _is_constant(node.expr, frame))
@@ -106,20 +106,20 @@ class _BudgetedCode(CodeGenerator):
 
     def visit_List(self, node: nodes.List, frame: Frame) -> None:
         """Count a list that holds computed values."""
-        self._visit_holder(node, frame, super().visit_List)
+        self._visit_container(node, frame, super().visit_List)
 
     def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        """Count a tuple that holds computed values; one that is assigned to is none."""
+        """Count a tuple that holds computed values, unless it is the target of an assignment."""
         if node.ctx == "store":
             super().visit_Tuple(node, frame)
         else:
-            self._visit_holder(node, frame, super().visit_Tuple)
+            self._visit_container(node, frame, super().visit_Tuple)
 
     def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
         """Count a dictionary that holds computed values."""
-        self._visit_holder(node, frame, super().visit_Dict)
+        self._visit_container(node, frame, super().visit_Dict)
 
-    def _visit_holder(self, node: nodes.Expr, frame: Frame, visit: Callable[[Any, Frame], None]) -> None:
+    def _visit_container(self, node: nodes.Expr, frame: Frame, visit: Callable[[Any, Frame], None]) -> None:
         if _is_constant(node, frame):
             visit(node, frame)
             return
@@ -136,7 +136,7 @@ class _BudgetedCode(CodeGenerator):
 def _is_constant(node: nodes.Expr, frame: Frame) -> bool:
     try:
         node.as_const(frame.eval_ctx)
-    except (nodes.Impossible, TypeError):  # the second: a list as a key, of which the program complains when it runs
+    except (nodes.Impossible, TypeError):  # TypeError: a list as a key, which raises again when the template runs
         return False
     return True
 
@@ -155,29 +155,29 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = filters()
         self.tests |= tests()
         del self.globals["lipsum"]
-        self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": Names}
+        self.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now, "namespace": ShortNamespace}
 
     def render(self, template: Template, values: dict[str, Any], budget: Budget) -> str:
-        """Return what a template of this environment makes of the values; raises BudgetError, and what Jinja raises."""
+        """Return the text of a template of this environment; raises BudgetError, and the errors that Jinja raises."""
         context = template.new_context(values)
         assert isinstance(context, BudgetedContext)
         context.budget = budget
         return "".join(template.root_render_func(context))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right`, after asking how large that will be."""
+        """Compute `left operator right`, after checking how large the result will be."""
         assert isinstance(context, BudgetedContext)
         budget = context.budget
-        if operator == "+" and type(left) is type(right) is str:  # which most templates do most
+        if operator == "+" and type(left) is type(right) is str:  # the most frequent operation of most templates
             joined: str = left + right
             budget.take(len(joined))
             return joined
-        if operator in FORESEEN_OPERATORS:
-            FORESEEN_OPERATORS[operator](budget, left, right)
+        if operator in CHECKED_OPERATORS:
+            CHECKED_OPERATORS[operator](budget, left, right)
         return budget.new(self.binop_table[operator](left, right))
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Return a stand-in for a text's method format, which only `call` can call."""
+        """Return a stand-in for the method format of a string, which only `call` can call."""
         if not isinstance(value, types.MethodType | types.BuiltinMethodType):
             return None
         if value.__name__ not in ("format", "format_map") or not isinstance(value.__self__, str):
@@ -185,7 +185,7 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
         return FormatMethod(value.__self__, value.__name__ == "format_map")
 
     def call(self, context: Context, called: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template calls, after asking how large the result will be."""
+        """Call a function or method for a template, after checking how large the result will be."""
         assert isinstance(context, BudgetedContext)
         budget = context.budget
         budget.step(1 + len(args) + len(kwargs))

@@ -1,4 +1,4 @@
-"""Where a model's weights lie: one tensor at a time, by our names; knows neither device nor precision."""
+"""The interface that reads a model's weights one tensor at a time, by lowvram's names; knows no device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowvram.config.model import ModelConfig
 
 
 class WeightReader(Protocol):
-    """Weights that are mapped, not loaded: our own checkpoint, or a directory that another program wrote."""
+    """Weights that are mapped, not loaded: a checkpoint of lowvram, or a directory that another program wrote."""
 
     config: ModelConfig
 

@@ -1,8 +1,8 @@
-"""From mapped weights to a model that only reads, tensor by tensor, each rounded as it comes; knows no directory.
+"""Loads mapped weights into a model for inference, and converts each tensor as it is read; knows no directory.
 
-Every matrix is kept in the numbers asked for: layers, experts, embedding and head alike.  Three kinds stay as they
-are: norms, routers and balancing biases in fp32, and with 8 bits MLA's `kv_b_proj` in 16 bits, because decoding
-multiplies by its parts in another order and would need them decoded beside the codes.
+Every matrix gets the requested precision: layers, experts, embedding and head alike.  There are two exceptions: norms,
+routers and balancing biases stay in fp32, and with 8 bits MLA's `kv_b_proj` stays in 16 bits, because decoding
+multiplies by its parts in another order and would need decoded copies of them beside the codes.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lowvram.storage.checkpoint import Checkpoint
 
 _FORMS = {"fp8": "e4m3", "int8": "int8"}
 _CODES = {"fp8": torch.uint8, "int8": torch.int8}
-# Of a model whose other matrices are codes.
+# The matrix that stays in 16 bits in a model whose other matrices are 8-bit codes.
 _IN_16_BITS = "kv_b_proj.weight"
 _PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 class CheckpointReader:
-    """A checkpoint of ours as a Source."""
+    """Reads a checkpoint of lowvram: a WeightReader."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self.config = config
@@ -39,7 +39,7 @@ class CheckpointReader:
         return self._tensors.names()
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, mapped."""
+        """Return one tensor, memory-mapped."""
         return self._tensors.read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -49,57 +49,58 @@ class CheckpointReader:
 
 @torch.no_grad()
 def load_for_inference(
-    source: WeightReader,
+    reader: WeightReader,
     precision: str,
     device: torch.device | str = "cpu",
-    flow: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype = torch.bfloat16,
 ) -> Transformer:
-    """Return the model of a source, frozen, on the device; its matrices in fp8, int8, bf16, fp16 or fp32.
+    """Return a reader's model, frozen, on the device; its matrices in fp8, int8, bf16, fp16 or fp32.
 
-    flow: what is computed in, by which the one matrix that 8 bits leave out is kept.  What is stored in the precision
-    asked for is taken over: codes without a round trip, and on the CPU as the file's own bytes.
-    Alive besides the model: one tensor, and what rounding it has at work.
-    Raises CheckpointError where a tensor is missing, unknown, of another shape, or no number.
+    compute_dtype: of the activations; with 8-bit precisions also of `kv_b_proj` (bf16 where it is fp32).  A matrix that
+    is stored in the requested precision is used as it is: codes without a round trip, on the CPU the mapped file.
+    Memory besides the model: one tensor, and what rounding it needs.
+    Raises CheckpointError where a tensor is missing, unknown, of another shape, or NaN.
     """
-    model = Transformer(source.config, seed=None, device=device, is_hollow=True).eval().requires_grad_(False)
-    own = model.state_dict()
-    _refuse_other_names(own, source)
-    for name, place in own.items():
-        found = source.read(name)
-        shape = list(found.code.shape if isinstance(found, QuantTensor) else found.shape)
-        _refuse_other_shape(name, shape, place)
+    model = Transformer(reader.config, seed=None, device=device, is_hollow=True).eval().requires_grad_(False)
+    expected = model.state_dict()
+    _refuse_other_names(expected, reader)
+    for name, parameter in expected.items():
+        stored = reader.read(name)
+        shape = list(stored.code.shape if isinstance(stored, QuantTensor) else stored.shape)
+        _refuse_other_shape(name, shape, parameter)
         if is_matrix(name, shape):
-            put(model, name, _keep(name, found, precision, torch.device(device), flow))
+            put(model, name, _convert(name, stored, precision, torch.device(device), compute_dtype))
         else:
-            place.copy_(_decode(found, place.dtype))
+            parameter.copy_(_decode(stored, parameter.dtype))
     return model
 
 
-def refuse_other_tensors(source: CheckpointReader) -> None:
+def refuse_other_tensors(reader: CheckpointReader) -> None:
     """Raise CheckpointError where a tensor is missing, unknown or of another shape; reads none of them."""
-    own = Transformer(source.config, seed=None, device="meta").state_dict()
-    _refuse_other_names(own, source)
-    for name, place in own.items():
-        _refuse_other_shape(name, list(source.shape(name)), place)
+    expected = Transformer(reader.config, seed=None, device="meta").state_dict()
+    _refuse_other_names(expected, reader)
+    for name, parameter in expected.items():
+        _refuse_other_shape(name, list(reader.shape(name)), parameter)
 
 
-def _refuse_other_names(own: Mapping[str, Tensor], source: WeightReader) -> None:
-    stored = set(source.names())
-    _refuse(sorted(own.keys() - stored), "is missing")
-    _refuse(sorted(stored - own.keys()), "belongs to no layer")
+def _refuse_other_names(expected: Mapping[str, Tensor], reader: WeightReader) -> None:
+    present = set(reader.names())
+    _refuse(sorted(expected.keys() - present), "is missing")
+    _refuse(sorted(present - expected.keys()), "belongs to no layer")
 
 
-def _refuse_other_shape(name: str, shape: list[int], place: Tensor) -> None:
-    _refuse([name] if shape != list(place.shape) else [], f"is {shape}, and the model needs {list(place.shape)}")
+def _refuse_other_shape(name: str, shape: list[int], parameter: Tensor) -> None:
+    needed = list(parameter.shape)
+    _refuse([name] if shape != needed else [], f"is {shape}, and the model needs {needed}")
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """Say whether a tensor is kept in the precision asked for: all but norms, biases and routers are."""
+    """Say whether a tensor gets the requested precision: all but norms, biases and routers do."""
     return len(shape) > 1 and not name.endswith("router.weight")
 
 
 def put(model: Transformer, name: str, weight: Tensor | QuantTensor) -> None:
-    """Put a matrix in its place in the model: plain, or codes with their scales beside them."""
+    """Set a matrix of the model: a plain tensor, or codes and beside them their scales."""
     owner, _, attribute = name.rpartition(".")
     layer = model.get_submodule(owner)
     code, scale = (weight.code, weight.scale) if isinstance(weight, QuantTensor) else (weight, None)
@@ -113,25 +114,25 @@ def weight_bytes(model: Transformer) -> int:
     return bytes_of(*model.parameters(), *model.buffers())
 
 
-def _keep(
-    name: str, found: Tensor | QuantTensor, precision: str, device: torch.device, flow: torch.dtype
+def _convert(
+    name: str, stored: Tensor | QuantTensor, precision: str, device: torch.device, compute_dtype: torch.dtype
 ) -> Tensor | QuantTensor:
-    """Return a matrix as the model keeps it."""
+    """Return a matrix in the precision in which the model keeps it."""
     if precision not in _FORMS or name.endswith(_IN_16_BITS):
-        sixteen = torch.bfloat16 if flow == torch.float32 else flow
-        return _decode(found, _PLAIN.get(precision, sixteen)).to(device)
-    if not isinstance(found, QuantTensor):
-        return quantise_weight(found.to(device), _FORMS[precision])
-    if found.code.dtype != _CODES[precision]:
-        return quantise_weight(dequantise(found, torch.float32).to(device), _FORMS[precision])
-    if found.code.dtype == torch.uint8:
-        # Decoding at every use leaves the question out.
-        _refuse([name] if bool(((found.code & 0x7F) == 0x7F).any()) else [], "holds NaN")
-    return QuantTensor(found.code.to(device), found.scale.to(device))
+        sixteen = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
+        return _decode(stored, _PLAIN.get(precision, sixteen)).to(device)
+    if not isinstance(stored, QuantTensor):
+        return quantise_weight(stored.to(device), _FORMS[precision])
+    if stored.code.dtype != _CODES[precision]:
+        return quantise_weight(dequantise(stored, torch.float32).to(device), _FORMS[precision])
+    if stored.code.dtype == torch.uint8:
+        # The kernels that decode e4m3 at every use do not check for NaN.
+        _refuse([name] if bool(((stored.code & 0x7F) == 0x7F).any()) else [], "holds NaN")
+    return QuantTensor(stored.code.to(device), stored.scale.to(device))
 
 
-def _decode(found: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
-    return dequantise(found, dtype) if isinstance(found, QuantTensor) else found.to(dtype)
+def _decode(stored: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    return dequantise(stored, dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
 
 
 def _refuse(names: list[str], problem: str) -> None:

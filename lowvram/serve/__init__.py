@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server of one model: requests in, answers out, many at a time; knows no command line."""
+"""An OpenAI-compatible server of one model that answers many requests at a time; knows no command line."""

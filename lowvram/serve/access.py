@@ -1,7 +1,7 @@
-"""Who may speak to the server at all: this machine's own pages, or who has the key; before a body is read.
+"""Refuses requests from other origins or without the API key, before their bodies are read.
 
-A page of another site that has its name resolve to 127.0.0.1 (DNS rebinding) is same-origin to the browser: only the
-Host header tells it from ours.
+A page of another site whose name resolves to 127.0.0.1 (DNS rebinding) is same-origin to the browser: only the Host
+header distinguishes it from our own page.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lowvram.serve.addresses import is_loopback
 from lowvram.serve.errors import refusal
 
-# The page itself must open before a key can be typed into it; /health is for whoever restarts the server.
+# The page must open before a key can be typed into it; /health is for a supervisor that restarts the server.
 OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/health"})
 
 
 class AccessMiddleware:
-    """An ASGI layer that refuses strangers.  api_key: None where none is needed.  own_names_only: loopback alone."""
+    """ASGI middleware that answers 401 or 403 to strangers.
+
+    api_key: None where no key is needed.  own_names_only: only hosts that are loopback, and only their own origin.
+    """
 
     def __init__(
         self, app: ASGIApp, api_key: str | None, own_names_only: bool, open_paths: Collection[str] = OPEN_PATHS
@@ -39,7 +42,7 @@ class AccessMiddleware:
             answer = refusal(403, f"{problem}  Open it by its own address.", "permission_error", code="foreign_origin")
             await answer(scope, receive, send)
         elif scope["path"] not in self._open_paths and not self._has_key(headers):
-            message = "The API key is missing or another one.  Send it as: Authorization: Bearer KEY."
+            message = "The API key is missing or wrong.  Send it as: Authorization: Bearer KEY."
             answer = refusal(401, message, "authentication_error", code="invalid_api_key")
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, send)
@@ -48,7 +51,7 @@ class AccessMiddleware:
 
     def _find_stranger(self, headers: Mapping[str, str]) -> str | None:
         if not self._own_names_only:
-            return None  # the key is asked for, and no cookie sends that along
+            return None  # the key is required, and no browser sends it by itself as it does a cookie
         host = headers.get("host", "")
         if not is_loopback(_name_of(f"//{host}")):
             return f"Host is {host[:60]!r}, and this server answers on this machine's own names only."
@@ -61,7 +64,7 @@ class AccessMiddleware:
         if self._key is None:
             return True
         kind, _, sent = headers.get("authorization", "").partition(" ")
-        # Headers are bytes that were read as Latin-1.
+        # The headers' bytes were decoded as Latin-1 above.
         return hmac.compare_digest(sent.strip().encode("latin-1"), self._key) and kind.lower() == "bearer"
 
 

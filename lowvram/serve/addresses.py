@@ -1,4 +1,4 @@
-"""Which addresses only this machine can reach; knows no socket."""
+"""Decides which addresses only this machine can reach; knows no socket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server's paths, and one request's way: body, order, job, answer; knows no command line and no socket."""
+"""The server's HTTP paths and what handles them: read the body, submit a job, send the answer; knows no socket."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lowvram.serve.prompt import ServedModel, make_job
 from lowvram.serve.responses import DONE, Body, ChatResponseBuilder, ResponseBuilder, to_event
 from lowvram.serve.scheduler import ActiveJob, Event, Failed, Finished, GenerationJob, Scheduler
 from lowvram.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest, read_request
-from lowvram.serve.workers import GoOn, Workers
+from lowvram.serve.workers import CancelCheck, Workers
 
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -50,15 +50,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who may come in.  api_key: None where none is asked for.  own_names_only: only this machine's own pages."""
+    """Who may send requests.  api_key: None where no key is needed.  own_names_only: only this machine's own pages."""
 
     api_key: str | None = None
     own_names_only: bool = True
 
 
-def build_app(served: ServedModel, batcher: Scheduler, limits: Limits, door: AccessPolicy) -> Starlette:
-    """Return the ASGI application; whoever runs it starts and stops the batcher."""
-    handlers = _Handlers(served, batcher, limits)
+def build_app(served: ServedModel, scheduler: Scheduler, limits: Limits, access: AccessPolicy) -> Starlette:
+    """Return the ASGI application; its caller starts and stops the scheduler."""
+    handlers = _Handlers(served, scheduler, limits)
     routes = [
         Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
         Route("/v1/completions", handlers.complete, methods=["POST"]),
@@ -66,19 +66,19 @@ def build_app(served: ServedModel, batcher: Scheduler, limits: Limits, door: Acc
         Route("/v1/models/{name:path}", handlers.model),
         Route("/health", handlers.health),
         Route("/metrics", handlers.metrics),
-        *(Route(path, _page_of(*page)) for path, page in _PAGE.items()),
+        *(Route(path, _page_handler(*page)) for path, page in _PAGE.items()),
     ]
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(MetricsMiddleware, metrics=batcher.metrics, paths=frozenset(route.path for route in routes)),
-            Middleware(AccessMiddleware, api_key=door.api_key, own_names_only=door.own_names_only),
+            Middleware(MetricsMiddleware, metrics=scheduler.metrics, paths=frozenset(route.path for route in routes)),
+            Middleware(AccessMiddleware, api_key=access.api_key, own_names_only=access.own_names_only),
         ],
         exception_handlers={HTTPException: _explain_http, Exception: _explain_crash},
     )
 
 
-def _page_of(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+def _page_handler(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     content = resources.files("lowvram.serve").joinpath("page", name).read_bytes()
 
     async def show(_: Request) -> Response:
@@ -96,18 +96,18 @@ async def _explain_http(request: Request, error: Exception) -> Response:
 
 
 async def _explain_crash(_request: Request, _error: Exception) -> Response:
-    answer = refusal(500, "The server made a mistake.  Its log says more.", "server_error")
-    answer.headers["Connection"] = "close"  # as uvicorn does after a mistake
+    answer = refusal(500, "The server has failed at this request.  Its log says more.", "server_error")
+    answer.headers["Connection"] = "close"  # as uvicorn does after an exception
     return answer
 
 
 class _Handlers:
-    """What stands behind each path."""
+    """One method for each path."""
 
-    def __init__(self, served: ServedModel, batcher: Scheduler, limits: Limits) -> None:
-        self.served, self.batcher, self.limits = served, batcher, limits
-        # Parsing, normalising and tokenising are work; no other client must wait for it.
-        self.workers = Workers(PREPARED_AT_ONCE, batcher.explain_stop)
+    def __init__(self, served: ServedModel, scheduler: Scheduler, limits: Limits) -> None:
+        self.served, self.scheduler, self.limits = served, scheduler, limits
+        # Parsing, normalising and tokenising take time, in which the event loop must serve the other clients.
+        self.workers = Workers(PREPARED_AT_ONCE, scheduler.explain_stop)
         self.started_at = int(time.time())
 
     async def chat(self, request: Request) -> Response:
@@ -137,94 +137,96 @@ class _Handlers:
         }
 
     async def health(self, _: Request) -> Response:
-        absence = self.batcher.explain_absence()
-        body = {"status": str(absence or "ok"), "model": self.served.name, **self._gauges()}
-        return json_response(body, 503 if absence else 200)
+        unavailable = self.scheduler.explain_unavailable()
+        body = {"status": str(unavailable or "ok"), "model": self.served.name, **self._gauges()}
+        return json_response(body, 503 if unavailable else 200)
 
     async def metrics(self, _: Request) -> Response:
-        text = self.batcher.metrics.show(self._gauges())
+        text = self.scheduler.metrics.show(self._gauges())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def _gauges(self) -> dict[str, int]:
-        batcher = self.batcher
-        return {"running": batcher.running, "waiting": batcher.waiting, "slots": batcher.decoder.slots}
+        scheduler = self.scheduler
+        return {"running": scheduler.running, "waiting": scheduler.waiting, "slots": scheduler.decoder.slots}
 
     async def _answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
-        """Answer one request, whatever becomes of it, and leave the batcher again."""
-        visit = _Visit(self.batcher)
+        """Answer one request; however that ends, its job does not stay in the scheduler."""
+        submission = _Submission(self.scheduler)
         try:
             body = await read_body(request, self.limits)
-            visit.watch(request.receive)
-            if (crowd := self.batcher.explain_crowd(self.workers.waiting)) is not None:
-                raise crowd
-            ask, order, reply = await visit.unless_it_leaves(self.workers.run(partial(self._understand, kind, body)))
-            visit.open(order)
-            if not ask.stream:
-                return await self._whole(visit, reply)
-            # Before the first token is there, a failure can still be a status.
-            first = await visit.next_event()
-            response = _Stream(visit, first, reply, request)
-            visit = _Visit(self.batcher)  # the stream closes its own
+            submission.watch(request.receive)
+            if (full_queue := self.scheduler.explain_full_queue(self.workers.waiting)) is not None:
+                raise full_queue
+            parsed, job, builder = await submission.run_unless_disconnected(
+                self.workers.run(partial(self._parse, kind, body))
+            )
+            submission.submit(job)
+            if not parsed.stream:
+                return await self._answer_whole(submission, builder)
+            # Until the first token is sent, a failure can still be an HTTP status.
+            first = await submission.next_event()
+            response = _Stream(submission, first, builder, request)
+            submission = _Submission(self.scheduler)  # the stream closes the one that it was given
             return response
         except LowvramError as error:
             return answer_error(error)
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
         finally:
-            visit.close()
+            submission.close()
 
-    def _understand(
-        self, kind: type[GenerationRequest], body: bytes, go_on: GoOn
+    def _parse(
+        self, kind: type[GenerationRequest], body: bytes, check_cancelled: CancelCheck
     ) -> tuple[GenerationRequest, GenerationJob, ResponseBuilder]:
-        ask: GenerationRequest = read_request(kind, body)
-        go_on()
-        order = make_job(ask, self.served, self.limits, go_on)
-        form = ChatResponseBuilder if kind is ChatRequest else ResponseBuilder
-        return ask, order, form(self.served, len(order.ids), order.top is not None, ask.wants_usage)
+        parsed: GenerationRequest = read_request(kind, body)
+        check_cancelled()
+        job = make_job(parsed, self.served, self.limits, check_cancelled)
+        builder_class = ChatResponseBuilder if kind is ChatRequest else ResponseBuilder
+        return parsed, job, builder_class(self.served, len(job.ids), job.top is not None, parsed.wants_usage)
 
-    async def _whole(self, visit: _Visit, reply: ResponseBuilder) -> Response:
-        texts, said = list[str](), list[TokenLogprob]()
-        while not isinstance(event := await visit.next_event(), Finished):
+    async def _answer_whole(self, submission: _Submission, builder: ResponseBuilder) -> Response:
+        texts, token_logprobs = list[str](), list[TokenLogprob]()
+        while not isinstance(event := await submission.next_event(), Finished):
             texts.append(event.text)
-            said += event.said
-        if not said:
-            return json_response(reply.whole("".join(texts), said, event))
-        # Twenty chances of each of thousands of tokens are megabytes of JSON.
-        return await visit.unless_it_leaves(
-            self.workers.run(lambda _: json_response(reply.whole("".join(texts), said, event)))
+            token_logprobs += event.token_logprobs
+        if not token_logprobs:
+            return json_response(builder.whole("".join(texts), token_logprobs, event))
+        # Twenty log-probabilities for each of thousands of tokens are megabytes of JSON.
+        return await submission.run_unless_disconnected(
+            self.workers.run(lambda _: json_response(builder.whole("".join(texts), token_logprobs, event)))
         )
 
 
-class _Visit:
-    """One request's stay in the batcher: its events, from another thread, and the moment when the client leaves."""
+class _Submission:
+    """One request's job in the scheduler: passes its events to the event loop, and notices that the client left."""
 
-    def __init__(self, batcher: Scheduler) -> None:
-        self._batcher = batcher
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._job: ActiveJob | None = None
+        self._active_job: ActiveJob | None = None
         self._watch: asyncio.Task[None] | None = None
 
     def watch(self, receive: Receive) -> None:
-        """Notice from now on when the client leaves; its request must have been received."""
+        """Begin to watch whether the client disconnects; its whole body must have been received."""
         self._watch = asyncio.create_task(self._watch_client(receive))
 
-    def open(self, order: GenerationJob) -> None:
-        """Submit; raises what the batcher raises where it takes no more."""
+    def submit(self, job: GenerationJob) -> None:
+        """Submit the job; raises QueueFullError or NotServingError as the scheduler does."""
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has been stopped by force
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._job = self._batcher.submit(order, deliver)
+        self._active_job = self._scheduler.submit(job, deliver)
 
     async def _watch_client(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         self._events.put_nowait(None)
 
-    async def unless_it_leaves(self, work: Coroutine[None, None, Result]) -> Result:
-        """Return what comes of some work; cancels it and raises ClientDisconnect where the client leaves before."""
+    async def run_unless_disconnected(self, work: Coroutine[None, None, Result]) -> Result:
+        """Return the result of `work`; if the client disconnects before, cancel it and raise ClientDisconnect."""
         assert self._watch is not None
         task = asyncio.create_task(work)
         try:
@@ -236,7 +238,7 @@ class _Visit:
             task.cancel()
 
     async def next_event(self) -> Piece | Finished:
-        """Return what comes next; raises the error of an answer that failed, ClientDisconnect if nobody reads it."""
+        """Return the next event; raises the error of an answer that failed, ClientDisconnect if the client left."""
         event = await self._events.get()
         if event is None:
             raise ClientDisconnect
@@ -245,39 +247,41 @@ class _Visit:
         return event
 
     def close(self) -> None:
-        """Leave the batcher, whether or not the answer is finished."""
+        """Cancel the job, whether or not the answer is finished."""
         if self._watch is not None:
             self._watch.cancel()
-        if self._job is not None:
-            self._batcher.leave(self._job)
-        self._watch = self._job = None
+        if self._active_job is not None:
+            self._scheduler.cancel(self._active_job)
+        self._watch = self._active_job = None
 
 
 class _Stream(StreamingResponse):
-    """An answer as server-sent events; whatever ends it, the batcher is left."""
+    """An answer as server-sent events; whatever ends it, its job is cancelled."""
 
-    def __init__(self, visit: _Visit, first: Piece | Finished, reply: ResponseBuilder, request: Request) -> None:
+    def __init__(
+        self, submission: _Submission, first: Piece | Finished, builder: ResponseBuilder, request: Request
+    ) -> None:
         super().__init__(
-            self._events(first, reply), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            self._events(first, builder), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
-        self._visit, self._request = visit, request
+        self._submission, self._request = submission, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._request.state.outcome = CLIENT_LEFT
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._visit.close()
+            self._submission.close()
 
-    async def _events(self, event: Piece | Finished, reply: ResponseBuilder) -> AsyncIterator[bytes]:
+    async def _events(self, event: Piece | Finished, builder: ResponseBuilder) -> AsyncIterator[bytes]:
         try:
-            for body in reply.opening():
+            for body in builder.opening():
                 yield to_event(body)
             while not isinstance(event, Finished):
-                if event.text or event.said:
-                    yield to_event(reply.chunk(event.text, event.said))
-                event = await self._visit.next_event()
-            for body in (reply.chunk("", (), event.reason), *reply.usage(event)):
+                if event.text or event.token_logprobs:
+                    yield to_event(builder.chunk(event.text, event.token_logprobs))
+                event = await self._submission.next_event()
+            for body in (builder.chunk("", (), event.reason), *builder.usage(event)):
                 yield to_event(body)
             self._request.state.outcome = 200
             yield DONE
@@ -285,11 +289,11 @@ class _Stream(StreamingResponse):
             self._request.state.outcome = status_of(error)
             yield to_event(body_of(error))
         except ClientDisconnect:
-            return  # there is nobody to tell
+            return  # nobody would read an error
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return the body; raises HTTPException 413 above the limit, 408 where it does not come."""
+    """Return the body; raises HTTPException 413 above the limit, 408 where it does not arrive in time."""
     pieces, size = list[bytes](), 0
     try:
         async with asyncio.timeout(limits.body_wait_s):

@@ -1,8 +1,8 @@
-"""A request's bytes as one JSON object, refused before it is parsed where that would take long; knows no field.
+"""Parses a request's body as one JSON object, and refuses it before where parsing would take long; knows no field.
 
-Python's JSON parser and pydantic hold the interpreter until they are done, and every other request waits for them.
-Four megabytes of text are parsed in milliseconds, four megabytes of brackets or names take up to a second, and so
-do some more of numbers.
+Python's JSON parser and pydantic hold the interpreter lock until they are done, and every other request waits.
+Four megabytes of text are parsed in milliseconds, but four megabytes of brackets or names, or somewhat more of
+numbers, take up to a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowvram.storage.json_files import JsonError, parse_object
 def read_body_object(body: bytes) -> dict[str, Any]:
     """Return the JSON object that a body holds.
 
-    Raises JsonError, whose text is half a sentence: not JSON, no object, nested too deeply, or of too many values.
+    Raises JsonError, whose text is half a sentence: not JSON, not an object, nested too deeply, or too many values.
     """
     check_shape(body)
     return parse_object(body, max(1, len(body)), MOST_LEVELS)
@@ -24,7 +24,7 @@ def read_body_object(body: bytes) -> dict[str, Any]:
 
 def check_shape(body: bytes) -> None:
     """Raise JsonError where a body has more lists, objects, fields or values than any request needs, in linear time."""
-    # Without its escapes a text begins and ends at a quote, so every other piece between quotes is no text.
+    # Without escapes every string begins and ends at a quote, so every other piece between quotes is outside strings.
     bare = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if (quotes := bare.count(b'"')) > 4 * MOST_FIELDS:
         raise JsonError(f"it holds {quotes // 2:,} strings, and no request needs more than {2 * MOST_FIELDS:,}")

@@ -1,4 +1,4 @@
-"""What one answer's tokens say so far: whole characters, and nothing of a stop string; knows neither slots nor HTTP."""
+"""Turns one answer's tokens into whole characters, without any stop string; knows neither slots nor HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lowvram.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Logprobs:
-    """How likely the model itself, without a sampler, held a token (logprob), and the likeliest ids there (top)."""
+    """Log-probabilities at one token, of the model itself without a sampler.
+
+    logprob: of the token that was chosen.  top: the likeliest ids and their log-probabilities.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -18,7 +21,7 @@ class Logprobs:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One token of an answer.  start: how many of the answer's characters were whole before it."""
+    """One token of an answer.  start: how many characters of the answer were complete before it."""
 
     id: int
     start: int
@@ -27,31 +30,31 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that is certain by now, and the tokens that it came from where their chances were asked for."""
+    """Text that can be sent, and the tokens that it came from where their log-probabilities were requested."""
 
     text: str
-    said: tuple[TokenLogprob, ...] = ()
+    token_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class _StopString:
-    """One stop string and how much of it the text ends with, so that no token is compared with all of it again.
+    """One stop string and how much of it the text ends with, so that no character is compared twice.
 
     Source: Knuth, Morris and Pratt 1977, Fast pattern matching in strings.
     """
 
     def __init__(self, text: str) -> None:
         self.text, self.matched = text, 0
-        # Of each beginning of the string, how long the longest shorter one is that it ends with.
+        # For each prefix of the string: the length of its longest proper prefix that is also its suffix.
         self._borders = [0] * len(text)
-        for place in range(1, len(text)):
-            self._borders[place] = self._extend(self._borders[place - 1], text[place])
+        for index in range(1, len(text)):
+            self._borders[index] = self._extend(self._borders[index - 1], text[index])
 
     def find_end(self, new: str) -> int | None:
-        """Take the text's next characters; returns behind how many of them the string is there first, or None."""
-        for place, character in enumerate(new, 1):
+        """Take the text's next characters; returns after how many of them the stop string is complete, or None."""
+        for index, character in enumerate(new, 1):
             self.matched = self._extend(self.matched, character)
             if self.matched == len(self.text):
-                return place
+                return index
         return None
 
     def _extend(self, matched: int, character: str) -> int:
@@ -63,19 +66,22 @@ class _StopString:
 
 
 class Detokenizer:
-    """Turns tokens into pieces of text and holds back what may yet be half a character or a stop string."""
+    """Turns tokens into pieces of text; holds back what may be part of a character or begin a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.is_stopped = False
         self._stream = tokenizer.stream()
         self._stops = tuple(_StopString(stop) for stop in stops)
-        self._held, self._unsaid = "", list[TokenLogprob]()
+        self._held, self._pending_logprobs = "", list[TokenLogprob]()
         self._known = self._released = 0
 
     def push(self, id: int, logprobs: Logprobs | None = None) -> Piece:
-        """Take the next token; returns what is certain now, perhaps nothing.  `is_stopped` says whether to go on."""
+        """Take the next token; returns the text that can be sent now, perhaps none.
+
+        `is_stopped` is true afterwards if a stop string ended the answer.
+        """
         if logprobs is not None:
-            self._unsaid.append(TokenLogprob(id, self._known, logprobs))
+            self._pending_logprobs.append(TokenLogprob(id, self._known, logprobs))
         return self._release(self._stream.push(id), is_last=False)
 
     def finish(self) -> Piece:
@@ -87,8 +93,8 @@ class Detokenizer:
     def _release(self, new: str, is_last: bool) -> Piece:
         self._known += len(new)
         text = self._held + new
-        ends = [(stop, end) for stop in self._stops if (end := stop.find_end(new)) is not None]
-        cut = min((len(self._held) + end - len(stop.text) for stop, end in ends), default=None)
+        matches = [(stop, end) for stop in self._stops if (end := stop.find_end(new)) is not None]
+        cut = min((len(self._held) + end - len(stop.text) for stop, end in matches), default=None)
         self.is_stopped = cut is not None
         if cut is None:
             doubtful = max((stop.matched for stop in self._stops), default=0)
@@ -96,6 +102,6 @@ class Detokenizer:
         self._held = text[cut:]
         self._released += cut
         is_all = is_last and not self.is_stopped
-        said = tuple(one for one in self._unsaid if is_all or one.start < self._released)
-        del self._unsaid[: len(said)]
-        return Piece(text[:cut], said)
+        token_logprobs = tuple(one for one in self._pending_logprobs if is_all or one.start < self._released)
+        del self._pending_logprobs[: len(token_logprobs)]
+        return Piece(text[:cut], token_logprobs)

@@ -1,4 +1,4 @@
-"""From what went wrong to an HTTP status and OpenAI's form of an error; knows no requests."""
+"""Turns errors into HTTP statuses and OpenAI's error bodies; knows no requests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def json_response(body: Body, status: int = 200) -> Response:
 
 
 def status_of(error: LowvramError) -> int:
-    """Return the status that stands for an error: the client's, too many, or ours."""
+    """Return an error's HTTP status: 429 for a full queue, 503 for a server that cannot answer, else 404 or 400."""
     if isinstance(error, QueueFullError):
         return 429
     if isinstance(error, NotServingError):
@@ -45,7 +45,7 @@ def body_of(error: LowvramError) -> Body:
 
 
 def answer_error(error: LowvramError) -> Response:
-    """Return an error as a response, with the time to wait where waiting helps."""
+    """Return an error as a response, with Retry-After where waiting helps."""
     response = json_response(body_of(error), status_of(error))
     if response.status_code in (429, 503):
         response.headers["Retry-After"] = str(_RETRY_AFTER_S)

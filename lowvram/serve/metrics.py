@@ -1,6 +1,6 @@
-"""Counts of what a server does, in the text form that Prometheus reads; knows neither requests nor models.
+"""Counters and timings of a server, in Prometheus' text format; knows neither requests nor models.
 
-Source of the form: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, 0.0.4).
+Source of the format: https://prometheus.io/docs/instrumenting/exposition_formats/ (text, 0.0.4).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 
-# From one token of a small model to the longest answer of a slow one, in steps of some 2.5.
+# Bucket bounds: from one token of a small model to the longest answer of a slow one, in steps of about 2.5.
 _BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0)
 _HELP = {
     "requests_total": "Requests by path and status; 499 is a client that left.",
@@ -31,15 +31,15 @@ class _Histogram:
         self.counts, self.sum = [0] * (len(_BOUNDS_S) + 1), 0.0
 
     def lines(self, name: str) -> list[str]:
-        total, found = 0, []
+        total, buckets = 0, []
         for bound, count in zip((*map(str, _BOUNDS_S), "+Inf"), self.counts, strict=True):
             total += count
-            found.append(f'{name}_bucket{{le="{bound}"}} {total}')
-        return [*found, f"{name}_sum {self.sum:.6f}", f"{name}_count {total}"]
+            buckets.append(f'{name}_bucket{{le="{bound}"}} {total}')
+        return [*buckets, f"{name}_sum {self.sum:.6f}", f"{name}_count {total}"]
 
 
 class Metrics:
-    """Counters that any thread may move, and one text of them all."""
+    """Counters and histograms that any thread may add to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,7 +48,7 @@ class Metrics:
         self._histograms = {name: _Histogram() for name in _HELP if name.endswith("_seconds")}
 
     def count_request(self, path: str, status: int) -> None:
-        """Count one request that was answered, or given up (499)."""
+        """Count one request that was answered, or whose client left (499)."""
         with self._lock:
             self._requests[path, status] += 1
 
@@ -66,9 +66,9 @@ class Metrics:
             histogram.sum += seconds
 
     def show(self, gauges: Mapping[str, int]) -> str:
-        """Return everything as text; gauges: what is so at this moment (running, waiting, slots)."""
+        """Return all metrics as text.  gauges: the values at this moment of running, waiting and slots."""
         with self._lock:
-            found = [
+            families = [
                 (
                     "requests_total",
                     "counter",
@@ -78,12 +78,12 @@ class Metrics:
                     ],
                 )
             ]
-            found += [(name, "counter", [f"lowvram_{name} {value}"]) for name, value in self._counts.items()]
-            found += [(name, "histogram", one.lines(f"lowvram_{name}")) for name, one in self._histograms.items()]
-        found += [(name, "gauge", [f"lowvram_{name} {value}"]) for name, value in gauges.items()]
+            families += [(name, "counter", [f"lowvram_{name} {value}"]) for name, value in self._counts.items()]
+            families += [(name, "histogram", one.lines(f"lowvram_{name}")) for name, one in self._histograms.items()]
+        families += [(name, "gauge", [f"lowvram_{name} {value}"]) for name, value in gauges.items()]
         lines = [
             line
-            for name, kind, values in found
+            for name, kind, values in families
             for line in (f"# HELP lowvram_{name} {_HELP[name]}", f"# TYPE lowvram_{name} {kind}", *values)
         ]
         return "\n".join(lines) + "\n"

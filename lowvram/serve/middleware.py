@@ -1,4 +1,4 @@
-"""An ASGI layer that counts requests by path and status and times the answers; knows nothing else of them."""
+"""ASGI middleware that counts requests by path and status and times the answers; knows nothing else of them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowvram.serve.metrics import Metrics
 
-CLIENT_LEFT = 499  # nginx's number for a client that did not wait for its answer
+CLIENT_LEFT = 499  # nginx's status for a client that disconnected before its answer
 
 
 class MetricsMiddleware:
-    """Counts what passes.  paths: those that are counted by name; others are one, or a stranger could fill memory.
+    """Counts requests and their statuses.
 
-    A handler that knows better than the status line how it ended says so in `request.state.outcome`.
+    paths: those that are counted by name.  All others are counted together, or a stranger could fill the memory.
+    A handler whose answer ends differently from what its status line says sets `request.state.outcome`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""From a request to what the batcher is to write: ids, sampler, bounds; knows no HTTP and reads no model."""
+"""Turns a request into a job for the scheduler: ids, sampler, limits; knows no HTTP and reads no model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from lowvram.generate.truncation import drop_oldest, find_starts
 from lowvram.serve.limits import Limits
 from lowvram.serve.scheduler import GenerationJob
 from lowvram.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest, RequestError, show_value
-from lowvram.serve.workers import GoOn
+from lowvram.serve.workers import CancelCheck
 
-_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions alone
-# NFC shortens a text to a quarter of its bytes at most, Hangul's letters and Greek's marks to a third: a test counts.
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default, for /v1/completions alone
+# NFC leaves at least a quarter of a text's bytes; of Hangul's letters and Greek's marks it leaves a third (a test).
 MOST_COMPOSED = 4
 Turn = tuple[str, str]  # role, content
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that answers.  encode_chat: ids of a conversation, ready for the answer; None: a base model.
+    """The model that answers.
 
+    encode_chat: returns the ids of a conversation, up to where the answer begins; None for a base model.
     fingerprint: changes whenever equal requests may get other answers.
     """
 
@@ -42,62 +43,64 @@ class ServedModel:
         return max(len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.size))
 
 
-def make_job(ask: GenerationRequest, served: ServedModel, limits: Limits, go_on: GoOn = lambda: None) -> GenerationJob:
-    """Return what to write; raises RequestError where this model or this server cannot.
+def make_job(
+    request: GenerationRequest, served: ServedModel, limits: Limits, check_cancelled: CancelCheck = lambda: None
+) -> GenerationJob:
+    """Return the job for a request; raises RequestError where this model or this server cannot do it.
 
-    go_on: called between the steps of what may take long; what it raises ends them.
+    check_cancelled: called between steps that may take long; an error that it raises ends the work.
     """
-    if ask.model is not None and ask.model != served.name:
+    if request.model is not None and request.model != served.name:
         raise RequestError(
-            f"model is {ask.model[:60]!r}.",
+            f"model is {request.model[:60]!r}.",
             f"This server has {served.name!r} alone.",
             "Name that one, or leave model out.",
             "model",
             "model_not_found",
         )
-    name, asked_for = _tokens_asked(ask)
-    if asked_for is not None and asked_for > limits.output_tokens:
+    name, max_tokens = _tokens_asked(request)
+    if max_tokens is not None and max_tokens > limits.output_tokens:
         why = f"This server writes at most {limits.output_tokens} tokens."
-        raise RequestError(f"{name} is {show_value(asked_for)}.", why, f"Send {limits.output_tokens} or less.", name)
-    if asked_for is None:
-        is_chat = isinstance(ask, ChatRequest)
-        asked_for = limits.output_tokens if is_chat else min(_DEFAULT_COMPLETION_TOKENS, limits.output_tokens)
-    if isinstance(ask, ChatRequest):
-        ids = _encode_chat(ask, served, limits, asked_for, go_on)
+        raise RequestError(f"{name} is {show_value(max_tokens)}.", why, f"Send {limits.output_tokens} or less.", name)
+    if max_tokens is None:
+        is_chat = isinstance(request, ChatRequest)
+        max_tokens = limits.output_tokens if is_chat else min(_DEFAULT_COMPLETION_TOKENS, limits.output_tokens)
+    if isinstance(request, ChatRequest):
+        ids = _encode_chat(request, served, limits, max_tokens, check_cancelled)
     else:
-        assert isinstance(ask, CompletionRequest)
-        ids = _encode_prompt(ask, served, limits, asked_for)
-    # NFC, as the text that the model learnt from.
-    stops = tuple(map(nfc, ask.stops))
-    return GenerationJob(tuple(ids), _build_sampler(ask), asked_for, stops, ask.top)
+        assert isinstance(request, CompletionRequest)
+        ids = _encode_prompt(request, served, limits, max_tokens)
+    # In NFC, as the text that the model was trained on.
+    stops = tuple(map(nfc, request.stops))
+    return GenerationJob(tuple(ids), _build_sampler(request), max_tokens, stops, request.top)
 
 
-def _tokens_asked(ask: GenerationRequest) -> tuple[str, int | None]:
-    newer = ask.max_completion_tokens if isinstance(ask, ChatRequest) else None
-    return ("max_tokens", ask.max_tokens) if newer is None else ("max_completion_tokens", newer)
+def _tokens_asked(request: GenerationRequest) -> tuple[str, int | None]:
+    newer = request.max_completion_tokens if isinstance(request, ChatRequest) else None
+    return ("max_tokens", request.max_tokens) if newer is None else ("max_completion_tokens", newer)
 
 
-def _build_sampler(ask: GenerationRequest) -> Sampler:
-    """Return OpenAI's sampler: nothing is filtered or penalised unless it is asked for."""
+def _build_sampler(request: GenerationRequest) -> Sampler:
+    """Return a sampler with OpenAI's defaults: nothing is filtered or penalised unless the request says so."""
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    asked = {name: value for name in plain if (value := getattr(ask, name)) is not None}
-    seed = secrets.randbits(63) if ask.seed is None else ask.seed
-    return Sampler(**(plain | asked), seed=seed)
+    given = {name: value for name in plain if (value := getattr(request, name)) is not None}
+    seed = secrets.randbits(63) if request.seed is None else request.seed
+    return Sampler(**(plain | given), seed=seed)
 
 
 def _room(served: ServedModel, limits: Limits, max_tokens: int, is_truncated: bool) -> int:
-    """Return how many tokens a prompt may have; one that is cut anyway leaves room for the answer, half at most."""
+    """Return how many tokens a prompt may have; one that may be cut leaves room for the answer, half at most."""
     left_for_answer = min(max_tokens, served.max_context // 2) if is_truncated else 1
     return max(1, min(limits.prompt_tokens, served.max_context - left_for_answer))
 
 
-def _encode_prompt(ask: CompletionRequest, served: ServedModel, limits: Limits, max_tokens: int) -> list[int]:
-    """Return the ids of a text behind BOS, or the ids that were sent."""
-    prompt, tokenizer = ask.prompt, served.tokenizer
-    is_truncated = ask.truncation == "auto"
+def _encode_prompt(request: CompletionRequest, served: ServedModel, limits: Limits, max_tokens: int) -> list[int]:
+    """Return BOS and the ids of a text, or the ids that the client sent."""
+    prompt, tokenizer = request.prompt, served.tokenizer
+    is_truncated = request.truncation == "auto"
     room = _room(served, limits, max_tokens, is_truncated)
     if isinstance(prompt, str):
-        # No more than this can be kept, whatever its tokens are: longer texts are cut or refused before any work.
+        # No more bytes than this can fit, whatever the tokens are: longer texts are cut or refused before any work.
         most = (room + 1) * served.longest_token_bytes
         if is_truncated:
             text = nfc(prompt[-most * MOST_COMPOSED :])[-most:]
@@ -106,16 +109,16 @@ def _encode_prompt(ask: CompletionRequest, served: ServedModel, limits: Limits, 
             text = nfc(prompt)
             _refuse_hopeless(len(text.encode("utf-8")), room, served, "prompt")
         ids = [tokenizer.bos_id, *tokenizer.encode(text)]
-        return _fit(ids, room, is_truncated, tokenizer.bos_id)
+        return _truncate_or_refuse(ids, room, is_truncated, tokenizer.bos_id)
     if not prompt:
         raise RequestError("prompt has no ids.", "There is nothing to go on from.", 'Send "" or a text.', "prompt")
     if wrong := next((id for id in prompt if not 0 <= id < tokenizer.size), None):
         why = f"The ids are 0 to {tokenizer.size - 1}."
         raise RequestError(f"prompt holds the id {show_value(wrong)}.", why, "Use this model's tokenizer.", "prompt")
-    return _fit(prompt, room, is_truncated, prompt[0])
+    return _truncate_or_refuse(prompt, room, is_truncated, prompt[0])
 
 
-def _fit(ids: list[int], room: int, is_truncated: bool, first: int) -> list[int]:
+def _truncate_or_refuse(ids: list[int], room: int, is_truncated: bool, first: int) -> list[int]:
     if len(ids) <= room:
         return ids
     if not is_truncated:
@@ -123,8 +126,10 @@ def _fit(ids: list[int], room: int, is_truncated: bool, first: int) -> list[int]
     return [first, *ids[len(ids) - room + 1 :]] if room > 1 else ids[-1:]
 
 
-def _encode_chat(ask: ChatRequest, served: ServedModel, limits: Limits, max_tokens: int, go_on: GoOn) -> list[int]:
-    """Return the ids of a conversation, without its oldest turns where it is too long and may be cut."""
+def _encode_chat(
+    request: ChatRequest, served: ServedModel, limits: Limits, max_tokens: int, check_cancelled: CancelCheck
+) -> list[int]:
+    """Return the ids of a conversation; where it is too long and may be cut, without its oldest turns."""
     encode = served.encode_chat
     if encode is None:
         raise RequestError(
@@ -133,21 +138,22 @@ def _encode_chat(ask: ChatRequest, served: ServedModel, limits: Limits, max_toke
             "Send the text to /v1/completions, or start the server with --as dialogue.",
             code="not_a_dialogue_model",
         )
-    is_truncated = ask.truncation == "auto"
+    is_truncated = request.truncation == "auto"
     room = _room(served, limits, max_tokens, is_truncated)
     turns: list[Turn] = [
-        ("system" if message.role == "developer" else message.role, message.text) for message in ask.messages
+        ("system" if message.role == "developer" else message.role, message.text) for message in request.messages
     ]
     kept = [turn for turn in turns if is_truncated and turn[0] == "system"]
     others = [turn for turn in turns if not is_truncated or turn[0] != "system"]
     starts = find_starts([role for role, _ in others]) if is_truncated and others else [0]
-    # Lengths first: what is sure to be too long is neither normalised nor rendered.
-    starts = _leave_hopeless(starts, kept, others, room, served, MOST_COMPOSED)
-    kept, others = _normalise(kept, go_on), [*others[: starts[0]], *_normalise(others[starts[0] :], go_on)]
-    starts = _leave_hopeless(starts, kept, others, room, served)
+    # Lengths are compared first: what is certainly too long is neither normalised nor rendered.
+    starts = _drop_hopeless(starts, kept, others, room, served, MOST_COMPOSED)
+    kept = _normalise(kept, check_cancelled)
+    others = [*others[: starts[0]], *_normalise(others[starts[0] :], check_cancelled)]
+    starts = _drop_hopeless(starts, kept, others, room, served)
 
     def encode_from(start: int) -> list[int]:
-        go_on()
+        check_cancelled()
         return encode([*kept, *others[start:]])
 
     _, ids = drop_oldest(starts, encode_from, room)
@@ -156,15 +162,15 @@ def _encode_chat(ask: ChatRequest, served: ServedModel, limits: Limits, max_toke
     return ids
 
 
-def _normalise(turns: Sequence[Turn], go_on: GoOn) -> list[Turn]:
+def _normalise(turns: Sequence[Turn], check_cancelled: CancelCheck) -> list[Turn]:
     normal = list[Turn]()
     for role, content in turns:
-        go_on()
+        check_cancelled()
         normal.append((role, nfc(content)))
     return normal
 
 
-def _leave_hopeless(
+def _drop_hopeless(
     starts: Sequence[int],
     kept: Sequence[Turn],
     others: Sequence[Turn],
@@ -172,17 +178,17 @@ def _leave_hopeless(
     served: ServedModel,
     composed: int = 1,
 ) -> list[int]:
-    """Return the starts from which a conversation may fit by its bytes; raises RequestError where none is left.
+    """Return the starts from which a conversation can fit, judged by its bytes; raises RequestError where none can.
 
-    composed: bytes that normalisation may make one of.
+    composed: how many bytes normalisation may turn into one.
     """
     total = sum(_count_bytes(turn) for turn in kept)
     bytes_from = [*accumulate((_count_bytes(turn) for turn in reversed(others)), initial=total)][::-1]
     most_bytes = room * served.longest_token_bytes * composed
-    hopeful = [start for start in starts if bytes_from[start] <= most_bytes]
-    if not hopeful:
+    possible = [start for start in starts if bytes_from[start] <= most_bytes]
+    if not possible:
         _refuse_hopeless(-(-bytes_from[starts[-1]] // composed), room, served, "messages")
-    return hopeful
+    return possible
 
 
 def _count_bytes(turn: Turn) -> int:
@@ -190,7 +196,7 @@ def _count_bytes(turn: Turn) -> int:
 
 
 def _refuse_hopeless(count_bytes: int, room: int, served: ServedModel, param: str) -> None:
-    """Refuse at once what cannot fit, whatever its tokens are."""
+    """Raise RequestError where a text of so many bytes cannot fit, whatever its tokens are."""
     fewest = -(-count_bytes // served.longest_token_bytes)
     if fewest > room:
         raise _too_long(f"at least {fewest} tokens", f"at least {fewest - room} tokens", room, param)

@@ -1,4 +1,4 @@
-"""Many answers written together: one thread owns the decoder, jobs join and leave between tokens; knows no HTTP."""
+"""Continuous batching: one thread owns the decoder, and jobs join and leave between tokens; knows no HTTP."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ from lowvram.serve.detokenizer import Detokenizer, Logprobs, Piece
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.slots import Slots
 
-# Tokens read at a time, so that a long prompt delays the running answers by no more than this.
+# Tokens of new prompts that are read in one round, so that a long prompt delays the running answers by no more.
 PIECE_TOKENS = 256
-# So many failures with no success between them, and the model is taken to be broken.
+# After so many failures with no success between them, the model is considered broken.
 _MOST_FAILURES = 3
 
 
 class QueueFullError(LowvramError):
-    """More requests than may wait."""
+    """There are more requests than may wait."""
 
 
 class NotServingError(LowvramError):
-    """A server that is stopping, or whose model cannot go on."""
+    """The server is stopping, or its model cannot go on."""
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What is to be written.  ids: the whole text, at least one.  top: how many chances a token; None: not its own."""
+    """What is to be written.
+
+    ids: the whole prompt, at least one.  top: how many log-probabilities are reported at each token, besides the
+    token's own; None: none, not even its own.
+    """
 
     ids: tuple[int, ...]
     sampler: Sampler
@@ -47,7 +51,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class Finished:
-    """An answer's end.  reused: prompt tokens that a slot still held.  written: tokens, without the one that ends."""
+    """An answer's end.  reused: prompt tokens that a slot still held.  written: tokens without the one that ends it."""
 
     reason: Literal["stop", "length"]
     reused: int
@@ -65,29 +69,29 @@ Event = Piece | Finished | Failed
 
 
 class ActiveJob:
-    """One order on its way: waiting, then in a slot, then ended.  `deliver` is called by the batcher's thread."""
+    """A job in the scheduler: waiting, then in a slot, then ended.  `deliver` is called by the scheduler's thread."""
 
-    def __init__(self, order: GenerationJob, tokenizer: Tokenizer, deliver: Callable[[Event], None]) -> None:
-        self.order, self.deliver = order, deliver
-        self.ids = list(order.ids)
-        # For a penalty on tokens that are there already: read with each new token, so it grows in place.
+    def __init__(self, job: GenerationJob, tokenizer: Tokenizer, deliver: Callable[[Event], None]) -> None:
+        self.job, self.deliver = job, deliver
+        self.ids = list(job.ids)
+        # For the repetition penalty, which reads all ids at each new token: allocated once, and filled in place.
         self._seen = None
-        if order.sampler.repetition_penalty != 1.0:
-            self._seen = torch.empty(len(self.ids) + order.max_tokens, dtype=torch.int64)
+        if job.sampler.repetition_penalty != 1.0:
+            self._seen = torch.empty(len(self.ids) + job.max_tokens, dtype=torch.int64)
             self._seen[: len(self.ids)] = torch.tensor(self.ids)
-        self.answer = Detokenizer(tokenizer, order.stops)
-        self.has_left = False
+        self.detokenizer = Detokenizer(tokenizer, job.stops)
+        self.is_cancelled = False
         self.reused = 0
         self.asked_at = time.monotonic()
 
     @property
     def written(self) -> int:
         """Tokens of the answer so far."""
-        return len(self.ids) - len(self.order.ids)
+        return len(self.ids) - len(self.job.ids)
 
     @property
     def seen(self) -> Tensor:
-        """The ids so far [T], a view, where the sampler asks for them; else none."""
+        """The ids so far [T], a view, where the sampler needs them; else an empty tensor."""
         return torch.empty(0, dtype=torch.int64) if self._seen is None else self._seen[: len(self.ids)]
 
     def append(self, id: int) -> None:
@@ -105,7 +109,7 @@ class Scheduler:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, queue: int, metrics: Metrics) -> None:
         self.decoder, self.tokenizer, self.queue, self.metrics = decoder, tokenizer, queue, metrics
-        self._ends = set(tokenizer.stop_ids)
+        self._stop_ids = set(tokenizer.stop_ids)
         self._changed = threading.Condition()
         self._waiting: deque[ActiveJob] = deque()
         self._running: dict[int, ActiveJob] = {}
@@ -115,11 +119,11 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="lowvram-batcher", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self, grace_s: float = 0.0) -> None:
-        """Take nothing more; answers that run may end by themselves in so many seconds, and are ended then."""
+        """Take no more jobs; running answers may continue for `grace_s` seconds and are ended then."""
         with self._changed:
             self._is_stopping, self._stop_at = True, time.monotonic() + grace_s
             self._changed.notify()
@@ -135,17 +139,17 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Jobs without a slot."""
+        """Jobs that wait for a slot."""
         return len(self._waiting)
 
     def explain_stop(self) -> NotServingError | None:
-        """Return that the server is stopping, where it is."""
+        """Return an error if the server is stopping, else None."""
         if self._is_stopping or not self._thread.is_alive():
             return NotServingError("The server is stopping.", "It takes nothing more.", "Ask again when it is back.")
         return None
 
-    def explain_absence(self) -> NotServingError | None:
-        """Return why no job is taken now; None where they are."""
+    def explain_unavailable(self) -> NotServingError | None:
+        """Return an error that says why jobs are not taken now; None if they are."""
         if (stop := self.explain_stop()) is not None:
             return stop
         if self._failures >= _MOST_FAILURES:
@@ -153,8 +157,8 @@ class Scheduler:
             return NotServingError("The model cannot go on.", why, "See the server's log, and start it again.")
         return None
 
-    def explain_crowd(self, count: int) -> QueueFullError | None:
-        """Return that so many requests are as many as are taken at once, where they are."""
+    def explain_full_queue(self, count: int) -> QueueFullError | None:
+        """Return an error if `count` requests leave no room for one more, else None."""
         if count < self.decoder.slots + self.queue:
             return None
         return QueueFullError(
@@ -163,26 +167,26 @@ class Scheduler:
             "Ask again in a moment.",
         )
 
-    def submit(self, order: GenerationJob, deliver: Callable[[Event], None]) -> ActiveJob:
+    def submit(self, job: GenerationJob, deliver: Callable[[Event], None]) -> ActiveJob:
         """Put a job in the queue; raises QueueFullError or NotServingError."""
-        job = ActiveJob(order, self.tokenizer, deliver)
+        active = ActiveJob(job, self.tokenizer, deliver)
         with self._changed:
-            # A broken model is tried again by whoever comes when nobody else is there: it may have recovered.
-            absence = self.explain_absence()
-            if absence and (self._is_stopping or not self._thread.is_alive() or self._running or self._waiting):
-                raise absence
-            if (crowd := self.explain_crowd(len(self._waiting) + len(self._running))) is not None:
-                raise crowd
-            self._waiting.append(job)
+            # A broken model is tried again with a job that arrives when there is no other: it may have recovered.
+            unavailable = self.explain_unavailable()
+            if unavailable and (self._is_stopping or not self._thread.is_alive() or self._running or self._waiting):
+                raise unavailable
+            if (full_queue := self.explain_full_queue(len(self._waiting) + len(self._running))) is not None:
+                raise full_queue
+            self._waiting.append(active)
             self._changed.notify()
-        return job
+        return active
 
-    def leave(self, job: ActiveJob) -> None:
-        """Give a job up: nothing more is delivered, and its slot is free before the next token."""
+    def cancel(self, active: ActiveJob) -> None:
+        """Cancel a job: its slot is freed before the next token, and nothing more is delivered after that."""
         with self._changed:
-            job.has_left = True
-            if job in self._waiting:
-                self._waiting.remove(job)
+            active.is_cancelled = True
+            if active in self._waiting:
+                self._waiting.remove(active)
             self._changed.notify()
 
     def _run(self) -> None:
@@ -190,16 +194,16 @@ class Scheduler:
             while self._wait_for_work():
                 self._advance()
         finally:
-            # However the thread ends, nobody is left waiting for it.
+            # However the thread ends, every job gets its last event.
             with self._changed:
                 self._is_stopping = True
                 given_up = [*self._running.values(), *self._waiting]
                 self._running.clear()
                 self._waiting.clear()
-            self._fail(given_up, self.explain_absence())
+            self._fail(given_up, self.explain_unavailable())
 
     def _wait_for_work(self) -> bool:
-        """Return whether there is more to do, after waiting for something."""
+        """Wait until there is work or the scheduler stops; returns whether to go on."""
         with self._changed:
             while not (self._running or self._waiting or self._is_stopping):
                 self._changed.wait()
@@ -207,117 +211,117 @@ class Scheduler:
                 return True
             given_up = [*self._waiting]
             self._waiting.clear()
-        self._fail(given_up, self.explain_absence())
+        self._fail(given_up, self.explain_unavailable())
         return bool(self._running) and time.monotonic() < self._stop_at
 
     def _advance(self) -> None:
-        """One round: who left goes, who waits is seated, a piece is read, a token is written."""
-        self._let_go()
-        self._seat()
+        """Do one round: drop cancelled jobs, give waiting ones a slot, read parts of prompts, write one token each."""
+        self._drop_cancelled()
+        self._assign_slots()
         budget = PIECE_TOKENS
-        for slot, job in list(self._running.items()):
-            unread = self._unread(slot, job)
-            # One unread token is read together with everybody else's.
+        for slot, active in list(self._running.items()):
+            unread = self._unread(slot, active)
+            # A last unread token is read in the batch with the other jobs' tokens.
             if unread > 1 and budget > 0:
-                budget -= self._read(slot, job, min(unread, budget))
-        ready = [slot for slot, job in self._running.items() if self._unread(slot, job) == 1]
+                budget -= self._prefill(slot, active, min(unread, budget))
+        ready = [slot for slot, active in self._running.items() if self._unread(slot, active) == 1]
         if ready:
-            self._write(ready)
+            self._decode(ready)
 
-    def _unread(self, slot: int, job: ActiveJob) -> int:
-        return len(job.ids) - self.decoder.length(slot)
+    def _unread(self, slot: int, active: ActiveJob) -> int:
+        return len(active.ids) - self.decoder.length(slot)
 
-    def _let_go(self) -> None:
-        for slot, job in list(self._running.items()):
-            if job.has_left:
+    def _drop_cancelled(self) -> None:
+        for slot, active in list(self._running.items()):
+            if active.is_cancelled:
                 self._free(slot)
 
-    def _seat(self) -> None:
+    def _assign_slots(self) -> None:
         with self._changed:
             while (
                 self._waiting and not self._is_stopping and (slot := self._slots.find(self._waiting[0].ids)) is not None
             ):
-                job = self._waiting.popleft()
-                job.reused = self._slots.take(slot, job.ids)
-                self._running[slot] = job
-                self.metrics.count("tokens_reused_total", job.reused)
+                active = self._waiting.popleft()
+                active.reused = self._slots.take(slot, active.ids)
+                self._running[slot] = active
+                self.metrics.count("tokens_reused_total", active.reused)
 
     def _free(self, slot: int) -> None:
-        self._slots.give_back(slot, self._running.pop(slot).ids)
+        self._slots.release(slot, self._running.pop(slot).ids)
 
-    def _read(self, slot: int, job: ActiveJob, count: int) -> int:
-        """Read some of a prompt; where that was all of it, choose the first token.  Returns `count`."""
+    def _prefill(self, slot: int, active: ActiveJob, count: int) -> int:
+        """Read `count` tokens of a prompt; if that was the rest of it, sample the first token.  Returns `count`."""
         start = self.decoder.length(slot)
         try:
-            logit_V = self.decoder.prefill(slot, job.ids[start : start + count])
+            logit_V = self.decoder.prefill(slot, active.ids[start : start + count])
         except (RuntimeError, MemoryError, LowvramError) as error:
-            self._fail_by(error, [slot])
+            self._fail_slots(error, [slot])
             return count
         self.metrics.count("tokens_read_total", count)
-        if start + count == len(job.ids):
-            self._choose([slot], logit_V[None])
+        if start + count == len(active.ids):
+            self._sample_next([slot], logit_V[None])
         return count
 
-    def _write(self, slots: Sequence[int]) -> None:
+    def _decode(self, slots: Sequence[int]) -> None:
         try:
             logit_NV = self.decoder.decode_one_token(slots, [self._running[slot].ids[-1] for slot in slots])
         except (RuntimeError, MemoryError, LowvramError) as error:
-            self._fail_by(error, slots)
+            self._fail_slots(error, slots)
             return
         self.metrics.count("tokens_read_total", sum(not self._running[slot].written for slot in slots))
-        self._choose(slots, logit_NV)
+        self._sample_next(slots, logit_NV)
 
-    def _choose(self, slots: Sequence[int], logit_NV: Tensor) -> None:
-        """Choose each job's next token, deliver what it says, and let go those that are done."""
+    def _sample_next(self, slots: Sequence[int], logit_NV: Tensor) -> None:
+        """Sample each job's next token, deliver its text, and free the slots of the jobs that are done."""
         logit_NV = logit_NV.detach().to("cpu", torch.float32)
         for slot, logit_V in zip(slots, logit_NV, strict=True):
-            job = self._running[slot]
+            active = self._running[slot]
             try:
-                id = sample(logit_V, job.order.sampler, job.seen, len(job.ids))
+                id = sample(logit_V, active.job.sampler, active.seen, len(active.ids))
             except NumbersError as error:
-                self._fail_by(error, [slot])
+                self._fail_slots(error, [slot])
                 continue
             self._failures = 0
-            if not job.written:
-                self.metrics.time("first_token_seconds", time.monotonic() - job.asked_at)
-            if reason := self._append(job, id, logit_V):
-                self._deliver(job, job.answer.finish())
-                job.deliver(Finished(reason, job.reused, job.written))
+            if not active.written:
+                self.metrics.time("first_token_seconds", time.monotonic() - active.asked_at)
+            if reason := self._append(active, id, logit_V):
+                self._deliver(active, active.detokenizer.finish())
+                active.deliver(Finished(reason, active.reused, active.written))
                 self._free(slot)
 
-    def _append(self, job: ActiveJob, id: int, logit_V: Tensor) -> Literal["stop", "length"] | None:
-        """Add a token to the job's text; returns why it is the last, or None."""
-        if id in self._ends:
+    def _append(self, active: ActiveJob, id: int, logit_V: Tensor) -> Literal["stop", "length"] | None:
+        """Add a token to the job's text; returns the reason if it is the last, else None."""
+        if id in self._stop_ids:
             return "stop"
-        job.append(id)
+        active.append(id)
         self.metrics.count("tokens_written_total")
-        logprobs = None if job.order.top is None else logprobs_of(logit_V, id, job.order.top)
-        self._deliver(job, job.answer.push(id, logprobs))
-        if job.answer.is_stopped:
+        logprobs = None if active.job.top is None else logprobs_of(logit_V, id, active.job.top)
+        self._deliver(active, active.detokenizer.push(id, logprobs))
+        if active.detokenizer.is_stopped:
             return "stop"
-        is_full = job.written >= job.order.max_tokens or len(job.ids) >= self.decoder.max_context
+        is_full = active.written >= active.job.max_tokens or len(active.ids) >= self.decoder.max_context
         return "length" if is_full else None
 
-    def _deliver(self, job: ActiveJob, piece: Piece) -> None:
-        # The first token is always told, if it is but half a character: from then on the answer is on its way.
-        if piece.text or piece.said or job.written == 1:
-            job.deliver(piece)
+    def _deliver(self, active: ActiveJob, piece: Piece) -> None:
+        # The first token is always delivered, even without text: from then on the answer's HTTP status is sent.
+        if piece.text or piece.token_logprobs or active.written == 1:
+            active.deliver(piece)
 
-    def _fail_by(self, error: Exception, slots: Sequence[int]) -> None:
-        """End the jobs in these slots, of which nobody knows what they hold now."""
+    def _fail_slots(self, error: Exception, slots: Sequence[int]) -> None:
+        """End the jobs in these slots with an error; what the slots hold is unknown now."""
         self._failures += 1
         self.metrics.count("failures_total")
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         why = NotServingError("The model could not go on with this answer.", first_line, "Ask again.")
-        jobs = [self._running.pop(slot) for slot in slots]
+        active_jobs = [self._running.pop(slot) for slot in slots]
         for slot in slots:
             self._slots.forget(slot)
-        self._fail(jobs, why)
+        self._fail(active_jobs, why)
 
-    def _fail(self, jobs: Sequence[ActiveJob], error: LowvramError | None) -> None:
-        assert error is not None, "a stopping batcher says so"
-        for job in jobs:
-            job.deliver(Failed(error))
+    def _fail(self, active_jobs: Sequence[ActiveJob], error: LowvramError | None) -> None:
+        assert error is not None, "a scheduler that ends jobs is stopping"
+        for active in active_jobs:
+            active.deliver(Failed(error))
 
 
 def logprobs_of(logit_V: Tensor, id: int, top: int) -> Logprobs:

@@ -1,4 +1,4 @@
-"""What a client may send: OpenAI's request bodies, closed to fields that mean nothing here; knows no tokens.
+"""The request bodies that a client may send: OpenAI's, without fields that mean nothing here; knows no tokens.
 
 Source of the names and defaults: https://platform.openai.com/docs/api-reference/chat/create and …/completions/create.
 top_k, min_p, repetition_penalty and truncation are this server's own; a client sends them as `extra_body`.
@@ -18,8 +18,8 @@ from lowvram.serve.body import read_body_object
 from lowvram.serve.limits import LONGEST_STOP, MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_TOP
 from lowvram.storage.json_files import JsonError
 
-_SHOWN = 60  # characters of a client's value that an error repeats
-# Fields of OpenAI's that change no answer here.
+_SHOWN_CHARACTERS = 60  # how much of a client's value an error repeats
+# OpenAI's fields that change no answer here; they are ignored.
 _HARMLESS = {
     "user",
     "metadata",
@@ -30,7 +30,7 @@ _HARMLESS = {
     "prompt_cache_retention",
     "parallel_tool_calls",
 }
-# Fields of OpenAI's that this server does not do, and the values that ask for nothing.
+# OpenAI's fields that this server does not support, and the values of each that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -53,11 +53,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-_LIKE: dict[type, tuple[type, ...]] = {int: (int, float), bool: (bool,), str: (str,), list: (list,), dict: (dict,)}
+# The types that a client's value may have to be compared with a neutral value of each type.
+_SAME_KIND: dict[type, tuple[type, ...]] = {int: (int, float), bool: (bool,), str: (str,), list: (list,), dict: (dict,)}
 
 
 class RequestError(LowvramError):
-    """A request that cannot be meant, or is not done here.  param: the field to mend.  code: OpenAI's word for it."""
+    """A request that is invalid or not supported.  param: the wrong field.  code: OpenAI's name of the error."""
 
     def __init__(self, what: str, why: str = "", fix: str = "", param: str | None = None, code: str | None = None):
         self.param, self.code = param, code
@@ -70,7 +71,7 @@ class _Closed(BaseModel):
 
 
 def _check_text(value: str) -> str:
-    """Return a text that has bytes in UTF-8; pydantic lets others pass where a string has no other limit."""
+    """Return a text that can be encoded in UTF-8; pydantic accepts others where a string has no other limit."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -82,16 +83,17 @@ Text = Annotated[str, AfterValidator(_check_text)]
 
 
 class TextPart(_Closed):
-    """A part of a message's content; only text is understood."""
+    """A part of a message's content; only text is supported."""
 
     type: Literal["text"]
     text: Text
 
 
 class ChatMessage(_Closed):
-    """One turn of a conversation.  The fields that are always None come back from clients that repeat an answer.
+    """One turn of a conversation.
 
-    content: null, as such clients send back an answer without text, is an empty text of an assistant's turn.
+    The fields that are always None are accepted since clients send an earlier answer back with them.
+    content: null is an empty text, for an assistant's turn alone; clients send an empty answer back as null.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -110,7 +112,7 @@ class ChatMessage(_Closed):
 
 
 class StreamOptions(_Closed):
-    """include_usage: one more chunk at the end, with the counts."""
+    """Options of a stream.  include_usage: one more chunk at the end, with the token counts."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -120,7 +122,7 @@ Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class GenerationRequest(_Closed):
-    """What both kinds of request may say; every default is OpenAI's."""
+    """The fields that both kinds of request have; every default is OpenAI's."""
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -133,7 +135,7 @@ class GenerationRequest(_Closed):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    # "auto": the oldest turns, or the oldest tokens, are left out where the text is too long.
+    # "auto": where the text is too long, its oldest turns or tokens are left out.
     truncation: Literal["auto", "disabled"] = "disabled"
 
     @property
@@ -143,12 +145,12 @@ class GenerationRequest(_Closed):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens to tell at each token; None: no log-probabilities at all."""
+        """How many of the likeliest tokens are reported at each token; None: no log-probabilities at all."""
         raise NotImplementedError
 
 
@@ -162,12 +164,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens to tell at each token."""
+        """How many of the likeliest tokens are reported at each token."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def _check_prompt(value: Any) -> str | list[int]:
-    """Return the one prompt in any of OpenAI's four forms.  By hand: a union would list every element as wrong."""
+    """Return the one prompt in any of OpenAI's four forms; pydantic's union would report every element as wrong."""
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         if len(value) > 1:
             raise PydanticCustomError("many", "This server answers one prompt at a time; send a request for each.")
@@ -189,7 +191,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def top(self) -> int | None:
-        """How many of the likeliest tokens to tell at each token."""
+        """How many of the likeliest tokens are reported at each token."""
         return self.logprobs
 
 
@@ -206,27 +208,27 @@ def read_request(kind: type[AnyRequest], body: bytes) -> AnyRequest:
         del data[name]
     for name, values in _NEUTRAL.items():
         value = data.pop(name, None)
-        if value is not None and not any(type(value) in _LIKE[type(known)] and value == known for known in values):
+        if value is not None and not any(type(value) in _SAME_KIND[type(known)] and value == known for known in values):
             fix = f"Leave {name} out" + (f", or send {json.dumps(values[0])}." if values else ".")
-            raise RequestError(f"{name} is {show_value(value)}.", "This server does not do that.", fix, name)
+            raise RequestError(f"{name} is {show_value(value)}.", "This server does not support that.", fix, name)
     _check_counts(kind, data)
     try:
-        ask = kind.model_validate(data)
+        request = kind.model_validate(data)
     except ValidationError as error:
         raise _explain(kind, data, error) from error
-    if isinstance(ask, ChatRequest):
-        _check_contents(ask)
-    if isinstance(ask, ChatRequest) and ask.top_logprobs is not None and not ask.logprobs:
-        what = f"top_logprobs is {ask.top_logprobs} and logprobs is not true."
+    if isinstance(request, ChatRequest):
+        _check_contents(request)
+    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+        what = f"top_logprobs is {request.top_logprobs} and logprobs is not true."
         raise RequestError(what, "The first only adds to the second.", "Send logprobs: true with it.", "top_logprobs")
-    if ask.stream_options is not None and not ask.stream:
+    if request.stream_options is not None and not request.stream:
         what = "stream_options is given and stream is not true."
         raise RequestError(what, "There is no stream to have options.", "Send stream: true with it.", "stream_options")
-    return ask
+    return request
 
 
 def _check_counts(kind: type[BaseModel], data: Mapping[str, Any]) -> None:
-    """Refuse too many messages, and unknown fields, of which pydantic would make an error each."""
+    """Refuse too many messages, and unknown fields, for each of which pydantic would make an error."""
     _refuse_unknown(kind, data)
     _refuse_unknown(StreamOptions, data.get("stream_options"), "stream_options")
     messages = data.get("messages")
@@ -245,25 +247,25 @@ def _check_counts(kind: type[BaseModel], data: Mapping[str, Any]) -> None:
             what = f"The messages up to messages.{number} have {parts:,} parts."
             why = f"This server reads at most {MOST_PARTS:,}, whatever they hold."
             raise RequestError(what, why, "Join the parts of a text.", f"messages.{number}.content")
-        for place, part in enumerate(content):
-            _refuse_unknown(TextPart, part, "messages", number, "content", place)
+        for index, part in enumerate(content):
+            _refuse_unknown(TextPart, part, "messages", number, "content", index)
 
 
-def _refuse_unknown(kind: type[BaseModel], fields: Any, *place: str | int) -> None:
-    """Refuse an object that has more fields than are known; a shorter one is judged by pydantic."""
+def _refuse_unknown(kind: type[BaseModel], fields: Any, *path: str | int) -> None:
+    """Refuse an object that has more fields than its schema; pydantic checks the others."""
     if isinstance(fields, dict) and len(fields) > len(kind.model_fields):
         name = next(name for name in fields if name not in kind.model_fields)
-        raise _unknown_field(kind, [*place, name])
+        raise _unknown_field(kind, [*path, name])
 
 
-def _unknown_field(kind: type[BaseModel], place: Sequence[int | str]) -> RequestError:
-    param = ".".join(map(str, place))[:_SHOWN]
-    fix = name_nearest(param, kind.model_fields) if len(place) == 1 else "Leave it out."
+def _unknown_field(kind: type[BaseModel], path: Sequence[int | str]) -> RequestError:
+    param = ".".join(map(str, path))[:_SHOWN_CHARACTERS]
+    fix = name_nearest(param, kind.model_fields) if len(path) == 1 else "Leave it out."
     return RequestError(f"{param} is no field that is known here.", "It would be ignored in silence.", fix, param)
 
 
-def _check_contents(ask: ChatRequest) -> None:
-    for number, message in enumerate(ask.messages):
+def _check_contents(request: ChatRequest) -> None:
+    for number, message in enumerate(request.messages):
         if message.content is None and message.role != "assistant":
             param = f"messages.{number}.content"
             why = "Only an assistant's turn may be without text."
@@ -271,55 +273,57 @@ def _check_contents(ask: ChatRequest) -> None:
 
 
 def _explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationError) -> RequestError:
-    """Turn pydantic's findings into one sentence about the first field that is wrong."""
-    # Of a union's findings the one that got farthest into the value tells most.
+    """Turn pydantic's errors into one sentence about one field that is wrong."""
+    # Of the errors of a union's members, the one that lies deepest in the value says most.
     problem = max(
         error.errors(),
-        key=lambda one: (len(_place(data, one["loc"], one["type"])), not one["type"].endswith("_type")),
+        key=lambda one: (len(_find_path(data, one["loc"], one["type"])), not one["type"].endswith("_type")),
     )
-    place = _place(data, problem["loc"], problem["type"])
-    param = ".".join(map(str, place))[:_SHOWN]
+    path = _find_path(data, problem["loc"], problem["type"])
+    param = ".".join(map(str, path))[:_SHOWN_CHARACTERS]
     if problem["type"] == "missing":
-        return RequestError(f"{param} is missing.", "Every request needs it.", f"Add {place[-1]}.", param)
+        return RequestError(f"{param} is missing.", "Every request needs it.", f"Add {path[-1]}.", param)
     if problem["type"] == "extra_forbidden":
-        return _unknown_field(kind, place)
-    # pydantic places a name with half a character at the object that holds it.
-    if problem["type"] == "string_unicode" and isinstance(_value_at(data, place), Mapping):
-        return _unknown_field(kind, [*place, problem["input"]])
+        return _unknown_field(kind, path)
+    # For a field's name with a lone surrogate, pydantic gives the path of the object that holds it.
+    if problem["type"] == "string_unicode" and isinstance(_value_at(data, path), Mapping):
+        return _unknown_field(kind, [*path, problem["input"]])
     why = f"{problem['msg'].removesuffix('.')}."
-    return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Mend that field.", param)
+    return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Correct that field.", param)
 
 
-def _place(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:
-    """Return the way to a value in the client's own data: pydantic's, without the names of a union's members."""
-    way: list[int | str] = []
+def _find_path(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:
+    """Return a value's path in the client's data: pydantic's location without the names of a union's members."""
+    path: list[int | str] = []
     for number, step in enumerate(loc):
         is_last = number == len(loc) - 1
         if isinstance(data, Mapping) and (step in data or (is_last and kind == "missing")):
-            way.append(step)
+            path.append(step)
             data = data.get(str(step))
         elif isinstance(data, list) and isinstance(step, int) and step < len(data):
-            way.append(step)
+            path.append(step)
             data = data[step]
-    return way
+    return path
 
 
-def _value_at(data: Any, place: Sequence[int | str]) -> Any:
-    for step in place:
+def _value_at(data: Any, path: Sequence[int | str]) -> Any:
+    for step in path:
         data = data[step]
     return data
 
 
 def show_value(value: Any) -> str:
-    """Return a client's value as an error repeats it: whole where it is short, else its kind and size."""
-    if isinstance(value, str | list | dict) and (len(value) > _SHOWN or not _is_flat(value)):
+    """Return a client's value for an error's text: whole where it is short, else its type and size."""
+    if isinstance(value, str | list | dict) and (len(value) > _SHOWN_CHARACTERS or not _is_flat(value)):
         kind = {str: "characters", list: "elements", dict: "fields"}[type(value)]
         return f"{type(value).__name__} of {len(value)} {kind}"
     text = json.dumps(value, default=str)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _is_flat(value: str | list[Any] | dict[str, Any]) -> bool:
-    """Return whether what a value holds is short, so that writing all of it costs nothing."""
+    """Return whether a value holds only short texts and numbers, so that it can be written whole at no cost."""
     inner = [] if isinstance(value, str) else [*value, *(value.values() if isinstance(value, dict) else ())]
-    return not any(isinstance(one, list | dict) or (isinstance(one, str) and len(one) > _SHOWN) for one in inner)
+    return not any(
+        isinstance(one, list | dict) or (isinstance(one, str) and len(one) > _SHOWN_CHARACTERS) for one in inner
+    )

@@ -1,4 +1,4 @@
-"""A socket, its clients, and an orderly end: answers that run are finished or told; knows no command line."""
+"""Listens on a socket, limits its connections and shuts down gracefully; knows neither paths nor command line."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from lowvram.serve.scheduler import Scheduler
 
 try:
     import resource
-except ImportError:  # Windows, which limits no process's files
+except ImportError:  # Windows has no such limit on the files of a process
     resource = None  # type: ignore[assignment]
 
-_GRACE_S = 10.0  # answers that run when the server is asked to stop may take so long
-_UNREAD_S = 3  # a client that reads nothing holds the end up for no longer than this
+_GRACE_S = 10.0  # how long running answers may continue after the server is asked to stop
+_UNREAD_S = 3  # how much longer a client that reads nothing can delay the shutdown
 _IN_USE = (errno.EADDRINUSE, errno.EACCES)
-_FEWEST_CONNECTIONS = 8  # also where the system allows hardly any file: those that cannot be accepted wait
-# After the system had no room for another connection: until one has been closed, and where there is none to close.
+_FEWEST_CONNECTIONS = 8  # even where the system allows hardly any files: connections that cannot be accepted wait
+# Waits after the system had no room for another connection: after one was closed, and where there was none to close.
 _CLOSING_S, _RETRY_S = 0.005, 0.2
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes any that is free.  Raises MachineError where it cannot be had."""
+    """Return a listening socket; port 0 takes any free port.  Raises MachineError where the system refuses it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        fix = "Choose another with --port." if error.errno in _IN_USE else "Mend --host."
+        fix = "Choose another with --port." if error.errno in _IN_USE else "Correct --host."
         why = f"The system says: {error.strerror or error}."
         raise MachineError(f"{host} port {port} cannot be listened on.", why, fix) from error
 
 
 def find_most_connections(wanted: int) -> int:
-    """Return how many connections the system lets this process have, at most `wanted`; asks it for that many."""
+    """Return how many connections this process may have, at most `wanted`; raises its limit of open files if needed."""
     if resource is None:
         return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -56,18 +56,18 @@ def find_most_connections(wanted: int) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn with limits on its connections, that lets the batcher end first.
+    """uvicorn with a limited number of connections, which stops the scheduler before itself.
 
-    One signal waits for the answers that run, a second cuts them.
+    The first signal waits for the running answers, a second one ends them.
     """
 
-    def __init__(self, app: ASGIApp, batcher: Scheduler, limits: Limits, grace_s: float = _GRACE_S) -> None:
+    def __init__(self, app: ASGIApp, scheduler: Scheduler, limits: Limits, grace_s: float = _GRACE_S) -> None:
         config = uvicorn.Config(
             app,
             http=Connection,
             ws="none",
             lifespan="off",
-            log_level="error",  # its warnings are of what clients do wrong, and those are told
+            log_level="error",  # its warnings are about clients' mistakes, and the clients get an error for them
             access_log=False,
             server_header=False,
             proxy_headers=False,
@@ -75,18 +75,18 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(grace_s) + _UNREAD_S,
         )
         super().__init__(config)
-        self._batcher, self._limits, self._grace_s = batcher, limits, grace_s
+        self._scheduler, self._limits, self._grace_s = scheduler, limits, grace_s
         self._most_connections = find_most_connections(limits.connections)
         self._accepting: list[asyncio.Task[None]] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept.  asyncio's own way to do it logs a traceback for each try beyond the limit of files."""
+        """Begin to accept connections.  asyncio's own servers log a traceback for each one above the limit of files."""
         self.servers: list[asyncio.Server] = []
         self._accepting = [asyncio.create_task(self._accept(listening)) for listening in sockets or ()]
         self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept nothing more, and wait for the answers that are on their way."""
+        """Stop accepting connections, and wait for the running answers."""
         for task in self._accepting:
             task.cancel()
         await asyncio.gather(*self._accepting, return_exceptions=True)
@@ -99,7 +99,7 @@ class Server(uvicorn.Server):
             try:
                 client, _ = await loop.sock_accept(listening)
             except OSError as error:
-                # sock_accept fails without giving way: without a wait here nothing else in the process would ever run.
+                # sock_accept fails without yielding to the event loop: without this sleep nothing else would ever run.
                 await asyncio.sleep(self._find_wait_s(error))
                 continue
             is_full = len(self.server_state.connections) >= self._most_connections
@@ -115,18 +115,20 @@ class Server(uvicorn.Server):
                 client.close()
 
     def _find_wait_s(self, error: OSError) -> float:
-        """Return how long to wait before the next try to accept; closes a connection where there is no room for one."""
+        """Return how long to wait before accepting again; closes an idle connection where the system has no room."""
         if error.errno == errno.ECONNABORTED:
             return 0.0  # the client has gone already, and the next one may be there
         return _CLOSING_S if error.errno in _FULL and self._close_longest_waiting() else _RETRY_S
 
     def _close_longest_waiting(self) -> bool:
-        """Close the connection whose client has sent no whole request, or read nothing, for the longest time.
+        """Close the connection that has waited longest for its client to complete a request or to read.
 
         Returns whether there was one.
         """
         connections = [one for one in self.server_state.connections if isinstance(one, Connection)]
-        longest = min((one for one in connections if not one.is_answering), key=lambda one: one.since, default=None)
+        longest = min(
+            (one for one in connections if not one.is_answering), key=lambda one: one.waiting_since, default=None
+        )
         if longest is None:
             return False
         self.server_state.connections.discard(longest)
@@ -134,29 +136,29 @@ class Server(uvicorn.Server):
         return True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop; asked again, do not wait."""
-        self._batcher.stop(0.0 if self.should_exit else self._grace_s)
+        """Stop after the grace period; at a second signal, stop at once."""
+        self._scheduler.stop(0.0 if self.should_exit else self._grace_s)
         self.should_exit = True
 
     def serve_on(self, listening: socket.socket) -> None:
-        """Answer until a signal comes; returns when every answer has ended."""
-        self._batcher.start()
+        """Serve until a signal comes; returns when every answer has ended."""
+        self._scheduler.start()
         try:
             with _survive_signals():
                 self.run(sockets=[listening])
         finally:
-            self._batcher.stop()
-            self._batcher.join()
+            self._scheduler.stop()
+            self._scheduler.join()
             listening.close()
 
 
 @contextmanager
 def _survive_signals() -> Iterator[None]:
-    """uvicorn raises the signals that ended it once more; they have done their work by then."""
+    """Ignore SIGINT and SIGTERM at the end: uvicorn raises the signals that stopped it a second time."""
     try:
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
-        # Signals belong to the main thread; in another one uvicorn leaves them alone, too.
+        # Only the main thread can set signal handlers; in another thread uvicorn sets none either.
         before = {}
     try:
         yield

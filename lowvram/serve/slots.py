@@ -1,4 +1,4 @@
-"""Which slot of a decoder a new text takes: the one that has already read the most of it; knows no jobs."""
+"""Chooses the decoder's slot for a new text: the one that has already read the most of it; knows no jobs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class Slots:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        # The first to be taken stands first: never used, then the longest unused.
+        # In the order in which they are taken: first those that were never used, then the longest unused.
         self._free: dict[int, list[int]] = {slot: [] for slot in range(decoder.slots)}
 
     def find(self, id_T: Sequence[int]) -> int | None:
         """Return a free slot for a text, None where all are taken.
 
-        One that shares a beginning is worth its loss only if that is at least half of what it holds; otherwise the
-        longest unused one is taken, and somebody's long conversation stays where it is.
+        A slot that shares a prefix with the text is taken only if that prefix is at least half of what it holds;
+        otherwise the longest unused slot is taken, so that somebody's long conversation stays cached.
         """
         if not self._free:
             return None
@@ -29,13 +29,13 @@ class Slots:
         return best if is_worth_it else next(iter(self._free))
 
     def take(self, slot: int, id_T: Sequence[int]) -> int:
-        """Make a free slot hold nothing but a beginning of the text; returns how much of it, never all."""
+        """Take a free slot and cut it to the prefix that it shares with the text; returns its length, never all."""
         shared = count_shared(self._free.pop(slot), id_T)
         # The last token is read again where all were read before: its logits were not kept.
         return self._decoder.rewind(slot, min(shared, len(id_T) - 1))
 
-    def give_back(self, slot: int, id_T: Sequence[int]) -> None:
-        """Free a slot; id_T: its text, of which the decoder has perhaps not read all."""
+    def release(self, slot: int, id_T: Sequence[int]) -> None:
+        """Free a slot.  id_T: its text, of which the decoder may have read only a part."""
         self._free[slot] = list(id_T[: self._decoder.length(slot)])
 
     def forget(self, slot: int) -> None:
@@ -45,6 +45,6 @@ class Slots:
 
 
 def count_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many ids two texts have in common from the beginning on."""
+    """Return the length of the longest common prefix of two texts, in ids."""
     pairs = zip(first, second, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

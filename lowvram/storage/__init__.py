@@ -1,1 +1,1 @@
-"""Files that survive a power cut: durable writing, JSON read back within limits, checkpoints."""
+"""Durable files: writing that survives a power cut, JSON that is read within limits, checkpoints."""

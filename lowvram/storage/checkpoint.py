@@ -1,13 +1,13 @@
-"""A checkpoint is a directory that is written whole or not at all, and read only after it is verified.
+"""Checkpoints: directories that are written whole or not at all, and read only after they are verified.
 
-    step-00000120/  weights.safetensors   the model, as it is kept; opens without the rest
+    step-00000120/  weights.safetensors   the model, in the dtypes that it is kept in; opens without the rest
                     state.safetensors     optimizer
                     state.json            step, tokens, loss scale, plan
                     config.json           the whole run configuration
                     tokenizer.json, tokenizer_config.json
                     manifest.json         written last: SHA-256 of every other file, and of itself; see `manifest`
 
-Knows tensors and names, not what they mean.  Nothing here is ever unpickled.
+Knows tensors and names, not what they mean.  Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
 
 
 class MappedTensors:
-    """The tensors of a safetensors file, each mapped when it is asked for: what is not touched takes no memory.
+    """The tensors of a safetensors file, each memory-mapped when it is read: bytes that nobody uses take no memory.
 
-    A tensor is the file's own bytes, and changing it changes no file; it stays valid when the file is deleted.
+    A tensor is a private mapping of the file: changing it changes no file, and it stays valid when the file is deleted.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             self._file = safe_open(path, framework="pt", device="cpu")
         except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is no safetensors file.", f"safetensors says: {error}.") from error
+            raise CheckpointError(f"{path} is not a safetensors file.", f"safetensors says: {error}.") from error
 
     def names(self) -> list[str]:
         """Return the names of all tensors."""
@@ -84,7 +84,7 @@ class MappedTensors:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete directory."""
+    """One checkpoint directory that is complete."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -96,14 +96,14 @@ class Checkpoint:
 
     @property
     def notice(self) -> str | None:
-        """A sentence for the user about a checkpoint of an older lowvram; None for one of this version."""
+        """A notice for the user if an older lowvram wrote the checkpoint; else None."""
         if is_sealed(self.manifest):
             return None
         return f"{self.directory} was saved by an older lowvram: its manifest has no checksum.  The next save has one."
 
     @property
     def size_bytes(self) -> int:
-        """What its files take on disk."""
+        """Bytes that its files take on disk."""
         return sum(int(file["bytes"]) for file in self.manifest["files"].values())
 
     def weights(self) -> dict[str, Tensor]:
@@ -141,18 +141,18 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
     Raises CheckpointError naming the file that is missing, altered or of a newer format.
     """
     manifest = read_manifest(directory)
-    for name, facts in manifest["files"].items():
+    for name, entry in manifest["files"].items():
         if name == STATE and not needs_state:
             continue
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing.", f"The manifest lists it with {facts['bytes']} bytes.")
-        if path.stat().st_size != facts["bytes"]:
-            has = f"{path} has {path.stat().st_size} bytes."
-            raise CheckpointError(has, f"The manifest says {facts['bytes']}.")
+            raise CheckpointError(f"{path} is missing.", f"The manifest lists it with {entry['bytes']} bytes.")
+        if path.stat().st_size != entry["bytes"]:
+            what = f"{path} has {path.stat().st_size} bytes."
+            raise CheckpointError(what, f"The manifest says {entry['bytes']}.")
         with explain_bad_drive(path):
-            found = sha256(path)
-        if found != facts["sha256"]:
+            digest = sha256(path)
+        if digest != entry["sha256"]:
             raise CheckpointError(f"{path} was altered.", "Its SHA-256 is not the manifest's.")
     checkpoint = Checkpoint(directory, manifest)
     _check_contents(checkpoint, needs_state)
@@ -160,11 +160,11 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
 
 
 def _check_contents(checkpoint: Checkpoint, needs_state: bool) -> None:
-    """Raise CheckpointError where files have the right SHA-256, and were never what they are called."""
+    """Raise CheckpointError where files have the right SHA-256 but are of another step or another format."""
     step = checkpoint.numbers().get("step")
     if step != checkpoint.step or isinstance(step, bool):
-        says = f"The manifest says {checkpoint.step}."
-        raise CheckpointError(f"{checkpoint.directory / NUMBERS} is of step {step!r}.", says)
+        why = f"The manifest says {checkpoint.step}."
+        raise CheckpointError(f"{checkpoint.directory / NUMBERS} is of step {step!r}.", why)
     checkpoint.config()
     checkpoint.map_weights()
     if needs_state:
@@ -176,8 +176,8 @@ def find_checkpoint(
 ) -> tuple[Checkpoint, list[CheckpointError]]:
     """Return the checkpoint that `path` is, or the newest whole one of the run directory `path`.
 
-    needs_state: see `open_checkpoint`.  check: raises CheckpointError where a whole one holds what cannot be used.
-    The list names newer ones that were passed over because they are corrupt.
+    needs_state: see `open_checkpoint`.  check: raises CheckpointError where a whole one cannot be used by the caller.
+    The list holds the errors of newer checkpoints that were skipped.
     Raises CheckpointError if none is whole, or the newest is of a later lowvram.
     """
     if not path.is_dir():
@@ -188,12 +188,12 @@ def find_checkpoint(
         return _open_checked(path, needs_state, check), []
     if not directories:
         raise CheckpointError(f"There is no checkpoint in {path}.", "The run has saved nothing yet.", "Train it first.")
-    found, passed_over = _open_newest(directories, needs_state, check)
-    return found, list(passed_over.values())
+    checkpoint, skipped = _open_newest(directories, needs_state, check)
+    return checkpoint, list(skipped.values())
 
 
 class _RefusedError(CheckpointError):
-    """A checkpoint that is whole, and holds what whoever asked for it cannot use."""
+    """A checkpoint is whole, but its reader cannot use it."""
 
 
 def _open_checked(directory: Path, needs_state: bool, check: Check | None) -> Checkpoint:
@@ -225,8 +225,8 @@ def _open_newest(
 
 
 def _newest_first(run: Path) -> list[Path]:
-    found = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_step_of, reverse=True)
+    directories = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(directories, key=_step_of, reverse=True)
 
 
 def _step_of(directory: Path) -> int:
@@ -244,8 +244,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 class Store:
     """The checkpoints of one run directory.
 
-    keep: how many of the newest stay.  milestone_steps: every multiple of it stays for good.
-    budget_bytes: the oldest that are not the newest go, milestones last, while all together are larger.
+    keep: how many of the newest are kept.  milestone_steps: every multiple of it is kept for good.
+    budget_bytes: while all checkpoints together are larger, the oldest is deleted, milestones last, never the newest.
     """
 
     run: Path
@@ -253,13 +253,13 @@ class Store:
     milestone_steps: int | None = None
     budget_bytes: int | None = None
     disk: Disk = DISK
-    # Those that `latest` passed over count for nothing.  The next save deletes the damaged ones; those that are whole
-    # stay until a save of the same step takes their place, since another version may read them.
+    # Checkpoints that `latest` skipped; retention does not count them.  The next save deletes the damaged ones; those
+    # that are whole stay until a save of the same step replaces them, since another version may read them.
     _corrupt: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
     _refused: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def latest(self, check: Check | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
-        """Return the newest whole checkpoint, or None where none was written, and the corrupt ones passed over.
+        """Return the newest whole checkpoint, or None where none was written, and the errors of the skipped ones.
 
         check: see `find_checkpoint`.
         Raises CheckpointError where there are checkpoints and none of them is whole, or the newest is of a later
@@ -268,23 +268,23 @@ class Store:
         directories = _newest_first(self.run)
         if not directories:
             return None, []
-        found, passed_over = _open_newest(directories, True, check)
-        for directory, problem in passed_over.items():
+        checkpoint, skipped = _open_newest(directories, True, check)
+        for directory, problem in skipped.items():
             (self._refused if isinstance(problem, _RefusedError) else self._corrupt).add(directory)
-        return found, list(passed_over.values())
+        return checkpoint, list(skipped.values())
 
     def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
-        """Return the newest step, `up_to` at most, whose state.json is accepted; no other file is read."""
+        """Return the newest step, at most `up_to`, whose state.json `accepts` accepts; reads no other file."""
         for directory in _newest_first(self.run):
             try:
                 if _step_of(directory) <= up_to and accepts(_read_json(directory / NUMBERS)):
                     return _step_of(directory)
             except (OSError, CheckpointError):
-                continue  # whoever opens it says what is wrong with it
+                continue  # opening the checkpoint reports what is wrong with it
         return None
 
     def clear_leftovers(self) -> None:
-        """Free what a save or a deletion that was killed left behind, of whichever step; for the run's owner alone."""
+        """Remove what killed saves and deletions left behind, of any step; only the run's owner may call it."""
         for path in self.run.glob("step-*"):
             if _LEFTOVER.fullmatch(path.name) and path.is_dir():
                 self.disk.remove_tree(path, ignore_errors=True)
@@ -299,10 +299,10 @@ class Store:
         hashes: dict[str, str],
         stays: int | None = None,
     ) -> Checkpoint:
-        """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what retention lets go.
+        """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what is not to be kept.
 
-        hashes: of what was learnt from (data, tokenizer), kept in the manifest.  stays: a step whose checkpoint is kept
-        whatever retention says.
+        hashes: of the training data and the tokenizer, written to the manifest.  stays: a step whose checkpoint is kept
+        in any case.
         Raises DiskFullError, and BusyError where Windows cannot replace the same step since a process has it open.
         """
         final = self.run / _NAME.format(numbers["step"])
@@ -327,30 +327,30 @@ class Store:
                 if final.exists() and not self.disk.delete_unless_in_use(final):
                     raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
                 self.disk.rename(draft, final)
-                self._let_go(final, stays)
+                self._delete_old(final, stays)
         except (OSError, DiskFullError, BusyError):
             self.disk.remove_tree(draft, ignore_errors=True)
             raise
         return Checkpoint(final, manifest)
 
-    def _let_go(self, newest: Path, stays: int | None) -> None:
+    def _delete_old(self, newest: Path, stays: int | None) -> None:
         self._refused.discard(newest)
         settled = {newest, *self._refused}
         others = [path for path in _newest_first(self.run) if path not in settled and _step_of(path) != stays][::-1]
-        # A step above the one just saved was passed over, or the run would have gone on from there.
+        # A checkpoint above the step just saved was skipped, or the run would have gone on from it.
         lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
         old = [path for path in others if path not in lost]
         doomed = [path for path in old[: max(0, len(old) - (self.keep - 1))] if not self._is_milestone(path)]
         if self.budget_bytes is not None:
             size = {path: _size_of(path) for path in [*old, newest]}
             left = sum(size.values()) - sum(size[path] for path in doomed)
-            # Ordinary ones go before milestones, and the older before the newer; the newest always stays.
+            # Milestones are deleted last, older ones before newer ones, and the newest never.
             for path in sorted(old, key=self._is_milestone):
                 if left > self.budget_bytes and path not in doomed:
                     doomed.append(path)
                     left -= size[path]
         for path in (*lost, *doomed):
-            # One that somebody has open on Windows is tried again at the next save.
+            # One that a process has open on Windows is tried again at the next save.
             self.disk.delete_unless_in_use(path)
         self._corrupt.discard(newest)
 
@@ -359,30 +359,30 @@ class Store:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, said: dict[str, str] | None = None
+    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file and return when it is on the drive.  said: plain words in its header."""
-    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    """Write a safetensors file and return when it is on the drive.  metadata: strings for the file's header."""
+    contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
-    def save(place: Path) -> None:
+    def save(target: Path) -> None:
         try:
-            save_file(whole, place, said)
+            save_file(contiguous, target, metadata)
         except safetensors.SafetensorError as error:
-            # safetensors reports a full disk as its own error; the plain one is raised for it.
-            raise OSError(*_errno_of(error), str(place)) from error
-        place.chmod(0o644)
+            # safetensors reports a full disk as an error of its own; it is raised as the system's error instead.
+            raise OSError(*_errno_of(error), str(target)) from error
+        target.chmod(0o644)
 
     disk.write_with(path, save)
 
 
 def _errno_of(error: Exception) -> tuple[int, str]:
-    """Return the system's error that safetensors has put into words."""
+    """Return number and text of the system's error that a safetensors error contains."""
     text = str(error)
-    found = re.search(r"os error ([0-9]+)", text)
+    match = re.search(r"os error ([0-9]+)", text)
     if "No space left" in text or "os error 112" in text:  # 112: Windows' number
         return errno.ENOSPC, os.strerror(errno.ENOSPC)
-    if found and sys.platform != "win32":
-        return int(found[1]), os.strerror(int(found[1]))
+    if match and sys.platform != "win32":
+        return int(match[1]), os.strerror(int(match[1]))
     return errno.EIO, text
 
 

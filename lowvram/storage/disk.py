@@ -1,6 +1,6 @@
-"""Writing that survives a power cut: the only code that syncs, renames, preallocates and deletes.
+"""Writing that survives a power cut: the only module that syncs, renames, preallocates and deletes.
 
-Knows each system's limits: Windows cannot sync a directory, macOS needs F_FULLFSYNC and has no posix_fallocate.
+Knows what each system can do: Windows cannot sync a directory, macOS needs F_FULLFSYNC and has no posix_fallocate.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from lowvram.errors import DiskFullError
 from lowvram.units import show_bytes
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
-# What file systems answer that do not know the kind of sync asked for: network and FAT drives, containers' mounts.
+# Errors of file systems that do not support a kind of sync: network and FAT drives, containers' mounts.
 _UNSUPPORTED = {getattr(errno, name, errno.EINVAL) for name in ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOTTY")}
 _READ_BYTES = 1 << 20
 
 
 class Disk:
-    """The operations that reach the disk, in one object so that a test can make any of them fail."""
+    """The operations that change the disk, in one object so that a test can make any of them fail."""
 
     def sync_file(self, path: Path) -> None:
-        """Return only when the bytes of `path` are on the drive."""
+        """Sync a file: return only when the bytes of `path` are on the drive."""
         with open(path, "rb+") as file:
             self.sync_handle(file)
 
@@ -49,7 +49,7 @@ class Disk:
         os.fsync(file.fileno())
 
     def sync_directory(self, path: Path) -> None:
-        """Return only when the names inside `path` are on the drive, where the system offers that: Windows does not."""
+        """Return only when the names in the directory `path` are on the drive; on Windows, which cannot, do nothing."""
         if sys.platform == "win32":
             return
         handle = os.open(path, os.O_RDONLY)
@@ -62,34 +62,34 @@ class Disk:
             os.close(handle)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Rename, replacing a file of that name, and keep the new name through a power cut."""
+        """Rename, replacing a file of that name, and sync the directory, so that the name survives a power cut."""
         os.replace(source, target)
         self.sync_directory(target.parent)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Write `path` whole or not at all: beside it first, then synced, then renamed."""
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        """Write `path` whole or not at all: to a temporary file beside it, which is synced and then renamed."""
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with explain_full_disk(path.parent, len(data)):
             try:
-                with open(beside, "wb") as file:
+                with open(temporary, "wb") as file:
                     self.write_handle(file, data)
                     self.sync_handle(file)
-                self.rename(beside, path)
+                self.rename(temporary, path)
             finally:
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
     def write_with(self, path: Path, write: Callable[[Path], None]) -> None:
-        """Let `write` make the file `path`, whose name nobody trusts yet, and return when it is on the drive."""
+        """Let `write` create the file `path`, which has a temporary name or directory, and sync it."""
         write(path)
         self.sync_file(path)
 
     def write_handle(self, file: IO[bytes], data: bytes) -> None:
-        """Write bytes to an open file: a plain write, so that a full disk is an error and never a signal."""
+        """Write bytes to an open file, not through a mapping, so that a full disk raises an error and no signal."""
         file.write(data)
 
     def preallocate(self, file: IO[bytes], size_bytes: int) -> None:
         """Reserve `size_bytes` for an open file, or raise OSError(ENOSPC) now instead of half-way."""
-        # Asked first: a reservation that fails half-way keeps what it took, and so fills the disk for everybody.
+        # Checked first: a reservation that fails half-way keeps what it took, and so fills the disk for everybody.
         if free_bytes(Path(file.name).parent) < size_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
         if size_bytes and hasattr(os, "posix_fallocate"):
@@ -100,18 +100,18 @@ class Disk:
                 raise
 
     def delete(self, path: Path) -> None:
-        """Delete a file or a whole directory; a directory loses its name first, so no half of it is ever seen."""
+        """Delete a file or a whole directory; a directory is renamed first, so that nobody sees a part of it."""
         if path.is_dir() and not path.is_symlink():
             # Made absolute, so that even "." has a name.
-            place = Path(os.path.abspath(path))
-            doomed = name_beside(place, "deleted")
-            os.replace(place, doomed)
+            directory = Path(os.path.abspath(path))
+            doomed = name_beside(directory, "deleted")
+            os.replace(directory, doomed)
             self.remove_tree(doomed, ignore_errors=sys.platform == "win32")
         else:
             path.unlink(missing_ok=True)
 
     def delete_unless_in_use(self, path: Path) -> bool:
-        """Like `delete`, but False where Windows refuses because a process has a file of it open."""
+        """Like `delete`, but return False where Windows refuses because a process has a file of it open."""
         try:
             self.delete(path)
         except PermissionError:
@@ -121,7 +121,7 @@ class Disk:
         return True
 
     def remove_tree(self, path: Path, ignore_errors: bool = False) -> None:
-        """Remove a directory whose name nobody trusts; with `ignore_errors`, as much of it as can be removed."""
+        """Remove a directory that nobody reads (a temporary one); with `ignore_errors`, as much of it as possible."""
         shutil.rmtree(path, ignore_errors=ignore_errors)
 
 
@@ -129,18 +129,18 @@ DISK = Disk()
 
 
 def name_beside(path: Path, ending: str) -> Path:
-    """Return `path` with `.<number>.<ending>` behind its name, such that nothing is there; counts from the own pid."""
+    """Return `path` with `.<number>.<ending>` added, a name that does not exist; counts up from this process' id."""
     numbers = itertools.count(os.getpid())
     names = (path.with_name(f"{path.name}.{number}.{ending}") for number in numbers)
     return next(name for name in names if not name.exists())
 
 
 def free_bytes(path: Path) -> int:
-    """Return the bytes that this user can still write where `path` is or would be."""
-    place = path
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the bytes that this user can still write on the drive where `path` is or would be."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def sha256(path: Path) -> str:
@@ -156,8 +156,8 @@ def sha256(path: Path) -> str:
 def explain_full_disk(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
     """Turn "no space left" and "file too large" inside the block into a DiskFullError that says where and how much.
 
-    needed_bytes: what the whole block takes; where given, it replaces what an inner block said of its part.  Any other
-    error of the system names `path`, where it named nothing itself.
+    needed_bytes: what the whole block writes; where given, it replaces the size in an inner block's error.  Other
+    errors of the system get `path` as their file name, where they had none.
     """
     try:
         yield
@@ -166,12 +166,12 @@ def explain_full_disk(path: Path, needed_bytes: int | None = None) -> Iterator[N
             raise DiskFullError(
                 f"A file in {path} would be larger than is allowed there.",
                 "Either this shell has a limit (ulimit -f), or the file system has one (FAT32: 4 GiB).",
-                "Raise the limit, or name another place; what was finished before is kept.",
+                "Raise the limit, or name another directory; what was finished before is kept.",
             ) from error
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)
-        is_told = needed_bytes is None if isinstance(error, DiskFullError) else error.errno not in _NO_SPACE
-        if is_told:
+        is_final = needed_bytes is None if isinstance(error, DiskFullError) else error.errno not in _NO_SPACE
+        if is_final:
             raise
         need = f" {show_bytes(needed_bytes)} were needed and" if needed_bytes else ""
         raise DiskFullError(

@@ -1,6 +1,6 @@
-"""JSON that is read back: one object, parsed within limits, whoever wrote it; knows no file's meaning.
+"""Parses a JSON object within limits on its size and nesting, whoever wrote it; knows no file's meaning.
 
-Every file and request that anybody could have changed is read here, so that damage is one kind of error.
+Every JSON file or request that anybody could have changed is read here, so that all damage raises one error.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from lowvram.units import show_bytes
 
 # tokenizer.json with 256,000 ids takes about 20 MB; nothing else that is read comes near.
 MOST_BYTES = 256 << 20
-# What is written by us or by transformers stays below 10; Python's own parser gives up near 1,000, in 3.12 later.
+# Files of lowvram and transformers stay below 10 levels; Python's own parser fails near 1,000, in 3.12 later.
 MOST_LEVELS = 64
 
 
 class JsonError(ValueError):
-    """Bytes that are not one JSON object within the limits; its text is half a sentence that says why."""
+    """The bytes are not one JSON object within the limits; the error's text is half a sentence that says why."""
 
 
 def parse_object(data: bytes | str, most_bytes: int = MOST_BYTES, most_levels: int = MOST_LEVELS) -> dict[str, Any]:
     """Return the JSON object that `data` is.
 
-    most_bytes, most_levels: of the text's length (characters of a string) and of its nesting; either is allowed.
-    Raises JsonError: too long, not UTF-8, not JSON (NaN and Infinity are not), nested too deeply, no object.
+    most_bytes: the greatest length that is allowed (of a str in characters).  most_levels: the deepest nesting.
+    Raises JsonError: too long, not UTF-8, not JSON (NaN and Infinity are not), nested too deeply, not an object.
     """
     if len(data) > most_bytes:
         raise JsonError(f"it is larger than {show_bytes(most_bytes)}, the most that is read")
     try:
         # Editors on Windows put a byte order mark before the text.
         text = data.decode("utf-8-sig") if isinstance(data, bytes) else data.removeprefix("\ufeff")
-        found = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise JsonError(f"it is not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -41,10 +41,10 @@ def parse_object(data: bytes | str, most_bytes: int = MOST_BYTES, most_levels: i
         raise JsonError(_too_deep(most_levels)) from error
     except ValueError as error:  # NaN, or an integer of more digits than Python converts
         raise JsonError(f"it is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise JsonError(f"it holds {_kind_of(found)}, not an object")
-    _check_levels(found, most_levels)
-    return found
+    if not isinstance(value, dict):
+        raise JsonError(f"it holds {_kind_of(value)}, not an object")
+    _check_levels(value, most_levels)
+    return value
 
 
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _kind_of(value: object) -> str:
@@ -66,13 +66,13 @@ def _too_deep(most_levels: int) -> str:
     return f"it is nested deeper than {most_levels} levels"
 
 
-def _check_levels(found: dict[str, Any], most_levels: int) -> None:
-    level: list[Any] = [found]
+def _check_levels(top: dict[str, Any], most_levels: int) -> None:
+    level: list[Any] = [top]
     for _ in range(most_levels):
         level = [
             value
-            for holder in level
-            for value in (holder.values() if isinstance(holder, dict) else holder)
+            for container in level
+            for value in (container.values() if isinstance(container, dict) else container)
             if isinstance(value, dict | list)
         ]
         if not level:

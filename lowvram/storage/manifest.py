@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its form, the checksum that protects it, and how an altered one is recognised.
+"""The manifest of a checkpoint: its format, its checksum, and how an altered one is recognised.
 
     {"format": 1, "step": 120, "versions": {name: version}, "hashes": {name: hash},
      "files": {name: {"bytes": size, "sha256": hash}}, "sha256": checksum}
@@ -33,18 +33,18 @@ _CHECKSUM = "sha256"
 _REQUIRED_FILES = (WEIGHTS, STATE, NUMBERS, CONFIG, *TOKENIZER_FILES)
 _WITHOUT_CHECKSUM = {"format", "step", "versions", "hashes", "files"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# A plain name cannot lead out of the directory on any system.
+# Such a name cannot refer to a file outside the directory, on any system.
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-# Ours take less than 2 kB.
+# The manifests that lowvram writes take less than 2 kB.
 _MOST_BYTES = 1 << 20
 
 
 class OtherVersionError(CheckpointError):
-    """A checkpoint that another lowvram wrote and this one cannot read: it is whole, so it is never passed over."""
+    """Another version of lowvram wrote the checkpoint and this one cannot read it.  It is whole, so never skipped."""
 
 
 def checksum(manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 over every entry but the checksum: sorted JSON in ASCII without white space."""
+    """Return the SHA-256 over every entry but the checksum, as sorted JSON in ASCII without white space."""
     rest = {name: value for name, value in manifest.items() if name != _CHECKSUM}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -61,7 +61,7 @@ def is_sealed(manifest: dict[str, Any]) -> bool:
 
 @contextmanager
 def explain_bad_drive(path: Path) -> Iterator[None]:
-    """Raise CheckpointError where the drive cannot read the file `path` inside the block: that is damage, too."""
+    """Raise CheckpointError where the drive cannot read the file `path` inside the block: that is damage too."""
     try:
         yield
     except OSError as error:
@@ -71,14 +71,14 @@ def explain_bad_drive(path: Path) -> Iterator[None]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint directory after checking its checksum and its form.
+    """Return the manifest of a checkpoint directory after checking its checksum and its entries.
 
-    Raises CheckpointError where it is missing or was altered, OtherVersionError where its format is not this one's and
-    the checksum shows that no damage made it so.
+    Raises CheckpointError where it is missing or was altered, OtherVersionError where it has another format and a
+    correct checksum, which shows that it is not damaged.
     """
     path = directory / MANIFEST
     if not path.is_file():
-        raise CheckpointError(f"{directory} has no {MANIFEST}.", "It is no checkpoint, or was not finished.")
+        raise CheckpointError(f"{directory} has no {MANIFEST}.", "It is not a checkpoint, or was not finished.")
     try:
         with explain_bad_drive(path):
             manifest = read_object(path, _MOST_BYTES)
@@ -86,8 +86,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read as a manifest: {error}.") from error
     if is_sealed(manifest) and manifest[_CHECKSUM] != checksum(manifest):
         raise CheckpointError(f"{path} was altered.", "Its checksum does not match its contents.")
-    found = manifest.get("format")
-    if is_sealed(manifest) and _is_count(found) and found != FORMAT:
+    format = manifest.get("format")
+    if is_sealed(manifest) and _is_count(format) and format != FORMAT:
         raise _other_format(directory, manifest)
     if problem := _find_problem(manifest, directory.name):
         raise CheckpointError(f"{path} was altered: {problem}.")
@@ -105,13 +105,13 @@ def _other_format(directory: Path, manifest: dict[str, Any]) -> OtherVersionErro
 
 
 def _find_problem(manifest: dict[str, Any], directory_name: str) -> str | None:
-    """Return half a sentence about the first entry that is not as `seal` was given it; None where all are."""
+    """Return half a sentence about the first entry that no manifest of this version can have; None if all are valid."""
     if missing := sorted(_WITHOUT_CHECKSUM - manifest.keys()):
         return f"it has no {missing[0]!r}"
     unknown = sorted(manifest.keys() - _WITHOUT_CHECKSUM)
     if unknown and not is_sealed(manifest):
         return f"it has no checksum but an entry {unknown[0]!r}"
-    # Without a checksum nothing vouches for another number; and true equals 1.
+    # Without a checksum another format number may be damage.  JSON's true would equal 1.
     if not _is_count(manifest["format"]) or manifest["format"] != FORMAT:
         return f"its format is {manifest['format']!r}, and its checksum is missing"
     step, named = manifest["step"], STEP_NAME.fullmatch(directory_name)
@@ -122,20 +122,20 @@ def _find_problem(manifest: dict[str, Any], directory_name: str) -> str | None:
     for entry in ("versions", "hashes"):
         table = manifest[entry]
         if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
-            return f"{entry!r} is no table of texts"
+            return f"{entry!r} is not a table of strings"
     return _find_problem_of_files(manifest["files"])
 
 
 def _find_problem_of_files(files: object) -> str | None:
     if not isinstance(files, dict):
-        return "'files' is no table"
+        return "'files' is not a table"
     if missing := [name for name in _REQUIRED_FILES if name not in files]:
         return f"'files' does not list {missing[0]}"
-    for name, facts in files.items():
+    for name, entry in files.items():
         if not _PLAIN_NAME.fullmatch(name):
-            return f"'files' lists {name!r}, which is no plain file name"
-        is_table = isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys()
-        if not is_table or not _is_count(facts["bytes"]) or not _is_sha256(facts["sha256"]):
+            return f"'files' lists {name!r}, which is not a plain file name"
+        is_table = isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+        if not is_table or not _is_count(entry["bytes"]) or not _is_sha256(entry["sha256"]):
             return f"'files' gives no size and SHA-256 for {name}"
     return None
 

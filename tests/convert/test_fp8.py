@@ -105,7 +105,7 @@ def test_codes_go_into_a_reading_model_as_they_lie_in_the_file(small_tokenizer: 
     config = blocky("mla")
     _, out = written(config, small_tokenizer, tmp_path / "out", numbers="fp8")
     outside = open_hf(out)
-    own = load_for_inference(outside, "fp8", flow=torch.float32).state_dict()
+    own = load_for_inference(outside, "fp8", compute_dtype=torch.float32).state_dict()
     stored = {name: found for name in outside.names() if isinstance(found := outside.read(name), QuantTensor)}
     assert len(stored) > 5
     for name, scaled in stored.items():

@@ -84,7 +84,7 @@ def test_what_transformers_wrote_gives_the_logits_of_transformers(
             tensor.add_(0.05 * torch.randn(tensor.shape).to(tensor.dtype) if "norm" not in key else 0)
     twin.save_pretrained(tmp_path / "out", max_shard_size="30KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    model = load_for_inference(open_hf(tmp_path / "out"), "fp32", flow=torch.float32)
+    model = load_for_inference(open_hf(tmp_path / "out"), "fp32", compute_dtype=torch.float32)
     # Opened anew: casting a model of transformers to bf16 has rounded its rotary table too.
     twin = kind.from_pretrained(tmp_path / "out", dtype=torch.float32)
     token_BT = torch.randint(0, 90, (1, 50), generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,7 @@ every_kind = pytest.mark.parametrize("kind", ["gqa-rope", "gqa-alibi-window", "m
 
 
 def model_of(kind: str, precision: str) -> Transformer:
-    return load_for_inference(source_of(VARIANTS[kind]), precision, flow=torch.float32)
+    return load_for_inference(source_of(VARIANTS[kind]), precision, compute_dtype=torch.float32)
 
 
 @every_kind

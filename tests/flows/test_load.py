@@ -32,7 +32,10 @@ def test_the_precision_asked_for_is_what_the_matrices_are_in(
     loaded, exact = load_model(run, "cpu", precision), load_model(run, "cpu", "fp32")
     assert (loaded.precision, loaded.reason) == (precision, "as asked")
     assert loaded.model.embedding.dtype == code
-    assert loaded.dtype == (dtype or choose_here(CPU, "fp8").flow) or loaded.dtype in (torch.bfloat16, torch.float32)
+    assert loaded.dtype == (dtype or choose_here(CPU, "fp8").compute_dtype) or loaded.dtype in (
+        torch.bfloat16,
+        torch.float32,
+    )
     share = {"fp8": 0.3, "int8": 0.3, "bf16": 0.55}[precision]
     assert weight_bytes(loaded.model) <= share * weight_bytes(exact.model)
     assert loaded.trained_len == exact.trained_len == 32
@@ -40,13 +43,13 @@ def test_the_precision_asked_for_is_what_the_matrices_are_in(
 
 def test_without_a_precision_the_machine_chooses_and_says_why(run: Path) -> None:
     loaded, chosen = load_model(run, "cpu"), choose_here(CPU, None)
-    assert (loaded.precision, loaded.reason) == (chosen.kept, chosen.reason)
+    assert (loaded.precision, loaded.reason) == (chosen.weight_precision, chosen.reason)
     assert "instructions" in loaded.reason
 
 
-@pytest.mark.parametrize("fp32_s, kept", [(2.0, "bf16"), (0.5, "fp32")])
+@pytest.mark.parametrize("fp32_s, weight_precision", [(2.0, "bf16"), (0.5, "fp32")])
 def test_a_processor_with_bf16_reads_in_what_is_faster_there_and_says_so(
-    run: Path, monkeypatch: pytest.MonkeyPatch, fp32_s: float, kept: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, fp32_s: float, weight_precision: str
 ) -> None:
     pace = Pace(processor="any", torch="2", fp32_s=fp32_s, bf16_s=1.0)
     news = iter([True, False])
@@ -58,9 +61,9 @@ def test_a_processor_with_bf16_reads_in_what_is_faster_there_and_says_so(
     assert "Timed" not in second.err
     monkeypatch.setattr("lowvram.generate.processor.find_pace", lambda: (pace, False))
     loaded = load_model(run, "cpu")
-    assert (loaded.precision, loaded.reason) == (kept, pace.reason)
+    assert (loaded.precision, loaded.reason) == (weight_precision, pace.reason)
     assert load_model(run, "cpu", "bf16").reason == "as asked"
-    assert load_model(run, "cpu", "int8").dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[kept]
+    assert load_model(run, "cpu", "int8").dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[weight_precision]
 
 
 def test_evaluation_reads_as_the_run_validates(run: Path) -> None:

@@ -202,7 +202,7 @@ def test_the_fingerprint_of_a_directory_covers_all_that_answers_depend_on(tmp_pa
 def test_a_host_that_is_none_is_an_error(run: Path) -> None:
     answer = typed("serve", run, "--host", "no.such.host.invalid", "--api-key", "gizli")
     assert answer.code == 1
-    assert "Mend --host." in answer.err
+    assert "Correct --host." in answer.err
 
 
 def test_a_missing_run_is_an_error(tmp_path: Path) -> None:

@@ -158,9 +158,7 @@ def test_a_text_that_alone_is_too_long_is_refused_by_how_much_and_nothing_is_sai
 @pytest.mark.parametrize("newest", [False, True])
 def test_a_system_that_leaves_no_room_is_told_and_nothing_is_said(newest: bool, small_tokenizer: Tokenizer) -> None:
     talk = dialogue(small_tokenizer, 64, system="uzun " * 80)
-    with pytest.raises(
-        PromptError, match=r"What the system says has \d{3} tokens, and the context holds 64\."
-    ) as error:
+    with pytest.raises(PromptError, match=r"The system message has \d{3} tokens, and the context holds 64\.") as error:
         talk.ask("Kış", GREEDY, 9, newest)
     assert not isinstance(error.value, PromptTooLongError), "no part of the question would fit"
     assert talk.messages == []

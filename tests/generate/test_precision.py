@@ -19,7 +19,7 @@ BARE_20, BARE_30 = (card._replace(has_triton=False) for card in (RTX_20, RTX_30)
 
 
 @pytest.mark.parametrize(
-    "card, has_fast_bf16, kept, flow, reason",
+    "card, has_fast_bf16, weight_precision, compute_dtype, reason",
     [
         pytest.param(RTX_50, True, "fp8", "bf16", "decoded in registers", id="rtx50"),
         pytest.param(RTX_30, True, "fp8", "bf16", "decoded in registers", id="rtx30"),
@@ -31,9 +31,11 @@ BARE_20, BARE_30 = (card._replace(has_triton=False) for card in (RTX_20, RTX_30)
         pytest.param(Card("cpu"), False, "fp32", "fp32", "has no instructions", id="cpu-old"),
     ],
 )
-def test_the_card_chooses_and_says_why(card: Card, has_fast_bf16: bool, kept: str, flow: str, reason: str) -> None:
+def test_the_card_chooses_and_says_why(
+    card: Card, has_fast_bf16: bool, weight_precision: str, compute_dtype: str, reason: str
+) -> None:
     found = choose_inference_precision(card, None, has_fast_bf16)
-    assert (found.kept, found.flow) == (kept, flow)
+    assert (found.weight_precision, found.compute_dtype) == (weight_precision, compute_dtype)
     assert reason in found.reason
 
 
@@ -41,9 +43,9 @@ def test_the_card_chooses_and_says_why(card: Card, has_fast_bf16: bool, kept: st
 @pytest.mark.parametrize("card", [RTX_50, RTX_20, Card("mps"), Card("cpu")], ids=lambda card: str(card[:2]))
 def test_what_is_asked_for_is_taken_on_every_card(card: Card, asked: Precision) -> None:
     found = choose_inference_precision(card, asked, has_fast_bf16=False)
-    assert (found.kept, found.reason) == (asked, "as asked")
+    assert (found.weight_precision, found.reason) == (asked, "as asked")
     eight_bits = {"cuda": "fp16" if card == RTX_20 else "bf16", "mps": "bf16", "cpu": "fp32"}[card.platform]
-    assert found.flow == (eight_bits if asked in ("fp8", "int8") else asked)
+    assert found.compute_dtype == (eight_bits if asked in ("fp8", "int8") else asked)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def rounded(source: Given, precision: str) -> Transformer:
 @pytest.mark.parametrize("count", [1, 9], ids=["few-rows", "many-rows"])
 def test_reading_computes_what_the_rounded_weights_stand_for(config: ModelConfig, precision: str, count: int) -> None:
     source = source_of(config)
-    model = load_for_inference(source, precision, flow=torch.float32)
+    model = load_for_inference(source, precision, compute_dtype=torch.float32)
     with torch.no_grad():
         found = model.logits(tokens(config, count), torch.float32)
         truth = rounded(source, precision).logits(tokens(config, count))
@@ -101,7 +101,7 @@ def test_plain_precisions_answer_with_the_bits_of_the_masters(config: ModelConfi
     source = source_of(config)
     masters = Transformer(config, seed=None)
     masters.load_state_dict(source.tensors)  # type: ignore[arg-type]
-    read = load_for_inference(source, "bf16" if dtype == torch.bfloat16 else "fp32", flow=dtype)
+    read = load_for_inference(source, "bf16" if dtype == torch.bfloat16 else "fp32", compute_dtype=dtype)
     with torch.no_grad():
         assert torch.equal(read.logits(tokens(config), dtype), masters.logits(tokens(config), dtype))
     assert read.embedding.dtype == dtype
@@ -140,7 +140,7 @@ def test_8_bits_that_a_source_has_are_taken_over_as_they_are() -> None:
         if isinstance(tensor, Tensor) and is_matrix(name, tensor)
     }
     source = Given(config, plain.tensors | codes)
-    model = load_for_inference(source, "fp8", flow=torch.float32)
+    model = load_for_inference(source, "fp8", compute_dtype=torch.float32)
     state = model.state_dict()
     for name, scaled in codes.items():
         assert isinstance(scaled, QuantTensor)
@@ -154,7 +154,7 @@ def test_8_bits_that_a_source_has_are_taken_over_as_they_are() -> None:
     others = {"fp32": truth, "int8": rounded(Given(config, dict(decoded)), "int8")}
     with torch.no_grad():
         for precision, expected in ({"fp8": truth} | others).items():
-            read = load_for_inference(source, precision, flow=torch.float32)
+            read = load_for_inference(source, precision, compute_dtype=torch.float32)
             found, wanted = (m.logits(tokens(config), torch.float32) for m in (read, expected))
             assert (found - wanted).norm() < 1e-5 * wanted.norm(), precision
 
@@ -164,7 +164,7 @@ def test_each_tensor_is_read_once_and_none_lives_beside_its_rounded_form() -> No
     source = source_of(config)
     sizes = [tensor.numel() * 4 for tensor in source.tensors.values() if isinstance(tensor, Tensor)]
     with RealBytes().ignore(*[t for t in source.tensors.values() if isinstance(t, Tensor)]) as live:
-        model = load_for_inference(source, "fp8", flow=torch.float32)
+        model = load_for_inference(source, "fp8", compute_dtype=torch.float32)
     assert sorted(source.reads) == sorted(source.names())
     # Of the largest tensor, what encodes it has 8 bytes for each number at work.
     assert live.peak <= weight_bytes(model) + 2 * max(sizes)
@@ -182,7 +182,7 @@ def test_on_a_processor_the_weights_are_the_files_own_bytes(tmp_path: Path, smal
     source = save(tmp_path, config, small_tokenizer)
     matrices = sum(t.numel() * 4 for name, t in Transformer(config).state_dict().items() if is_matrix(name, t))
     with RealBytes() as live:
-        model = load_for_inference(source, "fp32", flow=torch.float32)
+        model = load_for_inference(source, "fp32", compute_dtype=torch.float32)
     in_memory = Transformer(config, seed=None)
     in_memory.load_state_dict({name: source.read(name) for name in source.names()})
     with torch.no_grad():

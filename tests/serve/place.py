@@ -88,7 +88,7 @@ class Place:
 
     url: str
     served: ServedModel
-    batcher: Scheduler
+    scheduler: Scheduler
     server: Server
     api_key: str | None
 
@@ -104,7 +104,7 @@ class Place:
 
     def is_idle(self) -> bool:
         """Return whether nobody is being answered."""
-        return not (self.batcher.running or self.batcher.waiting)
+        return not (self.scheduler.running or self.scheduler.waiting)
 
 
 @contextmanager
@@ -130,14 +130,16 @@ def served(
     about = ServedModel("small", "fp_test", tokenizer, max_context, encode)
     longest = {"prompt_tokens": max_context - 1, "output_tokens": max_context - 1}
     bounds = Limits(**({"slots": slots, "queue": queue} | longest | limits))
-    batcher = Scheduler(decoder, tokenizer, queue, Metrics())
-    server = Server(build_app(about, batcher, bounds, AccessPolicy(api_key, own_names_only)), batcher, bounds, grace_s)
+    scheduler = Scheduler(decoder, tokenizer, queue, Metrics())
+    server = Server(
+        build_app(about, scheduler, bounds, AccessPolicy(api_key, own_names_only)), scheduler, bounds, grace_s
+    )
     listening = open_socket("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.serve_on, args=(listening,))
     thread.start()
     try:
-        yield Place(url, about, batcher, server, api_key)
+        yield Place(url, about, scheduler, server, api_key)
     finally:
         server.handle_exit(2, None)
         thread.join(30)

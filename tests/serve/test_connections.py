@@ -149,7 +149,7 @@ def test_a_client_that_closes_its_sending_side_gets_its_answer(
         body = json.dumps({"prompt": "Kış", "max_tokens": 90, "stream": streams}).encode()
         with connected(place, post(body, version)) as client:
             client.shutdown(socket.SHUT_WR)
-            wait_until(lambda: place.batcher.running == 1)
+            wait_until(lambda: place.scheduler.running == 1)
             if version == "1.1":
                 assert client.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
             decoder.may_write.set()
@@ -180,7 +180,7 @@ def test_a_client_that_is_gone_for_good_is_noticed(small_tokenizer: Tokenizer, i
     decoder.may_write.clear()
     with served(small_tokenizer, decoder=decoder) as place, place.http() as http:
         with connected(place, post()) as client:
-            wait_until(lambda: place.batcher.running == 1)
+            wait_until(lambda: place.scheduler.running == 1)
             if is_reset:
                 # Two ints, two shorts on Windows: closing sends a reset at once.
                 linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
@@ -225,7 +225,7 @@ def test_where_all_are_being_answered_one_more_is_told_so(small_tokenizer: Token
     decoder.may_write.clear()
     with served(small_tokenizer, decoder=decoder, connections=2) as place:
         with connected(place, post()) as first, connected(place, post()) as second:
-            wait_until(lambda: place.batcher.running + place.batcher.waiting == 2)
+            wait_until(lambda: place.scheduler.running + place.scheduler.waiting == 2)
             with connected(place) as third:
                 answer = read_all(third)
             assert status_of(answer) == 503

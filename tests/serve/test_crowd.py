@@ -17,7 +17,7 @@ import torch
 from lowvram.data.tokenizer import SMALLEST, Tokenizer
 from lowvram.generate.decoder import Decoder
 from lowvram.model.transformer import Transformer
-from lowvram.serve import scheduler as batch
+from lowvram.serve import scheduler as scheduler_module
 from tests.conftest import TURKISH
 from tests.serve.place import Place, alone, served, small_model
 
@@ -31,16 +31,16 @@ def model(small_tokenizer: Tokenizer) -> Transformer:
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[batch.ActiveJob]]:
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[scheduler_module.ActiveJob]]:
     """Weak references to every job that is made."""
-    found: list[weakref.ref[batch.ActiveJob]] = []
-    make = batch.ActiveJob.__init__
+    found: list[weakref.ref[scheduler_module.ActiveJob]] = []
+    make = scheduler_module.ActiveJob.__init__
 
-    def note(self: batch.ActiveJob, *words: Any) -> None:
+    def note(self: scheduler_module.ActiveJob, *words: Any) -> None:
         make(self, *words)
         found.append(weakref.ref(self))
 
-    monkeypatch.setattr(batch.ActiveJob, "__init__", note)
+    monkeypatch.setattr(scheduler_module.ActiveJob, "__init__", note)
     return found
 
 
@@ -77,7 +77,7 @@ async def ask_all(place: Place) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("queue", [300, 20], ids=["all fit", "most do not"])
 def test_two_hundred_clients_at_once_are_all_answered_and_nothing_is_mixed(
-    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[batch.ActiveJob]], queue: int
+    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[scheduler_module.ActiveJob]], queue: int
 ) -> None:
     with served(small_tokenizer, decoder=Decoder(model, 64, 16), max_context=64, queue=queue) as place:
         answers = asyncio.run(ask_all(place))
@@ -120,7 +120,7 @@ class Slow(Decoder):
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
 def test_a_client_that_goes_away_frees_its_slot(
-    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[batch.ActiveJob]], streams: bool
+    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[scheduler_module.ActiveJob]], streams: bool
 ) -> None:
     decoder = Slow(model, 5000, 1)
     with served(small_tokenizer, decoder=decoder, max_context=5000) as place, place.http() as http:
@@ -149,8 +149,8 @@ def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(
             next(first.iter_lines())
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{place.url}/v1/completions", json={"prompt": "b"}, timeout=0.5, trust_env=False)
-            wait_until(lambda: place.batcher.waiting == 0)
-            assert place.batcher.running == 1
+            wait_until(lambda: place.scheduler.waiting == 0)
+            assert place.scheduler.running == 1
         decoder.let_go()
         wait_until(place.is_idle)
 

@@ -81,16 +81,16 @@ def test_any_text_is_cut_exactly_where_python_would(small_tokenizer: Tokenizer, 
 def test_of_several_stop_strings_the_one_that_begins_first_cuts(
     small_tokenizer: Tokenizer, text: str, stops: list[str]
 ) -> None:
-    answer, said = Detokenizer(small_tokenizer, stops), ""
+    answer, sent = Detokenizer(small_tokenizer, stops), ""
     for number, id in enumerate(byte_ids(small_tokenizer, text), 1):
-        said += answer.push(id).text
+        sent += answer.push(id).text
         found = [text.find(stop) for stop in stops if stop in text[:number]]
         assert answer.is_stopped == bool(found)
         if found:
-            assert said == text[: min(found)]
+            assert sent == text[: min(found)]
             break
         doubtful = [n for stop in stops for n in range(len(stop)) if text[:number].endswith(stop[:n])]
-        assert said == text[: number - max(doubtful, default=0)]
+        assert sent == text[: number - max(doubtful, default=0)]
 
 
 class Counting(str):
@@ -117,11 +117,11 @@ def test_chances_come_with_the_text_of_their_tokens_and_not_with_a_stop_strings(
     answer = Detokenizer(small_tokenizer, ["cd"])
     found = [answer.push(id, SURE) for id in byte_ids(small_tokenizer, "aşcd")]
     assert [piece.text for piece in found] == ["a", "", "ş", "", ""]
-    assert [[one.start for one in piece.said] for piece in found] == [[0], [], [1, 1], [], []]
-    assert answer.finish().said == ()
+    assert [[one.start for one in piece.token_logprobs] for piece in found] == [[0], [], [1, 1], [], []]
+    assert answer.finish().token_logprobs == ()
 
 
 def test_chances_of_tokens_without_text_are_told_at_the_end(small_tokenizer: Tokenizer) -> None:
     answer = Detokenizer(small_tokenizer)
-    assert answer.push(small_tokenizer.mask_id, SURE).said == ()
-    assert [one.id for one in answer.finish().said] == [small_tokenizer.mask_id]
+    assert answer.push(small_tokenizer.mask_id, SURE).token_logprobs == ()
+    assert [one.id for one in answer.finish().token_logprobs] == [small_tokenizer.mask_id]

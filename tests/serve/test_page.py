@@ -101,8 +101,8 @@ def scripted(tokenizer: Tokenizer, text: str = ANSWER, speaks: bool = True, **do
 
 
 def decoder_of(place: Place) -> Scripted:
-    assert isinstance(place.batcher.decoder, Scripted)
-    return place.batcher.decoder
+    assert isinstance(place.scheduler.decoder, Scripted)
+    return place.scheduler.decoder
 
 
 @pytest.mark.parametrize("lang, hello, send", [("tr-TR", "Merhaba!", "Gönder"), ("en-US", "Hello!", "Send")])
@@ -266,7 +266,7 @@ def test_an_error_is_told_and_the_question_is_not_lost(small_tokenizer: Tokenize
         page = open_page(place.url)
         wait(page, lambda: find(page, "#talk").is_displayed())
         decoder_of(place).prefill = None  # type: ignore[method-assign,assignment]
-        place.batcher.stop()
+        place.scheduler.stop()
         find(page, "#input").send_keys("Anlat", Keys.ENTER)
         wait(page, lambda: "Sunucu duruyor" in find(page, "#notice").text)
         assert find(page, "#input").get_property("value") == "Anlat"

@@ -92,9 +92,9 @@ def test_of_a_text_that_may_be_cut_only_the_end_is_normalised(
     small_tokenizer: Tokenizer, normalised: list[str]
 ) -> None:
     served, content = served_by(small_tokenizer), "Kış geldi. "
-    order = make_job(CompletionRequest(prompt=content * 10**5, truncation="auto", max_tokens=2), served, LIMITS)
+    job = make_job(CompletionRequest(prompt=content * 10**5, truncation="auto", max_tokens=2), served, LIMITS)
     whole = small_tokenizer.encode(unicodedata.normalize("NFC", content * 10**3))
-    assert list(order.ids) == [small_tokenizer.bos_id, *whole[-(len(order.ids) - 1) :]]
+    assert list(job.ids) == [small_tokenizer.bos_id, *whole[-(len(job.ids) - 1) :]]
     assert sum(map(len, normalised)) <= MOST_COMPOSED * 64 * longest(small_tokenizer)
     normalised.clear()
     messages = [*turns(5000, "Kış geldi."), {"role": "user", "content": "Sonra?"}]
@@ -128,10 +128,10 @@ def test_a_long_conversation_is_rendered_few_times(small_tokenizer: Tokenizer, c
         rendered.append(len(turns))
         return [5] * len(turns)
 
-    order = make_job(ask_chat(turns(count), truncation="auto"), served_by(small_tokenizer, encode), LIMITS)
+    job = make_job(ask_chat(turns(count), truncation="auto"), served_by(small_tokenizer, encode), LIMITS)
     assert len(rendered) <= 2 + math.log2(count)
     # Turns go by twos, so that a user begins; two tokens are left for the answer.
-    assert len(order.ids) == min(count, 62)
+    assert len(job.ids) == min(count, 62)
 
 
 def test_work_on_a_conversation_ends_when_nobody_waits_for_it(small_tokenizer: Tokenizer) -> None:
@@ -141,12 +141,12 @@ def test_work_on_a_conversation_ends_when_nobody_waits_for_it(small_tokenizer: T
         rendered.append(len(turns))
         return [5] * 10**4
 
-    def go_on() -> None:
+    def check_cancelled() -> None:
         if len(rendered) == 2:
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        make_job(ask_chat(turns(1000), truncation="auto"), served_by(small_tokenizer, encode), LIMITS, go_on)
+        make_job(ask_chat(turns(1000), truncation="auto"), served_by(small_tokenizer, encode), LIMITS, check_cancelled)
     assert len(rendered) == 2
 
 
@@ -359,7 +359,7 @@ def test_a_server_that_is_asked_to_end_does_not_wait_for_a_conversation(small_to
         ask_and_leave(place, messages=turns(1000), truncation="auto")
         wait_until(lambda: held.started == 1)
         place.server.handle_exit(2, None)
-        wait_until(lambda: place.batcher.explain_stop() is not None)
+        wait_until(lambda: place.scheduler.explain_stop() is not None)
         held.may_go.set()
     assert held.ended == held.started == 1
 

@@ -94,15 +94,15 @@ def test_who_reads_is_waited_for_however_long_and_who_stops_is_given_up() -> Non
     client, clock = Client(), Clock()
     connection = asyncio.run(pause(client, clock, 1000))
     for unread in (999, 998, 1):
-        began, connection.since = connection.since, 0.0
+        began, connection.waiting_since = connection.waiting_since, 0.0
         client.unread = unread
         clock.run_out()
         assert not client.is_aborted
-        assert connection.since >= began, "it has read, so others go first"
-    connection.since = 0.0
+        assert connection.waiting_since >= began, "it has read, so others go first"
+    connection.waiting_since = 0.0
     clock.run_out()
     assert client.is_aborted
-    assert connection.since == 0.0
+    assert connection.waiting_since == 0.0
     assert clock.timers == {}
 
 
@@ -121,10 +121,10 @@ def test_an_answer_that_waits_for_its_reader_is_the_servers_no_longer_but_still_
         connection.data_received(PAGE)
         waits = [connection.is_answering]
         connection.loop = clock  # type: ignore[assignment]
-        connection.since = 0.0
+        connection.waiting_since = 0.0
         connection.pause_writing()
         try:
-            waits += [connection.is_answering, connection.since == 0.0, connection.eof_received()]
+            waits += [connection.is_answering, connection.waiting_since == 0.0, connection.eof_received()]
         finally:
             connection.resume_writing()  # or the answer's task could not end
         return (*waits, connection.is_answering)

@@ -20,7 +20,7 @@ from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.model.transformer import Transformer
-from lowvram.serve import scheduler as batch
+from lowvram.serve import scheduler as scheduler_module
 from lowvram.serve.detokenizer import Piece
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.scheduler import (
@@ -83,15 +83,15 @@ class Inbox:
 
 @contextmanager
 def batching(decoder: Decoder, tokenizer: Tokenizer, queue: int = 100) -> Iterator[Scheduler]:
-    batcher = Scheduler(decoder, tokenizer, queue, Metrics())
-    batcher.start()
+    scheduler = Scheduler(decoder, tokenizer, queue, Metrics())
+    scheduler.start()
     try:
-        yield batcher
+        yield scheduler
     finally:
         if isinstance(decoder, Watched):
             decoder.gate.set()
-        batcher.stop()
-        batcher.join()
+        scheduler.stop()
+        scheduler.join()
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +99,13 @@ def model(small_tokenizer: Tokenizer) -> Transformer:
     return small_model(small_tokenizer)
 
 
-def order(tokenizer: Tokenizer, text: str, max_tokens: int = 8, sampler: Sampler = GREEDY) -> GenerationJob:
+def job_for(tokenizer: Tokenizer, text: str, max_tokens: int = 8, sampler: Sampler = GREEDY) -> GenerationJob:
     return GenerationJob((tokenizer.bos_id, *tokenizer.encode(text)), sampler, max_tokens)
 
 
-def ask(batcher: Scheduler, tokenizer: Tokenizer, text: str, max_tokens: int = 8) -> Inbox:
+def ask(scheduler: Scheduler, tokenizer: Tokenizer, text: str, max_tokens: int = 8) -> Inbox:
     inbox = Inbox()
-    batcher.submit(order(tokenizer, text, max_tokens), inbox.events.put)
+    scheduler.submit(job_for(tokenizer, text, max_tokens), inbox.events.put)
     return inbox
 
 
@@ -116,11 +116,11 @@ def test_each_of_many_gets_the_greedy_text_that_it_would_have_got_alone(
     model = small_model(small_tokenizer, variant)
     texts = [text[: 8 + 3 * number] for number, text in enumerate(TURKISH)]
     expected = [
-        alone(model, small_tokenizer, order(small_tokenizer, text).ids, 4 + number, CONTEXT)
+        alone(model, small_tokenizer, job_for(small_tokenizer, text).ids, 4 + number, CONTEXT)
         for number, text in enumerate(texts)
     ]
-    with batching(Decoder(model, CONTEXT, 5), small_tokenizer) as batcher:
-        inboxes = [ask(batcher, small_tokenizer, text, 4 + number) for number, text in enumerate(texts)]
+    with batching(Decoder(model, CONTEXT, 5), small_tokenizer) as scheduler:
+        inboxes = [ask(scheduler, small_tokenizer, text, 4 + number) for number, text in enumerate(texts)]
         assert [inbox.take()[0] for inbox in inboxes] == expected
 
 
@@ -129,12 +129,12 @@ def test_a_seeded_answer_does_not_depend_on_its_company(
     small_tokenizer: Tokenizer, model: Transformer, temperature: float
 ) -> None:
     sampler = Sampler(temperature=temperature, seed=11)
-    with batching(Decoder(model, CONTEXT, 4), small_tokenizer) as batcher:
+    with batching(Decoder(model, CONTEXT, 4), small_tokenizer) as scheduler:
 
         def write(company: int) -> str:
             inbox = Inbox()
-            batcher.submit(order(small_tokenizer, TURKISH[0][:30], 20, sampler), inbox.events.put)
-            others = [ask(batcher, small_tokenizer, text[:20]) for text in TURKISH[1 : 1 + company]]
+            scheduler.submit(job_for(small_tokenizer, TURKISH[0][:30], 20, sampler), inbox.events.put)
+            others = [ask(scheduler, small_tokenizer, text[:20]) for text in TURKISH[1 : 1 + company]]
             for other in others:
                 other.take()
             return inbox.take()[0]
@@ -147,13 +147,13 @@ def test_a_texts_ids_are_kept_as_a_tensor_only_for_a_penalty_and_grow_in_place(
     small_tokenizer: Tokenizer, model: Transformer, monkeypatch: pytest.MonkeyPatch, penalty: float
 ) -> None:
     seen = list[Tensor]()
-    real = batch.sample
-    monkeypatch.setattr(batch, "sample", lambda *words: seen.append(words[2]) or real(*words))
+    real = scheduler_module.sample
+    monkeypatch.setattr(scheduler_module, "sample", lambda *words: seen.append(words[2]) or real(*words))
     sampler = Sampler(temperature=0.0, repetition_penalty=penalty)
-    asked = order(small_tokenizer, TURKISH[0][:30], 20, sampler)
-    with batching(Decoder(model, CONTEXT, 2), small_tokenizer) as batcher:
+    asked = job_for(small_tokenizer, TURKISH[0][:30], 20, sampler)
+    with batching(Decoder(model, CONTEXT, 2), small_tokenizer) as scheduler:
         inbox = Inbox()
-        batcher.submit(asked, inbox.events.put)
+        scheduler.submit(asked, inbox.events.put)
         text = inbox.take()[0]
     engine = Engine(Decoder(model, CONTEXT), small_tokenizer)
     assert text == "".join(engine.generate(list(asked.ids), sampler, 20))
@@ -168,11 +168,11 @@ def test_a_texts_ids_are_kept_as_a_tensor_only_for_a_penalty_and_grow_in_place(
 
 def test_who_comes_later_joins_between_two_tokens(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 4)
-    with batching(decoder, small_tokenizer) as batcher:
-        first = ask(batcher, small_tokenizer, "Yağmur", 40)
+    with batching(decoder, small_tokenizer) as scheduler:
+        first = ask(scheduler, small_tokenizer, "Yağmur", 40)
         first.events.get(timeout=30)
         decoder.gate.clear()
-        second = ask(batcher, small_tokenizer, "Annem mutfakta", 5)
+        second = ask(scheduler, small_tokenizer, "Annem mutfakta", 5)
         decoder.gate.set()
         second.take()
         first.take()
@@ -184,10 +184,10 @@ def test_who_comes_later_joins_between_two_tokens(small_tokenizer: Tokenizer, mo
 def test_a_long_prompt_is_read_in_pieces_while_others_write(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, 1200, 2)
     decoder.gate.clear()
-    with batching(decoder, small_tokenizer) as batcher:
-        short = ask(batcher, small_tokenizer, "Yağmur", 6)
+    with batching(decoder, small_tokenizer) as scheduler:
+        short = ask(scheduler, small_tokenizer, "Yağmur", 6)
         long = Inbox()
-        batcher.submit(GenerationJob((0,) * 1000, GREEDY, 2), long.events.put)
+        scheduler.submit(GenerationJob((0,) * 1000, GREEDY, 2), long.events.put)
         decoder.gate.set()
         short.take()
         long.take()
@@ -200,16 +200,16 @@ def test_a_long_prompt_is_read_in_pieces_while_others_write(small_tokenizer: Tok
 
 def test_a_second_turn_reads_only_what_is_new(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 3)
-    with batching(decoder, small_tokenizer) as batcher:
-        first = order(small_tokenizer, TURKISH[2][:40])
+    with batching(decoder, small_tokenizer) as scheduler:
+        first = job_for(small_tokenizer, TURKISH[2][:40])
         inbox = Inbox()
-        batcher.submit(first, inbox.events.put)
+        scheduler.submit(first, inbox.events.put)
         inbox.take()
-        ask(batcher, small_tokenizer, TURKISH[5][:20]).take()
+        ask(scheduler, small_tokenizer, TURKISH[5][:20]).take()
         decoder.log.clear()
         second = GenerationJob((*first.ids, 300, 301, 302), GREEDY, 4)
         inbox = Inbox()
-        batcher.submit(second, inbox.events.put)
+        scheduler.submit(second, inbox.events.put)
         text, ended = inbox.take()
     assert isinstance(ended, Finished)
     assert ended.reused == len(first.ids)
@@ -219,28 +219,28 @@ def test_a_second_turn_reads_only_what_is_new(small_tokenizer: Tokenizer, model:
 
 def test_the_same_text_again_reads_its_last_token_only(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 2)
-    with batching(decoder, small_tokenizer) as batcher:
-        text = ask(batcher, small_tokenizer, TURKISH[1]).take()[0]
+    with batching(decoder, small_tokenizer) as scheduler:
+        text = ask(scheduler, small_tokenizer, TURKISH[1]).take()[0]
         decoder.log.clear()
-        assert ask(batcher, small_tokenizer, TURKISH[1]).take()[0] == text
+        assert ask(scheduler, small_tokenizer, TURKISH[1]).take()[0] == text
     assert {what for what, _, _ in decoder.log} == {"decode"}
 
 
 def test_who_leaves_frees_the_slot_and_is_told_no_more(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 1)
-    with batching(decoder, small_tokenizer) as batcher:
+    with batching(decoder, small_tokenizer) as scheduler:
         inbox = Inbox()
-        job = batcher.submit(order(small_tokenizer, "Yağmur", 60), inbox.events.put)
+        job = scheduler.submit(job_for(small_tokenizer, "Yağmur", 60), inbox.events.put)
         inbox.events.get(timeout=30)
         decoder.gate.clear()
         waiting = Inbox()
-        waiting_job = batcher.submit(order(small_tokenizer, "Annem"), waiting.events.put)
-        batcher.leave(waiting_job)
-        assert batcher.waiting == 0
-        batcher.leave(job)
+        waiting_job = scheduler.submit(job_for(small_tokenizer, "Annem"), waiting.events.put)
+        scheduler.cancel(waiting_job)
+        assert scheduler.waiting == 0
+        scheduler.cancel(job)
         decoder.gate.set()
-        assert ask(batcher, small_tokenizer, "Doktor").take()[1].reason == "length"  # type: ignore[union-attr]
-        assert batcher.running == 0
+        assert ask(scheduler, small_tokenizer, "Doktor").take()[1].reason == "length"  # type: ignore[union-attr]
+        assert scheduler.running == 0
         assert waiting.events.empty()
         while not inbox.events.empty():
             assert isinstance(inbox.events.get(), Piece)
@@ -249,10 +249,10 @@ def test_who_leaves_frees_the_slot_and_is_told_no_more(small_tokenizer: Tokenize
 def test_a_full_queue_says_so_and_nothing_else_happens(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 2)
     decoder.gate.clear()
-    with batching(decoder, small_tokenizer, queue=1) as batcher:
-        inboxes = [ask(batcher, small_tokenizer, text[:9], 3) for text in TURKISH[:3]]
+    with batching(decoder, small_tokenizer, queue=1) as scheduler:
+        inboxes = [ask(scheduler, small_tokenizer, text[:9], 3) for text in TURKISH[:3]]
         with pytest.raises(QueueFullError, match="lets 1 wait"):
-            ask(batcher, small_tokenizer, "dördüncü")
+            ask(scheduler, small_tokenizer, "dördüncü")
         decoder.gate.set()
         assert [type(inbox.take()[1]) for inbox in inboxes] == [Finished] * 3
 
@@ -264,36 +264,36 @@ def test_a_failure_ends_the_answers_that_it_hit_and_the_next_is_right(
     small_tokenizer: Tokenizer, model: Transformer, error: Exception
 ) -> None:
     decoder = Watched(model, CONTEXT, 2)
-    with batching(decoder, small_tokenizer) as batcher:
-        expected = ask(batcher, small_tokenizer, TURKISH[3][:30]).take()[0]
+    with batching(decoder, small_tokenizer) as scheduler:
+        expected = ask(scheduler, small_tokenizer, TURKISH[3][:30]).take()[0]
         decoder.error = error
-        _, failed = ask(batcher, small_tokenizer, TURKISH[3][:35]).take()
+        _, failed = ask(scheduler, small_tokenizer, TURKISH[3][:35]).take()
         assert isinstance(failed, Failed)
         assert "could not go on with this answer" in str(failed.error)
         decoder.error = None
-        assert ask(batcher, small_tokenizer, TURKISH[3][:30]).take()[0] == expected
+        assert ask(scheduler, small_tokenizer, TURKISH[3][:30]).take()[0] == expected
 
 
 def test_a_model_that_fails_again_and_again_is_given_up_until_it_answers(
     small_tokenizer: Tokenizer, model: Transformer
 ) -> None:
     decoder = Watched(model, CONTEXT, 2)
-    with batching(decoder, small_tokenizer) as batcher:
+    with batching(decoder, small_tokenizer) as scheduler:
         decoder.error = RuntimeError("CUDA error")
         for _ in range(3):
-            assert batcher.explain_absence() is None
-            ask(batcher, small_tokenizer, "Yağmur").take()
-        assert "failed 3 times" in str(batcher.explain_absence())
+            assert scheduler.explain_unavailable() is None
+            ask(scheduler, small_tokenizer, "Yağmur").take()
+        assert "failed 3 times" in str(scheduler.explain_unavailable())
         decoder.error = None
-        ask(batcher, small_tokenizer, "Yağmur").take()
-        assert batcher.explain_absence() is None
+        ask(scheduler, small_tokenizer, "Yağmur").take()
+        assert scheduler.explain_unavailable() is None
 
 
 def test_numbers_that_are_not_finite_are_no_answer(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 2)
-    with batching(decoder, small_tokenizer) as batcher:
+    with batching(decoder, small_tokenizer) as scheduler:
         decoder.poison = True
-        _, failed = ask(batcher, small_tokenizer, "Yağmur").take()
+        _, failed = ask(scheduler, small_tokenizer, "Yağmur").take()
     assert isinstance(failed, Failed)
     assert "greatest logit is nan" in str(failed.error)
 
@@ -305,49 +305,49 @@ def test_a_mistake_of_ours_leaves_nobody_waiting(
     decoder = Watched(model, CONTEXT, 1)
     decoder.error = TypeError("a mistake")
     decoder.gate.clear()
-    with batching(decoder, small_tokenizer) as batcher:
-        inboxes = [ask(batcher, small_tokenizer, text[:9]) for text in TURKISH[:4]]
+    with batching(decoder, small_tokenizer) as scheduler:
+        inboxes = [ask(scheduler, small_tokenizer, text[:9]) for text in TURKISH[:4]]
         decoder.gate.set()
         assert [type(inbox.take()[1]) for inbox in inboxes] == [Failed] * 4
         with pytest.raises(NotServingError):
-            ask(batcher, small_tokenizer, "Yağmur")
+            ask(scheduler, small_tokenizer, "Yağmur")
 
 
 def test_stopping_lets_running_answers_end_and_refuses_the_rest(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 1)
-    with batching(decoder, small_tokenizer) as batcher:
-        running = ask(batcher, small_tokenizer, "Yağmur", 30)
+    with batching(decoder, small_tokenizer) as scheduler:
+        running = ask(scheduler, small_tokenizer, "Yağmur", 30)
         running.events.get(timeout=30)
         decoder.gate.clear()
-        waiting = ask(batcher, small_tokenizer, "Annem")
-        batcher.stop(grace_s=60.0)
+        waiting = ask(scheduler, small_tokenizer, "Annem")
+        scheduler.stop(grace_s=60.0)
         with pytest.raises(NotServingError, match="stopping"):
-            ask(batcher, small_tokenizer, "Doktor")
+            ask(scheduler, small_tokenizer, "Doktor")
         decoder.gate.set()
         assert isinstance(running.take()[1], Finished)
         assert isinstance(waiting.take()[1], Failed)
-        batcher.join()
+        scheduler.join()
 
 
 def test_stopping_at_once_cuts_what_runs(small_tokenizer: Tokenizer, model: Transformer) -> None:
     decoder = Watched(model, CONTEXT, 1)
-    with batching(decoder, small_tokenizer) as batcher:
-        running = ask(batcher, small_tokenizer, "Yağmur", 60)
+    with batching(decoder, small_tokenizer) as scheduler:
+        running = ask(scheduler, small_tokenizer, "Yağmur", 60)
         running.events.get(timeout=30)
         decoder.gate.clear()
-        batcher.stop()
+        scheduler.stop()
         decoder.gate.set()
         assert isinstance(running.take()[1], Failed)
 
 
 def test_nothing_of_a_finished_job_is_kept(small_tokenizer: Tokenizer, model: Transformer) -> None:
-    with batching(Decoder(model, CONTEXT, 3), small_tokenizer) as batcher:
+    with batching(Decoder(model, CONTEXT, 3), small_tokenizer) as scheduler:
         left = []
         for text in TURKISH:
             inbox = Inbox()
-            left.append(weakref.ref(batcher.submit(order(small_tokenizer, text[:12], 3), inbox.events.put)))
+            left.append(weakref.ref(scheduler.submit(job_for(small_tokenizer, text[:12], 3), inbox.events.put)))
             inbox.take()
-        for _ in range(500):  # the batcher's thread holds the last one until its next look
+        for _ in range(500):  # the scheduler's thread holds the last one until its next look
             gc.collect()
             if not any(job() for job in left):
                 break
@@ -359,7 +359,7 @@ def test_nothing_of_a_finished_job_is_kept(small_tokenizer: Tokenizer, model: Tr
 def test_reused_slots_say_what_fresh_ones_would(small_tokenizer: Tokenizer, variant: str) -> None:
     model = small_model(small_tokenizer, variant)
     texts = [TURKISH[number % 3][: 10 + 9 * (number % 4)] for number in (0, 3, 6, 1, 9, 2, 0, 5)]
-    with batching(Decoder(model, CONTEXT, 2), small_tokenizer) as batcher:
+    with batching(Decoder(model, CONTEXT, 2), small_tokenizer) as scheduler:
         for text in texts:
-            expected = alone(model, small_tokenizer, order(small_tokenizer, text).ids, 6, CONTEXT)
-            assert ask(batcher, small_tokenizer, text, 6).take()[0] == expected
+            expected = alone(model, small_tokenizer, job_for(small_tokenizer, text).ids, 6, CONTEXT)
+            assert ask(scheduler, small_tokenizer, text, 6).take()[0] == expected
