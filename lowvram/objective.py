@@ -1,4 +1,4 @@
-"""What a batch asks of the model, and the loss of its answer; knows no optimizer and no loop.
+"""The training objective: a batch of tokens and its next-token loss; knows no optimizer and no loop.
 
 Legend: B batch, T tokens.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from lowvram.config.plan import Recompute
 from lowvram.model.transformer import Dropout, Transformer
 
-# Of what flows between the layers, by the run file's precision; and what their products are made of.
+# By the run file's precision: the dtype of the activations between layers, and the number format of matrix products.
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """total: the sum over targets in nats, fp32.  loads: [MoE layers, E] choices made, or None."""
+    """total: the sum over targets in nats, fp32.  loads: how often each expert was chosen, [MoE layers, E], or None."""
 
     total: Tensor
     loads: Tensor | None
@@ -61,7 +61,7 @@ def causal_loss(
     loss_chunk: int | None = None,
     recompute: Recompute = "none",
 ) -> Loss:
-    """Predict each next token; return the summed cross-entropy.  Dropout depends on seed and sample index alone."""
+    """Return the summed cross-entropy of all next tokens.  Dropout depends on seed and sample index alone."""
     drop = Dropout(dropout, hash_keys(seed, batch.sample_B)) if dropout else None
     stream_BTD, loads = model(batch.token_BT[:, :-1], dtype, drop, recompute=recompute)
     target_N = batch.token_BT[:, 1:].reshape(-1)

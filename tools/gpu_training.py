@@ -28,7 +28,7 @@ from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit
 from lowvram.hardware.profile import load_profile
 from lowvram.objective import Batch
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.cuda_graph import RecordedPass
+from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.oom import cap_memory, free_memory
 from lowvram.train.state import build_state
 from lowvram.train.step import Add, add_gradients, discard, gradients, loss_for, update
@@ -162,7 +162,7 @@ class _Steps:
         """Play a recording of the passes from now on."""
         batch = Batch(*(part[: self._plan.micro_batch] for part in (self._token_BT, self._sample_B)))
         add = functools.partial(add_gradients, self.network, self._loss_of, self._train.seed)
-        self._add = RecordedPass(self.network, add, batch, self._plan.accumulate > 1).add
+        self._add = CapturedPass(self.network, add, batch, self._plan.accumulate > 1).add
 
     def launch(self) -> None:
         """Launch every kernel again."""

@@ -34,7 +34,7 @@ class TrainingScreen:
 
     def __init__(self, trainer: Trainer) -> None:
         self.evaluated: Evaluated | None = None
-        self._trainer, self._steps = trainer, trainer.what.train.steps
+        self._trainer, self._steps = trainer, trainer.config.train.steps
         self._memory_of = _MEMORY_OF.get(trainer.state.model.embedding.device.type, "process")
         self._told_at, self._last_at = 0.0, time.monotonic()
         self._progress = Progress(

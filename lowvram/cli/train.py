@@ -158,8 +158,8 @@ def _follow(
 
     for event in trainer.run():
         if isinstance(event, Started | Halved):
-            keep_plan(trainer.what.run.dir, trainer.plan)
-            promise.bind(trainer.plan, trainer.recording is not None)
+            keep_plan(trainer.config.run.dir, trainer.plan)
+            promise.bind(trainer.plan, trainer.captured_pass is not None)
         for log in logs:
             log.write(event)
         screen.show(event)

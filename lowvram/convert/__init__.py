@@ -1,1 +1,1 @@
-"""Trained models in other programs' formats, and their models as ours."""
+"""Exports trained models to other programs' formats and imports theirs; this package knows no training loop."""

@@ -1,12 +1,12 @@
-"""Matrices as block-scaled FP8 in DeepSeek's convention: codes, one scale a block, and what config.json says of them.
+"""Quantises matrices to block-scaled FP8 in DeepSeek's convention, and describes that for config.json; knows no file.
 
     weight            float8_e4m3fn [R, C]
     weight_scale_inv  fp32 [⌈R/128⌉, ⌈C/128⌉]      number = weight · weight_scale_inv, a power of two here
 
 Source: DeepSeek-AI 2024 (DeepSeek-V3), README_WEIGHTS.md of its published files.
 
-transformers 5.24 divides a side by the number of its blocks where it turns codes back into numbers, so that a side that
-128 does not divide would come out wrong there: such a matrix stays in bf16, and config.json names it.
+When transformers 5.24 dequantises, it divides a side by the number of its blocks, which is wrong for a side that is not
+a multiple of 128.  Such a matrix therefore stays in bf16, and config.json names it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SCALE = "_scale_inv"
 
 
 class UnquantisedModules:
-    """The modules whose matrices stay as they are."""
+    """Collects the modules whose matrices are not quantised."""
 
     def __init__(self) -> None:
         self._modules: set[str] = {"lm_head"}
 
     def add(self, weight: str) -> None:
-        """Note a weight's module; of experts the stack that holds them all."""
+        """Add a weight's module; for an expert, add the stack of all experts."""
         module = weight.removesuffix(".weight")
         self._modules.add(module.split(".experts.")[0] + ".experts" if ".experts." in module else module)
 
@@ -44,12 +44,12 @@ class UnquantisedModules:
 
 
 def is_divisible(rows: int, columns: int) -> bool:
-    """Say whether every block of a matrix is as large as the others."""
+    """Say whether all blocks of a matrix have the same size."""
     return all(side <= BLOCK or side % BLOCK == 0 for side in (rows, columns))
 
 
 def quantise_piece(name: str, piece: Tensor, kept: UnquantisedModules) -> Iterator[tuple[str, Tensor]]:
-    """Return a matrix's codes and scales by name, or the matrix itself where it has to stay.  piece: [R, C]."""
+    """Yield a matrix's codes and scales by name, or the matrix itself if it cannot be quantised.  piece: [R, C]."""
     if not is_divisible(*piece.shape):
         kept.add(name)
         yield name, piece.to(torch.bfloat16)

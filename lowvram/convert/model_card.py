@@ -1,6 +1,6 @@
-"""The README.md that goes with an exported model: what it is, how to use it, how and from what it was made.
+"""Writes the model card (README.md) of an exported model: what it is, how to use it, how it was trained, on what data.
 
-Says only what the checkpoint, its run's log and the shards say; what none of them knows is called unknown.
+The card states only what is in the checkpoint, its run's log and the shards; everything else is called unknown.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lowvram.storage.json_files import JsonError, parse_object
 from lowvram.units import show_bytes, show_count
 
 CURVE = "training.svg"
-_ROWS = 12  # of the table: a curve's shape at a glance
+_ROWS = 12  # of the table of losses: enough to show the curve's shape
 _WIDTH, _HEIGHT, _MARGIN = 640, 260, 44
 
 
 class Point(NamedTuple):
-    """What the log says of a step: nats per token, and bits per byte of held-out text where it was measured."""
+    """The log's values for a step: nats per token, and bits per byte of held-out text where that was measured."""
 
     step: int
     loss: float | None
@@ -33,11 +33,11 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Story:
-    """What a card tells.
+class CardContents:
+    """The contents of a model card.
 
-    numbers: of the matrices in the directory, as words.  licence: None where nobody said.  needs_bos: whether it is the
-    user who puts BOS before a text.
+    numbers: the number format of the exported matrices, in words.  licence: None where the user gave none.
+    needs_bos: whether users must put BOS before a text themselves.
     """
 
     name: str
@@ -52,63 +52,69 @@ class Story:
 
 
 def read_curve(log: Path, last_step: int) -> list[Point]:
-    """Return a run's log up to a step, one point a step; a step that was made again after a resume counts once."""
+    """Return a run's log up to a step, one point per step; a step that was repeated after a resume counts once."""
     if not log.is_file():
         return []
-    found: dict[int, Point] = {}
+    points: dict[int, Point] = {}
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = parse_object(line)
         except JsonError:
-            continue  # torn by a power cut; the trainer goes on below it
+            continue  # a power cut tore this row; the trainer continued below it
         if not isinstance(row.get("step"), int) or row["step"] > last_step:
             continue
-        before = found.get(row["step"], Point(row["step"], None, None))
+        point = points.get(row["step"], Point(row["step"], None, None))
         if row.get("event") == "StepDone":
-            found[row["step"]] = before._replace(loss=row.get("loss"))
+            points[row["step"]] = point._replace(loss=row.get("loss"))
         elif row.get("event") == "Evaluated":
-            found[row["step"]] = before._replace(bits_per_byte=row.get("bits_per_byte"))
-    return [found[step] for step in sorted(found)]
+            points[row["step"]] = point._replace(bits_per_byte=row.get("bits_per_byte"))
+    return [points[step] for step in sorted(points)]
 
 
-def write_card(story: Story) -> dict[str, bytes]:
+def write_card(contents: CardContents) -> dict[str, bytes]:
     """Return README.md and, where the run has a log, its curve, by file name."""
-    curve = draw_curve(story.points)
+    curve = draw_curve(contents.points)
     files = {} if curve is None else {CURVE: curve.encode()}
-    parts = [_front_matter(story), _opening(story), _use(story), _model(story), _training(story, curve is not None)]
-    return {"README.md": "\n".join([*parts, _data(story)]).encode(), **files}
+    parts = [
+        _front_matter(contents),
+        _opening(contents),
+        _use(contents),
+        _model(contents),
+        _training(contents, curve is not None),
+    ]
+    return {"README.md": "\n".join([*parts, _data(contents)]).encode(), **files}
 
 
-def _front_matter(story: Story) -> str:
-    licence = [f"license: {story.licence}"] if story.licence else ["license: other", "license_name: unknown"]
-    languages = ["language:", *(f"- {language}" for language in story.languages)] if story.languages else []
+def _front_matter(contents: CardContents) -> str:
+    licence = [f"license: {contents.licence}"] if contents.licence else ["license: other", "license_name: unknown"]
+    languages = ["language:", *(f"- {language}" for language in contents.languages)] if contents.languages else []
     tags = ["tags:", "- lowvram", "- text-generation"]
     return "\n".join(
         ["---", *licence, *languages, "library_name: transformers", "pipeline_tag: text-generation", *tags, "---", ""]
     )
 
 
-def _opening(story: Story) -> str:
-    model = story.what.model
+def _opening(contents: CardContents) -> str:
+    model = contents.what.model
     count, active = model.num_parameters(), model.active_parameters()
     parts = f", of which one token passes through {active:,}" if active != count else ""
-    licence = story.licence or "unknown: none was named when this directory was made, so nothing is permitted by it"
+    licence = contents.licence or "unknown: none was named when this directory was made, so nothing is permitted by it"
     return (
-        f"# {story.name}\n\n"
+        f"# {contents.name}\n\n"
         f"A language model of {count:,} parameters{parts}, pretrained with "
-        f"lowvram {story.checkpoint.manifest['versions']['lowvram']} "
-        f"and exported after step {story.checkpoint.step:,}.\n\n"
-        f"- Weights: {story.numbers}, {show_bytes(story.weight_bytes)}\n"
-        f"- Longest text in training: {story.what.train.seq_len:,} tokens\n"
+        f"lowvram {contents.checkpoint.manifest['versions']['lowvram']} "
+        f"and exported after step {contents.checkpoint.step:,}.\n\n"
+        f"- Weights: {contents.numbers}, {show_bytes(contents.weight_bytes)}\n"
+        f"- Longest text in training: {contents.what.train.seq_len:,} tokens\n"
         f"- Licence: {licence}\n"
         "- It continues texts.  It was not taught to follow instructions or to refuse, and may write what is false, "
         "private or hurtful.\n"
     )
 
 
-def _use(story: Story) -> str:
+def _use(contents: CardContents) -> str:
     opening = 'ids = tokenizer("Bir gün", return_tensors="pt").input_ids\n'
-    if story.needs_bos:
+    if contents.needs_bos:
         opening = (
             "# Every text that the model has read begins with this token; the tokenizer does not add it.\n"
             'ids = tokenizer(tokenizer.bos_token + "Bir gün", return_tensors="pt").input_ids\n'
@@ -117,27 +123,27 @@ def _use(story: Story) -> str:
         "## Use\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{story.name}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{story.name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{contents.name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{contents.name}")\n'
         f"{opening}"
         "text = tokenizer.decode(model.generate(ids, max_new_tokens=60)[0], skip_special_tokens=True)\n"
         "```\n\n"
-        f"or `lowvram chat {shlex.quote(story.name)}`.\n"
+        f"or `lowvram chat {shlex.quote(contents.name)}`.\n"
     )
 
 
-def _model(story: Story) -> str:
-    return "## Model\n\n" + _table(flatten(story.what.model.model_dump(mode="json")))
+def _model(contents: CardContents) -> str:
+    return "## Model\n\n" + _table(flatten(contents.what.model.model_dump(mode="json")))
 
 
-def _training(story: Story, has_curve: bool) -> str:
-    recipe = flatten(story.what.train.model_dump(mode="json"))
+def _training(contents: CardContents, has_curve: bool) -> str:
+    recipe = flatten(contents.what.train.model_dump(mode="json"))
     if recipe.get("start_from"):
         recipe["start_from"] = Path(recipe["start_from"]).name
-    seen = story.checkpoint.numbers().get("tokens")
+    seen = contents.checkpoint.numbers().get("tokens")
     lines = ["## Training", "", f"Tokens seen: {show_count(seen) if isinstance(seen, int) else 'unknown'}.", ""]
     lines += [_table(recipe)]
-    rows = _thin(story.points)
+    rows = _thin(contents.points)
     if rows:
         lines += [f"![Loss over the steps]({CURVE})", ""] if has_curve else []
         lines += ["| step | loss (nats per token) | held-out bits per byte |", "| ---: | ---: | ---: |"]
@@ -147,17 +153,17 @@ def _training(story: Story, has_curve: bool) -> str:
     return "\n".join([*lines, ""])
 
 
-def _data(story: Story) -> str:
-    hashes = story.checkpoint.manifest.get("hashes", {})
+def _data(contents: CardContents) -> str:
+    hashes = contents.checkpoint.manifest.get("hashes", {})
     lines = ["## Data", "", "| shards | share | tokens | documents | text | SHA-256 |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
-    corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in story.what.data.train]
-    held_out = [(story.what.data.valid, "held out")] if story.what.data.valid is not None else []
+    corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in contents.what.data.train]
+    held_out = [(contents.what.data.valid, "held out")] if contents.what.data.valid is not None else []
     for path, share in [*corpora, *held_out]:
         lines.append(f"| {path.name} | {share} | {_describe_shards(path)} |")
     lines += ["", "| what | SHA-256 |", "| --- | --- |"]
     lines += [f"| {name} | `{value}` |" for name, value in sorted(hashes.items())]
-    weights = story.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]
+    weights = contents.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]
     lines += [f"| the checkpoint's weights | `{weights}` |"]
     return "\n".join([*lines, ""])
 
@@ -179,11 +185,11 @@ def _table(values: dict[str, Any]) -> str:
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    """Return some of the points, evenly, the first, the last and where possible those with a validation."""
-    told = [point for point in points if point.bits_per_byte is not None] or list(points)
+    """Return the first and the last point, and evenly spaced ones between; points with a validation are preferred."""
+    candidates = [point for point in points if point.bits_per_byte is not None] or list(points)
     ends = [points[0], points[-1]] if points else []
-    step = max(1, -(-len(told) // (_ROWS - len(ends))))
-    return sorted({point.step: point for point in [*told[::step], *ends]}.values())
+    step = max(1, -(-len(candidates) // (_ROWS - len(ends))))
+    return sorted({point.step: point for point in [*candidates[::step], *ends]}.values())
 
 
 def _number(value: float | None) -> str:
@@ -200,13 +206,13 @@ def draw_curve(points: Sequence[Point]) -> str | None:
     (first, last), losses = (shown[0][0], shown[-1][0]), [loss for _, loss in shown]
     low, high = min(losses), max(losses)
 
-    def place(step: int, loss: float) -> str:
+    def coordinates(step: int, loss: float) -> str:
         x = _MARGIN + (_WIDTH - 2 * _MARGIN) * (step - first) / max(1, last - first)
         y = _MARGIN / 2 + (_HEIGHT - 1.5 * _MARGIN) * (high - loss) / max(1e-9, high - low)
         return f"{x:.1f},{y:.1f}"
 
     bottom = _HEIGHT - _MARGIN
-    line = " ".join(place(step, loss) for step, loss in shown)
+    line = " ".join(coordinates(step, loss) for step, loss in shown)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
         'font-size="12" fill="#555">\n'

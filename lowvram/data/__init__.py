@@ -1,1 +1,1 @@
-"""Tokens from text: reading, tokenizing, packing, loading; knows no model."""
+"""Turns text into batches of tokens: reading, tokenizing, packing, loading; this package knows no model."""

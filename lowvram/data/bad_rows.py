@@ -1,4 +1,4 @@
-"""Rows of text files that are no text: what is wrong with one, and what is done about all of them; opens no file."""
+"""Handles bad rows (rows of text files that are not text): describes, counts, skips or refuses them; opens no file."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lowvram.errors import DataError
 from lowvram.units import count_of
 
 Action = Literal["stop", "skip", "report"]
-# Beyond either the files are not text with a few faults; the second is asked where many rows were read, and at the end.
+# Above either limit, the files are not text with a few faults.  The share is checked after many bad rows and at last.
 MOST_SKIPPED = 10_000
 MOST_SKIPPED_SHARE = 0.01
-# So few characters may be lost, whatever their share.
+# Up to this many characters may be lost, whatever their share.
 MOST_LOST = 100_000
 _FEW = 10
 _MANY = 1_000
@@ -24,10 +24,10 @@ _SHOWN = 3
 @final
 @dataclass(frozen=True)
 class BadRow:
-    """One row, or the rest of a file, that is no text.
+    """One row, or the rest of a file, that is not text.
 
-    kind: a few words by which such rows are counted.  ends_file: nothing more can be read of the file, so nobody knows
-    how many rows are lost.  characters: about how much text is lost with it, 0 where that is not known.
+    kind: a few words by which such rows are counted.  ends_file: nothing more can be read from the file, so the number
+    of lost rows is unknown.  characters: about how much text is lost, 0 where that is not known.
     """
 
     kind: str
@@ -39,18 +39,18 @@ class BadRow:
 
     @staticmethod
     def of(kind: str, error: DataError, ends_file: bool = False) -> BadRow:
-        """Return what an error says, as a bad row."""
+        """Return a bad row with the text of an error."""
         return BadRow(kind, error.what, error.why, error.fix, ends_file)
 
 
 @dataclass
 class BadRows:
-    """What is done with bad rows, and how many there were; one object for all files of a reading.
+    """Counts bad rows and decides what is done with them; one object serves all files that are read together.
 
-    action: `stop` raises at the first, `skip` leaves single rows out and raises beyond a limit or where a file ends
+    action: `stop` raises at the first one, `skip` leaves single rows out and raises above a limit or where a file ends
     too early, `report` reads on.
-    tell: called with each bad row that does not stop.  hint: what an error that stops at a row says of the other
-    actions, in the caller's words; `file_hint` the same where a file ends too early.
+    tell: called with each bad row that does not raise.  hint: the caller's advice on the other actions, for the error
+    at a bad row; file_hint: the same for a file that ends too early.
     """
 
     action: Action = "stop"
@@ -66,18 +66,18 @@ class BadRows:
 
     @property
     def count(self) -> int:
-        """How many bad rows there were."""
+        """The number of bad rows so far."""
         return self.kinds.total()
 
     def count_text(self, characters: int) -> None:
-        """Count a row that is text."""
+        """Count a good row."""
         self.rows += 1
         self.characters += characters
 
     def take(self, row: BadRow) -> None:
-        """Count a bad row and tell of it, or raise DataError."""
+        """Count a bad row and report it, or raise DataError."""
         if self.action == "stop" or (self.action == "skip" and row.ends_file):
-            # The hint goes first, because a fix may end in a command, behind which nothing may stand.
+            # The hint goes first, because a fix may end in a command, and nothing may follow a command.
             hint = self.file_hint if row.ends_file else self.hint
             raise DataError(row.what, row.why, " ".join(filter(None, (hint, row.fix))))
         self.rows += 1
@@ -91,16 +91,16 @@ class BadRows:
         self._check(_MANY)
 
     def finish(self) -> None:
-        """Raise DataError where more than the share was skipped; call it when everything was read."""
+        """Raise DataError where too large a share was skipped; call it when everything was read."""
         self._check(_FEW)
         if self.action == "skip" and self._is_much_text():
-            lost, all = self.lost_characters, self.characters + self.lost_characters
+            lost, total = self.lost_characters, self.characters + self.lost_characters
             holds = f"{count_of(self.count, 'bad row')} {'holds' if self.count == 1 else 'hold'}"
-            raise self._too_many(f"{holds} {lost:,} of {all:,} characters", f"{MOST_SKIPPED_SHARE:.0%}")
+            raise self._too_many(f"{holds} {lost:,} of {total:,} characters", f"{MOST_SKIPPED_SHARE:.0%}")
 
     @property
     def can_be_skipped(self) -> bool:
-        """Whether `skip` would leave out all that was found, when everything was read."""
+        """Whether `skip` would accept all bad rows so far; ask when everything was read."""
         return (
             not self.ended_files
             and self.count <= MOST_SKIPPED
@@ -108,9 +108,9 @@ class BadRows:
         )
 
     def _is_much_text(self) -> bool:
-        """Whether few rows are much text: a whole book in another encoding, without a blank line, is one row."""
-        lost, all = self.lost_characters, self.characters + self.lost_characters
-        return lost > MOST_LOST and lost > all * MOST_SKIPPED_SHARE
+        """Say whether bad rows hold much text: a whole book in another encoding, without a blank line, is one row."""
+        lost, total = self.lost_characters, self.characters + self.lost_characters
+        return lost > MOST_LOST and lost > total * MOST_SKIPPED_SHARE
 
     def _is_large_share(self, least: int) -> bool:
         return self.count > least and self.count > self.rows * MOST_SKIPPED_SHARE
@@ -130,5 +130,5 @@ class BadRows:
         )
 
     def describe(self) -> str:
-        """Return how many there were of each kind."""
+        """Return how many bad rows there were of each kind."""
         return ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())

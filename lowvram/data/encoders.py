@@ -1,4 +1,4 @@
-"""Processes that encode documents into the bytes of a shard, and end at once when they are to; knows no folder."""
+"""Encodes documents into the bytes of a shard, in several processes that end at once on request; knows no folder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.errors import MachineError, TokenizerError
 from lowvram.storage.disk import Disk, explain_full_disk
 
-# Above the length from which the tokenizer cuts long runs of white space, so that pieces are cut alike.
+# This is longer than the runs of white space that the tokenizer cuts, so that a piece is cut as in the whole text.
 _PIECE_CHARACTERS = 1_000_000
 _LINE_START = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Whole documents that become one shard, written beside `target` with ids of the type `dtype`."""
+    """Whole documents that become one shard, written to a temporary file beside `target` with ids of type `dtype`."""
 
     texts: list[str]
     tokenizer: Path
@@ -48,7 +48,7 @@ class EncodeTask:
 
 
 class Encoders:
-    """Encodes tasks in order; with one process in this one.  Left by an exception, it ends all work at once."""
+    """Encodes tasks in order; processes = 1 means in this process.  If an exception leaves the block, all work ends."""
 
     def __init__(self, processes: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
@@ -58,11 +58,11 @@ class Encoders:
         self.most_waiting = 1 if processes == 1 else 2 * processes
 
     def __enter__(self) -> Encoders:
-        """Begin."""
+        """Return the encoders; their processes have started."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait for what was begun; after an exception end it.  Raises MachineError where a process died."""
+        """Wait for submitted tasks, or end them after an exception.  Raises MachineError where a process died."""
         if not self._pool or not self._hang_up:
             return
         if kind:
@@ -77,23 +77,23 @@ class Encoders:
             ) from error
 
     def submit(self, task: EncodeTask) -> Callable[[], tuple[Path, dict[str, Any]]]:
-        """Return what waits for the task, and gives the file that was written and what its sidecar says of it."""
+        """Return a function that waits for the task and returns the written file and its counts for the sidecar."""
         if self._pool:
             return self._pool.submit(encode, task).result
         return functools.partial(run_interruptibly, functools.partial(encode, task))
 
 
 def _start_pool(processes: int) -> tuple[ProcessPoolExecutor, Connection]:
-    """Return the processes, and a connection whose end ends them: by `close`, or by the death of this process."""
+    """Return the pool and a connection; the workers exit when it is closed, or when this process dies."""
     context = multiprocessing.get_context("spawn")
     listen, hang_up = context.Pipe(duplex=False)
     if sys.platform == "win32":
-        processes = min(processes, 61)  # Windows waits for no more at once, and ProcessPoolExecutor refuses them
+        processes = min(processes, 61)  # Windows cannot wait for more at once, and ProcessPoolExecutor refuses more
     return ProcessPoolExecutor(processes, context, _prepare_worker, (listen,)), hang_up
 
 
 def _prepare_worker(listen: Connection) -> None:
-    # Ctrl-C reaches the whole group: the parent alone answers it.
+    # Ctrl-C reaches the whole process group; only the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(listen,), daemon=True).start()
 
@@ -105,7 +105,7 @@ def _end_with_parent(listen: Connection) -> None:
 
 
 def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
-    """Write the ids of a task's documents beside its target; return where, and what its sidecar says of them."""
+    """Write the ids of a task's documents to a file beside its target; return its path, and counts for the sidecar."""
     tokenizer = _load_tokenizer(task.tokenizer, task.tokenizer_hash)
     dtype = DTYPES[task.dtype]
     bos = np.array([tokenizer.bos_id], dtype)
@@ -113,15 +113,15 @@ def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
     text_bytes = 0
     for text in task.texts:
         ids.append(bos)
-        # Another program's tokenizer may look further than a line.
+        # Another program's tokenizer may look beyond the end of a line, so its texts are not cut.
         for piece in cut_at_lines(text) if type(tokenizer) is Tokenizer else [text]:
             composed = nfc(piece)
             ids.append(tokenizer.encode_array(composed).astype(dtype))
-            # The bytes that a model predicts: those of the text that the ids spell, which is in NFC.
+            # A model predicts the bytes of the text that the ids stand for, which is in NFC.
             text_bytes += count_bytes(composed)
     joined = np.concatenate(ids)
     data = memoryview(joined).cast("B")
-    # Of this thread: one that was left behind by Ctrl-C may still write its own.
+    # The name contains the thread's id: a thread that Ctrl-C left running may still write its own file.
     beside = task.target.with_name(f"{task.target.name}.{threading.get_native_id()}.tmp")
     with explain_full_disk(task.target.parent, data.nbytes), open(beside, "wb") as file:
         task.disk.preallocate(file, data.nbytes)
@@ -132,17 +132,17 @@ def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
 
 
 def cut_at_lines(text: str) -> Iterator[str]:
-    """Yield a text in pieces of about a million characters that have the same ids one by one as together.
+    """Yield a text in pieces of about a million characters; their ids are the same as those of the whole text.
 
-    A cut is behind a line feed and before what is no white space: no match of our pre-tokenizer reaches over it, no
-    run of white space is parted, and no composed form begins with a line feed.
+    A cut is after a line feed and before a character that is not white space: no match of our pre-tokenizer crosses it,
+    no run of white space is split, and no composed form begins with a line feed.
     """
     start = 0
-    while len(text) - start >= 2 * _PIECE_CHARACTERS and (found := _LINE_START.search(text, start + _PIECE_CHARACTERS)):
-        if len(text) - found.end() < _PIECE_CHARACTERS:
+    while len(text) - start >= 2 * _PIECE_CHARACTERS and (match := _LINE_START.search(text, start + _PIECE_CHARACTERS)):
+        if len(text) - match.end() < _PIECE_CHARACTERS:
             break
-        yield text[start : found.end()]
-        start = found.end()
+        yield text[start : match.end()]
+        start = match.end()
     yield text[start:] if start else text
 
 

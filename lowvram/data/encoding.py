@@ -1,4 +1,4 @@
-"""In which encoding bytes that are no UTF-8 probably are, and what to do about it; knows no file."""
+"""Guesses the encoding of bytes that are not UTF-8, and advises what to do; knows no file."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ from typing import NamedTuple
 
 _HIGH = re.compile(rb"[\x80-\xff]")
 _SEQUENCE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-# ç ğ ı ö ş ü â î û, small and capital, in the encodings that Turkish was written in before UTF-8.
+# The letters by which the older encodings of Turkish text are recognised.
 _LETTERS = "çğıöşüâîûÇĞİÖŞÜÂÎÛ"
-_OLDER = {"WINDOWS-1254": "cp1254", "CP857": "cp857", "MACTURKISH": "mac_turkish"}
-# In text of an older encoding two letters rarely look like one of UTF-8; in damaged UTF-8 most of them are whole.
+_OLDER_ENCODINGS = {"WINDOWS-1254": "cp1254", "CP857": "cp857", "MACTURKISH": "mac_turkish"}
+# In text of an older encoding, few pairs of bytes look like a character of UTF-8; in damaged UTF-8, most characters are
+# whole.
 _LEAST_WHOLE = 0.1
 _LEAST_LETTERS = 0.8
 
 
 class Advice(NamedTuple):
-    """Why bytes are no UTF-8, and what to do, as two sentences."""
+    """Why bytes are not UTF-8, and what to do, as two sentences."""
 
     why: str
     fix: str
 
 
 def explain_not_utf8(sample: bytes) -> Advice:
-    """Return what the bytes of a file suggest.  sample: the line that is no UTF-8, and others of the file if any."""
+    """Return advice on a file that is not UTF-8.  sample: the bad line, and other lines of the file if available."""
     whole = len(_SEQUENCE.findall(sample))
     others = _HIGH.findall(_SEQUENCE.sub(b"", sample))
     if whole >= _LEAST_WHOLE * (whole + len(others)):
         why = "Most of the file is UTF-8, so this place is damaged; converting the file would ruin the rest."
         return Advice(why, "Mend or delete that line.")
-    shares = {name: _share_of_letters(_HIGH.findall(sample), codec) for name, codec in _OLDER.items()}
+    shares = {name: _share_of_letters(_HIGH.findall(sample), codec) for name, codec in _OLDER_ENCODINGS.items()}
     name = max(shares, key=shares.__getitem__)
     if shares[name] >= _LEAST_LETTERS:
         return Advice(f"Its letters are Turkish if read as {name}.", f"Convert it: iconv -f {name} -t UTF-8")

@@ -1,7 +1,7 @@
-"""A byte-level BPE that another program trained, with the interface of ours; knows no model and no template.
+"""Reads a byte-level BPE of another program and gives it the interface of our tokenizer; knows no model, no template.
 
-Every text in NFC survives it, and what a text says never becomes a special id: the library is given its vocabulary
-without the added tokens, which are known here by their ids alone.
+Every text in NFC can be decoded again without loss, and no text becomes a special id: the library gets the vocabulary
+without the added tokens, of which only the ids are known here.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from lowvram.units import count_of
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
-# The key under which `lowvram import` notes in tokenizer_config.json how many rows the model's embedding has, where it
-# has more than the tokenizer has ids.  Without it there are as many rows as ids, so nobody needs to write it by hand.
+# The key in tokenizer_config.json under which `lowvram import` writes how many rows the model's embedding has, if those
+# are more than the tokenizer's ids.  Without it there are as many rows as ids, so nobody needs to write it by hand.
 ROWS = "lowvram_rows"
-# Sixteen times the largest vocabularies in use.  One wrong id would else reserve gigabytes for ids that nothing has.
+# Sixteen times the largest vocabularies in use.  Without a limit, one wrong id would reserve gigabytes of rows.
 MOST_ROWS = 2**22
-# What ends a turn in the dialogue formats of Qwen, Llama 3 and Gemma, where it is not the end of the text.
+# The tokens that end a turn in the dialogue formats of Qwen, Llama 3 and Gemma, if that is not the end of the text.
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_turn|>")
 # GPT-2's older tokenizer_config.json names no special token.
 _GPT2_END = "<|endoftext|>"
-# In NFC, which some of them make themselves, and all that we pack or ask is in.
+# Test texts that must survive encoding and decoding.  They are in NFC, like all text that is packed or prompted; some
+# tokenizers normalise to NFC themselves.
 _PROBES = (
     "Iğdır'ın “çayı” – %20 €\n\tâ î û 🫖 é \u00a0|\u00ad|\u200d",
     "  iki  boşluk,\r\nüç   boşluk \n\n\n son ",
@@ -44,12 +45,12 @@ _PROBES = (
 def load_tokenizer(directory: Path, rows: int | None = None) -> Tokenizer:
     """Read a tokenizer of ours, or a byte-level BPE of another program.
 
-    rows: of the model's embedding; without them what an import has noted, or as many as there are ids.
-    Raises TokenizerError where it is neither, saying which kind it is.
+    rows: those of the model's embedding; None takes the number that an import has saved, or one row per id.
+    Raises TokenizerError where it is neither; the error names the kind.
     """
-    noted = _noted_rows(directory)
-    if noted is not None:
-        return HfTokenizer.read(directory, noted)
+    saved_rows = _read_saved_rows(directory)
+    if saved_rows is not None:
+        return HfTokenizer.read(directory, saved_rows)
     try:
         return Tokenizer.load(directory)
     except TokenizerError:
@@ -59,7 +60,7 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> Tokenizer:
 
 
 def _is_another_programs(directory: Path) -> bool:
-    """Whether tokenizer.json is one, and not ours: a damaged file of ours must not be taken for another program's."""
+    """Say whether tokenizer.json is another program's; a damaged file of ours must not be mistaken for one."""
     try:
         table = read_object(directory / "tokenizer.json")
         added = {token["content"] for token in table.get("added_tokens", ())}
@@ -68,18 +69,18 @@ def _is_another_programs(directory: Path) -> bool:
     return "model" in table and not added & {*SPECIALS[-24:]}
 
 
-def _noted_rows(directory: Path) -> int | None:
-    """Return what an import has noted; a file that cannot be read is complained of by whoever loads it."""
+def _read_saved_rows(directory: Path) -> int | None:
+    """Return the number of rows that an import has saved; an unreadable file is reported when it is loaded."""
     try:
-        found = read_object(Path(directory) / "tokenizer_config.json").get(ROWS)
+        rows = read_object(Path(directory) / "tokenizer_config.json").get(ROWS)
     except (OSError, JsonError):
         return None
-    return found if isinstance(found, int) and found > 0 else None
+    return rows if isinstance(rows, int) and rows > 0 else None
 
 
 @dataclass(frozen=True)
 class HfTokenizer(Tokenizer):
-    """Another program's tokenizer; where it has no BOS, its EOS parts texts, and so opens them too."""
+    """Another program's tokenizer; where it has no BOS, its EOS separates texts, and so begins them too."""
 
     bos_id: int = 0
     eos_id: int = 0
@@ -91,15 +92,15 @@ class HfTokenizer(Tokenizer):
 
     @staticmethod
     def read(directory: Path, rows: int | None = None) -> HfTokenizer:
-        """Read tokenizer.json and tokenizer_config.json for a model of so many rows; without them for one of its ids.
+        """Read tokenizer.json and tokenizer_config.json for a model with `rows` rows; None means one row per id.
 
-        Raises TokenizerError unless it is a byte-level BPE that every text in NFC survives and the model has its rows.
+        Raises TokenizerError unless it is a byte-level BPE, lossless on NFC text, and the model has a row for each id.
         """
         try:
             files = read_files(directory)
             config, table = (parse_object(files[name]) for name in ("tokenizer_config.json", "tokenizer.json"))
             _check_kind(table)
-            found, added = _read_bytes(table), {token["content"]: token["id"] for token in table["added_tokens"]}
+            bytes_of, added = _read_bytes(table), {token["content"]: token["id"] for token in table["added_tokens"]}
             ids = _name_ids(config, added | table["model"]["vocab"])
         except OSError as error:
             why = f"{error.strerror}: {error.filename}."
@@ -108,18 +109,18 @@ class HfTokenizer(Tokenizer):
             raise _unusable(directory, str(error)) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _unusable(directory, f"its files are damaged ({type(error).__name__}: {error})") from error
-        rows = max(found) + 1 if rows is None else rows
-        if max(found) >= rows:
-            raise _unusable(directory, f"it has the id {max(found)}, and the model only {count_of(rows, 'row')}")
+        rows = max(bytes_of) + 1 if rows is None else rows
+        if max(bytes_of) >= rows:
+            raise _unusable(directory, f"it has the id {max(bytes_of)}, and the model only {count_of(rows, 'row')}")
         if rows > MOST_ROWS:
             raise _unusable(directory, f"it asks for {rows:,} rows, and more than {MOST_ROWS:,} are taken for damage")
         plain = json.dumps(table | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
-        noted = json.dumps(config | {ROWS: rows}, indent=2, ensure_ascii=False) + "\n"
-        files["tokenizer_config.json"] = noted.encode()
+        config_text = json.dumps(config | {ROWS: rows}, indent=2, ensure_ascii=False) + "\n"
+        files["tokenizer_config.json"] = config_text.encode()
         tokenizer = HfTokenizer(
             hash=hashlib.sha256(files["tokenizer.json"]).hexdigest(),
             directory=Path(directory),
-            _bytes=tuple(found.get(id, b"") for id in range(rows)),
+            _bytes=tuple(bytes_of.get(id, b"") for id in range(rows)),
             _files=files,
             _model=plain,
             _added=added,
@@ -136,7 +137,7 @@ class HfTokenizer(Tokenizer):
 
     @property
     def specials(self) -> dict[str, int]:
-        """The ids of the added tokens by what a template calls them."""
+        """The ids of the added tokens, by the names that a template uses."""
         return self._added
 
     def encode(self, text: str) -> list[int]:
@@ -149,24 +150,24 @@ class HfTokenizer(Tokenizer):
         return np.array(self.encode(text), np.uint32)
 
     def _check_that_texts_survive(self) -> None:
-        with _Complaints(self.directory):
-            back = {text: self.decode(self.encode(text)) for text in _PROBES}
-        lost = next((text for text in _PROBES if back[text] != text), None)
-        if lost is not None:
-            raise _unusable(self.directory, f"the text {lost!r} comes back as {back[lost]!r}")
+        with _LibraryErrors(self.directory):
+            decoded = {text: self.decode(self.encode(text)) for text in _PROBES}
+        changed = next((text for text in _PROBES if decoded[text] != text), None)
+        if changed is not None:
+            raise _unusable(self.directory, f"the text {changed!r} comes back as {decoded[changed]!r}")
 
 
-class _Complaints:
-    """Says whose complaint it is: `tokenizers` raises the bare class Exception; all that is narrower passes."""
+class _LibraryErrors:
+    """Converts errors of `tokenizers` into TokenizerError: that library raises the bare class Exception."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def __enter__(self) -> None:
-        """Begin to listen."""
+        """Do nothing at the start."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Raise TokenizerError for a complaint of the library."""
+        """Raise TokenizerError for an error of the library; narrower exceptions pass through."""
         if kind is Exception:
             raise _unusable(self._directory, f"the library tokenizers says: {error}") from error
 
@@ -181,10 +182,10 @@ def _unusable(directory: Path, why: str) -> TokenizerError:
 
 
 class _OtherKindError(ValueError):
-    """A whole tokenizer of a kind that cannot be used; its text says which."""
+    """An undamaged tokenizer of a kind that cannot be used; its text says which."""
 
 
-# Who has such a model, so that a user knows what he has.
+# Which models use each kind of tokenizer, so that users recognise theirs.
 _KNOWN_FROM = {
     "Unigram": ", as SentencePiece makes it for T5 and XLM-R; it changes texts before it cuts them",
     "WordPiece": ", as BERT has it; it loses upper case, spaces or rare characters",
@@ -219,31 +220,31 @@ def _normalizers(normalizer: dict[str, Any] | None) -> list[str]:
 
 
 def _read_bytes(table: dict[str, Any]) -> dict[int, bytes]:
-    """Return the bytes of every id; none for special ones, which are no text."""
+    """Return the bytes of every id; b"" for special ids, which are not text."""
     letters = byte_of_letter()
     added = {token["id"]: token for token in table["added_tokens"]}
-    found = {
+    bytes_of = {
         id: bytes(letters[letter] for letter in token)
         for token, id in table["model"]["vocab"].items()
         if id not in added
     }
-    if not all(isinstance(id, int) and id >= 0 for id in (*found, *added)):
-        raise ValueError("an id is no number, or below 0")
-    return found | {id: b"" if token["special"] else token["content"].encode() for id, token in added.items()}
+    if not all(isinstance(id, int) and id >= 0 for id in (*bytes_of, *added)):
+        raise ValueError("an id is not a number, or below 0")
+    return bytes_of | {id: b"" if token["special"] else token["content"].encode() for id, token in added.items()}
 
 
 def _name_ids(config: dict[str, Any], known: dict[str, int]) -> dict[str, int]:
-    """Return the ids that texts are opened, parted and ended with."""
-    said: dict[str, int] = {}
+    """Return the ids with which texts begin, are separated and end."""
+    ids_by_role: dict[str, int] = {}
     for name in ("bos", "eos", "pad", "mask"):
         token = config.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
         if token in known:
-            said[name] = known[token]
+            ids_by_role[name] = known[token]
     if "eos_token" not in config and _GPT2_END in known:
-        said["eos"] = known[_GPT2_END]
-    if "eos" not in said:
+        ids_by_role["eos"] = known[_GPT2_END]
+    if "eos" not in ids_by_role:
         raise _OtherKindError("tokenizer_config.json names no eos_token")
-    turn_end = next((known[token] for token in _TURN_ENDS if token in known), said["eos"])
-    ids = {f"{name}_id": said.get(name, said["eos"]) for name in ("bos", "eos", "pad", "mask")}
+    turn_end = next((known[token] for token in _TURN_ENDS if token in known), ids_by_role["eos"])
+    ids = {f"{name}_id": ids_by_role.get(name, ids_by_role["eos"]) for name in ("bos", "eos", "pad", "mask")}
     return {**ids, "end_of_turn_id": turn_end}

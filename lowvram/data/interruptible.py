@@ -1,4 +1,4 @@
-"""Work that Ctrl-C can leave behind although it is native code; knows nothing of data."""
+"""Runs native code in a thread, so that Ctrl-C can interrupt the wait for it; knows nothing of data."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ _WAIT_S = 0.1
 
 
 def run_interruptibly(work: Callable[[], _Result]) -> _Result:
-    """Return what `work` returns; where Ctrl-C arrives meanwhile, raise KeyboardInterrupt and leave it behind.
+    """Return what `work` returns; on Ctrl-C, raise KeyboardInterrupt at once and leave the work running.
 
-    Native code answers no signal until it returns: one word of many megabytes would hold Ctrl-C for as long.
+    Native code handles no signal until it returns: one word of many megabytes would delay Ctrl-C for as long.
     """
     if threading.current_thread() is not threading.main_thread():
-        return work()  # signals reach the main thread alone
+        return work()  # only the main thread receives signals
     outcome: Future[_Result] = Future()
 
     def carry_out() -> None:
-        with _Passing(outcome):
+        with _PassExceptions(outcome):
             outcome.set_result(work())
 
-    # A daemon: Python does not wait for it at its end.
+    # It is a daemon thread, so Python does not wait for it at exit.
     threading.Thread(target=carry_out, daemon=True).start()
     while not outcome.done():
-        # Without a limit Windows would not answer Ctrl-C in this wait.
+        # Without a timeout, Windows would not handle Ctrl-C during this wait.
         with contextlib.suppress(TimeoutError):
             outcome.exception(_WAIT_S)
     return outcome.result()
 
 
-class _Passing:
-    """Hands whatever is raised inside to whoever waits for the outcome."""
+class _PassExceptions:
+    """Stores an exception raised inside the block in the future, for the thread that waits for it."""
 
     def __init__(self, outcome: Future[Any]) -> None:
         self._outcome = outcome
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Do nothing at the start."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        """Pass an exception on."""
+        """Store an exception in the future."""
         if error:
             self._outcome.set_exception(error)
         return True

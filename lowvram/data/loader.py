@@ -1,6 +1,6 @@
-"""Batches of token windows addressed by sample number alone; knows no model, no device and no micro-batch.
+"""Loads batches of token windows by sample number; knows no model, no device and no micro-batch.
 
-Nothing is drawn and nothing is stored: which window is sample n is a function of (seed, corpora, n).
+The loader has no random state: the window of sample n is a function of (seed, corpora, n).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lowvram.data.shards import ShardSet
 from lowvram.errors import DataError
 from lowvram.units import count_of
 
-# Samples whose windows are worked out together, and slots in which each corpus has a whole number.
+# The windows of this many samples are computed together; each corpus has a whole number of samples in a block.
 BLOCK = 4096
 _ROUNDS = 6
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Return where a keyed bijection of [0, size) sends each of `index`.
+    """Return the images of `index` under a keyed permutation of [0, size).
 
     index: integers in [0, size).  key: 64 bits.  Returns int64 of the same shape.
     Source: a Feistel network on the smallest power of two that holds `size`, repeated for what falls outside
@@ -33,7 +33,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     bits = max(1, (size - 1).bit_length())
     low_bits = np.uint64(bits - bits // 2)
     high_mask, low_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << int(low_bits)) - 1)
-    keys = [np.uint64(_digest(key, turn)) for turn in range(_ROUNDS)]
+    keys = [np.uint64(_digest(key, number)) for number in range(_ROUNDS)]
     result = np.array(index, np.uint64).reshape(-1)
     outside = np.arange(result.size)
     while outside.size:
@@ -60,7 +60,7 @@ def _digest(*parts: int | str) -> int:
 
 
 class _Window(NamedTuple):
-    """Where a sample lies: from `start` on in an array, which belongs to a corpus and there to a shard."""
+    """The position of a sample: `start` in an array, which belongs to a shard of a corpus."""
 
     array: np.ndarray
     start: int
@@ -69,11 +69,11 @@ class _Window(NamedTuple):
 
 
 class Loader:
-    """The windows of one or several corpora, in an order that depends on seed, weights and number only.
+    """The windows of one or several corpora, in an order that depends only on seed, weights and sample number.
 
     A corpus of N tokens has (N - 1) // seq_len windows; window w holds seq_len + 1 tokens from w * seq_len
-    on, so that no target is in two windows.  Each is given once per epoch of its corpus, each epoch in another
-    order.  Corpora take turns by weight, in blocks of 4,096 samples with a whole number for each.
+    on, so that no target is in two windows.  Each window is used once per epoch of its corpus, each epoch in another
+    order.  Corpora are mixed by weight, in blocks of 4,096 samples with a whole number for each.
     Raises DataError: corpus shorter than a window, share below 1/4096, corpora of different tokenizers.
     """
 
@@ -94,8 +94,9 @@ class Loader:
         self._quotas = _share_out([weight for _, weight in corpora])
         slots = np.repeat(np.arange(len(self._corpora)), self._quotas)
         self._slots = slots[permute(np.arange(BLOCK), BLOCK, _digest(seed, "slots"))]
-        turns = self._slots == np.arange(len(self._corpora))[:, None]
-        self._earlier = np.cumsum(turns, axis=1) - turns
+        is_of_corpus = self._slots == np.arange(len(self._corpora))[:, None]
+        # How many of the block's earlier slots belong to each corpus.
+        self._earlier = np.cumsum(is_of_corpus, axis=1) - is_of_corpus
         self._block = functools.lru_cache(2)(self._find_block)
 
     def batch(self, first_sample: int, count: int) -> torch.Tensor:
@@ -106,7 +107,8 @@ class Loader:
         assert first_sample >= 0
         width = self._seq_len + 1
         tokens_BT = np.empty((count, width), np.int64)
-        windows = [self._block(number)[place] for number, place in self._places(first_sample, count)]
+        samples = range(first_sample, first_sample + count)
+        windows = [self._block(sample // BLOCK)[sample % BLOCK] for sample in samples]
         for corpus, shard in {(window.corpus, window.shard) for window in windows}:
             self._corpora[corpus].refuse_changed(shard)
         for row, window in enumerate(windows):
@@ -115,36 +117,32 @@ class Loader:
             tokens_BT[row] = ids
         return torch.from_numpy(tokens_BT)
 
-    @staticmethod
-    def _places(first_sample: int, count: int) -> list[tuple[int, int]]:
-        return [divmod(sample, BLOCK) for sample in range(first_sample, first_sample + count)]
-
     def epochs(self, sample: int) -> list[float]:
-        """Return how often each corpus has been seen when samples 0 … sample - 1 are done."""
+        """Return how many epochs of each corpus samples 0 … sample - 1 cover."""
         block, slot = divmod(sample, BLOCK)
         done = block * self._quotas + self._earlier[:, slot]
         return [int(count) / windows for count, windows in zip(done, self._windows, strict=True)]
 
     def _find_block(self, block: int) -> list[_Window]:
         """Return the window of each sample of a block."""
-        found = [_Window(np.empty(0), 0, 0, 0)] * BLOCK
+        result = [_Window(np.empty(0), 0, 0, 0)] * BLOCK
         for number, (corpus, windows) in enumerate(zip(self._corpora, self._windows, strict=True)):
             slots = np.flatnonzero(self._slots == number)
-            turn = block * int(self._quotas[number]) + self._earlier[number, slots]
-            epochs, places = turn // windows, turn % windows
-            chosen = np.empty_like(places)
+            count_before = block * int(self._quotas[number]) + self._earlier[number, slots]
+            epochs, positions = count_before // windows, count_before % windows
+            chosen = np.empty_like(positions)
             for epoch in np.unique(epochs).tolist():
-                here = epochs == epoch
-                chosen[here] = permute(places[here], windows, _digest(self._seed, number, epoch))
+                is_in_epoch = epochs == epoch
+                chosen[is_in_epoch] = permute(positions[is_in_epoch], windows, _digest(self._seed, number, epoch))
             starts = chosen * self._seq_len
             spans, shards = corpus.spans(starts, self._seq_len + 1), corpus.numbers(starts).tolist()
             for slot, span, shard in zip(slots.tolist(), spans, shards, strict=True):
-                found[slot] = _Window(*span, number, shard)
-        return found
+                result[slot] = _Window(*span, number, shard)
+        return result
 
 
 def _share_out(weights: Sequence[float]) -> np.ndarray:
-    """Return whole shares of a block, by largest remainder: they add up to BLOCK exactly."""
+    """Return each corpus's number of samples in a block, by largest remainder; the sum is exactly BLOCK."""
     total = math.fsum(weights)
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise DataError(f"The corpora weigh {list(weights)}.", "A weight must be above 0.", "Mend data.train.")

@@ -1,4 +1,4 @@
-"""Unicode's composed form (NFC) of any text, in time that grows with its length; knows nothing of files or tokens."""
+"""Converts text to Unicode's composed form (NFC) in linear time; knows nothing of files or tokens."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 import unicodedata
 from collections import defaultdict
 
-# Every character below U+0300 is composed and starts a new character, so a text of these alone is its own NFC.
+# Characters below U+0300 are composed and never combine with the one before, so a text of only these is NFC already.
 _MAY_CHANGE = re.compile("[\u0300-\U0010ffff]")
-# Python sorts the marks of one character by insertion: n marks cost n² steps, and a mark is two bytes on a wire.
+# Python sorts the marks of one character by insertion: n marks take n² steps, and an attacker's mark costs two bytes.
 # Unicode's stream-safe text has at most 30 marks in a row (UAX #15, section 13); longer runs are sorted here first.
 _LONG_RUN = re.compile("[\u0300-\U0010ffff]{31,}")
-# Of class 0, yet they decompose into marks; a test asks that there are no others.
+# These have combining class 0 but decompose into marks; a test checks that there are no others.
 _TIBETAN_VOWELS = re.compile("[\u0f73\u0f75\u0f81]")
 
 
@@ -32,7 +32,7 @@ def _sort_marks(characters: str) -> str:
     if not any(map(unicodedata.combining, characters)) and not _TIBETAN_VOWELS.search(characters):
         return characters
     sorted_parts: list[str] = []
-    # One list for each class that occurs.  A sort of the whole run would be one step that lets no other thread run.
+    # One list for each class that occurs.  Sorting the whole run in one call would let no other thread run meanwhile.
     marks: defaultdict[int, list[str]] = defaultdict(list)
     for character in characters:
         if decomposed := _decompose_mark(character):
@@ -53,6 +53,6 @@ def _move_marks(marks: dict[int, list[str]], sorted_parts: list[str]) -> None:
 
 @functools.lru_cache(maxsize=4096)
 def _decompose_mark(character: str) -> str:
-    """Return a mark's decomposition, and "" for what starts a new character."""
+    """Return a mark's decomposition, or "" for a character that is not a mark."""
     decomposed = unicodedata.normalize("NFD", character)
     return decomposed if unicodedata.combining(decomposed[0]) else ""

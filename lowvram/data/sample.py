@@ -1,4 +1,4 @@
-"""Turkish text without a corpus: inflects words by rule and tells small stories from a seed; knows no tokenizer.
+"""Generates Turkish sample text: inflects words by rule and writes small stories from a seed; knows no tokenizer.
 
 The words, phrases and templates are in data/sample_words.py.  Suffixes are written in archiphonemes: A is a or e, I is
 ı, i, u or ü, D is d or t, C is c or ç; a letter in brackets is a buffer: (y), (s) and (n) after a vowel, (I) after a
@@ -59,7 +59,7 @@ def _syllables(text: str) -> int:
 
 
 def _soften(text: str, marks: str) -> str:
-    """text as it stands before a vowel."""
+    """Return text as it is written before a vowel."""
     last = text[-1]
     if "=" in marks:
         return text + last
@@ -69,7 +69,7 @@ def _soften(text: str, marks: str) -> str:
 
 
 def _harmonise(text: str, suffix: str, marks: str) -> str:
-    """The letters of suffix after text, archiphonemes resolved."""
+    """Return the letters of suffix after text, with archiphonemes resolved."""
     pair = next((_HARMONY[letter] for letter in reversed(text) if letter in _VOWELS), "ei")
     if "^" in marks:
         pair = _FRONTED.get(pair, pair)
@@ -217,7 +217,7 @@ def number_words(number: int) -> str:
 
 
 def spoken_number(number: int) -> str:
-    """Return digits as a stem for inflect: 1998 takes the suffixes of "sekiz" after an apostrophe."""
+    """Return digits as a stem for inflect: 1998 takes the suffixes of "sekiz", after an apostrophe."""
     tens, units = number // 10 % 10, number % 10
     last = _UNITS[units] or _TENS[tens] or ("yüz" if number % 1000 else "bin")
     return f"{number}:{last}/'"
@@ -232,7 +232,7 @@ _VERB_STEMS = {verb.partition("/")[0]: verb for verb in VERBS}
 _T = TypeVar("_T")
 _DIGIT_PERSONS = {"1": "1s", "2": "2s", "3": "3s", "4": "1p", "5": "2p"}
 _SUBJECTS = {"1s": "ben", "2s": "sen", "3s": "o", "1p": "biz", "2p": "siz", "3p": "onlar"}
-# Least and most of the heads that make numbers.
+# The smallest and the largest value for each head that makes numbers.
 _NUMBERS = {"few": (1, 4), "num": (2, 9), "age": (7, 12), "number": (11, 60), "digits": (2, 28), "hundreds": (120, 980),
             "year": (1950, 2024), "price": (15, 480), "clock": (1, 12)}  # fmt: skip
 _PIECE = re.compile(r"([^{]*)(?:\{([^{}+]+?)(\d?)(\+[^{}]*)?\})?")
@@ -241,14 +241,14 @@ _SENTENCE_START = re.compile(r"(^[^\w“]*|“|[.!?] |\n[– ]*)(\w)")
 
 
 def _find_verb(text: str) -> str:
-    """A listed verb with its marks; of a compound ("yardım et") the last word decides."""
+    """Return a listed verb with its marks; in a compound ("yardım et") the last word decides."""
     head, space, last = text.rpartition(" ")
     return head + space + _VERB_STEMS[last]
 
 
 @cache
 def _parse(template: str) -> tuple[str | tuple[str, str, tuple[str, ...]], ...]:
-    """A template as literal text and pieces (head, its digit, tags), in turn."""
+    """Return a template as alternating literal text and pieces (head, its digit, tags)."""
     parts: list[str | tuple[str, str, tuple[str, ...]]] = []
     for literal, head, digit, tags in _PIECE.findall(template):
         parts += [literal, (head, digit, tuple(tags.split("+")[1:]))] if head else [literal]
@@ -256,7 +256,7 @@ def _parse(template: str) -> tuple[str | tuple[str, str, tuple[str, ...]], ...]:
 
 
 class _Story:
-    """One document being told: its tense, person and setting, and the words bound so far."""
+    """One document being written: its tense, person and setting, and the words bound so far."""
 
     def __init__(self, rng: random.Random, plan: tuple[int, str, str, str, str]) -> None:
         self._rng = rng
@@ -272,7 +272,7 @@ class _Story:
         return items[int(self._rng.random() * len(items))]
 
     def write(self) -> str:
-        """The document: the plan's steps, a line break at each slash."""
+        """Return the document: the plan's steps, with a line break at each slash."""
         lines = [""]
         for step in self._steps:
             if step == "/":
@@ -296,7 +296,7 @@ class _Story:
         return [templates[index] for index in (sorted(chosen) if kind == "~" else chosen)]
 
     def _fresh(self, items: Sequence[str]) -> str:
-        """One of items, not one that the document has used if three draws can help it."""
+        """Return one of items; a used one is drawn again, at most twice."""
         for _ in range(3):
             item = self._choose(items)
             if item not in self._used:
@@ -326,7 +326,7 @@ class _Story:
         return self._noun(_STEMS[head[1:]] if head[0] == "=" else self._bind(head, digit), tags, person)
 
     def _bind(self, kind: str, digit: str) -> str:
-        """A stem of the class; with a digit, the same one all through the document and no other digit's."""
+        """Return a stem of the class; each digit stands for one stem of its own in the whole document."""
         while not digit or kind + digit not in self._bound:
             word = self._number(kind) if kind in _NUMBERS else self._fresh(_CLASSES[kind])
             if not digit:
@@ -354,7 +354,7 @@ class _Story:
         return inflect(noun, tuple(tag for name in tags for tag in meanings.get(name, (name,))))
 
     def _copula(self, noun: str, tags: tuple[str, ...], kind: str, person: str) -> str:
-        """A predicate in the document's tense: "yorgundum", "yorgunmuş", "yorgun olacak"."""
+        """Return a predicate in the document's tense: "yorgundum", "yorgunmuş", "yorgun olacak"."""
         tense, text = self._tense, noun.partition("/")[0]
         if tense in ("past", "hab"):
             return attach(inflect(noun, (*tags, "were")), _PAST_ENDINGS[person])
@@ -368,7 +368,7 @@ class _Story:
         return prefix + conjugate("ol/i", (*(("not",) if text == "değil" else ()), tense, person))
 
     def _number(self, head: str) -> str:
-        """A stem for one of the heads that make numbers."""
+        """Return a stem for one of the heads that make numbers."""
         least, most = _NUMBERS[head]
         number = least + int(self._rng.random() * (most - least + 1))
         if head == "price":
@@ -384,7 +384,7 @@ class _Story:
 def write_document(seed: int, number: int) -> str:
     """Return document `number` of the stream `seed`: several sentences on one or more lines, no blank line.
 
-    The same on every Python and system.
+    It is the same on every Python version and system.
     """
     rng = random.Random(f"{seed}/{number}")
     weighted = [plan for plan in PLANS for _ in range(plan[0])]

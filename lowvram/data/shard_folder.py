@@ -1,4 +1,4 @@
-"""A folder that shards are written to: who holds it, what stands there, what may be replaced; knows no text."""
+"""A folder that shards are written to: its lock, its existing shards, and what may be replaced; knows no text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lowvram.units import count_of, show_count
 
 _NAME = re.compile(r"([0-9]{5,})\.(bin|json)")
 _UNFINISHED = re.compile(r"([0-9]{5,}\.(bin|json)|shards\.json)\.[0-9]+\.tmp")
-# What a sidecar says of its shard; a file without them is not ours to delete.
+# The keys of a sidecar; a file without them is not ours and is never deleted.
 _SIDECAR = {"tokenizer", "text", "dtype", "sha256", *COUNTS}
 _MOST_NAMES = 3
 
 
 def holds_shards(folder: Path) -> bool:
-    """Return whether shards lie directly in a folder: with their index, or of a packing that was interrupted."""
+    """Return whether a folder itself holds shards: with their index, or left by a packing that was interrupted."""
     if (folder / INDEX).is_file():
         return True
     sidecars = [path for path in folder.glob("*.json") if _NAME.fullmatch(path.name)]
@@ -33,10 +33,10 @@ def holds_shards(folder: Path) -> bool:
 
 
 class ShardFolder:
-    """One --out while it is packed into; use inside `claim`.
+    """The --out folder of a packing; use it inside `claim`.
 
-    dtype: what ids are stored in; shards of this tokenizer that stand there in a wider type keep it.
-    replace: whether shards of another text or tokenizer that stand there may be replaced.
+    dtype: the type of the stored ids; if the folder has shards of this tokenizer in a wider type, that type is kept.
+    replace: whether existing shards of another text or tokenizer may be replaced.
     """
 
     def __init__(self, out: Path, tokenizer_hash: str, dtype: str, disk: Disk, replace: bool = False) -> None:
@@ -49,7 +49,7 @@ class ShardFolder:
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Hold the folder against other processes, and delete what interrupted ones left unfinished.
+        """Lock the folder against other processes, and delete unfinished files of interrupted ones.
 
         Raises BusyError, and DataError for shards of another tokenizer or where `out` cannot be a folder.
         """
@@ -69,7 +69,8 @@ class ShardFolder:
                 self._refuse_other_tokenizer()
                 self._index, self._former = read_json(self.out / INDEX), self._find_ours()
                 if (self._index.get("tokenizer"), self._index.get("dtype")) == (self._tokenizer_hash, "uint32"):
-                    self.dtype = "uint32"  # 65,536 ids were once stored so, and runs know their shards by their bytes
+                    # Older versions stored 65,536 ids in this type, and runs identify their shards by their bytes.
+                    self.dtype = "uint32"
                 yield
             finally:
                 self._delete_unfinished()
@@ -80,7 +81,7 @@ class ShardFolder:
                 self._disk.delete(path)
 
     def _find_ours(self) -> set[Path]:
-        """Return the shards and sidecars that the index lists, or whose sidecar is one of ours."""
+        """Return our shards and sidecars: those that the index lists, or whose sidecar has our keys."""
         rows = read_json(self.out / INDEX).get("shards")
         listed = {str(row.get("file")) for row in rows if isinstance(row, dict)} if isinstance(rows, list) else set()
         named = [path for path in self.out.iterdir() if _NAME.fullmatch(path.name)]
@@ -92,25 +93,25 @@ class ShardFolder:
 
     def _refuse_other_tokenizer(self) -> None:
         for path in [] if self._replace else sorted(self.out.glob("*.json")):
-            found = read_json(path).get("tokenizer", self._tokenizer_hash)
-            if found != self._tokenizer_hash and (path.name == INDEX or _NAME.fullmatch(path.name)):
+            tokenizer_hash = read_json(path).get("tokenizer", self._tokenizer_hash)
+            if tokenizer_hash != self._tokenizer_hash and (path.name == INDEX or _NAME.fullmatch(path.name)):
                 fix = "Name another --out, or add --replace to put this text in the place of those shards."
-                raise other_tokenizer(self.out, str(found), self._tokenizer_hash, fix)
+                raise other_tokenizer(self.out, str(tokenizer_hash), self._tokenizer_hash, fix)
 
     def path(self, number: int, kind: str = "bin") -> Path:
-        """Return where a shard is, or its sidecar (`json`)."""
+        """Return the path of a shard (`bin`) or of its sidecar (`json`)."""
         return self.out / f"{number:05d}.{kind}"
 
     def find_done(self, number: int, text_hash: str) -> dict[str, Any] | None:
-        """Return the sidecar of a shard that stands, byte for byte, as it was written for this text; else None."""
-        found, path = read_json(self.path(number, "json")), self.path(number)
-        wanted = {"tokenizer": self._tokenizer_hash, "text": text_hash, "dtype": self.dtype}
-        is_ours = found.keys() >= _SIDECAR and has_counts(found)
-        is_wanted = is_ours and all(found[key] == value for key, value in wanted.items())
-        return found if is_wanted and path.is_file() and sha256(path) == found["sha256"] else None
+        """Return the sidecar of a shard that already exists, undamaged, for this text; else None."""
+        sidecar, path = read_json(self.path(number, "json")), self.path(number)
+        expected = {"tokenizer": self._tokenizer_hash, "text": text_hash, "dtype": self.dtype}
+        is_ours = sidecar.keys() >= _SIDECAR and has_counts(sidecar)
+        is_expected = is_ours and all(sidecar[key] == value for key, value in expected.items())
+        return sidecar if is_expected and path.is_file() and sha256(path) == sidecar["sha256"] else None
 
     def check_may_write(self, number: int, text_hash: str, documents: int) -> None:
-        """Raise DataError where the shard would replace one of another text, or a file that is no shard."""
+        """Raise DataError where the shard would replace one of another text, or a file that is not a shard."""
         for path in (self.path(number), self.path(number, "json")):
             if path.exists() and path not in self._former:
                 why = "A shard would get that name, and this file is no shard of lowvram's."
@@ -139,7 +140,7 @@ class ShardFolder:
         rows = self._rows()
         try:
             totals = add_up(rows) if rows else None
-            told = time.strftime("%Y-%m-%d %H:%M", time.localtime((self.out / INDEX).stat().st_mtime))
+            packed_at = time.strftime("%Y-%m-%d %H:%M", time.localtime((self.out / INDEX).stat().st_mtime))
         except (KeyError, TypeError, OSError):
             totals = None
         if totals is None:
@@ -152,35 +153,35 @@ class ShardFolder:
             more = sources.get("files", 0) - len(names)
             origin = f" from {', '.join(map(str, names))}" + (f" and {more} more" if more > 0 else "")
         documents = count_of(totals["documents"], "document")
-        return f"{show_count(totals['tokens'])} tokens of {documents}{origin}, packed {told}"
+        return f"{show_count(totals['tokens'])} tokens of {documents}{origin}, packed {packed_at}"
 
     def add(self, number: int, sidecar: dict[str, Any], beside: Path | None) -> None:
-        """Count a shard; one that was encoded now lies at `beside` and gets its name here."""
+        """Add a shard; one that was just encoded is at `beside` and is renamed here."""
         if beside:
-            # From here on the folder is no longer what an older index says.
+            # From here on, an older index is no longer true of the folder.
             self._disk.delete(self.out / INDEX)
-            # The sidecar comes first, so that no shard ever stands there of which nobody knows whose it is.
+            # The sidecar is written first, so that every shard can be recognised as ours.
             self._write_json(self.path(number, "json"), sidecar)
             self._disk.rename(beside, self.path(number))
         row = {key: sidecar[key] for key in (*COUNTS, "sha256")}
         self.shards.append({"file": self.path(number).name} | row)
 
     def check_end(self) -> None:
-        """Raise DataError where more shards stand than this text has, unless they may be replaced."""
+        """Raise DataError where the folder has more shards than this text, unless they may be replaced."""
         if any(int(path.stem) >= len(self.shards) for path in self._former):
             self._refuse_other_text()
 
     def finish(self, files: Sequence[Path]) -> ShardSet:
-        """Write the index, delete what an older and longer packing left, and open what was packed.
+        """Write the index, delete the surplus shards of an older, longer packing, and open the packed shards.
 
-        files: where the text came from; their names are noted for people.
+        files: the sources of the text; their names are recorded for people.
         """
         names = sorted(file.name for file in files)
         sources = {"files": len(names), "first": names[:_MOST_NAMES]}
         head = {"format": FORMAT, "tokenizer": self._tokenizer_hash, "dtype": self.dtype}
         index = head | add_up(self.shards) | {"sources": sources, "shards": self.shards}
         self._write_json(self.out / INDEX, index)
-        # Sorted, a shard goes before its sidecar, by which it is still known as ours if this is interrupted.
+        # In sorted order a shard is deleted before its sidecar, so it is still known as ours after an interruption.
         for path in sorted(self._former | self._find_ours()):
             if int(path.stem) >= len(self.shards):
                 self._disk.delete(path)

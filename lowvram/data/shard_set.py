@@ -1,4 +1,4 @@
-"""The format of packed directories, and those read back as one sequence of tokens; knows no text, batch or model.
+"""Reads a packed directory of shards as one sequence of tokens, and defines its format; knows no text, batch or model.
 
 A packed directory: 00000.bin (ids, little-endian), 00000.json (its sidecar), … and shards.json, written last.
 """
@@ -27,7 +27,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a file; an empty one where it is missing or torn, which counts as not done."""
+    """Return the object in a file; an empty one if the file is missing or torn, since that counts as not packed."""
     try:
         return read_object(path)
     except (OSError, JsonError):
@@ -35,13 +35,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def has_counts(record: dict[str, Any]) -> bool:
-    """Say whether a record counts tokens, documents and bytes, all as whole numbers from 0 on."""
+    """Say whether a record has counts of tokens, documents and bytes, all whole numbers from 0 on."""
     counts = [record.get(key) for key in COUNTS]
     return all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
 
 
 def _check_records(shards: list[dict[str, Any]]) -> None:
-    """Raise TypeError where an index records something else than names of shards, counts and hashes."""
+    """Raise TypeError where a record of an index has no valid name, counts or hash."""
     for shard in shards:
         name, digest = shard["file"], shard["sha256"]
         if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name) or not isinstance(digest, str):
@@ -51,7 +51,7 @@ def _check_records(shards: list[dict[str, Any]]) -> None:
 
 
 def add_up(shards: list[dict[str, Any]]) -> dict[str, int]:
-    """Return the totals of what the shards' records count."""
+    """Return the totals of the counts in the shards' records."""
     return {key: sum(shard[key] for shard in shards) for key in COUNTS}
 
 
@@ -62,20 +62,20 @@ def other_tokenizer(directory: Path, found: str, wanted: str, fix: str) -> DataE
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return a file's size, and what else changes when it is written or replaced; None where there is none."""
+    """Return a file's size, time of change, inode and device, to notice changes; None where there is no file."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
 class ShardSet:
-    """The tokens of a packed directory as one sequence, mapped and never wholly in memory.
+    """The tokens of a packed directory as one sequence; the files are memory-mapped and never wholly in memory.
 
-    hash: over the shards' own SHA-256, so that it names the data.  text_bytes: UTF-8 bytes of the
-    documents in NFC, as the ids spell them; shards of older versions may count the bytes of the text as it was read.
-    vocabulary: how many ids there are, where it is known: a greater one that is read is an error.
+    hash: a hash of the shards' SHA-256, which identifies the data.  text_bytes: UTF-8 bytes of the documents in NFC,
+    for which the ids stand; shards of older versions may count the bytes of the text as it was read.
+    vocabulary: the number of ids, if it is known; reading an id that is not below it is an error.
     """
 
     def __init__(self, directory: Path, index: dict[str, Any], vocabulary: int | None = None) -> None:
@@ -92,12 +92,12 @@ class ShardSet:
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
         self._maps: list[np.ndarray | None] = [None] * len(self._shards)
         self._paths = [directory / shard["file"] for shard in self._shards]
-        # What each file was when its size was checked: size, time of change, number and device.
+        # The stamp of each file when its size was checked.
         self._stamps: list[tuple[int, ...] | None] = [None] * len(self._shards)
 
     @staticmethod
     def open(directory: Path, tokenizer_hash: str | None = None, vocabulary: int | None = None) -> ShardSet:
-        """Open a packed directory; every file's size is checked, its content by `verify` alone.
+        """Open a packed directory; every file's size is checked, but its content only by `verify`.
 
         vocabulary: see the class.
         Raises DataError: not (wholly) packed, a file missing or of another size, shards of another tokenizer.
@@ -128,7 +128,7 @@ class ShardSet:
         return shards
 
     def _check_sizes(self) -> None:
-        # A mapped file that is too short ends in SIGBUS at the first read, not in an error.
+        # Reading a mapped file that is too short raises SIGBUS, which ends the process without an error message.
         for number, (path, shard) in enumerate(zip(self._paths, self._shards, strict=True)):
             expected, stamp = shard["tokens"] * self.dtype.itemsize, _stamp(path)
             size, self._stamps[number] = stamp[0] if stamp else None, stamp
@@ -141,8 +141,8 @@ class ShardSet:
             raise DataError(f"{self.directory} holds {self.tokens} token(s).", why, "Pack more text.")
 
     def verify(self) -> None:
-        """Read every byte, several shards at once; raises DataError naming the first that is not as it was written."""
-        # Hashing lets go of the interpreter's lock; more than four at once make a spinning disk seek.
+        """Read every byte, several shards at once; raises DataError naming the first damaged shard."""
+        # Hashing releases the interpreter's lock; more than four files at once would make a spinning disk seek.
         pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
         try:
             for path, shard, found in zip(self._paths, self._shards, pool.map(sha256, self._paths), strict=True):
@@ -155,9 +155,9 @@ class ShardSet:
             pool.shutdown(cancel_futures=True)
 
     def refuse_changed(self, number: int) -> None:
-        """Raise DataError where a shard's file is gone, or was changed since it was opened and has other bytes now.
+        """Raise DataError where a shard's file is gone, or has other bytes than when it was opened.
 
-        Called before a shard's ids are used: a mapped file that is cut short would end the process without a word.
+        Called before a shard's ids are used: reading a mapped file that was cut short ends the process with SIGBUS.
         """
         now = _stamp(self._paths[number])
         if now is not None and now == self._stamps[number]:
@@ -165,7 +165,7 @@ class ShardSet:
         path, shard = self._paths[number], self._shards[number]
         has_size = now is not None and now[0] == shard["tokens"] * self.dtype.itemsize
         if has_size and sha256(path) == shard["sha256"]:
-            self._stamps[number] = now  # copied or touched, and the same
+            self._stamps[number] = now  # the file was copied or touched, but its bytes are the same
             return
         raise DataError(
             f"The shard {path} is {'missing' if now is None else 'damaged'}.",
@@ -184,36 +184,36 @@ class ShardSet:
         )
 
     def numbers(self, starts: np.ndarray) -> np.ndarray:
-        """Return the number of the shard in which each position lies."""
+        """Return the number of the shard that holds each position."""
         return np.searchsorted(self._starts, starts, "right") - 1
 
     def _map(self, number: int) -> np.ndarray:
-        found = self._maps[number]
-        if found is None:
-            found = self._maps[number] = np.memmap(self._paths[number], self.dtype, "r").view(np.ndarray)
-        return found
+        mapped = self._maps[number]
+        if mapped is None:
+            mapped = self._maps[number] = np.memmap(self._paths[number], self.dtype, "r").view(np.ndarray)
+        return mapped
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return tokens [count] from position `start` on, read-only where one shard holds them all."""
+        """Return tokens [count] from position `start` on; the array is read-only if one shard holds them all."""
         assert 0 <= start < start + count <= self.tokens
         number = bisect_right(self._starts, start) - 1
         pieces = []
         while count:
-            at = start - int(self._starts[number])
+            offset = start - int(self._starts[number])
             self.refuse_changed(number)
-            pieces.append(self._map(number)[at : at + count])
+            pieces.append(self._map(number)[offset : offset + count])
             self.refuse_unknown(pieces[-1], number)
             start, count, number = start + len(pieces[-1]), count - len(pieces[-1]), number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def spans(self, starts: np.ndarray, count: int) -> list[tuple[np.ndarray, int]]:
-        """Return for each start the array, and the place in it, where its `count` tokens lie in one piece."""
+        """Return for each start an array with its `count` contiguous tokens, and their offset in it."""
         numbers = self.numbers(starts)
-        places = starts - self._starts[numbers]
+        offsets = starts - self._starts[numbers]
         is_whole = starts + count <= self._starts[numbers + 1]
         return [
-            (self._map(number), place) if whole else (self.read(start, count), 0)
-            for number, place, whole, start in zip(
-                numbers.tolist(), places.tolist(), is_whole.tolist(), starts.tolist(), strict=True
+            (self._map(number), offset) if whole else (self.read(start, count), 0)
+            for number, offset, whole, start in zip(
+                numbers.tolist(), offsets.tolist(), is_whole.tolist(), starts.tolist(), strict=True
             )
         ]

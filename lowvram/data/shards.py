@@ -1,4 +1,4 @@
-"""Documents packed into files of token ids, by several processes; knows no batch and no model."""
+"""Packs documents into files of token ids (shards), with several processes; knows no batch and no model."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lowvram.storage.disk import DISK, Disk
 
 __all__ = ["PackProgress", "ShardSet", "pack", "pack_split"]
 
-# The folders of a split: what is learnt, and what is held out.
+# The folders of a split: the training data and the held-out documents.
 SIDES = ("train", "valid")
 PART_BYTES = 8 << 20
 _BLOCK_CHARACTERS = 1 << 20
-# The last id of uint16 is 65,535, so it holds this many.
+# The largest uint16 is 65,535, so that type can store this many ids.
 _MOST_UINT16_IDS = 0x10000
 
 
 @dataclass(frozen=True)
 class PackProgress:
-    """How far a packing is: totals of the shards finished so far, reused ones included."""
+    """The progress of a packing: totals of the shards finished so far, reused ones included."""
 
     file: Path
     shards: int
@@ -49,7 +49,10 @@ class PackProgress:
 
 @dataclass
 class _Part:
-    """Whole documents that become one shard.  file, read_bytes: where their last ends; bytes as they lie on disk."""
+    """Whole documents that become one shard.
+
+    file: the file of the last document.  read_bytes: the bytes of all files read up to its end, as stored on disk.
+    """
 
     folder: ShardFolder
     number: int
@@ -71,12 +74,12 @@ def pack(
     replace: bool = False,
     bad_rows: BadRows | None = None,
 ) -> ShardSet:
-    """Encode the documents of `paths` into shards in `out`; what an interrupted try finished is kept.
+    """Encode the documents of `paths` into shards in `out`; shards finished by an interrupted packing are kept.
 
     Each document becomes BOS and the ids of its NFC form, in the order of `find_files`.  The bytes of the shards
     depend on text and tokenizer alone.  processes: None for one per core; with more than one, a script must
     guard its entry with `if __name__ == "__main__"`.  replace: whether another text in `out` may be replaced.
-    bad_rows: what is done with rows that are no text; None stops at the first.
+    bad_rows: what is done with rows that are not text; None stops at the first.
     Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`), BusyError,
     DiskFullError.
     """
@@ -144,7 +147,7 @@ def _pack(
 
 
 def _refuse_split(out: Path) -> None:
-    """Raise DataError where shards would lie beside a split of a text; held-out ones may lie in their folder."""
+    """Raise DataError where `out` holds a split already; a `valid` folder beside shards in `out` itself is allowed."""
     inside = [out / name for name in SIDES if holds_shards(out / name)]
     if inside and not (inside == [out / SIDES[1]] and holds_shards(out)):
         what = f"{' and '.join(map(str, inside))} {'holds' if len(inside) == 1 else 'hold'} shards already."
@@ -157,14 +160,14 @@ def _refuse_split(out: Path) -> None:
 def _refuse_text_inside(out: Path, files: Sequence[Path]) -> None:
     folder = out.resolve()
     for file in (file for file in files if not is_stream(file)):
-        place = file.parent.resolve()
-        if folder == place or folder in place.parents:
+        parent = file.parent.resolve()
+        if folder == parent or folder in parent.parents:
             why = f"{file} lies in it, and packing deletes what it finds left over there."
             raise DataError(f"{out} holds text that is to be packed.", why, "Name a folder of its own as --out.")
 
 
-class _Collected:
-    """The documents of one folder's next shard."""
+class _Collector:
+    """Collects the documents of one folder's next shard."""
 
     def __init__(self, folder: ShardFolder) -> None:
         self._folder, self._number = folder, 0
@@ -206,8 +209,8 @@ def _parts(
     holdout: Holdout | None,
     bad_rows: BadRows,
 ) -> Iterator[_Part]:
-    """Yield the parts of all folders; the second, if there is one, gets what is held out."""
-    sides = [_Collected(folder) for folder in folders]
+    """Yield the parts of all folders; the second folder, if there is one, gets the held-out documents."""
+    sides = [_Collector(folder) for folder in folders]
     before, inside = 0, 0
 
     def tell(read_bytes: int) -> None:
@@ -223,7 +226,7 @@ def _parts(
         before, inside = before + size_of(file), 0
     bad_rows.finish()
     if holdout:
-        holdout.check()  # before the last parts are encoded: little text then leaves nothing behind
+        holdout.check()  # before the last parts are encoded, so that a small text leaves no shards behind
     for side in sides:
         if side.text_bytes:
             yield side.take(files[-1], before)
@@ -232,13 +235,13 @@ def _parts(
 def _packed(
     parts: Iterator[_Part], tokenizer: Tokenizer, processes: int, disk: Disk
 ) -> Generator[tuple[_Part, bool], None, None]:
-    """Yield each part when its shard stands, and whether it was encoded now, in order."""
-    # Processes take seconds to start, so what is one part alone is encoded here.
+    """Yield each part when its shard is in the folder, and whether it was encoded now, in order."""
+    # Processes take seconds to start, so a single part is encoded in this one.
     head = list(itertools.islice(parts, 2)) if processes > 1 else []
     running: deque[tuple[_Part, dict[str, Any], Callable[[], tuple[Path, dict[str, Any]]] | None]] = deque()
 
     def finish() -> tuple[_Part, bool]:
-        # Only the holder of the lock gives a shard its name, never a worker that outlived it.
+        # Only this process, which holds the lock, renames shards; a worker that outlives it must not.
         part, sidecar, encoded = running.popleft()
         beside, counts = encoded() if encoded else (None, {})
         part.folder.add(part.number, sidecar | counts, beside)
@@ -246,9 +249,9 @@ def _packed(
 
     with Encoders(processes if len(head) > 1 else 1) as encoders:
         for part in itertools.chain(head, parts):
-            found = part.folder.find_done(part.number, part.hash)
-            if found:
-                running.append((part, found, None))
+            finished = part.folder.find_done(part.number, part.hash)
+            if finished:
+                running.append((part, finished, None))
             else:
                 part.folder.check_may_write(part.number, part.hash, len(part.texts))
                 sidecar = {"tokenizer": tokenizer.hash, "text": part.hash, "dtype": part.folder.dtype}

@@ -1,4 +1,4 @@
-"""Documents from files of text (.txt, .jsonl, .parquet, each plain, .gz or .zst); knows nothing of tokens."""
+"""Reads documents from text files (.txt, .jsonl, .parquet, each plain, .gz or .zst); knows nothing of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 
 _BOM = "\ufeff"
 _PARQUET_ROWS = 1024
-# Enough of a file to guess its encoding from.
+# This much of a file is enough to guess its encoding.
 _SAMPLE_BYTES = 1 << 16
 
 
@@ -32,15 +32,15 @@ def documents(
     tell: Callable[[int], None] | None = None,
     bad_rows: BadRows | None = None,
 ) -> Iterator[str]:
-    """Yield the documents of one file, in its order, holding one document (or 1,024 rows) at a time.
+    """Yield the documents of one file, in its order, with one document (or 1,024 rows) in memory at a time.
 
-    .txt: parted by blank lines, and where another file with a byte order mark was appended; line ends inside a
-    document are kept.  .jsonl: `field` of each line.  .parquet: the column `field`; `a.b` is field b of field a.
-    Documents of nothing but white space are passed over.
-    tell: called before each document with the bytes read of the file as it lies on disk.
-    bad_rows: what is done with rows that are no text; None stops at the first.
-    Raises DataError, as `bad_rows` says: missing, unreadable, damaged, binary, not UTF-8, malformed, without
-    `field`, without any document; MachineError if the package that reads this ending is not installed.
+    .txt: documents are separated by blank lines, and where another file with a byte order mark was appended; line ends
+    inside a document are kept.  .jsonl: `field` of each line.  .parquet: the column `field`; `a.b` means field b of
+    field a.  Documents of nothing but white space are skipped.
+    tell: called before each document with the number of bytes read from the file as stored on disk.
+    bad_rows: what is done with rows that are not text; None stops at the first.
+    Raises DataError, depending on `bad_rows`: missing, unreadable, damaged, binary, not UTF-8, malformed, without
+    `field`, without any document; MachineError if the package that reads this kind of file is not installed.
     """
     bad_rows = bad_rows or BadRows()
     any_yet = False
@@ -59,9 +59,9 @@ def documents(
 def documents_of(
     files: Sequence[Path], field: str, tell: Callable[[int, int | None], None], bad_rows: BadRows | None = None
 ) -> Iterator[str]:
-    """Yield the documents of several files, one file behind the other; otherwise as `documents`.
+    """Yield the documents of several files, one file after the other; otherwise as `documents`.
 
-    tell: called before each document with the bytes read of all files, and with their sum, None where it is not known.
+    tell: called before each document with the bytes read so far and the size of all files, None where it is not known.
     """
     total, before = sum(map(size_of, files)), 0
     for file in files:
@@ -74,7 +74,7 @@ def documents_of(
 
 
 def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterator[str | BadRow]:
-    """Yield the documents and bad rows of a file; what ends the reading of the whole file is the last of them."""
+    """Yield the documents and bad rows of a file; if an error ends the file early, it is the last bad row."""
     read = {".txt": _text_documents, ".parquet": _parquet_documents}
     try:
         with open_text(file) as stream:
@@ -90,13 +90,13 @@ def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterato
 
 
 def _lines(stream: TextStream) -> Iterator[bytes]:
-    """Return the lines of a file, with their ends; CR alone ends a line where the file begins without any LF."""
+    """Return the lines of a file with their ends; a CR alone ends a line if the first block has CR but no LF."""
     head = stream.bytes.peek(1)
     return _lines_with_cr(stream) if b"\r" in head and b"\n" not in head else iter(stream.bytes)
 
 
 def _lines_with_cr(stream: TextStream) -> Iterator[bytes]:
-    parts: list[bytes] = []  # of one line; they are joined once, since a line may be many blocks long
+    parts: list[bytes] = []  # the parts of one line, joined only once, because a line may be many blocks long
     for block in iter(partial(stream.bytes.read1, COPY_BYTES), b""):
         if parts and (parts[-1].endswith(b"\n") or (parts[-1].endswith(b"\r") and not block.startswith(b"\n"))):
             yield b"".join(parts)
@@ -145,7 +145,7 @@ def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str 
             bad, lines = bad or line, []
             continue
         if line[0] == _BOM:
-            # Another file was appended here; its first line is no blank one, but a document ends all the same.
+            # Another file was appended here; no blank line comes before it, but the document ends all the same.
             yield replace(bad, characters=lost) if bad else _join(lines)
             bad, lost, line = None, 0, line.lstrip(_BOM)
         if not line.isspace():
@@ -160,7 +160,7 @@ def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str 
 
 
 def _join(lines: list[str]) -> str:
-    """Return the document of these lines without its last line end, and empty the list: both at once may be much."""
+    """Return the document of these lines without its last line end, and empty the list to save memory."""
     if lines:
         lines[-1] = lines[-1].rstrip("\r\n")
     text = "".join(lines)
@@ -179,7 +179,7 @@ def _json_documents(file: Path, stream: TextStream, field: str) -> Iterator[str 
 
 def _read_line(where: str, line: str, field: str) -> str | BadRow:
     try:
-        # Without the line end, behind which a string that is never closed would seem to go on.
+        # The line end is removed, so that the error for a string without its closing quote is at the right place.
         record = json.loads(line.strip(f"{_BOM} \t\r\n"))
     except (ValueError, RecursionError) as error:
         return BadRow("not JSON", f"{where} is not JSON.", f"{error}.", "Mend or delete it.")
@@ -196,7 +196,7 @@ def _read_line(where: str, line: str, field: str) -> str | BadRow:
 
 
 def _check_text(where: str, field: str, value: object) -> str | BadRow:
-    """Return a text as it is, and what is wrong with anything else: the same for lines of JSON and for Parquet."""
+    """Return a valid text unchanged, or a bad row for any other value; JSON lines and Parquet share these rules."""
     if not isinstance(value, str):
         is_null = value is None
         what = f"{where}: the field {field!r} " + (
@@ -217,8 +217,8 @@ def _check_text(where: str, field: str, value: object) -> str | BadRow:
 
 
 def _no_field(where: str, field: str, known: Any) -> DataError:
-    there = ", ".join(map(str, known)) or "none"
-    return DataError(f"{where} has no field {field!r}.", f"Fields there: {there}.", "Name one of them.")
+    names = ", ".join(map(str, known)) or "none"
+    return DataError(f"{where} has no field {field!r}.", f"Fields there: {names}.", "Name one of them.")
 
 
 def _parquet_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
@@ -226,7 +226,7 @@ def _parquet_documents(file: Path, stream: TextStream, field: str) -> Iterator[s
     with tempfile.TemporaryFile() as copy:
         plain: IO[bytes] = stream.bytes
         if not stream.is_seekable:
-            # Parquet is read from its end, which a compressed stream cannot offer.
+            # Parquet is read from its end, so a compressed stream, which cannot seek, is copied first.
             with explain_full_disk(Path(tempfile.gettempdir())):
                 shutil.copyfileobj(stream.bytes, copy, COPY_BYTES)
             plain = copy
@@ -246,21 +246,21 @@ def _parquet_documents(file: Path, stream: TextStream, field: str) -> Iterator[s
 
 
 def _find_column(file: str, field: str, schema: Any) -> list[str]:
-    """Return the names that lead to a column through structs; a column whose own name has dots goes first.
+    """Return the names that lead to a column through structs; a column whose own name has dots is preferred.
 
-    A list or a map is no way to one text in each row, although Arrow also has names for what lies in them.
+    Lists and maps are not followed: they have not one text per row, although Arrow names their elements too.
     """
     is_struct = need("pyarrow.types").is_struct
     if field in schema.names:
         return [field]
     names = field.split(".")
-    fields = {each.name: each for each in schema}  # by its name Arrow gives none that is there twice
+    fields = {each.name: each for each in schema}  # Arrow's own look-up by name fails for names that occur twice
     for name in names:
         if name not in fields:
             raise _no_field(file, field, schema.names)
         inner = fields[name].type
-        inside = [inner.field(at) for at in range(inner.num_fields)] if is_struct(inner) else []
-        fields = {each.name: each for each in inside}
+        children = [inner.field(index) for index in range(inner.num_fields)] if is_struct(inner) else []
+        fields = {each.name: each for each in children}
     return names
 
 
@@ -270,6 +270,6 @@ def _read_cell(where: str, field: str, cell: Any) -> str | BadRow:
     except UnicodeDecodeError as error:
         what = f"{where}: the text is not UTF-8 at its byte {error.start}."
         return BadRow("not UTF-8", what, f"({error.reason}.)", "Mend or delete that row.")
-    except (ValueError, OverflowError):  # such as a time in nanoseconds, for which Python has no value
+    except (ValueError, OverflowError):  # for example a time in nanoseconds, which Python cannot represent
         value = cell
     return _check_text(where, field, value)

@@ -1,4 +1,4 @@
-"""Which files of text are meant by names, folders and patterns, and what was passed over; opens none of them."""
+"""Finds the text files for names, folders and patterns, and notes what it skips; does not open the files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lowvram.units import count_of
 
 KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")
 ENDINGS = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
-LOOKED_FOR = f"Read are {', '.join(KINDS)}, each plain or with .gz or .zst behind it."
+LOOKED_FOR = f"lowvram reads {', '.join(KINDS)}, each plain or with .gz or .zst at the end."
 STANDARD_INPUT = Path("-")
 _SHOWN = 5
 
 
 @dataclass
 class TextFiles:
-    """The files to read, in order, each once; and what was found beside them in folders, or found twice."""
+    """The files to read, in order, each once; and what was skipped in folders or named twice."""
 
     files: list[Path] = field(default_factory=list)
     other_endings: Counter[str] = field(default_factory=Counter)
@@ -31,23 +31,23 @@ class TextFiles:
     repeats: list[tuple[Path, Path]] = field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """Return a sentence for each way in which something was passed over, none where nothing was."""
-        told = []
+        """Return one sentence for each reason why something was skipped; empty where nothing was."""
+        sentences = []
         if self.other_endings:
             endings = [f"{count:,} {ending or 'without ending'}" for ending, count in self.other_endings.most_common()]
             count = self.other_endings.total()
-            told.append(f"{count_of(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
+            sentences.append(f"{count_of(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
         for paths, noun, why in (
             (self.broken_links, "broken link", "passed over"),
             (self.linked_folders, "linked folder", "not followed (it is read where it is named)"),
             (self.unreadable, "folder", "passed over for want of permission"),
         ):
             if paths:
-                told.append(f"{count_of(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")
+                sentences.append(f"{count_of(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")
         if self.repeats:
             pairs = [f"{again} is {first}" for again, first in self.repeats]
-            told.append(f"{count_of(len(self.repeats), 'name')} of the same file read once: {_few(pairs)}.")
-        return told
+            sentences.append(f"{count_of(len(self.repeats), 'name')} of the same file read once: {_few(pairs)}.")
+        return sentences
 
 
 def _few(words: list[str]) -> str:
@@ -62,12 +62,12 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
 def find_text_files(paths: Sequence[Path]) -> TextFiles:
     """Return the text files that `paths` name: files, folders, patterns that no shell expanded, `-`; sorted.
 
-    A file that several names or links lead to is there once.  Hidden files in a folder are passed over in silence.
+    A file that several names or links lead to is included once.  Hidden files in a folder are skipped without notice.
     Raises DataError for a path that is missing or has another ending, and for a folder without a text file.
     """
     found = TextFiles()
     named: set[Path] = set()
-    for path in [match for asked in paths for match in _expand(Path(asked))]:
+    for path in [match for pattern in paths for match in _expand(Path(pattern))]:
         if path == STANDARD_INPUT or is_stream(path):
             named.add(path)
         elif path.is_dir():
@@ -94,7 +94,7 @@ def find_text_files(paths: Sequence[Path]) -> TextFiles:
 
 
 def _expand(path: Path) -> list[Path]:
-    """Return the files that a pattern matches, since cmd.exe passes it as it is; a name as it is."""
+    """Return the files that a pattern matches (cmd.exe does not expand patterns), or a plain name unchanged."""
     if path.exists() or not glob.has_magic(str(path)):
         return [path]
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
@@ -107,10 +107,10 @@ def _walk(folder: Path, found: TextFiles) -> Iterator[Path]:
     def note(error: OSError) -> None:
         found.unreadable.append(Path(error.filename))
 
-    for place, folders, names in os.walk(folder, onerror=note):
+    for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found.linked_folders += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
-        for path in (Path(place, name) for name in names if not name.startswith(".")):
+        found.linked_folders += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
             if not path.exists():
                 found.broken_links.append(path)
             elif path.name.lower().endswith(ENDINGS) and path.is_file():
@@ -120,17 +120,17 @@ def _walk(folder: Path, found: TextFiles) -> Iterator[Path]:
 
 
 def unknown_ending(path: Path) -> DataError:
-    """Return the error for a file whose ending does not say how it is read."""
+    """Return the error for a file whose ending is not one that lowvram reads."""
     return DataError(f"{path} has an unknown ending.", LOOKED_FOR, "Rename or convert the file.")
 
 
 def is_stream(path: Path) -> bool:
-    """Return whether a path is standard input, a pipe or a device: read once, and of unknown length."""
+    """Return whether a path is standard input, a pipe or a device: it can be read only once and has no known size."""
     return path == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def size_of(path: Path) -> int:
-    """Return the bytes of a file as it lies on disk, 0 for a stream."""
+    """Return the size in bytes of a file on disk, 0 for a stream."""
     return 0 if is_stream(path) else path.stat().st_size
 
 
@@ -138,5 +138,5 @@ def _identify(path: Path) -> tuple[int, int] | Path:
     if path == STANDARD_INPUT:
         return path
     status = path.stat()
-    # A few file systems of Windows number no files.
+    # A few file systems on Windows have no inode numbers.
     return (status.st_dev, status.st_ino) if status.st_ino else path.resolve()

@@ -1,4 +1,4 @@
-"""The bytes of a file of text, decompressed, whatever its name says of the compression; knows no documents."""
+"""Opens a text file as a stream of decompressed bytes, whatever its name says of compression; knows no documents."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lowvram.data.text_files import KINDS, STANDARD_INPUT, is_stream, unknown_en
 from lowvram.errors import DataError, MachineError
 
 COPY_BYTES = 1 << 20
-# So little at a time because even few bytes of a .zst can be much text: one word repeated unpacks to 128 KiB per ~5.
+# Few bytes are read at a time, because a .zst can expand very far: one repeated word takes about 5 bytes per 128 KiB.
 _ZSTD_BYTES = 128
 _BUFFER_BYTES = 1 << 17
 _MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}
-# How an object, or an array of objects or strings, begins; the rest may not be there yet.  A line of text may begin
-# with a bracket, too: `[Müzik]`.
+# The beginning of an object, or of an array of objects or strings; the rest may not have arrived yet.  A line of plain
+# text may begin with a bracket, too: `[Müzik]`.
 _JSON = re.compile(rb"\s*(\{\s*([\"}]|$)|\[\s*[\[{\"])")
-# What begins a file that is no plain text, what it then is, and what to do.
+# The first bytes of formats that are not plain text, with the name of the format and what to do.
 _OTHERS = {
     b"PAR1": ("a Parquet file", "Rename it so that it ends in .parquet."),
     b"PK\x03\x04": ("a ZIP archive, or a document of an office program", "Unpack it, or save it as plain text."),
@@ -36,7 +36,7 @@ _OTHERS = {
 
 
 class TextStream(NamedTuple):
-    """An open file.  kind: one of KINDS.  read_bytes: returns how much was read of the file as it lies on disk."""
+    """An open file.  kind: one of KINDS.  read_bytes: returns how many bytes were read from the file on disk."""
 
     kind: str
     bytes: io.BufferedReader
@@ -46,10 +46,10 @@ class TextStream(NamedTuple):
 
 @contextmanager
 def open_text(file: Path) -> Iterator[TextStream]:
-    """Open a file, or standard input (`-`); a stream without ending is text, or lines of JSON if it begins so.
+    """Open a file, or standard input (`-`); a stream without ending is JSON lines if it begins like JSON, else text.
 
-    Raises DataError: missing, no text although its ending says so, unreadable or damaged (inside the block, too);
-    MachineError if the package that reads this ending is not installed.
+    Raises DataError: missing, not text although its ending says so, unreadable or damaged (also while it is read);
+    MachineError if the package that reads this kind of file is not installed.
     """
     kind = _kind_by_name(file)
     if file != STANDARD_INPUT and not file.exists():
@@ -69,7 +69,7 @@ def open_text(file: Path) -> Iterator[TextStream]:
 
 
 def _kind_by_name(file: Path) -> str | None:
-    """Return the kind that a file's ending says, None for a stream without one."""
+    """Return the kind that a file's ending means, None for a stream without one."""
     name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
     if name.endswith(KINDS):
         return name[name.rindex(".") :]
@@ -99,7 +99,7 @@ def _refuse_other_formats(file: Path, head: bytes) -> None:
 
 
 class _ZstdStream(io.RawIOBase):
-    """The bytes inside a .zst file; unlike zstandard's own reader it notices a file that was cut off."""
+    """The bytes inside a .zst file; unlike zstandard's own reader it detects a truncated file."""
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._zstd = raw, need("zstandard")

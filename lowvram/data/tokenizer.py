@@ -1,4 +1,4 @@
-"""Text to token ids and back, without loss: training, loading, encoding, decoding; knows no file of text."""
+"""Our lossless byte-level BPE tokenizer: training, loading, encoding, decoding; knows no text files."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lowvram.storage.json_files import parse_object
 
 _NAMED = ("bos", "eos", "pad", "mask", "system", "user", "assistant", "end_of_turn")
 SPECIALS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare_{number}" for number in range(24))))
-# llama.cpp knows this expression as "ufakzeka"; any other one would not survive an export to GGUF.
+# llama.cpp knows this regular expression as "ufakzeka"; a model with any other one could not be exported to GGUF.
 EXPRESSION = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SMALLEST = len(SPECIALS) + 256
-# Four times the largest vocabulary of a published model; an embedding of so many rows fits on none of our cards.
+# Four times the largest vocabulary of a published model; an embedding with so many rows fits on no consumer card.
 LARGEST = 1_000_000
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _CHAT_TEMPLATE = (
@@ -43,7 +43,7 @@ _CONFIG = {
     "clean_up_tokenization_spaces": False,
     "chat_template": _CHAT_TEMPLATE,
 }
-# tiktoken's regex engine panics on a run of some 10⁶ white spaces, so such a run is cut into runs this long.
+# tiktoken's regex engine panics on a run of about 10⁶ white spaces, so longer runs are cut at this length.
 _LONGEST_RUN = 200_000
 
 
@@ -55,11 +55,11 @@ def train_tokenizer(
     tell_left_out: Callable[[int], None] | None = None,
     replace: bool = False,
 ) -> Tokenizer:
-    """Learn a byte-level BPE from `texts` (made NFC here) and write it to the directory `out`.
+    """Train a byte-level BPE on `texts` (converted to NFC here) and write it to the directory `out`.
 
-    vocabulary: specials and 256 bytes included; text with less to learn gives fewer ids (`Tokenizer.size`).
-    tell_left_out: called once with the bytes that stood in words too long to learn from, if there were any.
-    replace: overwrite another tokenizer in `out`; the same one is always written anew.
+    vocabulary: special ids and 256 bytes included; a small text may give fewer ids (`Tokenizer.size`).
+    tell_left_out: called once with the bytes of words that are too long to learn from, if there were any.
+    replace: whether another tokenizer in `out` may be overwritten; the same one is always written anew.
     Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST or another tokenizer is in `out`, DataError
     if there is no text.
     """
@@ -71,7 +71,7 @@ def train_tokenizer(
         refuse_fewer_ids(out, vocabulary)
     text_bytes = left_out_bytes = 0
 
-    def readable() -> Iterator[str]:
+    def trainable_parts() -> Iterator[str]:
         nonlocal text_bytes, left_out_bytes
         for text in texts:
             composed = nfc(text)
@@ -93,7 +93,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(readable(), trainer)
+    model.train_from_iterator(trainable_parts(), trainer)
     if not text_bytes:
         raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
     if tell_left_out and left_out_bytes:
@@ -122,9 +122,9 @@ def _check_vocabulary(size: int) -> None:
 
 
 def read_files(directory: Path) -> dict[str, bytes]:
-    """Return tokenizer.json and tokenizer_config.json, by name; raises OSError where one is not there.
+    """Return tokenizer.json and tokenizer_config.json, by name; raises OSError where one is missing.
 
-    A chat template that lies beside them, as newer versions of transformers write it, is put in the second.
+    A chat_template.jinja beside them, as newer versions of transformers write it, is put into tokenizer_config.json.
     """
     files = {name: (Path(directory) / name).read_bytes() for name in _FILES}
     template = Path(directory) / "chat_template.jinja"
@@ -141,7 +141,7 @@ def _write(files: dict[str, bytes], directory: Path, disk: Disk) -> None:
 
 
 def count_bytes(text: str) -> int:
-    """Return the length of a text in UTF-8; raises TokenizerError on a lone surrogate, which has none."""
+    """Return the length of a text in UTF-8; raises TokenizerError on a lone surrogate, which has no encoding."""
     try:
         return len(text.encode("utf-8"))
     except UnicodeEncodeError as error:
@@ -154,7 +154,7 @@ def count_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A loaded tokenizer; two of the same hash are equal.  hash: SHA-256 of tokenizer.json."""
+    """A loaded tokenizer; two with the same hash are equal.  hash: SHA-256 of tokenizer.json."""
 
     hash: str
     directory: Path = field(compare=False)
@@ -200,18 +200,18 @@ class Tokenizer:
     def stop_ids(self) -> tuple[int, ...]:
         """The ids at which a text or a turn has ended.
 
-        BOS is one: packed texts have no EOS, so that a model learns to write the BOS of the next text where one ends.
+        BOS is one of them: packed texts have no EOS, so a model learns to write the next text's BOS where a text ends.
         """
         return tuple(dict.fromkeys((self.bos_id, self.eos_id, self.end_of_turn_id)))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What tokenizer_config.json says, names of special tokens and the chat template among it."""
+        """The contents of tokenizer_config.json, with the names of special tokens and the chat template."""
         return self.parsed("tokenizer_config.json")
 
     @property
     def specials(self) -> dict[str, int]:
-        """The ids of the special tokens by what a template calls them."""
+        """The ids of the special tokens, by the names that a template uses."""
         return {name: id for id, name in enumerate(SPECIALS)}
 
     @cached_property
@@ -227,11 +227,11 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as uint32 [tokens]; faster where an array is wanted."""
         count_bytes(text)
-        found = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        arrays = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def token_bytes(self, id: int) -> bytes:
-        """Return the UTF-8 bytes, perhaps part of a character, that `id` stands for; b"" for a special."""
+        """Return the UTF-8 bytes that `id` stands for, perhaps only part of a character; b"" for a special id."""
         if not 0 <= id < len(self._bytes):
             raise TokenizerError(
                 f"{id} is not a token id.",
@@ -241,7 +241,7 @@ class Tokenizer:
         return self._bytes[id]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`: what was encoded; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def stream(self) -> TokenStream:
@@ -249,7 +249,7 @@ class Tokenizer:
         return TokenStream(self)
 
     def parsed(self, name: str) -> dict[str, Any]:
-        """Return what tokenizer.json or tokenizer_config.json said when it was loaded."""
+        """Return the contents of tokenizer.json or tokenizer_config.json as they were loaded."""
         return json.loads(self._files[name])
 
     def save(self, directory: Path, disk: Disk = DISK) -> None:
@@ -269,15 +269,15 @@ def _pieces(text: str) -> list[str]:
 def _long_runs(text: str) -> Iterator[tuple[int, int]]:
     """Yield start and end of each run of at least `_LONGEST_RUN` white spaces; takes time linear in the text.
 
-    A run that long covers a multiple of that length, so text is read only around such places.
+    A run of that length covers a position that is a multiple of it, so the text is read only around such positions.
     """
     end = 0
-    for place in range(0, len(text), _LONGEST_RUN):
-        if place < end or not text[place].isspace():
+    for position in range(0, len(text), _LONGEST_RUN):
+        if position < end or not text[position].isspace():
             continue
-        before = text[max(end, place - _LONGEST_RUN) : place]
-        start = place - len(before) + len(before.rstrip())
-        end = place
+        before = text[max(end, position - _LONGEST_RUN) : position]
+        start = position - len(before) + len(before.rstrip())
+        end = position
         while chunk := text[end : end + _LONGEST_RUN]:
             white = len(chunk) - len(chunk.lstrip())
             end += white
@@ -288,9 +288,9 @@ def _long_runs(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _read_table(model: dict[str, Any]) -> tuple[bytes, ...]:
-    """Return the bytes of each id; raises ValueError unless the file is such as `train_tokenizer` writes.
+    """Return the bytes of each id; raises ValueError unless `train_tokenizer` could have written the file.
 
-    tiktoken merges by the id of the result, `tokenizers` by the order of the merges: the two must agree.
+    tiktoken merges by the id of the result, `tokenizers` by the order of the merges, so the two orders must agree.
     """
     vocabulary, merges = model["model"]["vocab"], model["model"]["merges"]
     split = model["pre_tokenizer"]["pretokenizers"][0]
@@ -309,21 +309,21 @@ def _read_table(model: dict[str, Any]) -> tuple[bytes, ...]:
 
 
 def byte_of_letter() -> dict[str, int]:
-    """Return the byte behind each letter of a byte-level vocabulary: printable Latin-1 stands for itself."""
+    """Return the byte for each letter of a byte-level vocabulary; printable Latin-1 stands for itself."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 class TokenStream:
-    """Decodes ids one at a time and holds back the bytes of a character until it is whole."""
+    """Decodes ids one at a time and holds back the bytes of a character until it is complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """Return the text that is certain after `id`, perhaps none."""
+        """Return the text that is complete after `id`, perhaps none."""
         return self._decoder.decode(self._tokenizer.token_bytes(id))
 
     def finish(self) -> str:

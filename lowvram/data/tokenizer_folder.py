@@ -14,22 +14,22 @@ from lowvram.data.shard_set import INDEX, read_json
 from lowvram.errors import TokenizerError
 from lowvram.storage.json_files import JsonError, read_object
 
-# Named in the error; more would fill the screen.
+# At most this many folders are named in the error; more would fill the screen.
 _MOST_NAMED = 5
 
 
 def refuse_fewer_ids(out: Path, vocabulary: int) -> None:
-    """Raise TokenizerError where `out` holds a tokenizer of more ids than are to be learnt, which no training gives."""
+    """Raise TokenizerError where `out` has a tokenizer of more ids than `vocabulary`: training cannot give the same."""
     try:
-        held = len(read_object(out / "tokenizer.json")["model"]["vocab"])
+        existing = len(read_object(out / "tokenizer.json")["model"]["vocab"])
     except (OSError, JsonError, KeyError, TypeError):
-        return  # what cannot be read is compared byte by byte later
-    if held > vocabulary:
-        raise _another(out, f"It has {held} ids, and {vocabulary} were asked for.")
+        return  # a file that cannot be read is compared byte by byte later
+    if existing > vocabulary:
+        raise _another(out, f"It has {existing} ids, and {vocabulary} were asked for.")
 
 
 def refuse_another(out: Path, files: Mapping[str, bytes]) -> None:
-    """Raise TokenizerError where `out` holds other contents under the names of `files` than these."""
+    """Raise TokenizerError where `out` has files with the names of `files` but other contents."""
     differing = [name for name, data in files.items() if (out / name).is_file() and (out / name).read_bytes() != data]
     if differing:
         raise _another(out, f"Its {' and '.join(differing)} would be overwritten with other contents.")
@@ -38,19 +38,19 @@ def refuse_another(out: Path, files: Mapping[str, bytes]) -> None:
 def _another(out: Path, why: str) -> TokenizerError:
     packed = find_shards_of(out)
     if packed:
-        named = ", ".join(map(str, packed[:_MOST_NAMED])) + (" and others" if len(packed) > _MOST_NAMED else "")
-        why += f" {named} can be read with it alone, and so can runs that were started with it."
+        folders = ", ".join(map(str, packed[:_MOST_NAMED])) + (" and others" if len(packed) > _MOST_NAMED else "")
+        why += f" {folders} can be read with it alone, and so can runs that were started with it."
     return TokenizerError(
         f"{out} holds another tokenizer.", why, "Name another --out, or add --replace to overwrite it all the same."
     )
 
 
 def find_shards_of(tokenizer: Path) -> list[Path]:
-    """Return the folders of shards packed with a tokenizer that lie beside it or one level deeper, sorted."""
+    """Return the folders of shards that were packed with a tokenizer, beside it or one level deeper, sorted."""
     file = tokenizer / "tokenizer.json"
     if not file.is_file():
         return []
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    home = tokenizer.parent
-    indexes = itertools.chain(home.glob(f"*/{INDEX}"), home.glob(f"*/*/{INDEX}"))
+    parent = tokenizer.parent
+    indexes = itertools.chain(parent.glob(f"*/{INDEX}"), parent.glob(f"*/*/{INDEX}"))
     return sorted(index.parent for index in indexes if read_json(index).get("tokenizer") == digest)

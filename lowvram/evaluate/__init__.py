@@ -1,1 +1,1 @@
-"""How good a model is: numbers that can be compared."""
+"""Measures how good a model is, in numbers that can be compared; knows no training loop."""

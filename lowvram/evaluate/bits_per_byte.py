@@ -1,9 +1,9 @@
-"""Bits per byte of held-out text: the one number that models with different tokenizers share.
+"""Computes bits per byte of held-out text, which can be compared between tokenizers; knows no training loop.
 
 Every token after a document's BOS is a target, in windows of `seq_len` without overlap.  The sum of the targets'
 negative log2-probabilities is divided by the UTF-8 bytes that these targets stand for.  Tokens are packed from the
-NFC form of a text, so the bytes are those of the NFC form too, and a text gives one figure whichever way its letters
-were composed.  BOS is no text: it is no target and has no bytes.
+NFC form of a text, so the bytes are those of the NFC form too, and the result does not depend on how the text's letters
+were composed.  BOS is not text: it is not a target and has no bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from lowvram.data.shards import ShardSet
 from lowvram.model.transformer import Transformer
 
 _IGNORED = -100
-# Enough to count bigrams on; pairs of a whole corpus of billions would not fit into memory.
+# This is enough for the bigram baseline; the pairs of a corpus of billions of tokens would not fit into memory.
 BIGRAM_TOKENS = 20_000_000
 
 
 class Score(NamedTuple):
-    """nats: the summed negative log-likelihood.  targets: predicted tokens.  text_bytes: of the text they stand for."""
+    """nats: the summed negative log-likelihood.  targets: how many tokens were predicted.  text_bytes: their bytes."""
 
     nats: float
     targets: int
@@ -33,12 +33,12 @@ class Score(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits that the model needs for one byte of text."""
+        """The bits that the model needs for one byte of text."""
         return self.nats / math.log(2) / self.text_bytes
 
     @property
     def loss(self) -> float:
-        """Nats per predicted token."""
+        """The nats per predicted token."""
         return self.nats / self.targets
 
 
@@ -62,7 +62,7 @@ def score(
     total = _count_tokens(shards, most_tokens)
     windows = math.ceil((total - 1) / seq_len)
     nats, targets, text_bytes = 0.0, 0, 0
-    # Plain, the op reads it as it is kept; codes are decoded once for all windows.
+    # The loss op reads a plain matrix as it is stored; 8-bit codes are decoded once for all windows.
     head_VD = model.head_VD if model.head_VD.is_floating_point() else model.head_matrix(dtype)
     for first in range(0, windows, batch):
         count = min(batch, windows - first)
@@ -85,26 +85,26 @@ def score(
 def bigram_score(
     train: ShardSet, valid: ShardSet, bos_id: int, byte_count_V: np.ndarray, most_tokens: int | None = None
 ) -> Score:
-    """Score the first `most_tokens` tokens of `valid` (all if None) by token bigrams: what a model must beat.
+    """Score the first `most_tokens` tokens of `valid` (all if None) by token bigrams, the baseline for a model.
 
-    They are counted on the first BIGRAM_TOKENS tokens of `train`.  byte_count_V: as for `score`.
+    They are counted on the first BIGRAM_TOKENS tokens of `train`.  byte_count_V: as in `score`.
 
     Bigrams are interpolated with unigrams by Witten & Bell (1991, method C), unigrams with the uniform distribution.
     """
     vocabulary = len(byte_count_V)
     seen = train.read(0, min(train.tokens, BIGRAM_TOKENS)).astype(np.int64)
     unigram_V = np.bincount(seen, minlength=vocabulary).astype(np.float64)
-    kinds = np.count_nonzero(unigram_V)
-    unigram_V = (unigram_V + kinds / vocabulary) / (len(seen) + kinds)
+    distinct = np.count_nonzero(unigram_V)
+    unigram_V = (unigram_V + distinct / vocabulary) / (len(seen) + distinct)
     pairs, counts = np.unique(seen[:-1] * vocabulary + seen[1:], return_counts=True)
     context_V = np.bincount(pairs // vocabulary, weights=counts, minlength=vocabulary)
     followers_V = np.bincount(pairs // vocabulary, minlength=vocabulary)
     text = valid.read(0, _count_tokens(valid, most_tokens)).astype(np.int64)
     before, after = text[:-1], text[1:]
     before, after = before[after != bos_id], after[after != bos_id]
-    wanted = before * vocabulary + after
-    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    count = np.where(pairs[place] == wanted, counts[place], 0)
+    pair = before * vocabulary + after
+    index = np.minimum(np.searchsorted(pairs, pair), len(pairs) - 1)
+    count = np.where(pairs[index] == pair, counts[index], 0)
     total = context_V[before] + followers_V[before]
     mixed = (count + followers_V[before] * unigram_V[after]) / np.maximum(total, 1)
     probability = np.where(total > 0, mixed, unigram_V[after])

@@ -1,20 +1,23 @@
-"""Whether a model has learnt more than a table of bigrams, said in a sentence from two numbers; measures nothing."""
+"""Says from two scores whether a model has learnt more than a table of bigrams; measures nothing."""
 
 from __future__ import annotations
 
 import math
 
-# Seeds of one recipe differ by 0.6 % (docs/measured.md, "Learning"): a smaller difference is none.
+# Runs of one recipe with different seeds differ by 0.6 % (docs/measured.md, "Learning"), so less means equal.
 SAME_SHARE = 0.006
 
 
 def is_worse_than_bigrams(bits_per_byte: float, bigram_bits_per_byte: float) -> bool:
-    """Say whether a model has learnt less than a table of bigrams, or no more than that."""
+    """Say whether a model is worse than a table of bigrams, or not clearly better."""
     return not bits_per_byte < bigram_bits_per_byte * (1 - SAME_SHARE)
 
 
 def compare_with_bigrams(bits_per_byte: float, bigram_bits_per_byte: float) -> str:
-    """Return what two scores on the same text say: both in bits per byte, the table counted on the training text."""
+    """Return a sentence that compares two scores on the same text, the second that of bigrams of the training text.
+
+    Both are in bits per byte.
+    """
     table = f"a table of bigrams ({bigram_bits_per_byte:.4f} bits per byte)"
     if not math.isfinite(bits_per_byte):
         return "The model's score is not a finite number: training has diverged, or its weights are damaged."

@@ -1,1 +1,1 @@
-"""The networks: configuration in, logits out; knows no data, no optimizer."""
+"""The networks, which map token ids to logits; this package knows no data and no optimizer."""

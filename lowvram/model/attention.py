@@ -1,4 +1,4 @@
-"""Attention, GQA and MLA, for training and for decoding through a cache; knows no feed-forward layer.
+"""The attention layers (GQA and MLA), for training and for decoding with a cache; knows no feed-forward layer.
 
 Legend: B batch, T queries, S keys, D model width, H heads, G key/value heads, K width of a query and key,
 V width of a value, C kv_lora_rank, R half the rotated width, W window.
@@ -22,7 +22,7 @@ Table = tuple[Tensor, Tensor] | None
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """Causal attention of the last T of S tokens over all S, or over the `window` last ones of each query.
+    """Return causal attention of the last T of S tokens over all S, or over the last `window` keys of each query.
 
     Returns [B, H, T, V].  Values narrower than keys are padded: fused kernels refuse unequal widths.
     """
@@ -32,24 +32,24 @@ def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, window:
         if window is None or window >= keys:
             out = attention(q_BHTK, k_BGSK, v_BGSK, scale, causal=True)
         else:
-            out = _slide(q_BHTK, k_BGSK, v_BGSK, scale, window)
+            out = _sliding_window(q_BHTK, k_BGSK, v_BGSK, scale, window)
     elif queries == 1:
         first = max(0, keys - window) if window is not None else 0
         out = attention(q_BHTK, k_BGSK[:, :, first:], v_BGSK[:, :, first:], scale)
     else:
-        mask_TS = _visible(queries, keys, window, q_BHTK.device)
+        mask_TS = _visibility_mask(queries, keys, window, q_BHTK.device)
         out = attention(q_BHTK, k_BGSK, v_BGSK, scale, mask=mask_TS)
     return out[..., :value_width]
 
 
-def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+def _visibility_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     distance_TS = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None]
-    seen_TS = distance_TS >= 0
-    return seen_TS if window is None else seen_TS & (distance_TS < window)
+    visible_TS = distance_TS >= 0
+    return visible_TS if window is None else visible_TS & (distance_TS < window)
 
 
-def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window: int) -> Tensor:
-    """Blocks of `window` queries over their own and the previous block of keys; nothing of size T × T exists."""
+def _sliding_window(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window: int) -> Tensor:
+    """Let blocks of `window` queries attend to their own and the previous block of keys; nothing is T × T in size."""
     length = q_BHTK.shape[2]
     padding = -length % window
     q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q_BHTK, k_BGTK, v_BGTK))
@@ -63,7 +63,7 @@ def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window:
         return torch.cat([x_BNGWK[:, :-1], x_BNGWK[:, 1:]], dim=3).flatten(0, 1)
 
     first = attention(q[:, :, :window], k[:, :, :window], v[:, :, :window], scale, causal=True)
-    mask = _visible(window, 2 * window, window, q.device)
+    mask = _visibility_mask(window, 2 * window, window, q.device)
     rest = attention(fold(q[:, :, window:]), with_previous(k), with_previous(v), scale, mask=mask)
     rest = rest.unflatten(0, (q.shape[0], blocks - 1)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, rest], dim=2)[:, :, :length]
@@ -85,14 +85,14 @@ class GqaAttention(Fp32Buffers):
         self.o_proj = Linear(config.heads * config.head_dim, model.dim, options)
         self.q_norm = RmsNorm(config.head_dim, model.norm_eps, options.device) if config.qk_norm else None
         self.k_norm = RmsNorm(config.head_dim, model.norm_eps, options.device) if config.qk_norm else None
-        # The three projections' weights as one matrix, of which theirs are parts: see `lay_by_columns`.
+        # The weights of the three projections as one matrix, of which theirs are views: see `lay_by_columns`.
         self.qkv: Tensor | None = None
         slope_H = slopes(config.heads).to(options.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)
 
     @torch.no_grad()
     def join_projections(self) -> None:
-        """Make the three projections' weights parts of one matrix, column by column where that is fp32."""
+        """Make the weights of the three projections views of one matrix, which is column-major in fp32."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
         if self.q_proj.matmul_format != "plain" or any(not layer.weight.dtype.is_floating_point for layer in layers):
             return
@@ -103,7 +103,7 @@ class GqaAttention(Fp32Buffers):
             layer.weight.data = part
 
     def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> Tensor:
-        """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
+        """Attend causally over norm(x), and over the cache if there is one.  x: [B, T, D].  Returns [B, T, D]."""
         q, k, v = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
         k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -122,7 +122,7 @@ class GqaAttention(Fp32Buffers):
 
 
 class MlaAttention(nn.Module):
-    """Multi-head latent attention: expanded for training, absorbed over the latent cache for decoding."""
+    """Multi-head latent attention: the expanded form for training, the absorbed form for decoding with a cache."""
 
     def __init__(self, model: ModelConfig, config: Mla, layer: int, options: ParamOptions) -> None:
         super().__init__()
@@ -143,8 +143,8 @@ class MlaAttention(nn.Module):
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, options)
 
     def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> Tensor:
-        """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
-        assert table is not None, "MLA goes with RoPE"
+        """Attend causally over norm(x), and over the cache if there is one.  x: [B, T, D].  Returns [B, T, D]."""
+        assert table is not None, "MLA needs RoPE"
         q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)
         q_BTHK = rotate(q_BTHK, table, interleaved=True)
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
@@ -152,9 +152,9 @@ class MlaAttention(nn.Module):
             out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR)
         else:
             new_BTL = torch.cat([self.kv_a_norm(latent_BTC), k_rope_BTR], dim=-1)
-            memory_BSL = cache.store_latent(self.layer, new_BTL)
-            read = self._absorbed if x_BTD.shape[1] < self._least_expanded else self._expanded_memory
-            out_BTHV = read(q_BTHK, memory_BSL)
+            cached_BSL = cache.store_latent(self.layer, new_BTL)
+            attend_cache = self._absorbed if x_BTD.shape[1] < self._min_expanded_queries else self._expanded_cache
+            out_BTHV = attend_cache(q_BTHK, cached_BSL)
         return self.o_proj(out_BTHV.flatten(2))
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,13 +169,13 @@ class MlaAttention(nn.Module):
         return q.unflatten(-1, (config.heads, config.query_dim)), latent_BTC, k_rope
 
     def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor) -> Tensor:
-        """k = [W_uk c | k_rope], v = W_uv c with c = norm(latent): every head's keys and values exist."""
+        """Attend with k = [W_uk c | k_rope], v = W_uv c and c = norm(latent), so every head has keys and values."""
         (kv,) = project(self.kv_a_norm, latent_BTC, self.kv_b_proj)
         return self._attend_expanded(q_BTHK, kv, k_rope_BTR)
 
-    def _expanded_memory(self, q_BTHK: Tensor, memory_BSL: Tensor) -> Tensor:
-        """Expand what the cache holds, for one layer and as long as it reads."""
-        latent_BSC, k_rope_BSR = memory_BSL.split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
+    def _expanded_cache(self, q_BTHK: Tensor, cached_BSL: Tensor) -> Tensor:
+        """Attend to the expanded cache; the expanded keys and values of a layer live only during this call."""
+        latent_BSC, k_rope_BSR = cached_BSL.split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
         return self._attend_expanded(q_BTHK, self.kv_b_proj(latent_BSC), k_rope_BSR)
 
     def _attend_expanded(self, q_BTHK: Tensor, kv: Tensor, k_rope_BTR: Tensor) -> Tensor:
@@ -183,43 +183,44 @@ class MlaAttention(nn.Module):
         kv_BTHL = kv.unflatten(-1, (config.heads, config.nope_dim + config.value_dim))
         k_nope, v_BTHV = kv_BTHL.split([config.nope_dim, config.value_dim], dim=-1)
         k_BTHK = torch.cat([k_nope, k_rope_BTR.unsqueeze(2).expand(-1, -1, config.heads, -1)], dim=-1)
-        # A copy, so that what attention keeps for backward does not keep the un-positioned keys alive too.
+        # The values are copied, because a view saved for backward would keep the keys without positions alive too.
         v_BHTV = v_BTHV.transpose(1, 2)
         if config.value_dim == config.query_dim:
             v_BHTV = v_BTHV.contiguous().transpose(1, 2)
         out_BHTV = attend(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BHTV, self.scale, self.window)
         return out_BHTV.transpose(1, 2)
 
-    def _absorbed(self, q_BTHK: Tensor, memory_BSL: Tensor) -> Tensor:
-        """W_uk moves to the query and W_uv behind the sum, so the latent cache serves as the keys and the values."""
+    def _absorbed(self, q_BTHK: Tensor, cached_BSL: Tensor) -> Tensor:
+        """Apply W_uk to the query and W_uv after the weighted sum, so that the latents serve as keys and values."""
         up_k_HNC, up_v_HVC = self.up_matrices(q_BTHK.dtype)
         q_nope, q_rope = q_BTHK.split([self.config.nope_dim, self.config.rope_dim], dim=-1)
         q_latent = torch.einsum("bthn,hnc->bhtc", q_nope, up_k_HNC)
-        mixed_BTHC = self._attend_some(torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1), memory_BSL)
+        mixed_BTHC = self._attend_latents(torch.cat([q_latent, q_rope.transpose(1, 2)], dim=-1), cached_BSL)
         return torch.einsum("bthc,hvc->bthv", mixed_BTHC, up_v_HVC)
 
     def up_matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return W_uk [H, nope_dim, C] and W_uv [H, V, C] in dtype: views where the weight is kept so."""
+        """Return W_uk [H, nope_dim, C] and W_uv [H, V, C] in dtype; they are views if the weight is in that dtype."""
         config = self.config
         up = self.kv_b_proj.matrix(dtype).view(config.heads, config.nope_dim + config.value_dim, config.kv_lora_rank)
         up_k_HNC, up_v_HVC = up.split([config.nope_dim, config.value_dim], dim=1)
         return up_k_HNC, up_v_HVC
 
     @property
-    def _least_expanded(self) -> float:
-        """Of how many queries the expanded form costs less: C·(N + V) to expand a position, less for each query after.
+    def _min_expanded_queries(self) -> float:
+        """The number of queries from which on the expanded form costs less than the absorbed one.
 
-        A query costs 2C + R a head and position absorbed, N + R + V expanded.
+        Expanding costs C·(N + V) per head and position once.  Each query then costs N + R + V per head and position;
+        in the absorbed form it costs 2C + R.
         """
         config = self.config
         expanded = config.nope_dim + config.value_dim
         saved = 2 * config.kv_lora_rank - expanded
         return config.kv_lora_rank * expanded / saved if saved > 0 else torch.inf
 
-    def _attend_some(self, q_BHTL: Tensor, memory_BSL: Tensor) -> Tensor:
-        """Return the weighted sums of the memory for the last T tokens: [B, T, H, C]."""
-        queries, keys = q_BHTL.shape[2], memory_BSL.shape[1]
-        score_BHTS = torch.einsum("bhtl,bsl->bhts", q_BHTL, memory_BSL).float() * self.scale
-        hidden_TS = ~_visible(queries, keys, self.window, score_BHTS.device)
+    def _attend_latents(self, q_BHTL: Tensor, cached_BSL: Tensor) -> Tensor:
+        """Return the weighted sums of the cached latents for the last T tokens: [B, T, H, C]."""
+        queries, keys = q_BHTL.shape[2], cached_BSL.shape[1]
+        score_BHTS = torch.einsum("bhtl,bsl->bhts", q_BHTL, cached_BSL).float() * self.scale
+        hidden_TS = ~_visibility_mask(queries, keys, self.window, score_BHTS.device)
         weight_BHTS = score_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1).to(q_BHTL.dtype)
-        return torch.einsum("bhts,bsc->bthc", weight_BHTS, memory_BSL[..., : self.config.kv_lora_rank])
+        return torch.einsum("bhts,bsc->bthc", weight_BHTS, cached_BSL[..., : self.config.kv_lora_rank])

@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU, and a mixture of experts with its router; knows no attention.
+"""The feed-forward layers: SwiGLU, and a mixture of experts with its router; knows no attention.
 
 Legend: B batch, T tokens, D model width, N = B·T, E experts, K experts of a token, I hidden width.
 """
@@ -43,7 +43,7 @@ def _gate_and_project(gate_up: Tensor, down_proj: Linear) -> Tensor:
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token passes through: SwiGLU of rows that are normalised already."""
+    """The shared expert that every token passes through: SwiGLU of rows that are already normalised."""
 
     def __init__(self, dim: int, hidden: int, options: ParamOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SharedExpert(nn.Module):
 
 
 class _Fp32Linear(torch.autograd.Function):
-    """x Wᵀ in fp32 from an x of any dtype, of which no fp32 copy is kept: routing must not depend on bf16 rounding."""
+    """Computes x Wᵀ in fp32, since routing must not depend on bf16 rounding; keeps no fp32 copy of x for backward."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class _Fp32Linear(torch.autograd.Function):
 class Router(Fp32Buffers):
     """Chooses each token's experts by sigmoid score plus a balancing bias, and weighs them by the score alone.
 
-    The bias is for selection only, has no gradient and is moved by `balance`.
+    The bias is used for selection only, has no gradient and is updated by `balance`.
     Source: DeepSeek-V3, section 2.1.2 (auxiliary-loss-free load balancing).
     """
 
@@ -87,7 +87,7 @@ class Router(Fp32Buffers):
         self.register_buffer("bias_E", torch.zeros(config.experts, device=device))
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights [N, K] fp32, expert ids [N, K], and the load of each expert [E] fp32 (choices made)."""
+        """Return weights [N, K] fp32, expert ids [N, K], and how often each expert was chosen (load), [E] fp32."""
         weight_NK, id_NK = self.choose(x_ND)
         choices = id_NK.flatten()
         load_E = torch.zeros_like(self.bias_E).scatter_add_(0, choices, torch.ones_like(choices, dtype=torch.float32))
@@ -112,9 +112,10 @@ class Router(Fp32Buffers):
 class MoeFfn(Fp32Buffers):
     """Routed experts and shared ones; no token is dropped.
 
-    Where experts rotate, the window's are weights, in the first slots; the others are low-precision copies in buffers,
-    which answer as ever and do not learn.  `slot_E` says which expert lies where; only `place_experts` changes it.
-    Where a model is only read, all experts may be codes of 8 bits; their scales then lie beside the stacks.
+    With expert rotation, the experts in the window are weights in the first slots.  The others are frozen: they are
+    low-precision copies in buffers, which are used in forward but not trained.  `slot_E` holds each expert's slot;
+    only `place_experts` changes it.
+    In inference all experts may be 8-bit codes; their scales are then in buffers beside the stacks.
     """
 
     slot_E: Tensor | None
@@ -134,7 +135,7 @@ class MoeFfn(Fp32Buffers):
         self.register_buffer("gate_up_EHD_scale", None)
         self.register_buffer("down_EDI_scale", None)
         self.register_buffer("slot_E", None, persistent=False)
-        # Set while the masters are read in place of the copies: returns those of the idle slots, layer by layer.
+        # Set while master weights are used instead of the copies: returns those of the idle slots of this layer.
         self.read_masters: Callable[[], tuple[Stack, Stack]] | None = None
         if options.rotation is None:
             return
@@ -146,7 +147,7 @@ class MoeFfn(Fp32Buffers):
                 self.register_buffer(f"idle_{name}_{part}", tensor, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [B, T, D].  Returns the experts' answer to norm(x), [B, T, D], and their loads [E]."""
+        """x: [B, T, D].  Returns the experts' output for norm(x), [B, T, D], and their loads [E]."""
         x_ND = self.norm(x).flatten(0, 1)
         weight_NK, id_NK, load_E = self.router(x_ND)
         slot_NK, idle = id_NK, None
@@ -155,18 +156,18 @@ class MoeFfn(Fp32Buffers):
             idle = self.idle() if self.read_masters is None else self.read_masters()
         gate_up, down = self.gate_up_EHD, self.down_EDI
         if self.gate_up_EHD_scale is not None:
-            # All experts are copies that do not learn: none is resident.
+            # All experts are frozen copies, so none is resident.
             idle = QuantTensor(gate_up, self.gate_up_EHD_scale), QuantTensor(down, self.down_EDI_scale)
             gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))
         routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.matmul_format)
         return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
 
     def idle(self) -> tuple[Stack, Stack]:
-        """Return the copies of the experts that do not learn: gate and up, and down."""
+        """Return the copies of the frozen experts: gate and up, and down."""
         gate_up = join_parts(self.idle_gate_up_code, self.idle_gate_up_scale)
         return gate_up, join_parts(self.idle_down_code, self.idle_down_scale)
 
     def place_experts(self, slots: Sequence[int]) -> None:
-        """Say which slot each expert lies in; the window's slots are the first."""
+        """Set the slot of each expert; the first slots are those of the window."""
         assert self.slot_E is not None, "only where experts rotate"
         self.slot_E.copy_(torch.tensor(slots))

@@ -1,4 +1,4 @@
-"""Buffers whose numbers a cast of the model must not touch; knows nothing of what they mean."""
+"""A module whose buffers keep their dtype when the model is cast; knows nothing of what the buffers mean."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 class Fp32Buffers(nn.Module):
     """A module whose own buffers follow it to a device but keep their dtype through `.to(bfloat16)` or `.half()`.
 
-    Casting rotation frequencies to bfloat16, or a complex table to real, silently stops RoPE being a rotation.
+    If rotation frequencies are cast to bfloat16, or a complex table to real, RoPE silently stops being a rotation.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp32Buffers:
-        exact = dict(self._buffers)
+        original = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, buffer in exact.items():
+        for name, buffer in original.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None:
                 self._buffers[name] = buffer.to(moved.device)

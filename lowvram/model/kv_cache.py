@@ -1,8 +1,9 @@
-"""What decoding keeps of the tokens already read, per layer and text; knows shapes, not attention.
+"""The KV cache: what decoding keeps of the tokens already read, per layer and sequence; knows shapes, not attention.
 
-Every slot holds one text.  All share preallocated memory, [slots, …, places, width] a layer: keys and values of GQA,
-the latent of MLA, in numbers or in codes of 8 bits.  A layer that sees a window has places for it and for one
-chunk; when they are full the newest move to the front, so that what is seen always lies in one piece.
+Every slot holds one sequence.  All slots share preallocated memory, [slots, …, places, width] per layer: the keys and
+values of GQA, or the latents of MLA, as plain numbers or as 8-bit codes.  A place holds one token.  A layer with a
+sliding window has places for the window and for one chunk; when they are full, the newest tokens are moved to the
+front, so that the visible tokens are always contiguous.
 
 Legend: B slots, G key/value heads, M places, K width of a head, C kv_lora_rank, L latent rank + rotated width,
 T tokens.
@@ -24,10 +25,10 @@ CacheForm = Literal["plain", "e4m3"]
 
 
 class KvCache:
-    """Preallocated memory for `slots` texts of up to `max_context` tokens, of which at most `chunk` are read at once.
+    """Preallocated memory for `slots` sequences of up to `max_context` tokens; at most `chunk` tokens are read at once.
 
-    GQA keeps keys and values, two [B, G, M, K] a layer; MLA keeps its latent, [B, M, kv_lora_rank + rope_dim], or as
-    "e4m3" codes [B, M, C], a scale for 128 of them, and the rotated part in dtype.
+    GQA stores keys and values, two [B, G, M, K] per layer.  MLA stores its latents, [B, M, kv_lora_rank + rope_dim];
+    in the form "e4m3" it stores codes [B, M, C], one scale per 128 of them, and the rotated part in dtype.
     """
 
     def __init__(
@@ -45,37 +46,37 @@ class KvCache:
         self.form = form if config.attention.kind == "mla" else "plain"
         self.windows = [config.window_of(layer) for layer in range(config.layers)]
         self.window = next((window for window in self.windows if window is not None), None)
-        # Places of a layer with a window.
+        # The number of places in a layer with a window.
         self.short = max_context if self.window is None else min(max_context, self.window + chunk)
         self.lengths = [0] * slots
-        # The position that lies at the first place of a layer with a window.
+        # For each slot, the position that is stored at the first place of a layer with a window.
         self.starts = [0] * slots
         self.layers: list[tuple[Tensor, ...]] = []
         for window in self.windows:
             places = max_context if window is None else self.short
             kinds = _shapes(config, self.form, places, dtype)
-            # Zeros, because a weight of zero would not stop the NaN that unwritten memory may hold.
+            # Zeros, because unwritten memory may hold NaN, and an attention weight of zero does not cancel it.
             self.layers.append(tuple(torch.zeros(slots, *shape, dtype=kind, device=device) for shape, kind in kinds))
 
     @property
     def bytes(self) -> int:
-        """How many bytes all memory takes."""
+        """The size of the whole cache in bytes."""
         return sum(part.numel() * part.element_size() for parts in self.layers for part in parts)
 
     def bytes_per_token(self) -> float:
-        """Return how many bytes one token of one text takes, all layers together; a window's layers by their places."""
+        """Return the cache's bytes per token of `max_context` and slot, summed over all layers."""
         return self.bytes / (self.slots * self.max_context)
 
     def first(self, slot: int, layer: int) -> int:
-        """Return which position of the slot's text lies at the layer's first place."""
+        """Return which position of the slot's sequence is stored at the layer's first place."""
         return 0 if self.windows[layer] is None else self.starts[slot]
 
     def make_room(self, slot: int, count: int) -> None:
-        """See that the next `count` tokens, at most a chunk, find places: a full layer's newest move to the front."""
+        """Make room for the next `count` tokens, at most a chunk; full layers move their newest tokens to the front."""
         held = self.lengths[slot] - self.starts[slot]
         if held + count <= self.short or self.short == self.max_context:
             return
-        # Half a chunk at a time: rare, and as much of the past stays within reach of `rewind`.
+        # Half a chunk is freed at a time: moves are rare, and half a chunk of the past stays available to `rewind`.
         kept = self.short - max(count, self.chunk // 2)
         for layer, window in enumerate(self.windows):
             if window is not None:
@@ -84,9 +85,9 @@ class KvCache:
         self.starts[slot] += held - kept
 
     def rewind(self, slot: int, length: int) -> int:
-        """Forget the slot's tokens from number `length` on; returns how many it still holds.
+        """Drop the slot's tokens from position `length` on; returns how many it still holds.
 
-        Those are all before `length`, or none, where a window has moved on and what it would see again is lost.
+        That is `length`, or 0 where a window has moved on and tokens that it would need again are lost.
         """
         held = self.lengths[slot]
         if length >= held:
@@ -104,7 +105,7 @@ class KvCache:
         return length
 
     def latent(self, layer: int, slot: int, places: slice, dtype: torch.dtype) -> Tensor:
-        """Return the latents at some places, [1, places, L] in dtype: the memory itself where it is of that dtype."""
+        """Return the latents at some places, [1, places, L] in dtype: a view of the cache if it has that dtype."""
         parts = [part[slot : slot + 1, places] for part in self.layers[layer]]
         if len(parts) == 1:
             return parts[0].to(dtype)
@@ -113,7 +114,7 @@ class KvCache:
         return torch.cat([e4m3.decode(code, torch.float32).mul_(spread).to(dtype), rope.to(dtype)], dim=-1)
 
     def parts_of_latent(self, new_TL: Tensor) -> tuple[Tensor, ...]:
-        """Return latents as they are kept, one tensor for each of a layer's."""
+        """Return latents in the form in which they are stored, one tensor for each tensor of a layer."""
         if self.form == "plain":
             return (new_TL,)
         rank = self.layers[0][0].shape[-1]
@@ -121,7 +122,7 @@ class KvCache:
 
 
 class CacheSlot:
-    """One slot, as the forward pass of many tokens reads and fills it."""
+    """One slot of the cache, as the forward pass reads and fills it."""
 
     def __init__(self, cache: KvCache, slot: int) -> None:
         self.cache, self.slot = cache, slot
@@ -132,13 +133,13 @@ class CacheSlot:
         return self.cache.lengths[self.slot]
 
     def store_latent(self, layer: int, new_1TL: Tensor) -> Tensor:
-        """Write new tokens' latents behind the old ones; returns what is kept so far, [1, S, L] in new's dtype."""
+        """Append the latents of new tokens; returns all latents stored so far, [1, S, L] in new's dtype."""
         self._write(layer, self.cache.parts_of_latent(new_1TL[0]))
         end = self.length + new_1TL.shape[1] - self.cache.first(self.slot, layer)
         return self.cache.latent(layer, self.slot, slice(end), new_1TL.dtype)
 
     def store_keys(self, layer: int, k_1TGK: Tensor, v_1TGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new tokens' keys and values; returns what is kept so far, [1, G, S, K] each, in k's dtype."""
+        """Append the keys and values of new tokens; returns all stored so far, [1, G, S, K] each, in k's dtype."""
         self._write(layer, (k_1TGK[0].transpose(0, 1), v_1TGK[0].transpose(0, 1)))
         end = self.length + k_1TGK.shape[1] - self.cache.first(self.slot, layer)
         k, v = (part[self.slot : self.slot + 1, :, :end].to(k_1TGK.dtype) for part in self.cache.layers[layer])

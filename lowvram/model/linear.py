@@ -1,4 +1,4 @@
-"""Layers that own one weight and hand it to a lean op: a master, cast where it is used, or codes of 8 bits to read."""
+"""Linear layers and RMSNorm; each owns one weight (trainable, or 8-bit codes).  Knows no attention and no FFN."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lowvram.config.train import Rotation
 class ParamOptions(NamedTuple):
     """How a model stores and multiplies its weights: device, dtype of matrices, and which experts of a layer learn.
 
-    Norms and routers are always fp32.  matmul_format: of the products of every Linear and expert; the embedding, the
-    head and the router multiply in "plain".  is_hollow: matrices have no memory yet; `generate/weights.py` puts what it
-    reads in their place, in the format that it reads.
+    Norms and routers are always fp32.  matmul_format: the number format of the products of every Linear and expert; the
+    embedding, the head and the router use "plain".  is_hollow: matrices are on the meta device, without memory;
+    `generate/weights.py` replaces them by what it reads, in the format that it reads.
     """
 
     device: torch.device | str | None = None
@@ -33,21 +33,21 @@ class ParamOptions(NamedTuple):
     is_hollow: bool = False
 
     def matrix(self, *shape: int) -> nn.Parameter:
-        """Return a matrix, or a stack of them, for a load or a draw to fill."""
+        """Return an uninitialised matrix, or a stack of them; loading or initialisation fills it."""
         device = "meta" if self.is_hollow else self.device
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=device))
 
 
 DEFAULT_OPTIONS = ParamOptions()
-# From so many rows on a copy in fp32 costs less than products of 16 bits without instructions for them.
+# On a CPU without 16-bit instructions, an fp32 copy of the weight beats 16-bit products from this many rows on.
 # Measured: EPYC (AVX2), torch 2.13, one thread, bf16, 8192×512: 3.5 ms against 4.4 at 4 rows, 7.2 and 5.6 at 8.
-_LEAST_WIDENED = 8
+_MIN_WIDENED_ROWS = 8
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ without bias; computes in x's dtype whatever dtype the weight is kept in.
+    """y = x Wᵀ without bias, computed in x's dtype, whatever the dtype of the weight.
 
-    weight_scale: the scales of a weight of 8 bits, which can be read and not learnt; None where it is plain.
+    weight_scale: the scales of an 8-bit weight, which is for inference only; None for a plain weight.
     """
 
     weight_scale: Tensor | None
@@ -64,7 +64,7 @@ class Linear(nn.Module):
         return linear(x, self.weight, self.matmul_format)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight in dtype, [outputs, inputs]: itself where it is kept so, else a copy."""
+        """Return the weight in dtype, [outputs, inputs]: the weight itself if it has that dtype, else a copy."""
         return decoded(self.weight, self.weight_scale, dtype)
 
 
@@ -82,7 +82,7 @@ class RmsNorm(nn.Module):
 
 
 def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Return x Wᵀ in x's dtype, for reading: what `linear` gives, by whatever is fastest for so few or many rows.
+    """Return x Wᵀ in x's dtype without gradients: the same as `linear`, by the fastest way for this number of rows.
 
     x: [N, inputs], or one row as a vector.
     """
@@ -90,21 +90,21 @@ def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
         weight_OI = weight_OI.to(x_NI.dtype)
     if x_NI.dim() == 1:
         return torch.mv(weight_OI, x_NI)
-    if x_NI.shape[0] >= _LEAST_WIDENED and is_slow_in_half(x_NI):
+    if x_NI.shape[0] >= _MIN_WIDENED_ROWS and is_slow_in_half(x_NI):
         return F.linear(x_NI.float(), weight_OI.float()).to(x_NI.dtype)
     return F.linear(x_NI, weight_OI)
 
 
 def is_slow_in_half(x: Tensor) -> bool:
-    """Say whether products of x's numbers are of 16 bits on a processor that has no instructions for them."""
+    """Say whether x has 16 bits and is on a CPU without instructions for 16-bit products."""
     has_none = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2")
     return card_of(x.device).platform == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
 
 
 def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
-    """Return each layer's answer to norm(x); the normalised rows are not kept for backward.
+    """Return the output of each layer for norm(x); the normalised rows are not saved for backward.
 
-    layers: of one form.  x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
+    layers: all of the same matmul_format.  x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
     """
     if any(layer.weight_scale is not None for layer in layers):
         normed = norm(x)

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary tables with YaRN, and ALiBi as extra columns; knows nothing of attention.
+"""Position encodings: rotary tables with YaRN, and ALiBi as extra columns; knows nothing of attention.
 
 Legend: B batch, T queries, S keys, H heads, G key/value heads, K width of a head, R half the rotated width.
 """
@@ -22,7 +22,7 @@ WIDTH_STEP = 8
 
 
 class RotaryTable(Fp32Buffers):
-    """Cosines and sines of every position, always in fp32, computed for the positions that are asked for."""
+    """Computes the cosines and sines of the requested positions, always in fp32."""
 
     frequency_R: Tensor
 
@@ -46,47 +46,47 @@ def frequencies(config: Rope, rope_dim: int) -> Tensor:
     plain_R = 1.0 / config.theta**pair_R
     if config.yarn is None:
         return plain_R
-    keep_R = 1.0 - _interpolated_share(config.yarn, config.theta, rope_dim)
+    keep_R = 1.0 - _interpolation_ramp(config.yarn, config.theta, rope_dim)
     return plain_R / config.yarn.factor * (1.0 - keep_R) + plain_R * keep_R
 
 
-def _interpolated_share(yarn: Yarn, theta: float, rope_dim: int) -> Tensor:
-    def pair_turning(rotations: float) -> float:
+def _interpolation_ramp(yarn: Yarn, theta: float, rope_dim: int) -> Tensor:
+    def pair_with(rotations: float) -> float:
         return rope_dim * math.log(yarn.original_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_turning(yarn.beta_slow)), rope_dim - 1)
+    low = max(math.floor(pair_with(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with(yarn.beta_slow)), rope_dim - 1)
     ramp_R = (torch.arange(rope_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     return ramp_R.clamp(0, 1)
 
 
 class _Rotate(torch.autograd.Function):
-    """The last 2R values of each head turned by the table's angles; keeps only the tables."""
+    """Rotates the last 2R values of each head by the table's angles; saves only the tables for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos_TR, sin_TR)
         ctx.interleaved = interleaved
-        return _turn(x, cos_TR, sin_TR, interleaved)
+        return _rotate_pairs(x, cos_TR, sin_TR, interleaved)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         cos_TR, sin_TR = ctx.saved_tensors
-        return _turn(gradients[0], cos_TR, -sin_TR, ctx.interleaved), None, None, None
+        return _rotate_pairs(gradients[0], cos_TR, -sin_TR, ctx.interleaved), None, None, None
 
 
-def _turn(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
+def _rotate_pairs(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
     pairs = cos_TR.shape[-1]
     y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
-    still = x_BTHK.shape[-1] - 2 * pairs
-    if still:
-        y_BTHK[..., :still] = x_BTHK[..., :still]
+    unrotated = x_BTHK.shape[-1] - 2 * pairs
+    if unrotated:
+        y_BTHK[..., :unrotated] = x_BTHK[..., :unrotated]
     cos, sin = cos_TR[:, None], sin_TR[:, None]
     first, second = (
-        (slice(still, None, 2), slice(still + 1, None, 2))
+        (slice(unrotated, None, 2), slice(unrotated + 1, None, 2))
         if interleaved
-        else (slice(still, still + pairs), slice(still + pairs, None))
+        else (slice(unrotated, unrotated + pairs), slice(unrotated + pairs, None))
     )
     a, b = x_BTHK[..., first], x_BTHK[..., second]
     y_BTHK[..., first] = a * cos - b * sin
@@ -95,7 +95,7 @@ def _turn(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> 
 
 
 def rotate(x_BTHK: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotate the last 2R values of each head by its position's angles; the values before them stay.
+    """Rotate the last 2R values of each head by the angles of its position; the values before them are unchanged.
 
     x: [B, T, H, K].  table: cosines and sines, each [T, R] fp32.  Pairs are neighbours where `interleaved` (as in
     DeepSeek-V3), else (i, i + R) (as in Llama).  The products are taken in fp32.  Saved for backward: the tables.
@@ -106,7 +106,8 @@ def rotate(x_BTHK: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> T
 def slopes(heads: int) -> Tensor:
     """Return ALiBi's slope of every head, [H] fp32.
 
-    A power of two takes 2^(−8i/n); other counts take the lower power's slopes, then every second one of the next's.
+    If the count is a power of two, the slopes are 2^(−8i/n).  Any other count has the slopes of the next lower power,
+    then every second slope of the next higher one.
     Source: Press et al. 2022, section 3 and its published recipe for other head counts.
     """
     power = 2 ** math.floor(math.log2(heads))
@@ -118,8 +119,8 @@ def slopes(heads: int) -> Tensor:
 def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, slope_H: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Widen queries and keys so that plain causal attention subtracts slope · distance from its scores.
 
-    softmax ignores what is equal for all keys of a query, so slope · key position does it.  In bf16 neither factor
-    is exact; each goes in two pieces (slope, and position as 256 · high + low) whose four products are.
+    softmax ignores what is equal for all keys of a query, so it is enough to add slope · key position.  In bf16 neither
+    factor is exact; each is split in two (slope, and position as 256 · high + low) so that the four products are exact.
     Positions are centred in fp32 to keep the sums small.  Columns of zeros make the width a multiple of 8.
     Returns [B, H, T, K + 8] and [B, G, S, K + 8] (more where K is no multiple of 8).
     """
@@ -141,7 +142,7 @@ def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, slope_H: Tensor, scale: fl
 
 
 class Turn(NamedTuple):
-    """How the tokens of several texts turn, one of each: [N, 1, 2R] fp32, and each number's partner, [2R]."""
+    """The rotation of one token of each of N sequences: [N, 1, 2R] fp32, and the index of each value's pair, [2R]."""
 
     cos_N1K: Tensor
     sin_N1K: Tensor
@@ -149,7 +150,7 @@ class Turn(NamedTuple):
 
 
 def turn_at(table: RotaryTable, position_N: Tensor, interleaved: bool) -> Turn:
-    """Return the turn of one token at each position.  position: [N] integers.  interleaved: as of `rotate`."""
+    """Return the rotation of one token at each position.  position: [N] integers.  interleaved: see `rotate`."""
     angle_NR = position_N[:, None].float() * table.frequency_R
     cos_NR, sin_NR = angle_NR.cos(), angle_NR.sin()
     order_K, pairs = torch.arange(2 * cos_NR.shape[1], device=position_N.device), cos_NR.shape[1]
@@ -161,6 +162,6 @@ def turn_at(table: RotaryTable, position_N: Tensor, interleaved: bool) -> Turn:
 
 
 def rotate_one(x_NHK: Tensor, turn: Turn) -> Tensor:
-    """Rotate heads that are rotated whole: what `rotate` does, for one token a text.  x: [N, H, 2R]."""
+    """Rotate all values of each head as `rotate` does, for one token of each sequence.  x: [N, H, 2R]."""
     x = x_NHK.float()
     return torch.addcmul(x * turn.cos_N1K, x.index_select(-1, turn.partner_K), turn.sin_N1K).to(x_NHK.dtype)

@@ -1,4 +1,4 @@
-"""The whole network: embedding, blocks, final norm, head; knows neither loss nor data.
+"""The whole network (embedding, blocks, final norm, head); knows neither loss nor data.
 
 Legend: B batch, T tokens, D model width, V vocabulary, E experts.
 """
@@ -30,9 +30,9 @@ from lowvram.model.kv_cache import CacheSlot
 from lowvram.model.linear import ParamOptions, RmsNorm
 from lowvram.model.positions import RotaryTable
 
-_READ_BY_HEADS = "kv_b_proj.weight"  # each head multiplies its own part, from both sides
+_READ_BY_HEADS = "kv_b_proj.weight"  # each head multiplies its own part, from the left and from the right
 INIT_STD = 0.02  # GPT-2's; the seed report uses it too
-_SITES = 2  # places in a block that drop: after attention, after the feed-forward layer
+_SITES = 2  # dropout sites in a block: after attention, after the feed-forward layer
 
 
 class Dropout(NamedTuple):
@@ -43,7 +43,7 @@ class Dropout(NamedTuple):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each reading the normed stream and adding to it."""
+    """Attention and a feed-forward layer; each reads the normalised residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig, layer: int, options: ParamOptions) -> None:
         super().__init__()
@@ -67,8 +67,8 @@ class Block(nn.Module):
         cache: CacheSlot | None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
-        attention = _again(self.attention) if recompute == "attention" else self.attention
+        """Return the residual stream [B, T, D] and, in a MoE layer, the experts' loads [E]."""
+        attention = _recomputed(self.attention) if recompute == "attention" else self.attention
         x_BTD = x_BTD + self._dropped(attention(x_BTD, table, cache), drop, site=0)
         load_E = None
         if isinstance(self.ffn, MoeFfn):
@@ -84,11 +84,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder built from a ModelConfig, with weights drawn from `seed`; None leaves them for a load to fill.
+    """A decoder built from a ModelConfig, with weights drawn from `seed`; if it is None, they stay uninitialised.
 
-    dtype: of the matrices; norms and routers are fp32 always.  rotation: how many experts of a layer are weights, and
-    as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.  matmul_format: the
-    numbers that the blocks' layers multiply.  is_hollow: matrices have no memory, see `ParamOptions`.
+    dtype: of the matrices; norms and routers are always fp32.  rotation: how many experts of a layer are weights, and
+    in which format the others are stored; `train/rotation.py` initialises those others.  matmul_format: the number
+    format of the products in the blocks.  is_hollow: matrices have no memory, see `ParamOptions`.
     """
 
     embedding_scale: Tensor | None
@@ -121,24 +121,24 @@ class Transformer(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The output matrix [V, D] as it is kept, codes too: the embedding itself where the two are tied."""
+        """The output matrix [V, D] as it is stored, perhaps as codes; if the two are tied, it is the embedding."""
         return self._head()[0]
 
     def head_matrix(self, dtype: torch.dtype) -> Tensor:
-        """Return the output matrix in dtype, [V, D]: itself where it is kept so, else a copy."""
+        """Return the output matrix in dtype, [V, D]: the matrix itself if it has that dtype, else a copy."""
         return decoded(*self._head(), dtype)
 
     def _head(self) -> tuple[Tensor, Tensor | None]:
         return (self.embedding, self.embedding_scale) if self.config.tied else (self.head, self.head_scale)
 
     def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None, which codes have not)."""
+        """Return the rows of the embedding, [B, T, D] in dtype (None: the dtype of the weights, or fp32 for codes)."""
         if self.embedding_scale is not None:
             return look_up(token_BT, QuantTensor(self.embedding, self.embedding_scale), dtype or torch.float32)
         return embedding(token_BT, self.embedding, dtype)
 
     def read_out(self, stream_D: Tensor) -> Tensor:
-        """Return the logits behind a normed stream: [..., V] from [..., D], in its dtype."""
+        """Return the logits of normalised hidden states: [..., V] from [..., D], in their dtype."""
         head_VD, scale = self._head()
         if scale is not None:
             return weight_only_linear(stream_D, QuantTensor(head_VD, scale))
@@ -152,9 +152,10 @@ class Transformer(nn.Module):
         cache: CacheSlot | None = None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the normed stream [B, T, D] in `dtype` (the weights' own if None) and all loads [MoE layers, E].
+        """Return the normalised hidden states [B, T, D] in `dtype` and the loads of all experts [MoE layers, E].
 
-        With a cache the tokens continue what it holds, and are stored in it.  recompute: what backward computes again.
+        dtype: None for that of the weights.  With a cache, the tokens continue its sequence and are stored in it.
+        recompute: what backward computes again.
         """
         x_BTD = self.embed(token_BT, dtype)
         if drop is not None and drop.rate > 0.0:
@@ -163,7 +164,7 @@ class Transformer(nn.Module):
         table = self.table(start, token_BT.shape[1]) if self.table is not None else None
         loads = []
         for block in self.blocks:
-            run = _again(block) if recompute == "block" else block
+            run = _recomputed(block) if recompute == "block" else block
             x_BTD, load_E = run(x_BTD, table, drop, cache, recompute)
             if load_E is not None:
                 loads.append(load_E)
@@ -181,39 +182,39 @@ class Transformer(nn.Module):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoeFfn)]
 
 
-def _again(layer: nn.Module) -> Callable[..., Any]:
-    """Keep only what goes into the layer, and run it once more in backward (Chen et al. 2016).
+def _recomputed(layer: nn.Module) -> Callable[..., Any]:
+    """Save only the layer's inputs, and compute the layer again in backward (Chen et al. 2016).
 
-    No generator's state is kept: dropout is keyed, and routing depends on nothing that a step changes.
+    No RNG state is saved: dropout is keyed, and nothing that routing depends on changes within a step.
     """
     return functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()
 def lay_by_columns(model: Transformer) -> Transformer:
-    """Lay a processor's plain weights as decoding multiplies them fastest, in place: same shapes, values and bytes.
+    """Change the memory layout of plain weights on a CPU so that decoding is fastest; shapes and values stay equal.
 
-    Queries, keys and values of GQA become parts of one matrix.  In fp32, matrices with more outputs than inputs lie
-    column by column: one row times such a matrix is a sum of long columns, and many rows are as fast as before.
+    The weights of queries, keys and values of GQA become views of one matrix.  In fp32, matrices with more outputs than
+    inputs become column-major: one row times such a matrix is a sum of long columns; many rows are as fast as before.
     Measured: EPYC (AVX2), torch 2.13, one thread: 0.31 ms against 0.54 at 2816×512, 3.4 against 5.0 at 32768×512; at
-    512×1408 0.26 against 0.21.  Alive besides: one matrix.  For a model that is only read.
+    512×1408 0.26 against 0.21.  It works in place and needs memory for one more matrix.  For inference only.
     """
     for block in model.blocks:
         if isinstance(block.attention, GqaAttention):
             block.attention.join_projections()
     for name, weight in model.named_parameters():
         rows, columns = weight.shape[-2:] if weight.dim() > 1 else (0, 0)
-        is_laid = rows > 0 and weight.stride(-2) == 1
-        if weight.dtype == torch.float32 and rows > columns and not is_laid and not name.endswith(_READ_BY_HEADS):
+        is_by_columns = rows > 0 and weight.stride(-2) == 1
+        if weight.dtype == torch.float32 and rows > columns and not is_by_columns and not name.endswith(_READ_BY_HEADS):
             weight.data = weight.data.mT.contiguous().mT
     return model
 
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Draw every matrix from N(0, 0.02²), those that write into the stream scaled by 1 / √(2 · layers); norms are 1.
+    """Draw every matrix from N(0, 0.02²) and set norms to 1; output projections are scaled by 1 / √(2 · layers).
 
-    Each weight has a generator keyed by seed and name, so a weight's start depends on nothing else.
+    Each weight has a generator keyed by seed and name, so its initial values depend on nothing else.
     """
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
@@ -224,7 +225,7 @@ def initialise(model: Transformer, seed: int) -> None:
 
 @torch.no_grad()
 def draw_(weight: Tensor, name: str, seed: int, config: ModelConfig) -> None:
-    """Draw one matrix, or stack of matrices, as `initialise` does: what it becomes follows from its name and shape."""
+    """Draw one matrix, or a stack of matrices, as `initialise` does; its values depend on seed, name and shape."""
     key = hashlib.sha256(f"{seed}/initialise/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
     drawn = torch.empty(weight.shape, dtype=torch.float32).normal_(0.0, INIT_STD, generator=generator)

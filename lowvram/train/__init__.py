@@ -1,1 +1,1 @@
-"""Learning: one step, the loop around it, what survives a stop."""
+"""Training: one step, the loop around it, and the state that a checkpoint saves; this package knows no command line."""

@@ -1,4 +1,4 @@
-"""Blocks that run compiled while gradients are made, and eagerly at all other times; knows no loop and no plan."""
+"""Runs the model's blocks through torch.compile while gradients are computed, and only then; knows no loop, no plan."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ BACKEND = "inductor"
 
 @contextmanager
 def compiled(model: Transformer) -> Iterator[None]:
-    """Let each block run through torch.compile inside; a block of another shape or kind is compiled when it comes.
+    """Run each block through torch.compile inside this context; a new shape or kind of block is compiled when it runs.
 
-    Only inside, so that evaluation and sampling, whose shapes change with every token, compile nothing.  Entering
-    again costs some milliseconds: what was compiled is found again by its code.  `Module.compile` works in place, so
-    the weights keep their names.  Raises MachineError where compiling fails, and lets memory that runs out through.
+    Outside nothing is compiled, because evaluation and sampling change their shapes with every token.  Entering again
+    costs some milliseconds: compiled code is found again by the code of the block.  `Module.compile` works in place, so
+    the weights keep their names.  Raises MachineError where compiling fails; out-of-memory errors pass through.
     """
-    # Imported here: a second that an eager run does not spend.
+    # Imported here, because the import takes a second and an eager run does not need it.
     from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     try:
-        # A block's number decides its dropout mask: unspecialised, blocks that are alike share one compilation.
+        # A block's number decides its dropout mask.  If it is not specialised, equal blocks share one compilation.
         with config.patch(allow_unspec_int_on_nn_module=True):
             for block in model.blocks:
                 # A graph break would be a silent fallback.
@@ -45,13 +45,13 @@ def compiled(model: Transformer) -> Iterator[None]:
 
 
 def forget_compiled() -> None:
-    """Drop what was compiled: after a change of shape it would be compiled again for every shape, which is slower."""
+    """Drop all compiled code: after a change of shape, blocks would be compiled for dynamic shapes, which is slower."""
     import torch._dynamo
 
     torch._dynamo.reset()
 
 
 def _first_line(error: Exception) -> str:
-    """Return what a compiler said first; around its own error stands one that only names the compiler."""
+    """Return the first line of the compiler's own error; torch wraps it in one that only names the compiler."""
     cause = getattr(error, "inner_exception", error)
     return f"{type(cause).__name__}: {str(cause).strip()}".splitlines()[0]

@@ -1,8 +1,8 @@
-"""One micro-batch's passes as a CUDA graph: recorded once, then played again without the host; knows no loop.
+"""Captures the passes of one micro-batch as a CUDA graph and replays them without the host; knows no loop.
 
-A step of a small model is some thousand launches, each of which costs the host more than the card.  A recording has
-the same kernels on the same addresses, so what it computes is the same; its activations keep their memory between
-steps, which then nothing else can use.
+A step of a small model launches thousands of kernels, and each launch costs the host more time than the card.  A graph
+runs the same kernels on the same addresses, so its results are the same.  Its activations keep their memory between
+steps, and nothing else can use that memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from lowvram.objective import Batch, Loss
 _WARM_UPS = 2
 
 
-class RecordedPass:
-    """The gradients of micro-batches of one shape, in place of `step.add_gradients`.
+class CapturedPass:
+    """Computes the gradients of micro-batches of one shape from CUDA graphs, in place of `step.add_gradients`.
 
-    add: passes a micro-batch through the model, its loss times a factor on the device.  It must not read anything back.
-    batch: one of the shape, whose numbers do not matter.  accumulates: whether a step has several micro-batches; the
-    first one makes `.grad`, the others add to it, and each of both is a recording.  `.grad` is dropped.
-    Raises what torch raises where memory runs out or something cannot be recorded.
+    add: runs forward and backward for a micro-batch, with its loss times a factor on the device; it must not read
+    anything back.  batch: an example of the shape; its values do not matter.  accumulates: whether a step has several
+    micro-batches; the first one creates `.grad`, the others add to it, and each of the two is a graph of its own.
+    `.grad` is dropped.
+    Raises torch's errors where memory runs out or something cannot be captured.
     """
 
     def __init__(
@@ -40,21 +41,24 @@ class RecordedPass:
         self._drop_gradients()
         _warm_up(run)
         self._drop_gradients()
-        self._play_first, self._first, pool = _record(run, None)
+        self._replay_first, self._first_loss, pool = _capture(run, None)
         self._gradients = [weight.grad for weight in self._weights]
-        self._play_next, self._next = self._play_first, self._first
+        self._replay_next, self._next_loss = self._replay_first, self._first_loss
         if accumulates:
-            self._play_next, self._next, _ = _record(run, pool)
+            self._replay_next, self._next_loss, _ = _capture(run, pool)
         self._drop_gradients()
 
     def add(self, batch: Batch, factor: float) -> Loss:
-        """Do what `step.add_gradients` does; the shapes of the batch are those of the recording."""
+        """Do what `step.add_gradients` does; the batch must have the captured shapes."""
         for own, given in zip(self._batch, batch, strict=True):
             own.copy_(given)
         self._factor.fill_(factor)
         is_first = all(weight.grad is None for weight in self._weights)
-        play, loss = (self._play_first, self._first) if is_first else (self._play_next, self._next)
-        play()
+        if is_first:
+            replay, loss = self._replay_first, self._first_loss
+        else:
+            replay, loss = self._replay_next, self._next_loss
+        replay()
         if is_first:
             for weight, gradient in zip(self._weights, self._gradients, strict=True):
                 weight.grad = gradient
@@ -66,7 +70,7 @@ class RecordedPass:
 
 
 def _warm_up(run: Callable[[], Loss]) -> None:
-    """Let libraries and Triton do what they do once, on a stream of its own as recording wants it."""
+    """Run the initialisation of libraries and Triton's compilation, on a side stream as capturing requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -75,8 +79,8 @@ def _warm_up(run: Callable[[], Loss]) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
 
-def _record(run: Callable[[], Loss], pool: tuple[int, int] | None) -> tuple[Callable[[], None], Loss, tuple[int, int]]:
-    """Return what plays it again, the loss that this writes, and the memory that it lives in."""
+def _capture(run: Callable[[], Loss], pool: tuple[int, int] | None) -> tuple[Callable[[], None], Loss, tuple[int, int]]:
+    """Return the function that replays `run`, the loss that it writes, and the graph's memory pool."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         loss = run()

@@ -1,4 +1,4 @@
-"""What to make of numbers that are not finite: which tensors hold them, and what a run that diverged is told."""
+"""Finds tensors with numbers that are not finite, and writes the errors of a run that diverged; knows no loop."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowvram.errors import TrainingError
 
-# Consecutive steps without a finite gradient after which going on only burns electricity.
+# After this many consecutive steps without a finite gradient the run is stopped, since it will not recover.
 MOST_SKIPPED = 25
 
 
@@ -17,8 +17,8 @@ MOST_SKIPPED = 25
 def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that holds NaN or an infinity, None where all numbers are finite.
 
-    The greatest magnitude of each is found where the tensor lies, which allocates nothing of its size; the host reads
-    one number per device.
+    The greatest magnitude of each is computed on the tensor's own device, without a copy of it; the host reads one
+    vector per device.
     """
     names: dict[torch.device, list[str]] = {}
     greatest: dict[torch.device, list[Tensor]] = {}
@@ -26,38 +26,38 @@ def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if tensor.is_floating_point() and tensor.numel():
             names.setdefault(tensor.device, []).append(name)
             greatest.setdefault(tensor.device, []).append(torch.linalg.vector_norm(tensor, torch.inf).float())
-    for device, found in greatest.items():
-        are_finite = torch.stack(found).isfinite().tolist()
+    for device, maxima in greatest.items():
+        are_finite = torch.stack(maxima).isfinite().tolist()
         if not all(are_finite):
             return names[device][are_finite.index(False)]
     return None
 
 
 def explain_divergence(skipped: int, step: int, healthy_step: int | None, rate: float) -> TrainingError:
-    """Return the error of a run whose gradients were not finite in so many steps in a row, the last of them `step`.
+    """Return the error of a run whose gradients were not finite in `skipped` steps in a row, the last of them `step`.
 
-    healthy_step: of the newest checkpoint from before these steps, if any.  rate: the run's optimizer.lr.
+    healthy_step: the step of the newest checkpoint from before these steps, if any.  rate: the run's optimizer.lr.
     """
     return TrainingError(
         f"{skipped} steps in a row had no finite gradient; stopped at step {step}.",
-        _say_what_stands(healthy_step, "from before that, unless it diverged slowly"),
+        _describe_checkpoint(healthy_step, "from before that, unless it diverged slowly"),
         f"Lower optimizer.lr (now {rate:g}) in a new run.dir, with start_from an older checkpoint if you like.",
     )
 
 
 def explain_broken_weights(name: str, step: int, healthy_step: int | None, rate: float) -> TrainingError:
-    """Return the error of a state that is not saved, since the tensor `name` of it is not finite.
+    """Return the error of a state that is not saved, because its tensor `name` is not finite.
 
-    The others are as for `explain_divergence`.
+    The other parameters are those of `explain_divergence`.
     """
     return TrainingError(
         f"{name} holds numbers that are not finite after step {step}, so this state was not saved.",
-        _say_what_stands(healthy_step, "the newest that can be used"),
+        _describe_checkpoint(healthy_step, "the newest that can be used"),
         f"Lower optimizer.lr (now {rate:g}) in a new run.dir, with start_from an older checkpoint if you like.",
     )
 
 
-def _say_what_stands(healthy_step: int | None, which: str) -> str:
+def _describe_checkpoint(healthy_step: int | None, which: str) -> str:
     if healthy_step is None:
         return "There is no checkpoint from before that."
     return f"The checkpoint of step {healthy_step} is {which}."

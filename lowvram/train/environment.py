@@ -1,4 +1,4 @@
-"""What decides a run's last bits beside its run file and plan: torch, the threads, the device; kept with each save."""
+"""The software and hardware that change the last bits of a run (torch, threads, device), saved with each checkpoint."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Any
 
 import torch
 
-# Under this name among the numbers of a checkpoint.
+# The name of this record among the numbers of a checkpoint.
 KEY = "conditions"
 
 
 def current_environment(device: torch.device) -> dict[str, Any]:
-    """Return the conditions of this process as plain values."""
+    """Return the environment of this process as plain values."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}
 
 
 def compare_environments(saved: object, here: dict[str, Any]) -> str | None:
-    """Return a sentence where a checkpoint was saved under other conditions; None where they are equal or unknown.
+    """Return a sentence where a checkpoint was saved in another environment; None where it is equal or unknown.
 
-    saved: what `conditions_here` returned then.  Threads of the processor count only where it does the computing.
+    saved: what `current_environment` returned then.  The thread count is compared only where the CPU trains the model.
     """
     if not isinstance(saved, dict):
         return None
-    counts = [name for name in here if name != "threads" or here["device"] == "cpu"]
+    compared = [name for name in here if name != "threads" or here["device"] == "cpu"]
     changed = [
         f"{name} {str(saved[name])[:60]} then, {here[name]} now"
-        for name in counts
+        for name in compared
         if name in saved and saved[name] != here[name]
     ]
     if not changed:
         return None
-    return f"Not as at the last save: {'; '.join(changed)}.  The run goes on, and may differ from then on in last bits."
+    return f"Changed since the last save: {'; '.join(changed)}.  The run goes on; from here its last bits may differ."

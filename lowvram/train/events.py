@@ -1,4 +1,4 @@
-"""What happens in a run, as frozen values; knows neither who makes them nor who shows them."""
+"""The events of a run, as frozen values; knows neither who makes them nor who shows them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from lowvram.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Started:
-    """The run begins, with the weights of `began_from` if it names an origin, or goes on from `step`.
+    """The run starts or resumes at `step`.
 
-    passed_over: newer checkpoints that were corrupt.  notices: sentences about the one that is used.
+    resumed_from: the checkpoint of this run that was loaded.  began_from: the checkpoint of another run whose weights a
+    new run starts with.  passed_over: the errors of newer checkpoints that were corrupt.  notices: sentences about the
+    one that is used.
     """
 
     step: int
@@ -28,7 +30,8 @@ class Started:
 class StepDone:
     """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU.
 
-    skipped: 1 where the step's gradients were not finite; of weights that move during backward the number of those.
+    left_s: estimated time to the end of the run.  skipped: 1 where the step's gradients were not finite; where weights
+    are updated during backward, the number of weights whose gradient was not finite.
     """
 
     step: int
@@ -43,13 +46,13 @@ class StepDone:
 
     @property
     def is_skipped(self) -> bool:
-        """Say whether a weight stayed as it was because its gradient was not finite."""
+        """Say whether a weight was not updated because its gradient was not finite."""
         return self.skipped > 0
 
 
 @dataclass(frozen=True)
 class Halved:
-    """Memory ran out after `step`: the next step is tried again, and all that follow made, with this micro-batch."""
+    """Memory ran out after `step`: the next step is tried again with this micro-batch, and all later ones use it."""
 
     step: int
     micro_batch: int
@@ -58,7 +61,7 @@ class Halved:
 
 @dataclass(frozen=True)
 class Rotated:
-    """From the step after `step` on these experts of each layer learn; what all take on the card and at home."""
+    """After `step`, these experts of each layer are trained.  card_bytes, host_bytes: the memory of all experts."""
 
     step: int
     experts: tuple[int, ...]
@@ -69,7 +72,7 @@ class Rotated:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Validation after a step.  reads_masters: experts that do not learn answered from masters, not from copies."""
+    """Validation after a step.  reads_masters: frozen experts were read from their masters, not from their copies."""
 
     step: int
     loss: float
@@ -79,7 +82,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the model writes after a fixed prompt.  problem: why it could not write, and text is empty; else empty."""
+    """What the model writes after a fixed prompt.  problem: why it could not write (then text is empty), else empty."""
 
     step: int
     prompt: str
@@ -98,12 +101,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class Stopped:
-    """The end of this start of the run.  is_finished: all tokens were seen."""
+    """The run stopped after `step`.  is_finished: all tokens were seen."""
 
     step: int
     is_finished: bool
 
 
 Event = Started | StepDone | Halved | Rotated | Evaluated | Sampled | Saved | Stopped
-# What a trainer works on between two events, which may take minutes.
+# What a trainer is doing between two events, which may take minutes.
 Doing = Literal["starting", "step", "validating", "sampling", "saving"]

@@ -1,4 +1,4 @@
-"""Events written down: JSONL always, TensorBoard or Weights & Biases when asked; draws nothing."""
+"""Writes the events of a run to a JSONL file, and to TensorBoard or Weights & Biases on request; draws nothing."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from lowvram.train.events import Evaluated, Event, Rotated, Sampled, StepDone
 
 
 class Log(Protocol):
-    """Somewhere that events are written to."""
+    """A destination that events are written to."""
 
     def write(self, event: Event) -> None:
-        """Write one event down."""
+        """Write one event."""
 
     def close(self) -> None:
         """Finish writing."""
 
 
 class JsonlLog:
-    """One JSON object a line, each flushed; after a resume steps since the last checkpoint stand there again."""
+    """Writes one JSON object per line and flushes it; after a resume, steps since the last checkpoint appear twice."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = path.parent
         self._file = open(path, "ab+")  # noqa: SIM115 - open as long as the run
-        # A row that a full disk or a power cut tore must not swallow the next one.
+        # If a full disk or a power cut left half a row, the next row must begin on a new line.
         if self._file.tell() and self._file.seek(-1, 2) and self._file.read(1) != b"\n":
             self._file.write(b"\n")
 
     def write(self, event: Event) -> None:
-        """Write the event's name, its values and the wall-clock time in seconds since 1970; JSON has no NaN: null."""
+        """Write the event's name, its values and the Unix time in seconds; NaN becomes null, since JSON has no NaN."""
         values = {f.name: _finite(getattr(event, f.name)) for f in dataclasses.fields(event)}
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
         with explain_full_disk(self._folder):
@@ -57,7 +57,7 @@ def _finite(value: Any) -> Any:
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """Return an event's numbers under the names that charts use; empty where it has none."""
+    """Return an event's numbers by the names that charts use; empty where it has none."""
     if isinstance(event, StepDone):
         return {
             "train/loss": event.loss,
@@ -97,7 +97,7 @@ class WandbLog:
 
     def __init__(self, run: Path) -> None:
         module = _require("wandb", "wandb")
-        # An id is the project's own: two directories of the same name must not become one run.
+        # wandb's ids are unique in a project, so two run directories of the same name need different ids.
         identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
         self._run = module.init(project="lowvram", name=run.name, id=identity, resume="allow", dir=str(run))
 
@@ -123,5 +123,5 @@ def _require(module: str, extra: str) -> Any:
 def open_logs(run: Path, names: Sequence[str]) -> list[Log]:
     """Return the JSONL log of a run directory and those asked for by name."""
     kinds = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
-    asked = [kinds[name](run) for name in names]
-    return [JsonlLog(run / "log.jsonl"), *asked]
+    requested = [kinds[name](run) for name in names]
+    return [JsonlLog(run / "log.jsonl"), *requested]

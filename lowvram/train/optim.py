@@ -1,4 +1,4 @@
-"""The optimizer and its learning rate: which rule steps which weight, what it remembers by name; knows no loop."""
+"""The optimizer: which rule updates which weight, its states by name, and the learning rate; knows no loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowvram.config.train import AdamW, Muon, TrainConfig
 from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
 
-# As in bitsandbytes: what is smaller weighs nothing.
+# As in bitsandbytes: 8-bit states of smaller weights would save next to nothing.
 LEAST_8BIT = 4_096
 State = dict[str, Tensor]
 
@@ -26,16 +26,16 @@ State = dict[str, Tensor]
 class LeanOptimizer(torch.optim.Optimizer):
     """AdamW and Muon, group by group, with states in 8, 16 or 32 bits.
 
-    A group's `rule` is "adamw" or "muon"; its `bits` are those of the states; `rows` those of one of a Muon group's
-    matrices, 0 for whole weights; `share` is its part of the learning rate.  A weight's state, made at its first step:
-    `step` (a scalar on the device; [W] for a stack of experts that rotates) and the fields of `Moments` or of
-    `Momentum`, or `exp_avg` and `exp_avg_sq`.
-    seed: of a bf16 weight's rounding.  on_host: states lie in the computer's memory, and come to the card one weight at
-    a time.
-    gradient_scale: what every gradient is multiplied by, a number or an fp32 scalar on the device.
-    found_inf: None, or an fp32 scalar: where it is 1, not a bit changes.
-    experts: of each stack that rotates, which expert lies in which slot.
-    has_stepped: turns true with the first weight that is stepped; whoever wants to know sets it false before.
+    A group's `rule` is "adamw" or "muon"; `bits` is the width of its states; `rows` is the number of rows of each
+    matrix in a Muon group's weight, 0 for whole weights; `share` is its factor on the learning rate.
+    A weight's state is made at its first step: `step` (a scalar on the device; [W] for a rotating stack of experts) and
+    the fields of `Moments` or `Momentum`, or `exp_avg` and `exp_avg_sq`.
+    seed: for the stochastic rounding of bf16 weights.  on_host: states are in host memory and are copied to the card
+    one weight at a time.
+    gradient_scale: the factor on every gradient, a number or an fp32 scalar on the device.
+    found_inf: None, or an fp32 scalar: where it is 1, nothing changes.
+    experts: for each rotating stack, the expert in each slot.
+    has_stepped: becomes true with the first weight that is updated; callers reset it themselves.
     """
 
     found_inf: Tensor | None = None
@@ -51,25 +51,25 @@ class LeanOptimizer(torch.optim.Optimizer):
         self.has_stepped = False
 
     def bytes_on_device(self) -> int:
-        """Return what the states that exist take where the weights are."""
+        """Return how many bytes the existing states take on the weights' device."""
         if self.is_on_host:
             return 0
         return sum(tensor.nbytes for state in self.state.values() for tensor in state.values())
 
     @property
     def count(self) -> int:
-        """How many weights it steps."""
+        """The number of weights that it updates."""
         return len(self._group_of)
 
     def set_rate(self, learning_rate: float) -> None:
-        """Set the rate of the steps to come."""
+        """Set the learning rate of the next steps."""
         for group in self.param_groups:
             group["lr"] = learning_rate
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step every weight that has a gradient; reads nothing back from the device."""
-        assert closure is None, "the trainer has made the gradients already"
+        """Update every weight that has a gradient; reads nothing back from the device."""
+        assert closure is None, "the trainer has computed the gradients already"
         self.has_stepped = True
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -82,25 +82,25 @@ class LeanOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_one(self, weight: Tensor) -> None:
-        """Step one weight, which has a gradient."""
+        """Update one weight, which has a gradient."""
         self.has_stepped = True
-        with self._at_hand(self.state_of(weight), weight.device) as state:
+        with self._on_device(self.state_of(weight), weight.device) as state:
             if weight not in self.experts:
                 self._step(weight, weight, weight.grad, state)
                 return
             size, experts = weight[0].numel(), self.experts[weight]
             for slot in representative(len(experts)):
                 expert = experts[slot]
-                # An expert's rounding is named by its own number, so that it does not depend on its slot.
+                # The rounding of an expert is keyed by the expert's number, so that it does not depend on its slot.
                 own = part_of(state, slot, size)
                 self._step(weight, weight[slot], weight.grad[slot], own, expert * size)
 
     def _is_fused(self, group: dict[str, Any], weight: Tensor) -> bool:
-        """Say whether torch's own AdamW steps a weight; it rounds a bf16 one to nearest, and so would lose steps."""
+        """Say whether torch's fused AdamW updates a weight; it rounds bf16 to nearest, which loses small updates."""
         return group["rule"] == "adamw" and group["bits"] == 32 and weight.dtype == torch.float32
 
     def state_of(self, weight: Tensor) -> State:
-        """Return what is remembered of a weight, made at the first call."""
+        """Return the state of a weight; the first call makes it."""
         state: State = self.state[weight]
         if not state:
             group = self._group_of[weight]
@@ -110,12 +110,12 @@ class LeanOptimizer(torch.optim.Optimizer):
         return state
 
     def shapes_of(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what is remembered of a weight once it was stepped, as they are saved."""
+        """Return the shapes in which the state of a weight is saved."""
         made = _new_state(self._group_of[weight], torch.empty_like(weight, device="meta"))
         return {"step": (1,), **{name: tuple(tensor.shape) for name, tensor in made.items()}}
 
     def make_states(self) -> None:
-        """Make what would be made at the first step."""
+        """Make all states now, not at the first step."""
         for weight in self._group_of:
             self.state_of(weight)
             if not self._is_fused(self._group_of[weight], weight):
@@ -127,14 +127,14 @@ class LeanOptimizer(torch.optim.Optimizer):
         return self._maps[device]
 
     def place(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Return a copy of a state where states lie: on the weights' device, or on the host."""
+        """Return a copy of a state tensor where states are kept: on the weights' device, or on the host."""
         if self.is_on_host:
             return empty_on_host(tensor.shape, tensor.dtype, device).copy_(tensor)
         return tensor.to(device, copy=True)
 
     @contextmanager
-    def _at_hand(self, state: State, device: torch.device) -> Iterator[State]:
-        """Bring a state that lies on the host to the card, and back."""
+    def _on_device(self, state: State, device: torch.device) -> Iterator[State]:
+        """Copy a state from the host to the card for the block, and back after it."""
         if not self.is_on_host:
             yield state
             return
@@ -144,9 +144,9 @@ class LeanOptimizer(torch.optim.Optimizer):
             state[name].copy_(tensor)
 
     def _step(self, weight: Tensor, part: Tensor, gradient: Tensor | None, state: State, first: int = 0) -> None:
-        """Step a weight, or the part of it that begins with element number `first` of all its experts."""
+        """Update a weight, or the part of it that begins at element number `first` of all its experts."""
         group = self._group_of[weight]
-        assert gradient is not None, "only weights with gradients are stepped"
+        assert gradient is not None, "only weights with gradients are updated"
         if self._is_fused(group, weight):
             self._step_fused(group, [part], [state], [gradient])
             return
@@ -157,7 +157,7 @@ class LeanOptimizer(torch.optim.Optimizer):
         if group["rule"] == "muon":
             momentum = Momentum(state["code_m"], state["absmax_m"])
             muon = self._config
-            assert isinstance(muon, Muon), "only Muon's groups have its rule"
+            assert isinstance(muon, Muon), "only groups of a Muon optimizer have the rule"
             options = {"rows": group["rows"] or None, "beta": muon.momentum, "steps": muon.iterations}
             options |= {"decay": group["weight_decay"], "gradient_scale": self.gradient_scale, **rounding}
             muon_(part, gradient, momentum, maps.first, *common, **options)
@@ -172,7 +172,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     ) -> None:
         gradients = gradients or [weight.grad for weight in weights if weight.grad is not None]
         if self.found_inf is not None and weights[0].device.type == "mps" and bool(self.found_inf):
-            return  # torch's kernel there does not look at found_inf, so the host must
+            return  # torch's fused kernel on MPS ignores found_inf, so the host checks it
         if not isinstance(self.gradient_scale, float) or self.gradient_scale != 1.0:
             torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(
@@ -203,7 +203,7 @@ def _new_state(group: dict[str, Any], weight: Tensor) -> State:
 
 
 def part_of(state: State, slot: int, size: int) -> State:
-    """Return views of what belongs to one slot's expert; size: elements of an expert."""
+    """Return views of the state of one slot's expert; size: elements of an expert."""
     own = {"step": state["step"][slot]}
     for name, tensor in state.items():
         if name.startswith("absmax"):
@@ -215,9 +215,9 @@ def part_of(state: State, slot: int, size: int) -> State:
 
 
 def build_optimizer(model: Transformer, config: AdamW | Muon, seed: int = 0, on_host: bool = False) -> LeanOptimizer:
-    """Return the optimizer over the model's weights; decay acts on matrices, not on norms.
+    """Return the optimizer over the model's weights; weight decay acts on matrices, not on norms.
 
-    seed: the run's; it decides how bf16 weights are rounded.  on_host: where the states lie.
+    seed: the run's, which decides how bf16 weights are rounded.  on_host: whether the states are in host memory.
     """
     tables = {id(model.embedding), id(model.head_VD)}
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -229,7 +229,7 @@ def build_optimizer(model: Transformer, config: AdamW | Muon, seed: int = 0, on_
         bits = 8 if config.bits == 8 and is_large else 32
         if config.name == "muon" and is_matrix and not is_table and not name.endswith("router.weight"):
             rule, bits = "muon", config.bits if is_large else 16
-            # Gate and up lie above each other, and are two matrices.
+            # Gate and up are two matrices, one above the other.
             rows = weight.shape[-2] // 2 if "gate_up" in name else 0
         groups.setdefault((rule, is_matrix, bits, rows), []).append(weight)
     adamw_share = config.adamw_lr / config.lr if config.name == "muon" and config.adamw_lr else 1.0
@@ -252,7 +252,7 @@ def build_optimizer(model: Transformer, config: AdamW | Muon, seed: int = 0, on_
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the rate of optimizer step number `step`, counted from 0."""
+    """Return the learning rate of optimizer step number `step`, counted from 0."""
     schedule, steps = train.schedule, train.steps
     warmup = round(schedule.warmup * steps)
     if step < warmup:
@@ -268,22 +268,23 @@ def learning_rate(train: TrainConfig, step: int) -> float:
 
 
 def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what the optimizer remembers, by `<what>.<weight's name>`; empty before the first step."""
+    """Return the optimizer's states, by `<field>.<weight's name>`; empty before the first step."""
     tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
-        for what, tensor in optimizer.state.get(weight, {}).items():
-            tensors[f"{what}.{name}"] = tensor.reshape(-1) if what == "step" else tensor
+        for field, tensor in optimizer.state.get(weight, {}).items():
+            tensors[f"{field}.{name}"] = tensor.reshape(-1) if field == "step" else tensor
     return tensors
 
 
 def refuse_other_states(model: Transformer, optimizer: LeanOptimizer, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError where states, by name as in `optimizer_tensors`, are not those of the model's weights.
+    """Raise CheckpointError where a checkpoint's states do not match the model's weights.
 
-    A weight that was never stepped has none; every other one has all of its own.  shapes: of what a checkpoint holds.
+    A weight that was never updated has no state; every other one has all of its fields.  shapes: those of the states
+    in a checkpoint, by name as in `optimizer_tensors`.
     """
     unknown = set(shapes)
     for name, weight in model.named_parameters():
-        expected = {f"{what}.{name}": shape for what, shape in optimizer.shapes_of(weight).items()}
+        expected = {f"{field}.{name}": shape for field, shape in optimizer.shapes_of(weight).items()}
         stored = {key: shapes[key] for key in expected if key in shapes}
         unknown -= stored.keys()
         if stored not in ({}, expected):
@@ -295,15 +296,15 @@ def refuse_other_states(model: Transformer, optimizer: LeanOptimizer, shapes: Ma
 
 
 def load_optimizer_tensors(model: Transformer, optimizer: LeanOptimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back copies of what `optimizer_tensors` returned: loaded tensors are views of the checkpoint's file.
+    """Load states as `optimizer_tensors` returned them; they are copied, since they are views of the checkpoint's file.
 
     Raises CheckpointError where a tensor belongs to no weight.
     """
     weights = dict(model.named_parameters())
     for key, tensor in tensors.items():
-        what, _, name = key.partition(".")
+        field, _, name = key.partition(".")
         if name not in weights:
             raise CheckpointError(f"The optimizer remembers {key}.", f"The model has no weight {name}.")
         weight = weights[name]
-        shape = () if what == "step" else tensor.shape
-        optimizer.state[weight][what] = optimizer.place(tensor.reshape(shape), weight.device)
+        shape = () if field == "step" else tensor.shape
+        optimizer.state[weight][field] = optimizer.place(tensor.reshape(shape), weight.device)

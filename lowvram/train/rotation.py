@@ -1,11 +1,11 @@
-"""Experts that take turns: which learn now, and how they come to the card and leave it; knows no loop and no file.
+"""Expert rotation: which experts are trained now, and how they are copied to and from the card; knows no loop, no file.
 
-A layer has E experts, of which the W of the window are weights with gradients and optimizer states on the card, in the
-first W slots.  The others answer from low-precision copies.  In the computer's memory lie the masters and states of
-all E, in natural order; those of the window are older than the card's until `bring_home`.  After `interval` steps the
-window moves on by W, so that all experts learn equally often.
+A layer has E experts.  The W experts of the window are trained: they are weights with gradients and optimizer states on
+the card, in the first W slots.  The others are frozen: forward uses low-precision copies of them.  Host memory holds
+the masters and states of all E experts in natural order; those of the window are out of date until `update_masters`.
+After `interval` steps the window moves on by W, so that all experts are trained equally often.
 
-Everything is a function of the interval's number: a run that goes on in the middle of one goes on to the same bits.
+Everything is a function of the interval's number: a run that resumes in the middle of one continues to the same bits.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lowvram.train.optim import LeanOptimizer, State, part_of
 
 
 class ExpertRotation:
-    """The experts of a model's layers and their states, on the card and in the computer's memory.
+    """The experts of a model's layers and their states, on the card and in host memory.
 
-    slots: where each expert lies; the window's are below W.  interval: the number of the one that is going on.
+    slots: the slot of each expert; those of the window are below W.  interval: the number of the current interval.
     """
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class ExpertRotation:
             optimizer.experts[weight] = self.window
             self.masters[name] = self._host_stack(weight)
             self._states[name] = {
-                what: self._host_stack(tensor).zero_() for what, tensor in optimizer.state_of(weight).items()
+                field: self._host_stack(tensor).zero_() for field, tensor in optimizer.state_of(weight).items()
             }
             if seed is not None:
                 draw_(self.masters[name], name, seed, model.config)
@@ -59,7 +59,7 @@ class ExpertRotation:
 
     @property
     def window(self) -> list[int]:
-        """Which expert lies in each of the first W slots."""
+        """The expert in each of the first W slots."""
         return [self.slots.index(slot) for slot in range(self._config.window)]
 
     def interval_of(self, step: int) -> int:
@@ -67,60 +67,60 @@ class ExpertRotation:
         return step // self._config.interval
 
     def window_in(self, interval: int) -> set[int]:
-        """Return the experts that learn in an interval."""
+        """Return the experts that are trained in an interval."""
         first = interval * self._config.window
-        return {(first + turn) % self.experts for turn in range(self._config.window)}
+        return {(first + offset) % self.experts for offset in range(self._config.window)}
 
     @torch.no_grad()
     def rotate_to(self, interval: int) -> None:
-        """Let the experts of an interval learn: those that leave go home and stay as copies, those that come are read.
+        """Train the experts of an interval from now on: write back those that leave the window, load those that enter.
 
-        Copies go in place, one matrix after the other, so that no pointer changes and nothing large is allocated.
+        Copies are made in place, one matrix at a time, so that no pointer changes and nothing large is allocated.
         """
-        coming = sorted(self.window_in(interval) - set(self.window))
+        entering = sorted(self.window_in(interval) - set(self.window))
         leaving = sorted(set(self.window) - self.window_in(interval))
         self.interval = interval
-        for turn in representative(len(coming)):
-            old, new = leaving[turn], coming[turn]
-            slot, place = self.slots[old], self.slots[new]
+        for number in representative(len(entering)):
+            old, new = leaving[number], entering[number]
+            slot, idle_slot = self.slots[old], self.slots[new]
             for name, weight, idle in self._stacks():
-                self._send_home(name, weight, slot, old)
-                write_copy_(idle, place - self._config.window, weight[slot])
-                self._fetch(name, weight, slot, new)
-            self.slots[old], self.slots[new] = place, slot
-        self._settle()
+                self._copy_to_host(name, weight, slot, old)
+                write_copy_(idle, idle_slot - self._config.window, weight[slot])
+                self._copy_to_card(name, weight, slot, new)
+            self.slots[old], self.slots[new] = idle_slot, slot
+        self._publish_slots()
 
     @torch.no_grad()
-    def bring_home(self) -> None:
-        """Make the masters and states in the computer's memory those of all experts, as a checkpoint holds them."""
+    def update_masters(self) -> None:
+        """Bring the masters and states in host memory up to date for all experts, as a checkpoint saves them."""
         for name, weight in self._weights.items():
             window = self.window
             for slot in representative(len(window)):
-                self._send_home(name, weight, slot, window[slot])
+                self._copy_to_host(name, weight, slot, window[slot])
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the masters [E, …] by weight and the states by `<what>.<weight>`, after `bring_home`."""
-        states = {f"{what}.{name}": state[what] for name, state in self._states.items() for what in state}
+        """Return the masters [E, …] by weight and the states by `<field>.<weight>`; call `update_masters` first."""
+        states = {f"{field}.{name}": state[field] for name, state in self._states.items() for field in state}
         return self.masters, states
 
     @torch.no_grad()
     def restore(self, masters: dict[str, Tensor], states: dict[str, Tensor], numbers: dict[str, Any] | None) -> None:
-        """Take over masters and states in natural order, and which experts were learning.
+        """Load masters and states in natural order, and the position in the schedule.
 
-        states: empty where only weights are taken over.  numbers: what `numbers` returned; None begins anew.
+        states: empty where only weights are loaded.  numbers: what `numbers` returned; None starts the schedule anew.
         """
         for name, master in self.masters.items():
             master.copy_(masters[name])
         for name, state in self._states.items():
-            for what, tensor in state.items():
-                if f"{what}.{name}" in states:
-                    tensor.copy_(states[f"{what}.{name}"].view(tensor.shape))
+            for field, tensor in state.items():
+                if f"{field}.{name}" in states:
+                    tensor.copy_(states[f"{field}.{name}"].view(tensor.shape))
         if numbers is not None:
             self.interval, self.slots = numbers["interval"], list(numbers["slots"])
         self._fill()
 
     def accepts(self, numbers: object) -> bool:
-        """Say whether `numbers` are of this model, or None, which begins anew."""
+        """Say whether `numbers` fit this model; None does, it starts the schedule anew."""
         if not isinstance(numbers, dict):
             return numbers is None
         interval, slots = numbers.get("interval"), numbers.get("slots")
@@ -129,11 +129,11 @@ class ExpertRotation:
         return all(isinstance(slot, int) for slot in slots) and sorted(slots) == list(range(self.experts))
 
     def numbers(self) -> dict[str, Any]:
-        """Return the schedule's place, as plain values."""
+        """Return the position in the schedule, as plain values."""
         return {"interval": self.interval, "slots": self.slots}
 
     def bytes_on(self) -> tuple[int, int]:
-        """Return what experts and their states take on the card and in the computer's memory."""
+        """Return the bytes that experts and their states take on the card and in host memory."""
         weights = list(self._weights.values())
         states = [tensor for weight in weights for tensor in self._optimizer.state_of(weight).values()]
         copies_bytes = sum(bytes_of(*parts_of(idle)) for _, _, idle in self._stacks())
@@ -143,7 +143,7 @@ class ExpertRotation:
 
     @contextmanager
     def reading_masters(self) -> Iterator[None]:
-        """Let the idle experts answer from their masters inside, which come to the card layer by layer."""
+        """Use the masters of the idle experts inside this context; they are copied to the card layer by layer."""
         layers = dict(zip(self._model.moe_layers(), self._names(), strict=True))
         for layer, names in layers.items():
             layer.read_masters = functools.partial(self._read_masters, names)
@@ -173,40 +173,41 @@ class ExpertRotation:
                 yield name, self._weights[name], idle
 
     def _host_stack(self, tensor: Tensor) -> Tensor:
-        """Return memory for all experts of what a tensor holds for the window's."""
+        """Return host memory for all experts, of the kind that a tensor holds for the window's experts."""
         shape = (tensor.shape[0] // self._config.window * self.experts, *tensor.shape[1:])
         return empty_on_host(shape, tensor.dtype, tensor.device)
 
-    def _homes(self, name: str, weight: Tensor, slot: int, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each tensor of an expert: where it lies on the card, and where at home."""
+    def _pairs(self, name: str, weight: Tensor, slot: int, expert: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each tensor of an expert twice: on the card and in host memory."""
         yield weight[slot], self.masters[name][expert]
         size = weight[0].numel()
-        here, home = (
+        on_card, on_host = (
             part_of(state, number, size)
             for state, number in ((self._optimizer.state_of(weight), slot), (self._states[name], expert))
         )
-        yield from ((here[what], home[what]) for what in home)
+        yield from ((on_card[field], on_host[field]) for field in on_host)
 
-    def _send_home(self, name: str, weight: Tensor, slot: int, expert: int) -> None:
-        for here, home in self._homes(name, weight, slot, expert):
-            home.copy_(here)
+    def _copy_to_host(self, name: str, weight: Tensor, slot: int, expert: int) -> None:
+        for on_card, on_host in self._pairs(name, weight, slot, expert):
+            on_host.copy_(on_card)
 
-    def _fetch(self, name: str, weight: Tensor, slot: int, expert: int) -> None:
-        for here, home in self._homes(name, weight, slot, expert):
-            here.copy_(home)
+    def _copy_to_card(self, name: str, weight: Tensor, slot: int, expert: int) -> None:
+        for on_card, on_host in self._pairs(name, weight, slot, expert):
+            on_card.copy_(on_host)
 
     def _fill(self) -> None:
-        """Make the card's weights, states and copies out of what lies at home."""
+        """Make the card's weights, states and copies from the masters and states in host memory."""
         for name, weight, idle in self._stacks():
             for expert, slot in enumerate(self.slots):
                 if slot < self._config.window:
-                    self._fetch(name, weight, slot, expert)
+                    self._copy_to_card(name, weight, slot, expert)
                 else:
-                    # On the card, as when it rotates: the same bits, and fast.
+                    # Quantised on the card, as in `rotate_to`: that gives the same bits, and is fast.
                     write_copy_(idle, slot - self._config.window, self.masters[name][expert].to(weight.device))
-        self._settle()
+        self._publish_slots()
 
-    def _settle(self) -> None:
+    def _publish_slots(self) -> None:
+        """Tell the layers and the optimizer which expert is in which slot."""
         for layer in self._model.moe_layers():
             layer.place_experts(self.slots)
         for weight in self._weights.values():

@@ -1,4 +1,4 @@
-"""What must be true before a run starts or goes on: the directory is free, the question is still the same one."""
+"""Checks before a run starts or resumes: no other process uses its directory, and its configuration has not changed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from lowvram.storage.json_files import JsonError, read_object
 from lowvram.storage.manifest import CONFIG, OtherVersionError
 
 _PLAN = "plan.json"
-# What a further stage may change about a model whose weights it takes over.
+# The model settings that a run may change when it starts from another run's weights.
 _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
-# May differ between two starts: where things lie (a run that goes on needs its origin no more), what is kept and
-# told, and how long the run goes on.
+# The settings that may differ when a run resumes: paths (train.start_from is not needed any more), what is saved and
+# reported, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
-# What pydantic calls a key, a kind or a choice that this version does not know.
-_LATER = ("extra_forbidden", "union_tag_invalid", "literal_error")
-# A network or USB drive may be away for a moment.
-_AWAY_S = 2.0
+# pydantic's error types for a key, a kind or a choice that this version does not know.
+_UNKNOWN_TO_US = ("extra_forbidden", "union_tag_invalid", "literal_error")
+# A network or USB drive may be unavailable for a moment.
+_RETRY_AFTER_S = 2.0
 
 
 class RunLock:
@@ -46,7 +46,7 @@ class RunLock:
         self._identity: tuple[int, int] | None = None
 
     def acquire(self) -> None:
-        """Take it, or raise BusyError naming the process that trains in the directory."""
+        """Take the lock, or raise BusyError naming the process that trains in the directory."""
         owner = self._directory / "owner"
         try:
             self._lock.acquire(timeout=0)
@@ -57,21 +57,21 @@ class RunLock:
                 f"Its process id is {who}.",
                 "Stop that one first (Ctrl-C saves), or give this run another run.dir.",
             ) from error
-        self._identity = self._found()
+        self._identity = self._read_identity()
         owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
 
     def refuse_lost(self) -> None:
-        """Raise BusyError where the run directory is gone, or another process has taken it since.
+        """Raise BusyError where the run directory is gone, or another process has locked it since.
 
         Where the lock file alone was deleted, it is taken again.
         """
-        found = self._found()
-        if found is not None and found == self._identity:
+        identity = self._read_identity()
+        if identity is not None and identity == self._identity:
             return
         if not self._directory.is_dir():
-            time.sleep(_AWAY_S)
-            found = self._found()
-            if found is not None and found == self._identity:
+            time.sleep(_RETRY_AFTER_S)
+            identity = self._read_identity()
+            if identity is not None and identity == self._identity:
                 return
         if not self._directory.is_dir():
             raise BusyError(
@@ -84,25 +84,25 @@ class RunLock:
         self.acquire()
 
     def release(self) -> None:
-        """Give it back; the directory may be gone."""
-        if self._lock.is_locked:  # else the note is another process's by now
+        """Release the lock; the directory may be gone."""
+        if self._lock.is_locked:  # else the owner file may belong to another process by now
             (self._directory / "owner").unlink(missing_ok=True)
         self._lock.release()
 
-    def _found(self) -> tuple[int, int] | None:
-        """Return what the lock file is now; None where there is none."""
+    def _read_identity(self) -> tuple[int, int] | None:
+        """Return the inode and the device of the lock file; None where there is no lock file."""
         try:
-            found = os.stat(self._directory / "lock")
+            status = os.stat(self._directory / "lock")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError:
             return self._identity  # the drive does not answer, which says nothing about the file
-        return found.st_ino, found.st_dev
+        return status.st_ino, status.st_dev
 
 
 @contextmanager
 def lock_run(directory: Path) -> Iterator[RunLock]:
-    """Hold a run directory; raises BusyError naming the process that trains in it.  Freed even by kill -9."""
+    """Lock a run directory; raises BusyError naming the process that trains in it.  Even kill -9 releases the lock."""
     directory.mkdir(parents=True, exist_ok=True)
     lock = RunLock(directory)
     lock.acquire()
@@ -113,27 +113,27 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
 
 
 def saved_config(checkpoint: Checkpoint) -> RunConfig:
-    """Return the run that a checkpoint is of.
+    """Return the configuration of the run that a checkpoint belongs to.
 
-    Raises CheckpointError where there is no such run; OtherVersionError where another lowvram wrote it, which may know
-    more keys and choices than this one.  A version number alone does not tell: it is the same for many commits.
+    Raises CheckpointError where it is invalid; OtherVersionError where another version of lowvram wrote it, which may
+    know more keys and choices than this one.  The version number alone cannot decide: many commits share one.
     """
     is_later = False
     try:
         return from_portable(checkpoint.config(), checkpoint.directory.parent)
     except ValidationError as error:
         problems = error.errors()
-        problem = next((one for one in problems if one["type"] in _LATER), problems[0])
-        is_later = problem["type"] in _LATER
+        problem = next((one for one in problems if one["type"] in _UNKNOWN_TO_US), problems[0])
+        is_later = problem["type"] in _UNKNOWN_TO_US
         why = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}."
-    except (ConfigError, AttributeError, TypeError) as error:  # a text or a list where a table belongs
+    except (ConfigError, AttributeError, TypeError) as error:  # a string or a list in place of a table
         why = f"{error}."
-    what = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
+    problem_text = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
     version = checkpoint.manifest["versions"].get("lowvram", "")
     if is_later or version != lowvram.__version__:
         which = f" to {version}, which wrote it" if version not in ("", lowvram.__version__) else ""
-        raise OtherVersionError(what, why, f"Update lowvram{which}.")
-    raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
+        raise OtherVersionError(problem_text, why, f"Update lowvram{which}.")
+    raise CheckpointError(problem_text, f"{why}  This version wrote it, so it was altered.")
 
 
 def check_readable(checkpoint: Checkpoint) -> None:
@@ -141,36 +141,38 @@ def check_readable(checkpoint: Checkpoint) -> None:
     refuse_other_tensors(CheckpointReader(checkpoint, saved_config(checkpoint).model))
 
 
-def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if a checkpoint was learnt from another model, recipe, data or tokenizer than `what` says."""
-    was = saved_config(checkpoint)
+def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says."""
+    saved = saved_config(checkpoint)
     changed = [
         f"{key} was {before!r} and is now {now!r}"
-        for key, before, now in differences(was, what)
+        for key, before, now in differences(saved, config)
         if not key.startswith(_FREE)
     ]
-    weights_then, weights_now = ([corpus.weight for corpus in config.data.train] for config in (was, what))
+    weights_then, weights_now = ([corpus.weight for corpus in each.data.train] for each in (saved, config))
     if weights_then != weights_now:
         changed.append(f"the weights in data.train were {weights_then} and are now {weights_now}")
-    kept = checkpoint.manifest.get("hashes", {})
-    changed += [f"the {name} has other contents" for name, value in hashes.items() if kept.get(name, value) != value]
+    saved_hashes = checkpoint.manifest.get("hashes", {})
+    changed += [
+        f"the {name} has other contents" for name, value in hashes.items() if saved_hashes.get(name, value) != value
+    ]
     if changed:
         raise ConfigError(
-            f"The run in {what.run.dir} was started differently:",
+            f"The run in {config.run.dir} was started differently:",
             "; ".join(changed) + ".",
             "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
         )
 
 
-def refuse_other_model(what: RunConfig, hashes: dict[str, str], origin: Checkpoint) -> None:
-    """Raise ConfigError if start_from's weights mean something else in `what`: another form, or another tokenizer.
+def refuse_other_model(config: RunConfig, hashes: dict[str, str], origin: Checkpoint) -> None:
+    """Raise ConfigError if start_from's weights do not fit `config`: they are of another model or another tokenizer.
 
-    Equal shapes are not enough: the same matrices cut into other heads, or rows of other tokens, are no beginning.
+    Equal shapes are not enough: the same matrices may be split into other heads, or the rows belong to other tokens.
     """
-    was = saved_config(origin)
+    saved = saved_config(origin)
     changed = [
         f"model.{key} was {before!r} and is now {now!r}"
-        for key, before, now in differences(was.model, what.model)
+        for key, before, now in differences(saved.model, config.model)
         if not key.startswith(_ADJUSTABLE)
     ]
     if origin.manifest.get("hashes", {}).get("tokenizer", hashes["tokenizer"]) != hashes["tokenizer"]:
@@ -184,7 +186,7 @@ def refuse_other_model(what: RunConfig, hashes: dict[str, str], origin: Checkpoi
 
 
 class Settled(NamedTuple):
-    """A plan and why it is this one.  is_kept: it is the run's own so far, but for what was asked."""
+    """A plan and the reason for it.  is_kept: it is the run's plan so far, except for what the user requested."""
 
     plan: Plan
     reason: str
@@ -199,17 +201,16 @@ def settle_plan(
     compiled: bool | None = None,
     choose: Callable[[int | None, Recompute | None], tuple[Plan, str]] | None = None,
 ) -> Settled:
-    """Return the run's plan: the one that it had or a new one, changed by what was asked for (what is not None).
+    """Return the run's plan: its existing one or a new one, changed by the requested values (those that are not None).
 
-    choose: makes a new run's plan around the micro-batch and the recomputation that were asked for (default:
-    `choose_plan`).
+    choose: makes the plan of a new run for the requested micro-batch and recomputation (default: `choose_plan`).
     Raises ConfigError for a micro_batch that does not divide the step.
     """
     kept, is_torn = _plan_so_far(directory, train)
     plan, reason = choose_plan(train, micro_batch)
-    asked_for: dict[str, Any] = {"recompute": recompute, "compile": compiled}
+    requested: dict[str, Any] = {"recompute": recompute, "compile": compiled}
     if micro_batch is not None:
-        asked_for |= {"micro_batch": plan.micro_batch, "accumulate": plan.accumulate}
+        requested |= {"micro_batch": plan.micro_batch, "accumulate": plan.accumulate}
     if kept is not None:
         plan, reason = kept, reason if micro_batch is not None else "this run's plan so far"
         if is_torn:
@@ -218,15 +219,15 @@ def settle_plan(
         plan, reason = choose(micro_batch, recompute)
     if kept is None and is_torn:
         reason += f"; {_PLAN} cannot be read, so it is chosen anew"
-    plan = plan.model_copy(update={name: value for name, value in asked_for.items() if value is not None})
+    plan = plan.model_copy(update={name: value for name, value in requested.items() if value is not None})
     return Settled(plan, reason, kept is not None)
 
 
 def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool]:
     """Return the plan in the run directory, or that of its newest checkpoint, and whether the file cannot be read.
 
-    The plan is None where neither makes up the step.  The file is written when the run begins and whenever its
-    micro-batch is halved, so it is never older than a checkpoint's plan; that one counts where the file was lost.
+    The plan is None where neither fits the batch of a step.  The file is written when the run begins and whenever its
+    micro-batch is halved, so it is never older than a checkpoint's plan, which is used where the file was lost.
     """
     path, is_torn = directory / _PLAN, False
     try:
@@ -237,7 +238,7 @@ def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool
         plan, is_torn = _saved_plan(directory), True
     if plan is None or plan.micro_batch * plan.accumulate != train.batch_samples:
         return None, is_torn
-    # A step that updates during backward takes what an older plan had cut as one.
+    # A step that updates during backward has a single micro-batch, so an older plan with several does not fit.
     return (plan if plan.micro_batch in train.micro_batches else None), is_torn
 
 
@@ -246,9 +247,9 @@ def _saved_plan(directory: Path) -> Plan | None:
         checkpoint, _ = find_checkpoint(directory)
         return Plan.model_validate(checkpoint.numbers()["plan"])
     except (CheckpointError, KeyError, ValidationError):
-        return None  # nothing was saved yet, or by another version; what is corrupt is said when the run resumes
+        return None  # nothing was saved yet, or by another version; corrupt files are reported when the run resumes
 
 
 def keep_plan(directory: Path, plan: Plan, disk: Disk = DISK) -> None:
-    """Keep the plan of a run that has really begun, so that it goes on with the same one."""
+    """Save the plan of a run that has really begun, so that it resumes with the same one."""
     disk.write(directory / _PLAN, plan.model_dump_json(indent=1).encode())

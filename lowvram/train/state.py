@@ -1,4 +1,4 @@
-"""Everything that a run must remember to go on as if it had never stopped; knows names, not files."""
+"""The training state: everything that a run needs to resume as if it had never stopped; knows names, not files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowvram.train.optim import (
 )
 from lowvram.train.rotation import ExpertRotation
 
-# Micikevicius et al. 2018: start high, halve on overflow, double after a long quiet time.
+# Micikevicius et al. 2018: start high, halve on overflow, double after many steps without overflow.
 FIRST_LOSS_SCALE = 2.0**16
 QUIET_STEPS = 2_000
 _NUMBERS = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row")
@@ -34,11 +34,11 @@ _NUMBERS = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row")
 
 @dataclass
 class TrainState:
-    """The model, its optimizer, and the few numbers beside them.
+    """The model, its optimizer, and a few counters.
 
     step: optimizer steps done, skipped ones included; the data position follows from it.
-    skipped_in_row: steps in a row in which no weight moved, since gradients were not finite.  quiet: finite steps since
-    the scale last moved.
+    skipped_in_row: steps in a row in which no weight was updated, because gradients were not finite.  quiet: finite
+    steps since the loss scale last changed.
     """
 
     model: Transformer
@@ -51,40 +51,40 @@ class TrainState:
     skipped_in_row: int = 0
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weights and the optimizer's memory, by name; of experts that rotate all, in natural order."""
-        weights, memory = dict(self.model.state_dict()), optimizer_tensors(self.model, self.optimizer)
+        """Return the weights and the optimizer states, by name; rotating experts are complete and in natural order."""
+        weights, states = dict(self.model.state_dict()), optimizer_tensors(self.model, self.optimizer)
         if self.rotation is None:
-            return weights, memory
-        self.rotation.bring_home()
-        masters, states = self.rotation.tensors()
-        return weights | masters, memory | states
+            return weights, states
+        self.rotation.update_masters()
+        masters, expert_states = self.rotation.tensors()
+        return weights | masters, states | expert_states
 
     def numbers(self) -> dict[str, Any]:
-        """Return the plain values."""
+        """Return the counters, and the position of the expert rotation, as plain values."""
         plain = {name: getattr(self, name) for name in _NUMBERS}
         return plain if self.rotation is None else {**plain, "rotation": self.rotation.numbers()}
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Raise CheckpointError where `restore` would meet numbers or tensors that this run cannot have saved."""
+        """Raise CheckpointError where `restore` would find numbers or tensors that this run cannot have saved."""
         _check_numbers(checkpoint, self.rotation)
-        masters, own_states = self.rotation.tensors() if self.rotation is not None else ({}, {})
+        masters, expert_states = self.rotation.tensors() if self.rotation is not None else ({}, {})
         weights, states = checkpoint.map_weights(), checkpoint.map_state()
         expected = {name: tuple(tensor.shape) for name, tensor in (self.model.state_dict() | masters).items()}
         found = {name: weights.shape(name) for name in weights.names()}
         wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
         shapes = {name: states.shape(name) for name in states.names()}
-        # Imported weights have no states; of experts that rotate all states are saved, or none.
-        rotating = {name: shapes.pop(name) for name in own_states if name in shapes}
-        sizes = {name: tuple(tensor.reshape(-1).shape) for name, tensor in own_states.items()}
+        # Imported weights have no states; for rotating experts either all states are saved or none.
+        rotating = {name: shapes.pop(name) for name in expert_states if name in shapes}
+        sizes = {name: tuple(tensor.reshape(-1).shape) for name, tensor in expert_states.items()}
         wrong += sorted(name for name in rotating if math.prod(rotating[name]) != math.prod(sizes[name]))
-        wrong += sorted(own_states.keys() - rotating.keys()) if rotating else []
+        wrong += sorted(expert_states.keys() - rotating.keys()) if rotating else []
         if wrong:
             why = f"The first of {len(wrong)} tensors that are missing, unknown or of another shape is {wrong[0]}."
             raise CheckpointError(f"{checkpoint.directory} holds other tensors than its configuration describes.", why)
         refuse_other_states(self.model, self.optimizer, shapes)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over what a checkpoint holds; raises CheckpointError if it is of another model."""
+        """Load everything that a checkpoint holds; raises CheckpointError if it is of another model."""
         numbers, states = checkpoint.numbers(), checkpoint.state()
         names = set(self.rotation.tensors()[1]) if self.rotation is not None else set()
         self.take_weights(checkpoint, {name: states[name] for name in names & set(states)}, numbers.get("rotation"))
@@ -96,7 +96,7 @@ class TrainState:
     def take_weights(
         self, checkpoint: Checkpoint, states: dict[str, Tensor] | None = None, numbers: dict[str, Any] | None = None
     ) -> None:
-        """Take over a checkpoint's weights.  states, numbers: of experts that rotate; None begins them anew."""
+        """Load a checkpoint's weights.  states, numbers: those of rotating experts; None starts the rotation anew."""
         if self.rotation is None:
             load_weights(self.model, checkpoint)
             return
@@ -105,10 +105,10 @@ class TrainState:
         weights = checkpoint.weights()
         self.rotation.restore({name: weights[name] for name in masters}, states or {}, numbers)
 
-    def judge_scale(self, finite: bool, is_scaled: bool, has_learnt: bool | None = None) -> None:
-        """Count a step as finite or skipped, and move the loss scale of an fp16 run.
+    def update_loss_scale(self, finite: bool, is_scaled: bool, has_learnt: bool | None = None) -> None:
+        """Count a step as finite or skipped, and update the loss scale of an fp16 run.
 
-        has_learnt: whether some weight has moved; None: all or none has.
+        has_learnt: whether some weight was updated; None means all were if `finite`, else none.
         """
         self.skipped_in_row = 0 if (finite if has_learnt is None else has_learnt) else self.skipped_in_row + 1
         if not is_scaled:
@@ -121,7 +121,7 @@ class TrainState:
 
 
 def is_healthy(numbers: dict[str, Any]) -> bool:
-    """Say whether the last step of a saved state has learnt something: none was skipped just before it."""
+    """Say whether the last step before a checkpoint updated weights, that is, was not skipped."""
     return numbers.get("skipped_in_row", 0) == 0
 
 
@@ -135,11 +135,11 @@ def _check_numbers(checkpoint: Checkpoint, rotation: ExpertRotation | None) -> N
         raise CheckpointError(f"{path} was altered.", f"Its {wrong[0]} is {str(numbers[wrong[0]])[:60]}.")
 
 
-def _is_number(value: object, may_be_broken: bool) -> bool:
-    """Say whether a value counts something, or, where it may be broken, is finite and above 0."""
+def _is_number(value: object, is_fractional: bool) -> bool:
+    """Say whether a value is a whole number from 0 on, or, if it is fractional, a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if not may_be_broken:
+    if not is_fractional:
         return isinstance(value, int) and value >= 0
     return 0.0 < value < math.inf
 
@@ -147,7 +147,7 @@ def _is_number(value: object, may_be_broken: bool) -> bool:
 def build_state(
     model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device, seed: int | None
 ) -> TrainState:
-    """Return the state of a run before its first step.  seed: None leaves the weights for a load to fill."""
+    """Return the state of a run before its first step.  seed: None leaves the weights uninitialised."""
     network = Transformer(model, seed, device, DTYPES[train.weights], train.rotation, MATMUL_FORMATS[train.precision])
     optimizer = build_optimizer(network, train.optimizer, train.seed, on_host=plan.offload == "optimizer")
     rotation = ExpertRotation(network, optimizer, train.rotation, seed) if train.rotation is not None else None
@@ -155,21 +155,21 @@ def build_state(
 
 
 def load_weights(model: Transformer, checkpoint: Checkpoint, apart: dict[str, Tensor] | None = None) -> None:
-    """Put a checkpoint's weights into a model of the same form; raises CheckpointError naming what differs.
+    """Load a checkpoint's weights into a model of the same configuration; raises CheckpointError naming what differs.
 
-    apart: tensors of the checkpoint that are compared like the others, and left for the caller to load.
+    apart: tensors of the checkpoint that are compared like the others, but that the caller loads.
     """
     weights, apart = checkpoint.weights(), apart or {}
     own = model.state_dict() | apart
-    strange = [
+    different = [
         name
         for name in sorted({*own, *weights})
         if name not in own or name not in weights or own[name].shape != weights[name].shape
     ]
-    if strange:
+    if different:
         raise CheckpointError(
             f"{checkpoint.directory} holds another model than the run file describes.",
-            f"{len(strange)} tensors differ in name or shape, the first is {strange[0]}.",
+            f"{len(different)} tensors differ in name or shape, the first is {different[0]}.",
             "Make [model] equal to that run's, or start from another checkpoint.",
         )
     model.load_state_dict({name: tensor for name, tensor in weights.items() if name not in apart}, strict=not apart)

@@ -1,6 +1,7 @@
-"""One optimizer step in two halves, with the trainer's only look at the device between them, or in one.
+"""One optimizer step, either as gradients and then an update, or with updates during backward; knows no loop.
 
-Nothing here reads a device value on the host, except that a MoE layer learns its experts' slices.
+The trainer reads device values once per step, between the two halves.  Nothing here reads a device value on the host,
+except that a MoE layer reads the sizes of its experts' slices.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from lowvram.train.optim import LeanOptimizer
 
 
 class StepStats(NamedTuple):
-    """stats: [mean loss, gradient norm, weights whose gradient is not finite], fp32 on the device.
+    """stats: [mean loss, gradient norm, number of weights whose gradient is not finite], fp32 on the device.
 
-    Of a whole step's gradients the third is 0, or 1 where loss or norm is not finite.  loads: [MoE layers, E] or None.
+    From `gradients`, the third value is 0, or 1 where loss or norm is not finite.  loads: [MoE layers, E] or None.
     """
 
     stats: Tensor
     loads: Tensor | None
 
 
-# Passes a micro-batch forward and backward; the factor is what its loss counts.
+# Runs forward and backward for a micro-batch, with its loss multiplied by the factor.
 Add = Callable[[Batch, float], Loss]
 
 
 def loss_for(model: Transformer, train: TrainConfig, plan: Plan) -> Callable[[Batch], Loss]:
-    """Return what maps a micro-batch to its loss: the one that is trained, rehearsed and timed."""
+    """Return the function from a micro-batch to its loss; training, memory estimates and timing all use this one."""
     return functools.partial(
         causal_loss,
         model,
@@ -60,9 +61,9 @@ def gradients(
 ) -> StepStats:
     """Accumulate the gradients of the mean loss over all micro-batches in `.grad`, times loss_scale.
 
-    targets: predicted tokens of the whole step, by which every micro-batch's sum is divided.  seed: with a
-    micro-batch's first sample it decides how the sums of bf16 gradients are rounded.  add: what passes through the
-    model in place of `add_gradients`, with the same loss and seed.
+    targets: the number of predicted tokens in the whole step, by which every micro-batch's sum is divided.  seed:
+    together with a micro-batch's first sample it decides how the sums of bf16 gradients are rounded.  add: replaces
+    `add_gradients`, with the same loss and seed.
     """
     add = add or functools.partial(add_gradients, model, loss_of, seed)
     total: Tensor | None = None
@@ -91,10 +92,10 @@ def add_gradients(
 
 @contextmanager
 def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[None]:
-    """Add the gradients of bf16 weights to those that are there with rounding at random.
+    """Add new gradients of bf16 weights to the existing ones with stochastic rounding.
 
-    Autograd's own sums round to nearest, where small terms that come again and again are lost: after a first one of 20
-    times their size, 255 equal ones miss 7 % of the sum.
+    Autograd's own sums round to nearest, which loses many small terms: after a first term 20 times as large, the sum of
+    255 equal ones is 7 % too small.
     """
     sums = {w: w.grad for w in model.parameters() if w.dtype == torch.bfloat16 and w.grad is not None}
     if not sums:
@@ -103,7 +104,7 @@ def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[N
     purpose_of = {weight: number for number, weight in enumerate(model.parameters())}
 
     def add(weight: Tensor) -> None:
-        assert weight.grad is not None, "the hook comes with it"
+        assert weight.grad is not None, "the hook runs after the gradient is set"
         new, weight.grad = weight.grad, sums.pop(weight)
         add_rounded_(weight.grad, new, seed, purpose_of[weight], sample)
 
@@ -115,15 +116,15 @@ def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[N
     finally:
         for hook in hooks:
             hook.remove()
-    for weight, grad in sums.items():  # which this micro-batch had nothing to say about
+    for weight, grad in sums.items():  # weights to which this micro-batch gave no gradient
         weight.grad = grad
 
 
 @torch.no_grad()
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """Return the norm of all tensors together, added up in fp32, on the device."""
+    """Return the norm of all tensors together, summed in fp32, on the device."""
     if not any(tensor.dtype == torch.bfloat16 for tensor in tensors):
-        return torch.nn.utils.get_total_norm(tensors).float()  # which would round each norm to bf16
+        return torch.nn.utils.get_total_norm(tensors).float()  # with bf16 tensors it would round each norm to bf16
     norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return torch.linalg.vector_norm(torch.stack(norms))
 
@@ -136,7 +137,7 @@ def update(
     learning_rate: float,
     gradient_scale: float,
 ) -> None:
-    """Step the weights with scaled gradients (clipping and loss scaling in one factor), move the balancing biases."""
+    """Update the weights with scaled gradients (clipping and loss scaling in one factor) and the balancing biases."""
     optimizer.gradient_scale = gradient_scale
     optimizer.set_rate(learning_rate)
     optimizer.step()
@@ -154,10 +155,10 @@ def learn_in_backward(
     clip: float,
     loss_scale: float = 1.0,
 ) -> StepStats:
-    """Step each weight as soon as backward has its gradient, which then goes: never do all gradients exist.
+    """Update each weight as soon as backward has its gradient and free it then, so that all gradients never coexist.
 
-    clip: greatest norm of all gradients together, shared out evenly: each of the P weights may have clip / √P of it,
-    because the others' norms are not known yet.  A weight whose gradient is not finite stays as it is, and is counted.
+    clip: the greatest norm of all gradients together.  Each of the P weights may have clip / √P of it, because the
+    norms of the others are not known yet.  A weight whose gradient is not finite is not updated, and is counted.
     Source: Lv et al. 2023 (LOMO), with the optimizer's states kept.
     """
     squares: list[Tensor] = []
@@ -167,7 +168,7 @@ def learn_in_backward(
 
     @torch.no_grad()
     def step(weight: Tensor) -> None:
-        assert weight.grad is not None, "the hook comes with it"
+        assert weight.grad is not None, "the hook runs after the gradient is set"
         norm = total_norm([weight.grad]) / loss_scale
         is_finite = norm.isfinite()
         optimizer.found_inf = (~is_finite).float()
@@ -186,7 +187,7 @@ def learn_in_backward(
             hook.remove()
         optimizer.found_inf, optimizer.gradient_scale = None, 1.0
     mean = loss.total.detach() / targets
-    # Where the loss is not finite no weight has moved, and nobody's load is known to be more or less than the mean.
+    # Where the loss is not finite, no weight was updated and the loads mean nothing, so the biases stay as they are.
     _balance(model, loss.loads * mean.isfinite() if loss.loads is not None else None)
     return StepStats(torch.stack([mean, torch.stack(squares).sum().sqrt(), torch.stack(skipped).sum()]), loss.loads)
 
@@ -199,5 +200,5 @@ def _balance(model: Transformer, loads: Tensor | None) -> None:
 
 
 def discard(optimizer: torch.optim.Optimizer) -> None:
-    """Forget the gradients, as after an update or instead of one."""
+    """Drop the gradients, after an update or instead of one."""
     optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The loop around a step, as a generator of events; prints nothing, parses nothing, chooses no machine."""
+"""The training loop, as a generator of events; prints nothing, parses nothing, and does not choose the device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowvram.errors import DataError
 from lowvram.objective import Batch, count_targets
 from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.cuda_graph import RecordedPass
+from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
 from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import compare_environments, current_environment
@@ -47,13 +47,13 @@ from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 @dataclass
 class Trainer:
-    """`run()` trains until the tokens are seen or `stop()` is called, and yields what happens.
+    """`run()` trains until all tokens are seen or `stop()` is called, and yields events.
 
-    The same `what`, `plan`, device and thread count give the same bits, however often it is interrupted.  doing: the
-    work in progress.  micro_batches_begun: of the step in progress; whoever watches may read both at any moment.
+    The same `config`, `plan`, device and thread count give the same bits, however often the run is interrupted.  doing:
+    the work in progress.  micro_batches_begun: those of the step in progress.  Other threads may read both at any time.
     """
 
-    what: RunConfig
+    config: RunConfig
     plan: Plan
     state: TrainState
     loader: Loader
@@ -62,7 +62,7 @@ class Trainer:
     hashes: dict[str, str]
     valid: ShardSet | None = None
     lock: RunLock | None = None
-    recording: RecordedPass | None = field(default=None, init=False)
+    captured_pass: CapturedPass | None = field(default=None, init=False)
     doing: Doing = field(default="starting", init=False)
     micro_batches_begun: int = field(default=0, init=False)
     _stopping: bool = field(default=False, init=False)
@@ -78,49 +78,49 @@ class Trainer:
         return self._saved_step if self._saved_step >= 0 else None
 
     def stop(self) -> None:
-        """Ask the loop to save and end after the step in progress."""
+        """Tell the loop to save and end after the step in progress."""
         self._stopping = True
 
     def run(self) -> Iterator[Event]:
         """Resume if there is something to resume, then train."""
         yield self._begin()
         self._start_clock()
-        while self.state.step < self.what.train.steps and not self._stopping:
+        while self.state.step < self.config.train.steps and not self._stopping:
             try:
                 yield from self._advance()
-                yield from self._look()
+                yield from self._validate_and_sample()
             except DataError:  # a shard was changed: the step has not begun
                 yield from self._rescue()
                 raise
             self._refuse_lost_lock()
             if self._save_is_due():
                 yield self._save()
-                yield from self._look_at_masters()
-        is_finished = self.state.step >= self.what.train.steps
+                yield from self._validate_masters()
+        is_finished = self.state.step >= self.config.train.steps
         if self._saved_step != self.state.step:
             yield self._save()
-            if is_finished:  # whoever stops a run waits for its save alone
-                yield from self._look_at_masters()
+            if is_finished:  # a user who stops a run should wait for the save only
+                yield from self._validate_masters()
         yield Stopped(self.state.step, is_finished)
 
     def _begin(self) -> Started:
         self.store.clear_leftovers()
         checkpoint, passed_over = self.store.latest(self._check)
         began_from: Path | None = None
-        if self.what.train.precision == "fp16":
+        if self.config.train.precision == "fp16":
             self.state.loss_scale = FIRST_LOSS_SCALE
         if checkpoint is not None:
             self.state.restore(checkpoint)
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
-        elif self.what.train.start_from is not None:
-            origin, passed_over = find_checkpoint(self.what.train.start_from, False, check_readable)
-            refuse_other_model(self.what, self.hashes, origin)
+        elif self.config.train.start_from is not None:
+            origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
+            refuse_other_model(self.config, self.hashes, origin)
             self.state.take_weights(origin)
             began_from = origin.directory
         resumed_from = checkpoint.directory if checkpoint else None
         notices = self._notices(checkpoint) if checkpoint is not None else ()
-        return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+        return Started(self.state.step, self.config.train.steps, resumed_from, tuple(passed_over), began_from, notices)
 
     def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
@@ -130,8 +130,8 @@ class Trainer:
         return current_environment(self.state.model.embedding.device)
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        """Raise ConfigError where a checkpoint is of another run, CheckpointError where it holds what no run saves."""
-        refuse_changes(self.what, self.hashes, checkpoint)
+        """Raise ConfigError where a checkpoint is of another run, CheckpointError where its contents are invalid."""
+        refuse_changes(self.config, self.hashes, checkpoint)
         self.state.check(checkpoint)
 
     def _start_clock(self) -> None:
@@ -139,37 +139,38 @@ class Trainer:
         self._pace = [(time.monotonic(), self.state.tokens)]
 
     def _advance(self) -> Iterator[Halved | Rotated | Saved | StepDone]:
-        train, state = self.what.train, self.state
+        train, state = self.config.train, self.state
         self.doing = "step"
         yield from self._rotate()
         rate = learning_rate(train, state.step)
         if train.update_during_backward:
-            loss, norm, lost = (yield from self._learn(rate)).stats.tolist()
+            loss, norm, skipped = (yield from self._learn(rate)).stats.tolist()
         else:
-            while (found := self._try_gradients()) is None:
+            while (result := self._try_gradients()) is None:
                 if self.plan.micro_batch == 1:
                     yield from self._rescue()
                     raise explain_out_of_memory(self.plan, state.step, train)
                 yield self._halve()
-                self._pace = [(time.monotonic(), state.tokens)]  # what was lost says nothing about the speed to come
-            loss, norm, lost = found.stats.tolist()
-            if lost:
+                self._pace = [(time.monotonic(), state.tokens)]  # the failed attempt must not count in the speed
+            loss, norm, skipped = result.stats.tolist()
+            if skipped:
                 discard(state.optimizer)
             else:
-                self._update(found, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
-        # Of weights that move one by one some may have learnt all the same.
-        has_learnt = not lost or (train.update_during_backward and lost < state.optimizer.count and math.isfinite(loss))
-        state.judge_scale(not lost, train.precision == "fp16", has_learnt)
+                self._update(result, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
+        # Where weights are updated one by one during backward, some may have been updated all the same.
+        is_partial = train.update_during_backward and skipped < state.optimizer.count and math.isfinite(loss)
+        has_learnt = not skipped or is_partial
+        state.update_loss_scale(not skipped, train.precision == "fp16", has_learnt)
         state.step += 1
         state.tokens += train.batch_tokens
         speed = self._measure_pace()
         left_s = (train.steps - state.step) * train.batch_tokens / speed
-        memory = memory_in_use(state.model.embedding.device, self.recording is not None)
-        yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, int(lost))
-        self._give_up_if_lost()
+        memory = memory_in_use(state.model.embedding.device, self.captured_pass is not None)
+        yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, int(skipped))
+        self._stop_if_diverged()
 
     def _rotate(self) -> Iterator[Rotated]:
-        """Let the next experts learn where their turn has come."""
+        """Rotate to the next experts where a new interval begins."""
         rotation = self.state.rotation
         if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
             return
@@ -179,13 +180,13 @@ class Trainer:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise explain_out_of_memory_in_update(self.state.step, self.what.train) from error
+            raise explain_out_of_memory_in_update(self.state.step, self.config.train) from error
         card, host = rotation.bytes_on()
         yield Rotated(self.state.step, tuple(sorted(rotation.window)), card, host, time.monotonic() - began)
 
     def _learn(self, rate: float) -> Generator[Saved, None, StepStats]:
-        """Make a step whose weights move during backward; where memory runs out in it, nothing can be tried again."""
-        train, state = self.what.train, self.state
+        """Make a step that updates weights during backward; it cannot be retried where memory runs out in it."""
+        train, state = self.config.train, self.state
         state.optimizer.has_stepped = False
         loss_of = loss_for(state.model, train, self.plan)
         (batch,) = self.micro_batches([0])
@@ -212,7 +213,7 @@ class Trainer:
         raise explain_out_of_memory_in_backward(self.plan, step, train, state.optimizer.has_stepped, saved)
 
     def _reload(self) -> int | None:
-        """Put the last checkpoint in the place of weights of which some have moved and others not; return its step."""
+        """Load the last checkpoint again, because only some weights were updated; return its step."""
         discard(self.state.optimizer)
         free_memory(self.state.model.embedding.device)
         checkpoint, _ = self.store.latest(self._check)
@@ -222,7 +223,7 @@ class Trainer:
         return checkpoint.step
 
     def _try_gradients(self) -> StepStats | None:
-        """Return None where memory ran out: the error, whose frames hold the failed try's tensors, ends in here."""
+        """Return None where memory ran out; the error is dropped here, since its frames keep the tensors alive."""
         try:
             return self.accumulate()
         except RuntimeError as error:
@@ -231,16 +232,16 @@ class Trainer:
         return None
 
     def _rescue(self) -> Iterator[Saved]:
-        """Save what was learnt before an error that left weights and optimizer whole ends the run."""
+        """Save the state before an error ends the run; only for errors that left weights and optimizer intact."""
         discard(self.state.optimizer)
         free_memory(self.state.model.embedding.device)
         if self.state.step not in (0, self._saved_step):
             yield self._save()
 
     def _halve(self) -> Halved:
-        """Leave nothing of the failed try behind; the same sequences come again, fewer at a time."""
+        """Halve the micro-batch after a failed attempt; the same sequences are then run again, fewer at a time."""
         discard(self.state.optimizer)
-        self.recording = None
+        self.captured_pass = None
         if self.plan.compile:
             forget_compiled()
         free_memory(self.state.model.embedding.device)
@@ -249,22 +250,24 @@ class Trainer:
         self.plan = smaller
         return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
 
-    def _update(self, found: StepStats, rate: float, factor: float) -> None:
+    def _update(self, stats: StepStats, rate: float, factor: float) -> None:
         try:
-            update(self.state.model, self.state.optimizer, found.loads, rate, factor)
+            update(self.state.model, self.state.optimizer, stats.loads, rate, factor)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            raise explain_out_of_memory_in_update(self.state.step, self.what.train) from error
+            raise explain_out_of_memory_in_update(self.state.step, self.config.train) from error
 
     def accumulate(self, numbers: Sequence[int] | None = None) -> StepStats:
-        """Leave the gradients of the next step in `.grad`, or only those of its micro-batches of these numbers."""
-        loss_of = loss_for(self.state.model, self.what.train, self.plan)
+        """Put the gradients of the next step into `.grad`, or only those of the micro-batches with these numbers."""
+        loss_of = loss_for(self.state.model, self.config.train, self.plan)
         batches = self.micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
         targets = sum(count_targets(batch) for batch in batches)
-        scale, seed = self.state.loss_scale, self.what.train.seed
-        if self.recording is not None:
-            return gradients(self.state.model, loss_of, self._count(batches), targets, scale, seed, self.recording.add)
+        scale, seed = self.state.loss_scale, self.config.train.seed
+        if self.captured_pass is not None:
+            return gradients(
+                self.state.model, loss_of, self._count(batches), targets, scale, seed, self.captured_pass.add
+            )
         with compiled(self.state.model) if self.plan.compile else nullcontext():
             return gradients(self.state.model, loss_of, self._count(batches), targets, scale, seed)
 
@@ -272,19 +275,19 @@ class Trainer:
         for self.micro_batches_begun, batch in enumerate(batches, 1):
             yield batch
 
-    def record(self) -> None:
-        """From now on play a recording of a micro-batch's passes; no state changes but `.grad`, which is dropped."""
-        state, train = self.state, self.what.train
-        self.recording = None
+    def capture(self) -> None:
+        """Capture a micro-batch's passes as a CUDA graph and use it from now on; only `.grad` is changed (dropped)."""
+        state, train = self.state, self.config.train
+        self.captured_pass = None
         (batch,) = self.micro_batches([0])
         add = functools.partial(add_gradients, state.model, loss_for(state.model, train, self.plan), train.seed)
         with compiled(state.model) if self.plan.compile else nullcontext():
-            self.recording = RecordedPass(state.model, add, batch, self.plan.accumulate > 1)
+            self.captured_pass = CapturedPass(state.model, add, batch, self.plan.accumulate > 1)
 
     def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
-        """Return the next step's micro-batches of these numbers."""
+        """Return the next step's micro-batches with these numbers."""
         device = self.state.model.embedding.device
-        first, count = self.state.step * self.what.train.batch_samples, self.plan.micro_batch
+        first, count = self.state.step * self.config.train.batch_samples, self.plan.micro_batch
         starts = [first + number * count for number in numbers]
         return [
             Batch(
@@ -294,65 +297,65 @@ class Trainer:
             for start in starts
         ]
 
-    def _give_up_if_lost(self) -> None:
-        state, rate = self.state, self.what.train.optimizer.lr
+    def _stop_if_diverged(self) -> None:
+        state, rate = self.state, self.config.train.optimizer.lr
         if state.skipped_in_row >= MOST_SKIPPED:
             raise explain_divergence(MOST_SKIPPED, state.step, self._healthy_step, rate)
 
-    def _try(self, doing: Doing, look: Callable[[], Event]) -> Iterator[Event]:
-        """Look at the model once; where memory runs out there, what was learnt is saved before the run ends.
+    def _try(self, doing: Doing, make_event: Callable[[], Event]) -> Iterator[Event]:
+        """Validate or sample once; where memory runs out, the state is saved before the run ends.
 
-        A recording, which keeps its memory, goes first: the run is slower after that, and the same.
+        First the CUDA graph, which holds memory, is dropped and the work tried again; the run is slower after that.
         """
         self.doing = doing
-        for has_recording in (True, False):
+        for has_captured in (True, False):
             try:
-                seen = look()
+                event = make_event()
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             else:
-                yield seen
+                yield event
                 return
-            if not has_recording or self.recording is None:
+            if not has_captured or self.captured_pass is None:
                 break
-            self.recording = None
+            self.captured_pass = None
             free_memory(self.state.model.embedding.device)
         yield from self._rescue()
         raise explain_out_of_memory_in_validation(self.state.step)
 
-    def _look(self) -> Iterator[Event]:
-        run, step = self.what.run, self.state.step
-        is_last = step == self.what.train.steps
+    def _validate_and_sample(self) -> Iterator[Event]:
+        run, step = self.config.run, self.state.step
+        is_last = step == self.config.train.steps
         if self.valid is not None and (step % run.validate_every == 0 or is_last):
             yield from self._try("validating", functools.partial(evaluate, *self._valid_part()))
         if step % run.sample_every == 0 or is_last:
             for prompt in run.prompts:
-                write = functools.partial(write_sample, self.what, self.state, self.tokenizer, prompt)
+                write = functools.partial(write_sample, self.config, self.state, self.tokenizer, prompt)
                 yield from self._try("sampling", write)
         if step % run.validate_every == 0 or step % run.sample_every == 0:
-            # Time spent looking is not training time.
+            # The time of validation and sampling is not training time.
             self._pace = [(time.monotonic(), self.state.tokens)]
 
-    def _look_at_masters(self) -> Iterator[Event]:
-        """Validate what was just saved, where that is more than the card's copies of the experts."""
+    def _validate_masters(self) -> Iterator[Event]:
+        """Validate with the experts' masters, as they were just saved, where the card holds only copies of them."""
         if self.valid is not None and self.state.rotation is not None:
-            look = functools.partial(evaluate_masters, *self._valid_part(), self.state.rotation)
-            yield from self._try("validating", look)
+            validate = functools.partial(evaluate_masters, *self._valid_part(), self.state.rotation)
+            yield from self._try("validating", validate)
             self._pace = [(time.monotonic(), self.state.tokens)]
 
     def _valid_part(self) -> tuple[RunConfig, TrainState, Tokenizer, ShardSet, int]:
-        assert self.valid is not None, "whoever asks has seen it"
-        return self.what, self.state, self.tokenizer, self.valid, self.plan.micro_batch
+        assert self.valid is not None, "callers have checked it"
+        return self.config, self.state, self.tokenizer, self.valid, self.plan.micro_batch
 
     def _save_is_due(self) -> bool:
-        run, waited_s = self.what.run, time.monotonic() - self._saved_at
-        # While steps are skipped nothing is learnt, and one more checkpoint would only push out one from before.
+        run, waited_s = self.config.run, time.monotonic() - self._saved_at
+        # While steps are skipped nothing is learnt, and a new checkpoint would only replace a healthy one.
         if waited_s < run.save_interval_s(0) or self.state.skipped_in_row:
-            return False  # known without measuring the state, which is no work for every step
-        if self._size_bytes is None:  # asked once: it brings experts home
-            weights, memory = self.state.tensors()
-            self._size_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *memory.values()))
+            return False  # decided first, because measuring the state is too slow for every step
+        if self._size_bytes is None:  # measured once, because it copies experts to host memory
+            weights, states = self.state.tensors()
+            self._size_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *states.values()))
         return waited_s >= run.save_interval_s(self._size_bytes)
 
     def _refuse_lost_lock(self) -> None:
@@ -363,15 +366,15 @@ class Trainer:
         began = time.monotonic()
         self._refuse_lost_lock()
         self.doing = "saving"
-        weights, memory = self.state.tensors()
-        if broken := find_not_finite(weights | memory):
-            rate = self.what.train.optimizer.lr
+        weights, states = self.state.tensors()
+        if broken := find_not_finite(weights | states):
+            rate = self.config.train.optimizer.lr
             raise explain_broken_weights(broken, self.state.step, self._healthy_step, rate)
         checkpoint = self.store.save(
             weights,
-            memory,
+            states,
             self.state.numbers() | {"plan": self.plan.model_dump(), CONDITIONS: self._conditions()},
-            to_portable(self.what, self.what.run.dir),
+            to_portable(self.config, self.config.run.dir),
             self.tokenizer.directory,
             self.hashes,
             None if is_healthy(self.state.numbers()) else self._healthy_step,

@@ -1,4 +1,4 @@
-"""What a run looks at between steps: validation and samples, one event each; changes nothing, decides nothing."""
+"""Validation and samples between training steps, one event each; changes no state and decides nothing."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from lowvram.train.rotation import ExpertRotation
 from lowvram.train.state import TrainState
 
 
-def evaluate(what: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int) -> Evaluated:
-    """Validate on the run's part of `valid`.  batch: windows at a time."""
-    dtype, most = DTYPES[what.train.precision], what.run.validate_tokens
+def evaluate(config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int) -> Evaluated:
+    """Validate on the first `run.validate_tokens` tokens of `valid`.  batch: windows at a time."""
+    dtype, most = DTYPES[config.train.precision], config.run.validate_tokens
     bos_id, byte_count_V = tokenizer.bos_id, tokenizer.byte_count_V
-    found = score(state.model, valid, bos_id, byte_count_V, what.train.seq_len, dtype, most, batch)
-    return Evaluated(state.step, found.loss, found.bits_per_byte)
+    result = score(state.model, valid, bos_id, byte_count_V, config.train.seq_len, dtype, most, batch)
+    return Evaluated(state.step, result.loss, result.bits_per_byte)
 
 
 def evaluate_masters(
-    what: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int, rotation: ExpertRotation
+    config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int, rotation: ExpertRotation
 ) -> Evaluated:
-    """Validate what a checkpoint holds, where that is more than the card's copies of the experts."""
+    """Validate with the experts' masters, which a checkpoint saves, in place of the card's low-precision copies."""
     with rotation.reading_masters():
-        return dataclasses.replace(evaluate(what, state, tokenizer, valid, batch), reads_masters=True)
+        return dataclasses.replace(evaluate(config, state, tokenizer, valid, batch), reads_masters=True)
 
 
-def write_sample(what: RunConfig, state: TrainState, tokenizer: Tokenizer, prompt: str) -> Sampled:
-    """Let the model write behind a prompt; where its numbers are broken, the event says so."""
-    # A sample is short, and a training card has no memory for graphs of it.
-    decoder = Decoder(state.model, what.train.seq_len, dtype=DTYPES[what.train.precision], captures=False)
+def write_sample(config: RunConfig, state: TrainState, tokenizer: Tokenizer, prompt: str) -> Sampled:
+    """Let the model continue a prompt; where its logits are not finite, the event says so."""
+    # A sample is short, and during training the card has no memory for CUDA graphs of decoding.
+    decoder = Decoder(state.model, config.train.seq_len, dtype=DTYPES[config.train.precision], captures=False)
     id_T = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    pieces = Engine(decoder, tokenizer).generate(id_T, Sampler(seed=what.train.seed), what.run.sample_tokens)
+    pieces = Engine(decoder, tokenizer).generate(id_T, Sampler(seed=config.train.seed), config.run.sample_tokens)
     text, problem = "", ""
     try:
         text = "".join(pieces)
-    except NumbersError as error:  # the steps to come may mend it; a run that is lost ends by its own count
+    except NumbersError as error:  # later steps may repair the weights; a diverged run is stopped by the trainer
         problem = error.what
     return Sampled(state.step, prompt, text, problem)

@@ -33,7 +33,7 @@ WHOLE = "step 1234/7629  loss 3.123  12.3k tok/s  process 1.3 GiB  3 h 05 min le
 def trainer_on(device: str = "cpu", doing: str = "step", begun: int = 0, accumulate: int = 32) -> SimpleNamespace:
     """What a screen reads of a trainer."""
     return SimpleNamespace(
-        what=SimpleNamespace(train=SimpleNamespace(steps=7629)),
+        config=SimpleNamespace(train=SimpleNamespace(steps=7629)),
         state=SimpleNamespace(step=0, model=SimpleNamespace(embedding=SimpleNamespace(device=torch.device(device)))),
         plan=SimpleNamespace(accumulate=accumulate),
         doing=doing,

@@ -272,8 +272,8 @@ FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
     "no end": (CONFIG, lambda table: table.update(eos_token=None), "names no eos_token"),
     "an end that is no token": (CONFIG, lambda table: table.update(eos_token="</s>"), "names no eos_token"),
     "no vocabulary": (MODEL, lambda table: table["model"].pop("vocab"), "Its files are damaged (KeyError: 'vocab')"),
-    "an id that is a word": (MODEL, lambda table: table["model"]["vocab"].update(Ğ="1"), "an id is no number"),
-    "an id below 0": (MODEL, lambda table: table["model"]["vocab"].update(a=-1), "an id is no number, or below 0"),
+    "an id that is a word": (MODEL, lambda table: table["model"]["vocab"].update(Ğ="1"), "an id is not a number"),
+    "an id below 0": (MODEL, lambda table: table["model"]["vocab"].update(a=-1), "an id is not a number, or below 0"),
     "a broken pre-tokenizer": (MODEL, lambda table: table.update(pre_tokenizer={"type": "X"}), "tokenizers says"),
 }
 

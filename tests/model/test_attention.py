@@ -56,7 +56,7 @@ def test_one_key_value_head_per_query_head_is_multi_head_attention() -> None:
     torch.testing.assert_close(whole.logits(token_BT), grouped.logits(token_BT), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("count, form", [(24, "_absorbed"), (25, "_expanded_memory")], ids=["few", "many"])
+@pytest.mark.parametrize("count, form", [(24, "_absorbed"), (25, "_expanded_cache")], ids=["few", "many"])
 @pytest.mark.parametrize("name", ["mla-rope", "mla-yarn-q_lora", "mla-window"])
 def test_what_is_read_through_the_cache_equals_the_expanded_form(
     name: str, count: int, form: str, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +66,7 @@ def test_what_is_read_through_the_cache_equals_the_expanded_form(
     model = randomise(Transformer(config))
     layer, x_BTD = model.blocks[0].attention, torch.randn(1, 3 + count, config.dim)
     forms = []
-    for other in ("_absorbed", "_expanded_memory"):
+    for other in ("_absorbed", "_expanded_cache"):
         true = getattr(layer, other)
         monkeypatch.setattr(layer, other, lambda *a, name=other, true=true: forms.append(name) or true(*a))
     with torch.no_grad():

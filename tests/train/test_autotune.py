@@ -230,7 +230,7 @@ def test_on_cuda_only_a_new_run_tries(monkeypatch: pytest.MonkeyPatch, is_new: b
     device = torch.device("cuda")
     trainer: Any = SimpleNamespace(
         plan=plan,
-        what=SimpleNamespace(train=SimpleNamespace(update_during_backward=during)),
+        config=SimpleNamespace(train=SimpleNamespace(update_during_backward=during)),
         state=SimpleNamespace(model=SimpleNamespace(embedding=SimpleNamespace(device=device))),
     )
     limits: list[int | None] = []
@@ -272,7 +272,7 @@ def test_compilation_is_kept_only_if_it_is_faster_and_fits(
     limit: int | None,
     said: str,
 ) -> None:
-    monkeypatch.setattr(trial, "_measure", lambda _, plan: trial._Pace(*(both if plan.compile else eager)))
+    monkeypatch.setattr(trial, "_measure", lambda _, plan: trial._Timing(*(both if plan.compile else eager)))
     trainer = trainer_of(run_of(home, "decides"), compiles=False)
     plan, reason = try_compilation(trainer, limit)
     assert reason.startswith(said)

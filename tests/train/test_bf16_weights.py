@@ -117,7 +117,7 @@ def test_a_halved_micro_batch_gives_the_bits_of_a_run_that_began_smaller(
     for event in begun.run():
         if isinstance(event, StepDone) and event.step == 2:
             begun.stop()
-    ours = trainer_of(begun.what, 4)
+    ours = trainer_of(begun.config, 4)
     events = list(ours.run())
     assert [event for event in events if isinstance(event, Halved)] == [Halved(2, 2, 4)]
     assert losses_of(events) == expected[2:]
@@ -127,8 +127,8 @@ def test_a_halved_micro_batch_gives_the_bits_of_a_run_that_began_smaller(
 def test_sums_of_gradients_depend_on_seed_and_sample_alone(home: Path) -> None:
     def gradients_of(seed: int, name: str) -> dict[str, Tensor]:
         trainer = trainer_of(run_of(home, name), 1)
-        trainer.what = trainer.what.model_copy(
-            update={"train": trainer.what.train.model_copy(update={"seed": seed})}
+        trainer.config = trainer.config.model_copy(
+            update={"train": trainer.config.train.model_copy(update={"seed": seed})}
         )  # after the weights were drawn: the rounding's seed alone is another
         trainer.accumulate()
         return {name: weight.grad.clone() for name, weight in trainer.state.model.named_parameters()}

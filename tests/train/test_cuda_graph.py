@@ -21,7 +21,7 @@ from lowvram.train import cuda_graph as recording
 from lowvram.train import trainer as trainer_module
 from lowvram.train import validation as looks
 from lowvram.train.autotune import settle_cuda_graphs
-from lowvram.train.cuda_graph import RecordedPass
+from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.events import Event, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.step import add_gradients, gradients
@@ -66,7 +66,7 @@ class Tape:
 def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
     tape = Tape()
     if not torch.cuda.is_available():
-        monkeypatch.setattr(recording, "_record", tape.record)
+        monkeypatch.setattr(recording, "_capture", tape.record)
         monkeypatch.setattr(recording, "_warm_up", lambda run: run())
     return tape
 
@@ -101,7 +101,7 @@ def test_played_gradients_are_launched_ones_to_the_bit(
     tape.weights = list(model.parameters())
     loss_of = functools.partial(causal_loss, model, dtype=torch.bfloat16, dropout=0.1, seed=7)
     first, second = batches_of(2 * count, device)[:count], batches_of(2 * count, device)[count:]
-    played = RecordedPass(model, functools.partial(add_gradients, model, loss_of, 7), first[0], count > 1)
+    played = CapturedPass(model, functools.partial(add_gradients, model, loss_of, 7), first[0], count > 1)
     assert all(weight.grad is None for weight in model.parameters())
     for batches in (second, first):  # the second step must know nothing of the first
         truth, expected = learn(model, batches, None, loss_of)
@@ -123,7 +123,7 @@ def trainer_of(what: RunConfig, device: str = "cpu", micro_batch: int = 4) -> Tr
 
 def record(trainer: Trainer, tape: Tape) -> Trainer:
     tape.weights = list(trainer.state.model.parameters())
-    trainer.record()
+    trainer.capture()
     return trainer
 
 
@@ -158,13 +158,13 @@ def test_a_look_without_memory_gives_up_the_recording_and_tells_nothing_twice(
     look = getattr(looks, at)
 
     def refuse_beside_a_recording(*given: Any) -> Any:
-        if trainer.recording is not None:
+        if trainer.captured_pass is not None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return look(*given)
 
     monkeypatch.setattr(trainer_module, at, refuse_beside_a_recording)
     events = list(trainer.run())
-    assert trainer.recording is None
+    assert trainer.captured_pass is None
     assert len(losses_of(events)) == 5
     told = [(type(event).__name__, event.step) for event in events]
     assert told == [("Started", 0), *[("StepDone", step) for step in (1, 2, 3, 4)], ("Evaluated", 4), ("StepDone", 5),
@@ -174,14 +174,14 @@ def test_a_look_without_memory_gives_up_the_recording_and_tells_nothing_twice(
 
 def test_a_halved_micro_batch_is_no_longer_played(home: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = record(trainer_of(run_of(home, "halved")), tape)
-    assert trainer.recording is not None
+    assert trainer.captured_pass is not None
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(trainer.recording, "add", fail)
+    monkeypatch.setattr(trainer.captured_pass, "add", fail)
     events = list(trainer.run())
-    assert trainer.recording is None
+    assert trainer.captured_pass is None
     assert trainer.plan.micro_batch == 2
     assert len(losses_of(events)) == 5
 
@@ -193,13 +193,13 @@ class Decision:
         self.trainer = trainer
         trainer.state.model.embedding = _OnCard(trainer.state.model.embedding)  # type: ignore[assignment]
         monkeypatch.setattr(trial, "_measure", self.measure)
-        monkeypatch.setattr(trial, "_look_on", lambda _: None)
+        monkeypatch.setattr(trial, "_validation_pass", lambda _: None)
         monkeypatch.setattr(trial, "free_memory", lambda _: None)
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: held_bytes)
         self.played_s = played_s
 
     def measure(self, trainer: Trainer, _plan: Plan) -> Any:
-        return trial._Pace(1.0 if trainer.recording is None else self.played_s, 0)
+        return trial._Timing(1.0 if trainer.captured_pass is None else self.played_s, 0)
 
 
 class _OnCard(torch.nn.Parameter):
@@ -211,10 +211,10 @@ class _OnCard(torch.nn.Parameter):
 @pytest.mark.parametrize(
     "played_s, limit, asked, said",
     [
-        (0.25, None, None, "Passes are played from CUDA graphs, 4.00 times as fast: 250 against 1,000 ms"),
-        (0.25, 300 * MIB, None, "Passes are not played from CUDA graphs: they would take 328.0 MiB of 300.0 MiB."),
-        (0.99, None, None, "Passes are not played from CUDA graphs: they would be 1.01 times as fast"),
-        (0.99, None, True, "Passes are played from CUDA graphs, 1.01 times as fast"),
+        (0.25, None, None, "Passes are replayed from CUDA graphs, 4.00 times as fast: 250 against 1,000 ms"),
+        (0.25, 300 * MIB, None, "Passes are not replayed from CUDA graphs: they would take 328.0 MiB of 300.0 MiB."),
+        (0.99, None, None, "Passes are not replayed from CUDA graphs: they would be 1.01 times as fast"),
+        (0.99, None, True, "Passes are replayed from CUDA graphs, 1.01 times as fast"),
     ],
 )
 def test_a_recording_stays_where_it_is_faster_and_fits(
@@ -226,11 +226,11 @@ def test_a_recording_stays_where_it_is_faster_and_fits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = trainer_of(run_of(home, "decides"))
-    monkeypatch.setattr(Trainer, "record", lambda self: setattr(self, "recording", object()))
+    monkeypatch.setattr(Trainer, "capture", lambda self: setattr(self, "captured_pass", object()))
     Decision(trainer, monkeypatch, played_s, 200 * MIB)
     (sentence,) = settle_cuda_graphs(trainer, asked, limit)
     assert sentence.startswith(said)
-    assert (trainer.recording is not None) == sentence.startswith("Passes are played")
+    assert (trainer.captured_pass is not None) == sentence.startswith("Passes are replayed")
 
 
 def test_what_cannot_be_recorded_is_launched_or_told_where_it_was_asked_for(
@@ -240,10 +240,10 @@ def test_what_cannot_be_recorded_is_launched_or_told_where_it_was_asked_for(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     trainer = trainer_of(run_of(home, "unrecorded"))
-    monkeypatch.setattr(Trainer, "record", fail)
+    monkeypatch.setattr(Trainer, "capture", fail)
     Decision(trainer, monkeypatch, 0.1, 0)
     (sentence,) = settle_cuda_graphs(trainer, None)
-    assert sentence == "Passes are not played from CUDA graphs: operation not permitted when stream is capturing."
+    assert sentence == "Passes are not replayed from CUDA graphs: operation not permitted when stream is capturing."
     with pytest.raises(MachineError, match=r"Operation not permitted.*Leave out --graphs on"):
         list(settle_cuda_graphs(trainer, True))
 

@@ -82,7 +82,7 @@ def test_where_nothing_is_clipped_the_steps_are_ordinary_ones(home: Path, kind: 
 
 
 def learn(trainer: Trainer, clip: float = UNCLIPPED, loss_of: Any = None, scale: float = 1.0) -> Any:
-    model, train = trainer.state.model, trainer.what.train
+    model, train = trainer.state.model, trainer.config.train
     batch = Batch(trainer.loader.batch(0, 8), torch.arange(8))
 
     def plainly(batch: Batch) -> Any:

@@ -63,7 +63,7 @@ def expect(error: type[Exception], message: str, trainer: Trainer, deed: Callabl
 def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(
     what: RunConfig, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowvram.train.start._AWAY_S", 0.0)
+    monkeypatch.setattr("lowvram.train.start._RETRY_AFTER_S", 0.0)
     run, elsewhere = what.run.dir, what.run.dir.with_name("elsewhere")
     deed = {"deleted": lambda: shutil.rmtree(run), "renamed": lambda: run.rename(elsewhere)}[how]
     with lock_run(run) as lock:
@@ -203,8 +203,8 @@ def test_a_resume_under_other_conditions_says_which(what: RunConfig, monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 2)
     (sentence,) = next(iter(trainer_of(what).run())).notices
     assert sentence == (
-        f"Not as at the last save: threads {threads} then, {threads + 2} now.  "
-        "The run goes on, and may differ from then on in last bits."
+        f"Changed since the last save: threads {threads} then, {threads + 2} now.  "
+        "The run goes on; from here its last bits may differ."
     )
 
 

@@ -138,8 +138,8 @@ def test_a_card_raises_at_its_limit(limit: int, fraction: float, monkeypatch: py
         (100, None),
         (105, None),
         (95, None),
-        (106, "A step takes 106.0 GiB, 6% more than the 100.0 GiB that were reckoned."),
-        (90, "A step takes 90.0 GiB, 10% less than the 100.0 GiB that were reckoned."),
+        (106, "A step takes 106.0 GiB, 6% more than the 100.0 GiB that were estimated."),
+        (90, "A step takes 90.0 GiB, 10% less than the 100.0 GiB that were estimated."),
     ],
 )
 def test_a_ledger_that_is_off_by_more_than_a_twentieth_is_told(measured: int, said: str | None) -> None:

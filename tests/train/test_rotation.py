@@ -109,7 +109,7 @@ def test_everybody_takes_turns_and_nothing_changes_its_place_in_memory(home: Pat
         assert sorted(rotation.slots) == list(range(experts)), "every expert lies in one slot"
         (layer,) = model.moe_layers()
         assert layer.slot_E.tolist() == rotation.slots
-        rotation.bring_home()
+        rotation.update_masters()
         for name, weight, idle in rotation._stacks():
             for expert, slot in enumerate(rotation.slots):
                 lies = weight[slot] if slot < window else parts_of(idle)[0][slot - window].float()
@@ -125,7 +125,7 @@ def test_everybody_takes_turns_and_nothing_changes_its_place_in_memory(home: Pat
 
 def plain_like(trainer: Trainer, idle: str | None) -> Transformer:
     """Return a model without rotation whose experts are the masters, those that wait as their copies decode."""
-    rotation, model = rotation_of(trainer), Transformer(trainer.what.model, None)
+    rotation, model = rotation_of(trainer), Transformer(trainer.config.model, None)
     weights = {name: tensor.clone() for name, tensor in trainer.state.tensors()[0].items()}
     for name in STACKS if idle is not None else ():
         for expert in set(range(rotation.experts)) - set(rotation.window):

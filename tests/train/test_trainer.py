@@ -240,7 +240,7 @@ def test_the_loss_scale_halves_on_overflow_and_never_falls_below_one() -> None:
     state = state_of(loss_scale=4.0, quiet=7)
     scales = []
     for _ in range(4):
-        state.judge_scale(finite=False, is_scaled=True)
+        state.update_loss_scale(finite=False, is_scaled=True)
         scales.append(state.loss_scale)
     assert scales == [2.0, 1.0, 1.0, 1.0]
     assert (state.quiet, state.skipped_in_row) == (0, 4)
@@ -249,19 +249,19 @@ def test_the_loss_scale_halves_on_overflow_and_never_falls_below_one() -> None:
 def test_the_loss_scale_doubles_after_a_quiet_time_and_the_time_begins_anew() -> None:
     state = state_of(loss_scale=8.0)
     for _ in range(QUIET_STEPS - 1):
-        state.judge_scale(finite=True, is_scaled=True)
+        state.update_loss_scale(finite=True, is_scaled=True)
     assert state.loss_scale == 8.0
-    state.judge_scale(finite=True, is_scaled=True)
+    state.update_loss_scale(finite=True, is_scaled=True)
     assert (state.loss_scale, state.quiet) == (16.0, 0)
     for finite in (*[True] * (QUIET_STEPS - 1), False, *[True] * (QUIET_STEPS - 1)):
-        state.judge_scale(finite, is_scaled=True)
+        state.update_loss_scale(finite, is_scaled=True)
     assert state.loss_scale == 8.0
 
 
 def test_only_an_fp16_run_has_a_loss_scale() -> None:
     state = state_of()
     for finite in (True, False, True):
-        state.judge_scale(finite, is_scaled=False)
+        state.update_loss_scale(finite, is_scaled=False)
     assert (state.loss_scale, state.quiet, state.skipped_in_row) == (1.0, 0, 0)
 
 

@@ -1,1 +1,1 @@
-"""Models as GGUF files for llama.cpp."""
+"""Writes models as GGUF files for llama.cpp; this package knows no training loop."""

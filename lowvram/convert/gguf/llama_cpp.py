@@ -1,7 +1,7 @@
-"""How llama.cpp sees a model: its architecture, its numbers, its tensors' names and layouts; knows no file.
+"""Maps a model to llama.cpp's architecture, metadata keys, tensor names and tensor layouts; knows no file.
 
-Read in llama.cpp's src/llama-arch.cpp, src/llama-context.cpp and src/models/ as llama-cpp-python 0.3.36 ships them;
-tests/convert/test_llama_cpp.py holds all of it against that program.
+Source: llama.cpp's src/llama-arch.cpp, src/llama-context.cpp and src/models/ as llama-cpp-python 0.3.36 ships them;
+tests/convert/test_llama_cpp.py compares all of it with that program.
 
 Legend: D model width, H heads, K width of a query and key, N of its part without position, V of a value,
 C kv_lora_rank.
@@ -22,16 +22,17 @@ from lowvram.errors import ExportError
 
 Value = int | float | bool | str
 
-# llama.cpp reads other values for a few architectures only, of which none is ours (src/models/grok.cpp, mistral3.cpp).
+# llama.cpp reads other values only for a few architectures, none of which we use (src/models/grok.cpp, mistral3.cpp).
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
-# deepseek2 takes models of these layers for ones without q_lora, whatever the file says (src/models/deepseek2.cpp).
+# deepseek2 assumes that models with these numbers of layers have no q_lora, whatever the file says
+# (src/models/deepseek2.cpp).
 _LITE_LAYERS = (26, 27)
 _LITE_LAYERS_AND_VOCABULARY = (48, 128_256)
 _SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
 
 class TensorLayout(NamedTuple):
-    """A tensor of llama.cpp's: its name, how it is cut out of one of ours, and whether it is fp32 in every file."""
+    """A tensor of llama.cpp: its name, how it is cut out of one of ours, and whether it is fp32 in every file."""
 
     name: str
     take: Callable[[Tensor], Tensor]
@@ -39,7 +40,7 @@ class TensorLayout(NamedTuple):
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """Return llama.cpp's name for a model of this form; raises ExportError where it has none that computes the same."""
+    """Return llama.cpp's architecture for a model; raises ExportError where it has none that computes the same."""
     if config.attention.kind == "mla":
         name = "deepseek2"
     elif config.positions.kind == "alibi":
@@ -93,7 +94,7 @@ def _refuse_other_layers(config: ModelConfig, name: str) -> None:
 
 
 def keys_of(config: ModelConfig, context_len: int) -> dict[str, Value]:
-    """Return the numbers that llama.cpp builds the model from, under its keys; context_len: tokens trained on."""
+    """Return the metadata that llama.cpp builds the model from, by its keys; context_len: the longest trained text."""
     keys: dict[str, Value] = {
         "vocab_size": config.vocabulary,
         "context_length": context_len,
@@ -117,7 +118,7 @@ def keys_of(config: ModelConfig, context_len: int) -> dict[str, Value]:
 
 
 def _mla_keys(config: ModelConfig, attention: Mla) -> dict[str, Value]:
-    """Attention runs over the latent, so there is one key of C + rope, and the latent is the value."""
+    """Return MLA's keys: attention runs over the latent, so there is one key of width C + rope and one value of C."""
     keys: dict[str, Value] = {
         "attention.head_count_kv": 1,
         "attention.key_length": attention.kv_lora_rank + attention.rope_dim,
@@ -129,7 +130,7 @@ def _mla_keys(config: ModelConfig, attention: Mla) -> dict[str, Value]:
     }
     ffn = config.ffn
     if ffn.kind == "swiglu":
-        # Asked for by name even where every layer is dense.
+        # llama.cpp requires these keys even where every layer is dense.
         no_experts = {"leading_dense_block_count": config.layers, "expert_feed_forward_length": 0}
         return keys | no_experts | {"expert_shared_count": 0}
     return keys | {
@@ -153,9 +154,9 @@ def _yarn_keys(yarn: Yarn, is_mla: bool) -> dict[str, Value]:
         "rope.scaling.yarn_beta_slow": yarn.beta_slow,
     }
     if is_mla:
-        # Acts in the softmax's scale: (1 + this · ln factor)².
+        # llama.cpp multiplies the softmax scale by (1 + this · ln factor)².
         return keys | {"rope.scaling.yarn_log_multiplier": 0.1 * yarn.mscale}
-    # Queries and keys are scaled by 1 + 0.1 · ln factor, times this.
+    # llama.cpp scales queries and keys by 1 + 0.1 · ln factor, times this.
     return keys | {"rope.scaling.attn_factor": yarn.magnitude / (0.1 * math.log(yarn.factor) + 1.0)}
 
 
@@ -188,7 +189,7 @@ _GATE_AND_UP = {
 
 
 def layouts_of(config: ModelConfig, name: str) -> list[TensorLayout]:
-    """Return the tensors of llama.cpp's that our tensor `name` becomes."""
+    """Return llama.cpp's tensors that are cut out of our tensor `name`."""
     if name in _OUTSIDE_LAYERS:
         return [TensorLayout(_OUTSIDE_LAYERS[name], _whole)]
     _, layer, rest = name.split(".", 2)
@@ -220,12 +221,12 @@ def _half(tensor: Tensor, number: int) -> Tensor:
 
 
 def _up(weight: Tensor, attention: Mla, of_keys: bool) -> Tensor:
-    """Return W_uk as [H, C, N], turned for the query that it is absorbed into, or W_uv as [H, V, C]."""
+    """Return W_uk transposed as [H, C, N], since it is absorbed into the query, or W_uv as [H, V, C]."""
     both = weight.reshape(attention.heads, attention.nope_dim + attention.value_dim, attention.kv_lora_rank)
     k_HNC, v_HVC = both[:, : attention.nope_dim], both[:, attention.nope_dim :]
     return k_HNC.transpose(1, 2) if of_keys else v_HVC
 
 
 def _as_neighbours(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder each head's rows: `llama` turns neighbours (2i, 2i + 1) where we turn (i, i + K/2)."""
+    """Reorder each head's rows: llama.cpp's `llama` rotates the pairs (2i, 2i + 1), our model (i, i + K/2)."""
     return weight.reshape(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).flatten(0, 2)

@@ -1,6 +1,6 @@
-"""Whether a user's own llama.cpp reads a GGUF file as we read its checkpoint: the same ids, the same greedy tokens.
+"""Checks that a user's own llama.cpp gives the same token ids and the same greedy tokens as our model.
 
-Calls the programs llama-tokenize and llama-completion (llama-cli in older builds); knows no terminal.
+It runs the programs llama-tokenize and llama-completion (llama-cli in older builds); knows no terminal.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from lowvram.storage.json_files import JsonError, parse_object
 
 LINES, TOKENS = 1_000, 64
 PROMPT = "Ankara'nın en"
-# Two logits that are nearer than this are a tie: the file's numbers are rounded, ours are the masters in fp32.
+# Two logits that differ by less count as a tie: the file's numbers are rounded, ours are the fp32 masters.
 _TIE = {"f32": 0.01, "bf16": 0.25, "f16": 0.1, "q8_0": 1.0}
 _WAIT_S = 600
-# What those lines lack.
+# Characters that the sample text lacks.
 _RARE = ("İstanbul'da \"ığüşöç\" %20'si", "a\u0301 🫖 \u200d é", "1234567 0.5e-3", "<|user|> </s>", "  iki  boşluk\t.")
 
 
 class Programs(NamedTuple):
-    """The two programs of llama.cpp that are asked."""
+    """The two programs of llama.cpp that are run."""
 
     tokenize: Path
     complete: Path
 
 
 class Agreement(NamedTuple):
-    """How far both agree.
+    """How far both programs agree.
 
-    ids: compared, all equal.  tokens: equal greedy tokens, of `of`.  gap: between our logits of both programs' next
-    token, where they part; None where they do not.  is_tie: whether the file's rounding explains it.
+    ids: how many ids were compared; all were equal.  tokens: how many of `of` greedy tokens were equal.  gap: at the
+    first difference, our logit of our next token minus our logit of llama.cpp's; None if there is no difference.
+    is_tie: whether the file's rounding explains it.
     """
 
     ids: int
@@ -51,7 +52,7 @@ class Agreement(NamedTuple):
 
 
 def find_programs(place: Path) -> Programs:
-    """Return the programs in a folder, or beside the one named, or in the search path where only a name is given.
+    """Return the programs in a folder, beside a given program, or on the search path if only a name is given.
 
     Raises MachineError where one is missing.
     """
@@ -69,9 +70,9 @@ def find_programs(place: Path) -> Programs:
 
 
 def verify(programs: Programs, file: Path, numbers: str, tokenizer: Tokenizer, decoder: Decoder) -> Agreement:
-    """Compare ids of 1,000 lines and up to 64 greedy tokens.
+    """Compare the ids of 1,000 lines and up to 64 greedy tokens.
 
-    numbers: of the file's matrices.  decoder: of the same model in fp32, with a slot.
+    numbers: the number format of the file's matrices.  decoder: for the same model in fp32, with one slot.
     Raises ExportError where a program fails or an id differs.
     """
     ids = _compare_ids(programs, file, tokenizer)
@@ -79,19 +80,19 @@ def verify(programs: Programs, file: Path, numbers: str, tokenizer: Tokenizer, d
     count = max(1, min(TOKENS, decoder.max_context - len(prompt) - 1))
     ours = _write_greedily(decoder, prompt, count, tokenizer.stop_ids)
     options = ("-p", PROMPT, "-n", count, "-c", decoder.max_context, "--temp", 0, "--repeat-penalty", "1.0", "-no-cnv")
-    shown = _ask(programs.complete, file, *options, "--no-display-prompt", "--simple-io", "--no-warmup", "-ngl", 0)
-    theirs = shown.removesuffix(b"\n").removesuffix(b"\n").removesuffix(b" [end of text]")
+    output = _run(programs.complete, file, *options, "--no-display-prompt", "--simple-io", "--no-warmup", "-ngl", 0)
+    theirs = output.removesuffix(b"\n").removesuffix(b"\n").removesuffix(b" [end of text]")
     texts = [tokenizer.token_bytes(id) for id in ours]
     equal = sum(theirs.startswith(b"".join(texts[: n + 1])) for n in range(len(texts)))
     rest = theirs[len(b"".join(texts[:equal])) :]
     has_ended = len(ours) < count
     if equal == len(ours) and (not rest or not has_ended):
         return Agreement(ids, equal, len(ours), None, True)
-    # Where they part: our token, or the end of ours, against theirs.
-    mine = ours[equal] if equal < len(ours) else tokenizer.bos_id
-    other = tokenizer.encode(rest.decode("utf-8", "replace"))[0] if rest else tokenizer.bos_id
-    logit_V = _read_again(decoder, [*prompt, *ours[:equal]])
-    gap = float(logit_V[mine] - logit_V[other])
+    # At the first difference: our next token against theirs, where BOS stands for the end of the text.
+    our_next = ours[equal] if equal < len(ours) else tokenizer.bos_id
+    their_next = tokenizer.encode(rest.decode("utf-8", "replace"))[0] if rest else tokenizer.bos_id
+    logit_V = _prefill(decoder, [*prompt, *ours[:equal]])
+    gap = float(logit_V[our_next] - logit_V[their_next])
     return Agreement(ids, equal, len(ours), gap, abs(gap) <= _TIE[numbers])
 
 
@@ -104,17 +105,17 @@ def write_lines() -> str:
 def _compare_ids(programs: Programs, file: Path, tokenizer: Tokenizer) -> int:
     text = write_lines()
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "lines.txt"
-        place.write_text(text, encoding="utf-8", newline="\n")
-        options = ("-f", place, "--ids", "--no-bos", "--no-escape", "--no-parse-special", "--log-disable")
-        shown = _ask(programs.tokenize, file, *options)
+        path = Path(folder) / "lines.txt"
+        path.write_text(text, encoding="utf-8", newline="\n")
+        options = ("-f", path, "--ids", "--no-bos", "--no-escape", "--no-parse-special", "--log-disable")
+        output = _run(programs.tokenize, file, *options)
     try:
-        theirs = parse_object(b'{"ids": ' + shown + b"}")["ids"]
+        theirs = parse_object(b'{"ids": ' + output + b"}")["ids"]
     except JsonError:
         theirs = None
     if not isinstance(theirs, list):
         what = f"{programs.tokenize} answered with something else than ids."
-        raise ExportError(what, f"It printed {shown[:80]!r}.", "Update llama.cpp.")
+        raise ExportError(what, f"It printed {output[:80]!r}.", "Update llama.cpp.")
     ours = tokenizer.encode(text)
     if theirs != ours:
         pairs = zip(ours, theirs, strict=False)
@@ -128,7 +129,7 @@ def _compare_ids(programs: Programs, file: Path, tokenizer: Tokenizer) -> int:
 
 
 def _write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stops: Sequence[int]) -> list[int]:
-    logit_V, written = _read_again(decoder, prompt), list[int]()
+    logit_V, written = _prefill(decoder, prompt), list[int]()
     while len(written) < count:
         id = int(logit_V.argmax())
         if id in stops:
@@ -138,23 +139,23 @@ def _write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stops: 
     return written
 
 
-def _read_again(decoder: Decoder, ids: Sequence[int]) -> Tensor:
+def _prefill(decoder: Decoder, ids: Sequence[int]) -> Tensor:
     decoder.rewind(0, 0)
     return decoder.prefill(0, ids)
 
 
-def _ask(program: Path, file: Path, *options: object) -> bytes:
+def _run(program: Path, file: Path, *options: object) -> bytes:
     """Return what a program printed; raises ExportError where it fails."""
     command = [str(program), "-m", str(file), *map(str, options)]
     try:
-        found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_WAIT_S, check=False)
+        process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_WAIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ExportError(f"{program} did not answer.", f"{error}.", "Try it by hand with the same file.") from error
-    if found.returncode:
-        said = found.stderr.decode("utf-8", "replace").strip().splitlines()
+    if process.returncode:
+        lines = process.stderr.decode("utf-8", "replace").strip().splitlines()
         raise ExportError(
-            f"{program} ended with {found.returncode}.",
-            f"It said: {said[-1][:200] if said else 'nothing'}",
+            f"{program} ended with {process.returncode}.",
+            f"It said: {lines[-1][:200] if lines else 'nothing'}",
             "The file is written; an older llama.cpp than the one named above does not know its pre-tokenizer.",
         )
-    return found.stdout
+    return process.stdout

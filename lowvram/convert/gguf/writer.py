@@ -1,6 +1,6 @@
-"""A model and its tokenizer as one GGUF file, for llama.cpp and what is built on it; how it sees models: llama_cpp.py.
+"""Writes a model and its tokenizer as one GGUF file; knows the file, while llama_cpp.py knows names and layouts.
 
-Written tensor by tensor, so that no more than one of ours is in memory; whole or not at all.
+The file is written tensor by tensor, so that only one of ours is in memory, and appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Numbers = Literal["f32", "f16", "bf16", "q8_0"]
 
 # The name of `EXPRESSION` (data/tokenizer.py) in llama.cpp's src/llama-vocab.cpp.
 _PRE_TOKENIZER = "ufakzeka"
-# The first builds that know it: ggml-org/llama.cpp pull request 29033, September 2026; llama-cpp-python was tried.
+# The first builds that know it: ggml-org/llama.cpp pull request 29033, September 2026; llama-cpp-python was tested.
 LEAST_BUILD, LEAST_PYTHON = "b11034", "0.3.36"
-# Above it a number of fp16, which is also what q8_0 keeps its scales in, is infinite.
+# Above this, an fp16 number is infinite; q8_0 stores its scales in fp16, too.
 _FP16_MAX = 65_504.0
 
 
 class Written(NamedTuple):
-    """What was written.  kept_wider: tensors in f16 where q8_0 was asked for, since its blocks of 32 cut no row."""
+    """The written file.  kept_wider: tensors in f16 although q8_0 was requested, as their rows are not blocks of 32."""
 
     path: Path
     size_bytes: int
@@ -48,7 +48,7 @@ class Written(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A tensor of the file: cut out of `ours`, kept in `kind`."""
+    """A tensor of the file: `cut` out of our tensor `ours` and stored in `kind`."""
 
     ours: str
     cut: TensorLayout
@@ -66,9 +66,9 @@ def write_gguf(
     metadata: Mapping[str, str] | None = None,
     disk: Disk = DISK,
 ) -> Written:
-    """Write the file `out`, whose matrices are kept in `numbers` and everything else in fp32.
+    """Write the file `out`, with matrices in the format `numbers` and everything else in fp32.
 
-    context_len: the tokens that the model can read.  metadata: what goes under `general.`: name, license, …
+    context_len: how many tokens the model can read.  metadata: values for the keys `general.*`: name, license, …
     Raises ExportError where llama.cpp cannot compute this model or hold its numbers, MachineError without `gguf`,
     DiskFullError.
     """
@@ -84,7 +84,7 @@ def write_gguf(
         _add_keys(writer, keys_of(config, context_len) | _general_keys(numbers, metadata or {}))
         _add_tokenizer(writer, tokenizer)
         for entry in entries:
-            # Said to be fp32, or the shape would be taken for one of bytes.
+            # The dtype is given as fp32, because with bytes the package would take the shape for a shape in bytes.
             writer.add_tensor_info(entry.cut.name, entry.shape, np.dtype(np.float32), entry.size_bytes, entry.kind)
 
         def write(path: Path) -> None:
@@ -126,10 +126,10 @@ def _check_tokenizer(config: ModelConfig, tokenizer: Tokenizer) -> None:
 
 
 def _entries(config: ModelConfig, numbers: Numbers) -> list[_Entry]:
-    """List the file's tensors in the order of ours; shapes come from a model that has no bytes."""
+    """List the file's tensors in the order of ours; shapes come from a model on the meta device."""
     gguf = _import_gguf()
     kinds = gguf.GGMLQuantizationType
-    found = []
+    entries = []
     for name, tensor in Transformer(config, seed=None, device="meta").state_dict().items():
         for cut in layouts_of(config, name):
             shape = tuple(cut.take(tensor).shape)
@@ -137,18 +137,18 @@ def _entries(config: ModelConfig, numbers: Numbers) -> list[_Entry]:
             if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
                 kind = kinds.F16
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            found.append(_Entry(name, cut, shape, kind, prod(shape) // block * block_bytes))
-    return found
+            entries.append(_Entry(name, cut, shape, kind, prod(shape) // block * block_bytes))
+    return entries
 
 
 def _general_keys(numbers: Numbers, metadata: Mapping[str, str]) -> dict[str, Value]:
     gguf = _import_gguf()
     file_type = gguf.LlamaFileType["ALL_F32" if numbers == "f32" else f"MOSTLY_{numbers.upper()}"]
-    said = {f"general.{key}": value for key, value in metadata.items()}
+    general = {f"general.{key}": value for key, value in metadata.items()}
     fixed: dict[str, Value] = {"general.type": "model", "general.file_type": int(file_type)}
     if numbers == "q8_0":
         fixed["general.quantization_version"] = gguf.GGML_QUANT_VERSION
-    return fixed | said
+    return fixed | general
 
 
 def _add_keys(writer: GGUFWriter, keys: Mapping[str, Value]) -> None:
@@ -169,7 +169,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_token_types([TokenType.CONTROL] * len(SPECIALS) + [TokenType.NORMAL] * plain)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     writer.add_bos_token_id(tokenizer.bos_id)
-    # llama.cpp stops at this one id and at eot.  A text ends where the BOS of the next stood in the packed data.
+    # llama.cpp stops at this id and at eot.  In the packed data a text ends where the BOS of the next one follows.
     writer.add_eos_token_id(tokenizer.bos_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     writer.add_mask_token_id(tokenizer.mask_id)
@@ -177,7 +177,7 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     if not is_dialogue(tokenizer):
-        return  # with a template, programs would ask in turns what has learnt none
+        return  # with a template, programs would hold a dialogue with a model that has not learnt any
     writer.add_eot_token_id(tokenizer.end_of_turn_id)
     template = tokenizer.settings.get("chat_template")
     if template is not None:
@@ -189,12 +189,12 @@ def _write_head(writer: GGUFWriter, path: Path, needed: int, disk: Disk) -> None
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     assert writer.fout is not None
-    # numpy says nothing of a full disk but that fewer bytes were written.
+    # numpy does not report a full disk clearly, only that fewer bytes were written, so the space is reserved first.
     disk.preallocate(writer.fout[0], writer.fout[0].tell() + needed)
 
 
 def _arrays(source: WeightReader, entries: list[_Entry]) -> Iterator[np.ndarray]:
-    """Yield the entries' bytes; a tensor of ours is read once for all that are cut out of it."""
+    """Yield the entries' data; each of our tensors is read once for all entries that are cut out of it."""
     from gguf.quants import quantize
 
     name, tensor = "", torch.empty(0)
@@ -207,8 +207,8 @@ def _arrays(source: WeightReader, entries: list[_Entry]) -> Iterator[np.ndarray]
 
 
 def _read(source: WeightReader, name: str) -> Tensor:
-    found = source.read(name)
-    return dequantise(found, torch.float32) if isinstance(found, QuantTensor) else found.detach().float()
+    tensor = source.read(name)
+    return dequantise(tensor, torch.float32) if isinstance(tensor, QuantTensor) else tensor.detach().float()
 
 
 def _check_part(entry: _Entry, part: Tensor) -> None:

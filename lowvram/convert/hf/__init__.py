@@ -1,1 +1,1 @@
-"""Models in the format of Hugging Face's transformers, written and read."""
+"""Writes and reads models in the format of Hugging Face's transformers; this package knows no training loop."""

@@ -1,6 +1,6 @@
-"""A config.json of transformers as a ModelConfig, or the key that stands against it; knows no tensor and no file.
+"""Reads transformers' config.json as a ModelConfig, or names the unsupported key; knows no tensor and no file.
 
-What a class takes where a key is absent: transformers 5.24, models/*/configuration_*.py.
+Source of each class's defaults: transformers 5.24, models/*/configuration_*.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lowvram.config.model import ModelConfig
 from lowvram.convert.hf.config_out import MLA_NORM_EPS
 from lowvram.errors import ExportError
 
-# Keys that may have one value only, since our model does just that.
-_ONLY: dict[str, Any] = {
+# Keys for which our model supports only one value.
+_SUPPORTED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
@@ -30,7 +30,7 @@ _ONLY: dict[str, Any] = {
     "moe_layer_freq": 1,
 }
 _FAMILIES = ("llama", "mistral", "ministral", "qwen3", "glm4_moe", "dots1", "deepseek_v3")
-# What a class takes where config.json is silent, as far as it is not what `_Settings` says.
+# Each class's defaults for keys that config.json leaves out, where they differ from those of `_Settings`.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 4096},
     "ministral": {"sliding_window": 4096},
@@ -43,13 +43,13 @@ _LAYER_KINDS = {"full_attention": "F", "sliding_attention": "S"}
 
 
 _LONGEST_VALUE = 120
-# Above any model that there is: a number that is damaged must not cost work before the files are looked at.
+# Larger than in any existing model: a damaged number must not cause much work before the files are checked.
 _Count = Annotated[int, Field(gt=0, le=100_000)]
 _Width = Annotated[int, Field(gt=0, le=1 << 31)]
 
 
 class _Table(BaseModel):
-    # Infinite is also what JSON's 1e999 becomes.
+    # Infinities are refused; JSON's 1e999 becomes one, too.
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
@@ -105,9 +105,10 @@ class _Settings(_Table):
 
 
 class ImportedConfig(NamedTuple):
-    """What a config.json describes.
+    """The contents of a config.json.
 
-    max_positions: how far it is said to reach.  trained_positions: the longest texts in training, where that is said.
+    max_positions: the longest text that the model supports.  trained_positions: the longest text in training where
+    config.json says that, else max_positions.
     """
 
     model: ModelConfig
@@ -118,7 +119,7 @@ class ImportedConfig(NamedTuple):
 def read_hf_config(table: Mapping[str, Any]) -> ImportedConfig:
     """Return the model that the values of a config.json describe.
 
-    Raises ExportError naming the key and the value that is missing, malformed, or that our model cannot be.
+    Raises ExportError naming the key and the value that is missing, malformed, or not supported by our model.
     """
     family = table.get("model_type")
     if family not in _FAMILIES:
@@ -128,11 +129,10 @@ def read_hf_config(table: Mapping[str, Any]) -> ImportedConfig:
             f"It can take: {', '.join(_FAMILIES)}.",
         )
     table = _DEFAULTS.get(family, {}) | dict(table)
-    for key, wanted in _ONLY.items():
-        if key in table and table[key] != wanted:
-            raise _cannot(
-                key, table[key], f"it must be {wanted!r} here, and a model that wants more computes otherwise"
-            )
+    for key, supported in _SUPPORTED.items():
+        if key in table and table[key] != supported:
+            why = f"our model supports only {supported!r} here, and would compute something else"
+            raise _cannot(key, table[key], why)
     table["rope_parameters"] = _gather_rotary(table)
     try:
         settings = _Settings.model_validate(table)
@@ -157,7 +157,7 @@ def read_hf_config(table: Mapping[str, Any]) -> ImportedConfig:
 
 
 def quote_value(value: Any) -> str:
-    """Return a foreign value as Python writes it, no longer than a line of an error."""
+    """Return a value's Python repr, cut to the length of one line of an error."""
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}…"
 
@@ -252,20 +252,20 @@ def _window(family: str, settings: _Settings) -> Window | None:
 
 
 def _gather_rotary(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_parameters`, or what older files say in its place."""
+    """Return `rope_parameters`, or the older keys that stand in for it."""
     newer, older = table.get("rope_parameters"), table.get("rope_scaling")
     for key, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if value is not None and not isinstance(value, dict):
             raise ExportError(
                 f"{key} is {quote_value(value)}.", "It must be a table or null.", "Copy the directory anew."
             )
-    # transformers, too, obeys the older one where both are there.
-    found = dict(older or newer or {})
-    found.setdefault("rope_type", found.get("type", "default"))
+    # Where both exist, the older one is used, as in transformers.
+    settings = dict(older or newer or {})
+    settings.setdefault("rope_type", settings.get("type", "default"))
     for key in ("rope_theta", "partial_rotary_factor"):
         if table.get(key) is not None:
-            found.setdefault(key, table[key])
-    return {key: value for key, value in found.items() if value is not None}
+            settings.setdefault(key, table[key])
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def _positions(family: str, settings: _Settings) -> Rope:
@@ -280,41 +280,41 @@ def _positions(family: str, settings: _Settings) -> Rope:
         raise _cannot("truncate", False, "our YaRN rounds the bounds of its ramp")
     original = rotary.original_max_position_embeddings or settings.max_position_embeddings
     factor = rotary.factor or settings.max_position_embeddings / original
-    find = _mla_mscale if family == "deepseek_v3" else _gqa_mscale
+    read_mscale = _mla_mscale if family == "deepseek_v3" else _gqa_mscale
     yarn = Yarn(
         factor=factor,
         original_len=original,
         beta_fast=rotary.beta_fast or 32.0,
         beta_slow=rotary.beta_slow or 1.0,
-        mscale=find(rotary, factor),
+        mscale=read_mscale(rotary, factor),
     )
     return Rope(theta=rotary.rope_theta, yarn=yarn)
 
 
 def _mla_mscale(rotary: _Rotary, factor: float) -> float:
-    """DeepSeek's softmax takes mscale_all_dim; ours has nothing in the table, where theirs then cancels."""
+    """Return mscale_all_dim, with which DeepSeek scales the softmax; its rotary table is unscaled if both are equal."""
     if not rotary.mscale_all_dim or rotary.mscale != rotary.mscale_all_dim or rotary.attention_factor is not None:
-        said = (rotary.mscale, rotary.mscale_all_dim, rotary.attention_factor)
+        values = (rotary.mscale, rotary.mscale_all_dim, rotary.attention_factor)
         raise _cannot(
-            "rope_parameters", said, "mscale and mscale_all_dim must be equal and not 0, without attention_factor"
+            "rope_parameters", values, "mscale and mscale_all_dim must be equal and not 0, without attention_factor"
         )
     return rotary.mscale_all_dim
 
 
 def _gqa_mscale(rotary: _Rotary, factor: float) -> float:
-    """The factor that Llama's table has, on queries and on keys, is 0.1 · mscale · ln(factor) + 1."""
-    said = rotary.attention_factor
-    if said is None and rotary.mscale and rotary.mscale_all_dim:
-        said = _magnitude(rotary.mscale, factor) / _magnitude(rotary.mscale_all_dim, factor)
+    """Return mscale from the factor of Llama's rotary table (queries and keys): 0.1 · mscale · ln(factor) + 1."""
+    magnitude = rotary.attention_factor
+    if magnitude is None and rotary.mscale and rotary.mscale_all_dim:
+        magnitude = _magnitude(rotary.mscale, factor) / _magnitude(rotary.mscale_all_dim, factor)
     if factor <= 1.0:
         return rotary.mscale or 1.0
-    if said is None:
+    if magnitude is None:
         return 1.0
-    if rotary.mscale and math.isclose(_magnitude(rotary.mscale, factor), said, rel_tol=1e-12):
+    if rotary.mscale and math.isclose(_magnitude(rotary.mscale, factor), magnitude, rel_tol=1e-12):
         return rotary.mscale
-    mscale = (said - 1.0) / (0.1 * math.log(factor))
+    mscale = (magnitude - 1.0) / (0.1 * math.log(factor))
     if mscale <= 0.0:
-        raise _cannot("attention_factor", said, "with YaRN ours is above 1")
+        raise _cannot("attention_factor", magnitude, "with YaRN ours is above 1")
     return mscale
 
 

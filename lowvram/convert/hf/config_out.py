@@ -1,12 +1,12 @@
-"""A model's form in transformers' words (config.json) and back; knows no tensor and no file.
+"""Writes a ModelConfig as transformers' config.json, and chooses the architecture; knows no tensor and no file.
 
     llama       GQA                             ministral   GQA with a window in some layers
-    qwen3       GQA with q/k norm, or window    glm4_moe    GQA with experts, q/k norm or not
+    qwen3       GQA with q/k norm, or window    glm4_moe    GQA with experts, with or without q/k norm
     dots1       GQA with q/k norm, experts and a window
     deepseek_v3 MLA, with experts or without
 
-What each class can say, its defaults and its fixed numbers: transformers 5.24, models/*/configuration_*.py and
-modeling_*.py; that every one of them gives our logits is tested.
+Source of each class's keys, defaults and constants: transformers 5.24, models/*/configuration_*.py and modeling_*.py;
+tests compare the logits of every class with ours.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ CLASSES = {
     "dots1": "Dots1ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
-# DeepseekV3RMSNorm's own, whatever config.json says, of the norms inside MLA.
+# DeepseekV3RMSNorm uses this for the norms inside MLA, whatever config.json says.
 MLA_NORM_EPS = 1e-6
-# What of our words transformers has none for; a table of ours in config.json, which it keeps and ignores.
+# Our own table in config.json, for settings that transformers has no key for; transformers keeps and ignores it.
 OWN = "lowvram"
 
 
 def choose_family(model: ModelConfig) -> str:
-    """Return the `model_type` that is this model; raises ExportError where transformers has none, naming the key."""
+    """Return the `model_type` for a model; raises ExportError naming the key where transformers has none."""
     if model.positions.kind == "alibi":
         fix = "Such a model opens in lowvram only; choose another form before training."
         has_norms = model.attention.kind == "gqa" and model.attention.qk_norm
@@ -68,14 +68,14 @@ def _no_class(what: str, why: str) -> ExportError:
 
 
 def to_hf_config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
-    """Return the keys of config.json that describe a model; see `choose_family` for what is refused.
+    """Return the keys of config.json that describe a model; raises ExportError as `choose_family` does.
 
-    max_positions: the longest text that it was trained on; where YaRN reaches further, that is written.
+    max_positions: the longest text that it was trained on; if YaRN reaches further, its reach is written.
     """
     family = choose_family(model)
     attention, ffn = model.attention, model.ffn
     rope = to_rope_config(model)
-    if family == "glm4_moe":  # which otherwise turns half of each head
+    if family == "glm4_moe":  # its default rotates only half of each head
         rope["partial_rotary_factor"] = 1.0
     is_long = rope["rope_type"] == "yarn"
     reach = round(rope["factor"] * rope["original_max_position_embeddings"]) if is_long else 0
@@ -94,7 +94,7 @@ def to_hf_config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "max_position_embeddings": max(max_positions, reach),
-        # Both forms: MLX and older programs know the second one only.
+        # Both spellings are written: MLX and older programs know only rope_theta and rope_scaling.
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": _older_form(rope) if is_long else None,
@@ -127,7 +127,7 @@ def to_rope_config(model: ModelConfig) -> dict[str, Any]:
     if rope.yarn is None:
         return {"rope_type": "default", "rope_theta": rope.theta}
     yarn = rope.yarn
-    found = {
+    config = {
         "rope_type": "yarn",
         "rope_theta": rope.theta,
         "factor": yarn.factor,
@@ -136,14 +136,14 @@ def to_rope_config(model: ModelConfig) -> dict[str, Any]:
         "beta_slow": yarn.beta_slow,
         "mscale": yarn.mscale,
     }
-    # Equal mscales cancel in DeepSeek's table and act in its softmax scale; the others have theirs in the table.
-    return found | (
+    # In DeepSeek, equal mscales cancel in the rotary table and act on the softmax scale; others scale the table.
+    return config | (
         {"mscale_all_dim": yarn.mscale} if model.attention.kind == "mla" else {"attention_factor": yarn.magnitude}
     )
 
 
 def _older_form(rope: dict[str, Any]) -> dict[str, Any]:
-    """Return `rope_scaling`, beside which older programs look for theta and the rotated part."""
+    """Return `rope_scaling` for older programs, which expect theta and the rotated part beside it, not in it."""
     apart = ("rope_theta", "partial_rotary_factor")
     return {"type": rope["rope_type"], **{key: value for key, value in rope.items() if key not in apart}}
 
@@ -185,7 +185,7 @@ def _window_settings(model: ModelConfig, window: Window) -> dict[str, Any]:
     return {
         "sliding_window": window.size,
         "layer_types": kinds,
-        # Qwen3 forgets its window where this is not said; layer_types says the rest.
+        # Without this key, Qwen3 ignores its window; layer_types describes the rest.
         "use_sliding_window": True,
         "max_window_layers": 0,
     }

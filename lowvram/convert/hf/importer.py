@@ -1,4 +1,4 @@
-"""Makes a model that lies outside a checkpoint of ours: step 0 of a run that others start from or talk to."""
+"""Imports another program's model as a checkpoint of ours: step 0 of a run, from which other runs can start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowvram.errors import CheckpointError
 from lowvram.storage.checkpoint import Checkpoint, Store
 from lowvram.storage.disk import DISK, Disk
 
-# Where the corpora of a run of ours stand; nobody knows those of a model from outside.
+# Stands for the path of the training data, which is unknown for another program's model.
 _NO_DATA = "unknown"
 
 
@@ -30,9 +30,9 @@ def import_weights(
     tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
 ) -> Checkpoint:
-    """Write a model from outside as the first checkpoint of the run directory `run`, its tokenizer beside it.
+    """Write another program's model as the first checkpoint of the run directory `run`, with its tokenizer beside it.
 
-    Every number stays what it is: fp16 becomes fp32, and FP8 becomes bf16 where that is exact, else fp32.
+    All values are exact: fp16 becomes fp32, and FP8 becomes bf16 where that is exact, else fp32.
     Raises CheckpointError where the tokenizer has ids that the model has no row for.
     """
     config = outside.config
@@ -44,7 +44,7 @@ def import_weights(
         )
     weights = {}
     for done, name in enumerate(outside.names()):
-        weights[name] = _keep(outside.read(name))
+        weights[name] = _widen_exactly(outside.read(name))
         _check_finite(outside, name, weights[name])
         tell(done + 1, len(outside.names()))
     what = _describe(outside, weights["embedding"].dtype, run)
@@ -54,28 +54,28 @@ def import_weights(
     return Store(run, disk=disk).save(weights, {}, numbers, to_portable(what, run), run / "tokenizer", hashes)
 
 
-def _keep(found: Tensor | QuantTensor) -> Tensor:
-    """Return the numbers of a tensor in the narrowest of our dtypes that the file's were certainly meant in."""
-    if isinstance(found, QuantTensor):
-        wide = dequantise(found, torch.float32)
+def _widen_exactly(tensor: Tensor | QuantTensor) -> Tensor:
+    """Return a tensor of a file in one of our dtypes that holds all its values exactly."""
+    if isinstance(tensor, QuantTensor):
+        wide = dequantise(tensor, torch.float32)
         narrow = wide.to(torch.bfloat16)
         return narrow if torch.equal(narrow.float(), wide) else wide
-    return found.float() if found.dtype == torch.float16 else found
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _check_finite(outside: HfReader, name: str, weight: Tensor) -> None:
-    strange = weight.numel() - int(torch.isfinite(weight).sum())
-    if strange:
+    not_finite = weight.numel() - int(torch.isfinite(weight).sum())
+    if not_finite:
         pieces = name_pieces(name, outside.config)
         raise CheckpointError(
             f"{pieces[0]}{f' or one of {len(pieces) - 1} beside it' if len(pieces) > 1 else ''} holds no numbers.",
-            f"{strange:,} of {weight.numel():,} values are infinite or NaN, so that every answer would be, too.",
+            f"{not_finite:,} of {weight.numel():,} values are infinite or NaN, so that every answer would be, too.",
             "The training went wrong, or the file is damaged: copy it anew, or take another one.",
         )
 
 
 def _describe(outside: HfReader, dtype: torch.dtype, run: Path) -> RunConfig:
-    """Return a run whose model is this one; its recipe says no more than what can be read off."""
+    """Return a run with this model; its recipe contains only what the model's files say."""
     length = outside.form.trained_positions
     numbers = "bf16" if dtype == torch.bfloat16 else "fp32"
     return RunConfig(

@@ -1,6 +1,6 @@
-"""A directory that another program wrote, or `lowvram export`, as a Source: mapped files, read a tensor at a time.
+"""Reads a model directory in transformers' layout as a WeightReader: memory-mapped files, one tensor at a time.
 
-Knows transformers' layout of files and DeepSeek's FP8; never unpickles anything.
+Another program or `lowvram export` wrote it.  The reader knows DeepSeek's FP8 and never unpickles anything.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowvram.storage.json_files import JsonError, read_object
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PLAIN = {"F32", "BF16", "F16"}
 _CODES = "F8_E4M3"
-# Tables that old files hold and that are computed here.
+# Tables that old files contain and that are computed here instead.
 _COMPUTED = ("rotary_emb.inv_freq",)
 _QUANTISED: dict[str, Any] = {
     "quant_method": "fp8",
@@ -35,15 +35,15 @@ _QUANTISED: dict[str, Any] = {
 
 
 def is_hf_directory(directory: Path) -> bool:
-    """Say whether a directory is a model in transformers' layout, and no checkpoint of ours."""
+    """Say whether a directory is a model in transformers' layout and not a checkpoint of ours."""
     return (directory / "config.json").is_file() and not (directory / "manifest.json").is_file()
 
 
 def open_hf(directory: Path) -> HfReader:
-    """Return the model in a directory as transformers lays it out: config.json and safetensors.
+    """Return the model in a directory in transformers' layout: config.json and safetensors.
 
-    Raises ExportError for a form that our model has not, CheckpointError for files that are missing, damaged or hold
-    other tensors.
+    Raises ExportError for a configuration that our model does not support, CheckpointError for files that are missing,
+    damaged or hold other tensors.
     """
     table = _read_table(directory / "config.json")
     quantised = table.get("quantization_config")
@@ -57,9 +57,9 @@ def open_hf(directory: Path) -> HfReader:
 
 
 class HfReader:
-    """A Source whose tensors lie in another program's files.
+    """A WeightReader for tensors in another program's files.
 
-    notices: what was left aside, for people.
+    notices: sentences for the user about tensors that are not read.
     """
 
     def __init__(self, directory: Path, form: ImportedConfig, is_quantised: bool) -> None:
@@ -67,7 +67,7 @@ class HfReader:
         self.notices: list[str] = []
         self._is_quantised = is_quantised
         self._files = {path: _open(path) for path in _find_files(directory)}
-        self._home = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
+        self._file_of = {name: file for file in self._files.values() for name in file.keys()}  # noqa: SIM118
         self._check_size()
         self._shapes = shapes_of(self.config)
         self._check()
@@ -79,9 +79,10 @@ class HfReader:
         return list(self._shapes)
 
     def read(self, name: str) -> Tensor | QuantTensor:
-        """Return one of our tensors on the CPU, joined from its pieces; a view of the file where it is one piece.
+        """Return one of our tensors on the CPU, joined from its pieces; a view of the file if it is a single piece.
 
-        Codes and scales where all of it is stored in 8 bits and no block straddles two pieces; else fp32 numbers.
+        Returns codes and scales if all of it is stored in 8 bits and no block covers two pieces; 8-bit pieces are else
+        dequantised to fp32.
         """
         shape = self._shapes[name]
         pieces = [self._piece(piece) for piece in name_pieces(name, self.config)]
@@ -94,21 +95,21 @@ class HfReader:
         return join(plain, shape)
 
     def _piece(self, name: str) -> Tensor | QuantTensor:
-        tensor: Tensor = self._home[name].get_tensor(name)
+        tensor: Tensor = self._file_of[name].get_tensor(name)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
-        scale: Tensor = self._home[name + SCALE].get_tensor(name + SCALE)
+        scale: Tensor = self._file_of[name + SCALE].get_tensor(name + SCALE)
         return QuantTensor(tensor.view(torch.uint8), scale.to(torch.float32))
 
     def _check_size(self) -> None:
-        """Refuse numbers that the files cannot hold, before a model of that size is built."""
-        config, count = self.config, len(self._home)
+        """Refuse a configuration that is too large for the files, before a model of that size is built."""
+        config, count = self.config, len(self._file_of)
         size_bytes = sum(path.stat().st_size for path in self._files)
         routed = (config.layers - config.ffn.dense_layers) * config.ffn.experts if config.ffn.kind == "moe" else 0
-        for said, least in (("num_hidden_layers", config.layers), ("n_routed_experts", routed)):
+        for key, least in (("num_hidden_layers", config.layers), ("n_routed_experts", routed)):
             if least > count:
                 raise CheckpointError(
-                    f"config.json asks for more tensors than there are: {said} alone for {least:,}.",
+                    f"config.json asks for more tensors than there are: {key} alone for {least:,}.",
                     f"The files hold {count:,} tensors.",
                     "Copy the directory anew.",
                 )
@@ -120,14 +121,14 @@ class HfReader:
             )
 
     def _check(self) -> None:
-        """Compare every name, shape and kind of number with what the form asks for, without reading a tensor."""
+        """Compare every tensor's name, shape and dtype with those that config.json implies, without reading tensors."""
         expected = {
             piece: _piece_shape(shape, len(pieces))
             for name, shape in self._shapes.items()
             for pieces in [name_pieces(name, self.config)]
             for piece in pieces
         }
-        missing = [name for name in expected if name not in self._home]
+        missing = [name for name in expected if name not in self._file_of]
         if missing:
             raise CheckpointError(
                 f"{self.directory} has no tensor {missing[0]}.",
@@ -137,15 +138,15 @@ class HfReader:
         for name, shape in expected.items():
             self._check_piece(name, shape)
         self._check_others(set(expected))
-        if self.config.tied and HEAD in self._home:
+        if self.config.tied and HEAD in self._file_of:
             self._check_head()
 
     def _check_piece(self, name: str, shape: tuple[int, ...]) -> None:
-        part = self._home[name].get_slice(name)
-        found, kind = tuple(part.get_shape()), part.get_dtype()
-        if found != shape:
+        part = self._file_of[name].get_slice(name)
+        stored_shape, kind = tuple(part.get_shape()), part.get_dtype()
+        if stored_shape != shape:
             raise CheckpointError(
-                f"{name} is {list(found)}.", f"config.json asks for {list(shape)}.", "Copy the directory anew."
+                f"{name} is {list(stored_shape)}.", f"config.json asks for {list(shape)}.", "Copy the directory anew."
             )
         if kind not in _PLAIN and not (kind == _CODES and self._is_quantised):
             raise CheckpointError(
@@ -156,7 +157,7 @@ class HfReader:
         if kind != _CODES:
             return
         grid = tuple(-(-side // BLOCK) for side in shape)
-        scale = self._home.get(name + SCALE)
+        scale = self._file_of.get(name + SCALE)
         if scale is None or tuple(scale.get_slice(name + SCALE).get_shape()) != grid:
             raise CheckpointError(
                 f"{name}{SCALE} is missing, or not {list(grid)}.",
@@ -165,16 +166,16 @@ class HfReader:
             )
 
     def _check_others(self, expected: set[str]) -> None:
-        others = [name for name in self._home if name not in expected and name.removesuffix(SCALE) not in expected]
+        others = [name for name in self._file_of if name not in expected and name.removesuffix(SCALE) not in expected]
         others = [name for name in others if not name.endswith(_COMPUTED) and not (name == HEAD and self.config.tied)]
         extra = [name for name in others if self._is_behind_last_layer(name)]
         if extra:
             self.notices.append(f"{len(extra)} tensors of layers that predict further tokens are left aside (MTP).")
-        strange = sorted(set(others) - set(extra))
-        if strange:
+        unknown = sorted(set(others) - set(extra))
+        if unknown:
             raise CheckpointError(
-                f"{self.directory} holds {strange[0]}, which our model has not.",
-                f"{len(strange)} tensors have no place in it, so that it would compute something else.",
+                f"{self.directory} holds {unknown[0]}, which our model has not.",
+                f"{len(unknown)} tensors have no place in it, so that it would compute something else.",
                 "lowvram cannot open this model.",
             )
 
@@ -183,7 +184,7 @@ class HfReader:
         return parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= self.config.layers
 
     def _check_head(self) -> None:
-        head, embedding = (self._home[name].get_tensor(name) for name in (HEAD, EMBEDDING))
+        head, embedding = (self._file_of[name].get_tensor(name) for name in (HEAD, EMBEDDING))
         if head.shape != embedding.shape or not torch.equal(head, embedding):
             raise CheckpointError(
                 f"tie_word_embeddings is true, but {HEAD} is another matrix than {EMBEDDING}.",
@@ -209,16 +210,16 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be used: {error}.", "", "Copy the directory anew.") from error
 
 
-def _check_quantised(said: Any) -> None:
-    if not isinstance(said, dict):
+def _check_quantised(settings: Any) -> None:
+    if not isinstance(settings, dict):
         raise ExportError(
-            f"quantization_config is {quote_value(said)}.", "It must be a table.", "Copy the directory anew."
+            f"quantization_config is {quote_value(settings)}.", "It must be a table.", "Copy the directory anew."
         )
-    for key, wanted in _QUANTISED.items():
-        if said.get(key, wanted) != wanted or (key == "quant_method" and key not in said):
+    for key, supported in _QUANTISED.items():
+        if settings.get(key, supported) != supported or (key == "quant_method" and key not in settings):
             raise ExportError(
-                f"quantization_config.{key} is {quote_value(said.get(key))}.",
-                f"lowvram reads {wanted!r} only: E4M3 in blocks of {BLOCK} × {BLOCK}, as DeepSeek-V3 has it.",
+                f"quantization_config.{key} is {quote_value(settings.get(key))}.",
+                f"lowvram reads {supported!r} only: E4M3 in blocks of {BLOCK} × {BLOCK}, as DeepSeek-V3 has it.",
                 "Take the model in another precision.",
             )
 

@@ -1,7 +1,7 @@
-"""What each of our tensors is called in transformers' files, and how it is cut there; knows no file and no number.
+"""Maps our tensors to the names and pieces of them in transformers' files; knows no file and no number format.
 
-One of our tensors is its pieces one after the other in memory: gate above up, expert after expert.  Their names and
-order are those of the DeepSeek-V3 and Llama architectures (transformers, models/deepseek_v3 and models/llama).
+One of our tensors consists of its pieces one after the other in memory: gate above up, expert after expert.  The names
+and the order are those of the DeepSeek-V3 and Llama architectures (transformers, models/deepseek_v3, models/llama).
 
 Legend: E experts, D model width, I hidden width, P pieces of R rows and C columns.
 """
@@ -37,7 +37,7 @@ _HALVES = {
 
 
 def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
-    """Return the shape of every tensor of a model, by our names; no memory is taken."""
+    """Return the shape of every tensor of a model, by our names, without allocating the model."""
     return {name: tensor.shape for name, tensor in Transformer(config, None, "meta").state_dict().items()}
 
 
@@ -55,7 +55,7 @@ def _pieces_in_layer(name: str, config: ModelConfig) -> list[str]:
     if name in _HALVES:
         return [_HALVES[name].format(half) for half in ("gate_proj", "up_proj")]
     if name in ("ffn.gate_up_EHD", "ffn.down_EDI"):
-        assert config.ffn.kind == "moe", "only a mixture has experts"
+        assert config.ffn.kind == "moe", "only a mixture-of-experts model has experts"
         parts = ("gate_proj", "up_proj") if name == "ffn.gate_up_EHD" else ("down_proj",)
         return [f"mlp.experts.{expert}.{part}.weight" for expert in range(config.ffn.experts) for part in parts]
     return [name.replace("attention.", "self_attn.")]
@@ -73,7 +73,7 @@ def join(pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 
 
 def join_scaled(pieces: Sequence[QuantTensor], shape: Sequence[int]) -> QuantTensor | None:
-    """Return the codes and scales of one of our tensors, or None where blocks of it would straddle two pieces."""
+    """Return the codes and scales of one of our tensors, or None where a block of it would cover two pieces."""
     rows = pieces[0].code.shape[0]
     if rows % BLOCK and len(pieces) > (shape[0] if len(shape) == 3 else 1):
         return None

@@ -1,9 +1,9 @@
 """Writes a model as a directory that transformers opens with no code of ours; knows no run and no command line.
 
     config.json  generation_config.json  model.safetensors (in parts, with an index, where it is large)
-    tokenizer.json  tokenizer_config.json  README.md and what else the caller gives
+    tokenizer.json  tokenizer_config.json  README.md and other files that the caller passes
 
-The directory has its name only when it is whole.
+The directory gets its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lowvram.generate.weight_reader import WeightReader
 from lowvram.storage.checkpoint import write_tensors
 from lowvram.storage.disk import DISK, Disk, explain_full_disk, free_bytes, name_beside
 
-MOST_BYTES = 5_000_000_000  # of one file, as transformers' own save_pretrained has it
+MOST_BYTES = 5_000_000_000  # the largest size of one file, as in transformers' own save_pretrained
 Numbers = Literal["fp32", "bf16", "fp8"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -42,8 +42,8 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 class ExportOptions:
     """How a model is written.
 
-    numbers: of its matrices; None: as they are kept.  Norms, routers and their biases stay as they are.
-    max_positions: the longest text that it was trained on.  most_bytes: of one file of weights.
+    numbers: the number format of its matrices; norms, routers and their biases are then fp32.  None keeps all stored
+    formats.  max_positions: the longest text that it was trained on.  most_bytes: the size limit of one weights file.
     """
 
     max_positions: int
@@ -55,40 +55,40 @@ def write_directory(
     source: WeightReader,
     tokenizer: Tokenizer,
     out: Path,
-    wish: ExportOptions,
+    options: ExportOptions,
     more: Mapping[str, bytes],
     tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
 ) -> int:
     """Write a model, its tokenizer and `more` files by name; returns the bytes of its weights.
 
-    tell: is told how many of how many tensors are done.
+    tell: called with the number of finished tensors and the number of all tensors.
     Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
     """
-    settings = to_hf_config(source.config, wish.max_positions)
+    settings = to_hf_config(source.config, options.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = name_beside(out, "tmp")
-    needed = estimate_bytes(source, wish.numbers)
+    needed = estimate_bytes(source, options.numbers)
     try:
         with explain_full_disk(out.parent, needed):
             if free_bytes(out.parent) < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
             draft.mkdir()
-            parts, kept = _Parts(draft, wish.most_bytes, disk), UnquantisedModules()
-            for name, tensor in _tensors(source, wish.numbers, kept, tell):
+            parts, unquantised = _Parts(draft, options.most_bytes, disk), UnquantisedModules()
+            for name, tensor in _tensors(source, options.numbers, unquantised, tell):
                 if name == EMBEDDING:
                     settings["dtype"] = settings["torch_dtype"] = _NAMES[tensor.dtype]
                 parts.add(name, tensor)
             written = parts.finish()
-            if wish.numbers == "fp8":
-                settings["quantization_config"] = kept.settings()
+            if options.numbers == "fp8":
+                settings["quantization_config"] = unquantised.settings()
             disk.write(draft / "config.json", as_json(settings | _special_ids(tokenizer)))
             disk.write(draft / "generation_config.json", as_json(_generation(tokenizer)))
             tokenizer.save(draft, disk)
-            if not _may_speak(tokenizer):
-                silent = {key: value for key, value in tokenizer.settings.items() if key != "chat_template"}
-                disk.write(draft / "tokenizer_config.json", as_json(silent))
+            if not _keeps_chat_template(tokenizer):
+                without_template = {key: value for key, value in tokenizer.settings.items() if key != "chat_template"}
+                disk.write(draft / "tokenizer_config.json", as_json(without_template))
             for name, data in more.items():
                 disk.write(draft / name, data)
             disk.sync_directory(draft)
@@ -100,7 +100,7 @@ def write_directory(
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise CheckpointError where something would be written over."""
+    """Raise CheckpointError where `out` exists, since it would be overwritten."""
     if out.exists():
         raise CheckpointError(
             f"{out} exists already.", "It is not overwritten.", "Give --out another name, or delete it."
@@ -113,62 +113,62 @@ def as_json(value: Any) -> bytes:
 
 
 def estimate_bytes(source: WeightReader, numbers: Numbers | None) -> int:
-    """Return about how many bytes the weights will take: fp8 a little more than one a number."""
+    """Return about how many bytes the weights will take; fp8 takes a little more than this."""
     count = sum(shape.numel() for shape in shapes_of(source.config).values())
     embedding = source.read("embedding")
-    as_kept = 1 if isinstance(embedding, QuantTensor) else embedding.element_size()
-    return count * {"fp32": 4, "bf16": 2, "fp8": 1, None: as_kept}[numbers]
+    stored_bytes = 1 if isinstance(embedding, QuantTensor) else embedding.element_size()
+    return count * {"fp32": 4, "bf16": 2, "fp8": 1, None: stored_bytes}[numbers]
 
 
-def _may_speak(tokenizer: Tokenizer) -> bool:
-    """Say whether a chat template belongs to a model: another program's comes along, whatever the model has learnt."""
+def _keeps_chat_template(tokenizer: Tokenizer) -> bool:
+    """Say whether the chat template is exported: ours only with a dialogue tokenizer, another program's always."""
     return is_dialogue(tokenizer) or isinstance(tokenizer, HfTokenizer)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the ids that open, end and fill texts; programs stop at each of eos_token_id."""
+    """Return the ids that begin, end and pad texts; programs stop at each of eos_token_id."""
     stops = list(tokenizer.stop_ids)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops, "pad_token_id": tokenizer.pad_id}
 
 
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Answers as `lowvram chat` gives them, which end where its do."""
-    usual = Sampler()
+    """Return the generation settings with which other programs sample and stop as `lowvram chat` does."""
+    defaults = Sampler()
     return {
         **_special_ids(tokenizer),
         "do_sample": True,
-        "temperature": usual.temperature,
-        "top_k": usual.top_k,
-        "top_p": usual.top_p,
-        "repetition_penalty": usual.repetition_penalty,
+        "temperature": defaults.temperature,
+        "top_k": defaults.top_k,
+        "top_p": defaults.top_p,
+        "repetition_penalty": defaults.repetition_penalty,
     }
 
 
 def _tensors(
-    source: WeightReader, numbers: Numbers | None, kept: UnquantisedModules, tell: Callable[[int, int], None]
+    source: WeightReader, numbers: Numbers | None, unquantised: UnquantisedModules, tell: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Return every tensor under transformers' name and in its layout."""
+    """Yield every tensor under transformers' name and in its layout."""
     config, shapes = source.config, shapes_of(source.config)
     for done, (ours, shape) in enumerate(shapes.items()):
         pieces = name_pieces(ours, config)
-        found = source.read(ours)
-        tensor = dequantise(found, torch.float32) if isinstance(found, QuantTensor) else found
+        stored = source.read(ours)
+        tensor = dequantise(stored, torch.float32) if isinstance(stored, QuantTensor) else stored
         is_matrix = len(shape) > 1 and not ours.endswith("router.weight")
         dtype = tensor.dtype if numbers is None else _DTYPES[numbers] if is_matrix else torch.float32
         for name, piece in zip(pieces, cut(tensor, len(pieces)), strict=True):
             if numbers == "fp8" and is_matrix and ours.startswith("blocks."):
-                # From what is kept: rounding to bf16 between would round twice.
-                yield from quantise_piece(name, piece, kept)
+                # The stored values are quantised directly: rounding to bf16 first would round twice.
+                yield from quantise_piece(name, piece, unquantised)
             else:
                 yield name, piece.to(dtype)
-            # MLX and others have no DeepSeek or GLM whose head is the embedding.
+            # MLX and others do not support DeepSeek or GLM models whose head is the embedding.
             if name == EMBEDDING and config.tied and (config.attention.kind == "mla" or config.ffn.kind == "moe"):
                 yield HEAD, piece.to(dtype, copy=True)
         tell(done + 1, len(shapes))
 
 
 class _Parts:
-    """Files of weights, each written when it is full; numbered when all of them are there."""
+    """Writes weights to several files, each when it is full; the files get their final names when all are written."""
 
     def __init__(self, directory: Path, most_bytes: int, disk: Disk) -> None:
         self._directory, self._most_bytes, self._disk = directory, most_bytes, disk
@@ -178,7 +178,7 @@ class _Parts:
         self._total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor."""
+        """Add one tensor."""
         size = tensor.numel() * tensor.element_size()
         if self._waiting and self._waiting_bytes + size > self._most_bytes:
             self._flush()
@@ -187,7 +187,7 @@ class _Parts:
         self._total_bytes += size
 
     def finish(self) -> int:
-        """Write the rest and give the files their names; returns the bytes of all tensors."""
+        """Write the last file and give all files their names; returns the bytes of all tensors."""
         self._flush()
         count = len(self._written)
         if count == 1:
@@ -206,7 +206,7 @@ class _Parts:
         return self._directory / f"part-{number}.safetensors"
 
     def _flush(self) -> None:
-        # transformers asks for this word in the header.
+        # transformers requires this entry in the header.
         write_tensors(self._draft(len(self._written)), self._waiting, self._disk, {"format": "pt"})
         self._written.append(list(self._waiting))
         self._waiting, self._waiting_bytes = {}, 0
