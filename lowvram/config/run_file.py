@@ -147,7 +147,7 @@ def _refuse_gaps(path: Path, tables: Table) -> None:
 
 
 def overlay(base: Table, top: Mapping[str, Any]) -> Table:
-    """Lay single fields over a table, deeply; a sub-table of another kind (or name) replaces the whole one."""
+    """Return `base` with the values of `top`, sub-tables merged; one of another kind (or name) replaces the old one."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
@@ -161,7 +161,7 @@ def overlay(base: Table, top: Mapping[str, Any]) -> Table:
 
 
 def _switch_off(table: Table) -> None:
-    """Take "none" for nothing, which TOML cannot write: so that a preset's yarn, window or q_lora_rank can go."""
+    """Turn "none" into None, which TOML cannot write, so that a file can switch off a preset's yarn or window."""
     for key, value in table.items():
         if isinstance(value, dict):
             _switch_off(value)
@@ -178,7 +178,7 @@ def _read_toml(path: Path) -> Table:
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a directory.", "A run is described by a TOML file.", "Name that file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fix = "Mend that place; paths on Windows go in 'single quotes'."
+        fix = "Correct that line; paths on Windows go in 'single quotes'."
         raise ConfigError(f"{path} is not TOML:", f"{error}.", fix) from error
 
 
