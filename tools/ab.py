@@ -1,13 +1,13 @@
-"""Compares training recipes on one yardstick: some 2 M parameters beside the embedding, 8,192 ids, real Turkish text.
+"""Compares training recipes on one baseline: some 2 M parameters beside the embedding, 8,192 ids, real Turkish text.
 
 python tools/ab.py adamw8 --arm adamw32 optimizer.bits=32 --arm adamw8 optimizer.bits=8
 
-Every arm is the yardstick under its `--set` values, trained by lowvram's own Trainer on one thread.  A finished run is
-a line of docs/ab/NAME.jsonl; the same command goes on with what is missing, in the middle of a run too.  A comparison
-says something only if every run reads held-out text better than token bigrams counted on the same shards.
+Every arm is the baseline with the arm's `--set` values, trained by lowvram's own Trainer on one thread.  Each finished
+run is a line of docs/ab/NAME.jsonl; the same command continues with the missing runs, also in the middle of a run.  A
+comparison is valid only if every run predicts held-out text better than token bigrams counted on the same shards.
 
-An arm's word rival=silent or rival=masked makes its rotation one of two others that exist: in training the experts that
-do not learn say nothing (ismail), or the router may not choose them.
+rival=silent or rival=masked among an arm's values replaces its rotation of experts by one of two other schemes: in
+training the frozen experts' outputs are left out (ismail), or the router cannot choose them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Arms = dict[str, list[str]]  # the `--set` values of each, by name
 # The Turkish corpus on which a million tokens beat bigrams clearly: by 4 %, on tr_mix_small by 0.2 %.
 TEXT = ROOT.parent / "shared/data/text/tr_legal"
 VOCABULARY = 8192
-# Taken evenly from the whole; a run reads each token about once, so that the bigrams have seen no more than it has.
+# Bytes of documents, sampled evenly; a run reads each token about once, so the bigrams have seen no more text than it.
 PARTS_BYTES = {"train": 4_500_000, "valid": 550_000}
 POINTS = 20  # of a loss curve
 MODELS = {
@@ -83,7 +83,7 @@ prompts = []
 
 
 def prepare_home(work: Path, stem: Path) -> tuple[Path, ShardSet, ShardSet, Tokenizer]:
-    """Return a folder with tokenizer and shards, made once for a text, and what is in it."""
+    """Return a folder with tokenizer and shards, made once per text, then both sets of shards and the tokenizer."""
     paths = [stem.with_name(f"{stem.name}.{name}.txt.gz") for name in PARTS_BYTES]
     made_of = [f"{VOCABULARY} {PARTS_BYTES}".encode(), *(path.read_bytes() for path in paths)]
     home = work / f"text-{hashlib.sha256(b''.join(made_of)).hexdigest()[:10]}"
@@ -101,14 +101,14 @@ def prepare_home(work: Path, stem: Path) -> tuple[Path, ShardSet, ShardSet, Toke
 
 
 def configure(home: Path, model: str, settings: Sequence[str], seed: int, run: str) -> RunConfig:
-    """Lay an arm's settings over the yardstick."""
+    """Return the baseline's configuration with an arm's settings."""
     run_file = home / f"{model}.toml"
     run_file.write_text(RUN_FILE % MODELS[model], encoding="utf-8")
     return load_run(run_file, [*settings, f"train.seed={seed}", f"run.dir={home / run}"], lambda _: VOCABULARY)
 
 
 def make_rival(model: Transformer, kind: str) -> None:
-    """Let a model's layers treat their idle experts in training as another scheme does; evaluation sees all of them."""
+    """Change how a model's layers use frozen experts in training; evaluation still uses all experts."""
 
     def silent(layer: MoeFfn, forward: Any, x: Tensor) -> Any:
         router = layer.router.forward
@@ -132,7 +132,7 @@ def make_rival(model: Transformer, kind: str) -> None:
             out, load_E = forward(x)
         finally:
             router.bias_E, router.top_k = bias_E, top_k
-        return out, torch.where(learns_E, load_E, load_E[learns_E].mean())  # balanced among those that may be chosen
+        return out, torch.where(learns_E, load_E, load_E[learns_E].mean())  # balance only those that may be chosen
 
     def treat(layer: MoeFfn) -> Any:
         forward, scheme = layer.forward, {"silent": silent, "masked": masked}[kind]
@@ -143,7 +143,7 @@ def make_rival(model: Transformer, kind: str) -> None:
 
 
 def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
-    """Train one run to its end, from its last checkpoint if it has one, and return what came out."""
+    """Train one run to its end, from its last checkpoint if it has one, and return its results."""
     notes, done, began = what.run.dir / "steps.jsonl", list[Row](), 0.0
     with lock_run(what.run.dir):
         trainer = prepare(what, choose_plan(what.train)[0], torch.device("cpu"))
@@ -159,14 +159,14 @@ def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
                 write_rows(notes, done[-1:], "a")
     losses, model, tokenizer = [line["loss"] for line in done], trainer.state.model, trainer.tokenizer
     dtype = DTYPES[what.train.precision]
-    found = score(model, valid, tokenizer.bos_id, tokenizer.byte_count_V, what.train.seq_len, dtype)
+    result = score(model, valid, tokenizer.bos_id, tokenizer.byte_count_V, what.train.seq_len, dtype)
     spans = itertools.pairwise(len(losses) * point // POINTS for point in range(POINTS + 1))
     return {
         "tokens": trainer.state.tokens,
         "curve": [round(statistics.fmean(losses[start:end]), 4) for start, end in spans],
         "final_loss": statistics.fmean(losses[-max(1, len(losses) // POINTS) :]),
-        "valid_loss": found.loss,
-        "bits_per_byte": found.bits_per_byte,
+        "valid_loss": result.loss,
+        "bits_per_byte": result.bits_per_byte,
         "cpu_s": round(done[-1]["cpu_s"], 1),
         "torch": str(torch.__version__),
         "date": time.strftime("%Y-%m-%d"),
@@ -186,7 +186,7 @@ def write_rows(path: Path, rows: Iterable[Row], mode: str = "w") -> None:
 
 
 def missing(rows: Sequence[Row], arms: Arms, model: str, seeds: int) -> list[tuple[str, int]]:
-    """Return the runs that are still to be made, seed by seed; a finished one of other settings ends the tool."""
+    """Return the runs that are still missing, seed by seed; exits if a finished run of an arm has other settings."""
     done = {(row["arm"], row["seed"]) for row in rows}
     for row in rows:
         if row["arm"] in arms and (row["settings"], row["model"]) != (arms[row["arm"]], model):
@@ -195,7 +195,7 @@ def missing(rows: Sequence[Row], arms: Arms, model: str, seeds: int) -> list[tup
 
 
 def table(rows: Sequence[Row], arms: Iterable[str]) -> str:
-    """Write means and ranges of each arm, and its differences from the first one, seed by seed."""
+    """Return means and ranges of each arm, and its differences from the first one, seed by seed."""
     runs_of = {arm: {row["seed"]: row for row in rows if row["arm"] == arm} for arm in arms}
     (base, first), lines = next(iter(runs_of.items())), []
     for arm, runs in runs_of.items():
@@ -222,21 +222,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--text", type=Path, default=TEXT, help="STEM of STEM.train.txt.gz and STEM.valid.txt.gz")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowvram-ab")
-    asked = parser.parse_args()
-    arms = {name: [*asked.base, *settings] for name, *settings in asked.arm}
-    path = ROOT / f"docs/ab/{asked.name}.jsonl"
+    options = parser.parse_args()
+    arms = {name: [*options.base, *settings] for name, *settings in options.arm}
+    path = ROOT / f"docs/ab/{options.name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_rows(path, read_rows(path))
-    if others := {row["text"] for row in read_rows(path)} - {asked.text.name}:
-        sys.exit(f"{asked.name} was run on {', '.join(others)}: choose another name.")
-    home, learnt, held_out, tokenizer = prepare_home(asked.work, asked.text)
+    if others := {row["text"] for row in read_rows(path)} - {options.text.name}:
+        sys.exit(f"{options.name} was run on {', '.join(others)}: choose another name.")
+    home, learnt, held_out, tokenizer = prepare_home(options.work, options.text)
     bigram = bigram_score(learnt, held_out, tokenizer.bos_id, tokenizer.byte_count_V).bits_per_byte
     print(f"{learnt.tokens:,} tokens to learn, {held_out.tokens:,} held out; bigrams {bigram:.4f} bits per byte")
-    for arm, seed in missing(read_rows(path), arms, asked.model, asked.seeds):
+    for arm, seed in missing(read_rows(path), arms, options.model, options.seeds):
         rivals = [word.removeprefix("rival=") for word in arms[arm] if word.startswith("rival=")]
         settings = [word for word in arms[arm] if not word.startswith("rival=")]
-        what = configure(home, asked.model, settings, seed, f"runs/{asked.name}-{arm}-{seed}")
-        row = {"arm": arm, "seed": seed, "settings": arms[arm], "model": asked.model, "text": asked.text.name}
+        what = configure(home, options.model, settings, seed, f"runs/{options.name}-{arm}-{seed}")
+        row = {"arm": arm, "seed": seed, "settings": arms[arm], "model": options.model, "text": options.text.name}
         row |= {"bigram_bits_per_byte": bigram, **train_once(what, held_out, rivals[0] if rivals else None)}
         write_rows(path, [row], "a")
         shutil.rmtree(what.run.dir)

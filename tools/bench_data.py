@@ -35,7 +35,7 @@ BATCHES = 200
 
 
 def alternate(*works: Callable[[], object]) -> list[float]:
-    """Return the median CPU seconds of each of `works`, run in turns so that load hits all alike."""
+    """Return the median CPU seconds of each of `works`; they alternate, so that a busy machine slows all alike."""
     taken: list[list[float]] = [[] for _ in works]
     for _ in range(REPEATS):
         for work, times in zip(works, taken, strict=True):
@@ -54,10 +54,10 @@ def compare_encoders(texts: list[str], tokenizer: Tokenizer) -> None:
         return [tokenizer.encode_array(nfc(text)) for text in texts]
 
     def theirs() -> list[list[int]]:
-        return [found.ids for found in other.encode_batch(texts)]
+        return [encoding.ids for encoding in other.encode_batch(texts)]
 
     def theirs_fast() -> list[list[int]]:
-        return [found.ids for found in other.encode_batch_fast(texts)]
+        return [encoding.ids for encoding in other.encode_batch_fast(texts)]
 
     ours_s, theirs_s, fast_s = alternate(ours, theirs, theirs_fast)
     size = sum(len(text.encode("utf-8")) for text in texts)
@@ -69,7 +69,7 @@ def compare_encoders(texts: list[str], tokenizer: Tokenizer) -> None:
 
 
 def draw_as_nanogpt(path: Path, dtype: np.dtype, rows: int, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return inputs and targets as nanoGPT does: the file mapped anew, each row drawn and cast alone."""
+    """Return inputs and targets as nanoGPT does: the file is mapped again, each row is drawn and cast separately."""
     tokens = np.memmap(path, dtype=dtype, mode="r")
     starts = torch.randint(len(tokens) - seq_len, (rows,))
 
@@ -108,12 +108,12 @@ def compare_loaders(shards: ShardSet, scratch: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, build what was not given, print both comparisons."""
+    """Read the command line, make the tokenizer and shards if not given, print both comparisons."""
     parser = argparse.ArgumentParser(description="Measure the data layer against the usual ways.")
     parser.add_argument("--text", type=Path, required=True, help="text to encode: .txt, .jsonl, .parquet (.gz, .zst)")
     parser.add_argument("--tokenizer", type=Path, help="a trained tokenizer; else 16,384 ids are learnt from the text")
     parser.add_argument("--shards", type=Path, help="packed shards; else the text is packed")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, python {sys.version.split()[0]}",
@@ -124,17 +124,17 @@ def main() -> None:
     print(f"; median of {REPEATS} alternating runs, one thread")
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        texts = [text for file in find_files([asked.text]) for text in documents(file)]
-        if asked.tokenizer:
-            tokenizer = Tokenizer.load(asked.tokenizer)
+        texts = [text for file in find_files([options.text]) for text in documents(file)]
+        if options.tokenizer:
+            tokenizer = Tokenizer.load(options.tokenizer)
         else:
             tokenizer = train_tokenizer(iter(texts), 16384, scratch / "tokenizer")
         sizes = np.cumsum([len(text.encode("utf-8")) for text in texts])
         compare_encoders(texts[: 1 + int(np.searchsorted(sizes, SAMPLE_BYTES))], tokenizer)
-        if asked.shards:
-            compare_loaders(ShardSet.open(asked.shards), scratch)
+        if options.shards:
+            compare_loaders(ShardSet.open(options.shards), scratch)
         else:
-            compare_loaders(pack([asked.text], tokenizer, scratch / "shards", processes=1), scratch)
+            compare_loaders(pack([options.text], tokenizer, scratch / "shards", processes=1), scratch)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Tells how many tokens a CPU-second this project decodes, beside transformers' generate() with the same weights.
+"""Measures tokens per CPU-second of this project's decoder and of transformers' generate() with the same weights.
 
 python tools/bench_decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
                              [--rounds 5] [--cache plain] [--tiny]
 
-Weights are random: speed does not depend on them.  Both models hold the same ones, in the same dtype, and compute with
-one thread, in turn within one process, so that a busy machine slows both; figures are medians over rounds of CPU
-seconds of this process.  Greedy, batch 1.  A token's time is that of `tokens` of them behind a prompt of `context`;
-generate()'s is what it takes for 1 + tokens less what it takes for one.  First token: reading the prompt, beside one
-forward pass of this model without a cache.  Cache bytes are counted, theirs as its configuration says.
+Weights are random: speed does not depend on them.  Both models have the same weights in the same dtype and compute with
+one thread.  They alternate in one process, so that a busy machine slows both; figures are medians, over rounds, of this
+process's CPU seconds.  Decoding is greedy with batch 1.  Time per token: `tokens` tokens after a prompt of `context`
+tokens; for generate(), the time for 1 + tokens minus the time for one.  First token: prefill of the prompt, compared
+with one forward pass of this model without a cache.  Cache bytes are counted; theirs follow from the configuration.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from tools.bench_model import lay_for_reading
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
 NOTHING = torch.empty(0, dtype=torch.int64)
-# Widths of 16 bytes: transformers' product of experts takes no others.
+# Widths that are multiples of 16 bytes: transformers' grouped product of experts needs them.
 _MOE = VARIANTS["mla-moe"].ffn.model_copy(update={"hidden": 48, "expert_hidden": 24})
 TINY = {"gqa": VARIANTS["gqa-rope"], "mla-moe": VARIANTS["mla-moe"].model_copy(update={"dim": 40, "ffn": _MOE})}
 
 
 class Figures(NamedTuple):
-    """CPU seconds of one token and of the first one, ours, theirs and of a forward pass; bytes a token takes."""
+    """CPU seconds per token (ours, theirs), of the first token and of a forward pass; cache bytes per token."""
 
     ours_s: float
     theirs_s: float
@@ -68,7 +68,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def write(decoder: Decoder, logit_V: torch.Tensor, count: int) -> list[int]:
-    """Write greedily behind what slot 0 holds, as the engine does; returns the ids."""
+    """Decode `count` tokens greedily after slot 0's context, as the engine does; returns the ids."""
     ids = []
     for _ in range(count):
         ids.append(sample(logit_V, GREEDY, NOTHING, len(ids)))
@@ -77,7 +77,7 @@ def write(decoder: Decoder, logit_V: torch.Tensor, count: int) -> list[int]:
 
 
 def their_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Return what transformers keeps of a token: latent and rotated part of MLA, keys and values of GQA."""
+    """Return the bytes of transformers' cache per token: latent and rotated part of MLA, keys and values of GQA."""
     attention = config.attention
     if attention.kind == "mla":
         values = attention.kv_lora_rank + attention.rope_dim
@@ -90,11 +90,11 @@ def their_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 def measure(
     config: ModelConfig, dtype: torch.dtype, context: int, tokens: int, rounds: int, cache: CacheForm = "plain"
 ) -> Figures:
-    """Let both write `tokens` tokens behind the same prompt, in turn; one round before is not counted."""
+    """Let both decode `tokens` tokens after the same prompt, alternately; a first round is not counted."""
     model = Transformer(config)
     twin = outside_twin(model).to(dtype)
     model = lay_for_reading(model, dtype)
-    # Without zeros, which generate() takes for padding.
+    # No zeros, which generate() treats as padding.
     prompt_BT = torch.randint(1, config.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, context + tokens + 1, dtype=dtype, cache=cache)
     settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
@@ -118,7 +118,7 @@ def measure(
 
 
 def describe_machine() -> str:
-    """Return date, processor, threads and versions: what a figure needs beside it."""
+    """Return date, processor, threads and versions, which must accompany every figure."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -132,11 +132,13 @@ def describe_machine() -> str:
     )
 
 
-def show(name: str, dtype: str, context: int, found: Figures) -> str:
+def show(name: str, dtype: str, context: int, figures: Figures) -> str:
     """Return one line of a table."""
-    rates = f"ours {1 / found.ours_s:6.1f} tokens/CPU-s, transformers {1 / found.theirs_s:6.1f}, {found.ratio:5.2f} x"
-    first = f"first token {found.first_s:.3f} s, {found.first_s / found.forward_s:.2f} of a forward pass"
-    kept = f"cache {found.bytes_per_token:,.0f} B a token, theirs {found.theirs_bytes_per_token:,.0f}"
+    rates = (
+        f"ours {1 / figures.ours_s:6.1f} tokens/CPU-s, transformers {1 / figures.theirs_s:6.1f}, {figures.ratio:5.2f} x"
+    )
+    first = f"first token {figures.first_s:.3f} s, {figures.first_s / figures.forward_s:.2f} of a forward pass"
+    kept = f"cache {figures.bytes_per_token:,.0f} B a token, theirs {figures.theirs_bytes_per_token:,.0f}"
     return f"{name} {dtype} {context:>5}: {rates}; {first}; {kept}"
 
 
@@ -157,8 +159,8 @@ def main() -> None:
         config = TINY[name] if options.tiny else load_preset(name)[0]
         for dtype in options.dtype:
             for context in options.context:
-                found = measure(config, DTYPES[dtype], context, options.tokens, options.rounds, options.cache)
-                print(show(name, dtype, context, found), flush=True)
+                figures = measure(config, DTYPES[dtype], context, options.tokens, options.rounds, options.cache)
+                print(show(name, dtype, context, figures), flush=True)
 
 
 if __name__ == "__main__":

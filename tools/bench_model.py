@@ -1,4 +1,4 @@
-"""A model as it lies for reading, from one in fp32, for benchmarks whose weights are random; times nothing."""
+"""Prepares models with random weights for inference, as if read from a checkpoint; for benchmarks; times nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowvram.model.transformer import Transformer, lay_by_columns
 
 
 def lay_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Keep the model's matrices in dtype and lay them for decoding, in place, as a checkpoint's are when it is read."""
+    """Convert the model's matrices to dtype and lay them out for decoding, in place, as reading a checkpoint does."""
     for name, weight in model.named_parameters():
         if is_matrix(name, weight.shape):
             weight.data = weight.data.to(dtype)

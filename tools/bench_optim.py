@@ -1,10 +1,11 @@
-"""Tells what share of a training step Muon's iteration takes: in CPU seconds and in FLOPs, beside forward and backward.
+"""Measures the share of Muon's iteration in a training step, in CPU seconds and in FLOPs, beside forward and backward.
 
 python tools/bench_optim.py [--preset tr-25m ismail-512] [--batch 1] [--seq-len 512] [--step-tokens 8192] [--repeats 3]
 
-Of a step's tokens one micro-batch of batch x seq-len is timed and taken as many times as it fits in.  The iteration
-(orthogonalise, of every matrix that Muon steps) comes once a step.  Both in bf16, one thread, alternately, so that a
-busy machine slows both; medians of CPU seconds of this process.  The rest of an update is in neither.
+One micro-batch of batch x seq-len tokens is timed, and its time is multiplied so that it covers the step's tokens.  The
+iteration (orthogonalise, for every matrix that Muon updates) runs once a step.  Both are in bf16 on one thread and
+alternate, so that a busy machine slows both; figures are medians of this process's CPU seconds.  The rest of an update
+is not measured.
 """
 
 from __future__ import annotations
@@ -40,23 +41,23 @@ from lowvram.train.step import gradients
 
 
 def matrices_of(model: Transformer) -> list[tuple[int, int, int]]:
-    """Return how many matrices of how many rows and columns Muon steps, weight by weight."""
-    found = []
+    """Return, for each weight that Muon updates, the number of its matrices, their rows and their columns."""
+    matrices = []
     for group in build_optimizer(model, Muon()).param_groups:
         for weight in group["params"] if group["rule"] == "muon" else []:
             rows, columns = group["rows"] or weight.shape[-2], weight.shape[-1]
-            found.append((weight.numel() // (rows * columns), rows, columns))
-    return found
+            matrices.append((weight.numel() // (rows * columns), rows, columns))
+    return matrices
 
 
 def iteration_flops(matrices: list[tuple[int, int, int]], steps: int) -> float:
-    """Count the products of so many steps: two with the matrix itself, one of its square with itself."""
+    """Count the FLOPs of so many iterations: two products with the matrix itself, one of its square with itself."""
     sides = [(count, *sorted((rows, columns))) for count, rows, columns in matrices]
     return float(sum(count * steps * (4 * m * m * n + 2 * m**3) for count, m, n in sides))
 
 
 def micro_batch_flops(config: ModelConfig, batch: int, seq_len: int) -> float:
-    """Count forward and backward of one micro-batch, as a rehearsal does."""
+    """Count the FLOPs of forward and backward of one micro-batch, as a rehearsal does."""
     tokens = batch * seq_len
     train = TrainConfig(tokens=tokens, seq_len=seq_len, batch_tokens=tokens, precision="bf16")
     work = rehearse(config, train, Plan(micro_batch=batch, accumulate=1), Card("cpu")).micro
@@ -64,7 +65,7 @@ def micro_batch_flops(config: ModelConfig, batch: int, seq_len: int) -> float:
 
 
 def micro_batch_of(model: Transformer, batch: int, seq_len: int) -> Callable[[], object]:
-    """Return what runs forward and backward of one micro-batch and forgets the gradients."""
+    """Return a function that runs forward and backward of one micro-batch and discards the gradients."""
     token_BT = torch.randint(0, model.embedding.shape[0], (batch, seq_len + 1))
     loss_of = functools.partial(causal_loss, model, dtype=torch.bfloat16)
 

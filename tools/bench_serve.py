@@ -1,11 +1,12 @@
-"""Tells how many tokens a second a server writes for many clients at once, and for the same ones in turn.
+"""Measures a server's tokens per second for many clients at once, and for the same clients one after the other.
 
 python tools/bench_serve.py [--preset tr-60m] [--clients 16] [--prompt 32] [--tokens 64] [--repeats 3] [--dtype fp32]
 
-A real server on this machine's loopback, random weights, one thread, greedy, over HTTP by one client that opens as many
-connections as it needs.  The two manners take turns in one process, so that a busy machine slows both; medians of wall
-time and of this process's CPU time (server, client and model together).  Prompts are all different: nothing is reused.
-The texts of both are compared, and the log-probabilities' greatest difference is told.
+A real server runs on this machine's loopback interface with random weights, one thread and greedy decoding; one HTTP
+client opens as many connections as it needs.  The two ways alternate in one process, so that a busy machine slows both;
+figures are medians of wall time and of this process's CPU time (server, client and model together).  All prompts are
+different, so no cached prefix is reused.  The texts of both ways are compared, and the greatest difference of
+log-probabilities is printed.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ from lowvram.serve.server import Server, open_socket
 from tools.bench_model import lay_for_reading
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_FIRST_ID = 300  # of the prompts' random ids: behind specials and bytes
+_FIRST_ID = 300  # the lowest of the prompts' random ids: after special tokens and bytes
 
 
 def tokenizer_of(vocabulary: int) -> Tokenizer:
-    """Return a tokenizer of so many ids; those that its little text did not fill stand for a letter."""
+    """Return a tokenizer with so many ids; those that its small training text did not fill stand for a letter."""
     with tempfile.TemporaryDirectory() as folder:
         small = train_tokenizer(sample_documents(0, 20_000), 512, Path(folder))
     return dataclasses.replace(small, _bytes=(*small._bytes, *(b"x" for _ in range(vocabulary - small.size))))
@@ -59,7 +60,7 @@ def tokenizer_of(vocabulary: int) -> Tokenizer:
 
 @contextmanager
 def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> Iterator[str]:
-    """Serve random weights; returns the URL."""
+    """Serve a model with random weights; yields the URL."""
     config, _ = load_preset(preset)
     model = lay_for_reading(Transformer(config).eval(), dtype)
     decoder, tokenizer = Decoder(model, max_context, slots, dtype), tokenizer_of(config.vocabulary)
@@ -78,7 +79,7 @@ def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> It
 
 
 async def ask_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> list[dict[str, Any]]:
-    """Return all answers, so many asked for at a time."""
+    """Return the responses to all requests, with at most `at_once` requests at a time."""
     gate = asyncio.Semaphore(at_once)
     async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False) as client:
 
@@ -91,14 +92,14 @@ async def ask_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> list[
 
 
 def bodies_of(clients: int, prompt: int, tokens: int, vocabulary: int, seed: int) -> list[dict[str, Any]]:
-    """Return requests whose prompts differ from the first token on."""
+    """Return request bodies whose prompts differ from the first token on."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(_FIRST_ID, vocabulary, (clients, prompt), generator=generator).tolist()
     return [{"prompt": one, "max_tokens": tokens, "temperature": 0, "logprobs": 0} for one in ids]
 
 
 def difference(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> tuple[int, float]:
-    """Return how many texts differ, and the greatest difference of log-probabilities in those that do not."""
+    """Return how many texts differ, and the greatest difference of log-probabilities in the texts that do not."""
     pairs = [(a["choices"][0], b["choices"][0]) for a, b in zip(first, second, strict=True)]
     equal = [(a, b) for a, b in pairs if a["logprobs"]["tokens"] == b["logprobs"]["tokens"]]
     gaps = (
@@ -110,7 +111,7 @@ def difference(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> tup
 
 
 def measure(options: argparse.Namespace) -> str:
-    """Return what was found, in three lines."""
+    """Return the figures in three lines."""
     max_context = options.prompt + options.tokens + 1
     config, _ = load_preset(options.preset)
     wall: dict[int, list[float]] = {1: [], options.clients: []}
@@ -127,10 +128,10 @@ def measure(options: argparse.Namespace) -> str:
                 if number:  # the first round warms up
                     wall[at_once].append(written / (time.perf_counter() - began))
                     cpu[at_once].append(written / (time.process_time() - began_cpu))
-                # What the slots hold now must not help whoever asks next.
+                # Overwrite the slots, so that no later request can reuse what they hold now.
                 asyncio.run(ask_all(url, bodies_of(options.clients, options.prompt, 1, config.vocabulary, -1), 1))
-            found = difference(answers[1], answers[options.clients])
-            differing, gap = differing + found[0], max(gap, found[1])
+            texts, difference_of_texts = difference(answers[1], answers[options.clients])
+            differing, gap = differing + texts, max(gap, difference_of_texts)
     lines = [
         f"{options.preset}, {options.dtype}: {options.clients} clients, {options.prompt} + {options.tokens} tokens"
     ]

@@ -1,10 +1,10 @@
-"""Times one training step against transformers' class of the same configuration, and counts both's live bytes.
+"""Compares a training step with one of transformers' class of the same configuration: time and peak bytes of tensors.
 
 python tools/bench_train.py [--preset tr-25m ismail-512] [--batch 4] [--seq-len 512] [--repeats 5]
 
-Both sides: same weights' dtype, same tokens, one thread, AdamW (fused), clipping to 1, no recomputation; steps
-alternate, so that a busy machine slows both.  `bf16`: weights and gradients in bf16; theirs keep AdamW's moments in
-bf16 too, ours in fp32 (4 bytes a parameter more).  `autocast`: fp32 weights; theirs under torch.autocast, ours with
+Both use the same dtype of weights, the same tokens, one thread, AdamW (fused), clipping to 1 and no recomputation.
+Steps alternate, so that a busy machine slows both.  `bf16`: weights and gradients in bf16; theirs keep AdamW's moments
+in bf16 too, ours in fp32 (4 bytes a parameter more).  `autocast`: fp32 weights; theirs under torch.autocast, ours with
 precision = "bf16".  Times are CPU seconds of this process.
 """
 
@@ -43,7 +43,10 @@ Step = Callable[[], float]
 
 
 def our_step(config: ModelConfig, dtype: torch.dtype, token_BT: torch.Tensor) -> Step:
-    """Return one step of lowvram's own trainer, which returns its loss.  dtype: of the weights; computes in bf16."""
+    """Return a function that runs one step of lowvram's trainer and returns its loss.
+
+    dtype: of the weights; the step computes in bf16.
+    """
     model = Transformer(config).to(dtype)
     optimizer = build_optimizer(model, AdamW())
     batch = Batch(token_BT, torch.arange(token_BT.shape[0]))
@@ -51,21 +54,21 @@ def our_step(config: ModelConfig, dtype: torch.dtype, token_BT: torch.Tensor) ->
     targets = token_BT.shape[0] * (token_BT.shape[1] - 1)
 
     def step() -> float:
-        found = gradients(model, loss_of, [batch], targets)
-        loss, norm, _ = found.stats.tolist()
-        update(model, optimizer, found.loads, 1e-4, min(1.0, 1.0 / norm))
+        result = gradients(model, loss_of, [batch], targets)
+        loss, norm, _ = result.stats.tolist()
+        update(model, optimizer, result.loads, 1e-4, min(1.0, 1.0 / norm))
         return loss
 
     return step
 
 
 def their_step(config: ModelConfig, dtype: torch.dtype, token_BT: torch.Tensor) -> Step:
-    """Return one step of transformers' class, which returns its loss.  fp32 weights run under autocast."""
+    """Return a function that runs one step of transformers' class and returns its loss; fp32 runs under autocast."""
     kind, settings = outside_class(config)
     torch.manual_seed(0)
     model = kind(settings).to(dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    # Its loss shifts the labels itself, so it gets one token more and predicts as many.
+    # Its loss shifts the labels itself, so it gets one token more and predicts the same number.
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32)
 
     def step() -> float:
@@ -81,7 +84,7 @@ def their_step(config: ModelConfig, dtype: torch.dtype, token_BT: torch.Tensor) 
 
 
 def count_peak(build: Callable[[], Step]) -> int:
-    """Return the most tensor bytes alive in building and taking two steps: weights, gradients, states, activations."""
+    """Return the peak bytes of tensors while a model is built and takes two steps: weights to activations."""
     gc.collect()
     with LiveBytes() as live:
         step = build()
@@ -116,7 +119,7 @@ def compare(name: str, mode: str, batch: int, seq_len: int, repeats: int) -> Non
 
 
 def describe_processor() -> str:
-    """Return what the figures depend on: the processor's name and whether it multiplies bf16 and how."""
+    """Return the processor's name and its instructions for bf16, on which the figures depend."""
     info = Path("/proc/cpuinfo")
     words = info.read_text(encoding="utf-8") if info.is_file() else ""
     name = next((line.partition(":")[2].strip() for line in words.splitlines() if line.startswith("model name")), "")

@@ -2,10 +2,10 @@
 
 python tools/compile_gate.py [--write]
 
-Every launch that an op makes for the shapes and tiles below, and that the presets' steps make, is compiled for compute
-capability 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0.  It fails on a type that a card refuses, on more shared memory than one of
-its blocks may use, on registers spilt to memory, and where a promised tensor-core instruction is missing.  --write puts
-the table into kernels/README.md.
+Every launch that the ops make for the shapes and tiles of gate_cases.py, and that the presets' steps make, is compiled
+for compute capability 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0.  It fails if a card does not support a type, if a block needs
+more shared memory than the card has, if registers are spilled to memory, or if an expected tensor-core instruction is
+missing.  --write puts the table into kernels/README.md.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-# What Triton raises where a card refuses a type or the assembler gives up.
+# What Triton raises if a card does not support a type or the assembler fails.
 REFUSED = (triton.compiler.CompilationError, triton.runtime.errors.PTXASError, RuntimeError)
-# Beside Triton's own cache, which holds the machine code but not what the assembler said of it.
+# In addition to Triton's own cache, which holds the machine code but not the assembler's report about it.
 CACHE = Path(tempfile.gettempdir()) / f"lowvram-gate-{os.getuid()}"
 BEGIN, END = "<!-- written by tools/compile_gate.py -->", "<!-- end -->"
 README = ROOT / "kernels/README.md"
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
-# What the PTX of each promised product must hold.
+# The instruction that the PTX of each expected kind of matrix product must contain.
 INSTRUCTIONS = {
     "f16": r"(mma\.sync|wgmma\.mma_async)\S*\.f16\.f16",
     "bf16": r"(mma\.sync|wgmma\.mma_async)\S*\.bf16\.bf16",
@@ -55,7 +55,7 @@ INSTRUCTIONS = {
 
 
 class Compiled(NamedTuple):
-    """What one launch became on one card."""
+    """The result of compiling one launch for one card."""
 
     registers: int
     stack_bytes: int
@@ -76,14 +76,14 @@ def source_of(what: Launch) -> ASTSource:
             signature[name], constants[(index,)] = "constexpr", value
             continue
         signature[name] = _type_of(value)
-        place = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
-        if type(place) is int and place % 16 == 0:
+        address = value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+        if type(address) is int and address % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def options_of(what: Launch) -> dict[str, Any]:
-    """Return what a launch tells the compiler beside the kernel's own constants."""
+    """Return the compiler options of a launch, which are not the kernel's own constants."""
     kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
     return {name: value for name, value in what.constants.items() if name not in kernel.arg_names}
 
@@ -99,18 +99,18 @@ def _type_of(value: Any) -> str:
 
 
 def compile_launch(what: Launch, card: Card) -> Compiled:
-    """Compile a launch for a card; raises triton's errors where the card refuses it."""
+    """Compile a launch for a card; raises Triton's errors if the card does not support it."""
     assert card.capability is not None
     target = GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32)
     options = {"num_warps": what.warps, "num_stages": what.stages, **options_of(what)}
-    found = triton.compile(source_of(what), target=target, options=options)
+    kernel = triton.compile(source_of(what), target=target, options=options)
     pattern = INSTRUCTIONS.get(what.expected_mma)
-    match = re.search(pattern, found.asm["ptx"]) if pattern else None
-    return Compiled(*_resources(found.asm["cubin"]), found.metadata.shared, match[0] if match else "")
+    match = re.search(pattern, kernel.asm["ptx"]) if pattern else None
+    return Compiled(*_resources(kernel.asm["cubin"]), kernel.metadata.shared, match[0] if match else "")
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers of a thread and bytes of its stack, which is where spilt registers go."""
+    """Return a thread's registers and the bytes of its stack, to which registers are spilled."""
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -121,20 +121,20 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(numbers[1]), int(numbers[2])
 
 
-def judge(what: Launch, card: Card, found: Compiled) -> list[str]:
+def judge(what: Launch, card: Card, compiled: Compiled) -> list[str]:
     """Return what is wrong with a compiled launch."""
     wrong = []
-    if found.shared_bytes > card.shared_bytes:
-        wrong.append(f"{found.shared_bytes} bytes of shared memory; the card has {card.shared_bytes}")
-    if found.stack_bytes:
-        wrong.append(f"{found.stack_bytes} bytes of stack: registers spill")
-    if what.expected_mma and not found.instruction:
+    if compiled.shared_bytes > card.shared_bytes:
+        wrong.append(f"{compiled.shared_bytes} bytes of shared memory; the card has {card.shared_bytes}")
+    if compiled.stack_bytes:
+        wrong.append(f"{compiled.stack_bytes} bytes of stack: registers spill")
+    if what.expected_mma and not compiled.instruction:
         wrong.append(f"no tensor-core instruction for {what.expected_mma}")
     return wrong
 
 
 class Job(NamedTuple):
-    """One kernel to compile for one card, as text that says all of it.  launch: None where another process has it."""
+    """One launch to compile for one card.  key: a hash of everything that decides the machine code."""
 
     card: Card
     launch: Launch
@@ -142,16 +142,16 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the kernel's name with its module's, without the folder's."""
+        """Return the names of module and kernel, without the folder."""
         module = self.launch.module.rpartition(".")[2].removesuffix("_triton")
         return f"{module}: {self.launch.kernel}"
 
 
 @functools.cache
 def hash_sources(module: str) -> str:
-    """Return a hash of the code of a module of device code and of those that it imports.
+    """Return a hash of a module of device code and of the modules that it imports.
 
-    Comments, docstrings, layout and the modules' own names do not count: none of them reaches the compiler.
+    Comments, docstrings, formatting and the names of modules do not count: none of them reaches the compiler.
     """
     path = ROOT / f"kernels/lowvram_kernels/{module.replace('.', '/')}.py"
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -166,7 +166,7 @@ def hash_sources(module: str) -> str:
 
 
 def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
-    """Return the launches that become different machine code on a card, by a hash of everything that decides it."""
+    """Return the launches that give different machine code on a card, by a hash of everything that decides it."""
     about = f"{triton.__version__} {card.capability}"
     jobs: dict[str, Job] = {}
     for what in launches:
@@ -181,19 +181,19 @@ def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
 
 
 def compile_job(job: Job) -> tuple[Compiled | None, list[str]]:
-    """Compile a job, or remember what came of it before; returns what is wrong with it, too."""
+    """Compile a job, or read its earlier result from the cache; returns also what is wrong with it."""
     path = CACHE / f"{job.key}.json"
     if path.exists():
         values, wrong = json.loads(path.read_text(encoding="utf-8"))
         return Compiled(*values), wrong
     try:
-        found = compile_launch(job.launch, job.card)
+        compiled = compile_launch(job.launch, job.card)
     except REFUSED as error:
         return None, [f"refused: {' '.join(str(error).split())[-300:]}"]
-    wrong = judge(job.launch, job.card, found)
+    wrong = judge(job.launch, job.card, compiled)
     if not wrong:
-        path.write_text(json.dumps([found, wrong]), encoding="utf-8")
-    return found, wrong
+        path.write_text(json.dumps([compiled, wrong]), encoding="utf-8")
+    return compiled, wrong
 
 
 def collect(capabilities: Sequence[tuple[int, int]]) -> list[Job]:
@@ -208,11 +208,11 @@ def collect(capabilities: Sequence[tuple[int, int]]) -> list[Job]:
 
 
 def compile_all(jobs: Sequence[Job], processes: int) -> list[tuple[Compiled | None, list[str]]]:
-    """Compile in so many processes, each of which keeps its own Triton."""
+    """Compile the jobs in so many processes, each with its own Triton."""
     CACHE.mkdir(parents=True, exist_ok=True)
     if processes == 1:
         return [compile_job(job) for job in jobs]
-    # A child made by fork has the jobs already; tensors of a launch cannot be sent.
+    # A forked child has the jobs already; a launch's tensors cannot be sent to another process.
     global _JOBS
     _JOBS = jobs
     with multiprocessing.get_context("fork").Pool(processes) as pool:
@@ -227,7 +227,7 @@ def _compile_numbered(number: int) -> tuple[Compiled | None, list[str]]:
 
 
 def digests(jobs: Sequence[Job]) -> dict[tuple[str, str], str]:
-    """Return 8 digits per kernel and card: of all that decides what its variants become and how they are judged."""
+    """Return 8 digits per kernel and card: a hash of all that decides its variants' code and how they are judged."""
     texts: dict[tuple[str, str], list[str]] = {}
     for job in jobs:
         judged = f"{job.card.shared_bytes} {INSTRUCTIONS.get(job.launch.expected_mma)}"
@@ -241,15 +241,15 @@ def _row_of(job: Job) -> tuple[str, str]:
 
 
 def table(jobs: Sequence[Job], results: Sequence[tuple[Compiled | None, list[str]]]) -> str:
-    """Return a Markdown table: each kernel on each card, the range over its tiles and types."""
-    found: dict[tuple[str, str], list[Compiled]] = {}
+    """Return a Markdown table with a row per kernel and card: the ranges over its tiles and types."""
+    compiled_of: dict[tuple[str, str], list[Compiled]] = {}
     for job, (compiled, _) in zip(jobs, results, strict=True):
         if compiled is not None:
-            found.setdefault(_row_of(job), []).append(compiled)
+            compiled_of.setdefault(_row_of(job), []).append(compiled)
     titles = "kernel", "card", "variants", "registers", "shared memory", "tensor-core instructions", "digest"
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-    signed = digests(jobs)
-    for (name, card), rows in sorted(found.items(), key=lambda pair: (pair[0][0], float(pair[0][1]))):
+    digest_of = digests(jobs)
+    for (name, card), rows in sorted(compiled_of.items(), key=lambda pair: (pair[0][0], float(pair[0][1]))):
         registers, shared = ([getattr(row, what) for row in rows] for what in ("registers", "shared_bytes"))
         instructions = sorted({_shorten(row.instruction) for row in rows} - {""})
         cells = [
@@ -259,14 +259,14 @@ def table(jobs: Sequence[Job], results: Sequence[tuple[Compiled | None, list[str
             _range(registers),
             _range(shared),
             ", ".join(f"`{one}`" for one in instructions) or "–",
-            signed[name, card],
+            digest_of[name, card],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
-    """Return the rows of such a table, by kernel and card: the cells behind them, of which the last is the digest."""
+    """Return the rows of such a table by kernel and card: the cells after these two; the last one is the digest."""
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
     return {(row[0], row[1]): row[2:] for row in cells}
 
@@ -278,7 +278,7 @@ def written_rows() -> dict[tuple[str, str], list[str]]:
 
 
 def changed(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs of every row whose digest is another one than in kernels/README.md, or which is not there."""
+    """Return the jobs of every row that is not in kernels/README.md, or whose digest there is different."""
     written = written_rows()
     now = digests(jobs)
     return [job for job in jobs if written.get(_row_of(job), [""])[-1] != now[_row_of(job)]]
@@ -290,7 +290,7 @@ def _range(numbers: list[int]) -> str:
 
 
 def _shorten(instruction: str) -> str:
-    """Return an instruction without what all of its kind have."""
+    """Return an instruction without the modifiers that all of its kind have."""
     return re.sub(r"\.(sync|aligned|row|col|satfinite)\b", "", instruction)
 
 
@@ -302,17 +302,17 @@ def write_table(text: str) -> None:
 
 
 def main() -> None:
-    """Compile everything, say what is wrong, print or write the table."""
+    """Compile everything, print what is wrong, print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--card", action="append", metavar="M.N", help="only this capability (again for more)")
-    asked = parser.parse_args()
-    chosen = [tuple(map(int, text.split("."))) for text in asked.card or []] or list(CAPABILITIES)
+    options = parser.parse_args()
+    chosen = [tuple(map(int, text.split("."))) for text in options.card or []] or list(CAPABILITIES)
     began = time.perf_counter()
     jobs = collect([(major, minor) for major, minor in chosen])
     print(f"{len(jobs)} different kernels, found in {time.perf_counter() - began:.0f} s", flush=True)
-    results = compile_all(jobs, asked.processes)
+    results = compile_all(jobs, options.processes)
     wrong = [(job, text) for job, (_, texts) in zip(jobs, results, strict=True) for text in texts]
     for job, text in wrong:
         what = job.launch
@@ -321,7 +321,7 @@ def main() -> None:
     text = f"{table(jobs, results)}\n\n{len(jobs)} variants, Triton {triton.__version__}"
     print(text)
     print(f"{len(jobs)} compiled, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
-    if asked.write and not wrong and not asked.card:
+    if options.write and not wrong and not options.card:
         write_table(text)
     sys.exit(bool(wrong))
 

@@ -1,6 +1,6 @@
-"""Runs `lowvram demo` and draws what it printed as docs/demo.svg, the README's picture.
+"""Runs `lowvram demo` and draws its output as docs/demo.svg, the README's picture.
 
-python tools/draw_demo.py [--transcript FILE]      with a transcript nothing is run
+python tools/draw_demo.py [--transcript FILE]      draws a saved output instead of running the demo
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STYLES = (
 
 
 def run_demo() -> str:
-    """Return everything that the demo prints, results and progress in their order."""
+    """Return everything that the demo prints, results and progress in order."""
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, "-m", "lowvram", "demo", "--dir", "lowvram-demo"]
         done = subprocess.run(
@@ -40,7 +40,7 @@ def run_demo() -> str:
 def draw(transcript: str) -> str:
     """Return the SVG of a terminal that shows the transcript."""
     console = Console(record=True, width=WIDTH, file=io.StringIO())
-    # A picture of nobody's home directory.
+    # The picture must not show anybody's home directory.
     transcript = re.sub(r"\S*/(?=lowvram-demo)", "", transcript)
     for line in ["$ lowvram demo", *transcript.splitlines()]:
         text = Text(line)
@@ -48,7 +48,7 @@ def draw(transcript: str) -> str:
             text.highlight_regex(pattern, style)
         console.print(text)
     svg = console.export_svg(title="lowvram demo")
-    # The template loads a web font; the fonts that a reader has will do.
+    # The template loads a web font; the reader's own fonts are enough.
     return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)
 
 

@@ -1,6 +1,6 @@
 """The calls whose launches the compile gate compiles: every tile of every op, and the steps of the presets' models.
 
-Nothing is computed: tensors are meta tensors, and a launch is only written down.
+Nothing is computed: tensors are meta tensors, and a launch is only recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lowvram.fit.rehearse import rehearse
 BF16, FP16, FP32, BYTES = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 Call = Callable[[], object]
 BLOCK = 128
-# A step of a preset on paper: a shallow model has the shapes of a deep one, a short context those of a long one.
+# Sizes of a preset's simulated step: a shallow model has the shapes of a deep one, a short context those of a long one.
 _LAYERS, _SEQ_LEN = 2, 512
 PRECISIONS = ("bf16", "fp8", "int8")
 
@@ -49,18 +49,18 @@ def scaled(rows: int, columns: int, form: str, block_rows: int = 1, stack: int |
 
 def launches_of(card: Card) -> list[Launch]:
     """Return every launch that `cases` and the presets make on a card."""
-    found: list[Launch] = []
-    with simulate_card(card, note_launch=found.append):
+    launches: list[Launch] = []
+    with simulate_card(card, note_launch=launches.append):
         for call in cases(card):
             call()
         for model, train in presets():
             plan = Plan(micro_batch=1, accumulate=train.batch_samples)
             rehearse(model, train, plan, card)
-    return found
+    return launches
 
 
 def presets() -> Iterator[tuple[ModelConfig, TrainConfig]]:
-    """Yield the presets' models, shallow, with each precision, in steps of two short sequences."""
+    """Yield the presets' models with few layers, in each precision, with steps of two short sequences."""
     for name in preset_names():
         model, train = load_preset(name)
         layers = _LAYERS + (model.ffn.dense_layers if model.ffn.kind == "moe" else 0)
@@ -71,7 +71,7 @@ def presets() -> Iterator[tuple[ModelConfig, TrainConfig]]:
 
 
 def cases(card: Card) -> Iterator[Call]:
-    """Yield a call for every kernel and every tile that a card may take."""
+    """Yield a call for every kernel and every tile that a card may use."""
     yield from e4m3_cases(card)
     yield from quantise_cases()
     yield from scaled_matmul_cases(card)
@@ -82,7 +82,7 @@ def cases(card: Card) -> Iterator[Call]:
 
 
 def e4m3_cases(card: Card) -> Iterator[Call]:
-    """Yield the two kernels that hold the conversions against torch."""
+    """Yield the two kernels with which tests compare the conversions with torch's."""
     constants = {"BLOCK": 1024, "NATIVE": card.features.has_e4m3}
     what = Launch("quant.e4m3_triton", "encode_kernel", (4,), (meta(4096), meta(4096, dtype=BYTES), 4096), constants)
     yield partial(launch, what)
@@ -91,7 +91,7 @@ def e4m3_cases(card: Card) -> Iterator[Call]:
 
 
 def quantise_cases() -> Iterator[Call]:
-    """Yield every form, dtype and tile, whole and odd."""
+    """Yield every format, dtype and tile, for sizes that the tile divides and others."""
     for dtype in (BF16, FP32):
         for form in quantise.FORMATS:
             for width in (100, 688, 1376, 2048, 4096, 8192, 16_384):
@@ -122,7 +122,7 @@ def scaled_matmul_cases(card: Card) -> Iterator[Call]:
 
 
 def small_matmul_cases(card: Card) -> Iterator[Call]:
-    """Yield both kernels with every tile and number of rows; in fp16 and whole, the first tile."""
+    """Yield both kernels with every tile and number of rows; in fp16 only with the first tile."""
     for form, block_rows in (("e4m3", BLOCK), ("int8", 1)):
         weight = scaled(4096, 4096, form, block_rows)
         for dtype in (BF16, FP16):
@@ -134,16 +134,16 @@ def small_matmul_cases(card: Card) -> Iterator[Call]:
 
 
 def grouped_cases(card: Card) -> Iterator[Call]:
-    """Yield products and outer products of 8 experts, plain, E4M3, int8, and with idle copies in every form."""
+    """Yield products and weight gradients of 8 experts: plain, E4M3, int8, and with frozen copies in every format."""
     if choose("grouped_matmul", card).backend != "triton":
         return
     experts, outputs, inputs, ends = 8, 1408, 1024, meta(8, dtype=torch.int64)
     for dtype in (BF16, FP16):
         rows, stack = meta(4096, inputs, dtype=dtype), meta(experts, outputs, inputs, dtype=dtype)
-        turned = meta(experts, inputs, outputs, dtype=dtype).mT
-        most = None if dtype == BF16 else 1  # fp16 becomes the same code, but for the products' names
+        transposed = meta(experts, inputs, outputs, dtype=dtype).mT
+        most = None if dtype == BF16 else 1  # fp16 gives the same code except for the names of instructions
         for tile in grouped_matmul.grouped_tiles(card, "half")[:most]:
-            for matrices in (stack, turned):
+            for matrices in (stack, transposed):
                 yield partial(grouped_matmul.grouped_matmul, rows, matrices, ends, tile=tile)
         left = meta(4096, outputs, dtype=dtype)
         for tile in grouped_matmul.grouped_tiles(card, "half", is_outer=True)[:most]:
@@ -152,26 +152,26 @@ def grouped_cases(card: Card) -> Iterator[Call]:
         blocks = meta(experts, -(-outputs // BLOCK), -(-inputs // BLOCK), dtype=FP32)
         copies = QuantTensor(meta(experts, outputs, inputs, dtype=BYTES), blocks)
         in_rows = QuantTensor(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
-        turned_rows = QuantTensor(
+        transposed_rows = QuantTensor(
             meta(experts, inputs, outputs, dtype=torch.int8).mT, meta(experts, inputs, 1, dtype=FP32).mT
         )
-        turned_copies = QuantTensor(
+        transposed_copies = QuantTensor(
             meta(experts, inputs, outputs, dtype=BYTES).mT,
             meta(experts, -(-inputs // BLOCK), -(-outputs // BLOCK), dtype=FP32).mT,
         )
         masters = meta(experts, outputs, inputs, dtype=FP32)  # read in place of their copies
         for tile in grouped_matmul.grouped_tiles(card, "decode")[:most]:
-            for idle in (copies, turned_copies, in_rows, turned_rows, masters):
+            for idle in (copies, transposed_copies, in_rows, transposed_rows, masters):
                 yield partial(grouped_matmul.grouped_matmul, rows, idle, ends, tile=tile)
     fp8 = scaled(4096, inputs, "e4m3")
     stack8 = scaled(outputs, inputs, "e4m3", BLOCK, experts)
-    way = choose("fp8_matmul", card).backend
-    for tile in grouped_matmul.grouped_tiles(card, way):
+    backend = choose("fp8_matmul", card).backend
+    for tile in grouped_matmul.grouped_tiles(card, backend):
         yield partial(grouped_matmul.grouped_matmul, fp8, stack8, ends, tile=tile)
     columns = scaled(outputs, 4096, "e4m3"), scaled(inputs, 4096, "e4m3")
-    for tile in grouped_matmul.grouped_tiles(card, way, is_outer=True):
+    for tile in grouped_matmul.grouped_tiles(card, backend, is_outer=True):
         yield partial(grouped_wgrad.grouped_wgrad, *columns, ends, experts, FP32, tile=tile)
-    # Whole tiles, and rows that end within one; sums that int32 holds, and those that it does not.
+    # Sizes that tiles divide and that they do not; sums that fit into int32 and that do not.
     for tile in grouped_matmul.grouped_tiles(card, "int8"):
         for inputs, dtype in ((1024, BF16), (688, FP32), (100, BF16)):
             rows8, stack8 = scaled(4096, inputs, "int8"), scaled(outputs, inputs, "int8", stack=experts)
@@ -183,7 +183,7 @@ def grouped_cases(card: Card) -> Iterator[Call]:
 
 
 def latent_attention_cases(card: Card) -> Iterator[Call]:
-    """Yield caches in 16 bits and in bytes, for the widths of MLA models, with few heads and many."""
+    """Yield caches in 16 and in 8 bits, for the widths of MLA models, with few heads and many."""
     if choose("latent_attention", card).backend != "triton":
         return
     length = meta(4, dtype=torch.int32)
@@ -199,7 +199,7 @@ def latent_attention_cases(card: Card) -> Iterator[Call]:
 
 
 def optimizer_cases() -> Iterator[Call]:
-    """Yield AdamW with moments in 8 bits and exact ones, and the sum that is rounded at random."""
+    """Yield AdamW with 8-bit and with exact moments, and the sum with stochastic rounding."""
     step, rate = meta(dtype=FP32), meta(dtype=FP32)
     maps = adamw8.build_maps("meta")
     for weight_dtype in (FP32, BF16):

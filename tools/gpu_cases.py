@@ -1,7 +1,7 @@
-"""The kernels of the GPU report that memory bounds, and those of torch that a step stands on: shapes and truths.
+"""The GPU report's memory-bound kernels, and torch's kernels that a training step uses: shapes and expected results.
 
-Shapes are those of the presets' steps and the square ones that others publish.  Truths are computed on the same
-device, by the op's plain PyTorch form, or by its reference.
+Shapes are those of the presets' steps, and square ones for which others publish figures.  Expected results are computed
+on the same device, by the op's plain PyTorch form or by its reference.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from tools.gpu_kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, er
 from tools.gpu_products import products
 from tools.gpu_timing import distance
 
-# The two backends agree bit for bit, but for a card's own division of a tie.
+# The two backends agree bit for bit, except where a card's division decides a tie differently.
 _SAME = 1e-4
-# A last bit of fp32 that differs moves one code in 10⁵ to its neighbour, a hundredth away.
+# A difference in the last bit of fp32 moves one code in 10⁵ to its neighbour, a hundredth away.
 _TIES = 1e-3
-# Sums of a whole step in 16 bits, rounded where the reference in fp32 is not.
+# Gradients in 16 bits are rounded at several places where the fp32 reference is not.
 _GRADIENT = 2e-2
-_ATTENDED = 1e-2  # weights of the softmax are rounded to 16 bits too
+_ATTENDED = 1e-2  # the softmax's weights are rounded to 16 bits too
 _ROUNDED = 4e-3  # one rounding to 16 bits: 2⁻⁸ at most
 
 
 def kernels(scene: Scene) -> list[Kernel]:
     """Return all cases, those of rank 0 first."""
     makers = (_latent_attention, _quantise, _adamw8, _add_rounded, _muon, _attention, _loss)
-    found = [*products(scene), *(kernel for maker in makers for kernel in maker(scene))]
-    return sorted(found, key=lambda kernel: kernel.rank)
+    cases = [*products(scene), *(kernel for maker in makers for kernel in maker(scene))]
+    return sorted(cases, key=lambda kernel: kernel.rank)
 
 
 def _quantise(scene: Scene) -> Iterator[Kernel]:
@@ -107,7 +107,7 @@ def _adamw8(scene: Scene) -> Iterator[Kernel]:
 
 
 def _adam_inputs(scene: Scene, count: int, dtype: torch.dtype) -> Inputs:
-    """Return a weight in the middle of a run: moments of which none is zero."""
+    """Return the inputs of an update in the middle of a run: no moment is zero."""
     weight = scene.randn(count, dtype=dtype)
     first, second = adamw8.new_moments(weight), adamw8.new_moments(weight)
     moments = first._replace(code_m=first.code_m.random_(256), code_v=second.code_v.random_(100, 256))
@@ -170,7 +170,7 @@ def _muon(scene: Scene) -> Iterator[Kernel]:
         muon.muon_(weight, gradient, momentum, codes, step, 0.1)
 
     def inputs() -> Inputs:
-        # From zero, so that what is compared is the change alone.
+        # The weight starts at zero, so that only its change is compared.
         weight = torch.zeros(count, rows, columns, dtype=torch.bfloat16, device=scene.device)
         return weight, torch.randn_like(weight), muon.new_momentum(weight, 8), torch.ones((), device=scene.device)
 
@@ -230,7 +230,7 @@ def _attend(
 
 
 def _latent_rivals(scene: Scene, shape: tuple[int, ...]) -> Iterator[Rival]:
-    """Yield torch's attention to keys and values that were expanded from the latent when they were cached."""
+    """Yield torch's attention with a cache of keys and values that were expanded from the latent."""
     batch, heads, positions, channels, rotated = shape
     width = 128 + rotated if channels == 512 else 96 + rotated  # ismail-1024 and tr-600m-moe; values are 128 wide
 
@@ -242,7 +242,7 @@ def _latent_rivals(scene: Scene, shape: tuple[int, ...]) -> Iterator[Rival]:
 
 
 def _attention(scene: Scene) -> Iterator[Kernel]:
-    """Yield torch's own attention, which every step stands on, forward only."""
+    """Yield torch's own attention, which every training step uses, forward only."""
     batch, heads, tokens, width = (1, 2, 16, 8) if scene.is_tiny else (4, 16, 2_048, 128)
     scale = width**-0.5
 
@@ -253,7 +253,7 @@ def _attention(scene: Scene) -> Iterator[Kernel]:
         return attention(q, k, v, scale, causal=True)
 
     def error(q: Tensor, k: Tensor, v: Tensor) -> float:
-        first = [x[:1, :2] for x in (q, k, v)]  # in fp64, with every score
+        first = [x[:1, :2] for x in (q, k, v)]  # a part: the reference computes in fp64 and writes out every score
         return distance(run(q, k, v)[:1, :2], attention_reference(*(x.float() for x in first), scale, causal=True))
 
     elements = batch * heads * tokens * width
@@ -278,25 +278,25 @@ def _loss(scene: Scene) -> Iterator[Kernel]:
         target = torch.randint(0, vocabulary, (rows,), device=scene.device)
         return scene.randn(rows, width).requires_grad_(), weight, target
 
-    def learn(loss: Callable[..., Tensor], x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    def gradients_of(loss: Callable[..., Tensor], x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss(x, weight, target), (x, weight))
 
     def error(*values: Tensor) -> float:
         x, weight, target = values
-        truth = learn(
+        truth = gradients_of(
             cross_entropy, x.detach().float().requires_grad_(), weight.detach().float().requires_grad_(), target
         )
-        found = learn(linear_cross_entropy, *values)
-        return max(distance(a, b) for a, b in zip(found, truth, strict=True))
+        result = gradients_of(linear_cross_entropy, *values)
+        return max(distance(a, b) for a, b in zip(result, truth, strict=True))
 
     yield Kernel(
         op="linear_cross_entropy",
         shape=f"with gradients {rows} × {width} × {vocabulary}",
         inputs=inputs,
-        run=functools.partial(learn, linear_cross_entropy),
+        run=functools.partial(gradients_of, linear_cross_entropy),
         error=error,
         tolerance=_GRADIENT,
         moved_bytes=2.0 * 2 * (rows * width + vocabulary * width),
         operations=3 * 2.0 * rows * width * vocabulary,
-        rivals=(Rival("torch cross_entropy of all logits", inputs, functools.partial(learn, cross_entropy)),),
+        rivals=(Rival("torch cross_entropy of all logits", inputs, functools.partial(gradients_of, cross_entropy)),),
     )

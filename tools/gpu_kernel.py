@@ -1,4 +1,4 @@
-"""What a case of the GPU report is, and how one is checked and timed; knows no single kernel and no file."""
+"""Defines a case of the GPU report, checks it and times it; knows no particular kernel and no file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tools.gpu_timing import Timing, count_sets, distance, time_runs
 
 Inputs = tuple[Any, ...]
 Row = dict[str, Any]
-# What a case may raise that says something about it and not about this tool: a launch that the card refuses, a library
-# that does not take these shapes or has no such function.  Triton's own errors are added where it is installed.
+# Errors of a case that are no fault of this tool: a launch that the card refuses, a library that does not support these
+# shapes or has no such function.  The worker adds Triton's own errors if Triton is installed.
 Refusal = (RuntimeError, ValueError, TypeError, AttributeError)
 _PLAIN = Card("cpu")
 
 
 class Scene(NamedTuple):
-    """Where cases run.  is_tiny: smallest shapes, only to see that all runs.  dtype: of 16 bits."""
+    """The device on which cases run.  is_tiny: smallest shapes, to see that every case runs.  dtype: of 16 bits."""
 
     device: torch.device
     is_tiny: bool
@@ -31,16 +31,16 @@ class Scene(NamedTuple):
 
     @property
     def is_card(self) -> bool:
-        """Say whether this is a CUDA card, and libraries' kernels for one are here."""
+        """Say whether this is a CUDA card, on which other libraries' kernels run too."""
         return self.device.type == "cuda"
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return normal numbers, of the 16-bit dtype if none is named."""
+        """Return normally distributed numbers, by default of the 16-bit dtype."""
         return torch.randn(shape, device=self.device).to(dtype or self.dtype)
 
 
 class Rival(NamedTuple):
-    """What a library offers for the same work."""
+    """Another library's kernel for the same work."""
 
     name: str
     inputs: Callable[[], Inputs]
@@ -50,7 +50,7 @@ class Rival(NamedTuple):
 class Aim(NamedTuple):
     """What a figure should reach on an H200.
 
-    of: "copy" (a share of the copy's bandwidth), a rival's name (its seconds by ours) or "tokens_per_second".
+    of: "copy" (a share of the copy's bandwidth), a rival's name (its seconds divided by ours) or "tokens_per_second".
     """
 
     of: str
@@ -61,9 +61,9 @@ class Aim(NamedTuple):
 class Kernel:
     """One op at one shape.
 
-    inputs: makes a fresh set.  error: runs it once on such a set and returns its distance from the truth, which
-    tolerance bounds.  moved_bytes: the least that must be read and written.  numbers: whose product rate bounds
-    operations: "bf16", "fp8" or "int8".  rank: 0 comes first.
+    inputs: makes a new set of inputs.  error: runs the op once on such a set and returns the distance from the expected
+    result, which must not exceed tolerance.  moved_bytes: the least that must be read and written.  numbers: the format
+    whose product rate bounds operations: "bf16", "fp8" or "int8".  rank: 0 comes first.
     """
 
     op: str
@@ -81,11 +81,11 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Return op and shape, by which --only finds it."""
+        """Return op and shape, which --only searches."""
         return f"{self.op} {self.shape}"
 
     def measure(self, scene: Scene) -> Row:
-        """Check the kernel, then time it and its rivals; what is wrong is not timed."""
+        """Check the kernel, then time it and its rivals; a kernel with a wrong result is not timed."""
         torch.manual_seed(0)
         error = self.error(*self.inputs())
         row: Row = {
@@ -117,7 +117,7 @@ class Kernel:
 
 
 def is_lost(scene: Scene) -> bool:
-    """Say whether this process has lost its card, as after an illegal access: only another process gets it back."""
+    """Say whether this process can no longer use its card, as after an illegal access; only a new process can."""
     if not scene.is_card:
         return False
     try:
@@ -128,7 +128,7 @@ def is_lost(scene: Scene) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Return an error's kind and the first line of what it says."""
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
@@ -139,7 +139,7 @@ def bytes_of(*tensors: Tensor | None) -> float:
 
 
 def plainly(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what runs an op in its plain PyTorch form, wherever its tensors lie."""
+    """Return a function that runs an op in its plain PyTorch form, on any device."""
 
     def plain(*inputs: Any) -> Any:
         with override_card(_PLAIN):
@@ -149,7 +149,7 @@ def plainly(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def error_of(run: Callable[..., Tensor], truth: Callable[..., Tensor]) -> Callable[..., float]:
-    """Return what measures the distance of a run's result from the truth's, of the same inputs."""
+    """Return a function that measures the distance between run's result and truth's for the same inputs."""
 
     def error(*inputs: Any) -> float:
         return distance(run(*inputs), truth(*inputs))
@@ -158,7 +158,7 @@ def error_of(run: Callable[..., Tensor], truth: Callable[..., Tensor]) -> Callab
 
 
 def change_error(run: Callable[..., Any], changed: Callable[..., list[Tensor]]) -> Callable[..., float]:
-    """Return what holds an op in place against its plain form: the worst distance of the tensors that it changes."""
+    """Return a function that compares an in-place op with its plain form: the largest distance of changed tensors."""
 
     def error(*inputs: Any) -> float:
         copies = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)

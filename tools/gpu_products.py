@@ -1,6 +1,6 @@
-"""The matrix products of the GPU report, with torch's own for the same work: shapes, truths, rivals and aims.
+"""The GPU report's matrix products, and torch's own for the same work: shapes, expected results, rivals and aims.
 
-Truths are products of the decoded operands in fp32, on the same device.
+Expected results are products of the decoded operands in fp32, on the same device.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from tools.gpu_kernel import Aim, Inputs, Kernel, Rival, Scene, distance, error_of
 
-# One rounding of the result to 16 bits, and tensor cores that add E4M3 in 14 bits (DeepSeek-AI 2024, section 3.3.2).
+# The result is rounded to 16 bits once; tensor cores accumulate E4M3 in 14 bits (DeepSeek-AI 2024, section 3.3.2).
 _ROUNDED = 5e-3
 CUBLAS, DENSE = "cuBLAS bf16", "one dense cuBLAS bf16 product"
 BY_BLOCK, BY_TENSOR, BY_ROW = "_scaled_mm by block", "_scaled_mm by tensor", "_scaled_mm by row"
@@ -91,7 +91,7 @@ def _scaled_rivals(scene: Scene, form: str, rows: int, outputs: int, inner: int)
 
 
 def _torch_operands(scene: Scene, name: str, rows: int, outputs: int, inner: int) -> Inputs:
-    """Return what torch._scaled_mm takes; by block a's scales lie along M (torch, native/cuda/ScaledBlas.cpp)."""
+    """Return torch._scaled_mm's inputs; by block, a's scales are contiguous along M (native/cuda/ScaledBlas.cpp)."""
     a, b = _operands(scene, "e4m3", rows, outputs, inner)
     a8, b8 = a.code.view(torch.float8_e4m3fn), b.code.view(torch.float8_e4m3fn).mT
     if name == BY_BLOCK:
@@ -102,7 +102,7 @@ def _torch_operands(scene: Scene, name: str, rows: int, outputs: int, inner: int
 
 
 def _small(scene: Scene) -> Iterator[Kernel]:
-    """Yield what decoding asks for: one row, a few, sixteen."""
+    """Yield the products of decoding: one row, a few, sixteen."""
     shapes = [(1, 40, 208)] if scene.is_tiny else [(1, 4_096, 4_096), (4, 4_096, 4_096), (16, 4_096, 4_096)]
     shapes += [] if scene.is_tiny else [(1, 11_264, 2_048), (1, 2_048, 2_048), (1, 32_768, 768)]
     for index, (rows, outputs, inner) in enumerate(shapes):
@@ -123,7 +123,7 @@ def _small(scene: Scene) -> Iterator[Kernel]:
                 tolerance=_ROUNDED,
                 moved_bytes=1.0 * outputs * inner + 2.0 * rows * (outputs + inner),
                 operations=2.0 * rows * outputs * inner,
-                numbers="bf16",  # to which the weight's bytes are decoded
+                numbers="bf16",  # the format to which the weight is decoded
                 rivals=(Rival("cuBLAS bf16, twice the bytes", plain, F.linear),),
                 aims=(Aim("copy", 0.75),) if outputs >= 4_096 and inner >= 4_096 else (),
                 rank=0 if index in (0, 2) else 1,
@@ -131,13 +131,13 @@ def _small(scene: Scene) -> Iterator[Kernel]:
 
 
 def _loads(scene: Scene, experts: int, rows: int) -> Tensor:
-    """Return where each expert's rows end: of so many rows that each chose an expert at random."""
+    """Return the end of each expert's rows, where every row chose an expert at random."""
     chosen = torch.randint(0, experts, (rows,), device=scene.device)
     return torch.bincount(chosen, minlength=experts).cumsum(0)
 
 
 def _grouped_shapes(scene: Scene) -> list[tuple[int, int, int, int]]:
-    """Return experts, rows of each in the mean, outputs and inputs: of tr-600m-moe, ismail-512 and tr-2b-moe."""
+    """Return experts, mean rows per expert, outputs and inputs: those of tr-600m-moe, ismail-512 and tr-2b-moe."""
     if scene.is_tiny:
         return [(3, 16, 24, 48)]
     return [(8, 1_024, 1_536, 1_024), (8, 256, 1_536, 1_024), (4, 4_096, 1_024, 512), (16, 512, 2_048, 1_536)]
@@ -236,9 +236,9 @@ def _outer_rivals(scene: Scene, experts: int, rows: int, outputs: int, inner: in
 
 def _outer_error(scene: Scene, left: Tensor | QuantTensor, right: Tensor | QuantTensor, ends: Tensor) -> float:
     experts = len(ends)
-    found = grouped_wgrad(left, right, ends, experts, scene.dtype)
+    result = grouped_wgrad(left, right, ends, experts, scene.dtype)
     left_MO, right_MI = (
         side.float() if isinstance(side, Tensor) else q8.dequantise(side, torch.float32).mT for side in (left, right)
     )
     masks = [mask_M(ends, len(left_MO), expert)[:, None] for expert in range(experts)]
-    return distance(found, torch.stack([(left_MO * mask).mT @ right_MI for mask in masks]))
+    return distance(result, torch.stack([(left_MO * mask).mT @ right_MI for mask in masks]))

@@ -1,12 +1,12 @@
-"""Checks and times every kernel and whole training steps on this machine's CUDA card, and writes the report of it.
+"""Checks and times every kernel and whole training steps on this machine's CUDA card, and writes a report.
 
 python tools/gpu_report.py [--minutes 9]
 python tools/gpu_report.py --only NAME … [--out FOLDER]     cases with one of these in their name, such as "train tr-1b"
-python tools/gpu_report.py --tiny [--out FOLDER]            smallest shapes on whatever is here, to see that all runs
+python tools/gpu_report.py --tiny [--out FOLDER]            smallest shapes, on a processor too, to see that all runs
 
-Writes profiles/measured/CARD.json and CARD.md as it goes, so that a run which is cut keeps what it has.  Each kernel is
-held against its reference before it is timed; what is off is reported as wrong, without a time.  A worker process
-measures: one that crashes, hangs or loses the card costs its case, and the next one goes on.
+Writes profiles/measured/CARD.json and CARD.md after every case, so that an interrupted run keeps its results.  Each
+kernel is compared with its reference before it is timed; one with a wrong result is reported as wrong, without a time.
+A worker process measures: if it crashes, hangs or loses the card, only its case fails, and another worker continues.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from lowvram.storage.disk import DISK
 from tools.gpu_table import Roofs, Row, figures_of, is_ok, judge_aims, page, roofs_of
 
 MEASURED = ROOT / "profiles" / "measured"
-# Of all the time, that the tests may take.
+# The share of the total time that the tests may take.
 _TESTS_SHARE = 0.25
-# Processes that test side by side: most of a kernel's test is its compilation, on the processor.
+# The most test processes at a time: most of a kernel's test is compilation, which runs on the processor.
 _MOST_SHARDS = 4
 _STARTING_S = 120.0
 _GRACE_S = 10.0
@@ -56,7 +56,7 @@ class Shard(NamedTuple):
 
 
 class Report:
-    """All rows so far, and the two files that they are written to after each."""
+    """All rows so far, and the two files to which they are written after every row."""
 
     def __init__(self, folder: Path, command: str) -> None:
         self.folder, self.began = folder, time.time()
@@ -67,7 +67,7 @@ class Report:
         self.profile: Profile | None = None
 
     def learn_facts(self, facts: Row) -> None:
-        """Take over what a worker found here."""
+        """Add a worker's facts about this machine."""
         self.facts |= facts
         try:
             self.profile = find_profile(facts["card"])[0] if facts["device"] == "cuda" else None
@@ -76,14 +76,14 @@ class Report:
 
     @property
     def card_id(self) -> str:
-        """Return what the files are called."""
+        """Return the name of the files, without ending."""
         if self.profile is not None:
             return self.profile.id
         return re.sub(r"[^a-z0-9]+", "-", str(self.facts.get("card", "unknown")).lower()).strip("-")
 
     @property
     def roofs(self) -> Roofs:
-        """Return what is known to bound a kernel."""
+        """Return the rates that bound a kernel, measured and published."""
         published: dict[str, float] = {}
         if self.profile is not None:
             published = {number: 1e12 * tflops for number, tflops in self.profile.tflops.items()}
@@ -92,7 +92,7 @@ class Report:
         return roofs_of(self.rows, published)
 
     def add(self, row: Row) -> None:
-        """Take a row, say it and write the files."""
+        """Add a row, print it and write the files."""
         self.rows.append(row)
         print(f"{time.time() - self.began:6.0f} s  {say(row, self.roofs)}", flush=True)
         self.write()
@@ -129,7 +129,7 @@ def say(row: Row, roofs: Roofs) -> str:
 
 
 def find_driver_version() -> str:
-    """Return the version of the NVIDIA driver, "none" without one."""
+    """Return the version of the NVIDIA driver, "none" if there is none."""
     try:
         import pynvml
 
@@ -145,18 +145,18 @@ def find_driver_version() -> str:
 
 
 def find_commit() -> str:
-    """Return the checkout's commit, marked where files differ from it; "unknown" without git."""
+    """Return the checkout's commit, marked as dirty if files differ from it; "unknown" without git."""
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=ROOT, check=True, capture_output=True, text=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 def read_events(stream: IO[str]) -> queue.Queue[Row | None]:
-    """Return a queue of a worker's events, which ends with None; another thread reads."""
+    """Return a queue of a worker's events, which another thread fills; None marks the end."""
     events: queue.Queue[Row | None] = queue.Queue()
 
     def read() -> None:
@@ -172,14 +172,14 @@ def read_events(stream: IO[str]) -> queue.Queue[Row | None]:
 
 
 class Supervisor:
-    """Starts workers until every case has its row or time is up."""
+    """Starts workers until every case has a row or the time is over."""
 
     def __init__(self, report: Report, options: argparse.Namespace) -> None:
         self.report, self.options = report, options
         self.until = report.began + 60 * options.minutes
 
     def run(self) -> None:
-        """Measure everything; raises SystemExit where no worker gets as far as its first case."""
+        """Measure everything; raises SystemExit if a worker ends before it has finished a case."""
         while not self._has_all() and time.time() < self.until:
             with tempfile.TemporaryDirectory() as folder:
                 count = len(self.report.rows)
@@ -260,25 +260,25 @@ class Supervisor:
 
 
 def environment() -> dict[str, str]:
-    """Return this process's environment, in which this checkout is what is imported."""
+    """Return this process's environment, changed so that Python imports this checkout."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def last_line(path: Path) -> str:
-    """Return the last line of a file that says something."""
+    """Return the last line of a file that is not empty."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else ""
 
 
 def run_tests(limit_s: float, is_tiny: bool) -> Row:
-    """Run the tests that need a card and those of the kernels, some processes at a time; returns their row."""
+    """Run the tests that need a card and those of the kernels in several processes; returns their row."""
     row: Row = {"name": "tests", "kind": "tests"}
     if importlib.util.find_spec("pytest") is None:
         return row | {"status": "left out", "note": "pytest is not installed, so no test ran: pip install pytest"}
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        shards = [start_shard(files, Path(folder) / f"{i}.txt") for i, files in enumerate(share_out(is_tiny))]
+        shards = [start_shard(files, Path(folder) / f"{i}.txt") for i, files in enumerate(split_tests(is_tiny))]
         for shard in shards:
             try:
                 shard.process.wait(max(0.1, began + limit_s - time.time()))
@@ -288,8 +288,8 @@ def run_tests(limit_s: float, is_tiny: bool) -> Row:
         return row | count_tests(shards, time.time() - began)
 
 
-def share_out(is_tiny: bool) -> list[list[str]]:
-    """Return what each pytest process is given: the kernels' tests in equal parts, and the marked ones of the rest."""
+def split_tests(is_tiny: bool) -> list[list[str]]:
+    """Return each pytest process's arguments: the kernels' tests in equal parts, and the other tests marked gpu."""
     if is_tiny:
         return [list(_TINY_TESTS)]
     files = sorted((ROOT / "tests" / "kernels").rglob("test_*.py"), key=lambda path: -path.stat().st_size)
@@ -300,16 +300,16 @@ def share_out(is_tiny: bool) -> list[list[str]]:
 
 def start_shard(arguments: list[str], path: Path) -> Shard:
     """Start pytest; it writes a line for each test."""
-    # Without the options that the project gives pytest: these processes are already as many as there should be.
-    plainly = ["-o", "addopts=", "-v", "--tb=line", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *plainly, *arguments]
+    # Without the project's own pytest options, which would start more processes.
+    plain = ["-o", "addopts=", "-v", "--tb=line", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *plain, *arguments]
     with open(path, "wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=file, stderr=subprocess.STDOUT)
     return Shard(process, path)
 
 
 def count_tests(shards: list[Shard], took_s: float) -> Row:
-    """Return how the tests ended: of a process that was ended early, those that it had come to."""
+    """Return how the tests ended; of a process that was stopped early, only the tests that it had finished."""
     ended: dict[str, list[str]] = {}
     for shard in shards:
         text = shard.path.read_text(encoding="utf-8", errors="replace")
@@ -327,7 +327,7 @@ def count_tests(shards: list[Shard], took_s: float) -> Row:
 
 
 def refuse_without_card() -> None:
-    """Raise SystemExit where there is no card to measure, in one paragraph."""
+    """Raise SystemExit with an explanation if there is no card to measure."""
     mismatch = explain_mismatch(find_driver(), find_torch())
     if find_card() is None or mismatch is not None:
         why = mismatch or "This report times kernels on an NVIDIA card, and no driver here shows one."

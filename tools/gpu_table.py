@@ -1,6 +1,6 @@
-"""What the GPU report's rows mean: shares of a roof, ratios to rivals, aims met or missed, and the page of tables.
+"""Evaluates the GPU report's rows (shares of a roof, ratios to rivals, aims met or missed) and writes its tables.
 
-Knows no torch and measures nothing: a row is what a worker told, in seconds, bytes and operations.
+Knows no torch and measures nothing: a row holds a worker's results in seconds, bytes and operations.
 """
 
 from __future__ import annotations
@@ -10,31 +10,31 @@ from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 _GIB = 2**30
-# How steps are timed; rows have those that were possible.
+# The modes in which steps are timed; a row has those that were possible.
 _MODES = ("eager", "played", "compiled", "compiled and played")
 
 
 class Roofs(NamedTuple):
-    """Bytes and operations a second that bound a kernel, by "copy", "bf16", "fp8" and "int8"."""
+    """The bytes and operations per second that bound a kernel, under "copy", "bf16", "fp8" and "int8"."""
 
     measured: Mapping[str, float]
     published: Mapping[str, float]
 
 
 def roofs_of(rows: Sequence[Row], published: Mapping[str, float]) -> Roofs:
-    """Return the rates that were measured, beside those of the card's profile."""
+    """Return the measured rates, and those of the card's profile."""
     return Roofs(
         {row["numbers"]: row["per_second"] for row in rows if row.get("kind") == "rate" and is_ok(row)}, published
     )
 
 
 def is_ok(row: Row) -> bool:
-    """Say whether a row was measured and is right."""
+    """Say whether a row was measured and its result is right."""
     return row["status"] == "ok"
 
 
 def figures_of(row: Row, roofs: Roofs) -> Row:
-    """Return what a kernel's seconds mean; what nobody knows is None."""
+    """Return a kernel's rates, and its shares of the roofs; None for shares that are not known."""
     seconds = row["seconds"]
     return {
         "bytes_per_second": row["moved_bytes"] / seconds,
@@ -50,7 +50,7 @@ def _share(amount: float, rate: float | None, seconds: float) -> float | None:
 
 
 def _share_of_roof(row: Row, rates: Mapping[str, float]) -> float | None:
-    """Return the least time that bytes or operations take, by the time it took."""
+    """Return the least time that the bytes or the operations need, divided by the measured time."""
     shares = [_share(row["moved_bytes"], rates.get("copy"), row["seconds"])]
     if row["operations"]:
         shares.append(_share(row["operations"], rates.get(row["numbers"]), row["seconds"]))
@@ -59,7 +59,7 @@ def _share_of_roof(row: Row, rates: Mapping[str, float]) -> float | None:
 
 
 def judge_aims(row: Row, roofs: Roofs) -> list[Row]:
-    """Return each aim with what was reached, and whether that meets it; None for both where it cannot be said."""
+    """Return each aim with the value reached and whether it is met; both are None if they are not known."""
     return [aim | _judge(aim, row, roofs) for aim in row.get("aims", ())]
 
 
@@ -115,8 +115,8 @@ def _rates(rows: Sequence[Row], roofs: Roofs) -> str:
         if row.get("kind") == "rate" and is_ok(row):
             unit, scale = ("GB/s", 1e9) if row["numbers"] == "copy" else ("TFLOP/s", 1e12)
             published = roofs.published.get(row["numbers"])
-            said = f"{published / scale:,.0f} {unit}" if published else "–"
-            lines.append([row["numbers"], f"{row['per_second'] / scale:,.0f} {unit}", row["shape"], said])
+            expected = f"{published / scale:,.0f} {unit}" if published else "–"
+            lines.append([row["numbers"], f"{row['per_second'] / scale:,.0f} {unit}", row["shape"], expected])
     title = "## Roofs\n\nA copy reads and writes; products are cuBLAS's, the best of a few shapes.\n\n"
     return title + _table(["what", "measured", "at", "profile"], lines) if lines else ""
 
@@ -179,15 +179,15 @@ def _one_line(text: str) -> str:
 
 def _say_aims(row: Row, roofs: Roofs) -> str:
     words = {True: "met", False: "missed", None: "not known"}
-    said = []
+    sentences = []
     for aim in judge_aims(row, roofs):
         show: Callable[[float], str] = (
             "{:,.0f} tokens/s".format if aim["of"] == "tokens_per_second" else "{:.2f}".format
         )
         of = "" if aim["of"] == "tokens_per_second" else f" of {aim['of']}"
         reached = "" if aim["reached"] is None else f" ({show(aim['reached'])})"
-        said.append(f"{show(aim['least'])}{of}: {words[aim['is_met']]}{reached}")
-    return "<br>".join(said) or "–"
+        sentences.append(f"{show(aim['least'])}{of}: {words[aim['is_met']]}{reached}")
+    return "<br>".join(sentences) or "–"
 
 
 def _trainings(rows: Sequence[Row], roofs: Roofs) -> str:

@@ -1,9 +1,9 @@
-"""Times what runs on a device: medians of many samples, on inputs that no cache holds; knows no kernel and no file.
+"""Times calls on a device: medians of many samples, on inputs that are in no cache; knows no kernel and no file.
 
-On a card a sample is a row of calls between two events.  A wait of the card's own goes in front of it, in which the
-host hands all of them over: so it is the card that is timed and not Python.  What the host takes for a call is told
-apart.  Inputs rotate among sets whose bytes together are several times the L2 cache, and results among as much memory.
-On a processor it is the clock around each call.
+On a card a sample is a series of calls between two events.  Before it the card is made to wait while the host queues
+all of the calls, so that the card is timed and not Python.  The host's time per call is reported separately.  Inputs
+rotate among sets whose total size is several times the L2 cache, and results among as much memory.  On a processor the
+clock is read before and after each call.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch import Tensor
 
 Run = Callable[[], Any]
 
-# A sample is so long that an event, which takes about a microsecond, does not show.
+# A sample is so long that an event, which takes about a microsecond, does not matter.
 LEAST_SAMPLE_S = 1e-3
 MOST_CALLS = 50  # times some launches each: a card's queue holds about 1,000
 LEAST_SAMPLES, MOST_SAMPLES = 9, 51
-BUDGET_S = 0.4  # of all samples of a run
+BUDGET_S = 0.4  # for all samples of a run
 CPU_SAMPLES = 3
-# Of the L2 cache, that all sets of inputs and results take.
+# The size of all sets of inputs and results, as a multiple of the L2 cache.
 CACHE_TIMES = 4
 MOST_SETS = 512
-# More than any card's clock: a wait reckoned by it is long enough.
+# More than any card's clock, so that a wait computed from it is long enough.
 FASTEST_HZ = 3e9
 _PROBES = 5
 
 
 class Timing(NamedTuple):
-    """Seconds of a call: the median of the samples and their quartiles.  host_seconds: what the host takes for it."""
+    """Seconds per call: the median of the samples and their quartiles.  host_seconds: the host's time per call."""
 
     seconds: float
     low: float
@@ -47,7 +47,7 @@ class Timing(NamedTuple):
 
 
 def count_sets(moved_bytes: float, device: torch.device) -> int:
-    """Return how many sets of inputs a run needs, so that none of them is in the cache when its turn comes."""
+    """Return how many sets of inputs a run needs so that none is still in the cache when it is used again."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -55,20 +55,20 @@ def count_sets(moved_bytes: float, device: torch.device) -> int:
 
 
 def time_runs(runs: Sequence[Run], device: torch.device, budget_s: float = BUDGET_S) -> Timing:
-    """Time one call of a run.  runs: the same one, each on inputs of its own."""
+    """Time one call.  runs: the same call, each with its own inputs."""
     return _time_on_card(runs, budget_s) if device.type == "cuda" else _time_on_processor(runs)
 
 
 def _time_on_card(runs: Sequence[Run], budget_s: float) -> Timing:
     turn = itertools.cycle(runs)
-    # Kept, so that the next result goes to other memory.
+    # The results are kept, so that the next one is written to other memory.
     results: collections.deque[Any] = collections.deque(maxlen=len(runs))
 
     def call(times: int) -> None:
         for _ in range(times):
             results.append(next(turn)())
 
-    call(max(len(runs), 3))  # compiles, and allocates what is used again
+    call(max(len(runs), 3))  # compiles, and allocates memory that later calls reuse
     torch.cuda.synchronize()
     began = time.perf_counter()
     call(_PROBES)
@@ -88,7 +88,7 @@ def _time_on_card(runs: Sequence[Run], budget_s: float) -> Timing:
         stop.record()
         stop.synchronize()
         taken.append(start.elapsed_time(stop) / 1e3 / calls)
-    return _summed_up(taken, calls, statistics.median(host_taken))
+    return _timing_of(taken, calls, statistics.median(host_taken))
 
 
 def _time_on_processor(runs: Sequence[Run]) -> Timing:
@@ -97,16 +97,16 @@ def _time_on_processor(runs: Sequence[Run]) -> Timing:
         began = time.perf_counter()
         run()
         taken.append(time.perf_counter() - began)
-    return _summed_up(taken[1:], 1, statistics.median(taken[1:]))
+    return _timing_of(taken[1:], 1, statistics.median(taken[1:]))
 
 
-def _summed_up(taken: list[float], calls: int, host_seconds: float) -> Timing:
+def _timing_of(taken: list[float], calls: int, host_seconds: float) -> Timing:
     low, median, high = statistics.quantiles(taken, n=4)
     return Timing(max(median, 1e-9), low, high, len(taken), calls, host_seconds)
 
 
 def distance(got: Tensor, truth: Tensor) -> float:
-    """Return the norm of the difference over that of the truth; infinity where one is not finite and the other is."""
+    """Return the norm of the difference divided by that of the truth; infinity if only one of them is finite."""
     got, truth = got.detach().float(), truth.detach().float()
     if not torch.equal(got.isfinite(), truth.isfinite()):
         return math.inf

@@ -1,8 +1,8 @@
-"""The training steps of the GPU report: presets within the memory of a card that people have, eager and compiled.
+"""The training steps of the GPU report: presets within the memory of a consumer card, eager and compiled.
 
-It is lowvram's own step, on random tokens: gradients of micro-batches, one look at loss and norm, the update.  Torch's
-allocator is held to what the smaller card leaves to tensors, and the plan is the one that `lowvram fit` chooses for
-this card within that limit.  A step of many micro-batches is timed by some of them, and its update apart.
+The step is lowvram's own, on random tokens: gradients of micro-batches, reading loss and norm, the update.  Torch's
+allocator is limited to what the consumer card leaves for tensors, and the plan is the one that `lowvram fit` chooses
+for this card within that limit.  Of a step with many micro-batches only some are timed, and the update separately.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from lowvram.train.step import Add, add_gradients, discard, gradients, loss_for,
 from tools.gpu_kernel import Aim, Row, Scene, first_line
 
 LEAST_REPEATS, MOST_REPEATS = 3, 7
-BUDGET_S = 3.0  # of the steps that are timed in one mode
-_TIMED_S = 0.6  # of micro-batches, which stand for a whole step's
+BUDGET_S = 3.0  # for the timed steps of one mode
+_TIMED_S = 0.6  # for the micro-batches that represent a whole step's
 _RATE = 1e-4
 _TINY = (
     "model.layers=4",
@@ -50,7 +50,7 @@ _TINY = (
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One preset.  sets: what of it is changed.  gpu: the card whose memory is lent to it.  rank: 0 comes first."""
+    """One preset to train.  sets: changed values.  gpu: the card whose memory limits the run.  rank: 0 comes first."""
 
     preset: str
     sets: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Return preset, changes and card, by which --only finds it."""
+        """Return preset, changes and card, which --only searches."""
         changes = "".join(f" {change.removeprefix('train.')}" for change in self.sets)
         return f"train {self.preset}{changes} in {self.gpu}"
 
@@ -68,9 +68,9 @@ class Training:
         """Choose the plan, rehearse it and time its steps."""
         model, train = load_preset(self.preset, (*(_TINY if scene.is_tiny else ()), *self.sets))
         limit_bytes = load_profile(self.gpu).limit_bytes()
-        answer = self._judge(model, train, scene, limit_bytes)
-        plan = answer.found.plan
-        on_card = rehearse(model, train, plan, card_of(scene.device))
+        report = self._evaluate(model, train, scene, limit_bytes)
+        plan = report.found.plan
+        rehearsal = rehearse(model, train, plan, card_of(scene.device))
         row: Row = {
             "kind": "training",
             "preset": self.preset,
@@ -78,15 +78,15 @@ class Training:
             "gpu": self.gpu,
             "limit_bytes": limit_bytes,
             "plan": plan.model_dump(mode="json"),
-            "why": answer.found.reason,
+            "why": report.found.reason,
             "batch_tokens": train.batch_tokens,
             "parameters": model.num_parameters(),
-            "operations": _operations(on_card, plan),
-            "ledger_bytes": on_card.ledger.peak_bytes,
+            "operations": _operations(rehearsal, plan),
+            "ledger_bytes": rehearsal.ledger.peak_bytes,
             "aims": [] if scene.is_tiny else [aim._asdict() for aim in self.aims],
         }
-        if on_card.ledger.peak_bytes > limit_bytes:
-            return row | {"status": "left out", "note": f"no plan fits into {self.gpu}: {answer.found.reason}"}
+        if rehearsal.ledger.peak_bytes > limit_bytes:
+            return row | {"status": "left out", "note": f"no plan fits into {self.gpu}: {report.found.reason}"}
         if scene.is_card:
             forget_compiled()
         free_memory(scene.device)
@@ -98,8 +98,8 @@ class Training:
                 torch.cuda.set_per_process_memory_fraction(1.0, scene.device)
             free_memory(scene.device)
 
-    def _judge(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> FitReport:
-        """Choose a plan as `fit` does.  An 8-bit run takes the 16-bit run's, so that the two can be compared."""
+    def _evaluate(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> FitReport:
+        """Choose a plan as `fit` does.  An 8-bit run uses the 16-bit run's plan, so that the two can be compared."""
         here = find_card_of(scene.device).profile
         train = train.model_copy(update={"precision": "bf16"}) if train.precision in ("fp8", "int8") else train
         sketch = find_memory_curve(self.preset, model, train, path_of(here, train)) or memory_curve_of_run(
@@ -109,7 +109,7 @@ class Training:
 
 
 def trainings(scene: Scene) -> list[Training]:
-    """Return all presets that are timed, those of rank 0 first; where all is tiny one of each kind."""
+    """Return all presets that are timed, those of rank 0 first; with is_tiny only one of each kind."""
     fp8, int8 = ("train.precision=fp8",), ("train.precision=int8",)
     first = [
         Training(preset="tiny-llm-v1", aims=_aim(1.2e6), rank=0),
@@ -138,14 +138,14 @@ def _aim(tokens_per_second: float) -> tuple[Aim, ...]:
     return (Aim("tokens_per_second", tokens_per_second),)
 
 
-def _operations(on_card: Rehearsal, plan: Plan) -> float:
-    """Return the operations of a whole step, as the rehearsal counts them; what is recomputed counts again."""
-    parts = [on_card.micro] * plan.accumulate + [on_card.update]
+def _operations(rehearsal: Rehearsal, plan: Plan) -> float:
+    """Return the operations of a whole step, as the rehearsal counts them, recomputation included."""
+    parts = [rehearsal.micro] * plan.accumulate + [rehearsal.update]
     return sum(part.flops + part.attention_flops + part.low_flops for part in parts)
 
 
 class _Steps:
-    """A real model on the device, and its steps.  timed: micro-batches that stand for plan.accumulate."""
+    """A real model on the device, and its steps.  timed: the number of micro-batches that represent a whole step."""
 
     def __init__(self, model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device) -> None:
         state = build_state(model, train, plan, device, train.seed)
@@ -159,29 +159,29 @@ class _Steps:
         self._add: Add | None = None
 
     def record(self) -> None:
-        """Play a recording of the passes from now on."""
+        """Record the passes as CUDA graphs, and replay these from now on."""
         batch = Batch(*(part[: self._plan.micro_batch] for part in (self._token_BT, self._sample_B)))
         add = functools.partial(add_gradients, self.network, self._loss_of, self._train.seed)
         self._add = CapturedPass(self.network, add, batch, self._plan.accumulate > 1).add
 
     def launch(self) -> None:
-        """Launch every kernel again."""
+        """Launch every kernel from Python again, without CUDA graphs."""
         self._add = None
 
     def learn(self) -> tuple[float, float]:
-        """Make a step of the timed micro-batches; returns the seconds of its gradients and of its update."""
+        """Run a step of the timed micro-batches; returns the seconds of its gradients and of its update."""
         size = self._plan.micro_batch
         parts = [slice(start * size, (start + 1) * size) for start in range(self.timed)]
         batches = [Batch(self._token_BT[part], self._sample_B[part]) for part in parts]
         began = time.perf_counter()
         targets = self.timed * size * self._train.seq_len
-        found = gradients(self.network, self._loss_of, batches, targets, 1.0, self._train.seed, self._add)
-        loss, norm, _ = found.stats.tolist()  # waits for the device, as the trainer does
-        learnt = time.perf_counter()
+        result = gradients(self.network, self._loss_of, batches, targets, 1.0, self._train.seed, self._add)
+        loss, norm, _ = result.stats.tolist()  # waits for the device, as the trainer does
+        gradients_end = time.perf_counter()
         self.losses.append(loss)
-        update(self.network, self.optimizer, found.loads, _RATE, min(1.0, self._train.clip / (norm + 1e-6)))
+        update(self.network, self.optimizer, result.loads, _RATE, min(1.0, self._train.clip / (norm + 1e-6)))
         _wait(self._token_BT.device)
-        return learnt - began, time.perf_counter() - learnt
+        return gradients_end - began, time.perf_counter() - gradients_end
 
 
 def _wait(device: torch.device) -> None:
@@ -190,7 +190,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _time_modes(model: ModelConfig, train: TrainConfig, plan: Plan, scene: Scene) -> Row:
-    """Time eager steps, then played and compiled ones of the same model; a processor has eager ones alone."""
+    """Time eager steps, then CUDA-graph and compiled ones of the same model; on a processor only eager ones."""
     held_bytes = torch.cuda.memory_allocated(scene.device) if scene.is_card else 0
     steps = _Steps(model, train, plan, scene.device)
     modes = {"eager": _time_mode(steps, plan, train, scene, held_bytes)}
@@ -218,7 +218,7 @@ def _time_modes(model: ModelConfig, train: TrainConfig, plan: Plan, scene: Scene
 def _time_played(
     name: str, steps: _Steps, plan: Plan, train: TrainConfig, scene: Scene, held_bytes: int, notes: list[str]
 ) -> dict[str, Row]:
-    """Time steps whose passes are played from CUDA graphs; their peak is what the allocator holds then."""
+    """Time steps whose passes are replayed from CUDA graphs; their peak is what the allocator has reserved then."""
     discard(steps.optimizer)
     free_memory(scene.device)
     modes = {}

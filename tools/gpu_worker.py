@@ -1,7 +1,7 @@
-"""Measures the cases of the GPU report one after the other and tells of each in a line of JSON; keeps nothing.
+"""Measures the cases of the GPU report one after the other and prints each result as a line of JSON; stores nothing.
 
-It is started by gpu_report.py, which starts another one where a kernel takes the process or the card with it, or does
-not come back.  Lines on stdout are objects with an "event"; what else is printed there is not for the report.
+gpu_report.py starts it, and starts another one if a kernel crashes the process, loses the card or does not return.
+Lines on stdout that belong to the report are JSON objects with an "event"; it ignores other lines.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from tools.gpu_timing import time_runs
 from tools.gpu_training import trainings
 
 TESTS = "tests"
-# Whose path kernels take in the interpreter.
+# The card whose kernels run in Triton's interpreter.
 INTERPRETED = Card("cuda", (8, 6))
 _GIB = 2**30
 
 
 class Case(NamedTuple):
-    """A name and what is measured.  needs_s: what it takes at least; limit_s: when it is given up."""
+    """A name and a measurement.  needs_s: the least time that it takes.  limit_s: after this time it is stopped."""
 
     name: str
     measure: Callable[[Scene], Row] | None
@@ -44,21 +44,21 @@ class Case(NamedTuple):
 
 
 def find_scene(is_tiny: bool) -> Scene:
-    """Return the card, or for --tiny alone the processor.  The interpreter is right about fp16, not about bf16."""
+    """Return the card, or the processor for --tiny: with fp16, since Triton's interpreter is not exact in bf16."""
     if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as lowvram does where it chooses its device
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as lowvram does when it chooses its device
         return Scene(torch.device("cuda", 0), is_tiny, torch.bfloat16)
     return Scene(torch.device("cpu"), is_tiny, torch.float16)
 
 
 def describe(scene: Scene) -> Row:
-    """Return what is here: device, versions."""
-    triton = "none"
+    """Return the facts about this machine: device and versions."""
+    triton_version = "none"
     with contextlib.suppress(ImportError):
-        import triton as found
+        import triton
 
-        triton = found.__version__
-    facts: Row = {"torch": torch.__version__, "triton": triton, "python": sys.version.split()[0]}
+        triton_version = triton.__version__
+    facts: Row = {"torch": torch.__version__, "triton": triton_version, "python": sys.version.split()[0]}
     if not scene.is_card:
         return facts | {"device": "cpu", "card": "processor", "cuda": None}
     card = torch.cuda.get_device_properties(scene.device)
@@ -74,7 +74,7 @@ def describe(scene: Scene) -> Row:
 
 
 def copy_rate(scene: Scene) -> Row:
-    """Measure what torch's copy reads and writes in a second, of a GiB at a time."""
+    """Measure the bytes per second that torch's copy of a GiB reads and writes."""
     count = 2**12 if scene.is_tiny else _GIB // 4
     source, target = torch.zeros(count, device=scene.device), torch.empty(count, device=scene.device)
     timing = time_runs([functools.partial(target.copy_, source)], scene.device)
@@ -86,7 +86,7 @@ def copy_rate(scene: Scene) -> Row:
 
 
 def product_rate(scene: Scene, numbers: str) -> Row:
-    """Measure the best rate of the library's own products, of large square and of long matrices."""
+    """Measure the best rate of the library's own products, over large square and long matrices."""
     sizes = [(32, 32, 32)] if scene.is_tiny else [(4_096,) * 3, (8_192,) * 3, (16_384, 8_192, 4_096)]
     best: Row = {}
     for rows, columns, inner in sizes:
@@ -108,22 +108,22 @@ def product_rate(scene: Scene, numbers: str) -> Row:
 
 
 def find_cases(scene: Scene, only: list[str]) -> list[Case]:
-    """Return the cases, the most important first.  only: parts of the names of those that are wanted, all if empty."""
+    """Return the cases, the most important first.  only: parts of the wanted cases' names; empty for all cases."""
     rates = [Case("rate copy", copy_rate, 2.0, 60.0)]
     for numbers in ("bf16", "fp8", "int8") if scene.is_card else ("bf16",):
         rates.append(Case(f"rate {numbers}", functools.partial(product_rate, numbers=numbers), 2.0, 60.0))
-    every, steps, found = kernels(scene), trainings(scene), []
+    every, steps, cases = kernels(scene), trainings(scene), list[Case]()
     for rank in range(1 + max(one.rank for one in (*every, *steps))):
-        found += [Case(one.name, one.measure, 2.0, 60.0) for one in every if one.rank == rank]
+        cases += [Case(one.name, one.measure, 2.0, 60.0) for one in every if one.rank == rank]
         if rank == 0:
-            found.append(Case(TESTS, None, 20.0, 1e9))
-        found += [Case(one.name, one.measure, 30.0, 180.0) for one in steps if one.rank == rank]
-    return [*rates, *(case for case in found if not only or any(word in case.name for word in only))]
+            cases.append(Case(TESTS, None, 20.0, 1e9))
+        cases += [Case(one.name, one.measure, 30.0, 180.0) for one in steps if one.rank == rank]
+    return [*rates, *(case for case in cases if not only or any(word in case.name for word in only))]
 
 
 @contextlib.contextmanager
 def interpreting(scene: Scene) -> Iterator[None]:
-    """Let kernels take a card's path on a processor, in Triton's interpreter."""
+    """On a processor, run the kernels of a card in Triton's interpreter."""
     if scene.is_card:
         yield
         return
@@ -138,7 +138,7 @@ def tell(event: str, **values: Any) -> None:
 
 
 def measure(case: Case, scene: Scene) -> Row:
-    """Measure one case, or tell why it could not be; raises what leaves the card lost."""
+    """Measure one case, or return why it failed; raises the error if the card was lost."""
     assert case.measure is not None, "tests are not measured here"
     refusals = (*Refusal, LowvramError, *_triton_errors())
     own = contextlib.nullcontext() if case.name.startswith("train") else interpreting(scene)
@@ -160,7 +160,7 @@ def _triton_errors() -> tuple[type[Exception], ...]:
 
 
 def main() -> None:
-    """Measure what is wanted and not done yet, until time is up."""
+    """Measure the wanted cases that are not done yet, until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--until", type=float, required=True, help="seconds since the epoch")
@@ -182,7 +182,7 @@ def main() -> None:
             tell("row", name=case.name, status="left out", note="no time was left")
         elif case.measure is None:
             tell("tests")
-            sys.stdin.readline()  # the report says when they are done: until then the card is theirs
+            sys.stdin.readline()  # wait until gpu_report.py has run the tests, which use the card
         else:
             tell("begin", name=case.name, limit_s=case.limit_s)
             if scene.is_card:

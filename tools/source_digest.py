@@ -1,6 +1,6 @@
-"""Digests the text of a module and of all that it imports here, to tell whether a table that it made is old.
+"""Hashes the source of a module and of all that it imports from here, to find out whether its table is outdated.
 
-It knows source text alone: an edited comment is a change, another line end or another day is none.
+Only source text counts: an edited comment is a change; other line ends and the date are not.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ ROOT = Path(__file__).parents[1]
 
 def digest_sources(module: str, roots: Sequence[Path] = (ROOT, ROOT / "kernels")) -> str:
     """Return 16 digits that change with the text of `module` or of a module under `roots` that it imports."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _find(name, roots)
-        if name in found or path is None:
+        if name in texts or path is None:
             continue
-        found[name] = path.read_text(encoding="utf-8")  # in which every line ends with \n, on Windows too
-        waiting += _imports(ast.parse(found[name]))
-    text = "".join(f"{name}\0{found[name]}\0" for name in sorted(found))
+        texts[name] = path.read_text(encoding="utf-8")  # in which every line ends with \n, on Windows too
+        waiting += _imports(ast.parse(texts[name]))
+    text = "".join(f"{name}\0{texts[name]}\0" for name in sorted(texts))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _imports(tree: ast.Module) -> list[str]:
-    """Return every name that an import statement may mean as a module, inside functions too."""
+    """Return every name in import statements that may be a module, inside functions too."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -41,8 +41,8 @@ def _imports(tree: ast.Module) -> list[str]:
 
 def _find(module: str, roots: Sequence[Path]) -> Path | None:
     for root in roots:
-        place = root.joinpath(*module.split("."))
-        for path in (place.with_name(f"{place.name}.py"), place / "__init__.py"):
+        base = root.joinpath(*module.split("."))
+        for path in (base.with_name(f"{base.name}.py"), base / "__init__.py"):
             if path.is_file():
                 return path
     return None

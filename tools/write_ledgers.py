@@ -1,10 +1,10 @@
 """Rehearses every preset on every card path and writes `lowvram/config/presets/ledgers.json`, from which `fit` answers.
 
-python tools/write_ledgers.py [PRESET ...]        only these presets anew; the others' rows stay
-python tools/write_ledgers.py --check             write nothing; exit with 1 where a row of the file is another one now
+python tools/write_ledgers.py [PRESET ...]        rehearse only these presets again; the others' rows stay
+python tools/write_ledgers.py --check             write nothing; exit with 1 if a row of the file has changed
 
 A run over every preset and path also writes the digest of the sources that made the rows.  Each preset is written when
-it is done, so that one that was interrupted goes on with those that are missing.
+it is done, so that nothing that was finished is lost when a run is interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lowvram.config.run_file import load_preset, preset_names
 from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, memory_curve_of, name_plan, pack, plans_of
 from lowvram.fit.rehearse import imagine, rehearse
 
-# What makes the rows: its sources and those that it imports decide them, beside the presets.
+# The module that makes the rows: its source, the modules that it imports and the presets decide them.
 MAKER = "lowvram.fit.rehearse"
 
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def compare(name: str, kept: dict[str, Any], made: dict[str, Any]) -> int:
-    """Print the rows that differ; returns how many they are."""
+    """Print the rows that differ; returns their number."""
     keys = sorted({(key, row) for paths in (kept, made) for key, rows in paths.items() for row in rows})
     differing = [(key, row) for key, row in keys if kept.get(key, {}).get(row) != made.get(key, {}).get(row)]
     for key, row in differing:
@@ -89,12 +89,12 @@ def compare(name: str, kept: dict[str, Any], made: dict[str, Any]) -> int:
 
 
 def write(presets: dict[str, Any], digest: str) -> None:
-    """Write the whole file.  digest: of the sources that made all of the rows."""
+    """Write the whole file.  digest: of the sources that made all rows, "" if no run made all of them."""
     torch_version = torch.__version__.partition("+")[0]
     versions = {"lowvram": lowvram.__version__, "torch": torch_version, "sources": digest}
     tables = {"versions": versions, "presets": dict(sorted(presets.items()))}
     text = json.dumps(tables, indent=1)
-    # One row a line: a change of one rehearsal is one line of a diff.
+    # One row per line, so that a changed rehearsal is one line of a diff.
     text = re.sub(r"\[[^]]*\]", lambda row: " ".join(row[0].split()), text)
     PATH.write_text(text + "\n", encoding="utf-8")
 

@@ -43,22 +43,22 @@ With `[model] preset = "tr-25m"` every key below `model` and `train` has a value
 without one the keys marked *required* must be there. Counts may be written `"500M"`, `"1.2e9"` or `"16k"`, sizes
 `"40GB"`. Paths are relative to the file. An optional part of a preset is switched off with `"none"`.
 """
-# Not a field of the configuration: `load_run` lays the rest of the file over what it names.
+# Not a field of the configuration: `load_run` replaces it by the preset's values.
 _PRESET = "| `preset` | text | none | Name of a preset, from which every key that the file leaves out is taken. |"
 
-# What `load_run` fills in, though the configuration itself has no default for it.
+# Values that `load_run` fills in although the configuration itself has no default.
 _FOLLOWS = {(ModelConfig, "vocabulary"): "the tokenizer's"}
 
 
 def docs_of(config: type[BaseModel]) -> dict[str, str]:
-    """Return the meaning of each field: the text that stands below it in the source."""
+    """Return the meaning of each field: the docstring below it in the source."""
     tree = classes_of(config.__module__)[config.__name__]
-    found = {}
+    meanings = {}
     for field, below in zip(tree.body, tree.body[1:], strict=False):
         is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            found[field.target.id] = " ".join(str(below.value.value).split())
-    return found
+            meanings[field.target.id] = " ".join(str(below.value.value).split())
+    return meanings
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def sections(config: type[BaseModel], title: str) -> Iterator[str]:
 
 
 def type_of(field: FieldInfo) -> str:
-    """Return a field's type; a number that is read in units is told by its validator."""
+    """Return a field's type; a number that may have a unit is recognised by its validator."""
     names = {getattr(item, "func", None).__name__ for item in field.metadata if getattr(item, "func", None)}
     if names & {"round_count", "parse_bytes"}:
         return "count" if "round_count" in names else "size"
@@ -133,7 +133,7 @@ def type_of(field: FieldInfo) -> str:
 
 
 def tag_of(member: type[BaseModel]) -> str:
-    """Return ` (kind = "gqa")` for a table of which there are several kinds."""
+    """Return the tag of a table that exists in several kinds, as ` (kind = "gqa")`, "" for other tables."""
     for tag in ("kind", "name"):
         if tag in member.model_fields:
             return f' ({tag} = "{member.model_fields[tag].default}")'

@@ -1,4 +1,4 @@
-"""The parts of a model of which there are several kinds: attention, positions, feed-forward layers, windows."""
+"""Configuration of a model's parts that exist in several kinds: attention, positions, feed-forward layers, windows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every configuration is made of: frozen, closed tables, and numbers that people may write as "1.2e9" or "8GB"."""
+"""The base class of configurations, and field types for numbers that people may write as "1.2e9" or "8GB"."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 
 from lowvram.units import parse_bytes, round_count
 
-# A hundred times the largest training run there was: what is larger is a slip, and overflows where tokens are counted.
+# A hundred times the largest training run so far: a larger number is a typing error and overflows token counters.
 MOST_TOKENS = 10**15
 Count = Annotated[PositiveInt, Field(le=MOST_TOKENS), BeforeValidator(round_count)]
 Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
@@ -23,12 +23,12 @@ class FrozenConfig(BaseModel):
 
 
 def as_list(value: Any) -> Any:
-    """Take one text or path for a list of one: people write `log = "wandb"`."""
+    """Turn one text or path into a list of one: people write `log = "wandb"`."""
     return [value] if isinstance(value, str | Path) else value
 
 
 def unless_named(**tag: str) -> BeforeValidator:
-    """Return what takes a table that does not name its kind for one of this kind: `positions = { theta = 5e5 }`."""
+    """Return a validator that adds this tag to a table without one: `positions = { theta = 5e5 }` is of kind "rope"."""
     return BeforeValidator(lambda value: {**tag, **value} if isinstance(value, dict) else value)
 
 

@@ -1,4 +1,4 @@
-"""What other projects call the keys and commands that we have: only for answers, never accepted in their place."""
+"""Maps other projects' names of keys and commands to ours, for error messages only; other names are never accepted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowvram.errors import name_nearest
 
 
 class Meant(NamedTuple):
-    """What a usual name means here.  key: our key, or the option that does it.  note: what else is to be known."""
+    """What another project's name means here.  key: our key, or our option.  note: a sentence about the difference."""
 
     key: str
     note: str = ""
@@ -94,7 +94,7 @@ _NAMES: dict[Meant, str] = {
 }
 _MEANT = {name: meant for meant, names in _NAMES.items() for name in names.split()}
 
-# The options that take what a key of a run file takes, or what another option does, the first that a command has.
+# For a key of a run file, or another option: the options that take the same value, in order of preference.
 _OPTIONS = {
     "model.vocabulary": ("--vocab",),
     "train.tokens": ("--tokens",),
@@ -109,7 +109,7 @@ _OPTIONS = {
     "--recompute": ("--recompute",),
     "--compile": ("--compile",),
 }
-# Names with these notes count something else than tokens, so that no option takes their value.
+# Names with these notes count something other than tokens, so no option takes their value unchanged.
 _CONVERTED = {_TOKENS, _EPOCHS}
 
 # What other projects call our commands.
@@ -139,33 +139,33 @@ _COMMANDS = {
 
 
 def find_meant(word: str) -> Meant | None:
-    """Return what a usual name means here, however it is written: `n_embd`, `--n-embd`, `nEmbd`, `N_EMBD`."""
+    """Return what another project's name means here, in any spelling: `n_embd`, `--n-embd`, `nEmbd`, `N_EMBD`."""
     plain = word.strip("-").replace("-", "_")
     snake = "".join(f"_{c.lower()}" if c.isupper() and not plain.isupper() else c.lower() for c in plain).strip("_")
     return _MEANT.get(snake)
 
 
-def answer_key(word: str, known: Iterable[str], homes: Mapping[str, str]) -> str:
-    """Return a sentence about a key that does not exist: where it belongs, what it is called here, or the nearest.
+def answer_key(word: str, known: Iterable[str], full_names: Mapping[str, str]) -> str:
+    """Return a sentence about a key that does not exist: its full name, its name here, or the nearest key.
 
-    known: the keys of the table in which it stands.  homes: every key of a run file, with its full name.
+    known: the keys of the table in which it was written.  full_names: every key of a run file, with its full name.
     """
-    if word in homes:
-        return f"It is {homes[word]}."
+    if word in full_names:
+        return f"It is {full_names[word]}."
     if (meant := find_meant(word)) is not None:
         return f"It is called {meant.key} here. {meant.note}".strip()
     return name_nearest(word, known)
 
 
-def answer_option(word: str, options: Iterable[str], homes: Mapping[str, str]) -> str:
-    """Return a sentence about an option that a command does not have: its name here, a key, or the nearest.
+def answer_option(word: str, options: Iterable[str], full_names: Mapping[str, str]) -> str:
+    """Return a sentence about an option that a command does not have: its name here, a key, or the nearest option.
 
-    options: those of the command; a key of a run file is named only where one of them is --set.  homes: see
+    options: those of the command; a key of a run file is named only if one of them is --set.  full_names: as for
     `answer_key`.
     """
     options, meant = list(options), find_meant(word)
     takes_run_file = "--set" in options
-    key = meant.key if meant is not None else homes.get(word.strip("-").replace("-", "_"))
+    key = meant.key if meant is not None else full_names.get(word.strip("-").replace("-", "_"))
     if meant is None or meant.note not in _CONVERTED:
         here = next((option for option in _OPTIONS.get(key or "", ()) if option in options), None)
         if here is not None:

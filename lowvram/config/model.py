@@ -1,4 +1,4 @@
-"""What the network is: its size and its kinds of layers; knows no device and no tensor."""
+"""Configuration of the network: its size and its kinds of layers; knows no device and no tensor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pydantic import Field, PositiveInt, model_validator
 from lowvram.config.architecture import Attention, Ffn, Positions, Rope, Window
 from lowvram.config.base import FrozenConfig
 
-# Several times the deepest published model: what is deeper is a slip, and would be built block by block for minutes.
+# Several times the deepest published model: a larger number is a typing error, and building the model takes minutes.
 MOST_LAYERS = 1024
 
 
 class ModelConfig(FrozenConfig):
-    """The network's form; everything that decides its parameters and its function."""
+    """The network's architecture: everything that decides its parameters and its function."""
 
     layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]
     """Number of blocks."""
@@ -25,7 +25,7 @@ class ModelConfig(FrozenConfig):
     attention: Attention
     """How tokens see each other; a table with `kind`."""
     positions: Positions = Rope()
-    """How the order of tokens is told; a table with `kind`."""
+    """How the order of tokens is encoded; a table with `kind`."""
     ffn: Ffn
     """The feed-forward layers; a table with `kind`."""
     window: Window | None = None
@@ -59,7 +59,7 @@ class ModelConfig(FrozenConfig):
         return self.window.size
 
     def num_parameters(self) -> int:
-        """Count the trained weights of the model that this describes."""
+        """Count the trainable weights of the model."""
         return self._count(lambda moe: moe.experts)
 
     def active_parameters(self) -> int:

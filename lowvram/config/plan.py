@@ -1,4 +1,4 @@
-"""HOW a run is carried out on one machine: nothing in here changes what is learnt, up to rounding."""
+"""The plan with which one machine computes a step; no plan changes the result of training, up to rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowvram.config.base import FrozenConfig
 from lowvram.config.train import TrainConfig
 from lowvram.errors import ConfigError
 
-# Tokens of one micro-batch while nothing has been measured: enough to fill a small card's matrix units.
+# Tokens of one micro-batch if no plan has been searched: enough to fill a small card's matrix units.
 DEFAULT_MICRO_TOKENS = 4_096
 
 
@@ -20,11 +20,11 @@ TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
 
 
 class Plan(FrozenConfig):
-    """How a step is cut: micro_batch × accumulate = its sequences.
+    """How a step is divided: micro_batch × accumulate is its number of sequences.
 
     recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.
-    2016).  loss_chunk: rows of logits that exist at a time (None: the op's own choice).  offload: what lies in the
-    computer's memory and comes to the card for the update.  compile: blocks go through torch.compile.
+    2016).  loss_chunk: rows of logits that exist at a time (None: the op chooses).  offload: what is kept in host
+    memory and copied to the card for the update.  compile: whether blocks go through torch.compile.
     """
 
     micro_batch: PositiveInt
@@ -36,13 +36,13 @@ class Plan(FrozenConfig):
 
 
 class Ledger(NamedTuple):
-    """Bytes of tensors alive at a step's peak, by birthplace, each in the allocator's blocks (512 bytes on a card).
+    """Bytes of the tensors at a step's peak, by origin; each is rounded up to allocator blocks (512 bytes on a card).
 
-    weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
-    temporaries: everything else, the batch included.  moment: when the peak is.
-    kept_on_host: what lies in the computer's memory all the time: masters and states of experts that wait for their
-    turn, or states that were moved there.  host_bytes: that, and what a save brings there, one file at a time.
-    checkpoint_bytes: all weights and states, as a save writes them.
+    weights: with buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
+    temporaries: everything else, the batch included.  moment: the phase of the step in which the peak is.
+    kept_on_host: size of what is in host memory all the time: master weights and states of frozen experts, or
+    offloaded states.  host_bytes: kept_on_host, and what saving a checkpoint copies there, one file at a time.
+    checkpoint_bytes: all weights and states, as a checkpoint stores them.
     """
 
     weights: int
@@ -58,7 +58,7 @@ class Ledger(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes alive at once on the card."""
+        """The most bytes allocated at once on the card."""
         return sum(self.lines().values())
 
     def lines(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""A whole run: the model, the training, the data, and what is kept and shown; knows no device and no tensor."""
+"""Configuration of a whole run: model, training, data, checkpoints and logs; knows no device and no tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.train import TrainConfig, check_rotation
 from lowvram.errors import ConfigError
 
-# Automatic saving: at most this much written a day, and never more often than this.
+# Limits of automatic saving: bytes written per day, and seconds between two checkpoints.
 WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
 
@@ -27,7 +27,7 @@ class Corpus(FrozenConfig):
 
 
 def _as_corpora(value: Any) -> Any:
-    """Take a folder for one corpus, and a list of folders for corpora that weigh the same."""
+    """Turn a folder into one corpus, and a list of folders into corpora of equal weight."""
     several = as_list(value)
     if not isinstance(several, list | tuple):
         return value
@@ -46,7 +46,7 @@ class DataConfig(FrozenConfig):
 
 
 class RunOptions(FrozenConfig):
-    """What a run keeps and tells; may change between two starts of the same run."""
+    """What a run saves and logs; it may change between two starts of the same run."""
 
     dir: Path
     """Directory of checkpoints and logs."""
@@ -73,7 +73,10 @@ class RunOptions(FrozenConfig):
     """Where figures go beside `log.jsonl`: `"tensorboard"`, `"wandb"` or both."""
 
     def save_interval_s(self, state_bytes: float) -> float:
-        """Return the seconds between two saves of a state of this size: as told, or so that a disk lasts."""
+        """Return the seconds between two checkpoints: as configured, or so that a disk does not wear out early.
+
+        state_bytes: the size of a checkpoint.
+        """
         if self.save_every_minutes is not None:
             return 60.0 * self.save_every_minutes
         return max(LEAST_SAVE_INTERVAL_S, state_bytes / WRITTEN_PER_DAY_BYTES * 86_400)
@@ -89,7 +92,7 @@ class RunConfig(FrozenConfig):
     train: TrainConfig
     """How it learns."""
     run: RunOptions
-    """What is kept and told; it may change between two starts."""
+    """What is saved and logged; it may change between two starts."""
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -97,11 +100,11 @@ class RunConfig(FrozenConfig):
         return self
 
 
-def check_vocabulary(said: int | None, tokenizer_size: int, tokenizer: Path) -> None:
-    """Raise ConfigError where a run file states another vocabulary than its tokenizer has."""
-    if said is not None and said != tokenizer_size:
+def check_vocabulary(stated: int | None, tokenizer_size: int, tokenizer: Path) -> None:
+    """Raise ConfigError if a run file states another vocabulary than its tokenizer has."""
+    if stated is not None and stated != tokenizer_size:
         raise ConfigError(
-            f"model.vocabulary is {said}.",
+            f"model.vocabulary is {stated}.",
             f"The tokenizer {tokenizer} has {tokenizer_size} ids, and every id needs its row.",
             "Leave model.vocabulary out: it then follows the tokenizer.",
         )

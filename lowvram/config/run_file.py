@@ -1,4 +1,4 @@
-"""Reads run files and presets: TOML and `--set` in, a checked RunConfig out; words what is wrong with them."""
+"""Reads run files and presets: TOML and `--set` in, a checked RunConfig out; explains what is wrong in them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lowvram.config.run import RunConfig, check_vocabulary
 from lowvram.config.train import TrainConfig, check_rotation
 from lowvram.errors import ConfigError, name_nearest
 
-# What `fit --out` writes where it was not told a folder.
+# What `fit --out` writes where no folder was given.
 PLACEHOLDER = "PUT A FOLDER HERE"
 # The keys that name which member of a tagged union a table is.
 TAGS = ("kind", "name")
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
-# What pydantic's words for a wrong kind of value mean in a run file.
+# What a value must be, for pydantic's types of errors.
 _EXPECTED = {
     "tuple_type": 'a list, such as ["a", "b"]',
     "int_parsing": "a whole number",
@@ -51,16 +51,18 @@ def read_preset(name: str) -> Table:
 
 
 def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, TrainConfig]:
-    """Return a preset's model and training configuration, with `--set a.b=c` laid over it as a run file is.
+    """Return a preset's model and training configuration, changed by `--set a.b=c` as a run file would change it.
 
-    Raises ConfigError naming the nearest presets, or the key that is not known.
+    Raises ConfigError that names the nearest presets, or the unknown key.
     """
     tables: Table = {}
     for assignment in sets:
         _assign(tables, assignment)
-    strange = sorted(set(tables) - {"model", "train"})
-    if strange:
-        raise ConfigError(f"--set names {strange[0]}, which a preset has not.", fix="Set values of model and train.")
+    unknown = sorted(set(tables) - {"model", "train"})
+    if unknown:
+        raise ConfigError(
+            f"--set names {unknown[0]}, which a preset does not have.", fix="Set values of model and train."
+        )
     where = f"preset {name}"
     _check_tables(tables, where)
     _lay_over_preset(name, tables)
@@ -79,15 +81,15 @@ def load_run(
     """Read a run file, lay it over its preset, apply `--set a.b=c`, and check every value.
 
     Paths in it are relative to the file.  vocabulary_of: maps the tokenizer's directory to its number of ids.
-    with_gaps: take folders that `write_run` has left open.
-    Raises ConfigError naming file, key, value, and the known keys nearest to an unknown one.
+    with_gaps: accept the placeholders that `write_run` writes for unknown folders.
+    Raises ConfigError that names file, key and value, and for an unknown key the nearest known ones.
     """
     tables = _read_tables(path, sets)
     if not with_gaps:
         _refuse_gaps(path, tables)
     _check_tables(tables, str(path))
     model = tables.get("model", {})
-    said = model.get("vocabulary")
+    stated = model.get("vocabulary")
     _lay_over_preset(model.pop("preset", None), tables)
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
@@ -95,26 +97,26 @@ def load_run(
         fix = 'Write [data] tokenizer = "tok".'
         raise ConfigError(f"{path} names no tokenizer.", "The vocabulary comes from it.", fix)
     size = vocabulary_of(Path(tokenizer))
-    check_vocabulary(said, size, Path(tokenizer))
+    check_vocabulary(stated, size, Path(tokenizer))
     tables.setdefault("model", {})["vocabulary"] = size
     return _check(RunConfig, tables, str(path))
 
 
 def _check_tables(tables: Table, where: str) -> None:
-    """Raise ConfigError where a part of a run is a value instead of a table."""
-    for home in RunConfig.model_fields:
-        if not isinstance(tables.get(home, {}), dict):
-            fix = f"Write its values below a line [{home}]."
-            raise ConfigError(f"{where}: {home} is {tables[home]!r}, not a table.", fix=fix)
+    """Raise ConfigError if a part of a run is a value instead of a table."""
+    for part in RunConfig.model_fields:
+        if not isinstance(tables.get(part, {}), dict):
+            fix = f"Write its values below a line [{part}]."
+            raise ConfigError(f"{where}: {part} is {tables[part]!r}, not a table.", fix=fix)
 
 
 def _lay_over_preset(name: object, tables: Table) -> None:
-    """Complete the tables `model` and `train` in place by a preset, if one is named, and switch off what is "none"."""
+    """Complete the tables `model` and `train` in place from a preset, if one is named, and remove what is "none"."""
     preset = {} if name is None else read_preset(str(name))
-    for home in ("model", "train"):
-        if home in preset or home in tables:
-            tables[home] = overlay(preset.get(home, {}), tables.get(home, {}))
-            _switch_off(tables[home])
+    for part in ("model", "train"):
+        if part in preset or part in tables:
+            tables[part] = overlay(preset.get(part, {}), tables.get(part, {}))
+            _switch_off(tables[part])
 
 
 def _read_tables(path: Path, sets: Sequence[str]) -> Table:
@@ -128,8 +130,8 @@ def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     """Return the vocabulary that a run file or its preset states, None where neither does."""
     model = _read_tables(path, sets).get("model", {})
     if "vocabulary" in model or "preset" not in model:
-        said = model.get("vocabulary")
-        return said if isinstance(said, int) and said > 0 else None
+        stated = model.get("vocabulary")
+        return stated if isinstance(stated, int) and stated > 0 else None
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
@@ -145,7 +147,7 @@ def _refuse_gaps(path: Path, tables: Table) -> None:
 
 
 def overlay(base: Table, top: Mapping[str, Any]) -> Table:
-    """Lay single fields over a table, deeply; a sub-table of another kind (or name) replaces the whole one."""
+    """Return `base` with the values of `top`, sub-tables merged; one of another kind (or name) replaces the old one."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)
@@ -159,7 +161,7 @@ def overlay(base: Table, top: Mapping[str, Any]) -> Table:
 
 
 def _switch_off(table: Table) -> None:
-    """Take "none" for nothing, which TOML cannot write: so that a preset's yarn, window or q_lora_rank can go."""
+    """Turn "none" into None, which TOML cannot write, so that a file can switch off a preset's yarn or window."""
     for key, value in table.items():
         if isinstance(value, dict):
             _switch_off(value)
@@ -176,7 +178,7 @@ def _read_toml(path: Path) -> Table:
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a directory.", "A run is described by a TOML file.", "Name that file.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        fix = "Mend that place; paths on Windows go in 'single quotes'."
+        fix = "Correct that line; paths on Windows go in 'single quotes'."
         raise ConfigError(f"{path} is not TOML:", f"{error}.", fix) from error
 
 
@@ -192,11 +194,11 @@ def _assign(tables: Table, assignment: str) -> None:
     if keys == ["preset"]:
         keys.insert(0, "model")
     if keys[0] not in RunConfig.model_fields:
-        homes = [home for home, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
-        if len(homes) != 1:
+        parts = [part for part, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
+        if len(parts) != 1:
             fix = answer_key(keys[0], full_names(), full_names())
             raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=fix)
-        keys.insert(0, homes[0])
+        keys.insert(0, parts[0])
     table = tables
     for key in keys[:-1]:
         table = table.setdefault(key, {})
@@ -210,25 +212,25 @@ def _resolve_paths(tables: Table, home: Path) -> None:
 
 
 def _map_paths(tables: Table, change: Callable[[str], str]) -> None:
-    """Change every path of a run's tables in place; what is no text is left for the check to name."""
+    """Change every path in a run's tables in place; a value that is no text is left for the later check to report."""
     data = tables.get("data", {})
     corpora = data.get("train") if isinstance(data.get("train"), list) else []
     if corpora:
         data["train"] = corpora = [{"path": one} if isinstance(one, str) else one for one in corpora]
-    homes: list[tuple[Any, tuple[str, ...]]] = [
+    path_keys: list[tuple[Any, tuple[str, ...]]] = [
         (data, ("valid", "tokenizer", "train")),
         (tables.get("run", {}), ("dir",)),
         (tables.get("train", {}), ("start_from",)),
         *((corpus, ("path",)) for corpus in corpora),
     ]
-    for table, keys in homes:
+    for table, keys in path_keys:
         for key in keys:
             if isinstance(table, dict) and isinstance(table.get(key), str):
                 table[key] = change(table[key])
 
 
 def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
-    """Return the keys that a configuration type takes; of a union those of the member tagged `tag`, or of all."""
+    """Return the keys that a configuration type takes; of a union, those of the member tagged `tag`, or of all."""
     keys: list[str] = []
     for member in _configs_in(annotation):
         tags = _tags_of(member)
@@ -240,16 +242,16 @@ def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
 @functools.cache
 def full_names() -> Mapping[str, str]:
     """Return every key of a run file with its full name; a key that several tables have is left out."""
-    found: dict[str, list[str]] = {}
+    names_by_key: dict[str, list[str]] = {}
 
     def walk(config: type[BaseModel], prefix: str) -> None:
         for key, field in config.model_fields.items():
-            found.setdefault(key, []).append(f"{prefix}{key}")
+            names_by_key.setdefault(key, []).append(f"{prefix}{key}")
             for inner in _configs_in(field.annotation):
                 walk(inner, f"{prefix}{key}.")
 
     walk(RunConfig, "")
-    return {key: names[0] for key, names in found.items() if len(set(names)) == 1}
+    return {key: names[0] for key, names in names_by_key.items() if len(set(names)) == 1}
 
 
 def _configs_in(annotation: Any) -> list[type[BaseModel]]:
@@ -286,9 +288,9 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
             word = str(problem["loc"][-1])
             known = [key for c in level for key in c.model_fields]
             full = ".".join([*keys, word])
-            # Another kind of the same table has it: of MLA, "it is model.attention.kv_heads" would say nothing.
-            homes = {key: name for key, name in full_names().items() if name != full}
-            sentences.append(f"there is no key {full}. {answer_key(word, known, homes)}")
+            # If another kind of the same table has the key, "it is model.attention.kv_heads" would be no help for MLA.
+            others = {key: name for key, name in full_names().items() if name != full}
+            sentences.append(f"there is no key {full}. {answer_key(word, known, others)}")
         elif problem["type"] == "missing":
             sentences.append(f"{path} is missing.")
         elif problem["type"] == "union_tag_not_found":
@@ -312,26 +314,26 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
 
 
 def _tags_of(config: type[BaseModel]) -> tuple[Any, ...]:
-    """Return the words that name a member of a tagged union; none where it is no such member."""
+    """Return the tags of a member of a tagged union; none if it is no such member."""
     field = config.model_fields.get("kind") or config.model_fields.get("name")
     return typing.get_args(field.annotation) if field is not None else ()
 
 
 def to_portable(what: RunConfig, home: Path) -> Table:
-    """Return a run's configuration as plain tables whose paths are relative to `home`, so that both can move."""
+    """Return a run's configuration as plain tables whose paths are relative to `home`, so that both can be moved."""
     tables = what.model_dump(mode="json")
     _map_paths(tables, lambda path: relate(path, home))
     return tables
 
 
 def from_portable(tables: Table, home: Path) -> RunConfig:
-    """Return the configuration that `to_portable` wrote, with its paths seen from where `home` is now."""
+    """Return the configuration that `to_portable` wrote, with its paths resolved from where `home` is now."""
     _resolve_paths(tables, home.resolve())
     return RunConfig.model_validate(tables)
 
 
 def relate(path: str, home: Path) -> str:
-    """Return a path relative to `home`, with forward slashes; as it is where there is no relative path."""
+    """Return a path relative to `home`, with forward slashes; unchanged if there is no relative path."""
     try:
         return Path(os.path.relpath(path, home)).as_posix()
     except ValueError:  # another drive of Windows has no relative path

@@ -92,9 +92,9 @@ Schedule = Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind"), un
 
 
 class Rotation(FrozenConfig):
-    """Of each layer's experts `window` learn for `interval` steps, then the next ones; all of them always answer.
+    """In each layer `window` experts learn for `interval` steps, then the next ones; all take part in every forward.
 
-    The masters and the optimizer's states of the experts that wait lie in the computer's memory.
+    Master weights and optimizer states of the frozen experts are in host memory.
     """
 
     window: PositiveInt
@@ -102,11 +102,11 @@ class Rotation(FrozenConfig):
     interval: PositiveInt = 80
     """Steps after which the next ones learn."""
     idle: Literal["bf16", "int8", "e4m3"] = "bf16"
-    """Number format of the experts that wait, on the card."""
+    """Number format of the frozen experts on the card."""
 
 
 class TrainConfig(FrozenConfig):
-    """How it is learnt; nothing here depends on the machine."""
+    """How the model is trained; nothing here depends on the machine."""
 
     tokens: Count
     """Tokens to train on in all, such as `"500M"`; reading the text more than about four times teaches little."""
@@ -117,19 +117,19 @@ class TrainConfig(FrozenConfig):
     optimizer: Optimizer = AdamW()
     """A table with `name`; other keys as below."""
     schedule: Schedule = Cosine()
-    """How the learning rate moves; a table with `kind`."""
+    """How the learning rate changes; a table with `kind`."""
     precision: Literal["fp32", "bf16", "fp16", "fp8", "int8"] = "bf16"
-    """Number format of the products: `"fp16"` for RTX 20, `"bf16"` from RTX 30 on; `"fp8"` and `"int8"` only for the
+    """Number format of matrix products: `"fp16"` for RTX 20, `"bf16"` from RTX 30 on; `"fp8"` and `"int8"` only for the
     products of attention and feed-forward layers, forward and backward, with bf16 between them."""
     weights: Literal["fp32", "bf16"] = "fp32"
     """Number format in which matrices are kept; `"bf16"` halves their memory and is rounded stochastically."""
     update_during_backward: bool = False
-    """Whether each weight is updated as soon as its gradient exists, so that gradients never all exist; then nothing
-    accumulates."""
+    """Whether each weight is updated as soon as its gradient exists, so that the gradients are never all in memory;
+    it excludes gradient accumulation."""
     rotation: Rotation | None = None
-    """Experts that learn in turns; for `ffn.kind = "moe"`. Without it all learn always."""
+    """Experts that learn in turns; for `ffn.kind = "moe"`. Without it all experts learn in every step."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
-    """Largest norm of the gradient; longer ones are shortened to it."""
+    """Largest norm of the gradient; a larger one is scaled down to it."""
     dropout: Share = 0.0
     """Share of activations that is set to zero in training."""
     seed: int = 0
@@ -158,12 +158,12 @@ class TrainConfig(FrozenConfig):
 
     @property
     def steps(self) -> int:
-        """Optimizer steps until `tokens` have been seen."""
+        """Optimizer steps in which `tokens` are read."""
         return math.ceil(self.tokens / self.batch_tokens)
 
 
 def check_rotation(model: ModelConfig, train: TrainConfig) -> None:
-    """Raise ValueError where the experts of a model cannot rotate as the recipe says."""
+    """Raise ValueError if the experts of a model cannot rotate as the configuration says."""
     rotation, ffn = train.rotation, model.ffn
     if rotation is None:
         return
@@ -189,5 +189,5 @@ def check_rotation(model: ModelConfig, train: TrainConfig) -> None:
 
 
 def divisors(count: int) -> list[int]:
-    """Return what divides a number, in order."""
+    """Return the divisors of a number, in order."""
     return [n for n in range(1, count + 1) if count % n == 0]

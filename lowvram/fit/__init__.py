@@ -1,1 +1,1 @@
-"""What fits: the real step rehearsed on paper, held against a card, and timed."""
+"""Whether a run fits: a training step is replayed on meta tensors, compared with a card's memory, and timed."""

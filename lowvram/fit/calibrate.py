@@ -1,7 +1,8 @@
-"""Real micro-batches, timed on this machine, that tell how much of its rates a step reaches; stores nothing.
+"""Times real micro-batches on this machine, to find its rates and what share of them a step reaches; stores nothing.
 
-Small loads in the model's shapes and precision give the rates of products and of attention; what a real micro-batch
-takes beside these is its bytes'.  What is left over becomes a ratio, so the step that was timed is predicted exactly.
+Small loads in the model's shapes and precision give the rates of matrix products and of attention.  The rest of a real
+micro-batch's time is attributed to memory traffic.  What these rates do not explain becomes a ratio, so that the step
+that was timed is predicted exactly.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ from lowvram.train.step import discard, gradients, loss_for, update
 
 Clock = Callable[[], float]
 _LEAST_REPEATS, _MOST_REPEATS = 3, 10
-_BUDGET_S = 4.0  # in which a run is repeated
-_LOAD_S = 0.05  # a load is run so often that a clock of 1 µs and a synchronisation do not show
-_TINY_TOKENS = 8  # a sequence whose work is nothing, so that only its launches take time
+_BUDGET_S = 4.0  # the time for all repeats of a run
+_LOAD_S = 0.05  # a load is repeated for so long that a clock of 1 µs and a synchronisation do not matter
+_TINY_TOKENS = 8  # a sequence with so little work that only its launches take time
 _LOAD_LENGTH = 1_024  # tokens from which on attention's rate hardly rises: on CPU 512 reach 0.75 of it
-_SLOWEST_BYTES = 0.2  # of an elementwise load's rate: what explains more is no memory traffic
+_SLOWEST_BYTES = (
+    0.2  # the least share of an elementwise load's rate: a slower step has other causes than memory traffic
+)
 _HIDDEN = 1.1  # a micro-batch that takes less than this many times its launches is bound by them
-_GRADIENT = 1e-4  # of every weight, where only an update is timed
+_GRADIENT = 1e-4  # the gradient of every weight where only an update is timed
 
 
 @dataclasses.dataclass
 class _Bench:
-    """A real model on a device, and how it is timed."""
+    """A real model on a device, and the clock that times it."""
 
     network: Transformer
     optimizer: LeanOptimizer
@@ -64,7 +67,7 @@ class _Bench:
         return Batch(token_BT, torch.arange(sequences, device=self.device))
 
     def micro_seconds(self, batch: Batch) -> float:
-        """Time one micro-batch, as it is from the second one on where a step has several."""
+        """Time one micro-batch; where a step has several, one whose gradients are added to existing ones."""
 
         def prepare() -> None:
             if not self.accumulates:
@@ -96,18 +99,19 @@ def measure(
     compiles: bool | None = None,
     clock: Clock = time.perf_counter,
 ) -> Calibration:
-    """Time a few micro-batches and updates of random tokens, and return what they say of this machine.
+    """Time a few micro-batches and updates of random tokens, and return this machine's rates.
 
-    timed: the configuration's name, kept for people.  micro_batch: sequences at a time, a divisor of the step's; None
-    takes the plan's, on CPU one, whose rate does not rise with it.  compiles: whether compiled blocks are timed too;
-    None does so on CUDA alone, as training does.  clock: seconds, for comparisons where other programs run.
-    Some 10 to 40 s for a small preset; all of its memory is free afterwards.
-    Raises what torch raises where memory runs out.
+    timed: the configuration's name, stored for people to read.  micro_batch: sequences at a time, a divisor of the
+    step's; None takes the plan's, and on a CPU one, since its rate does not rise with more.  compiles: whether compiled
+    blocks are timed too; None times them on CUDA only, as training does.  clock: returns seconds; another clock makes
+    comparisons possible while other programs run.
+    Takes some 10 to 40 s for a small preset; all of its memory is free afterwards.
+    Raises torch's own error where memory runs out.
     """
     count = micro_batch or (1 if device.type == "cpu" else plan.micro_batch)
     plan = plan.model_copy(update={"micro_batch": count, "accumulate": train.batch_samples // count, "compile": False})
     card = card_of(device)
-    on_card = rehearse(model, train, plan, card)
+    rehearsal = rehearse(model, train, plan, card)
     held_bytes = _reset_peak(device)
     bench = _build(model, train, plan, device, clock)
     batch = bench.batch(count, train.seq_len)
@@ -117,22 +121,22 @@ def measure(
     compiled_s = _compiled_seconds(bench, batch) if compiles else None
     launch_s = launch_seconds(card.platform)
     if device.type != "cpu":
-        launch_s = bench.micro_seconds(bench.batch(1, min(_TINY_TOKENS, train.seq_len))) / on_card.micro.ops
+        launch_s = bench.micro_seconds(bench.batch(1, min(_TINY_TOKENS, train.seq_len))) / rehearsal.micro.ops
     del bench, batch
     free_memory(device)
     loads = _time_loads(model, train, count, card, device, clock)._replace(launch_s=launch_s)
-    rates = _explain_rest(on_card.micro, micro_s, loads, card.platform)
+    rates = _explain_rest(rehearsal.micro, micro_s, loads, card.platform)
     return Calibration(
         profile_id=profile.id,
         precision=train.precision,
         timed=timed,
-        micro=on_card.micro,
-        update=on_card.update,
+        micro=rehearsal.micro,
+        update=rehearsal.update,
         **rates._asdict(),
-        micro_ratio=micro_s / work_seconds(on_card.micro, rates, card.platform),
-        update_ratio=update_s / work_seconds(on_card.update, rates, card.platform),
+        micro_ratio=micro_s / work_seconds(rehearsal.micro, rates, card.platform),
+        update_ratio=update_s / work_seconds(rehearsal.update, rates, card.platform),
         compiled_ratio=compiled_s / micro_s if compiled_s is not None else None,
-        ledger_bytes=on_card.ledger.peak_bytes,
+        ledger_bytes=rehearsal.ledger.peak_bytes,
         peak_bytes=peak_bytes,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
@@ -151,7 +155,7 @@ def _compiled_seconds(bench: _Bench, batch: Batch) -> float | None:
         with compiled(bench.network):
             return bench.micro_seconds(batch)
     except MachineError:
-        return None  # train's own trial says why
+        return None  # `lowvram train`, which compiles on trial too, prints the reason
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -159,19 +163,19 @@ def _compiled_seconds(bench: _Bench, batch: Batch) -> float | None:
 
 
 def _explain_rest(work: Work, seconds: float, rates: Rates, platform: str) -> Rates:
-    """Return the rates with that of the bytes which explains the seconds of a real micro-batch, within bounds.
+    """Return the rates, with bytes_per_s chosen (within bounds) so that they add up to a real micro-batch's seconds.
 
-    An elementwise load alone is faster than the passes of a step, which allocate, stride and add up.
+    An elementwise load alone is faster than the passes of a step, which allocate, read with strides and accumulate.
     """
     launching_s = work.ops * rates.launch_s
     if platform != "cpu" and seconds < _HIDDEN * launching_s:
-        return rates  # the card waits for its host, and says nothing about itself
+        return rates  # the card waits for its host, so this time says nothing about the card
     products_s = work.flops / rates.product_flops_per_s + work.attention_flops / rates.attention_flops_per_s
     products_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
     rest_s = seconds - products_s - (launching_s if platform == "cpu" else 0.0)
     slowest, fastest = rates.bytes_per_s * _SLOWEST_BYTES, rates.bytes_per_s
-    explaining = work.moved_bytes / rest_s if rest_s > 0.0 else fastest
-    return rates._replace(bytes_per_s=min(fastest, max(slowest, explaining)))
+    implied = work.moved_bytes / rest_s if rest_s > 0.0 else fastest
+    return rates._replace(bytes_per_s=min(fastest, max(slowest, implied)))
 
 
 def _time_loads(
@@ -198,12 +202,12 @@ def _time_loads(
         return torch.autograd.grad(attention(q, k, v, head_dim**-0.5, causal=True), (q, k, v), gradient)
 
     def time_load(load: Callable[..., object], *shapes: tuple[int, ...]) -> tuple[Work, float]:
-        learns = load is attend
+        needs_gradient = load is attend
         counter = LiveStorage(1)
         with simulate_card(card, counter.add_hidden), counter:
-            load(*(torch.empty(shape, dtype=dtype, device="meta", requires_grad=learns) for shape in shapes))
+            load(*(torch.empty(shape, dtype=dtype, device="meta", requires_grad=needs_gradient) for shape in shapes))
         work = Work(*(sum(values) for values in zip(*counter.work.values(), strict=True)))
-        tensors = [torch.randn(shape, device=device).to(dtype).requires_grad_(learns) for shape in shapes]
+        tensors = [torch.randn(shape, device=device).to(dtype).requires_grad_(needs_gradient) for shape in shapes]
         seconds = _median_seconds(functools.partial(load, *tensors), device, clock, least_s=_LOAD_S)
         return work, seconds
 
@@ -212,18 +216,18 @@ def _time_loads(
 
     def rate_of(load: Callable[..., object], operations: Callable[[Work], float], *shapes: tuple[int, ...]) -> float:
         work, seconds = time_load(load, *shapes)
-        return operations(work) / _beyond(work, bytes_per_s, seconds)
+        return operations(work) / _compute_seconds(work, bytes_per_s, seconds)
 
     operands = ((tokens, model.dim), (hidden, model.dim))
     product_flops_per_s = rate_of(product, lambda work: work.flops, *operands)
     length = max(train.seq_len, _LOAD_LENGTH)
     count = max(1, tokens // length)
     queries, keys = (count, heads, length, head_dim), (count, kv_heads, length, head_dim)
-    # 0 where no fused kernel runs: the ledger then counts attention's products among the others.
+    # 0 where no fused kernel runs: attention's products are then counted with the other products.
     fused_flops_per_s = rate_of(attend, lambda work: work.attention_flops, queries, keys, keys, queries)
     low_flops_per_s = None
     if MATMUL_FORMATS[train.precision] != "plain":
-        # 0 where no kernel for 8 bits runs: they are then counted among the others, too.
+        # 0 where no kernel for 8 bits runs: these products are then counted with the others, too.
         low_flops_per_s = rate_of(low_product, lambda work: work.low_flops, *operands) or None
     free_memory(device)
     return Rates(product_flops_per_s, fused_flops_per_s or product_flops_per_s, bytes_per_s, 0.0, low_flops_per_s)
@@ -233,8 +237,8 @@ def _head_dim(model: ModelConfig) -> int:
     return model.attention.head_dim if model.attention.kind == "gqa" else model.attention.query_dim
 
 
-def _beyond(work: Work, bytes_per_s: float, seconds: float) -> float:
-    """Return the seconds of a load that its bytes do not explain: at least half, since some of them hide in caches."""
+def _compute_seconds(work: Work, bytes_per_s: float, seconds: float) -> float:
+    """Return a load's seconds without its memory traffic: at least half, since caches serve some of the traffic."""
     return max(seconds - work.moved_bytes / bytes_per_s, seconds / 2)
 
 
@@ -245,28 +249,28 @@ def _median_seconds(
     prepare: Callable[[], None] = lambda: None,
     least_s: float = 0.0,
 ) -> float:
-    """Return the median seconds of a run after one that warms up.
+    """Return the median seconds of a run, after one run that warms up and is not counted.
 
-    prepare: what comes before each run and is not timed.  least_s: runs are timed in rows of at least so long; only
-    where nothing needs to be prepared.
+    prepare: called before each sample and not timed.  least_s: each sample repeats the run for at least so long, which
+    is possible only where nothing needs to be prepared.
     """
 
-    def timed(rows: int) -> float:
+    def time_calls(calls: int) -> float:
         prepare()
         _synchronize(device)
         began = clock()
-        for _ in range(rows):
+        for _ in range(calls):
             run()
         _synchronize(device)
-        return (clock() - began) / rows
+        return (clock() - began) / calls
 
-    timed(1)
-    first_s = timed(1)
-    rows = max(1, math.ceil(least_s / max(first_s, 1e-6)))
-    repeats = min(_MOST_REPEATS, max(_LEAST_REPEATS, math.floor(_BUDGET_S / max(first_s * rows, 1e-6))))
-    samples = [first_s] if rows == 1 else []
-    samples += [timed(rows) for _ in range(repeats - len(samples))]
-    # A clock of coarse ticks (15 ms on Windows) may see nothing at all.
+    time_calls(1)
+    first_s = time_calls(1)
+    calls = max(1, math.ceil(least_s / max(first_s, 1e-6)))
+    repeats = min(_MOST_REPEATS, max(_LEAST_REPEATS, math.floor(_BUDGET_S / max(first_s * calls, 1e-6))))
+    samples = [first_s] if calls == 1 else []
+    samples += [time_calls(calls) for _ in range(repeats - len(samples))]
+    # A clock with coarse ticks (15 ms on Windows) may measure 0.
     return max(statistics.median(samples), 1e-9)
 
 
@@ -278,7 +282,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _reset_peak(device: torch.device) -> int:
-    """Let the card's peak begin anew; returns the bytes that are in use already."""
+    """Reset the card's peak statistics; returns the bytes that are in use already."""
     if device.type != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Where this machine's measurements lie: one JSON file per card and precision; knows no torch and takes no time."""
+"""Reads and writes this machine's measurements, one JSON file per card and precision; measures nothing."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lowvram.storage.json_files import JsonError, read_object
 
 
 def measurements(home: Path | None = None) -> Path:
-    """Return the directory that holds them: in `home`, or in the user's own place for data."""
+    """Return the directory of the measurements: in `home`, or in the user's own data directory."""
     return (home or Path(platformdirs.user_data_dir("lowvram", appauthor=False))) / "measurements"
 
 
 def store_calibration(measured: Calibration, home: Path | None = None, disk: Disk = DISK) -> Path:
-    """Write a measurement, in place of an older one of that card and precision; returns the file."""
+    """Write a measurement, replacing an older one of that card and precision; returns the file."""
     path = _path(measured.profile_id, measured.precision, home)
     path.parent.mkdir(parents=True, exist_ok=True)
     disk.write(path, measured.model_dump_json(indent=1).encode())
@@ -28,7 +28,7 @@ def store_calibration(measured: Calibration, home: Path | None = None, disk: Dis
 
 
 def load_calibration(profile_id: str, precision: str, home: Path | None = None) -> tuple[Calibration | None, str]:
-    """Return the measurement of a card and precision, None where there is none, and a sentence where one is ignored."""
+    """Return the measurement of a card and precision (None if there is none), and a sentence if one was ignored."""
     path = _path(profile_id, precision, home)
     ignored, again = f"The measurement {path} is ignored", "measure again with --measure"
     try:
@@ -48,10 +48,10 @@ def load_calibration(profile_id: str, precision: str, home: Path | None = None) 
 
 
 def compare_precisions(profile: Profile, home: Path | None = None) -> float | None:
-    """Return how many times as long as in fp32 a processor's micro-batch takes in bf16; None where nobody knows.
+    """Return by what factor a processor's micro-batch takes longer in bf16 than in fp32; None if it is not known.
 
-    Both must have been timed, forward and backward, on one configuration with the torch that is installed and as many
-    threads.  A card's 16 bits are in its profile, and are not asked for here.
+    Both must have been timed, forward and backward, on the same configuration, with the installed torch and the same
+    number of threads.  Only processors are compared: a GPU's profile states which 16-bit format is fast.
     """
     if profile.platform != "cpu":
         return None
@@ -66,7 +66,7 @@ def compare_precisions(profile: Profile, home: Path | None = None) -> float | No
 
 
 def _conditions(measured: Calibration) -> tuple[object, ...]:
-    # A run file's name says little about what is in it, but the operations of its micro-batch do.
+    # Two run files of one name may differ; the operations of their micro-batches then differ too.
     return measured.timed, measured.torch, measured.threads, measured.micro.flops + measured.micro.attention_flops
 
 

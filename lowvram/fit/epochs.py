@@ -1,4 +1,4 @@
-"""How often a run reads its text, whether that is too often, and what to do then; opens shards, never imports torch."""
+"""Counts how often a run reads its text, and says what to do if it is too often; opens shards, never imports torch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lowvram.errors import DataError
 from lowvram.fit.folders import find_folders
 from lowvram.units import count_of, show_bytes, show_count
 
-# Up to four passes over a text teach nearly as much as as much fresh text; later passes teach less and less.
+# Up to four passes over a text teach nearly as much as fresh text of that length; later passes teach less and less.
 # Source: Muennighoff et al. 2023, Scaling Data-Constrained Language Models, section 5.
 ENOUGH_PASSES = 4.0
-# Tokens a parameter at which a model of that size makes the most of its computation.
+# Tokens per parameter at which training is compute-optimal.
 # Source: Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, table 3.
 TOKENS_PER_PARAMETER = 20
 OUR_PRESETS = "tr-"
@@ -34,7 +34,7 @@ _HELD_OUT = (
 
 
 class Part(NamedTuple):
-    """One corpus of a run: its tokens, the bytes of its text, and its share of what is read."""
+    """One corpus of a run: its tokens, the bytes of its text, and its share of the tokens that the run reads."""
 
     path: Path
     tokens: int
@@ -57,11 +57,11 @@ class RunText(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """The tokens that there are."""
+        """The tokens of all parts."""
         return sum(part.tokens for part in self.parts)
 
     def passes(self, train: TrainConfig) -> list[float]:
-        """Return how often a run reads each part, as the loader counts it: in whole windows of seq_len.
+        """Return how often a run reads each part, counted like the loader in whole windows of seq_len tokens.
 
         Raises DataError where a part is shorter than one window.
         """
@@ -69,15 +69,16 @@ class RunText(NamedTuple):
         return [samples * part.share / _windows(part, train.seq_len) for part in self.parts]
 
     def most_tokens(self, train: TrainConfig) -> int:
-        """Return the most tokens, in whole steps, with which no part is read more than ENOUGH_PASSES times.
+        """Return the largest number of tokens, in whole steps, at which no part is read more than ENOUGH_PASSES times.
 
-        Returns 0 where a single step reads more.  Raises DataError where a part is shorter than one window.
+        Returns 0 if a single step already reads a part more often.  Raises DataError if a part is shorter than one
+        window.
         """
         samples = min(ENOUGH_PASSES * _windows(part, train.seq_len) / part.share for part in self.parts)
         return int(samples) // train.batch_samples * train.batch_tokens
 
     def suits(self) -> int:
-        """Return the parameters for which ENOUGH_PASSES over this text are TOKENS_PER_PARAMETER."""
+        """Return the model size in parameters for which ENOUGH_PASSES over this text give TOKENS_PER_PARAMETER."""
         supply = min(ENOUGH_PASSES * part.tokens / part.share for part in self.parts)
         return int(supply / TOKENS_PER_PARAMETER)
 
@@ -93,7 +94,7 @@ def _windows(part: Part, seq_len: int) -> int:
 
 
 def open_text(data: DataConfig) -> RunText:
-    """Return what a run's shards say of themselves; raises DataError where they are missing or damaged."""
+    """Return the text of a run's shards, as their indexes describe it; raises DataError if missing or damaged."""
     total = sum(corpus.weight for corpus in data.train)
     parts = tuple(_open(corpus.path, corpus.weight / total) for corpus in data.train)
     return RunText(parts, data.valid is not None)
@@ -102,14 +103,14 @@ def open_text(data: DataConfig) -> RunText:
 def open_folder(data: Path) -> RunText:
     """Return the text in a folder of shards, or in one that holds `train` and perhaps `valid`.
 
-    Raises DataError where there are no shards, ConfigError as `find_folders`.
+    Raises DataError if there are no shards, and ConfigError as `find_folders` does.
     """
-    found = find_folders(data)
-    return RunText((_open(found.train if found.train.is_dir() else data, 1.0),), found.valid is not None)
+    folders = find_folders(data)
+    return RunText((_open(folders.train if folders.train.is_dir() else data, 1.0),), folders.valid is not None)
 
 
 def _open(path: Path, share: float) -> Part:
-    from lowvram.data.shard_set import ShardSet  # numpy, which an answer without a text does not need
+    from lowvram.data.shard_set import ShardSet  # imports numpy, which `fit` does not need without a text
 
     shards = ShardSet.open(path)
     return Part(path, shards.tokens, shards.text_bytes, share)
@@ -118,31 +119,31 @@ def _open(path: Path, share: float) -> Part:
 @functools.cache
 def _dense_presets() -> list[tuple[str, ModelConfig, TrainConfig]]:
     """Return our presets without experts, the smallest first."""
-    found = [(name, *load_preset(name)) for name in preset_names() if name.startswith(OUR_PRESETS)]
-    dense = [preset for preset in found if preset[1].ffn.kind != "moe"]
+    presets = [(name, *load_preset(name)) for name in preset_names() if name.startswith(OUR_PRESETS)]
+    dense = [preset for preset in presets if preset[1].ffn.kind != "moe"]
     return sorted(dense, key=lambda preset: preset[1].num_parameters())
 
 
 def suitable_preset(text: RunText) -> str | None:
-    """Return our largest dense preset that a text suits, None where it is too little for the smallest."""
+    """Return our largest dense preset for which a text is enough, None if it is too little for the smallest."""
     fitting = [name for name, model, _ in _dense_presets() if model.num_parameters() <= text.suits()]
     return fitting[-1] if fitting else None
 
 
 def wanted_tokens(model: ModelConfig) -> int:
-    """Return the tokens of text that suit a model: TOKENS_PER_PARAMETER in ENOUGH_PASSES."""
+    """Return the tokens of text that are enough for a model: TOKENS_PER_PARAMETER, read ENOUGH_PASSES times."""
     return math.ceil(model.num_parameters() * TOKENS_PER_PARAMETER / ENOUGH_PASSES)
 
 
 def remark_on(text: RunText, model: ModelConfig, train: TrainConfig) -> Iterator[Remark]:
-    """Yield what there is to say about a run's text: how often it is read, and what to do where that is too often."""
+    """Yield remarks about a run's text: how often it is read and, if that is too often, what to do."""
     passes = text.passes(train)
     is_too_often = max(passes) > ENOUGH_PASSES
     yield Remark(_count(text.parts, passes, train), is_too_often)
     if is_too_often:
         yield Remark(_MEMORISES, True)
         yield Remark(_propose(text, max(passes), train), True)
-        yield Remark(_orient(text, model), True)
+        yield Remark(_compare_sizes(text, model), True)
     if not text.is_held_out:
         yield Remark(_HELD_OUT, True)
 
@@ -167,7 +168,7 @@ def _propose(text: RunText, most: float, train: TrainConfig) -> str:
     return f'What helps: train.tokens = "{round_down(tokens)}", which is {ENOUGH_PASSES:.0f} passes; or {more}.'
 
 
-def _orient(text: RunText, model: ModelConfig) -> str:
+def _compare_sizes(text: RunText, model: ModelConfig) -> str:
     rule = f"about {TOKENS_PER_PARAMETER} tokens a parameter (Hoffmann et al. 2022)"
     size, suits = model.num_parameters(), text.suits()
     if size <= suits:

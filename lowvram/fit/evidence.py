@@ -1,4 +1,4 @@
-"""What speaks for a predicted speed: a measurement here, one of ours on such a card, or published figures."""
+"""Says what a predicted speed rests on: a measurement here, one of ours on such a card, or published figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lowvram.hardware.profile import Profile
 
 
 def describe_evidence(profile: Profile, measured_ids: Sequence[str], is_measured_here: bool) -> str:
-    """Return a phrase that stands beside every predicted speed.
+    """Return the phrase that is printed beside every predicted speed.
 
     measured_ids: the cards whose measurements ship with the catalogue.
     """

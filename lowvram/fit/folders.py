@@ -1,4 +1,4 @@
-"""Which folders `--data` means: shards to learn from, shards that are held out, the tokenizer; never imports torch."""
+"""Finds the folders that `--data` names: training shards, held-out shards, the tokenizer; never imports torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lowvram.errors import ConfigError
 
 
 class Folders(NamedTuple):
-    """What lies in a folder of data and beside it.
+    """The folders in and beside a folder of data.
 
-    home: where train, valid and tok are looked for.  train: may hold no shards yet.  valid, tokenizer: None where there
-    is none.  is_packed: whether `train` holds shards.
+    home: the folder in which train, valid and tok are looked for.  train: may hold no shards yet.  valid, tokenizer:
+    None where there is none.  is_packed: whether `train` holds shards.
     """
 
     home: Path
@@ -22,17 +22,18 @@ class Folders(NamedTuple):
     is_packed: bool
 
     def as_words(self) -> dict[str, str]:
-        """Return those that exist as a run file names them, as full paths."""
+        """Return those that exist as full paths, by their keys in a run file."""
         named = {"train": self.train, "valid": self.valid, "tokenizer": self.tokenizer}
         return {key: str(folder.resolve()) for key, folder in named.items() if folder is not None}
 
 
 def find_folders(data: Path) -> Folders:
-    """Return what is meant by shards, or by a folder that holds the shards `train` and perhaps `valid`.
+    """Return the folders for `data`, which holds shards itself, or holds the shards `train` and perhaps `valid`.
 
-    The tokenizer is a folder `tok` in it or beside it.  Raises ConfigError where it holds shards itself and in `train`.
+    The tokenizer is a folder `tok` in `data` or beside it.  Raises ConfigError if `data` holds shards itself and also
+    in `train`.
     """
-    from lowvram.data.shard_set import INDEX  # numpy, which an answer without a text does not need
+    from lowvram.data.shard_set import INDEX  # imports numpy, which `fit` does not need without a text
 
     is_itself, has_train = (data / INDEX).is_file(), (data / "train" / INDEX).is_file()
     if is_itself and has_train:
@@ -42,6 +43,6 @@ def find_folders(data: Path) -> Folders:
     home = data.resolve().parent if is_itself and data.resolve().name == "train" else data
     train = data if is_itself else data / "train"
     valid = home / "valid"
-    beside = (home / "tok", home.resolve().parent / "tok")
-    tokenizer = next((place for place in beside if place.is_dir()), None)
+    candidates = (home / "tok", home.resolve().parent / "tok")
+    tokenizer = next((folder for folder in candidates if folder.is_dir()), None)
     return Folders(home, train, valid if (valid / INDEX).is_file() else None, tokenizer, is_itself or has_train)

@@ -1,4 +1,4 @@
-"""The decoder's own reading on paper: what it holds at its peak beside the model's weights; knows no limit."""
+"""Replays inference on meta tensors to find its peak memory beside the model's weights; knows no limit."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from lowvram.model.transformer import Transformer
 def rehearse_inference(
     model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card, cache: CacheForm = "plain"
 ) -> int:
-    """Fill a slot's context on paper and read one more token into every slot; returns the peak's bytes.
+    """Fill one slot's context on meta tensors, decode one more token in every slot, and return the peak in bytes.
 
-    The model's own weights, which lie there already, are left out.  Decoding's peak is affine in max_context.
-    cache: in which numbers the decoder keeps what it has read.
+    The model's weights, which are in memory already, are not counted.  The peak is affine in max_context.
+    cache: the number format of the decoder's KV cache.
     """
     counter = LiveStorage(BLOCK_BYTES[card.platform])
     with simulate_card(card, counter.add_hidden), counter:
-        paper = _without_numbers(model)
+        meta_model = _meta_copy(model)
         weights, begin = counter.alive_bytes(), counter.moment
-        decoder = Decoder(paper, max_context, slots, dtype, cache)
+        decoder = Decoder(meta_model, max_context, slots, dtype, cache)
         decoder.prefill(0, [0] * (max_context - 1))
         decoder.decode_one_token(range(slots), [0] * slots)
     return counter.find_peak(begin)[0] - weights
 
 
-def _without_numbers(model: Transformer) -> Transformer:
-    """Return a model of the same tensors on paper, codes and scales included."""
-    paper = Transformer(model.config, seed=None, device="meta", is_hollow=True).eval().requires_grad_(False)
-    for there, here in zip(model.modules(), paper.modules(), strict=True):
-        for name, weight in there._parameters.items():
-            here._parameters[name] = None if weight is None else nn.Parameter(_on_paper(weight), requires_grad=False)
-        for name, buffer in there._buffers.items():
-            here._buffers[name] = None if buffer is None else _on_paper(buffer)
-    return paper
+def _meta_copy(model: Transformer) -> Transformer:
+    """Return a model whose tensors are meta tensors of the same shapes and dtypes, codes and scales included."""
+    copy = Transformer(model.config, seed=None, device="meta", is_hollow=True).eval().requires_grad_(False)
+    for source, target in zip(model.modules(), copy.modules(), strict=True):
+        for name, weight in source._parameters.items():
+            target._parameters[name] = None if weight is None else nn.Parameter(_to_meta(weight), requires_grad=False)
+        for name, buffer in source._buffers.items():
+            target._buffers[name] = None if buffer is None else _to_meta(buffer)
+    return copy
 
 
-def _on_paper(tensor: torch.Tensor) -> torch.Tensor:
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

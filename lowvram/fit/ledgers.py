@@ -1,7 +1,7 @@
-"""The presets' rehearsals, made beforehand, so that an answer needs no torch; knows no limit and no speed.
+"""Reads the presets' rehearsals from a file, so that `fit` answers without torch; knows no limit and no speed.
 
-`presets/ledgers.json` is written by `tools/write_ledgers.py`: per preset and card path one rehearsal per technique and
-anchor, beside the hash of the configuration that was rehearsed.
+`tools/write_ledgers.py` writes `presets/ledgers.json`.  For each preset and card path it holds one rehearsal per
+recompute technique and anchor, beside the hash of the configuration that was rehearsed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowvram.hardware.profile import Profile
 from lowvram.storage.json_files import JsonError, read_object
 
 PATH = PRESETS / "ledgers.json"
-# What decides a step's memory beside model, optimizer and path: the rest of the recipe is schedule and numbers.
+# The keys of TrainConfig that decide a step's memory, beside model, optimizer and path; the rest changes only numbers.
 _DECIDING = ("seq_len", "batch_tokens", "dropout", "weights", "update_during_backward")
 
 
@@ -31,7 +31,7 @@ _LARGE = 500_000_000
 
 
 class CardPath(NamedTuple):
-    """What of a card decides the ledger.  capability: that of one card which takes this path."""
+    """The properties of a card that decide the ledger.  capability: that of one card which takes this path."""
 
     platform: str
     capability: tuple[int, int] | None
@@ -62,10 +62,10 @@ def path_of(profile: Profile, train: TrainConfig) -> CardPath:
 def hash_of(model: ModelConfig, train: TrainConfig) -> str:
     """Return a SHA-256 over everything that decides the ledger; precision is the path's."""
     deciding = {name: getattr(train, name) for name in _DECIDING}
-    said = {"model": model.model_dump(mode="json"), "train": deciding, "optimizer": train.optimizer.model_dump()}
-    said["rotation"] = train.rotation.model_dump() if train.rotation is not None else {}
-    del said["optimizer"]["lr"]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    hashed = {"model": model.model_dump(mode="json"), "train": deciding, "optimizer": train.optimizer.model_dump()}
+    hashed["rotation"] = train.rotation.model_dump() if train.rotation is not None else {}
+    del hashed["optimizer"]["lr"]
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def read_ledgers() -> dict[str, Any]:
 
 
 def find_memory_curve(name: str, model: ModelConfig, train: TrainConfig, path: CardPath) -> MemoryCurve | None:
-    """Return a preset's sketch from the file, or None where it knows none of this configuration on this path."""
+    """Return a preset's memory curve from the file, or None if the file lacks this configuration on this path."""
     entry = read_ledgers().get("presets", {}).get(name)
     if entry is None or entry["hash"] != hash_of(model, train) or path.key not in entry["paths"]:
         return None
@@ -90,12 +90,12 @@ def find_memory_curve(name: str, model: ModelConfig, train: TrainConfig, path: C
     def look_up(plan: Plan) -> Rehearsal:
         return unpack(rows[name_plan(plan)])
 
-    sketch = memory_curve_of(model, train, look_up)
-    return sketch if {name_plan(plan) for plan in plans_of(sketch, path)} <= set(rows) else None
+    curve = memory_curve_of(model, train, look_up)
+    return curve if {name_plan(plan) for plan in plans_of(curve, path)} <= set(rows) else None
 
 
 def memory_curve_of(model: ModelConfig, train: TrainConfig, rehearse: Callable[[Plan], Rehearsal]) -> MemoryCurve:
-    """Return a preset's sketch; the states of small ones are moved nowhere, since every card has room for them."""
+    """Return a preset's memory curve; small presets are not offloaded, since every card has room for their states."""
     return MemoryCurve(train.micro_batches, rehearse, train.seq_len, can_offload=_is_large(model))
 
 
@@ -103,25 +103,25 @@ def _is_large(model: ModelConfig) -> bool:
     return model.num_parameters() >= _LARGE
 
 
-def plans_of(sketch: MemoryCurve, path: CardPath) -> list[Plan]:
-    """Return the plans of a preset whose rehearsals stand in the file."""
-    sizes = dict.fromkeys((*sketch.anchors(), sketch.samples))
-    plans = [sketch.plan(recompute, size) for recompute in TECHNIQUES for size in sizes]
-    moves = sketch.can_offload and path.platform == "cuda"
-    return [*plans, *(sketch.offloaded().plan(TECHNIQUES[-1], size) for size in sizes if moves)]
+def plans_of(curve: MemoryCurve, path: CardPath) -> list[Plan]:
+    """Return the plans of a preset whose rehearsals the file holds."""
+    sizes = dict.fromkeys((*curve.anchors(), curve.samples))
+    plans = [curve.plan(recompute, size) for recompute in TECHNIQUES for size in sizes]
+    offloads = curve.can_offload and path.platform == "cuda"
+    return [*plans, *(curve.offloaded().plan(TECHNIQUES[-1], size) for size in sizes if offloads)]
 
 
 def name_plan(plan: Plan) -> str:
-    """Return the name under which a plan's rehearsal stands.
+    """Return the key of a plan's rehearsal in the file.
 
     `block 8`, `block 64 at once` without accumulation, `block 8 offloaded` with the optimizer's states on the host.
     """
-    once, moved = "" if plan.accumulate > 1 else " at once", "" if plan.offload == "none" else " offloaded"
-    return f"{plan.recompute} {plan.micro_batch}{once}{moved}"
+    once, offloaded = "" if plan.accumulate > 1 else " at once", "" if plan.offload == "none" else " offloaded"
+    return f"{plan.recompute} {plan.micro_batch}{once}{offloaded}"
 
 
 def pack(rehearsal: Rehearsal) -> list[Any]:
-    """Return a rehearsal as one flat row: the ledger, then both works."""
+    """Return a rehearsal as one flat row: the ledger, then the work of a micro-batch and of an update."""
     ledger = rehearsal.ledger
     lines = [getattr(ledger, name) for name in LEDGER_LINES]
     works = [round(value) for work in (rehearsal.micro, rehearsal.update) for value in work]
@@ -129,7 +129,7 @@ def pack(rehearsal: Rehearsal) -> list[Any]:
 
 
 def unpack(row: list[Any]) -> Rehearsal:
-    """Return what `pack` was given."""
+    """Return the rehearsal that `pack` made a row of."""
     fields = len(Work._fields)
     works = row[len(Ledger._fields) :]
     ledger = Ledger(*row[: len(Ledger._fields)])

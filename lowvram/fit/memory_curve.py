@@ -1,8 +1,9 @@
-"""What rehearsals found, and what lies between them; plain numbers, never imports torch.
+"""A model's peak memory over the micro-batch: rehearsals and interpolation between them; never imports torch.
 
-The peak of a step is the greatest of many moments, each affine in the micro-batch: so it is convex in it, and a
-straight line between two rehearsals promises no room that is not there.  The chunks of the loss interrupt that: from
-the second one on gradients add up in fp32, and chunks are equal, so that odd lengths err by a part of one.
+A step's peak is the maximum over many moments, and at each moment memory is affine in the micro-batch.  So the peak is
+convex in the micro-batch, and linear interpolation between two rehearsals never gives less than the true peak.  The
+chunks of the loss are an exception: from the second chunk on gradients accumulate in fp32, and all chunks have the same
+length, so odd lengths are off by a part of a chunk.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from lowvram.config.plan import LEDGER_LINES, Ledger, Offload, Plan, Recompute
 
 # The most rows of one chunk of the loss (lowvram_kernels/loss/linear_cross_entropy.py).
 _ONE_CHUNK_TOKENS = 1_024
-# Somewhere near these another moment becomes the peak: rehearsals there keep the lines within some percent.
+# Near these sizes another moment becomes the peak; rehearsals there keep interpolation within some percent.
 _MIDDLE_TOKENS = (8_192, 16_384)
 
 
+# The ledger's fields that do not describe the card's memory.
 _BESIDE_THE_CARD = ("host_bytes", "kept_on_host", "checkpoint_bytes")
 
 
 class Work(NamedTuple):
-    """What a part of the step costs.
+    """The work of a part of a step.
 
-    flops: of matrix products.  moved_bytes: read and written by every op, products too: so narrow layers cost more
-    for each FLOP.  ops: launches.  attention_flops: of fused attention, which is slower than a product.  host_bytes:
-    copied between the card and the computer's memory.  low_flops: of matrix products in 8 bits.
+    flops: of matrix products.  moved_bytes: read and written by all ops, matrix products included, so that narrow
+    layers cost more per FLOP.  ops: kernel launches.  attention_flops: of fused attention, which is slower than a
+    matrix product.  host_bytes: copied between the card and host memory.  low_flops: of matrix products in 8 bits.
     """
 
     flops: float
@@ -38,7 +40,10 @@ class Work(NamedTuple):
 
 
 class Rehearsal(NamedTuple):
-    """A step on paper.  micro: one micro-batch, forward and backward.  update: the optimizer, once a step."""
+    """The memory and the work of a step, counted on meta tensors.
+
+    micro: one micro-batch, forward and backward.  update: the optimizer's update, once per step.
+    """
 
     ledger: Ledger
     micro: Work
@@ -46,10 +51,11 @@ class Rehearsal(NamedTuple):
 
 
 class MemoryCurve:
-    """The rehearsals of one model on one card's path, made when they are asked for and kept.
+    """The rehearsals of one model on one card's path, made on demand and cached.
 
-    rehearse: makes one for a plan.  sizes: the micro-batches that a step can have, in order; the last is all of it.
-    seq_len: tokens of each.  offload: what these plans keep in the computer's memory; can_offload: whether others may.
+    rehearse: makes one for a plan.  sizes: the micro-batches that a step can have, in order; the last is the whole
+    step.  seq_len: tokens per sequence.  offload: what these plans keep in host memory.  can_offload: whether plans
+    with the optimizer's states in host memory may be tried too.
     """
 
     def __init__(
@@ -63,30 +69,30 @@ class MemoryCurve:
         self.sizes, self.samples, self._rehearse, self._seq_len = sizes, sizes[-1], rehearse, seq_len
         self.offload: Offload = offload
         self.can_offload = can_offload
-        self.found: dict[tuple[Recompute, int], Rehearsal] = {}
+        self._rehearsals: dict[tuple[Recompute, int], Rehearsal] = {}
 
     def offloaded(self) -> MemoryCurve:
-        """Return the same model's plans with the optimizer's states in the computer's memory."""
+        """Return the same model's curve with the optimizer's states in host memory."""
         return MemoryCurve(self.sizes, self._rehearse, self._seq_len, "optimizer")
 
     def exactly(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
-        """Return the rehearsal of one plan."""
+        """Return the rehearsal of one plan, never an interpolation."""
         key = (recompute, micro_batch)
-        if key not in self.found:
-            self.found[key] = self._rehearse(self.plan(recompute, micro_batch))
-        return self.found[key]
+        if key not in self._rehearsals:
+            self._rehearsals[key] = self._rehearse(self.plan(recompute, micro_batch))
+        return self._rehearsals[key]
 
     def has(self, recompute: Recompute, micro_batch: int) -> bool:
-        """Say whether a plan's rehearsal is there, so that it is no line."""
-        return (recompute, micro_batch) in self.found
+        """Say whether a plan has been rehearsed, so that `at` need not interpolate."""
+        return (recompute, micro_batch) in self._rehearsals
 
     def plan(self, recompute: Recompute, micro_batch: int) -> Plan:
-        """Return the plan that makes up a step with so many sequences at a time."""
+        """Return the plan of a step that takes `micro_batch` sequences at a time."""
         accumulate = self.samples // micro_batch
         return Plan(micro_batch=micro_batch, accumulate=accumulate, recompute=recompute, offload=self.offload)
 
     def at(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
-        """Return the rehearsal of a plan, or the straight line between the two nearest anchors."""
+        """Return the rehearsal of a plan, or a linear interpolation between the two nearest anchors."""
         if micro_batch == self.samples or self.has(recompute, micro_batch):
             return self.exactly(recompute, micro_batch)
         anchors = self.anchors()
@@ -95,12 +101,12 @@ class MemoryCurve:
         if below == above:
             return self.exactly(recompute, below)
         share = (micro_batch - below) / (above - below)
-        return _between(self.exactly(recompute, below), self.exactly(recompute, above), share)
+        return _interpolate(self.exactly(recompute, below), self.exactly(recompute, above), share)
 
     def anchors(self) -> list[int]:
-        """Return the micro-batches that are rehearsed while gradients accumulate.
+        """Return the micro-batches, smaller than the whole step, that are rehearsed; others are interpolated.
 
-        Every one whose loss may be one chunk and the next, two in the middle, and the largest.
+        These are all whose loss fits into one chunk, the next larger one, two in the middle, and the largest.
         """
         below = [n for n in self.sizes if n < self.samples]
         small = [n for n in below if n * self._seq_len <= _ONE_CHUNK_TOKENS]
@@ -109,11 +115,12 @@ class MemoryCurve:
         return sorted({*small, *next_ones[:1], *middle, below[-1]}) if below else [self.samples]
 
 
-def _between(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:
+def _interpolate(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:
     def blend(a: float, b: float) -> float:
         return a + (b - a) * share
 
-    # Lines of two different moments do not mix, their sum does: the larger plan's moment, scaled to the sum.
+    # The two plans may peak at different moments, so only the sum of the lines is interpolated; the lines are scaled
+    # to that sum, and the moment is the larger plan's.
     peak = blend(low.ledger.peak_bytes, high.ledger.peak_bytes)
     mixed = {name: blend(getattr(low.ledger, name), getattr(high.ledger, name)) for name in LEDGER_LINES}
     scale = peak / max(1.0, sum(mixed.values()))

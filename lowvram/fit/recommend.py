@@ -1,4 +1,4 @@
-"""Which presets to begin with on a card: a first run of an hour or so, and a long one; prints nothing."""
+"""Recommends presets for a card: a first run of an hour or so, and a long run; prints nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lowvram.fit.epochs import ENOUGH_PASSES, OUR_PRESETS, RunText, wanted_token
 from lowvram.fit.report import FitReport
 from lowvram.units import count_of, show_count
 
-# A person waits a few weeks at most: what is recommended ends within them.
+# A person waits a few weeks at most: a recommended run ends within this time.
 PATIENCE_DAYS = 21.0
 # A first run shows within an evening whether the text, the machine and the recipe are right.
 FIRST_RUN_S, SHORTENED_S = 2 * 3600.0, 3600.0
-# A model that saw fewer tokens than it has parameters writes little more than frequent words: our own judgement.
+# A model trained on fewer tokens than it has parameters writes little more than frequent words: our own judgement.
 _LEAST_TOKENS_PER_PARAMETER = 1.0
 # A run of more than a year is no plan.
 TOO_SLOW_DAYS = 365.0
@@ -26,7 +26,7 @@ DENSE_FIRST = (
 
 
 class Advice(NamedTuple):
-    """A preset to train and why.  tokens: how many, where the preset's own are too many; None: the preset's own."""
+    """A preset to train, and the reason.  tokens: how many to train on instead of the preset's own, None for those."""
 
     answer: FitReport
     reason: str
@@ -34,7 +34,7 @@ class Advice(NamedTuple):
 
     @property
     def share(self) -> float:
-        """The part of the preset's own tokens that is trained."""
+        """The share of the preset's own tokens on which it is trained."""
         return 1.0 if self.tokens is None else self.tokens / self.answer.train.tokens
 
     @property
@@ -44,15 +44,15 @@ class Advice(NamedTuple):
 
 
 def recommend(
-    answers: Sequence[FitReport], patience_days: float = PATIENCE_DAYS, text: RunText | None = None
+    reports: Sequence[FitReport], patience_days: float = PATIENCE_DAYS, text: RunText | None = None
 ) -> Advice | None:
-    """Return the long run: the largest dense preset whose tokens are seen in time; None where nothing fits.
+    """Return the long run: the largest dense preset that is trained within patience_days; None if nothing fits.
 
-    text: what there is to read; presets that it does not suit are left out, and no more tokens are trained than it has
-    for; None, too, where it is too little for a single step.  Mixtures, and other projects' models, are taken only
-    where nothing else fits.
+    text: the text to train on.  Presets that are too large for it are left out, a run reads it at most ENOUGH_PASSES
+    times, and None is returned, too, if it is too little for a single step.  Mixtures, and other projects' models, are
+    recommended only if nothing else fits.
     """
-    offers = _offer(answers, text)
+    offers = _offer(reports, text)
     if not offers:
         return None
     size = _describe_size(offers[0].answer, text)
@@ -74,9 +74,9 @@ def recommend(
     return largest._replace(reason=f"the {size} that {soon_enough}")
 
 
-def recommend_first(answers: Sequence[FitReport], text: RunText | None = None) -> Advice | None:
-    """Return a first run of an hour or two; None where nothing fits, or an hour or a text is too short for a preset."""
-    offers = _offer(answers, text)
+def recommend_first(reports: Sequence[FitReport], text: RunText | None = None) -> Advice | None:
+    """Return a first run of an hour or two; None if nothing fits, or if an hour or the text is too short."""
+    offers = _offer(reports, text)
     if not offers:
         return None
     timed = [offer for offer in offers if offer.days is not None]
@@ -93,56 +93,56 @@ def recommend_first(answers: Sequence[FitReport], text: RunText | None = None) -
     return quickest._replace(reason="the quickest, on as many tokens as an hour allows", tokens=tokens)
 
 
-def _candidates(answers: Sequence[FitReport], text: RunText | None) -> list[FitReport]:
-    """Return the presets that may be recommended: dense before mixtures, ours before others, those that a text suits.
+def _candidates(reports: Sequence[FitReport], text: RunText | None) -> list[FitReport]:
+    """Return the presets that may be recommended: dense before mixtures, ours before others, none too large for a text.
 
-    Where a text is too little for every one of them, the smallest is left.
+    If the text is too little for every one of them, the smallest is returned.
     """
-    fitting = [answer for answer in answers if answer.fits]
-    fitting = [answer for answer in fitting if answer.name.startswith(OUR_PRESETS)] or fitting
-    fitting = [answer for answer in fitting if answer.is_dense] or fitting
+    fitting = [report for report in reports if report.fits]
+    fitting = [report for report in fitting if report.name.startswith(OUR_PRESETS)] or fitting
+    fitting = [report for report in fitting if report.is_dense] or fitting
     if text is None or not fitting:
         return fitting
-    suited = [answer for answer in fitting if _suits(answer, text)]
-    return suited or [min(fitting, key=lambda answer: answer.model.num_parameters())]
+    suited = [report for report in fitting if _suits(report, text)]
+    return suited or [min(fitting, key=lambda report: report.model.num_parameters())]
 
 
-def _suits(answer: FitReport, text: RunText | None) -> bool:
-    return text is None or answer.model.num_parameters() <= text.suits()
+def _suits(report: FitReport, text: RunText | None) -> bool:
+    return text is None or report.model.num_parameters() <= text.suits()
 
 
-def _describe_size(answer: FitReport, text: RunText | None) -> str:
-    """Return which of the presets is recommended, as its reason begins."""
-    kind = "dense preset" if answer.is_dense else "preset"
-    if not _suits(answer, text):
+def _describe_size(report: FitReport, text: RunText | None) -> str:
+    """Return the beginning of a recommendation's reason, such as "largest dense preset"."""
+    kind = "dense preset" if report.is_dense else "preset"
+    if not _suits(report, text):
         return f"smallest {kind}, since this text is little for any, and one"
     return f"largest {kind}" + (" that this text suits and" if text is not None else "")
 
 
-def _offer(answers: Sequence[FitReport], text: RunText | None) -> list[Advice]:
-    """Return what may be recommended with the tokens that a text has for it, without what it gives no step for."""
-    offers = [Advice(answer, "", limit_tokens(answer, text)) for answer in _candidates(answers, text)]
+def _offer(reports: Sequence[FitReport], text: RunText | None) -> list[Advice]:
+    """Return the presets that may be recommended, with their tokens; those without a single whole step are left out."""
+    offers = [Advice(report, "", limit_tokens(report, text)) for report in _candidates(reports, text)]
     return [offer for offer in offers if offer.tokens != 0]
 
 
-def limit_tokens(answer: FitReport, text: RunText | None) -> int | None:
-    """Return the tokens to train where a text is too little for the preset's own, None where it is not.
+def limit_tokens(report: FitReport, text: RunText | None) -> int | None:
+    """Return the tokens to train on if a text is too little for the preset's own, None if it is enough.
 
-    Returns 0 where the text gives not even one step: it is shorter than a window, or one step reads it too often.
+    Returns 0 if the text is not enough for one step: it is shorter than a window, or one step reads it too often.
     """
     if text is None:
         return None
     try:
-        if max(text.passes(answer.train)) <= ENOUGH_PASSES:
+        if max(text.passes(report.train)) <= ENOUGH_PASSES:
             return None
-        return text.most_tokens(answer.train)
+        return text.most_tokens(report.train)
     except DataError:  # shorter than one window
         return 0
 
 
-def explain_too_little(answers: Sequence[FitReport], text: RunText) -> tuple[str, str, str]:
-    """Say that a text gives not even one step of the smallest preset that fits, or of the only one; why; what to do."""
-    least = min(_candidates(answers, text) or answers, key=lambda answer: answer.model.num_parameters())
+def explain_too_little(reports: Sequence[FitReport], text: RunText) -> tuple[str, str, str]:
+    """Return three sentences: a text is too little for one step of the smallest preset that fits; why; what to do."""
+    least = min(_candidates(reports, text) or reports, key=lambda report: report.model.num_parameters())
     step, wants = least.train.batch_tokens, wanted_tokens(least.model)
     try:
         often = max(text.passes(least.train.model_copy(update={"tokens": step})))
@@ -154,12 +154,12 @@ def explain_too_little(answers: Sequence[FitReport], text: RunText) -> tuple[str
 
 
 def _largest(offers: Sequence[Advice]) -> Advice:
-    """Return the largest by √(parameters · active parameters): what a mixture is worth lies between the two."""
+    """Return the largest by √(parameters · active parameters): a mixture's quality lies between the two sizes."""
     return max(offers, key=lambda offer: offer.answer.model.num_parameters() * offer.answer.model.active_parameters())
 
 
-def _tokens_within(answer: FitReport, seconds: float) -> int:
-    """Return how many tokens are seen in so many seconds, in whole steps."""
-    assert answer.speed is not None, "only asked where there is a speed"
-    step = answer.train.batch_tokens
-    return int(answer.speed.tokens_per_second * seconds) // step * step
+def _tokens_within(report: FitReport, seconds: float) -> int:
+    """Return how many tokens are trained on in so many seconds, in whole steps."""
+    assert report.speed is not None, "called only where the speed is known"
+    step = report.train.batch_tokens
+    return int(report.speed.tokens_per_second * seconds) // step * step

@@ -1,8 +1,8 @@
-"""The trainer's own step on paper: what it holds at its peak and how much work it is; knows no limit.
+"""Replays a training step on meta tensors and adds up every allocation and all work; knows no limit.
 
-Nothing is estimated: every tensor of the step exists, as a meta tensor without bytes (fake tensors tell the same and
-take 2.7 times as long).  Only what PyTorch cannot know (context, workspace, fragmentation) is missing here, and stands
-in the card's profile.
+Nothing is estimated: the trainer's own code runs, and every tensor of the step exists as a meta tensor without bytes
+(fake tensors give the same result and take 2.7 times as long).  Only what PyTorch cannot know (context, workspace,
+fragmentation) is missing here; it is in the card's profile.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from lowvram.train.optim import LeanOptimizer
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.step import gradients, learn_in_backward, loss_for, update
 
-# What torch's caching allocator rounds every block up to (c10/cuda/CUDACachingAllocator, kMinBlockSize); the CPU's
-# takes what it is asked for.  That a large block may stay unsplit is left to the profile's fragmentation.
+# The size to whose multiples torch's caching allocator rounds every block (c10/cuda/CUDACachingAllocator,
+# kMinBlockSize); the CPU's does not round.  Large blocks that stay unsplit belong to the profile's fragmentation.
 BLOCK_BYTES = {"cuda": 512, "mps": 512, "cpu": 1}
-_PAPER = torch.device("meta")
-# Ops that make one new tensor, and whose form torch works out in Python: half of a rehearsal's time, unless remembered.
-_SLOW_ON_PAPER = frozenset(
+_META = torch.device("meta")
+# Ops that make one new tensor whose shape and strides torch computes in Python; without a cache of the results that
+# takes half of a rehearsal's time.
+_SLOW_ON_META = frozenset(
     (
         torch.ops.aten.linalg_vector_norm.default,
         torch.ops.aten.mul.Tensor,
@@ -50,15 +51,15 @@ _SLOW_ON_PAPER = frozenset(
         torch.ops.aten.bitwise_xor.Tensor,
     )
 )
-# Ops in place on integers, of which there is nothing to learn on paper.
-_WITHOUT_EFFECT_ON_PAPER = frozenset((torch.ops.aten.bitwise_xor_.Tensor, torch.ops.aten.bitwise_and_.Scalar))
-# Keys that torch's CPU attention takes at a time; of these blocks it skips those that lie wholly in the future
+# In-place ops on integers: on meta tensors they do nothing.
+_WITHOUT_EFFECT_ON_META = frozenset((torch.ops.aten.bitwise_xor_.Tensor, torch.ops.aten.bitwise_and_.Scalar))
+# Keys that torch's CPU attention takes at a time; it skips blocks of keys that the causal mask excludes completely
 # (aten/native/cpu/FlashAttentionKernel.cpp).
 _CPU_KEY_BLOCK = 512
 
 
-class _Storage:
-    """One storage's life: bytes, the phase of its birth, the moments between which it lived, and on which side."""
+class _Lifetime:
+    """One storage: its bytes, the phase that allocated it, the moments of allocation and release, card or host."""
 
     __slots__ = ("born", "died", "is_on_host", "phase", "size")
 
@@ -69,39 +70,42 @@ class _Storage:
 
 
 class LiveStorage(TorchDispatchMode):
-    """Writes down every storage's birth and death and every op's work, in the phase that is named at the time."""
+    """Records when every storage is allocated and released, and every op's work, under the current phase.
+
+    A moment is the number of allocations and releases so far.
+    """
 
     def __init__(self, block_bytes: int) -> None:
         super().__init__()
         self.phase, self._block_bytes = "weights", block_bytes
         self.moment = 0
         self.phase_of_moment: list[str] = []
-        self.lives: list[_Storage] = []
+        self.lifetimes: list[_Lifetime] = []
         self.work: dict[str, list[float]] = {}
         self._forms: dict[Any, Any] = {}
-        self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
-        self._told = 0  # how often work was told of that no dispatcher sees
+        self._alive: dict[int, tuple[weakref.ref[Any], _Lifetime]] = {}
+        self._reported = 0  # how often `add_hidden` was called
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        told = self._told
-        if func in _WITHOUT_EFFECT_ON_PAPER and args[0].is_meta:
+        reported = self._reported
+        if func in _WITHOUT_EFFECT_ON_META and args[0].is_meta:
             result = args[0]
-        elif func in _SLOW_ON_PAPER:
-            result = self._made_before(func, args, kwargs)
+        elif func in _SLOW_ON_META:
+            result = self._call_cached(func, args, kwargs)
         else:
             result = func(*args, **(kwargs or {}))
         outputs = list(_tensors(result))
-        if self._told == told:  # else the op, which launches a kernel of ours, has told of its work itself
+        if self._reported == reported:  # otherwise the op launched a kernel of ours and reported its work itself
             self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
         for tensor in outputs:
-            self._see(tensor.untyped_storage())
+            self._track(tensor.untyped_storage())
         return result
 
-    def _made_before(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        """Return a tensor of the form that the op gave for arguments of the same forms, or let the op make it."""
+    def _call_cached(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Return a tensor as the op made it before for arguments of the same shapes, strides and dtypes, or call it."""
         parts = (*args, *(kwargs or {}).items())
         if not all(part.is_meta for part in parts if isinstance(part, Tensor)):
-            return func(*args, **(kwargs or {}))  # a table of positions on its way to the card: its values count
+            return func(*args, **(kwargs or {}))  # a table of positions on its way to the card: its values matter
         key = (
             func,
             *((part.shape, part.stride(), part.dtype) if isinstance(part, Tensor) else str(part) for part in parts),
@@ -111,29 +115,30 @@ class LiveStorage(TorchDispatchMode):
             result: Tensor = func(*args, **(kwargs or {}))
             self._forms[key] = (result.shape, result.stride(), result.dtype)
             return result
-        return torch.empty_strided(form[0], form[1], dtype=form[2], device=_PAPER)
+        return torch.empty_strided(form[0], form[1], dtype=form[2], device=_META)
 
     def mark_host(self, tensor: Tensor) -> None:
-        """Note that a tensor lies in the computer's memory."""
-        self._see(tensor.untyped_storage())
-        life = self.life_of(tensor)
-        life.is_on_host, life.size = True, tensor.untyped_storage().nbytes()  # its allocator knows no blocks
+        """Note that a tensor is in host memory."""
+        self._track(tensor.untyped_storage())
+        lifetime = self.lifetime_of(tensor)
+        lifetime.is_on_host = True
+        lifetime.size = tensor.untyped_storage().nbytes()  # the host's allocator does not round
 
-    def life_of(self, tensor: Tensor) -> _Storage:
-        """Return the life of a tensor's storage."""
+    def lifetime_of(self, tensor: Tensor) -> _Lifetime:
+        """Return the record of a tensor's storage."""
         return self._alive[tensor.untyped_storage()._cdata][1]
 
     def alive_bytes(self) -> int:
-        """Return the bytes that are alive on the card now."""
-        return sum(life.size for life in self.lives if life.died is None and not life.is_on_host)
+        """Return the bytes that are allocated on the card now."""
+        return sum(lifetime.size for lifetime in self.lifetimes if lifetime.died is None and not lifetime.is_on_host)
 
     def find_peak(self, since: int = 0) -> tuple[int, int]:
-        """Return the most bytes alive at once on the card from a moment on, and the moment when they first were."""
+        """Return the most bytes allocated at once on the card from moment `since` on, and the first moment of that."""
         change = [0] * (self.moment + 2)
-        for life in self.lives:
-            if not life.is_on_host:
-                change[life.born] += life.size
-                change[self.moment + 1 if life.died is None else life.died] -= life.size
+        for lifetime in self.lifetimes:
+            if not lifetime.is_on_host:
+                change[lifetime.born] += lifetime.size
+                change[self.moment + 1 if lifetime.died is None else lifetime.died] -= lifetime.size
         now = peak = moment = 0
         for index in range(self.moment + 1):
             now += change[index]
@@ -141,19 +146,19 @@ class LiveStorage(TorchDispatchMode):
                 peak, moment = now, index
         return peak, moment
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         address = storage._cdata
         if address in self._alive:
             return
         size = -(-storage.nbytes() // self._block_bytes) * self._block_bytes
-        life = _Storage(size, self.phase, self._tick())
-        self.lives.append(life)
+        lifetime = _Lifetime(size, self.phase, self._tick())
+        self.lifetimes.append(lifetime)
 
         def died(_: object) -> None:
             del self._alive[address]
-            life.died = self._tick()
+            lifetime.died = self._tick()
 
-        self._alive[address] = (weakref.ref(storage, died), life)
+        self._alive[address] = (weakref.ref(storage, died), lifetime)
 
     def _tick(self) -> int:
         self.phase_of_moment.append(self.phase)
@@ -178,8 +183,8 @@ class LiveStorage(TorchDispatchMode):
         return entry is not None and entry[1].is_on_host
 
     def add_hidden(self, work: HiddenWork) -> None:
-        """Count what does not run on paper."""
-        self._told += 1
+        """Count the work of a kernel that does not run on meta tensors."""
+        self._reported += 1
         self._add(Work(work.product_flops, work.moved_bytes, work.ops, work.flops, low_flops=work.low_flops))
 
     def _add(self, part: Work) -> None:
@@ -198,9 +203,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _products_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float, int]:
-    """Return the FLOPs of an op's matrix products, 0 where it has none, and its launches.
+    """Return the FLOPs of an op's matrix products, 0 if it has none, and its launches.
 
-    Which experts are chosen is not known on paper: all are taken to have as many rows.
+    Meta tensors do not say which experts are chosen: all are assumed to have the same number of rows.
     """
     if name in ("mm", "bmm"):
         return 2.0 * inputs[0].numel() * inputs[1].shape[-1], 1
@@ -230,7 +235,7 @@ def _attention_of(name: str, inputs: list[Tensor]) -> float:
 
 
 def imagine(where: Profile | CardPath) -> Card:
-    """Return the card that ops are told of on paper."""
+    """Return the card that a rehearsal simulates, so that ops choose the kernels that they would launch on it."""
     known = where.multiprocessors if isinstance(where, Profile) else None
     return Card(
         where.platform,
@@ -241,91 +246,92 @@ def imagine(where: Profile | CardPath) -> Card:
 
 
 def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> Rehearsal:
-    """Run one step of the trainer on paper and return its ledger and its work.
+    """Run one training step on meta tensors and return its ledger and its work.
 
-    One micro-batch stands for all: where plan.accumulate is above 1 its gradients are added to some that exist already,
-    as they do from the second one on.  The optimizer's states exist from the beginning, as in every later step.
+    One micro-batch stands for all: if plan.accumulate is above 1 its gradients are added to existing ones, as in every
+    micro-batch after the first.  The optimizer's states exist from the beginning, as in every later step.
     """
     counter = LiveStorage(BLOCK_BYTES[card.platform])
-    # Apple's memory and a processor's are one for both sides: what would leave the card stays in it.
-    aside = {"note_host": counter.mark_host} if card.platform == "cuda" else {}
-    with simulate_card(card, counter.add_hidden, **aside), counter:
-        state = build_state(model, train, plan, _PAPER, None)
+    # On Apple chips and processors card and host share one memory, so offloading would move nothing.
+    host_hook = {"note_host": counter.mark_host} if card.platform == "cuda" else {}
+    with simulate_card(card, counter.add_hidden, **host_hook), counter:
+        state = build_state(model, train, plan, _META, None)
         network, optimizer = state.model, state.optimizer
         counter.phase = "optimizer"
         optimizer.make_states()
-        for memory in optimizer.state.values():  # those of experts that rotate exist already
-            for tensor in memory.values():
-                counter.life_of(tensor).phase = "optimizer"
+        for states in optimizer.state.values():  # those of experts that rotate exist already
+            for tensor in states.values():
+                counter.lifetime_of(tensor).phase = "optimizer"
         counter.phase = "gradients"
         if plan.accumulate > 1:
             for weight in network.parameters():
                 weight.grad = torch.empty_like(weight)
         counter.phase = "batch"
         shape = (plan.micro_batch, train.seq_len + 1)
-        token_BT = torch.empty(shape, dtype=torch.int64, device=_PAPER)
-        # A step's other sequences wait on the card too.
-        waiting = torch.empty((train.batch_samples - plan.micro_batch, shape[1]), dtype=torch.int64, device=_PAPER)
-        batch = Batch(token_BT, torch.arange(plan.micro_batch, device=_PAPER))
+        token_BT = torch.empty(shape, dtype=torch.int64, device=_META)
+        # The other sequences of the step are on the card too.
+        other_tokens = torch.empty((train.batch_samples - plan.micro_batch, shape[1]), dtype=torch.int64, device=_META)
+        batch = Batch(token_BT, torch.arange(plan.micro_batch, device=_META))
         grads, forward_end = _step(state, train, plan, batch, counter)
         counter.phase = "rotation"
         if state.rotation is not None:
             state.rotation.rotate_to(1)
         counter.phase = "save"
-        del waiting
-        ledger = _draw_up(counter, grads, forward_end, _files(state, counter))
-    nothing = [0.0] * len(Work._fields)
+        del other_tokens
+        ledger = _make_ledger(counter, grads, forward_end, _files(state, counter))
+    no_work = [0.0] * len(Work._fields)
     parts = [counter.work[phase] for phase in ("forward", "loss", "backward")]
     micro = Work(*(sum(values) for values in zip(*parts, strict=True)))
-    every = train.rotation.interval if train.rotation is not None else 1
-    turns = (share / every for share in counter.work.get("rotation", nothing))
-    update_work = Work(*(a + b for a, b in zip(counter.work["update"], turns, strict=True)))
+    # Experts rotate once in an interval of steps: each step carries its share of that work.
+    interval = train.rotation.interval if train.rotation is not None else 1
+    rotation_work = (value / interval for value in counter.work.get("rotation", no_work))
+    update_work = Work(*(a + b for a, b in zip(counter.work["update"], rotation_work, strict=True)))
     return Rehearsal(ledger, micro, update_work)
 
 
 def _step(
     state: TrainState, train: TrainConfig, plan: Plan, batch: Batch, counter: LiveStorage
 ) -> tuple[set[int], int]:
-    """Make the trainer's step; returns which lives were gradients, and the moment when forward ended."""
+    """Run the trainer's step; returns the ids of the lifetimes of gradients, and the moment when forward ended."""
     network, optimizer, rate = state.model, state.optimizer, train.optimizer.lr
     forward_end = [0]
-    loss_of = _noting_backward(loss_for(network, train, plan), counter)
+    loss_of = _mark_backward(loss_for(network, train, plan), counter)
     targets = count_targets(batch)
     grads: set[int] = set()
     if train.update_during_backward:
-        with _phases(network, counter, forward_end), _noting_steps(optimizer, counter, grads):
+        with _phases(network, counter, forward_end), _mark_updates(optimizer, counter, grads):
             learn_in_backward(network, loss_of, batch, optimizer, targets, rate, train.clip)
         return grads, forward_end[0]
     with _phases(network, counter, forward_end):
-        found = gradients(network, loss_of, [batch], targets)
-    grads |= {id(counter.life_of(w.grad)) for w in network.parameters() if w.grad is not None}
+        result = gradients(network, loss_of, [batch], targets)
+    grads |= {id(counter.lifetime_of(w.grad)) for w in network.parameters() if w.grad is not None}
     counter.phase = "update"
-    update(network, optimizer, found.loads, rate, 0.5)
+    update(network, optimizer, result.loads, rate, 0.5)
     return grads, forward_end[0]
 
 
 @contextmanager
-def _noting_steps(optimizer: LeanOptimizer, counter: LiveStorage, grads: set[int]) -> Iterator[None]:
-    """Count the steps that weights make during backward as the update's, and remember which lives were gradients."""
+def _mark_updates(optimizer: LeanOptimizer, counter: LiveStorage, grads: set[int]) -> Iterator[None]:
+    """Count updates during backward under the phase "update", and add the lifetimes of gradients to `grads`."""
     step_one = optimizer.step_one
 
-    def noted(weight: Tensor) -> None:
-        assert weight.grad is not None, "it is there to be stepped with"
-        grads.add(id(counter.life_of(weight.grad)))
+    def marked(weight: Tensor) -> None:
+        assert weight.grad is not None, "an update needs a gradient"
+        grads.add(id(counter.lifetime_of(weight.grad)))
         before, counter.phase = counter.phase, "update"
         step_one(weight)
         counter.phase = before
 
-    optimizer.step_one = noted  # type: ignore[method-assign]
+    optimizer.step_one = marked  # type: ignore[method-assign]
     try:
         yield
     finally:
         del optimizer.step_one
 
 
-def _files(state: TrainState, counter: LiveStorage) -> list[list[_Storage]]:
-    """Return what the two files of a save hold."""
-    return [[counter.life_of(tensor) for tensor in tensors.values()] for tensors in state.tensors()]
+def _files(state: TrainState, counter: LiveStorage) -> list[list[_Lifetime]]:
+    """Return the lifetimes of the tensors in each of the two files of a checkpoint."""
+    return [[counter.lifetime_of(tensor) for tensor in tensors.values()] for tensors in state.tensors()]
 
 
 @contextmanager
@@ -345,37 +351,37 @@ def _phases(network: Transformer, counter: LiveStorage, forward_end: list[int]) 
             hook.remove()
 
 
-def _noting_backward(loss_of: Callable[[Batch], Loss], counter: LiveStorage) -> Callable[[Batch], Loss]:
-    def noted(batch: Batch) -> Loss:
+def _mark_backward(loss_of: Callable[[Batch], Loss], counter: LiveStorage) -> Callable[[Batch], Loss]:
+    def marked(batch: Batch) -> Loss:
         loss = loss_of(batch)
         counter.phase = "backward"
         return loss
 
-    return noted
+    return marked
 
 
-def _draw_up(counter: LiveStorage, grads: set[int], forward_end: int, files: list[list[_Storage]]) -> Ledger:
-    """Find the moment with the most bytes alive on the card, and sort what lives then by birthplace."""
+def _make_ledger(counter: LiveStorage, grads: set[int], forward_end: int, files: list[list[_Lifetime]]) -> Ledger:
+    """Find the moment with the most bytes on the card, and add up what is allocated then by the ledger's lines."""
     end, (peak, moment) = counter.moment, counter.find_peak()
-    on_card = [life for life in counter.lives if not life.is_on_host]
+    on_card = [lifetime for lifetime in counter.lifetimes if not lifetime.is_on_host]
     lines = dict.fromkeys(LEDGER_LINES, 0)
-    for life in on_card:
-        if life.born <= moment < (end + 1 if life.died is None else life.died):
-            lines[_birthplace(life, id(life) in grads, forward_end)] += life.size
-    assert sum(lines.values()) == peak, "every byte of the peak has one birthplace"
+    for lifetime in on_card:
+        if lifetime.born <= moment < (end + 1 if lifetime.died is None else lifetime.died):
+            lines[_line_of(lifetime, id(lifetime) in grads, forward_end)] += lifetime.size
+    assert sum(lines.values()) == peak, "every byte of the peak belongs to one line"
     phase = counter.phase_of_moment[moment] if moment < end else "update"
-    kept = sum(life.size for life in counter.lives if life.is_on_host and life.died is None)
-    brought = max(sum(life.size for life in file if not life.is_on_host) for file in files)
-    written = sum(life.size for file in files for life in file)
-    return Ledger(**lines, moment=phase, host_bytes=kept + brought, kept_on_host=kept, checkpoint_bytes=written)
+    kept = sum(lifetime.size for lifetime in counter.lifetimes if lifetime.is_on_host and lifetime.died is None)
+    saved_at_once = max(sum(lifetime.size for lifetime in file if not lifetime.is_on_host) for file in files)
+    written = sum(lifetime.size for file in files for lifetime in file)
+    return Ledger(**lines, moment=phase, host_bytes=kept + saved_at_once, kept_on_host=kept, checkpoint_bytes=written)
 
 
-def _birthplace(life: _Storage, is_gradient: bool, forward_end: int) -> str:
-    if life.phase in ("weights", "optimizer"):
-        return life.phase
-    if is_gradient or life.phase == "gradients":
+def _line_of(lifetime: _Lifetime, is_gradient: bool, forward_end: int) -> str:
+    if lifetime.phase in ("weights", "optimizer"):
+        return lifetime.phase
+    if is_gradient or lifetime.phase == "gradients":
         return "gradients"
-    if life.phase == "loss":
+    if lifetime.phase == "loss":
         return "loss"
-    is_kept = life.phase == "forward" and (life.died is None or life.died >= forward_end)
+    is_kept = lifetime.phase == "forward" and (lifetime.died is None or lifetime.died >= forward_end)
     return "activations" if is_kept else "temporaries"

@@ -1,4 +1,4 @@
-"""What a person learns about one model on one card: does it fit, how, how fast, at what cost; never imports torch."""
+"""Evaluates one model on one card: whether it fits, with which plan, how fast, at what cost; never imports torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search
 from lowvram.fit.throughput import Calibration, Speed, days, estimate, kwh, step_seconds
 from lowvram.hardware.profile import Profile
 
-# What an operating system and a browser hold in the computer's memory.
+# Host memory that an operating system and a browser take.
 SYSTEM_BYTES = 2 * 2**30
 _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 
 
 class MemoryBudget(NamedTuple):
-    """A card, and what tensors may take on it: beside a desktop, and with the card to themselves.
+    """A card, and the bytes that tensors may take on it.
 
-    ram_bytes: the computer's memory, None where nobody said.  beside: what else takes memory of the card.
+    limit_bytes: beside a desktop or other programs.  headless_bytes: with nothing else on the card.  ram_bytes: host
+    memory, None if it is not known.  measured: this machine's measurement.  beside: what else takes the card's memory.
     """
 
     profile: Profile
@@ -34,11 +35,12 @@ class MemoryBudget(NamedTuple):
 
 
 class FitReport(NamedTuple):
-    """Everything that is said about one model on one card.
+    """The evaluation of one model on one card.
 
-    host_bytes: this process in the computer's memory.  state_bytes: one checkpoint.  written_bytes_per_day and
-    disk_bytes: what saving writes, and what must be free for the checkpoints kept and the tokens.  fits_headless: on
-    the card with nothing beside.  lacks_host_bytes: memory that the computer has too little, 0 where nobody knows.
+    found: the plan that was searched.  host_bytes: what the process takes in host memory.  state_bytes: the size of one
+    checkpoint.  written_bytes_per_day: what saving writes.  disk_bytes: what must be free on the disk, for the kept
+    checkpoints and the tokens.  fits_headless: whether it fits with nothing else on the card.  lacks_host_bytes: how
+    much host memory is missing, 0 if it is not known.
     """
 
     name: str
@@ -57,12 +59,12 @@ class FitReport(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Say whether card and computer both have room."""
+        """Say whether it fits into both the card's memory and the host's."""
         return self.found.fits and self.fits_host
 
     @property
     def fits_host(self) -> bool:
-        """Say whether the computer has room, as far as is known."""
+        """Say whether it fits into host memory, as far as that is known."""
         return not self.lacks_host_bytes
 
     @property
@@ -91,63 +93,63 @@ def evaluate_fit(
     name: str,
     model: ModelConfig,
     train: TrainConfig,
-    sketch: MemoryCurve,
-    place: MemoryBudget,
+    curve: MemoryCurve,
+    budget: MemoryBudget,
     exact: bool = False,
     options: RunOptions | None = None,
     wish: PlanConstraints = ANY,
 ) -> FitReport:
-    """Search a model's plan on a card and say what it costs.
+    """Search a model's plan on a card and return what it takes.
 
-    exact, wish: see `search`.  options: how often it saves.
+    exact: as for `search`.  options: how often the run saves.  wish: the constraints on the plan, as for `search`.
     """
 
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
-        return step_seconds(rehearsal, plan, train, place.profile, place.measured)
+        return step_seconds(rehearsal, plan, train, budget.profile, budget.measured)
 
     def has_room(ledger: Ledger) -> bool:
-        return not lacking_bytes(ledger, place)
+        return not lacking_bytes(ledger, budget)
 
-    may_move = None if place.profile.unified else has_room
-    found = search(sketch, place.limit_bytes, seconds, exact, wish, may_move)
-    fits_headless = found.fits
-    if not found.fits and found.peak_bytes <= place.headless_bytes:
-        found = search(sketch, place.headless_bytes, seconds, exact, wish, may_move)._replace(fits=False)
+    may_offload = None if budget.profile.unified else has_room
+    result = search(curve, budget.limit_bytes, seconds, exact, wish, may_offload)
+    fits_headless = result.fits
+    if not result.fits and result.peak_bytes <= budget.headless_bytes:
+        result = search(curve, budget.headless_bytes, seconds, exact, wish, may_offload)._replace(fits=False)
         fits_headless = True
-    ledger = found.rehearsal.ledger
+    ledger = result.rehearsal.ledger
     state = ledger.checkpoint_bytes
     options = options or RunOptions(dir=Path("run"))
-    speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if fits_headless else None
-    waiting = days(train.tokens, speed) if speed else None
+    speed = estimate(result.rehearsal, result.plan, train, budget.profile, budget.measured) if fits_headless else None
+    run_days = days(train.tokens, speed) if speed else None
     return FitReport(
         name,
         model,
         train,
-        found,
+        result,
         speed,
-        days=waiting,
-        kwh=kwh(waiting, place.profile) if waiting is not None else None,
-        host_bytes=host_bytes_of(ledger, place.profile),
+        days=run_days,
+        kwh=kwh(run_days, budget.profile) if run_days is not None else None,
+        host_bytes=host_bytes_of(ledger, budget.profile),
         state_bytes=state,
         written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
-        # One more than are kept: the new one is whole before the oldest goes.
+        # One more checkpoint than are kept: the new one is complete before the oldest is deleted.
         disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
         fits_headless=fits_headless,
-        lacks_host_bytes=lacking_bytes(ledger, place),
+        lacks_host_bytes=lacking_bytes(ledger, budget),
     )
 
 
 def host_bytes_of(ledger: Ledger, profile: Profile) -> int:
-    """Return what a run takes in the computer's memory: the process, and what leaves the card."""
+    """Return what a run takes in host memory: the process, and what is moved there from the card."""
     return profile.host_process_bytes + (0 if profile.unified else ledger.host_bytes)
 
 
-def lacking_bytes(ledger: Ledger, place: MemoryBudget) -> int:
-    """Return what the computer's memory has too little; 0 where nobody knows how much there is.
+def lacking_bytes(ledger: Ledger, budget: MemoryBudget) -> int:
+    """Return how much host memory is missing; 0 if it is not known how much there is.
 
-    Where something lies there for weeks, the system must have its share beside it.
+    If a run keeps tensors in host memory all the time, SYSTEM_BYTES must be left for the operating system.
     """
-    if place.ram_bytes is None:
+    if budget.ram_bytes is None:
         return 0
-    share = SYSTEM_BYTES if ledger.kept_on_host and not place.profile.unified else 0
-    return max(0, host_bytes_of(ledger, place.profile) + share - place.ram_bytes)
+    share = SYSTEM_BYTES if ledger.kept_on_host and not budget.profile.unified else 0
+    return max(0, host_bytes_of(ledger, budget.profile) + share - budget.ram_bytes)

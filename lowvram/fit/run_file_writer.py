@@ -21,18 +21,18 @@ def write_run(
     folders: the full paths of `train`, `tokenizer` and, if there is one, `valid`; None leaves gaps, which `load_run`
     names.  Raises ConfigError where `path` exists.
     """
-    import tomlkit  # only here: it takes a tenth of what `lowvram --help` may take
+    import tomlkit  # only here: importing it takes a tenth of the time that `lowvram --help` may take
 
     refuse_overwriting(path)
     has_gaps = folders is None
-    places = dict.fromkeys(("train", "valid", "tokenizer"), PLACEHOLDER) if folders is None else folders
+    paths = dict.fromkeys(("train", "valid", "tokenizer"), PLACEHOLDER) if folders is None else folders
     home = path.resolve().parent
     before = load_preset(preset)
     # The vocabulary follows the tokenizer.
     changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
     tables: dict[str, Table] = {
         "model": {"preset": preset} | flatten(changes),
-        "data": {key: place if has_gaps else relate(place, home) for key, place in places.items()},
+        "data": {key: value if has_gaps else relate(value, home) for key, value in paths.items()},
         "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
         "run": {"dir": f"runs/{preset}"},
     }
@@ -50,16 +50,16 @@ def write_run(
 
 
 def refuse_overwriting(path: Path) -> None:
-    """Raise ConfigError where a run file would be written over something."""
+    """Raise ConfigError if a file with the run file's name exists already."""
     if path.exists():
         raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
 
 
 def _table_over(base: Table, whole: Table) -> Table:
-    """Return what must be laid over a table, by `overlay`, so that it becomes another one.
+    """Return the table that `overlay` must lay over `base` so that the result is `whole`.
 
-    TOML has no null: what is nothing now and was something is written as "none".  A table of another kind is written
-    whole, for `overlay` takes nothing over from the old kind; what is nothing there is that kind's default.
+    TOML has no null: a value that is None now and was not before is written as "none".  A table of another kind is
+    written completely, since `overlay` keeps nothing of the old kind; None there is that kind's default.
     """
     top: Table = {}
     for key, value in whole.items():

@@ -1,4 +1,4 @@
-"""What a person could change about a run that does not fit; proposes, and never changes anything itself."""
+"""Proposes changes of a run that does not fit, or that could be faster; changes nothing itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lowvram.config.train import Muon, Rotation, TrainConfig, check_rotation
 
 # Shorter contexts than this teach a model little about texts.
 _SHORTEST = 256
-# A step that updates during backward is one micro-batch: of so many tokens, which are enough to keep a card busy.
+# A step that updates during backward is one micro-batch; this many tokens are enough to keep a card busy.
 _DURING_TOKENS = 8_192
 _INTERVAL: int = Rotation.model_fields["interval"].default
-# What a recipe does to what is learnt, as the yardstick measured it (tools/ab.py; the runs are in docs/ab).
+# How a recipe changes the loss, as measured by tools/ab.py (the runs are in docs/ab).
 QUALITY = {
     "8-bit": "learns as well",
     "muon": "learns more from each token",
@@ -24,12 +24,12 @@ QUALITY = {
     "fp8": "learns as well, within 1 %",
     "int8": "0.6 % more loss",
 }
-# Faster by less than this is not worth another precision: so far off are estimates from published figures.
+# A smaller speed-up is no reason to change the precision: estimates from published figures are off by as much.
 LEAST_GAIN = 1.15
 
 
 class Weighed(NamedTuple):
-    """The smallest plan of a model and a recipe.  fits_host: the computer has room for what lies there."""
+    """Memory and speed of the smallest plan of a model and a recipe.  fits_host: it fits into host memory."""
 
     peak_bytes: int
     tokens_per_second: float | None
@@ -40,9 +40,10 @@ Weigh = Callable[[ModelConfig, TrainConfig], Weighed]
 
 
 class Change(NamedTuple):
-    """One change of WHAT that makes the smallest plan fit.
+    """A change of the model or of the training with which the plan fits.
 
-    sets: as `--set` takes them.  peak_bytes: what is left.  costs: in time and in what is learnt, a phrase.
+    sets: the values, as `--set` takes them.  says: the change in words.  peak_bytes: the plan's peak after the change.
+    costs: a phrase about time and about what the model learns.
     """
 
     sets: tuple[str, ...]
@@ -52,7 +53,7 @@ class Change(NamedTuple):
 
 
 class _Recipe(NamedTuple):
-    """A recipe that takes less, how it is made from the run's own, and what it costs in what is learnt."""
+    """A recipe that takes less memory: the values that make it from the run's own, in words, and their quality."""
 
     sets: tuple[str, ...]
     says: str
@@ -60,7 +61,7 @@ class _Recipe(NamedTuple):
     train: TrainConfig
 
     def then(self, make: _Make, model: ModelConfig) -> _Recipe:
-        """Return this recipe with one more change, or as it is where that has nothing to change, or must not."""
+        """Return this recipe with one more change, or unchanged if that changes nothing or is not allowed."""
         more = _try(make, model, self.train)
         if more is None:
             return self
@@ -72,14 +73,14 @@ _Make = Callable[[ModelConfig, TrainConfig], _Recipe | None]
 
 
 def _try(make: _Make, model: ModelConfig, train: TrainConfig) -> _Recipe | None:
-    """Make a change, if there is one to make and the run file would be accepted with it."""
+    """Return the changed recipe, None if there is nothing to change or a run file with it would be refused."""
     recipe = make(model, train)
     if recipe is None:
         return None
     try:
         check_rotation(model, recipe.train)
     except ValueError:
-        return None  # too short a run for everybody's turn, or experts that blocks of 8-bit states do not fit
+        return None  # the run is too short for every expert's turn, or blocks of 8-bit states do not divide the experts
     return recipe
 
 
@@ -88,8 +89,8 @@ def propose(
 ) -> Iterator[Change]:
     """Yield the changes that make the smallest plan fit, the mildest first.
 
-    weigh: rehearses the plan that needs least for a model and a recipe.  can_move: the card's memory is not the
-    computer's, so that experts can wait there.
+    weigh: rehearses the plan that needs the least memory for a model and a recipe.  can_move: card and host have
+    separate memories, so that frozen experts can be kept in host memory.
     """
     before = weigh(model, train)
     makes = [_eight_bits, _muon, _bf16_weights, *([_rotation] if can_move else []), _during_backward]
@@ -107,7 +108,7 @@ def propose(
         if is_new and _fits(weighed := weigh(model, together.train), limit_bytes):
             yield _change(together, weighed, before)
             break
-    # With a smaller model or a shorter context goes what costs nothing worth naming.
+    # A smaller model or a shorter context comes with the changes that cost almost nothing.
     mild = _Recipe((), "", "", train).then(_eight_bits, model).then(_bf16_weights, model)
     for base in (_Recipe((), "", "", train), mild) if mild.sets else (mild,):
         shorter = list(_shorter_context(model, base, limit_bytes, weigh, before))
@@ -118,9 +119,9 @@ def propose(
 
 
 def propose_faster(model: ModelConfig, train: TrainConfig, limit_bytes: int, weigh: Weigh) -> Iterator[Change]:
-    """Yield the precisions of 8 bits in which the same plan still fits and is faster by figures that are known.
+    """Yield the 8-bit precisions in which the same plan still fits and is faster, as far as speeds are known.
 
-    weigh: rehearses the plan that was chosen, for another precision.
+    weigh: rehearses the chosen plan in another precision.
     """
     if train.precision not in ("bf16", "fp16"):
         return
@@ -137,9 +138,9 @@ def propose_faster(model: ModelConfig, train: TrainConfig, limit_bytes: int, wei
 def propose_fp32(
     model: ModelConfig, train: TrainConfig, limit_bytes: int, weigh: Weigh, times: float | None
 ) -> Iterator[Change]:
-    """Yield fp32 for a run in bf16 on a processor that was measured to be slower in bf16, where its plan still fits.
+    """Yield fp32 for a bf16 run on a processor that was measured to be slower in bf16, if the run's plan still fits.
 
-    times: how many times as long a micro-batch takes in bf16, None where that was not measured.
+    times: by what factor a micro-batch takes longer in bf16, None if that was not measured.
     """
     if train.precision != "bf16" or not is_slower(times):
         return
@@ -150,12 +151,12 @@ def propose_fp32(
 
 
 def is_slower(times: float | None) -> TypeGuard[float]:
-    """Say whether bf16 takes so many times as long as fp32 that fp32 is worth its memory."""
+    """Say whether bf16 takes so much longer than fp32 that fp32 is worth its memory.  times: the factor, if known."""
     return times is not None and times >= LEAST_GAIN
 
 
 def describe_slower(times: float) -> str:
-    """Return half a sentence with the measurement that speaks for fp32."""
+    """Return a clause that states the measurement in favour of fp32."""
     return f"bf16 takes {times:.2f} times as long as fp32, as measured on this processor"
 
 
@@ -206,7 +207,7 @@ def _bf16_weights(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
 def _rotation(model: ModelConfig, train: TrainConfig) -> _Recipe | None:
     if train.rotation is not None or model.ffn.kind != "moe":
         return None
-    turns = 4
+    turns = 4  # until every expert has learnt
     window = max(1, model.ffn.experts // turns)
     rotation = Rotation(window=window, interval=min(_INTERVAL, max(1, train.steps // (2 * turns))), idle="int8")
     sets = (f"rotation.window={window}", f"rotation.interval={rotation.interval}", "rotation.idle=int8")
@@ -237,7 +238,7 @@ def _during_backward(_: ModelConfig, train: TrainConfig) -> _Recipe | None:
 def _shorter_context(
     model: ModelConfig, base: _Recipe, limit_bytes: int, weigh: Weigh, before: Weighed
 ) -> Iterator[Change]:
-    """Find the longest context that fits: half of the run's, a quarter, and so on, of which a step holds whole ones."""
+    """Yield the longest context that fits, of a half of the run's, a quarter and so on; each divides batch_tokens."""
     lengths = [base.train.seq_len]
     while lengths[-1] % 2 == 0 and lengths[-1] // 2 >= _SHORTEST:
         lengths.append(lengths[-1] // 2)
@@ -262,7 +263,7 @@ def _shorter_context(
 def _fewer_layers(
     model: ModelConfig, base: _Recipe, limit_bytes: int, weigh: Weigh, before: Weighed
 ) -> Iterator[Change]:
-    """Find the most layers that fit: every layer adds the same bytes, so two rehearsals say where to look."""
+    """Yield the most layers that fit: every layer adds the same bytes, so two rehearsals predict their number."""
     least = 1 + (model.ffn.dense_layers if model.ffn.kind == "moe" else 0)
     if model.layers <= least:
         return
@@ -276,7 +277,7 @@ def _fewer_layers(
     each = max(1.0, (weighed.peak_bytes - weigh_layers(few).peak_bytes) / (model.layers - few))
     layers = model.layers
     while weighed.peak_bytes > limit_bytes:
-        # Of a smaller model another moment may be the greatest: then the line says too little, and leads on.
+        # A smaller model may peak at another moment; then too many layers were predicted, and the loop goes on.
         layers = min(layers - 1, math.floor(layers - (weighed.peak_bytes - limit_bytes) / each))
         if layers < least:
             return

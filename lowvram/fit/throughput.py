@@ -1,8 +1,7 @@
-"""How fast a rehearsed step is on a card, by published figures or by a measurement; never imports torch.
+"""Predicts how fast a rehearsed step is on a card, from published figures or a measurement; never imports torch.
 
-A card does one thing after the other: matrix products, fused attention, bytes moved through memory.  It works behind
-the program's back, so launches cost nothing there until they take longer than all of the work; a processor launches
-with the hands that work.
+The times of matrix products, fused attention and memory traffic are added up.  A GPU runs kernels asynchronously, so
+launches cost nothing until they take longer than all of the work; on a CPU the launch time is added to the work.
 """
 
 from __future__ import annotations
@@ -19,26 +18,27 @@ from lowvram.hardware.profile import Number, Profile
 
 Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
-# What computer, screen and power supply draw beside a card that is not part of them.
+# What computer, screen and power supply draw in addition to the graphics card.
 REST_OF_MACHINE_WATTS = 60.0
 
-# How far the truth may lie from an estimate, up or down, as a factor.
-# From published figures, on top of the card's own uncertainty.  Held against an RTX 4090 training Llama-shaped models
-# eagerly (30 M parameters 251,153 tokens/s, 113 M 84,554; yandesbiens.com/blog/forgelm-4090-cost, 2026): tr-25m comes
-# out at 0.92 of the one and tr-125m at 0.76 of the other.
+# By what factor the real speed may differ from an estimate, up or down.
+# For published figures, on top of the card's own uncertainty.  Compared with an RTX 4090 training Llama-shaped models
+# eagerly (30 M parameters 251,153 tokens/s, 113 M 84,554; yandesbiens.com/blog/forgelm-4090-cost, 2026): tr-25m is
+# estimated at 0.92 of the first and tr-125m at 0.76 of the second.
 SPREAD_UNMEASURED = 1.4
 # After a measurement, for another model: with tr-25m measured, the steps of tr-60m, tiny-llm-v1 and tr-130m-moe were
 # predicted at 0.78 to 1.16 of their real seconds (EPYC, one thread, bf16 and fp32, torch 2.13, 2026).
 SPREAD_MEASURED = 1.3
-# For the very step that was timed: what heat and other programs change from one minute to the next.
+# For the same step that was timed: heat and other programs change its time from one minute to the next.
 SPREAD_REPEATED = 1.05
 
 
 class Efficiency(NamedTuple):
-    """Which share of a profile's figures a training step reaches.  attention: of the product's rate, by fused kernels.
+    """The shares of a profile's figures that a training step reaches.
 
-    launch_s: host seconds for an op.  compiled: the share of bytes and of launches that torch.compile leaves.
-    low: of the figure for 8 bits.
+    product: of the figure for matrix products.  attention: what fused kernels reach, of the product's rate.  memory: of
+    the bandwidth.  launch_s: host seconds per op.  compiled: the share of bytes and of launches that remain with
+    torch.compile.  low: of the figure for 8 bits.
     """
 
     product: float
@@ -50,11 +50,12 @@ class Efficiency(NamedTuple):
 
 
 _EFFICIENCIES = {
-    # Products: a 1 B model on an RTX 4070 Ti SUPER, 9.2 k tokens/s, is 0.7 of its best product with all else in it;
-    # their own bytes are counted apart.  Attention: FlashAttention 2 reaches at most 0.73 forward and 0.63 backward
-    # (Dao 2023, section 4), on longer sequences and wider heads than here.  Memory: streaming kernels.  Launch: 5 to
-    # 10 µs from Python with autograd.  Compiled: 126,078 tokens/s for 84,554 eagerly, from the RTX 4090 above.
-    # Low: products of 8 bits on an RTX 5090, of 419 (FP8) and 838 (INT8, MXFP8) in theory, reached 190 to 207 and 480.
+    # Products: a 1 B model on an RTX 4070 Ti SUPER, 9.2 k tokens/s, is 0.7 of its best product with everything else
+    # included; the products' own bytes are counted separately.  Attention: FlashAttention 2 reaches at most 0.73
+    # forward and 0.63 backward (Dao 2023, section 4), on longer sequences and wider heads than here.  Memory: streaming
+    # kernels.  Launch: 5 to 10 µs from Python with autograd.  Compiled: 126,078 tokens/s, and 84,554 eagerly, on the
+    # RTX 4090 above.  Low: products of 8 bits on an RTX 5090, of 419 (FP8) and 838 (INT8, MXFP8) TFLOP/s in theory,
+    # reached 190 to 207 and 480.
     "cuda": Efficiency(0.9, 0.5, 0.85, 8e-6, 0.5, 0.5),
     # Metal writes out every score, so there is no fused attention; its command buffers cost more to fill.
     "mps": Efficiency(0.9, 0.5, 0.7, 15e-6, 0.5),
@@ -62,17 +63,17 @@ _EFFICIENCIES = {
     # with AVX-512, torch 2.13).
     "cpu": Efficiency(1.0, 0.6, 1.0, 10e-6, 0.7),
 }
-# From capability 8.9 on a GeForce has 12 to 96 MiB of L2, up to 8.6 two to six: as much as an activation of a
-# micro-batch, so an op finds there what the one before it wrote.
+# From capability 8.9 on a GeForce has 12 to 96 MiB of L2 cache, up to 8.6 two to six.  The larger caches hold an
+# activation of a micro-batch, so an op reads from L2 what the op before it wrote.
 _LARGE_CACHE = ((8, 9), (12, 0))
 _LARGE_CACHE_MEMORY = 1.2
-# Copies of ordinary memory over PCI Express 4.0 with 8 lanes, which cards of the middle have: less than half of its
+# Copies of pageable memory over PCI Express 4.0 with 8 lanes, which mid-range cards have: less than half of its
 # 15.8 GB/s, since they go through a page-locked buffer.
 LINK_BYTES_PER_S = 6e9
 
 
 class Rates(NamedTuple):
-    """What a machine does in a second, and the seconds of a launch.  low_flops_per_s: in 8 bits, None if unknown."""
+    """A machine's rates, and the seconds of a launch.  low_flops_per_s: matrix products in 8 bits, None if unknown."""
 
     product_flops_per_s: float
     attention_flops_per_s: float
@@ -81,17 +82,17 @@ class Rates(NamedTuple):
     low_flops_per_s: float | None = None
 
 
-# An RTX 3060: it only orders the plans of a card whose figures nobody knows.
+# An RTX 3060: it only orders the plans of a card whose figures are not known.
 _STAND_IN = Rates(26.8e12 * 0.9, 26.8e12 * 0.9 * 0.5, 360e9 * 0.85, 8e-6)
 
 
 class Calibration(FrozenConfig):
-    """What a measurement found on this machine.
+    """The result of a measurement on this machine.
 
-    timed: which configuration, in words.  micro, update: its rehearsal's work.  *_ratio: seconds measured by seconds
-    predicted from the rates, for a micro-batch and for an update; compiled_ratio: compiled by eager, None where it was
-    not tried or failed.  ledger_bytes: what the rehearsal promised; peak_bytes: what the allocator gave out, None
-    where it does not say.  date: ISO 8601.
+    timed: which configuration, in words.  micro, update: the work of its rehearsal.  micro_ratio, update_ratio:
+    measured seconds divided by those predicted from the rates.  compiled_ratio: seconds of a compiled micro-batch
+    divided by those of an eager one, None if it was not tried or failed.  ledger_bytes: the rehearsal's peak.
+    peak_bytes: the allocator's peak, None where it reports none.  date: ISO 8601.
     """
 
     version: Literal[1] = 1
@@ -121,7 +122,7 @@ class Calibration(FrozenConfig):
 
 
 class Speed(NamedTuple):
-    """Tokens a second, and the range in which the truth is expected."""
+    """Tokens per second, and the range in which the real speed is expected."""
 
     tokens_per_second: float
     low: float
@@ -132,9 +133,9 @@ class Speed(NamedTuple):
 def estimate(
     rehearsal: Rehearsal, plan: Plan, train: TrainConfig, profile: Profile, measured: Calibration | None = None
 ) -> Speed | None:
-    """Return the speed of a plan, None where neither a measurement nor the profile has figures.
+    """Return the speed of a plan, None if neither a measurement nor the profile has figures.
 
-    measured: of this card and precision; one of another is not used.
+    measured: a measurement; it is used only if it belongs to this card and precision.
     """
     is_measured = measured is not None and _belongs(measured, train, profile)
     if not is_measured and published_rates(profile, train.precision) is None:
@@ -153,7 +154,7 @@ def step_seconds(
 ) -> float:
     """Return the seconds of an optimizer step: its micro-batches one after the other, then the update.
 
-    For a card without figures the number is that of a stand-in, so that only its order among plans means something.
+    For a card without figures the rates of another card are used: then only the order of the plans has a meaning.
     """
     platform = profile.platform
     if measured is not None and _belongs(measured, train, profile):
@@ -165,8 +166,8 @@ def step_seconds(
     rates = published_rates(profile, train.precision) or _STAND_IN
     micro = rehearsal.micro
     if plan.compile:
-        left = _EFFICIENCIES[platform].compiled
-        micro = micro._replace(moved_bytes=micro.moved_bytes * left, ops=micro.ops * left)
+        remaining = _EFFICIENCIES[platform].compiled
+        micro = micro._replace(moved_bytes=micro.moved_bytes * remaining, ops=micro.ops * remaining)
     return plan.accumulate * work_seconds(micro, rates, platform) + work_seconds(rehearsal.update, rates, platform)
 
 
@@ -181,10 +182,10 @@ def work_seconds(work: Work, rates: Rates, platform: str) -> float:
 
 
 def published_rates(profile: Profile, precision: Number) -> Rates | None:
-    """Return what a training step is expected to reach by the card's published figures; None where it has none.
+    """Return the rates that a training step is expected to reach by the card's published figures; None without any.
 
-    In 8 bits all but the layers' products is computed in bf16.  Only NVIDIA cards have kernels for these products, and
-    nobody knows beforehand how much slower plain PyTorch is than 16 bits elsewhere.
+    In the 8-bit precisions everything except the layers' matrix products is computed in bf16.  Only NVIDIA cards have
+    kernels for these products; elsewhere plain PyTorch is slower than 16 bits, by a factor that is not known.
     """
     if precision in ("fp8", "int8") and profile.platform != "cuda":
         return None
@@ -202,27 +203,27 @@ def published_rates(profile: Profile, precision: Number) -> Rates | None:
 
 
 def _low_tflops(profile: Profile, precision: Number) -> float | None:
-    """Return the figure for products in 8 bits; with block scales in the instruction FP8 is as fast as INT8."""
+    """Return the figure for products in 8 bits; FP8 is as fast as INT8 if the instruction takes block scales."""
     if precision == "fp8" and profile.fp8 == "mxfp8":
         return profile.tflops.get("int8")
     return profile.tflops.get(precision) if precision in ("fp8", "int8") else None
 
 
 def launch_seconds(platform: str) -> float:
-    """Return the stated host seconds of an op."""
+    """Return the assumed host seconds per op."""
     return _EFFICIENCIES[platform].launch_s
 
 
 def days(tokens: int, speed: Speed) -> float:
-    """Return the days in which a run sees its tokens."""
+    """Return the days that a run takes for its tokens."""
     return tokens / speed.tokens_per_second / 86_400
 
 
 def kwh(days: float, profile: Profile) -> float | None:
-    """Return the electricity of so many days, None where the card's power is not known.
+    """Return the electricity of so many days in kWh, None if the card's power is not known.
 
-    A card at its power limit, which training comes near, and the rest of the computer; an Apple chip's watts are those
-    of the whole.
+    It is that of the card at its power limit, which training comes near, and of the rest of the computer; an Apple
+    chip's watts include the computer.
     """
     if profile.watts is None:
         return None

@@ -1,1 +1,1 @@
-"""The machine: known cards, what is installed, what is wrong with it; never imports torch."""
+"""The machine: the catalogue of cards, what is installed, and what is wrong with it; never imports torch."""

@@ -1,4 +1,4 @@
-"""Names of cards that the catalogue does not have, and what is true of each; knows no card that it does have."""
+"""Explains names of cards that are not in the catalogue: why they do not work, or what to type instead."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lowvram.errors import name_nearest
 _RUNS_ON = "lowvram trains on NVIDIA cards from RTX 20 on, on Apple chips from M1 on, and on processors."
 _WITHOUT_A_NAME = "Without a name, --memory 8GB works for any NVIDIA card."
 
-# What to take where a card is too old; the cards that are lent for nothing come first.
+# What to use if a card is too old: one that is free of charge.
 TAKE_ANOTHER = "choose another card: on Kaggle and Colab the T4"
 
 
 def _say_too_old(capability: str, wheels: str = "only those for CUDA 12.6 have") -> str:
-    """Return what is true below capability 7.5.  wheels: which of torch's have code for it, "" for none.
+    """Return the explanation for a card below capability 7.5.  wheels: torch's wheels with code for it, "" for none.
 
     Source: torch 2.13, torch/cuda/__init__.py (PYTORCH_RELEASES_CODE_CC): wheels for CUDA 12.6 hold code from 5.0 on,
-    all newer ones from 7.5 on.  Triton's README names 8.0 as the least; torch.compile refuses it below 7.0.
+    all newer ones from 7.5 on.  Triton's README names 8.0 as the minimum; torch.compile refuses Triton below 7.0.
     """
     which = f"of torch's wheels {wheels}" if wheels else "none of torch's wheels has"
     plain = " With them plain PyTorch would compute, far slower; nobody has tried it." if wheels else ""
@@ -37,7 +37,7 @@ def explain_too_old(capability: tuple[int, int]) -> str:
 
 _PROCESSOR = "`--gpu cpu` shows what the processor can do."
 
-# The first pattern that is found in a name decides; names are in lower case, with single blanks.
+# The first pattern that matches a name decides; names are in lower case, with single blanks.
 _FAMILIES = (
     (r"^\d+(\.\d+)? ?g(i?b)?$", f"It is a size of memory and no card's name. {_WITHOUT_A_NAME}"),
     (
@@ -84,13 +84,13 @@ _FAMILIES = (
 
 
 def explain_unknown(name: str, known: Iterable[str]) -> str:
-    """Return what is true of a card that the catalogue does not have, or the nearest names.
+    """Return an explanation for a card that is not in the catalogue, or the nearest names.
 
     name: as it was typed.  known: the ids of the catalogue.
     """
     plain = " ".join(re.sub(r"[^\w.]+", " ", name.replace("ı", "i").replace("İ", "i").lower()).split())
-    for pattern, answer in _FAMILIES:
-        if found := re.search(pattern, plain):
-            return answer.format(**found.groupdict())
-    spelt = re.sub(r"nvidia|geforce|apple|gpu|\s", "", plain)
-    return f"{name_nearest(spelt, known)} {_WITHOUT_A_NAME}"
+    for pattern, explanation in _FAMILIES:
+        if match := re.search(pattern, plain):
+            return explanation.format(**match.groupdict())
+    compact = re.sub(r"nvidia|geforce|apple|gpu|\s", "", plain)
+    return f"{name_nearest(compact, known)} {_WITHOUT_A_NAME}"

@@ -1,4 +1,4 @@
-"""What this machine has: driver, installed torch, card, memory; never imports torch."""
+"""Detects what this machine has: driver, installed torch, card, memory; never imports torch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lowvram.hardware.card_names import explain_too_old
 from lowvram.hardware.profile import Profile, find_profile, generic_profile, load_profile
 from lowvram.units import show_bytes
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Driver:
     """An NVIDIA driver: its card's name, and the newest CUDA that the driver can run, as (major, minor).
 
-    card: the one that a run would use, or would if the environment did not hide it.
+    card: the card that a run would use if the environment hid none.
     """
 
     card: str
@@ -45,7 +45,7 @@ class TorchBuild:
 
 
 class NvidiaCard(NamedTuple):
-    """An NVIDIA card as its driver sees it now.  free_bytes: what no other program holds, desktop included."""
+    """An NVIDIA card as its driver reports it now.  free_bytes: what no program or desktop has allocated."""
 
     name: str
     capability: tuple[int, int]
@@ -54,7 +54,7 @@ class NvidiaCard(NamedTuple):
 
 
 class TritonBuild(NamedTuple):
-    """The installed Triton: its version, and what it says where it does not import, "" where it does."""
+    """The installed Triton: its version, and its error if importing it fails, "" otherwise."""
 
     version: str
     problem: str = ""
@@ -68,9 +68,9 @@ class Bitsandbytes(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """Why torch leaves the NVIDIA card idle, and the command that installs one that does not, "" where none would.
+    """Why torch cannot use the NVIDIA card, and the command that installs a torch that can, "" if there is none.
 
-    is_driver_old: a newer driver mends it too.
+    is_driver_old: whether a newer driver would solve it too.
     """
 
     reason: str
@@ -79,7 +79,7 @@ class Mismatch(NamedTuple):
 
 
 class Detected(NamedTuple):
-    """This machine's profile, the bytes that are free on it now (None: nobody can say), and a sentence about both."""
+    """This machine's profile, the bytes that are free on it now (None: not known), and a sentence about both."""
 
     profile: Profile
     free_bytes: int | None
@@ -87,16 +87,16 @@ class Detected(NamedTuple):
 
 
 def find_driver() -> Driver | None:
-    """Return the NVIDIA driver of this machine, or None where there is no driver or no card that it drives."""
-    return _ask_nvml(_read_driver)
+    """Return the NVIDIA driver of this machine, None if there is no driver or no card for it."""
+    return _query_nvml(_read_driver)
 
 
 def find_card() -> NvidiaCard | None:
-    """Return the NVIDIA card that a run would use with its memory now, None where there is none or all are hidden."""
-    return _ask_nvml(_read_card)
+    """Return the NVIDIA card that a run would use, with its memory now; None if there is none or all are hidden."""
+    return _query_nvml(_read_card)
 
 
-def _ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
+def _query_nvml(read: Callable[[Any], Result]) -> Result | None:
     try:
         import pynvml
     except ImportError:
@@ -106,7 +106,7 @@ def _ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
     except pynvml.NVMLError:
         return None
     try:
-        return question(pynvml)
+        return read(pynvml)
     except pynvml.NVMLError:
         return None
     finally:
@@ -131,11 +131,11 @@ def _read_card(nvml: Any) -> NvidiaCard | None:
 
 
 def _list_indices(nvml: Any) -> list[int]:
-    """Return NVML's numbers of all cards in the order in which CUDA counts them.
+    """Return NVML's indices of all cards in the order in which CUDA counts them.
 
-    NVML counts by slot.  CUDA begins with the fastest card, which it takes for the one of the highest capability with
-    the most memory, unless it is told otherwise (CUDA C++ Programming Guide, CUDA environment variables).  A card
-    whose memory NVML does not know comes after the others of its capability.
+    NVML counts by slot.  CUDA begins with the fastest card, taken here to be the one with the highest capability and
+    then the most memory, unless CUDA_DEVICE_ORDER is PCI_BUS_ID (CUDA C++ Programming Guide, CUDA environment
+    variables).  A card whose memory NVML does not know comes after the others of its capability.
     """
     indices = list(range(nvml.nvmlDeviceGetCount()))
     if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(indices) < 2:
@@ -152,16 +152,16 @@ def _list_indices(nvml: Any) -> list[int]:
 
 
 def _list_visible(nvml: Any, indices: list[int]) -> list[int]:
-    """Return those of the cards that CUDA_VISIBLE_DEVICES leaves, in its order.
+    """Return the indices of the cards that CUDA_VISIBLE_DEVICES lists, in its order; all if it is not set.
 
-    It lists places in CUDA's own order or beginnings of UUIDs.  What names no card hides all that follow it, so that
-    nothing and -1 hide every card; a card that is named twice hides all.
+    Its entries are positions in CUDA's own order, or beginnings of UUIDs.  An entry that names no card hides all cards
+    after it, so that an empty value and -1 hide every card; a card that is named twice hides all.
     """
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if asked is None:
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is None:
         return indices
     visible: list[int] = []
-    for entry in asked.split(","):
+    for entry in setting.split(","):
         index = _find_named(nvml, indices, entry.strip())
         if index is None:
             break
@@ -175,11 +175,11 @@ def _find_named(nvml: Any, indices: list[int], entry: str) -> int | None:
     if entry.isdecimal():
         return indices[int(entry)] if int(entry) < len(indices) else None
     if entry.startswith("MIG-"):
-        return indices[0] if indices else None  # a part of some card; torch says its memory when a run begins
+        return indices[0] if indices else None  # a part of some card; torch reports its memory when a run begins
     if not entry.startswith("GPU-"):
         return None
-    found = [index for index in indices if _read_uuid(nvml, index).startswith(entry)]
-    return found[0] if len(found) == 1 else None
+    matches = [index for index in indices if _read_uuid(nvml, index).startswith(entry)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _read_capability(nvml: Any, index: int) -> tuple[int, int]:
@@ -198,7 +198,7 @@ def _read_name(nvml: Any, index: int) -> str:
 
 
 def find_torch() -> TorchBuild | None:
-    """Return what is installed as torch, read from its version file: importing it would take seconds."""
+    """Return the installed torch, read from its version file: importing it would take seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -209,7 +209,7 @@ def find_torch() -> TorchBuild | None:
 
 
 def find_triton() -> TritonBuild | None:
-    """Return the Triton that Python would import, tried by importing it, or None where there is none."""
+    """Return the installed Triton, None if there is none; it is imported to see whether that works."""
     if importlib.util.find_spec("triton") is None:
         return None
     version = next(filter(None, map(_find_version, ("triton", "triton-windows", "pytorch-triton"))), "unknown")
@@ -221,7 +221,7 @@ def find_triton() -> TritonBuild | None:
 
 
 def find_bitsandbytes() -> Bitsandbytes | None:
-    """Return the installed bitsandbytes by its files, since importing it takes seconds."""
+    """Return the installed bitsandbytes, read from its files: importing it would take seconds."""
     spec = importlib.util.find_spec("bitsandbytes")
     if spec is None or spec.origin is None:
         return None
@@ -232,12 +232,12 @@ def find_bitsandbytes() -> Bitsandbytes | None:
 
 def find_compiler() -> str | None:
     """Return the C compiler that Triton would use: CC, else gcc, else clang (triton/runtime/build.py)."""
-    asked = os.environ.get("CC")
-    return shutil.which(asked) if asked is not None else shutil.which("gcc") or shutil.which("clang")
+    configured = os.environ.get("CC")
+    return shutil.which(configured) if configured is not None else shutil.which("gcc") or shutil.which("clang")
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
+    """Return the first line of an error's message, or its type's name if it has no message."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
@@ -248,17 +248,17 @@ def _find_version(distribution: str) -> str | None:
         return None
 
 
-# What pyproject.toml asks for.
+# The requirement of pyproject.toml.
 TORCH = "torch>=2.10,<2.14"
-# CUDA versions that PyTorch's own index holds wheels for, newest first (pytorch.org/get-started/previous-versions).
+# CUDA versions for which PyTorch's own index has wheels, newest first (pytorch.org/get-started/previous-versions).
 _WHEELS = ((13, 0), (12, 8), (12, 6))
 # The first CUDA whose wheels have no code for cards before RTX 20, and have some for RTX 50 (pytorch/pytorch#172352).
 _MODERN = (12, 8)
 
 
 def find_wheel(driver: Driver, capability: tuple[int, int] | None = None) -> tuple[int, int] | None:
-    """Return the CUDA of the newest wheels of torch that this driver and card run, None where none do."""
-    # Within a major version a driver also runs what was built for a newer minor one (NVIDIA, minor compatibility).
+    """Return the CUDA version of the newest torch wheels that this driver and card can run, None if there are none."""
+    # Within a major version a driver also runs programs for a newer minor one (NVIDIA, minor version compatibility).
     wheels = [cuda for cuda in _WHEELS if cuda[0] <= driver.cuda[0]]
     if capability is not None and capability < (7, 5):
         wheels = [cuda for cuda in wheels if cuda < _MODERN and capability >= (5, 0)]
@@ -268,7 +268,7 @@ def find_wheel(driver: Driver, capability: tuple[int, int] | None = None) -> tup
 
 
 def install_command(index: str, is_forced: bool = True) -> str:
-    """Return the line that installs torch from a part of PyTorch's own index: "cu130", "cpu"; "" is PyPI."""
+    """Return the command that installs torch from PyTorch's own index; index: "cu130", "cpu", or "" for PyPI."""
     force = "--force-reinstall " if is_forced else ""
     return f'pip install {force}"{TORCH}"' + (f" --index-url https://download.pytorch.org/whl/{index}" if index else "")
 
@@ -276,7 +276,7 @@ def install_command(index: str, is_forced: bool = True) -> str:
 def find_mismatch(
     driver: Driver | None, build: TorchBuild | None, capability: tuple[int, int] | None = None
 ) -> Mismatch | None:
-    """Return why the installed torch cannot use the NVIDIA card that is here, None where it can or there is none."""
+    """Return why the installed torch cannot use this machine's NVIDIA card, None if it can or there is no card."""
     if driver is None or build is None:
         return None
     wheel = find_wheel(driver, capability)
@@ -296,7 +296,7 @@ UPDATE_DRIVER = "update the NVIDIA driver, since none of torch's builds runs on 
 def explain_mismatch(
     driver: Driver | None, build: TorchBuild | None, capability: tuple[int, int] | None = None
 ) -> str | None:
-    """Return one sentence with the exact command where torch leaves the NVIDIA card idle; None where all is well."""
+    """Return one sentence with the exact command if torch cannot use the NVIDIA card, None if it can."""
     mismatch = find_mismatch(driver, build, capability)
     if driver is None or mismatch is None:
         return None
@@ -307,7 +307,7 @@ def explain_mismatch(
 
 
 def machine_memory_bytes() -> int:
-    """Return the host's memory."""
+    """Return the size of the host's memory."""
     return int(psutil.virtual_memory().total)
 
 
@@ -321,7 +321,7 @@ def describe_machine() -> str:
 
 
 def detect() -> Detected:
-    """Return the profile of what this machine trains on: its first NVIDIA card, its Apple chip, or its processor."""
+    """Return the profile of this machine's training device: its first NVIDIA card, its Apple chip, or its processor."""
     card = find_card()
     if card is not None:
         return describe_card(card)
@@ -331,7 +331,7 @@ def detect() -> Detected:
 
 
 def describe_processor() -> Detected:
-    """Return the processor's profile and what is free of this machine's memory."""
+    """Return the processor's profile and how much of this machine's memory is free."""
     memory = psutil.virtual_memory()
     profile, _ = find_profile("cpu", memory.total)
     room = f"{show_bytes(memory.total)} of memory, {show_bytes(memory.available)} of it free"
@@ -339,7 +339,7 @@ def describe_processor() -> Detected:
 
 
 def describe_card(card: NvidiaCard) -> Detected:
-    """Return the profile of a card that is here: the catalogue's, or a generic one with the driver's own answers."""
+    """Return the profile of a card in this machine: the catalogue's, or a generic one with what the driver reports."""
     room = f"{card.name} with {show_bytes(card.total_bytes)}, {show_bytes(card.free_bytes)} of it free."
     try:
         profile, note = find_profile(card.name, card.total_bytes)
@@ -356,7 +356,7 @@ def _describe_apple(chip: str, ram_bytes: int) -> Detected:
     try:
         return Detected(find_profile(chip, ram_bytes)[0], None, room)
     except ConfigError:
-        # What is the same on every Apple chip is taken from the oldest; speeds and sold sizes are not.
+        # The properties that all Apple chips share are taken from the oldest; speeds and sizes are not known.
         unknown = dict.fromkeys(
             ("memory_range_bytes", "bandwidth_bytes_per_s", "watts", "theory_tflops", "tflops_source")
         ) | {"id": "generic", "name": chip, "memory_bytes": ram_bytes, "tflops": {}, "sources": ()}

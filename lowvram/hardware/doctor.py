@@ -1,4 +1,4 @@
-"""What keeps a machine from training, or from training fast, and the command that mends it: pure functions of facts."""
+"""Checks what prevents a machine from training, or from training fast, and names the fix: pure functions of facts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GIB = 2**30
 
 
 class Finding(NamedTuple):
-    """Something to mend: what is here, what follows, what to type or do ("" where nothing helps).
+    """A problem: what is here, what follows from it, what to type or do ("" if nothing helps).
 
     is_fatal: training would fail, and not only be slower.
     """
@@ -30,12 +30,12 @@ class Finding(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """All of it in one sentence."""
+        """The whole finding in one sentence."""
         return f"{self.value}: {self.consequence}" + (f"; to mend it: {self.command}" if self.command else "") + "."
 
 
 def check_torch(facts: Facts) -> Finding | None:
-    """Torch must be installed, of a version that this code is written for, and import."""
+    """Torch must be installed, in a version for which this code is written, and importing it must work."""
     build, says = facts.build, facts.says
     minor = read_minor(build.version) if build else None
     if build is not None and not says.problem and (minor is None or (2, 10) <= minor < (2, 14)):
@@ -77,12 +77,12 @@ def check_idle_card(facts: Facts) -> Finding | None:
     if facts.visible_cards is not None:
         command = "set CUDA_VISIBLE_DEVICES=" if facts.system == "Windows" else "unset CUDA_VISIBLE_DEVICES"
         return Finding(f"CUDA_VISIBLE_DEVICES is {facts.visible_cards!r}", f"torch sees no card, {idle}", command)
-    consequence = f"torch {build.version} does not see it, {idle}; asked, it says why"
+    consequence = f"torch {build.version} does not see it, {idle}; the command shows why"
     return Finding(f"{driver.card} is here", consequence, 'python -c "import torch; torch.cuda.init()"')
 
 
 def check_start(facts: Facts) -> Finding | None:
-    """The card must start: after a driver's update or a night's sleep it may not."""
+    """The card must start; after an update of the driver, or after the computer slept, it may not."""
     if not facts.says.card_problem:
         return None
     value = f"the card does not start ({facts.says.card_problem})"
@@ -105,7 +105,7 @@ def check_architecture(facts: Facts) -> Finding | None:
 
 
 def _find_too_old(facts: Facts, value: str, has_code: bool) -> Finding:
-    """Say what a card before RTX 20 lacks; the wheels that still know it, from Maxwell on, are the second best."""
+    """Return the finding for a card before RTX 20; torch's wheels for CUDA 12.6 still support those from Maxwell on."""
     assert facts.build is not None, "torch sees the card"
     if has_code:
         consequence = "it is too old for Triton: lowvram's kernels need 7.5, so plain PyTorch computes, far slower"
@@ -120,35 +120,35 @@ def _find_too_old(facts: Facts, value: str, has_code: bool) -> Finding:
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Say whether a card runs code of an architecture: a binary within its major version, PTX from any older one.
+    """Say whether a card runs code for an architecture: a binary for its major version, PTX for any older version.
 
     Source: CUDA C++ Programming Guide, binary and PTX compatibility; "a" is for one card only, "f" for its family.
     """
-    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code)
-    if found is None:
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code)
+    if match is None:
         return False
-    built_for = (int(found[2]), int(found[3]))
-    if found[4] == "a":
+    built_for = (int(match[2]), int(match[3]))
+    if match[4] == "a":
         return built_for == capability
-    is_binary = found[1] == "sm" or found[4] == "f"
+    is_binary = match[1] == "sm" or match[4] == "f"
     return built_for <= capability and (built_for[0] == capability[0] or not is_binary)
 
 
 def check_numbers(facts: Facts) -> Finding | None:
-    """A card whose tensor cores take fp16 alone is slow in bf16."""
+    """A card whose tensor cores support fp16 but not bf16 is slow in bf16."""
     if not facts.has_cuda or facts.capability is None:
         return None
     features = features_of(facts.capability)
     if features.has_bf16 or not features.has_half:
         return None
-    # Products in fp16 by those in bf16, measured: RTX 2070 7.2, RTX 2080 7.6, T4 17 (profiles/).
+    # Rate of matrix products in fp16 divided by that in bf16, measured: RTX 2070 7.2, RTX 2080 7.6, T4 17 (profiles/).
     consequence = "its products are 7 to 17 times as fast in fp16"
     command = "lowvram train RUN.toml --set train.precision=fp16"
     return Finding("this card has no tensor cores for bf16", consequence, command)
 
 
 def check_triton(facts: Facts) -> Finding | None:
-    """Beside CUDA there must be a Triton that imports, and the one that this torch was built with."""
+    """With CUDA there must be a Triton that can be imported, in the version that this torch was built with."""
     if not facts.has_cuda:
         return None
     triton, pair = facts.triton, find_pair(facts)
@@ -171,13 +171,13 @@ def check_triton(facts: Facts) -> Finding | None:
     return None
 
 
-# What each torch's wheels for CUDA ask for (their metadata on PyPI); wheels for Windows ask for none.
+# The Triton that each torch's wheels for CUDA require (their metadata on PyPI); wheels for Windows require none.
 _PAIRS = {(2, 10): (3, 6), (2, 11): (3, 6), (2, 12): (3, 7), (2, 13): (3, 7)}
 _NEWEST_TRITON = (3, 7)
 
 
 def find_pair(facts: Facts) -> tuple[int, int] | None:
-    """Return the (major, minor) of the Triton that the installed torch goes with, None where nobody knows."""
+    """Return the (major, minor) of the Triton that belongs to the installed torch, None if it is not known."""
     for wanted in facts.torch_wants:
         if pinned := re.match(r"(?:pytorch-)?triton(?:-windows)?\s*\(?==\s*([\d.]+)", wanted):
             return read_minor(pinned[1])
@@ -186,13 +186,13 @@ def find_pair(facts: Facts) -> tuple[int, int] | None:
 
 
 def read_minor(version: str) -> tuple[int, int] | None:
-    """Return (2, 13) for "2.13.0+cu130", None for what is no version."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    return (int(found[1]), int(found[2])) if found else None
+    """Return (2, 13) for "2.13.0+cu130", None if the text is no version."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _builds_launcher(facts: Facts) -> bool:
-    """Say whether Triton compiles C at its first launch; the one for Windows brings a compiler of its own."""
+    """Say whether Triton needs a C compiler at its first launch; Triton for Windows includes one."""
     return facts.has_cuda and facts.triton is not None and facts.system == "Linux"
 
 
@@ -216,18 +216,18 @@ def check_headers(facts: Facts) -> Finding | None:
 
 
 def check_bitsandbytes(facts: Facts) -> Finding | None:
-    """An installed bitsandbytes must have brought its native library; here only tests use it."""
-    found, build = facts.bitsandbytes, facts.build
-    if found is None:
+    """An installed bitsandbytes must include its native library; in this project only tests use it."""
+    installed, build = facts.bitsandbytes, facts.build
+    if installed is None:
         return None
     major = build.cuda[0] if build is not None and build.cuda is not None and facts.has_cuda else None
     wanted = "libbitsandbytes_" if major is None else f"libbitsandbytes_cuda{major}"
-    if any(name.startswith(wanted) for name in found.libraries):
+    if any(name.startswith(wanted) for name in installed.libraries):
         return None
     library = "library" if major is None else f"library for CUDA {major}"
     consequence = "the tests that compare with it fail; training does not use it"
     command = 'pip install --force-reinstall --no-deps "bitsandbytes>=0.50"'
-    return Finding(f"bitsandbytes {found.version} has no native {library}", consequence, command)
+    return Finding(f"bitsandbytes {installed.version} has no native {library}", consequence, command)
 
 
 def check_metal(facts: Facts) -> Finding | None:
@@ -247,7 +247,7 @@ def check_metal(facts: Facts) -> Finding | None:
 
 
 def check_metal_attention(facts: Facts) -> Finding | None:
-    """Torch has no fused attention that learns on Metal."""
+    """On Metal torch has no fused attention with a backward pass."""
     if facts.says.device != "mps":
         return None
     consequence = "its memory grows with the square of seq_len; lowvram fit counts it, and recomputing saves most of it"
@@ -264,7 +264,7 @@ def check_metal_numbers(facts: Facts) -> Finding | None:
 
 
 def check_card_memory(facts: Facts) -> Finding | None:
-    """What other programs hold on the card is not there for training; a desktop's share is no news."""
+    """Memory of the card that other programs hold is missing for training; a desktop's usual share is ignored."""
     card = facts.card
     if card is None or facts.says.device != "cuda":
         return None
@@ -276,7 +276,7 @@ def check_card_memory(facts: Facts) -> Finding | None:
 
 
 def check_disk(facts: Facts) -> Finding | None:
-    """Checkpoints need room: the smallest preset's 1.4 GB, tens of GB for the largest (`lowvram fit`)."""
+    """Checkpoints need disk space: 1.4 GB for the smallest preset, tens of GB for the largest (`lowvram fit`)."""
     if facts.free_disk_bytes >= 5 * _GIB:
         return None
     value = f"{show_bytes(facts.free_disk_bytes)} of disk are free in this folder"
@@ -285,7 +285,7 @@ def check_disk(facts: Facts) -> Finding | None:
 
 
 Check = Callable[[Facts], Finding | None]
-# What a run on a CUDA card meets at its first launch.
+# Checks of what a run on a CUDA card needs at its first launch.
 LAUNCH_CHECKS: tuple[Check, ...] = (check_start, check_architecture, check_triton, check_compiler, check_headers)
 CHECKS: tuple[Check, ...] = (
     check_torch,
@@ -302,6 +302,6 @@ CHECKS: tuple[Check, ...] = (
 
 
 def find_all(facts: Facts, checks: tuple[Check, ...] = CHECKS) -> list[Finding]:
-    """Return what the checks find, those that would make training fail first."""
-    found = [finding for check in checks if (finding := check(facts)) is not None]
-    return sorted(found, key=lambda finding: not finding.is_fatal)
+    """Return the findings of the checks, those that would make training fail first."""
+    findings = [finding for check in checks if (finding := check(facts)) is not None]
+    return sorted(findings, key=lambda finding: not finding.is_fatal)

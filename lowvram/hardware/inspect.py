@@ -1,4 +1,4 @@
-"""Everything that a check-up of this machine asks, gathered in one place; never imports torch."""
+"""Gathers everything that `lowvram doctor` checks about this machine; judges nothing, never imports torch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from lowvram.hardware.detect import (
 
 
 class TorchSays(NamedTuple):
-    """What torch says once it is imported.
+    """What torch reports once it is imported.
 
-    problem: why it does not import.  device: the best that it finds here.  card_problem: why its CUDA card does not
-    start.  capability: that card's.  architectures: what it has code for, as "sm_86" or "compute_120".  has_metal: it
-    was built for Apple's GPUs.
+    problem: why importing it fails.  device: the best device that it finds.  card_problem: why its CUDA card does not
+    start.  capability: that card's.  architectures: those it has code for, such as "sm_86" or "compute_120".
+    has_metal: whether it was built for Apple's GPUs.
     """
 
     problem: str = ""
@@ -46,11 +46,12 @@ class TorchSays(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a check asks.
+    """Everything that the checks of a machine read.
 
-    system_version: macOS's, empty elsewhere.  is_translated: Python is an Intel build on an Apple chip.
-    torch_wants: the packages that the installed torch asks for.  compiler: what Triton would call, None where there is
-    none.  compiler_asked: the environment's CC.  visible_cards: the environment's CUDA_VISIBLE_DEVICES.
+    says: what torch reports.  system_version: macOS's, empty elsewhere.  is_translated: Python is an Intel build on an
+    Apple chip.  torch_wants: the packages that the installed torch requires.  compiler: the C compiler that Triton
+    would call, None if there is none.  compiler_asked: the environment's CC.  visible_cards: the environment's
+    CUDA_VISIBLE_DEVICES.
     """
 
     says: TorchSays
@@ -73,17 +74,17 @@ class Facts:
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """The first card's, by torch where it sees one, else by the driver."""
+        """The first card's compute capability: from torch if it sees a card, otherwise from the driver."""
         return self.says.capability or (self.card.capability if self.card else None)
 
     @property
     def has_cuda(self) -> bool:
-        """Say whether torch can use an NVIDIA card; AMD's have torch's same name and other rules."""
+        """Say whether torch can use an NVIDIA card; torch calls AMD's cards "cuda" too, but other rules apply there."""
         return self.says.device == "cuda" and self.build is not None and self.build.cuda is not None
 
 
 def gather(says: TorchSays) -> Facts:
-    """Gather the facts of this machine and of the current folder."""
+    """Return the facts about this machine and the current folder's disk.  says: what torch reports."""
     system, processor = platform.system(), platform.machine()
     return Facts(
         says=says,
@@ -119,6 +120,6 @@ def _find_wants() -> tuple[str, ...]:
 
 
 def _find_headers() -> Path:
-    """Return where Triton looks for Python's headers (triton/runtime/build.py)."""
+    """Return the folder in which Triton looks for Python's headers (triton/runtime/build.py)."""
     scheme = sysconfig.get_default_scheme()
     return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))

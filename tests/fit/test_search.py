@@ -116,7 +116,7 @@ def test_the_whole_step_is_tried_where_its_half_does_not_fit_since_it_accumulate
 
 @pytest.mark.parametrize("samples, expected", [(1, 1), (7, 1), (12, 3), (15, 3)], ids=str)
 def test_every_plan_keeps_the_tokens_of_a_step(samples: int, expected: int) -> None:
-    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, wish=PlanConstraints(recompute="none"))
+    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, constraints=PlanConstraints(recompute="none"))
     assert found.plan.micro_batch == expected
     assert found.plan.micro_batch * found.plan.accumulate == samples
 
@@ -129,15 +129,15 @@ def test_what_is_said_to_fit_fits(limit_bytes: int) -> None:
 
 def test_what_a_person_insists_on_is_all_that_is_searched() -> None:
     model = Model(overhead=10.0)
-    asked = model.search(FIXED + 16 * 400, wish=PlanConstraints(micro_batch=4, recompute="block"))
+    asked = model.search(FIXED + 16 * 400, constraints=PlanConstraints(micro_batch=4, recompute="block"))
     assert asked.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
     assert asked.reason == "you asked for it"
     assert {technique for technique, _ in model.rehearsed} == {"block"}
-    least_work = Model(overhead=1e6).search(FIXED + 16 * 400, wish=PlanConstraints(micro_batch=4))
+    least_work = Model(overhead=1e6).search(FIXED + 16 * 400, constraints=PlanConstraints(micro_batch=4))
     assert least_work.plan.recompute == "none", "all are equally fast, and there is room"
-    kept = model.search(FIXED + 2 * 400, wish=PlanConstraints(micro_batch=4))
+    kept = model.search(FIXED + 2 * 400, constraints=PlanConstraints(micro_batch=4))
     assert kept.plan == Plan(micro_batch=4, accumulate=4, recompute="attention")
-    least = model.search(FIXED + 3 * 100, wish=PlanConstraints(micro_batch=4))
+    least = model.search(FIXED + 3 * 100, constraints=PlanConstraints(micro_batch=4))
     assert not least.fits
     assert least.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
     assert "asked for" in least.reason
@@ -171,13 +171,17 @@ def test_a_plan_whose_own_rehearsal_is_above_the_limit_is_passed_over() -> None:
 
 
 def test_a_plan_is_never_called_asked_for_where_nothing_was_asked() -> None:
-    nothing = Model().search(FIXED + 99, wish=ANY)
-    moved = search(Model().sketch, FIXED + 99, Model().seconds, may_move=lambda _: True)
+    nothing = Model().search(FIXED + 99, constraints=ANY)
+    moved = search(Model().sketch, FIXED + 99, Model().seconds, may_offload=lambda _: True)
     assert not nothing.fits
     assert not moved.fits
     assert "asked for" not in nothing.reason + moved.reason
     asked = search(
-        Model().sketch, FIXED + 99, Model().seconds, wish=PlanConstraints(micro_batch=2), may_move=lambda _: True
+        Model().sketch,
+        FIXED + 99,
+        Model().seconds,
+        constraints=PlanConstraints(micro_batch=2),
+        may_offload=lambda _: True,
     )
     assert "asked for" in asked.reason
 
@@ -198,7 +202,7 @@ class Heavy(Model):
         return super().seconds(rehearsal, plan) + (self.MOVING_S if plan.offload == "optimizer" else 0.0)
 
     def move(self, limit_bytes: int, has_room: bool = True) -> SearchResult:
-        return search(self.sketch, limit_bytes, self.seconds, may_move=lambda _: has_room)
+        return search(self.sketch, limit_bytes, self.seconds, may_offload=lambda _: has_room)
 
 
 def test_states_are_moved_where_the_room_that_they_leave_is_worth_it() -> None:

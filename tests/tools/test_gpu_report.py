@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tools import gpu_report
-from tools.gpu_report import Report, Supervisor, refuse_without_card, run_tests, share_out
+from tools.gpu_report import Report, Supervisor, refuse_without_card, run_tests, split_tests
 from tools.gpu_table import Roofs, figures_of, judge_aims, page, roofs_of
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def share(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
     path = folder / "test_it.py"
     path.write_text(f"import pytest, time\n{text}")
     monkeypatch.setattr(
-        gpu_report, "share_out", lambda is_tiny: [[str(path), "--rootdir", str(folder), "-c", os.devnull]]
+        gpu_report, "split_tests", lambda is_tiny: [[str(path), "--rootdir", str(folder), "-c", os.devnull]]
     )
 
 
@@ -189,7 +189,7 @@ def test_without_pytest_the_report_says_that_no_test_ran(monkeypatch: pytest.Mon
 
 
 def test_every_file_of_the_kernels_tests_is_run_once_and_the_marked_ones_of_the_rest() -> None:
-    shards = share_out(is_tiny=False)
+    shards = split_tests(is_tiny=False)
     files = [file for shard in shards for file in shard if file.endswith(".py")]
     assert sorted(files) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/kernels").rglob("test_*.py"))
     assert all("gpu or not heavy" in shard for shard in shards[:-1])
