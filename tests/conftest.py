@@ -84,7 +84,7 @@ def no_bf16_processor() -> Iterator[None]:
     In bf16 a text that is read at once and one that is read turn by turn may differ in their last bits, hence in words.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: False)
+        patch.setattr("lowvram.api.loading.multiplies_bf16", lambda: False)
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowvram.checkpoint import Checkpoint, find_checkpoint
 from lowvram.config import RunConfig
-from lowvram.train.start import check_readable
+from lowvram.generate.saved_run import check_readable
 from tests.tiny import prepare_home, tiny_run, trainer_of, unequal
 
 # Of the flips that every run of the tests makes, this share falls into the manifest, and the rest where bytes are.

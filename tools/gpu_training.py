@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from lowvram_kernels.dispatch import card_of
 
-from lowvram.cli.place import find_card_of, sketch_run
+from lowvram.api.rehearsals import sketch_run
+from lowvram.api.target import detect_target_of
 from lowvram.config import ModelConfig, TrainConfig
 from lowvram.errors import MachineError
-from lowvram.fit.answer import Answer, Place, judge
+from lowvram.fit.answer import Answer, MemoryBudget, judge
 from lowvram.fit.ledgers import find_sketch, path_of
 from lowvram.fit.rehearse import rehearse
 from lowvram.fit.sketch import Rehearsal
@@ -99,10 +100,10 @@ class Training:
 
     def _judge(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> Answer:
         """Choose a plan as `fit` does.  An 8-bit run takes the 16-bit run's, so that the two can be compared."""
-        here = find_card_of(scene.device).profile
+        here = detect_target_of(scene.device).profile
         train = train.model_copy(update={"precision": "bf16"}) if train.precision in ("fp8", "int8") else train
         sketch = find_sketch(self.preset, model, train, path_of(here, train)) or sketch_run(model, train, here)
-        return judge(self.name, model, train, sketch, Place(here, limit_bytes, limit_bytes))
+        return judge(self.name, model, train, sketch, MemoryBudget(here, limit_bytes, limit_bytes))
 
 
 def trainings(scene: Scene) -> list[Training]:

@@ -37,8 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Look and print; returns 1 where training would fail."""
     if arguments.gpu is not None:
         return _run_on_paper(arguments.gpu, arguments.json)
+    from lowvram.api.device import ask_torch
     from lowvram.checkup import find_all
-    from lowvram.cli.machine import ask_torch
     from lowvram.cli.show import result
     from lowvram.facts import gather
 
@@ -58,11 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_on_paper(gpu: str, is_json: bool) -> int:
-    from lowvram.cli.place import name_card
+    from lowvram.api.target import describe_target
     from lowvram.cli.show import notice
     from lowvram.fit.rehearse import imagine
 
-    named = name_card(gpu, None, None, None)
+    named = describe_target(gpu)
     notice(named.sentence)
     ops = choose_all(imagine(named.profile))
     if is_json:

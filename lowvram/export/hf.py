@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,14 +57,29 @@ def write_directory(
     out: Path,
     wish: Wish,
     more: Mapping[str, bytes],
-    tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
 ) -> int:
     """Write a model, its tokenizer and `more` files by name; returns the bytes of its weights.
 
-    tell: is told how many of how many tensors are done.
     Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
     """
+    writing = write_each_tensor(source, tokenizer, out, wish, more, disk)
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return end.value
+
+
+def write_each_tensor(
+    source: Source,
+    tokenizer: Tokenizer,
+    out: Path,
+    wish: Wish,
+    more: Mapping[str, bytes],
+    disk: Disk = DISK,
+) -> Generator[tuple[int, int], None, int]:
+    """Do what `write_directory` does, and yield how many of how many tensors are begun."""
     settings = to_settings(source.config, wish.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +91,11 @@ def write_directory(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
             draft.mkdir()
             parts, kept = _Parts(draft, wish.most_bytes, disk), Kept()
-            for name, tensor in _tensors(source, wish.numbers, kept, tell):
+            told = (0, 0)
+            for begun, name, tensor in _tensors(source, wish.numbers, kept):
+                if begun != told:
+                    yield begun
+                told = begun
                 if name == EMBEDDING:
                     settings["dtype"] = settings["torch_dtype"] = _NAMES[tensor.dtype]
                 parts.add(name, tensor)
@@ -144,12 +163,11 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _tensors(
-    source: Source, numbers: Numbers | None, kept: Kept, tell: Callable[[int, int], None]
-) -> Iterator[tuple[str, Tensor]]:
-    """Return every tensor under transformers' name and in its layout."""
+def _tensors(source: Source, numbers: Numbers | None, kept: Kept) -> Iterator[tuple[tuple[int, int], str, Tensor]]:
+    """Return every tensor under transformers' name and in its layout, and which of how many of ours it is of."""
     config, shapes = source.config, shapes_of(source.config)
-    for done, (ours, shape) in enumerate(shapes.items()):
+    for number, (ours, shape) in enumerate(shapes.items(), 1):
+        begun = (number, len(shapes))
         pieces = name_pieces(ours, config)
         found = source.read(ours)
         tensor = dequantise(found, torch.float32) if isinstance(found, Scaled) else found
@@ -158,13 +176,12 @@ def _tensors(
         for name, piece in zip(pieces, cut(tensor, len(pieces)), strict=True):
             if numbers == "fp8" and is_matrix and ours.startswith("blocks."):
                 # From what is kept: rounding to bf16 between would round twice.
-                yield from quantise_piece(name, piece, kept)
+                yield from ((begun, *part) for part in quantise_piece(name, piece, kept))
             else:
-                yield name, piece.to(dtype)
+                yield begun, name, piece.to(dtype)
             # MLX and others have no DeepSeek or GLM whose head is the embedding.
             if name == EMBEDDING and config.tied and (config.attention.kind == "mla" or config.ffn.kind == "moe"):
-                yield HEAD, piece.to(dtype, copy=True)
-        tell(done + 1, len(shapes))
+                yield begun, HEAD, piece.to(dtype, copy=True)
 
 
 class _Parts:

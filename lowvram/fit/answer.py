@@ -17,10 +17,11 @@ SYSTEM_BYTES = 2 * 2**30
 _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 
 
-class Place(NamedTuple):
+class MemoryBudget(NamedTuple):
     """A card, and what tensors may take on it: beside a desktop, and with the card to themselves.
 
     ram_bytes: the computer's memory, None where nobody said.  beside: what else takes memory of the card.
+    measured_problem: why a measurement that lies on this machine is not used; "" where there is nothing to say.
     """
 
     profile: Profile
@@ -29,6 +30,7 @@ class Place(NamedTuple):
     ram_bytes: int | None = None
     measured: Measured | None = None
     beside: str = "a desktop"
+    measured_problem: str = ""
 
 
 class Answer(NamedTuple):
@@ -90,7 +92,7 @@ def judge(
     model: ModelConfig,
     train: TrainConfig,
     sketch: Sketch,
-    place: Place,
+    budget: MemoryBudget,
     exact: bool = False,
     options: RunOptions | None = None,
     wish: Wish = ANY,
@@ -101,21 +103,21 @@ def judge(
     """
 
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
-        return step_seconds(rehearsal, plan, train, place.profile, place.measured)
+        return step_seconds(rehearsal, plan, train, budget.profile, budget.measured)
 
     def has_room(ledger: Ledger) -> bool:
-        return not lacking_bytes(ledger, place)
+        return not lacking_bytes(ledger, budget)
 
-    may_move = None if place.profile.unified else has_room
-    found = search(sketch, place.limit_bytes, seconds, exact, wish, may_move)
+    may_move = None if budget.profile.unified else has_room
+    found = search(sketch, budget.limit_bytes, seconds, exact, wish, may_move)
     fits_headless = found.fits
-    if not found.fits and found.peak_bytes <= place.headless_bytes:
-        found = search(sketch, place.headless_bytes, seconds, exact, wish, may_move)._replace(fits=False)
+    if not found.fits and found.peak_bytes <= budget.headless_bytes:
+        found = search(sketch, budget.headless_bytes, seconds, exact, wish, may_move)._replace(fits=False)
         fits_headless = True
     ledger = found.rehearsal.ledger
     state = ledger.checkpoint_bytes
     options = options or RunOptions(dir=Path("run"))
-    speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if fits_headless else None
+    speed = estimate(found.rehearsal, found.plan, train, budget.profile, budget.measured) if fits_headless else None
     waiting = days(train.tokens, speed) if speed else None
     return Answer(
         name,
@@ -124,14 +126,14 @@ def judge(
         found,
         speed,
         days=waiting,
-        kwh=kwh(waiting, place.profile) if waiting is not None else None,
-        host_bytes=host_bytes_of(ledger, place.profile),
+        kwh=kwh(waiting, budget.profile) if waiting is not None else None,
+        host_bytes=host_bytes_of(ledger, budget.profile),
         state_bytes=state,
         written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
         # One more than are kept: the new one is whole before the oldest goes.
         disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
         fits_headless=fits_headless,
-        lacks_host_bytes=lacking_bytes(ledger, place),
+        lacks_host_bytes=lacking_bytes(ledger, budget),
     )
 
 
@@ -140,12 +142,12 @@ def host_bytes_of(ledger: Ledger, profile: Profile) -> int:
     return profile.host_process_bytes + (0 if profile.unified else ledger.host_bytes)
 
 
-def lacking_bytes(ledger: Ledger, place: Place) -> int:
+def lacking_bytes(ledger: Ledger, budget: MemoryBudget) -> int:
     """Return what the computer's memory has too little; 0 where nobody knows how much there is.
 
     Where something lies there for weeks, the system must have its share beside it.
     """
-    if place.ram_bytes is None:
+    if budget.ram_bytes is None:
         return 0
-    share = SYSTEM_BYTES if ledger.kept_on_host and not place.profile.unified else 0
-    return max(0, host_bytes_of(ledger, place.profile) + share - place.ram_bytes)
+    share = SYSTEM_BYTES if ledger.kept_on_host and not budget.profile.unified else 0
+    return max(0, host_bytes_of(ledger, budget.profile) + share - budget.ram_bytes)

@@ -1,11 +1,9 @@
-"""From a checked run file to a Trainer: opens tokenizer and shards, builds the model; starts nothing."""
+"""From the settings of a run to a Trainer: opens tokenizer and shards, builds the model; starts nothing."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-
-import torch
 
 from lowvram.checkpoint import Store
 from lowvram.config import RunConfig
@@ -15,37 +13,41 @@ from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
 from lowvram.files import DISK, Disk
-from lowvram.plan import Plan
 from lowvram.train.guard import is_out_of_memory
+from lowvram.train.settings import RunSettings
+from lowvram.train.start import RunLock
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.trainer import Trainer
 
 
-def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK) -> Trainer:
+def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DISK) -> Trainer:
     """Return a Trainer at step 0; `run()` then resumes, or takes `start_from`'s weights.
 
+    lock: on the run's directory, which the trainer checks before each save.
     Raises DataError for shards that are damaged or of another tokenizer, PromptError for a sample prompt too long.
     """
-    tokenizer = load_tokenizer(what.data.tokenizer)
-    _check_prompts(what, tokenizer)
-    corpora = [(_open(c.path, tokenizer), c.weight) for c in what.data.train]
-    valid = _open(what.data.valid, tokenizer) if what.data.valid else None
-    run = what.run
+    config, run = settings.config, settings.config.run
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    _check_prompts(config, tokenizer)
+    corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
+    valid = _open(config.data.valid, tokenizer) if config.data.valid else None
     return Trainer(
-        what=what,
-        plan=plan,
-        state=_build(what, plan, device),
-        loader=Loader(corpora, what.train.seq_len, what.train.seed),
+        what=config,
+        plan=settings.plan,
+        state=_build(settings),
+        loader=Loader(corpora, config.train.seq_len, config.train.seed),
         tokenizer=tokenizer,
         store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
         valid=valid,
+        lock=lock,
     )
 
 
-def _build(what: RunConfig, plan: Plan, device: torch.device) -> TrainState:
+def _build(settings: RunSettings) -> TrainState:
+    config = settings.config
     try:
-        return build_state(what.model, what.train, plan, device, what.train.seed)
+        return build_state(config.model, config.train, settings.plan, settings.device, config.train.seed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -63,14 +65,14 @@ def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
     return shards
 
 
-def _check_prompts(what: RunConfig, tokenizer: Tokenizer) -> None:
+def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuse now what would end the run at its first sample."""
-    for prompt in what.run.prompts:
+    for prompt in config.run.prompts:
         count = 1 + len(tokenizer.encode(prompt))
-        if count >= what.train.seq_len:
+        if count >= config.train.seq_len:
             raise PromptError(
                 f"A prompt in run.prompts has {count} tokens.",
-                f"train.seq_len is {what.train.seq_len}, and the answer needs room in it too.",
+                f"train.seq_len is {config.train.seq_len}, and the answer needs room in it too.",
                 "Shorten it, or write prompts = [].",
             )
 

@@ -12,16 +12,13 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-import lowvram
 from lowvram.checkpoint import Checkpoint, find_checkpoint
 from lowvram.config import RunConfig, TrainConfig, differences
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.files import DISK, Disk
-from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
+from lowvram.generate.saved_run import saved_config
 from lowvram.json_files import JsonError, read_object
-from lowvram.manifest import CONFIG, OtherVersionError
 from lowvram.plan import Plan, Recompute, choose_plan
-from lowvram.runfile import from_portable
 
 _PLAN = "plan.json"
 # What a further stage may change about a model whose weights it takes over.
@@ -29,8 +26,6 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # May differ between two starts: where things lie (a run that goes on needs its origin no more), what is kept and
 # told, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
-# What pydantic calls a key, a kind or a choice that this version does not know.
-_LATER = ("extra_forbidden", "union_tag_invalid", "literal_error")
 # A network or USB drive may be away for a moment.
 _AWAY_S = 2.0
 
@@ -108,35 +103,6 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
         yield lock
     finally:
         lock.release()
-
-
-def saved_config(checkpoint: Checkpoint) -> RunConfig:
-    """Return the run that a checkpoint is of.
-
-    Raises CheckpointError where there is no such run; OtherVersionError where another lowvram wrote it, which may know
-    more keys and choices than this one.  A version number alone does not tell: it is the same for many commits.
-    """
-    is_later = False
-    try:
-        return from_portable(checkpoint.config(), checkpoint.directory.parent)
-    except ValidationError as error:
-        problems = error.errors()
-        problem = next((one for one in problems if one["type"] in _LATER), problems[0])
-        is_later = problem["type"] in _LATER
-        why = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}."
-    except (ConfigError, AttributeError, TypeError) as error:  # a text or a list where a table belongs
-        why = f"{error}."
-    what = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
-    version = checkpoint.manifest["versions"].get("lowvram", "")
-    if is_later or version != lowvram.__version__:
-        which = f" to {version}, which wrote it" if version not in ("", lowvram.__version__) else ""
-        raise OtherVersionError(what, why, f"Update lowvram{which}.")
-    raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
-
-
-def check_readable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
-    refuse_other_tensors(CheckpointSource(checkpoint, saved_config(checkpoint).model))
 
 
 def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
@@ -227,6 +193,7 @@ def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool
     micro-batch is halved, so it is never older than a checkpoint's plan; that one counts where the file was lost.
     """
     path, is_torn = directory / _PLAN, False
+    plan: Plan | None
     try:
         plan = Plan.model_validate(read_object(path))
     except FileNotFoundError:

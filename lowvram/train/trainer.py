@@ -19,6 +19,7 @@ from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
+from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Batch, count_targets
 from lowvram.plan import Plan
 from lowvram.runfile import to_portable
@@ -40,7 +41,7 @@ from lowvram.train.guard import (
 from lowvram.train.looks import evaluate, evaluate_masters, write_sample
 from lowvram.train.optim import learning_rate
 from lowvram.train.recording import Recording
-from lowvram.train.start import RunLock, check_readable, refuse_changes, refuse_other_model
+from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 

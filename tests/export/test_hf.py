@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError, DiskFullError, ExportError
-from lowvram.export.hf import Wish, estimate_bytes, write_directory
+from lowvram.export.hf import Wish, estimate_bytes, write_directory, write_each_tensor
 from lowvram.export.settings import to_settings
 from tests.export.forms import FORMS, REFUSED
 from tests.export.sources import held, speak, written
@@ -210,10 +210,7 @@ def test_whatever_happens_to_the_disk_the_directory_is_whole_or_not_there(
 
 def test_progress_ends_with_all_tensors(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, source = held(FORMS["gqa-rope"][0])
-    told: list[tuple[int, int]] = []
-    write_directory(
-        source, small_tokenizer, tmp_path / "out", Wish(64), {}, lambda done, total: told.append((done, total))
-    )
+    told = list(write_each_tensor(source, small_tokenizer, tmp_path / "out", Wish(64), {}))
     assert told == [(n + 1, len(source.tensors)) for n in range(len(source.tensors))]
 
 

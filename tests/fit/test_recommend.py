@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.fit.answer import Answer, Place, judge
+from lowvram.fit.answer import Answer, MemoryBudget, judge
 from lowvram.fit.passes import Part, RunText
 from lowvram.fit.recommend import TOO_SLOW_DAYS, explain_too_little, limit_tokens, recommend, recommend_first
 from lowvram.fit.sketch import Rehearsal, Sketch, Work
@@ -18,7 +18,7 @@ HOUR = 1 / 24
 MODEL, TRAIN = load_preset("tr-25m")
 REHEARSAL = Rehearsal(Ledger(1, 1, 1, 1, 1, 1, "backward"), Work(1e12, 1e9, 1000.0), Work(0.0, 5e8, 100.0))
 ANSWER = judge(
-    "tr-25m", MODEL, TRAIN, Sketch([64], lambda _: REHEARSAL, 1024), Place(load_profile("rtx5070"), 2**33, 2**33)
+    "tr-25m", MODEL, TRAIN, Sketch([64], lambda _: REHEARSAL, 1024), MemoryBudget(load_profile("rtx5070"), 2**33, 2**33)
 )
 
 

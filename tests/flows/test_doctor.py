@@ -17,7 +17,7 @@ import torch
 from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attention, imagining
 from rich.console import Console
 
-import lowvram.cli.machine as machine
+from lowvram.api import device as module
 from lowvram.cli import show
 from lowvram.cli.doctor import choose_all
 from lowvram.facts import Facts, TorchSays
@@ -43,7 +43,7 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
     """Be a machine of which these are the facts; ops are still looked up for what torch has here."""
 
     def become(facts: Facts) -> None:
-        monkeypatch.setattr("lowvram.cli.machine.ask_torch", lambda: facts.says)
+        monkeypatch.setattr("lowvram.api.device.ask_torch", lambda: facts.says)
         monkeypatch.setattr("lowvram.facts.gather", lambda _: facts)
 
     return become
@@ -52,9 +52,9 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
 @pytest.fixture(autouse=True)
 def told_anew() -> Iterator[None]:
     """Let what is said once be said in each test."""
-    machine._warn_of_launches.cache_clear()
+    module._find_launch_notices.cache_clear()
     yield
-    machine._warn_of_launches.cache_clear()
+    module._find_launch_notices.cache_clear()
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -76,7 +76,7 @@ def test_this_machine_is_told_with_every_op_and_may_train() -> None:
     for name in ("system", "processor", "memory", "disk", "card", "Python", "torch", "Triton", "bitsandbytes"):
         assert re.search(rf"^{name} +\S", answer.out, re.MULTILINE), name
     assert re.search(rf"^torch +{re.escape(torch.__version__)}", answer.out, re.MULTILINE)
-    card = card_of(machine.choose_device("auto"))
+    card = card_of(module.choose_device("auto").device)
     found = rows(answer.out)
     assert list(found) == ROWS
     for op in OPS:
@@ -227,20 +227,20 @@ def test_a_narrow_window_folds_the_table_and_hides_nothing(
 
 
 def test_a_missing_triton_is_one_sentence_when_a_card_is_opened(
-    monkeypatch: pytest.MonkeyPatch, be: Callable[[Facts], None], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, be: Callable[[Facts], None]
 ) -> None:
     be(CUDA)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "find_driver", lambda: CUDA.driver)
-    monkeypatch.setattr(machine, "find_torch", lambda: CUDA.build)
-    assert machine.choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setattr(module, "find_driver", lambda: CUDA.driver)
+    monkeypatch.setattr(module, "find_torch", lambda: CUDA.build)
+    device, (notice,) = module.choose_device("auto")
+    assert device == torch.device("cuda", 0)
     sentence = (
-        'Note: Triton is not installed: plain PyTorch computes, slower; to mend it: pip install "triton>=3.5,<3.8".\n'
+        'Note: Triton is not installed: plain PyTorch computes, slower; to mend it: pip install "triton>=3.5,<3.8".'
     )
-    assert capsys.readouterr().err == sentence
-    assert machine.choose_device("cuda") == torch.device("cuda", 0)
-    assert capsys.readouterr().err == "", "once is enough"
-    assert machine.choose_device("cpu") == torch.device("cpu")
+    assert (notice.text, notice.level) == (sentence, "warning")
+    assert module.choose_device("cuda") == (torch.device("cuda", 0), ()), "once is enough"
+    assert module.choose_device("cpu") == (torch.device("cpu"), ())
 
 
 def test_without_triton_every_op_has_a_path_on_a_card() -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowvram.checkpoint import find_checkpoint
-from lowvram.cli.load import load_model
 from tests.flows.typed import RUN_FILE, fill_home, typed
+from tests.loaded import load_model
 from tests.resign import sign_anew
 
 ALIBI = RUN_FILE.replace("[data]", '[model.positions]\nkind = "alibi"\n[data]').replace('dir = "run"', 'dir = "alibi"')

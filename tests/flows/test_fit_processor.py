@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.cli import place as cli_place
+from lowvram.api import rehearsals
 from lowvram.config import ModelConfig, TrainConfig
-from lowvram.fit.answer import Answer, Place, judge
+from lowvram.fit.answer import Answer, MemoryBudget, judge
 from lowvram.fit.changes import LEAST_GAIN
 from lowvram.fit.ledgers import PATHS, find_sketch
 from tests.fit.pair import store_pair
@@ -30,14 +30,14 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def rehearses_quickly(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
     """Let a preset take in fp32 what it takes in bf16, which stands in a file, or more than there is."""
 
-    def judge_here(name: str, model: ModelConfig, train: TrainConfig, place: Place) -> Answer:
+    def rehearse_fit(name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget) -> Answer:
         sketch = find_sketch(name, model, train, CPU_PATH)
         assert sketch is not None
-        assert place.measured is not None
-        assert place.measured.precision == train.precision == "fp32"
-        return judge(name, model, train, sketch, place if fits else place._replace(limit_bytes=1, headless_bytes=1))
+        assert budget.measured is not None
+        assert budget.measured.precision == train.precision == "fp32"
+        return judge(name, model, train, sketch, budget if fits else budget._replace(limit_bytes=1, headless_bytes=1))
 
-    monkeypatch.setattr(cli_place, "judge_here", judge_here)
+    monkeypatch.setattr(rehearsals, "rehearse_fit", rehearse_fit)
 
 
 @pytest.mark.parametrize("times", [1.62, 1.1])

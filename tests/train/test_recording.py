@@ -21,6 +21,7 @@ from lowvram.train import trainer as trainer_module
 from lowvram.train.events import Event, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.recording import Recording
+from lowvram.train.settings import RunSettings
 from lowvram.train.step import add_gradients, gradients
 from lowvram.train.trainer import Trainer
 from lowvram.train.trial import settle_recording
@@ -116,7 +117,7 @@ def run_of(home: Path, name: str, kind: str = "gqa-rope", **train: Any) -> RunCo
 
 
 def trainer_of(what: RunConfig, device: str = "cpu", micro_batch: int = 4) -> Trainer:
-    return prepare(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device(device))
+    return prepare(RunSettings(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device(device)))
 
 
 def record(trainer: Trainer, tape: Tape) -> Trainer:
