@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lowvram.api.training import TrainingRun as TrainingRun
     from lowvram.api.training import train as train
     from lowvram.errors import LowvramError as LowvramError
-    from lowvram.fit.answer import MemoryBudget as MemoryBudget
+    from lowvram.fit.report import MemoryBudget as MemoryBudget
     from lowvram.train.events import Evaluated as Evaluated
     from lowvram.train.events import Event as Event
     from lowvram.train.events import Halved as Halved
@@ -44,7 +44,7 @@ _HOMES = {
     "FitResult": "lowvram.api.fit_result",
     "Halved": "lowvram.train.events",
     "LowvramError": "lowvram.errors",
-    "MemoryBudget": "lowvram.fit.answer",
+    "MemoryBudget": "lowvram.fit.report",
     "Model": "lowvram.api.models",
     "Notice": "lowvram.api.tasks",
     "Rotated": "lowvram.train.events",

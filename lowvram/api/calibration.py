@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
 
     from lowvram.api.target import Target
-    from lowvram.config import ModelConfig, TrainConfig
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.train import TrainConfig
 
 # The numbers between which a processor has to be asked which are faster: its name does not say.
 _COMPARED = ("bf16", "fp32")
@@ -23,7 +24,7 @@ def calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target)
     """
     from lowvram.api.device import choose_device
     from lowvram.errors import ConfigError, MachineError
-    from lowvram.fit.measured import compare_precisions
+    from lowvram.fit.calibration_store import compare_precisions
 
     device, notices = choose_device("auto")
     yield from notices
@@ -53,9 +54,9 @@ def _calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target
     """Time and keep one precision; return False where it does not fit."""
     from lowvram.api.rehearsals import rehearse_fit
     from lowvram.api.target import notices_of
-    from lowvram.fit.measure import measure
-    from lowvram.fit.measured import store_measured
-    from lowvram.train.guard import cap_memory
+    from lowvram.fit.calibrate import measure
+    from lowvram.fit.calibration_store import store_measured
+    from lowvram.train.oom import cap_memory
 
     budget = target.budget(train.precision)
     yield from notices_of(budget)

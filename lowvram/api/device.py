@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lowvram.api.tasks import Notice
 from lowvram.errors import MachineError
-from lowvram.machine import explain_mismatch, find_card, find_driver, find_torch, first_line
+from lowvram.hardware.detect import explain_mismatch, find_card, find_driver, find_torch, first_line
 
 if TYPE_CHECKING:
     import torch
 
-    from lowvram.facts import TorchSays
+    from lowvram.hardware.inspect import TorchSays
 
 DeviceType = Literal["cuda", "mps", "cpu"]
 
@@ -49,7 +49,7 @@ def choose_device(asked: str = "auto") -> ChosenDevice:
 
 def ask_torch() -> TorchSays:
     """Import torch, if it can be, and return what it says of itself and of this machine."""
-    from lowvram.facts import TorchSays
+    from lowvram.hardware.inspect import TorchSays
 
     try:
         import torch
@@ -97,8 +97,8 @@ def _new_launch_notices() -> tuple[Notice, ...]:
 
 @functools.cache
 def _find_launch_notices() -> tuple[Notice, ...]:
-    from lowvram.checkup import LAUNCH_CHECKS, find_all
-    from lowvram.facts import gather
+    from lowvram.hardware.doctor import LAUNCH_CHECKS, find_all
+    from lowvram.hardware.inspect import gather
 
     return tuple(
         Notice(f"Note: {finding.sentence}", "warning") for finding in find_all(gather(ask_torch()), LAUNCH_CHECKS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.api.tasks import Notice, Progress, Task, count_progress, finish
 
 if TYPE_CHECKING:
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.shards import ShardSet
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.evaluate.bits_per_byte import Score

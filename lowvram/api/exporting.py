@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Literal
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
-    from lowvram.checkpoint import Checkpoint
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
+    from lowvram.convert.gguf.verify import Agreement, Programs
+    from lowvram.convert.model_card import Story
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.export.card import Story
-    from lowvram.export.verify import Agreement, Programs
     from lowvram.generate.weights import CheckpointSource
+    from lowvram.storage.checkpoint import Checkpoint
 
 Format = Literal["hf", "fp8", "gguf"]
 Dtype = Literal["fp32", "bf16", "f16", "q8_0"]
@@ -82,8 +82,8 @@ def export_task(path: Path, out: Path, options: ExportOptions) -> Task[Exported]
     other program cannot compute this model, DiskFullError.
     """
     from lowvram.api.loading import open_checkpoint
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.export.hf import refuse_existing
+    from lowvram.convert.hf.writer import refuse_existing
+    from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.generate.weights import CheckpointSource
 
     _check_options(options)
@@ -124,9 +124,9 @@ def _write_directory(
     checkpoint: Checkpoint,
     run: RunConfig,
 ) -> Task[Exported]:
-    from lowvram.data.outside_tokenizer import OutsideTokenizer
-    from lowvram.export.card import write_card
-    from lowvram.export.hf import Numbers, Wish, estimate_bytes, write_each_tensor
+    from lowvram.convert.hf.writer import Numbers, Wish, estimate_bytes, write_each_tensor
+    from lowvram.convert.model_card import write_card
+    from lowvram.data.hf_tokenizer import OutsideTokenizer
 
     by_dtype: dict[Dtype | None, Numbers] = {"fp32": "fp32", "bf16": "bf16"}
     numbers: Numbers | None = "fp8" if options.to == "fp8" else by_dtype.get(options.dtype)
@@ -147,7 +147,7 @@ def _tell_story(
     size: int,
     needs_bos: bool,
 ) -> Story:
-    from lowvram.export.card import Story, read_curve
+    from lowvram.convert.model_card import Story, read_curve
 
     return Story(
         name=out.resolve().name,
@@ -170,10 +170,10 @@ def _write_gguf(
     checkpoint: Checkpoint,
     run: RunConfig,
 ) -> Task[Exported]:
-    from lowvram.data.outside_tokenizer import OutsideTokenizer
+    from lowvram.convert.gguf.verify import find_programs
+    from lowvram.convert.gguf.writer import Numbers, write_gguf
+    from lowvram.data.hf_tokenizer import OutsideTokenizer
     from lowvram.errors import TokenizerError
-    from lowvram.export.gguf import Numbers, write_gguf
-    from lowvram.export.verify import find_programs
 
     if isinstance(tokenizer, OutsideTokenizer):
         why = "llama.cpp knows pre-tokenizers by name, and lowvram knows the name of its own only."
@@ -200,8 +200,8 @@ def compare_with_llama_cpp(asked: Comparison) -> Task[Agreement]:
     """
     import torch
 
+    from lowvram.convert.gguf.verify import verify
     from lowvram.errors import ExportError
-    from lowvram.export.verify import verify
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.weights import load_for_reading
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram.errors import DataError
-from lowvram.fit.answer import Answer, MemoryBudget
-from lowvram.fit.changes import Change
+from lowvram.fit.epochs import Remark, RunText, suitable_preset
 from lowvram.fit.evidence import describe_evidence
-from lowvram.fit.passes import Remark, RunText, suitable_preset
 from lowvram.fit.recommend import PATIENCE_DAYS, Advice
-from lowvram.profile import Desktop, measured_ids
+from lowvram.fit.report import Answer, MemoryBudget
+from lowvram.fit.suggestions import Change
+from lowvram.hardware.profile import Desktop, measured_ids
 
 if TYPE_CHECKING:
     from lowvram.api.target import Target
     from lowvram.api.tasks import Notice
-    from lowvram.plan import Recompute
+    from lowvram.config.plan import Recompute
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,15 @@ from lowvram.api.tasks import Notice, Progress, Task, finish
 
 if TYPE_CHECKING:
     from lowvram.api.target import Target
-    from lowvram.config import ModelConfig, RunConfig, TrainConfig
-    from lowvram.fit.answer import Answer, MemoryBudget
-    from lowvram.fit.changes import Change
-    from lowvram.fit.passes import Remark, RunText
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.plan import Recompute
+    from lowvram.config.run import RunConfig
+    from lowvram.config.train import TrainConfig
+    from lowvram.fit.epochs import Remark, RunText
+    from lowvram.fit.report import Answer, MemoryBudget
     from lowvram.fit.search import Wish
-    from lowvram.plan import Recompute
-    from lowvram.profile import Desktop
+    from lowvram.fit.suggestions import Change
+    from lowvram.hardware.profile import Desktop
 
 # What stands for "the presets" where one must be named: the smallest.
 _SMALLEST = "tr-25m"
@@ -140,9 +142,9 @@ def refuse_contradictions(options: FitOptions) -> None:
 
 def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
     """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
-    from lowvram.data.outside_tokenizer import load_tokenizer
+    from lowvram.config.run_file import load_run, name_vocabulary
+    from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.errors import LowvramError
-    from lowvram.runfile import load_run, name_vocabulary
 
     notices: list[Notice] = []
 
@@ -166,7 +168,7 @@ def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
 def _read_text(options: FitOptions, run: RunConfig | None) -> Task[RunText | None]:
     """Open the shards of a folder or of a run file, which is judged without them too, since they may come later."""
     from lowvram.errors import DataError
-    from lowvram.fit.passes import open_folder, open_text
+    from lowvram.fit.epochs import open_folder, open_text
 
     if run is None:
         return open_folder(options.data) if options.data is not None else None
@@ -206,7 +208,7 @@ def _judge_presets(options: FitOptions, target: Target) -> Task[tuple[list[Answe
     """Judge the preset that was named, or every preset."""
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of
-    from lowvram.runfile import preset_names
+    from lowvram.config.run_file import preset_names
 
     budget = target.budget(_load_preset(options.preset or _SMALLEST, options, target)[1].precision)
     yield from notices_of(budget)
@@ -224,7 +226,7 @@ def _judge_presets(options: FitOptions, target: Target) -> Task[tuple[list[Answe
 
 def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelConfig, TrainConfig]:
     """Load a preset; which 16-bit numbers it computes with is the one thing that it leaves to the card."""
-    from lowvram.runfile import load_preset
+    from lowvram.config.run_file import load_preset
 
     model, train = load_preset(name, options.overrides)
     if any("precision" in assignment for assignment in options.overrides):
@@ -236,16 +238,16 @@ def judge_by_sketch(
     name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: Wish
 ) -> Answer | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
-    from lowvram.fit.answer import judge
     from lowvram.fit.ledgers import find_sketch, path_of
+    from lowvram.fit.report import judge
 
     sketch = find_sketch(name, model, train, path_of(budget.profile, train))
     return None if sketch is None else judge(name, model, train, sketch, budget, wish=wish)
 
 
 def _wish(options: FitOptions, train: TrainConfig) -> Wish:
+    from lowvram.config.plan import choose_plan
     from lowvram.fit.search import Wish
-    from lowvram.plan import choose_plan
 
     if options.micro_batch is not None:
         choose_plan(train, options.micro_batch)  # refuses what does not divide the step
@@ -278,7 +280,7 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
 
 def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
     from lowvram.errors import DataError
-    from lowvram.fit.passes import Remark, remark_on
+    from lowvram.fit.epochs import Remark, remark_on
 
     try:
         return list(remark_on(text, answer.model, answer.train)) if text is not None else []
@@ -289,8 +291,8 @@ def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
 def _judge_known(target: Target) -> Task[list[Answer]]:
     """Judge the presets whose rehearsals are known for a card."""
     from lowvram.api.target import notices_of
+    from lowvram.config.run_file import load_preset, preset_names
     from lowvram.fit.search import ANY
-    from lowvram.runfile import load_preset, preset_names
 
     budget = target.budget(target.profile.dtype)
     yield from notices_of(budget)

@@ -11,12 +11,13 @@ from lowvram.api.tasks import Notice, Task
 if TYPE_CHECKING:
     import torch
 
-    from lowvram.checkpoint import Checkpoint
-    from lowvram.config import ModelConfig, RunConfig
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.precision import Precision, Reading
-    from lowvram.generate.source import Source
+    from lowvram.generate.weight_reader import Source
     from lowvram.model.transformer import Transformer
+    from lowvram.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def load_model(
     Raises CheckpointError where there is no checkpoint that can be read, MachineError where the device is not here.
     """
     from lowvram.api.device import choose_device
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.export.outside import is_outside, open_outside
+    from lowvram.convert.hf.reader import is_outside, open_outside
+    from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource
 
@@ -78,8 +79,8 @@ def open_checkpoint(path: Path) -> Task[tuple[Checkpoint, RunConfig]]:
 
     Raises CheckpointError where there is none, or where it describes a run that this version does not know.
     """
-    from lowvram.checkpoint import find_checkpoint
     from lowvram.generate.saved_run import check_readable, saved_config
+    from lowvram.storage.checkpoint import find_checkpoint
 
     checkpoint, passed_over = find_checkpoint(path, needs_state=False, check=check_readable)
     for problem in passed_over:
@@ -102,7 +103,7 @@ def _load(
     from lowvram.generate.weights import load_for_reading
     from lowvram.model.transformer import lay_by_columns
     from lowvram.objective import DTYPES
-    from lowvram.train.guard import free_memory
+    from lowvram.train.oom import free_memory
 
     dtype = DTYPES[reading.flow]
     model = load_for_reading(source, reading.kept, device, dtype)

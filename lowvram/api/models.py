@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowvram.generate.engine import Counts, Engine
     from lowvram.generate.precision import Precision
     from lowvram.generate.sampling import Sampler
-    from lowvram.model.cache import CacheForm
+    from lowvram.model.kv_cache import CacheForm
 
 # As `lowvram chat --tokens` has it.
 DEFAULT_TOKENS = 128
@@ -163,8 +163,8 @@ class Model:
         """
         from lowvram.api.typed_text import read_typed
         from lowvram.errors import PromptError
+        from lowvram.generate.chat_template import Message, choose_template
         from lowvram.generate.conversation import Conversation
-        from lowvram.generate.template import Message, choose_template
 
         sampler = build_sampler(sampling)
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.target import Target, notices_of
 from lowvram.api.tasks import Notice
-from lowvram.fit.answer import Answer, MemoryBudget, judge, lacking_bytes
-from lowvram.fit.changes import Change, Weighed, propose, propose_faster, propose_fp32
-from lowvram.fit.measured import compare_precisions
+from lowvram.config.plan import Plan
+from lowvram.fit.calibration_store import compare_precisions
+from lowvram.fit.memory_curve import Rehearsal, Sketch
+from lowvram.fit.report import Answer, MemoryBudget, judge, lacking_bytes
 from lowvram.fit.search import ANY, Wish
-from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.fit.speed import estimate
-from lowvram.plan import Plan
-from lowvram.profile import Profile
+from lowvram.fit.suggestions import Change, Weighed, propose, propose_faster, propose_fp32
+from lowvram.fit.throughput import estimate
+from lowvram.hardware.profile import Profile
 
 if TYPE_CHECKING:
-    from lowvram.config import ModelConfig, RunOptions, TrainConfig
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.run import RunOptions
+    from lowvram.config.train import TrainConfig
 
 
 def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Callable[[Plan], Rehearsal]:

@@ -36,7 +36,7 @@ def write_run_file(result: FitResult, out: str | Path) -> Path:
 
 def write_run_task(result: FitResult, out: Path) -> Task[WrittenRun]:
     """Do what `write_run_file` does, and yield its notices and its progress."""
-    from lowvram.runfile import write_run
+    from lowvram.config.run_file import write_run
 
     advice = yield from _choose_preset(result)
     advice, reason = yield from _prefer_fp32(advice, result.target)
@@ -96,8 +96,8 @@ def _prefer_fp32(advice: Advice, target: Target) -> Task[tuple[Advice, str]]:
     """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is."""
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of
-    from lowvram.fit.changes import describe_slower, is_slower
-    from lowvram.fit.measured import compare_precisions
+    from lowvram.fit.calibration_store import compare_precisions
+    from lowvram.fit.suggestions import describe_slower, is_slower
 
     answer, times = advice.answer, compare_precisions(target.profile)
     if answer.train.precision != "bf16" or not is_slower(times):

@@ -6,9 +6,9 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.api.tasks import Notice
-from lowvram.fit.answer import MemoryBudget
-from lowvram.fit.measured import load_measured
-from lowvram.machine import (
+from lowvram.fit.calibration_store import load_measured
+from lowvram.fit.report import MemoryBudget
+from lowvram.hardware.detect import (
     Detected,
     NvidiaCard,
     describe_card,
@@ -16,12 +16,12 @@ from lowvram.machine import (
     detect,
     machine_memory_bytes,
 )
-from lowvram.profile import Desktop, Profile, find_profile, generic_profile
+from lowvram.hardware.profile import Desktop, Profile, find_profile, generic_profile
 
 if TYPE_CHECKING:
     import torch
 
-    from lowvram.config import TrainConfig
+    from lowvram.config.train import TrainConfig
 
 
 class Target(NamedTuple):

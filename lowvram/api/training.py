@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from lowvram.api.plan_monitor import PlanMonitor
-    from lowvram.config import RunConfig
-    from lowvram.plan import Plan, Recompute
+    from lowvram.config.plan import Plan, Recompute
+    from lowvram.config.run import RunConfig
     from lowvram.train.events import Event
     from lowvram.train.log import Log
     from lowvram.train.settings import RunSettings
@@ -132,8 +132,8 @@ def read_run_file(path: Path, overrides: Mapping[str, object] | Sequence[str] = 
     Raises ConfigError naming the key, TokenizerError where the tokenizer cannot be read.
     """
     from lowvram.api.overrides import assignments
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.runfile import load_run
+    from lowvram.config.run_file import load_run
+    from lowvram.data.hf_tokenizer import load_tokenizer
 
     return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size)
 
@@ -192,7 +192,7 @@ def _settle_plan(config: RunConfig, device: torch.device, asked: PlanOptions) ->
 
 def _settle_trials(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, is_new: bool) -> Task[None]:
     """Try what may be faster on this machine: compiled blocks, then CUDA graphs."""
-    from lowvram.train.trial import settle_compilation, settle_recording
+    from lowvram.train.autotune import settle_compilation, settle_recording
 
     room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
     for sentence in settle_compilation(trainer, asked.compile, is_new, room):
@@ -204,14 +204,14 @@ def _settle_trials(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, i
 
 def _describe_text(config: RunConfig) -> Iterator[Notice]:
     """Yield how often the text is read, which decides more than anything else what can be learnt from it."""
-    from lowvram.fit.passes import open_text, remark_on
+    from lowvram.fit.epochs import open_text, remark_on
 
     for remark in remark_on(open_text(config.data), config.model, config.train):
         yield Notice(remark.says, "warning" if remark.is_warning else "info")
 
 
 def _describe_size(config: RunConfig, device: torch.device) -> str:
-    from lowvram.machine import describe_machine
+    from lowvram.hardware.detect import describe_machine
 
     size = f"{config.model.num_parameters():,} parameters in {config.train.precision}"
     return f"{describe_machine()}: {size} on {device}."
@@ -232,7 +232,7 @@ def _train(prepared: PreparedRun) -> Generator[Event | Notice, None, None]:
     """Run the trainer, write its events down, and compare its first steps with what was expected."""
     from lowvram.errors import MemoryRanOutError
     from lowvram.train.events import Halved, Started, StepDone
-    from lowvram.train.guard import explain_device_fault
+    from lowvram.train.oom import explain_device_fault
     from lowvram.train.start import keep_plan
 
     trainer, monitor = prepared.trainer, prepared.monitor

@@ -11,7 +11,7 @@ from lowvram.api.shell import quote_command
 from lowvram.cli.next_step import next_step
 
 if TYPE_CHECKING:
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.shards import ShardSet
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.train.events import Evaluated, Stopped
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
     """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
     from lowvram.api.evaluation import score_bigrams
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.cli.tasks import run_task
     from lowvram.evaluate.verdict import compare_with_bigrams, is_worse_than_bigrams
 
@@ -44,7 +44,7 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
 
 def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
     """Name the command that goes on: with the run if it was stopped, else with what it has learnt."""
-    from lowvram.cli.show import copyable
+    from lowvram.cli.console import copyable
 
     if not ended.is_finished:
         sets = [word for assignment in arguments.set for word in ("--set", assignment)]

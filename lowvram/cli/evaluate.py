@@ -31,7 +31,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     from lowvram.api.evaluation import evaluate_task
-    from lowvram.cli.show import literal, result
+    from lowvram.cli.console import literal, result
     from lowvram.cli.tasks import run_task
     from lowvram.evaluate.verdict import compare_with_bigrams
 

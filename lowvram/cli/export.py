@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _show_directory(exported: Exported) -> None:
+    from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.cli.show import literal, result
     from lowvram.units import show_bytes
 
     result(f"{exported.path}: step {exported.step}, {show_bytes(exported.size_bytes)} of weights")
@@ -67,10 +67,10 @@ def _show_directory(exported: Exported) -> None:
 def _show_file(exported: Exported) -> None:
     from lowvram.api.exporting import compare_with_llama_cpp
     from lowvram.api.shell import quote_command
-    from lowvram.cli.show import literal, result
+    from lowvram.cli.console import literal, result
     from lowvram.cli.tasks import run_task
-    from lowvram.export.gguf import LEAST_BUILD, LEAST_PYTHON
-    from lowvram.generate.template import is_dialogue
+    from lowvram.convert.gguf.writer import LEAST_BUILD, LEAST_PYTHON
+    from lowvram.generate.chat_template import is_dialogue
     from lowvram.units import show_bytes
 
     result(f"{exported.path}: {exported.tensors} tensors, {show_bytes(exported.size_bytes)}")

@@ -59,9 +59,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
     from lowvram.api.fitting import fit_task
-    from lowvram.cli.show import literal, notice, result
+    from lowvram.cli.console import literal, notice, result
+    from lowvram.cli.fit_report import explain, show_one
     from lowvram.cli.tasks import run_task
-    from lowvram.cli.verdict import explain, show_one
 
     options = _read_options(arguments)
     _refuse_contradictions(options, arguments.out)
@@ -103,8 +103,8 @@ def _refuse_contradictions(options: FitOptions, out: Path | None) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
     from lowvram.api.fitting import refuse_contradictions
     from lowvram.api.run_file import choose_folders
+    from lowvram.config.run_file import refuse_overwriting
     from lowvram.errors import ConfigError
-    from lowvram.runfile import refuse_overwriting
 
     refuse_contradictions(options)
     if out is None:
@@ -131,9 +131,9 @@ def _show_table(found: FitResult) -> None:
 
 def _say_slower(found: FitResult, is_json: bool) -> None:
     """Say of presets, which are judged in bf16, that this processor was measured to be slower in it."""
-    from lowvram.cli.show import notice, result
-    from lowvram.fit.changes import describe_slower, is_slower
-    from lowvram.fit.measured import compare_precisions
+    from lowvram.cli.console import notice, result
+    from lowvram.fit.calibration_store import compare_precisions
+    from lowvram.fit.suggestions import describe_slower, is_slower
 
     times = compare_precisions(found.budget.profile)
     if found.models[0].train.precision == "bf16" and is_slower(times):
@@ -161,8 +161,8 @@ def _write(found: FitResult, out: Path) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
     from lowvram.api.run_file import write_run_task
     from lowvram.api.shell import quote_command
+    from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
-    from lowvram.cli.show import notice
     from lowvram.cli.tasks import run_task
 
     advice, reason, has_folders = run_task(write_run_task(found, out))[1:]

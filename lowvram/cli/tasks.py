@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from lowvram.api.tasks import Level, Notice, Progress, Result, Task
-from lowvram.cli.show import ProgressLine, bar, notice
+from lowvram.cli.console import ProgressLine, bar, notice
 
 STYLES: dict[Level, str] = {"detail": "dim", "info": "", "warning": "yellow"}
 

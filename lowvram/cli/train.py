@@ -16,9 +16,9 @@ from lowvram.cli.options import add_device, count
 
 if TYPE_CHECKING:
     from lowvram.api.training import TrainingRun
-    from lowvram.cli.screen import TrainingScreen
-    from lowvram.config import RunConfig
-    from lowvram.plan import Recompute
+    from lowvram.cli.progress import TrainingScreen
+    from lowvram.config.plan import Recompute
+    from lowvram.config.run import RunConfig
     from lowvram.train.events import Stopped
 
 
@@ -93,7 +93,7 @@ def train(
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.api.training import PlanOptions, TrainingRun, prepare_run
     from lowvram.cli.ending import say_verdict
-    from lowvram.cli.screen import TrainingScreen
+    from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.tasks import run_task
 
     prepared = run_task(prepare_run(what, device, PlanOptions(micro_batch, recompute, compiled, recorded)))

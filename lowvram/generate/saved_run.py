@@ -5,12 +5,12 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 import lowvram
-from lowvram.checkpoint import Checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
+from lowvram.config.run_file import from_portable
 from lowvram.errors import CheckpointError, ConfigError
 from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
-from lowvram.manifest import CONFIG, OtherVersionError
-from lowvram.runfile import from_portable
+from lowvram.storage.checkpoint import Checkpoint
+from lowvram.storage.manifest import CONFIG, OtherVersionError
 
 # What pydantic calls a key, a kind or a choice that this version does not know.
 _LATER = ("extra_forbidden", "union_tag_invalid", "literal_error")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lowvram.checkpoint import Store
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
+from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.loader import Loader
-from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
-from lowvram.files import DISK, Disk
-from lowvram.train.guard import is_out_of_memory
+from lowvram.storage.checkpoint import Store
+from lowvram.storage.disk import DISK, Disk
+from lowvram.train.oom import is_out_of_memory
 from lowvram.train.settings import RunSettings
 from lowvram.train.start import RunLock
 from lowvram.train.state import TrainState, build_state

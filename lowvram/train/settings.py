@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram.config import RunConfig
-from lowvram.plan import Plan
+from lowvram.config.plan import Plan
+from lowvram.config.run import RunConfig
 
 
 @dataclass(frozen=True)

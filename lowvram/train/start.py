@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from lowvram.checkpoint import Checkpoint, find_checkpoint
-from lowvram.config import RunConfig, TrainConfig, differences
+from lowvram.config.base import differences
+from lowvram.config.plan import Plan, Recompute, choose_plan
+from lowvram.config.run import RunConfig
+from lowvram.config.train import TrainConfig
 from lowvram.errors import BusyError, CheckpointError, ConfigError
-from lowvram.files import DISK, Disk
 from lowvram.generate.saved_run import saved_config
-from lowvram.json_files import JsonError, read_object
-from lowvram.plan import Plan, Recompute, choose_plan
+from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
+from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.json_files import JsonError, read_object
 
 _PLAN = "plan.json"
 # What a further stage may change about a model whose weights it takes over.

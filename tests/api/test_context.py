@@ -13,12 +13,12 @@ from lowvram.api import context as module
 from lowvram.api import target
 from lowvram.api.context import reach
 from lowvram.api.loading import LoadedModel
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError
-from lowvram.fit.answer import MemoryBudget
+from lowvram.fit.report import MemoryBudget
+from lowvram.hardware.profile import load_profile
 from lowvram.model.transformer import Transformer
-from lowvram.profile import load_profile
 from tests.loaded import find_max_context
 from tests.model.variants import VARIANTS
 

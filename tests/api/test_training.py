@@ -11,10 +11,10 @@ from torch import Tensor, equal
 from lowvram.api import LowvramError, Notice, RunSettings, TrainingRun, train
 from lowvram.api.overrides import assignments
 from lowvram.api.training import read_run_file
-from lowvram.checkpoint import find_checkpoint
 from lowvram.cli import train as command
 from lowvram.errors import BusyError, ConfigError
-from lowvram.manifest import WEIGHTS
+from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.storage.manifest import WEIGHTS
 from lowvram.train.events import Saved, Started, StepDone, Stopped
 from tests.flows.typed import fill_home, typed
 

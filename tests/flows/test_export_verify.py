@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.export.verify import LINES, PROMPT, write_lines
+from lowvram.convert.gguf.verify import LINES, PROMPT, write_lines
 from tests.flows.typed import Answer, typed
 from tests.loaded import load_model
 
