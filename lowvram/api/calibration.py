@@ -55,7 +55,7 @@ def _calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target
     from lowvram.api.rehearsals import rehearse_fit
     from lowvram.api.target import notices_of
     from lowvram.fit.calibrate import measure
-    from lowvram.fit.calibration_store import store_measured
+    from lowvram.fit.calibration_store import store_calibration
     from lowvram.train.oom import cap_memory
 
     budget = target.budget(train.precision)
@@ -67,6 +67,6 @@ def _calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target
     # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
     cap_memory(device, target.profile.allocator_bytes(budget.limit_bytes))
     measured = measure(name, model, train, answer.found.plan, device, target.profile)
-    path = store_measured(measured)
+    path = store_calibration(measured)
     yield Notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
     return True

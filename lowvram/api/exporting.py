@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lowvram.convert.gguf.verify import Agreement, Programs
     from lowvram.convert.model_card import Story
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.generate.weights import CheckpointSource
+    from lowvram.generate.weights import CheckpointReader
     from lowvram.storage.checkpoint import Checkpoint
 
 Format = Literal["hf", "fp8", "gguf"]
@@ -55,7 +55,7 @@ class Comparison:
     programs: Programs
     file: Path
     numbers: str
-    source: CheckpointSource
+    source: CheckpointReader
     tokenizer: Tokenizer
     max_context: int
 
@@ -84,13 +84,13 @@ def export_task(path: Path, out: Path, options: ExportOptions) -> Task[Exported]
     from lowvram.api.loading import open_checkpoint
     from lowvram.convert.hf.writer import refuse_existing
     from lowvram.data.hf_tokenizer import load_tokenizer
-    from lowvram.generate.weights import CheckpointSource
+    from lowvram.generate.weights import CheckpointReader
 
     _check_options(options)
     refuse_existing(out)
     checkpoint, run = yield from open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
-    source = CheckpointSource(checkpoint, run.model)
+    source = CheckpointReader(checkpoint, run.model)
     if options.to == "gguf":
         return (yield from _write_gguf(out, options, source, tokenizer, checkpoint, run))
     return (yield from _write_directory(out, options, source, tokenizer, checkpoint, run))
@@ -119,21 +119,21 @@ def _check_options(options: ExportOptions) -> None:
 def _write_directory(
     out: Path,
     options: ExportOptions,
-    source: CheckpointSource,
+    source: CheckpointReader,
     tokenizer: Tokenizer,
     checkpoint: Checkpoint,
     run: RunConfig,
 ) -> Task[Exported]:
-    from lowvram.convert.hf.writer import Numbers, Wish, estimate_bytes, write_each_tensor
+    from lowvram.convert.hf.writer import ExportOptions, Numbers, estimate_bytes, write_each_tensor
     from lowvram.convert.model_card import write_card
-    from lowvram.data.hf_tokenizer import OutsideTokenizer
+    from lowvram.data.hf_tokenizer import HfTokenizer
 
     by_dtype: dict[Dtype | None, Numbers] = {"fp32": "fp32", "bf16": "bf16"}
     numbers: Numbers | None = "fp8" if options.to == "fp8" else by_dtype.get(options.dtype)
-    needs_bos = not isinstance(tokenizer, OutsideTokenizer)
+    needs_bos = not isinstance(tokenizer, HfTokenizer)
     size = estimate_bytes(source, numbers)
     card = write_card(_tell_story(out, options, checkpoint, run, numbers, size, needs_bos))
-    writing = write_each_tensor(source, tokenizer, out, Wish(run.train.seq_len, numbers), card)
+    writing = write_each_tensor(source, tokenizer, out, ExportOptions(run.train.seq_len, numbers), card)
     size = yield from count_progress(writing, "Writing")
     return Exported(out, checkpoint.step, size, 0, tokenizer)
 
@@ -165,17 +165,17 @@ def _tell_story(
 def _write_gguf(
     out: Path,
     options: ExportOptions,
-    source: CheckpointSource,
+    source: CheckpointReader,
     tokenizer: Tokenizer,
     checkpoint: Checkpoint,
     run: RunConfig,
 ) -> Task[Exported]:
     from lowvram.convert.gguf.verify import find_programs
     from lowvram.convert.gguf.writer import Numbers, write_gguf
-    from lowvram.data.hf_tokenizer import OutsideTokenizer
+    from lowvram.data.hf_tokenizer import HfTokenizer
     from lowvram.errors import TokenizerError
 
-    if isinstance(tokenizer, OutsideTokenizer):
+    if isinstance(tokenizer, HfTokenizer):
         why = "llama.cpp knows pre-tokenizers by name, and lowvram knows the name of its own only."
         raise TokenizerError("This model's tokenizer is another program's.", why, "Export it with --to hf.")
     # Before anything is written: a wrong folder is said at once.
@@ -203,10 +203,10 @@ def compare_with_llama_cpp(asked: Comparison) -> Task[Agreement]:
     from lowvram.convert.gguf.verify import verify
     from lowvram.errors import ExportError
     from lowvram.generate.decoder import Decoder
-    from lowvram.generate.weights import load_for_reading
+    from lowvram.generate.weights import load_for_inference
 
     yield Progress("Comparing with llama.cpp")
-    model = load_for_reading(asked.source, "fp32", flow=torch.float32)
+    model = load_for_inference(asked.source, "fp32", flow=torch.float32)
     decoder = Decoder(model, asked.max_context, dtype=torch.float32)
     found = verify(asked.programs, asked.file, asked.numbers, asked.tokenizer, decoder)
     if found.gap is not None and not found.is_tie:

@@ -11,7 +11,7 @@ from lowvram.errors import DataError
 from lowvram.fit.epochs import Remark, RunText, suitable_preset
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import PATIENCE_DAYS, Advice
-from lowvram.fit.report import Answer, MemoryBudget
+from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.fit.suggestions import Change
 from lowvram.hardware.profile import Desktop, measured_ids
 
@@ -76,7 +76,7 @@ class FitResult:
     options: FitOptions
     target: Target
     budget: MemoryBudget
-    models: tuple[Answer, ...]
+    models: tuple[FitReport, ...]
     first_run: Advice | None
     recommended: Advice | None
     text: RunText | None = None
@@ -86,7 +86,7 @@ class FitResult:
     instead: Advice | None = None
     notices: tuple[Notice, ...] = ()
 
-    def __iter__(self) -> Iterator[Answer]:
+    def __iter__(self) -> Iterator[FitReport]:
         """Iterate over the answers, one for each model."""
         return iter(self.models)
 
@@ -123,7 +123,7 @@ def _text_values(text: RunText | None) -> dict[str, Any] | None:
     }
 
 
-def _passes(answer: Answer, text: RunText | None) -> float | None:
+def _passes(answer: FitReport, text: RunText | None) -> float | None:
     """Return how often the part that is read most often is read; None where that is not known, or it is too short."""
     try:
         return round(max(text.passes(answer.train)), 3) if text is not None else None
@@ -131,7 +131,7 @@ def _passes(answer: Answer, text: RunText | None) -> float | None:
         return None
 
 
-def _values(answer: Answer, text: RunText | None) -> dict[str, Any]:
+def _values(answer: FitReport, text: RunText | None) -> dict[str, Any]:
     found, speed = answer.found, answer.speed
     return {
         "name": answer.name,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
     from lowvram.config.train import TrainConfig
     from lowvram.fit.epochs import Remark, RunText
-    from lowvram.fit.report import Answer, MemoryBudget
-    from lowvram.fit.search import Wish
+    from lowvram.fit.report import FitReport, MemoryBudget
+    from lowvram.fit.search import ExportOptions
     from lowvram.fit.suggestions import Change
     from lowvram.hardware.profile import Desktop
 
@@ -190,7 +190,7 @@ def _calibrate(options: FitOptions, target: Target, run: RunConfig | None) -> Ta
         yield from calibrate(name, *_load_preset(name, options, target), target)
 
 
-def _judge_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tuple[list[Answer], MemoryBudget]]:
+def _judge_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tuple[list[FitReport], MemoryBudget]]:
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of, warn_of_precision
 
@@ -204,7 +204,7 @@ def _judge_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tupl
     return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, wish)], budget
 
 
-def _judge_presets(options: FitOptions, target: Target) -> Task[tuple[list[Answer], MemoryBudget]]:
+def _judge_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitReport], MemoryBudget]]:
     """Judge the preset that was named, or every preset."""
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of
@@ -235,23 +235,23 @@ def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelC
 
 
 def judge_by_sketch(
-    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: Wish
-) -> Answer | None:
+    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: ExportOptions
+) -> FitReport | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
-    from lowvram.fit.ledgers import find_sketch, path_of
-    from lowvram.fit.report import judge
+    from lowvram.fit.ledgers import find_memory_curve, path_of
+    from lowvram.fit.report import evaluate_fit
 
-    sketch = find_sketch(name, model, train, path_of(budget.profile, train))
-    return None if sketch is None else judge(name, model, train, sketch, budget, wish=wish)
+    sketch = find_memory_curve(name, model, train, path_of(budget.profile, train))
+    return None if sketch is None else evaluate_fit(name, model, train, sketch, budget, wish=wish)
 
 
-def _wish(options: FitOptions, train: TrainConfig) -> Wish:
+def _wish(options: FitOptions, train: TrainConfig) -> ExportOptions:
     from lowvram.config.plan import choose_plan
-    from lowvram.fit.search import Wish
+    from lowvram.fit.search import ExportOptions
 
     if options.micro_batch is not None:
         choose_plan(train, options.micro_batch)  # refuses what does not divide the step
-    return Wish(options.micro_batch, options.recompute)
+    return ExportOptions(options.micro_batch, options.recompute)
 
 
 def _look_closer(result: FitResult) -> Task[FitResult]:
@@ -278,7 +278,7 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
     )
 
 
-def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
+def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
     from lowvram.errors import DataError
     from lowvram.fit.epochs import Remark, remark_on
 
@@ -288,7 +288,7 @@ def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
         return [Remark(str(error), True)]
 
 
-def _judge_known(target: Target) -> Task[list[Answer]]:
+def _judge_known(target: Target) -> Task[list[FitReport]]:
     """Judge the presets whose rehearsals are known for a card."""
     from lowvram.api.target import notices_of
     from lowvram.config.run_file import load_preset, preset_names

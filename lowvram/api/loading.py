@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lowvram.config.model import ModelConfig
     from lowvram.config.run import RunConfig
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.generate.precision import Precision, Reading
-    from lowvram.generate.weight_reader import Source
+    from lowvram.generate.precision import InferencePrecision, Precision
+    from lowvram.generate.weight_reader import WeightReader
     from lowvram.model.transformer import Transformer
     from lowvram.storage.checkpoint import Checkpoint
 
@@ -50,15 +50,15 @@ def load_model(
     Raises CheckpointError where there is no checkpoint that can be read, MachineError where the device is not here.
     """
     from lowvram.api.device import choose_device
-    from lowvram.convert.hf.reader import is_outside, open_outside
+    from lowvram.convert.hf.reader import is_hf_directory, open_hf
     from lowvram.data.hf_tokenizer import load_tokenizer
-    from lowvram.generate.precision import read_as_trained
-    from lowvram.generate.weights import CheckpointSource
+    from lowvram.generate.precision import inference_precision_as_trained
+    from lowvram.generate.weights import CheckpointReader
 
     chosen = choose_device(device)
     yield from chosen.notices
-    if is_outside(path):
-        outside = open_outside(path)
+    if is_hf_directory(path):
+        outside = open_hf(path)
         for problem in outside.notices:
             yield Notice(problem, "warning")
         tokenizer = load_tokenizer(path, outside.config.vocabulary)
@@ -67,10 +67,10 @@ def load_model(
     checkpoint, run = yield from open_checkpoint(path)
     tokenizer = load_tokenizer(checkpoint.directory)
     if as_trained and precision is None:
-        reading = read_as_trained(run.train.precision)
+        reading = inference_precision_as_trained(run.train.precision)
     else:
         reading = yield from choose_reading_on(chosen.device, precision)
-    source, directory = CheckpointSource(checkpoint, run.model), checkpoint.directory
+    source, directory = CheckpointReader(checkpoint, run.model), checkpoint.directory
     return _load(source, directory, tokenizer, reading, chosen.device, run.train.seq_len, checkpoint, run)
 
 
@@ -91,22 +91,22 @@ def open_checkpoint(path: Path) -> Task[tuple[Checkpoint, RunConfig]]:
 
 
 def _load(
-    source: Source,
+    source: WeightReader,
     path: Path,
     tokenizer: Tokenizer,
-    reading: Reading,
+    reading: InferencePrecision,
     device: torch.device,
     trained_len: int,
     checkpoint: Checkpoint | None = None,
     run: RunConfig | None = None,
 ) -> LoadedModel:
-    from lowvram.generate.weights import load_for_reading
+    from lowvram.generate.weights import load_for_inference
     from lowvram.model.transformer import lay_by_columns
     from lowvram.objective import DTYPES
     from lowvram.train.oom import free_memory
 
     dtype = DTYPES[reading.flow]
-    model = load_for_reading(source, reading.kept, device, dtype)
+    model = load_for_inference(source, reading.kept, device, dtype)
     if device.type == "cpu":
         model = lay_by_columns(model)
     free_memory(device)
@@ -114,20 +114,20 @@ def _load(
     return LoadedModel(path, checkpoint, run, source.config, tokenizer, model, *read_in, trained_len)
 
 
-def choose_reading_on(device: torch.device, precision: Precision | None) -> Task[Reading]:
+def choose_reading_on(device: torch.device, precision: Precision | None) -> Task[InferencePrecision]:
     """Return how a model is read on a device of this machine; on a processor by a measurement that is made once."""
     from lowvram_kernels.dispatch import card_of
 
-    from lowvram.generate.precision import choose_reading
+    from lowvram.generate.precision import choose_inference_precision
     from lowvram.generate.processor import find_pace, pace_path
 
     card, has_bf16 = card_of(device), multiplies_bf16()
     if device.type != "cpu" or not has_bf16 or precision in ("bf16", "fp32"):
-        return choose_reading(card, precision, has_bf16)
+        return choose_inference_precision(card, precision, has_bf16)
     pace, is_new = find_pace()
     if is_new:
         yield Notice(f"Timed this processor's products in bf16 and fp32, kept in {pace_path()}.", "detail")
-    return choose_reading(card, precision, pace.is_bf16_faster, pace.reason)
+    return choose_inference_precision(card, precision, pace.is_bf16_faster, pace.reason)
 
 
 def multiplies_bf16() -> bool:

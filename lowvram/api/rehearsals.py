@@ -10,9 +10,9 @@ from lowvram.api.target import Target, notices_of
 from lowvram.api.tasks import Notice
 from lowvram.config.plan import Plan
 from lowvram.fit.calibration_store import compare_precisions
-from lowvram.fit.memory_curve import Rehearsal, Sketch
-from lowvram.fit.report import Answer, MemoryBudget, judge, lacking_bytes
-from lowvram.fit.search import ANY, Wish
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
+from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit, lacking_bytes
+from lowvram.fit.search import ANY, ExportOptions
 from lowvram.fit.suggestions import Change, Weighed, propose, propose_faster, propose_fp32
 from lowvram.fit.throughput import estimate
 from lowvram.hardware.profile import Profile
@@ -35,9 +35,9 @@ def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Cal
     return make
 
 
-def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
+def memory_curve_of_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> MemoryCurve:
     """Return a sketch whose rehearsals are made when they are asked for."""
-    return Sketch(train.micro_batches, rehearse_on(profile, model, train), train.seq_len)
+    return MemoryCurve(train.micro_batches, rehearse_on(profile, model, train), train.seq_len)
 
 
 def rehearse_fit(
@@ -46,13 +46,15 @@ def rehearse_fit(
     train: TrainConfig,
     budget: MemoryBudget,
     options: RunOptions | None = None,
-    wish: Wish = ANY,
-) -> Answer:
+    wish: ExportOptions = ANY,
+) -> FitReport:
     """Rehearse a run on a card and return whether and how it fits.  options, wish: see `fit.answer.judge`."""
-    return judge(name, model, train, sketch_run(model, train, budget.profile), budget, True, options, wish)
+    return evaluate_fit(
+        name, model, train, memory_curve_of_run(model, train, budget.profile), budget, True, options, wish
+    )
 
 
-def suggest_precisions(answer: Answer, target: Target) -> Generator[Notice, None, list[Change]]:
+def suggest_precisions(answer: FitReport, target: Target) -> Generator[Notice, None, list[Change]]:
     """Return the precisions of 8 bits, and on a processor fp32, in which a run's plan would be faster on a card.
 
     Either both precisions were measured there, or both are estimated from published figures.  Only NVIDIA cards have
@@ -86,7 +88,7 @@ def suggest_changes(model: ModelConfig, train: TrainConfig, budget: MemoryBudget
 
     @functools.cache
     def weigh(model: ModelConfig, train: TrainConfig) -> Weighed:
-        sketch = sketch_run(model, train, profile)
+        sketch = memory_curve_of_run(model, train, profile)
         rehearsal = sketch.at("block", sketch.sizes[0])
         if rehearsal.ledger.peak_bytes > budget.limit_bytes and not profile.unified:
             # As the search does where nothing fits: the states lie in the computer's memory.

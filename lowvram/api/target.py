@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowvram.api.tasks import Notice
-from lowvram.fit.calibration_store import load_measured
+from lowvram.fit.calibration_store import load_calibration
 from lowvram.fit.report import MemoryBudget
 from lowvram.hardware.detect import (
     Detected,
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
     def budget(self, precision: str) -> MemoryBudget:
         """Return the limits of memory, and the measurement that was made here in this precision, if any."""
-        measured, problem = load_measured(self.profile.id, precision)
+        measured, problem = load_calibration(self.profile.id, precision)
         beside = self.profile.limit_bytes(self.desktop, self.ram_bytes, self.free_bytes)
         alone = self.profile.limit_bytes("none", self.ram_bytes)
         return MemoryBudget(

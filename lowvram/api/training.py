@@ -192,13 +192,13 @@ def _settle_plan(config: RunConfig, device: torch.device, asked: PlanOptions) ->
 
 def _settle_trials(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, is_new: bool) -> Task[None]:
     """Try what may be faster on this machine: compiled blocks, then CUDA graphs."""
-    from lowvram.train.autotune import settle_compilation, settle_recording
+    from lowvram.train.autotune import settle_compilation, settle_cuda_graphs
 
     room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
     for sentence in settle_compilation(trainer, asked.compile, is_new, room):
         yield Notice(sentence)
     room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
-    for sentence in settle_recording(trainer, asked.graphs, room):
+    for sentence in settle_cuda_graphs(trainer, asked.graphs, room):
         yield Notice(sentence)
 
 

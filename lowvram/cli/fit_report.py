@@ -9,7 +9,7 @@ from lowvram.cli.console import out, result
 from lowvram.config.train import TrainConfig
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
-from lowvram.fit.report import Answer, MemoryBudget
+from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.fit.suggestions import Change
 from lowvram.hardware.profile import measured_ids
 from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
@@ -18,7 +18,7 @@ from lowvram.units import count_of, show_bytes, show_count, show_duration_range,
 _BAR_CELLS, _BEFORE_THE_BAR = 40, 27
 
 
-def describe_technique(answer: Answer) -> str:
+def describe_technique(answer: FitReport) -> str:
     """Say what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
     plan, train, ffn = answer.found.plan, answer.train, answer.model.ffn
     words = [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
@@ -72,7 +72,7 @@ def show_one(seen: FitResult) -> None:
         _show_changes(answer, seen.changes, is_preset)
 
 
-def _show_time(answer: Answer, budget: MemoryBudget, instead: Advice | None) -> None:
+def _show_time(answer: FitReport, budget: MemoryBudget, instead: Advice | None) -> None:
     """Say how fast the model is trained, how long that takes, and what to do where it takes years."""
     if answer.speed is None or answer.days_range is None or answer.days is None:
         if answer.fits_headless:
@@ -97,7 +97,7 @@ def _say_instead(instead: Advice | None) -> str:
     return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
 
 
-def _verdict(answer: Answer, budget: MemoryBudget) -> str:
+def _verdict(answer: FitReport, budget: MemoryBudget) -> str:
     if answer.fits:
         return "fits"
     if answer.found.fits:
@@ -111,7 +111,7 @@ def _headless(budget: MemoryBudget) -> str:
     return f"for tensors beside {budget.beside}, {show_bytes(budget.headless_bytes)} without"
 
 
-def _show_changes(answer: Answer, changes: Sequence[Change] | None, is_preset: bool) -> None:
+def _show_changes(answer: FitReport, changes: Sequence[Change] | None, is_preset: bool) -> None:
     largest = sorted(answer.found.rehearsal.ledger.lines().items(), key=lambda line: -line[1])[:3]
     lines = ", ".join(f"{name} {show_bytes(size)}" for name, size in largest)
     result(f"  Its largest lines: {lines}.")

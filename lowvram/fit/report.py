@@ -9,9 +9,9 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Ledger, Plan
 from lowvram.config.run import RunOptions
 from lowvram.config.train import TrainConfig
-from lowvram.fit.memory_curve import Rehearsal, Sketch
-from lowvram.fit.search import ANY, Found, Wish, search
-from lowvram.fit.throughput import Measured, Speed, days, estimate, kwh, step_seconds
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
+from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search
+from lowvram.fit.throughput import Calibration, Speed, days, estimate, kwh, step_seconds
 from lowvram.hardware.profile import Profile
 
 # What an operating system and a browser hold in the computer's memory.
@@ -30,12 +30,12 @@ class MemoryBudget(NamedTuple):
     limit_bytes: int
     headless_bytes: int
     ram_bytes: int | None = None
-    measured: Measured | None = None
+    measured: Calibration | None = None
     beside: str = "a desktop"
     measured_problem: str = ""
 
 
-class Answer(NamedTuple):
+class FitReport(NamedTuple):
     """Everything that is said about one model on one card.
 
     host_bytes: this process in the computer's memory.  state_bytes: one checkpoint.  written_bytes_per_day and
@@ -46,7 +46,7 @@ class Answer(NamedTuple):
     name: str
     model: ModelConfig
     train: TrainConfig
-    found: Found
+    found: SearchResult
     speed: Speed | None
     days: float | None
     kwh: float | None
@@ -89,16 +89,16 @@ class Answer(NamedTuple):
         return self.kwh * pace / self.speed.high, self.kwh * pace / self.speed.low
 
 
-def judge(
+def evaluate_fit(
     name: str,
     model: ModelConfig,
     train: TrainConfig,
-    sketch: Sketch,
+    sketch: MemoryCurve,
     budget: MemoryBudget,
     exact: bool = False,
     options: RunOptions | None = None,
-    wish: Wish = ANY,
-) -> Answer:
+    wish: PlanConstraints = ANY,
+) -> FitReport:
     """Search a model's plan on a card and say what it costs.
 
     exact, wish: see `search`.  options: how often it saves.
@@ -121,7 +121,7 @@ def judge(
     options = options or RunOptions(dir=Path("run"))
     speed = estimate(found.rehearsal, found.plan, train, budget.profile, budget.measured) if fits_headless else None
     waiting = days(train.tokens, speed) if speed else None
-    return Answer(
+    return FitReport(
         name,
         model,
         train,

@@ -8,7 +8,7 @@ import lowvram
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import from_portable
 from lowvram.errors import CheckpointError, ConfigError
-from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
+from lowvram.generate.weights import CheckpointReader, refuse_other_tensors
 from lowvram.storage.checkpoint import Checkpoint
 from lowvram.storage.manifest import CONFIG, OtherVersionError
 
@@ -42,4 +42,4 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
 
 def check_readable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
-    refuse_other_tensors(CheckpointSource(checkpoint, saved_config(checkpoint).model))
+    refuse_other_tensors(CheckpointReader(checkpoint, saved_config(checkpoint).model))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowvram.config.architecture import Moe
-from lowvram.model.fp32_buffers import ExactBuffers
+from lowvram.model.fp32_buffers import Fp32Buffers
 from lowvram.model.linear import KEPT, Kept, Linear, RmsNorm, project
 
 
@@ -70,7 +70,7 @@ class _Fp32Linear(torch.autograd.Function):
         return (dy_NE @ weight_ED.float()).to(x_ND.dtype), (dy_NE.T @ x_ND.float()).to(weight_ED.dtype)
 
 
-class Router(ExactBuffers):
+class Router(Fp32Buffers):
     """Chooses each token's experts by sigmoid score plus a balancing bias, and weighs them by the score alone.
 
     The bias is for selection only, has no gradient and is moved by `balance`.
@@ -108,7 +108,7 @@ class Router(ExactBuffers):
         self.bias_E += self.rate * (load_E.mean() - load_E).sign()
 
 
-class MoeFfn(ExactBuffers):
+class MoeFfn(Fp32Buffers):
     """Routed experts and shared ones; no token is dropped.
 
     Where experts rotate, the window's are weights, in the first slots; the others are low-precision copies in buffers,

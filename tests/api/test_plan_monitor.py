@@ -14,7 +14,7 @@ from lowvram.api.plan_monitor import PlanMonitor
 from lowvram.config.plan import Plan
 from lowvram.config.run import RunConfig
 from lowvram.errors import MachineError
-from lowvram.fit.search import Wish
+from lowvram.fit.search import PlanConstraints
 from lowvram.hardware.detect import Detected
 from lowvram.hardware.profile import load_profile
 from lowvram.train.events import StepDone
@@ -198,10 +198,10 @@ def test_on_windows_attention_is_that_of_a_torch_without_flash(monkeypatch: pyte
 
 def test_what_was_asked_for_is_planned_as_fit_would(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = load_profile("cpu").host_process_bytes
-    plain = PlanMonitor(what, CPU).rehearse_fit(Wish(2, "none")).found.peak_bytes
+    plain = PlanMonitor(what, CPU).rehearse_fit(PlanConstraints(2, "none")).found.peak_bytes
     stand_on(monkeypatch, fixed + int(plain * 1.06 / 0.94))
     monitor = PlanMonitor(what, CPU)
-    for wish in (Wish(2), Wish(None, "block"), Wish(2, "block")):
+    for wish in (PlanConstraints(2), PlanConstraints(None, "block"), PlanConstraints(2, "block")):
         found = monitor.rehearse_fit(wish).found
         assert monitor.choose(*wish) == (found.plan, "you asked for it")
         assert wish.micro_batch in (None, found.plan.micro_batch)

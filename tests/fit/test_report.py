@@ -10,8 +10,8 @@ from lowvram.config.plan import Ledger, Plan
 from lowvram.config.run import RunOptions
 from lowvram.config.run_file import load_preset
 from lowvram.config.train import divisors
-from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
-from lowvram.fit.report import SYSTEM_BYTES, Answer, MemoryBudget, judge
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
+from lowvram.fit.report import SYSTEM_BYTES, FitReport, MemoryBudget, evaluate_fit
 from lowvram.fit.throughput import step_seconds
 from lowvram.hardware.profile import generic_profile, load_profile
 
@@ -30,9 +30,9 @@ def rehearse(plan: Plan) -> Rehearsal:
     return Rehearsal(ledger, Work(1e12 * n, 1e9 * n, 1000.0), Work(0.0, 5e8, 100.0))
 
 
-def answer_on(budget: MemoryBudget, name: str = "tr-25m", **changes: object) -> Answer:
+def answer_on(budget: MemoryBudget, name: str = "tr-25m", **changes: object) -> FitReport:
     train = TRAIN.model_copy(update=changes)
-    return judge(name, MODEL, train, Sketch(train.micro_batches, rehearse, 2_000), budget)
+    return evaluate_fit(name, MODEL, train, MemoryCurve(train.micro_batches, rehearse, 2_000), budget)
 
 
 ROOMY = MemoryBudget(CARD, 8 * GIB, 9 * GIB)
@@ -60,13 +60,13 @@ def test_a_large_state_is_saved_so_seldom_that_a_disk_lasts() -> None:
         found = rehearse(plan)
         return found._replace(ledger=found.ledger._replace(checkpoint_bytes=4 * GIB))
 
-    answer = judge("large", MODEL, TRAIN, Sketch(divisors(64), large, 2_000), ROOMY)
+    answer = evaluate_fit("large", MODEL, TRAIN, MemoryCurve(divisors(64), large, 2_000), ROOMY)
     assert answer.written_bytes_per_day == 50_000_000_000
 
 
 def test_a_run_that_says_how_often_it_saves_and_how_many_it_keeps_is_believed() -> None:
     options = RunOptions(dir=Path("run"), keep=5, save_every_minutes=60)
-    answer = judge("mine", MODEL, TRAIN, Sketch(divisors(64), rehearse, 2_000), ROOMY, options=options)
+    answer = evaluate_fit("mine", MODEL, TRAIN, MemoryCurve(divisors(64), rehearse, 2_000), ROOMY, options=options)
     assert answer.written_bytes_per_day == answer.state_bytes * 24
     assert answer.disk_bytes == 6 * answer.state_bytes + 2 * TRAIN.tokens
 

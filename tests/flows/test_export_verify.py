@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.convert.gguf.verify import LINES, PROMPT, write_lines
-from tests.flows.typed import Answer, typed
+from tests.flows.typed import Output, typed
 from tests.loaded import load_model
 
 pytest.importorskip("gguf")
@@ -27,7 +27,7 @@ def said(run: Path) -> tuple[list[int], bytes]:
     return tokenizer.encode(write_lines()), json.loads(answer.out)["text"].encode()
 
 
-def export(run: Path, folder: Path, ids: bytes, text: bytes, end: str = "exit 0", name: str = "completion") -> Answer:
+def export(run: Path, folder: Path, ids: bytes, text: bytes, end: str = "exit 0", name: str = "completion") -> Output:
     """Export with programs that print the ids and the text."""
     folder.mkdir(exist_ok=True)
     for program, shown in (("tokenize", ids), (name, text)):

@@ -20,15 +20,15 @@ import torch
 from lowvram_kernels.quantise import Scaled, dequantise
 from torch import Tensor
 
-from lowvram.convert.fp8 import Kept, quantise_piece
-from lowvram.convert.hf.config_out import to_settings
+from lowvram.convert.fp8 import UnquantisedModules, quantise_piece
+from lowvram.convert.hf.config_out import to_hf_config
 from lowvram.convert.hf.tensor_names import EMBEDDING, HEAD, cut, name_pieces, shapes_of
-from lowvram.data.hf_tokenizer import OutsideTokenizer
+from lowvram.data.hf_tokenizer import HfTokenizer
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
 from lowvram.generate.chat_template import is_dialogue
 from lowvram.generate.sampling import Sampler
-from lowvram.generate.weight_reader import Source
+from lowvram.generate.weight_reader import WeightReader
 from lowvram.storage.checkpoint import write_tensors
 from lowvram.storage.disk import DISK, Disk, explain_full_disk, free_bytes, name_beside
 
@@ -39,7 +39,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportOptions:
     """How a model is written.
 
     numbers: of its matrices; None: as they are kept.  Norms, routers and their biases stay as they are.
@@ -52,10 +52,10 @@ class Wish:
 
 
 def write_directory(
-    source: Source,
+    source: WeightReader,
     tokenizer: Tokenizer,
     out: Path,
-    wish: Wish,
+    wish: ExportOptions,
     more: Mapping[str, bytes],
     disk: Disk = DISK,
 ) -> int:
@@ -72,15 +72,15 @@ def write_directory(
 
 
 def write_each_tensor(
-    source: Source,
+    source: WeightReader,
     tokenizer: Tokenizer,
     out: Path,
-    wish: Wish,
+    wish: ExportOptions,
     more: Mapping[str, bytes],
     disk: Disk = DISK,
 ) -> Generator[tuple[int, int], None, int]:
     """Do what `write_directory` does, and yield how many of how many tensors are begun."""
-    settings = to_settings(source.config, wish.max_positions)
+    settings = to_hf_config(source.config, wish.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = name_beside(out, "tmp")
@@ -90,7 +90,7 @@ def write_each_tensor(
             if free_bytes(out.parent) < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
             draft.mkdir()
-            parts, kept = _Parts(draft, wish.most_bytes, disk), Kept()
+            parts, kept = _Parts(draft, wish.most_bytes, disk), UnquantisedModules()
             told = (0, 0)
             for begun, name, tensor in _tensors(source, wish.numbers, kept):
                 if begun != told:
@@ -131,7 +131,7 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def estimate_bytes(source: Source, numbers: Numbers | None) -> int:
+def estimate_bytes(source: WeightReader, numbers: Numbers | None) -> int:
     """Return about how many bytes the weights will take: fp8 a little more than one a number."""
     count = sum(shape.numel() for shape in shapes_of(source.config).values())
     embedding = source.read("embedding")
@@ -141,7 +141,7 @@ def estimate_bytes(source: Source, numbers: Numbers | None) -> int:
 
 def _may_speak(tokenizer: Tokenizer) -> bool:
     """Say whether a chat template belongs to a model: another program's comes along, whatever the model has learnt."""
-    return is_dialogue(tokenizer) or isinstance(tokenizer, OutsideTokenizer)
+    return is_dialogue(tokenizer) or isinstance(tokenizer, HfTokenizer)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -163,7 +163,9 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _tensors(source: Source, numbers: Numbers | None, kept: Kept) -> Iterator[tuple[tuple[int, int], str, Tensor]]:
+def _tensors(
+    source: WeightReader, numbers: Numbers | None, kept: UnquantisedModules
+) -> Iterator[tuple[tuple[int, int], str, Tensor]]:
     """Return every tensor under transformers' name and in its layout, and which of how many of ours it is of."""
     config, shapes = source.config, shapes_of(source.config)
     for number, (ours, shape) in enumerate(shapes.items(), 1):
