@@ -33,7 +33,7 @@ _SAID = {
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportSettings:
     """What is written.
 
     to: "hf" for a directory that transformers opens, "fp8" for the same with FP8 weights as DeepSeek-V3 has them,
@@ -75,7 +75,7 @@ class Exported:
     comparison: Comparison | None = None
 
 
-def export_task(path: Path, out: Path, options: ExportOptions) -> Task[Exported]:
+def export_task(path: Path, out: Path, options: ExportSettings) -> Task[Exported]:
     """Write the newest checkpoint of a run, or the one named, to `out`; yields notices and progress.
 
     Raises ConfigError for options that do not go together, CheckpointError where `out` exists, ExportError where the
@@ -96,7 +96,7 @@ def export_task(path: Path, out: Path, options: ExportOptions) -> Task[Exported]
     return (yield from _write_directory(out, options, source, tokenizer, checkpoint, run))
 
 
-def _check_options(options: ExportOptions) -> None:
+def _check_options(options: ExportSettings) -> None:
     from lowvram.errors import ConfigError
 
     if options.to not in DTYPES:
@@ -118,7 +118,7 @@ def _check_options(options: ExportOptions) -> None:
 
 def _write_directory(
     out: Path,
-    options: ExportOptions,
+    options: ExportSettings,
     source: CheckpointReader,
     tokenizer: Tokenizer,
     checkpoint: Checkpoint,
@@ -140,7 +140,7 @@ def _write_directory(
 
 def _tell_story(
     out: Path,
-    options: ExportOptions,
+    options: ExportSettings,
     checkpoint: Checkpoint,
     run: RunConfig,
     numbers: str | None,
@@ -164,7 +164,7 @@ def _tell_story(
 
 def _write_gguf(
     out: Path,
-    options: ExportOptions,
+    options: ExportSettings,
     source: CheckpointReader,
     tokenizer: Tokenizer,
     checkpoint: Checkpoint,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lowvram.config.train import TrainConfig
     from lowvram.fit.epochs import Remark, RunText
     from lowvram.fit.report import FitReport, MemoryBudget
-    from lowvram.fit.search import ExportOptions
+    from lowvram.fit.search import PlanConstraints
     from lowvram.fit.suggestions import Change
     from lowvram.hardware.profile import Desktop
 
@@ -104,9 +104,9 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
         yield from _calibrate(options, target, run)
     text = yield from _read_text(options, run)
     if run is not None:
-        answers, budget = yield from _judge_run(options, target, run)
+        answers, budget = yield from _evaluate_run(options, target, run)
     else:
-        answers, budget = yield from _judge_presets(options, target)
+        answers, budget = yield from _evaluate_presets(options, target)
     result = FitResult(
         options=options,
         target=target,
@@ -190,7 +190,7 @@ def _calibrate(options: FitOptions, target: Target, run: RunConfig | None) -> Ta
         yield from calibrate(name, *_load_preset(name, options, target), target)
 
 
-def _judge_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tuple[list[FitReport], MemoryBudget]]:
+def _evaluate_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tuple[list[FitReport], MemoryBudget]]:
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of, warn_of_precision
 
@@ -204,7 +204,7 @@ def _judge_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tupl
     return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, wish)], budget
 
 
-def _judge_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitReport], MemoryBudget]]:
+def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitReport], MemoryBudget]]:
     """Judge the preset that was named, or every preset."""
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of
@@ -216,7 +216,7 @@ def _judge_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitRe
     for name in [options.preset] if options.preset else preset_names():
         model, train = _load_preset(name, options, target)
         wish = _wish(options, train)
-        answer = judge_by_sketch(name, model, train, budget, wish) if wish.micro_batch is None else None
+        answer = evaluate_fit_from_ledgers(name, model, train, budget, wish) if wish.micro_batch is None else None
         if answer is None:
             yield Progress(f"Rehearsing {name} on paper")
             answer = rehearsals.rehearse_fit(name, model, train, budget, wish=wish)
@@ -234,24 +234,24 @@ def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelC
     return model, train.model_copy(update={"precision": target.profile.dtype})
 
 
-def judge_by_sketch(
-    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: ExportOptions
+def evaluate_fit_from_ledgers(
+    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: PlanConstraints
 ) -> FitReport | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
     from lowvram.fit.ledgers import find_memory_curve, path_of
     from lowvram.fit.report import evaluate_fit
 
-    sketch = find_memory_curve(name, model, train, path_of(budget.profile, train))
-    return None if sketch is None else evaluate_fit(name, model, train, sketch, budget, wish=wish)
+    curve = find_memory_curve(name, model, train, path_of(budget.profile, train))
+    return None if curve is None else evaluate_fit(name, model, train, curve, budget, wish=wish)
 
 
-def _wish(options: FitOptions, train: TrainConfig) -> ExportOptions:
+def _wish(options: FitOptions, train: TrainConfig) -> PlanConstraints:
     from lowvram.config.plan import choose_plan
-    from lowvram.fit.search import ExportOptions
+    from lowvram.fit.search import PlanConstraints
 
     if options.micro_batch is not None:
         choose_plan(train, options.micro_batch)  # refuses what does not divide the step
-    return ExportOptions(options.micro_batch, options.recompute)
+    return PlanConstraints(options.micro_batch, options.recompute)
 
 
 def _look_closer(result: FitResult) -> Task[FitResult]:
@@ -271,7 +271,7 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
     is_too_slow = answer.days is not None and answer.days > TOO_SLOW_DAYS
     instead = None
     if is_too_slow:
-        known = yield from _judge_known(result.target)
+        known = yield from _evaluate_known_presets(result.target)
         instead = recommend(known, options.days)
     return dataclasses.replace(
         result, changes=changes, faster=faster, remarks=tuple(_remark(result.text, answer)), instead=instead
@@ -288,7 +288,7 @@ def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
         return [Remark(str(error), True)]
 
 
-def _judge_known(target: Target) -> Task[list[FitReport]]:
+def _evaluate_known_presets(target: Target) -> Task[list[FitReport]]:
     """Judge the presets whose rehearsals are known for a card."""
     from lowvram.api.target import notices_of
     from lowvram.config.run_file import load_preset, preset_names
@@ -300,5 +300,5 @@ def _judge_known(target: Target) -> Task[list[FitReport]]:
     for name in preset_names():
         model, train = load_preset(name)
         train = train.model_copy(update={"precision": target.profile.dtype})
-        answers.append(judge_by_sketch(name, model, train, budget, ANY))
+        answers.append(evaluate_fit_from_ledgers(name, model, train, budget, ANY))
     return [answer for answer in answers if answer is not None]

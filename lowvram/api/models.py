@@ -194,13 +194,13 @@ class Model:
     ) -> Path:
         """Write the checkpoint that was loaded for another program, from its masters, whatever was loaded here.
 
-        out: a directory, for gguf a file; must not exist.  The other parameters: see `ExportOptions`.
+        out: a directory, for gguf a file; must not exist.  The other parameters: see `ExportSettings`.
         Raises ConfigError for options that do not go together, CheckpointError where `out` exists or another program
         wrote this model, ExportError where the other program cannot compute it.
         """
-        from lowvram.api.exporting import ExportOptions, compare_with_llama_cpp, export_task
+        from lowvram.api.exporting import ExportSettings, compare_with_llama_cpp, export_task
 
-        options = ExportOptions(to, dtype, license, language, Path(verify) if verify is not None else None)
+        options = ExportSettings(to, dtype, license, language, Path(verify) if verify is not None else None)
         exported, _ = finish(export_task(self.loaded.path, Path(out), options))
         if exported.comparison is not None:
             finish(compare_with_llama_cpp(exported.comparison))

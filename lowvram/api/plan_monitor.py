@@ -13,7 +13,7 @@ from lowvram.config.plan import Ledger, Plan, Recompute
 from lowvram.errors import MachineError, MemoryRanOutError
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.fit.report import FitReport, evaluate_fit
-from lowvram.fit.search import ANY, ExportOptions
+from lowvram.fit.search import ANY, PlanConstraints
 from lowvram.fit.throughput import Speed, estimate
 from lowvram.train.oom import cap_memory, compare_with_ledger, looks_spilled
 from lowvram.units import show_bytes
@@ -46,18 +46,18 @@ class PlanMonitor:
         self._is_compiled = self._is_recorded = False
         self._clock = (0.0, 0)
 
-    def rehearse_fit(self, wish: ExportOptions = ANY) -> FitReport:
+    def rehearse_fit(self, wish: PlanConstraints = ANY) -> FitReport:
         """Rehearse the run and return whether and how it fits here."""
         config, train = self._config, self._config.train
-        sketch = MemoryCurve(train.micro_batches, self._rehearse, train.seq_len)
-        return evaluate_fit(config.run.dir.name, config.model, train, sketch, self.budget, exact=True, wish=wish)
+        curve = MemoryCurve(train.micro_batches, self._rehearse, train.seq_len)
+        return evaluate_fit(config.run.dir.name, config.model, train, curve, self.budget, exact=True, wish=wish)
 
     def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:
         """Return the plan that fits, and why, around what was asked for.
 
         What was asked for is tried even where it is not expected to fit; else MachineError says how to learn more.
         """
-        wish = ExportOptions(micro_batch, recompute)
+        wish = PlanConstraints(micro_batch, recompute)
         answer = self.rehearse_fit(wish)
         found = answer.found
         if wish != ANY:
@@ -75,7 +75,7 @@ class PlanMonitor:
     def _explain(self, answer: FitReport) -> MachineError:
         has, budget = show_bytes(self.budget.limit_bytes), self.budget
         least = (
-            self.rehearse_fit(ExportOptions(self._config.train.micro_batches[0], "block")).found.peak_bytes
+            self.rehearse_fit(PlanConstraints(self._config.train.micro_batches[0], "block")).found.peak_bytes
             if answer.fits_headless
             else answer.found.peak_bytes
         )

@@ -12,7 +12,7 @@ from lowvram.config.plan import Plan
 from lowvram.fit.calibration_store import compare_precisions
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit, lacking_bytes
-from lowvram.fit.search import ANY, ExportOptions
+from lowvram.fit.search import ANY, PlanConstraints
 from lowvram.fit.suggestions import Change, Weighed, propose, propose_faster, propose_fp32
 from lowvram.fit.throughput import estimate
 from lowvram.hardware.profile import Profile
@@ -36,7 +36,7 @@ def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Cal
 
 
 def memory_curve_of_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> MemoryCurve:
-    """Return a sketch whose rehearsals are made when they are asked for."""
+    """Return the memory curve of a run, whose rehearsals are made when they are asked for."""
     return MemoryCurve(train.micro_batches, rehearse_on(profile, model, train), train.seq_len)
 
 
@@ -46,9 +46,9 @@ def rehearse_fit(
     train: TrainConfig,
     budget: MemoryBudget,
     options: RunOptions | None = None,
-    wish: ExportOptions = ANY,
+    wish: PlanConstraints = ANY,
 ) -> FitReport:
-    """Rehearse a run on a card and return whether and how it fits.  options, wish: see `fit.answer.judge`."""
+    """Rehearse a run on a card and return whether and how it fits.  options, wish: see `fit.report.evaluate_fit`."""
     return evaluate_fit(
         name, model, train, memory_curve_of_run(model, train, budget.profile), budget, True, options, wish
     )
@@ -88,13 +88,13 @@ def suggest_changes(model: ModelConfig, train: TrainConfig, budget: MemoryBudget
 
     @functools.cache
     def weigh(model: ModelConfig, train: TrainConfig) -> Weighed:
-        sketch = memory_curve_of_run(model, train, profile)
-        rehearsal = sketch.at("block", sketch.sizes[0])
+        curve = memory_curve_of_run(model, train, profile)
+        rehearsal = curve.at("block", curve.sizes[0])
         if rehearsal.ledger.peak_bytes > budget.limit_bytes and not profile.unified:
             # As the search does where nothing fits: the states lie in the computer's memory.
-            sketch = sketch.offloaded()
-            rehearsal = sketch.at("block", sketch.sizes[0])
-        speed = estimate(rehearsal, sketch.plan("block", sketch.sizes[0]), train, profile, budget.measured)
+            curve = curve.offloaded()
+            rehearsal = curve.at("block", curve.sizes[0])
+        speed = estimate(rehearsal, curve.plan("block", curve.sizes[0]), train, profile, budget.measured)
         fits_host = not lacking_bytes(rehearsal.ledger, budget)
         return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 

@@ -36,7 +36,7 @@ def write_run_file(result: FitResult, out: str | Path) -> Path:
 
 def write_run_task(result: FitResult, out: Path) -> Task[WrittenRun]:
     """Do what `write_run_file` does, and yield its notices and its progress."""
-    from lowvram.config.run_file import write_run
+    from lowvram.fit.run_file_writer import write_run
 
     advice = yield from _choose_preset(result)
     advice, reason = yield from _prefer_fp32(advice, result.target)

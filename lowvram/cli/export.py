@@ -44,10 +44,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Write it and say where."""
-    from lowvram.api.exporting import ExportOptions, export_task
+    from lowvram.api.exporting import ExportSettings, export_task
     from lowvram.cli.tasks import run_task
 
-    options = ExportOptions(arguments.to, arguments.dtype, arguments.license, arguments.language, arguments.verify)
+    options = ExportSettings(arguments.to, arguments.dtype, arguments.license, arguments.language, arguments.verify)
     exported = run_task(export_task(arguments.checkpoint, arguments.out, options))
     if arguments.to == "gguf":
         _show_file(exported)

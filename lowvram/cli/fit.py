@@ -103,8 +103,8 @@ def _refuse_contradictions(options: FitOptions, out: Path | None) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
     from lowvram.api.fitting import refuse_contradictions
     from lowvram.api.run_file import choose_folders
-    from lowvram.config.run_file import refuse_overwriting
     from lowvram.errors import ConfigError
+    from lowvram.fit.run_file_writer import refuse_overwriting
 
     refuse_contradictions(options)
     if out is None:

@@ -1,7 +1,7 @@
 """How one new token of each of several texts finds what its text holds; knows the cache, no weights.
 
-`PerSlotAttention` lets every row attend to its own text by itself: exact lengths, known on the host, views of the memory.
-`BatchedAttention` treats the first slots as one batch of fixed shapes, and lengths as tensors: what a replayed graph needs.
+`PerSlotAttention` attends row by row: exact lengths, known on the host, views of the memory.
+`BatchedAttention` treats the first slots as one batch of fixed shapes, with lengths as tensors, as a CUDA graph needs.
 
 Legend: N rows, B slots, H heads, G key/value heads, P = H/G, S places, K width of a head, C kv_lora_rank,
 L latent rank + rotated width.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from lowvram_kernels.latent_attention import latent_attention
+from lowvram_kernels.attention.latent_attention import latent_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -193,7 +193,7 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
 
-AnyRequest = TypeVar("AnyAsk", bound=GenerationRequest)
+AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
 
 
 def read_request(kind: type[AnyRequest], body: bytes) -> AnyRequest:

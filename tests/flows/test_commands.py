@@ -110,7 +110,9 @@ def test_a_share_is_written_in_percent_since_a_bare_number_could_mean_either(sha
     assert "is no share" in answer.err or "invalid share" in answer.err
 
 
-def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(road: tuple[Path, dict[str, Output]]) -> None:
+def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(
+    road: tuple[Path, dict[str, Output]],
+) -> None:
     home, told = road
     start, resume, finished = (told[name] for name in ("start", "resume", "finished"))
     assert start.out == resume.out == finished.out == ""
@@ -190,7 +192,9 @@ def test_evaluation_measures_what_a_precision_loses(precision: str, road: tuple[
     assert values["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], rel=0.01)
 
 
-def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(road: tuple[Path, dict[str, Output]]) -> None:
+def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(
+    road: tuple[Path, dict[str, Output]],
+) -> None:
     home, _ = road
     words = ("evaluate", home / "run/step-00000004", "--data", home / "shards/train", "--tokens", 100, "--json")
     values = json.loads(typed(*words).out)
@@ -217,7 +221,9 @@ def ask(home: Path, *words: object) -> Output:
     return typed("chat", home / "run", "--prompt", "Kış geldi", "--tokens", 20, *words)
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(road: tuple[Path, dict[str, Output]]) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(
+    road: tuple[Path, dict[str, Output]],
+) -> None:
     answers = [ask(road[0], "--seed", seed) for seed in (1, 1, 2)]
     assert [answer.code for answer in answers] == [0, 0, 0]
     first, again, other = (answer.out for answer in answers)

@@ -49,7 +49,9 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(walked: tuple[Path, Output]) -> None:
+def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(
+    walked: tuple[Path, Output],
+) -> None:
     _, answer = walked
     assert answer.code == 0, answer.err
     titles = [line for line in answer.out.splitlines() if line[1:3] == "/8"]
