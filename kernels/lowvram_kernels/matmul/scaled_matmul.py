@@ -100,9 +100,9 @@ def rows_of_scale(scaled: QuantTensor, what: str) -> int:
     return found_rows
 
 
-def backend_of(form: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
+def backend_of(code_dtype: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
     """Return how codes of a dtype are multiplied: a key of the tables here, "decode" or "reference"."""
-    if form == torch.int8:
+    if code_dtype == torch.int8:
         backend = choose("int8_matmul", card).backend
         return "int8" if backend == "tensor" else backend
     backend = choose("fp8_matmul", card).backend

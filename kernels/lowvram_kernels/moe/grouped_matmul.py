@@ -106,16 +106,16 @@ def reference(
     return y_MN.to(dtype or rows_MK.dtype)
 
 
-def grouped_tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
+def grouped_tiles(card: Card, kind: str, is_outer: bool = False) -> list[Tile]:
     """Return every tile that a product may take on a card.
 
-    way: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
+    kind: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
     sides), or for E4M3 on both sides "mxfp8", "tensor" or "storage".
     """
     is_hopper = card.capability is not None and card.capability[0] in (9, 10)
     # An int, because Dynamo of torch 2.11 takes no truth for an index.
-    found = (_HOPPER_TILES.get(way, _TILES[way]) if is_hopper else _TILES[way])[int(is_outer)]
-    bytes_of_both = {"half": 4, "decode": 4, "single": 8}.get(way, 2)
+    found = (_HOPPER_TILES.get(kind, _TILES[kind]) if is_hopper else _TILES[kind])[int(is_outer)]
+    bytes_of_both = {"half": 4, "decode": 4, "single": 8}.get(kind, 2)
     return [
         tile
         for tile in found
@@ -123,12 +123,12 @@ def grouped_tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     ]
 
 
-def choose_grouped_tile(card: Card, way: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
+def choose_grouped_tile(card: Card, kind: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
     """Choose the tile for `count` products of rows × columns numbers; rows: of one expert, in the mean.
 
     The largest that is no more than a third empty and gives each multiprocessor something to do.
     """
-    found = grouped_tiles(card, way, is_outer)
+    found = grouped_tiles(card, kind, is_outer)
     filled = [tile for tile in found if tile.rows <= 1.5 * rows] or found[-1:]
     for tile in filled:
         if count * -(-rows // tile.rows) * -(-columns // tile.columns) >= card.multiprocessors:
@@ -136,7 +136,7 @@ def choose_grouped_tile(card: Card, way: str, rows: float, columns: int, count: 
     return filled[-1]
 
 
-def way_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
+def kind_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
     """Return how two operands are multiplied, in the words of `grouped_tiles`.  is_scaled: both are, with scales."""
     if left.dtype == torch.int8:
         return "int8"  # of "int8_matmul", which is "tensor" on every card that has these launches
@@ -172,7 +172,7 @@ def _launch_multiply(
     (rows, inputs), (count, outputs, _), it = rows_MK.shape, code_CNK.shape, Tile(*tile)
     slots = rows // it.rows + count
     grid = (slots * -(-outputs // it.columns),)
-    way = way_of(rows_MK, code_CNK, rows_scale is not None)
+    kind = kind_of(rows_MK, code_CNK, rows_scale is not None)
     constants: dict[str, Any] = {
         "FIRST": first,
         "COUNT": count,
@@ -186,16 +186,16 @@ def _launch_multiply(
     sizes = (outputs, inputs, slots)
     arguments: tuple[Any, ...]
     if rows_scale is not None:
-        kernel = "multiply_int8_kernel" if way == "int8" else "multiply_fp8_kernel"
-        if way != "int8":
-            constants["WAY"] = way
+        kernel = "multiply_int8_kernel" if kind == "int8" else "multiply_fp8_kernel"
+        if kind != "int8":
+            constants["WAY"] = kind
         arguments = (rows_MK, rows_scale, code_CNK, scale, ends_E, out_MN, *sizes)
     else:
         kernel, (constants["SCALE"], scale_strides) = "multiply_kernel", _scale_strides(code_CNK, scale)
         constants["IS_TURNED"] = code_CNK.stride(1) == 1 and code_CNK.stride(2) != 1
         arguments = (rows_MK, code_CNK, scale, ends_E, out_MN, *sizes)
         arguments += (*rows_MK.stride(), *code_CNK.stride(), *scale_strides)
-    expected_mma = EXPECTED_MMA.get(way if rows_scale is not None else rows_MK.dtype, "")
+    expected_mma = EXPECTED_MMA.get(kind if rows_scale is not None else rows_MK.dtype, "")
     what = Launch("moe.grouped_matmul_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     # Which experts are chosen is not known on paper: all are taken to have as many rows.
     share = count / ends_E.shape[0]
@@ -242,7 +242,7 @@ def grouped_matmul(
         out = torch.empty(shape, dtype=dtype, device=rows_MK.device)
     if out.shape != shape or out.dtype != dtype or dtype not in FLOATING or not out.is_contiguous():
         raise ShapeError(
-            f"grouped_matmul: out is {form_of(out)}; needs {list(shape)} {dtype}, floating and contiguous."
+            f"grouped_matmul: out is {describe(out)}; needs {list(shape)} {dtype}, floating and contiguous."
         )
     card = card_of(rows_MK.device)
     if choose("grouped_matmul", card).backend != "triton":
@@ -251,15 +251,15 @@ def grouped_matmul(
             is_own_M |= mask_M(ends, shape[0], first + index)
         return out.copy_(torch.where(is_own_M[:, None], reference(rows, stack, ends, first, dtype), out))
     if tile is None:
-        way, rows_of_one = way_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
-        tile = choose_grouped_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
+        kind, rows_of_one = kind_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
+        tile = choose_grouped_tile(card, kind, rows_of_one, shape[1], code_CNK.shape[0])
     if rows_scale is not None:
         rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
     _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))
     return out
 
 
-def form_of(tensor: Tensor | None) -> str:
+def describe(tensor: Tensor | None) -> str:
     """Return shape and dtype, for errors."""
     return "None" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
 
@@ -267,14 +267,16 @@ def form_of(tensor: Tensor | None) -> str:
 def check_ends(what: str, ends: Tensor, last: int, device: torch.device) -> None:
     """Raise ShapeError, naming `what`, unless ends are of `last` experts or more and lie beside the rows."""
     if ends.dim() != 1 or ends.dtype not in (torch.int64, torch.int32) or ends.device != device or len(ends) < last:
-        raise ShapeError(f"{what}: ends is {form_of(ends)} on {ends.device}; needs [E ≥ {last}], integer, on {device}.")
+        raise ShapeError(
+            f"{what}: ends is {describe(ends)} on {ends.device}; needs [E ≥ {last}], integer, on {device}."
+        )
 
 
 def _check_multiply(
     rows: Tensor, rows_scale: Tensor | None, code: Tensor, scale: Tensor | None, ends: Tensor, first: int
 ) -> None:
-    what = f"grouped_matmul: rows are {form_of(rows)}, scale {form_of(rows_scale)}"
-    what += f"; stack {form_of(code)}, scale {form_of(scale)}"
+    what = f"grouped_matmul: rows are {describe(rows)}, scale {describe(rows_scale)}"
+    what += f"; stack {describe(code)}, scale {describe(scale)}"
     if rows.dim() != 2 or code.dim() != 3 or code.shape[2] != rows.shape[1] or 0 in code.shape or first < 0:
         raise ShapeError(f"{what}; needs [M, K] and [C, N, K], and first ≥ 0.")
     (count, outputs, inputs), blocks = code.shape, -(-rows.shape[1] // BLOCK)

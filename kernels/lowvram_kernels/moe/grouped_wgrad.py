@@ -31,9 +31,9 @@ from lowvram_kernels.moe.grouped_matmul import (
     check_ends,
     choose_grouped_tile,
     dequantise_operand,
-    form_of,
+    describe,
+    kind_of,
     mask_M,
-    way_of,
 )
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines, parts_of
 
@@ -67,21 +67,21 @@ def _launch_outer(
 ) -> None:
     (count, outputs, inputs), it = out_WOI.shape, Tile(*tile)
     grid = (count * -(-outputs // it.rows) * -(-inputs // it.columns),)
-    way = way_of(left, right, left_scale is not None)
+    kind = kind_of(left, right, left_scale is not None)
     constants: dict[str, Any] = {"BLOCK_O": it.rows, "BLOCK_I": it.columns, "BLOCK_M": it.depth, "GROUP": GROUP}
     arguments: tuple[Any, ...]
     if left_scale is not None:
         rows = left.shape[1]
-        if way == "int8":
+        if kind == "int8":
             kernel = "outer_int8_kernel"
             constants |= {"TERMS": _TERMS, "IS_LONG": rows > _TERMS}
         else:
-            kernel, constants["WAY"] = "outer_fp8_kernel", way
+            kernel, constants["WAY"] = "outer_fp8_kernel", kind
         arguments = (left, left_scale, right, right_scale, ends_E, out_WOI, rows, outputs, inputs)
     else:
         kernel, rows = "outer_kernel", left.shape[0]
         arguments = (left, right, ends_E, out_WOI, outputs, inputs, *left.stride(), *right.stride())
-    expected_mma = EXPECTED_MMA.get(way if left_scale is not None else left.dtype, "")
+    expected_mma = EXPECTED_MMA.get(kind if left_scale is not None else left.dtype, "")
     what = Launch("moe.grouped_wgrad_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     share = count / ends_E.shape[0]
     moved = share * bytes_of(left, left_scale, right, right_scale) + bytes_of(out_WOI)
@@ -123,8 +123,8 @@ def grouped_wgrad(
     outputs, inputs = left_code.shape[side], right_code.shape[side]
     out = torch.empty(resident, outputs, inputs, dtype=dtype, device=left_code.device)
     if tile is None:
-        way = way_of(left_code, right_code, left_scale is not None)
-        tile = choose_grouped_tile(card, way, outputs, inputs, resident, is_outer=True)
+        kind = kind_of(left_code, right_code, left_scale is not None)
+        tile = choose_grouped_tile(card, kind, outputs, inputs, resident, is_outer=True)
     if left_scale is not None:
         left_code, right_code = fill_lines(left_code), fill_lines(right_code)
     _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))
@@ -140,8 +140,8 @@ def _check_outer(
     resident: int,
     dtype: torch.dtype,
 ) -> None:
-    what = f"grouped_wgrad: left is {form_of(left)}, scale {form_of(left_scale)}"
-    what += f"; right {form_of(right)}, scale {form_of(right_scale)}"
+    what = f"grouped_wgrad: left is {describe(left)}, scale {describe(left_scale)}"
+    what += f"; right {describe(right)}, scale {describe(right_scale)}"
     side = 0 if left_scale is None else 1
     if left.dim() != 2 or right.dim() != 2 or left.shape[side] != right.shape[side] or left.dtype != right.dtype:
         raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or scaled [O, M] and [I, M].")

@@ -43,23 +43,23 @@ _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "e4m3": torch.uint8}
 Stack = Tensor | QuantTensor
 
 
-def reference(master: Tensor, form: str) -> Tensor:
+def reference(master: Tensor, format: str) -> Tensor:
     """Return what a matrix is after its round trip, by the formulas above and without any 8-bit dtype: fp64 [O, N]."""
-    if form == "bf16":
+    if format == "bf16":
         return master.to(torch.bfloat16).double()
-    return quantise.reference(master, form, (BLOCK, BLOCK))
+    return quantise.reference(master, format, (BLOCK, BLOCK))
 
 
-def new_idle(count: int, outputs: int, inputs: int, form: str, device: torch.device | str | None = None) -> Stack:
+def new_idle(count: int, outputs: int, inputs: int, format: str, device: torch.device | str | None = None) -> Stack:
     """Return `count` copies [outputs, inputs] that decode to zeros.
 
-    form: one of `COPY_FORMATS`.
+    format: one of `COPY_FORMATS`.
     Raises ShapeError if it is another.
     """
-    if form not in COPY_FORMATS:
-        raise ShapeError(f"new_idle: form is {form!r}; needs one of {', '.join(COPY_FORMATS)}.")
-    code = torch.zeros(count, outputs, inputs, dtype=_DTYPES[form], device=device)
-    if form == "bf16":
+    if format not in COPY_FORMATS:
+        raise ShapeError(f"new_idle: format is {format!r}; needs one of {', '.join(COPY_FORMATS)}.")
+    code = torch.zeros(count, outputs, inputs, dtype=_DTYPES[format], device=device)
+    if format == "bf16":
         return code
     return QuantTensor(code, torch.zeros(count, *_scale_shape(code), dtype=torch.float32, device=device))
 

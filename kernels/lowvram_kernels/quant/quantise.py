@@ -72,17 +72,17 @@ _INT8_SLICES = (Tile(8, 2048, 512), Tile(32, 512, 128))
 _DEQUANTISE = Tile(32, 128, 128)
 
 
-def quantise_tiles(form: str, is_transposed: bool) -> list[Tile]:
+def quantise_tiles(format: str, is_transposed: bool) -> list[Tile]:
     """Return every tile that may be chosen to quantise rows or, is_transposed, columns: the same on every card."""
-    if form == "e4m3":
+    if format == "e4m3":
         return list(_E4M3_COLUMNS if is_transposed else _E4M3_ROWS)
     return [_INT8_SLICES[1]] if is_transposed else [*_INT8_ROWS, _INT8_SLICES[0]]
 
 
-def choose_quantise_tile(form: str, width: int, is_transposed: bool) -> Tile:
+def choose_quantise_tile(format: str, width: int, is_transposed: bool) -> Tile:
     """Choose the tile for rows of `width` numbers, or is_transposed for columns."""
-    found = quantise_tiles(form, is_transposed)
-    if form == "e4m3":
+    found = quantise_tiles(format, is_transposed)
+    if format == "e4m3":
         return found[0] if width >= found[0].columns else found[-1]
     return next((tile for tile in found if not _is_slice(tile) and width <= tile.columns), found[-1])
 
@@ -92,13 +92,13 @@ def _is_slice(tile: Tile) -> bool:
     return tile.depth < tile.columns
 
 
-def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tensor:
+def reference(x: Tensor, format: str, block: tuple[int, int] = (1, BLOCK)) -> Tensor:
     """Return what a matrix is after its round trip, by the formulas above and without any 8-bit dtype: fp64 [N, K].
 
     block: rows and columns that share a scale of E4M3.
     """
     x_NK, found_NK = x.double(), torch.zeros_like(x, dtype=torch.float64)
-    height, width = block if form == "e4m3" else (1, x.shape[1])
+    height, width = block if format == "e4m3" else (1, x.shape[1])
     for row in range(0, x.shape[0], height):
         for column in range(0, x.shape[1], width):
             place = slice(row, row + height), slice(column, column + width)
@@ -106,7 +106,7 @@ def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tens
             absmax = part.abs().max()
             if not absmax.isfinite():
                 found_NK[place] = torch.nan
-            elif form == "int8" and absmax > 0:
+            elif format == "int8" and absmax > 0:
                 found_NK[place] = (part / (absmax / blocks.INT8_MAX)).round() * (absmax / blocks.INT8_MAX)
             elif absmax > 0:
                 scale = torch.exp2((absmax / e4m3.MAX).log2().ceil())
@@ -116,56 +116,56 @@ def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tens
     return found_NK
 
 
-def quantise_rows(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTensor:
+def quantise_rows(x: Tensor, format: str, fp32_scales: bool = False) -> QuantTensor:
     """Round a matrix that a product will sum along its rows.
 
-    x: [N, K] fp32|bf16|fp16, of any strides.  form: one of `FORMATS`.  fp32_scales: scale = absmax / 448 in fp32, as
+    x: [N, K] fp32|bf16|fp16, of any strides.  format: one of `FORMATS`.  fp32_scales: scale = absmax / 448 in fp32, as
     DeepSeek's older files have it.  Returns code [N, K]; scale [N, ⌈K/128⌉] (e4m3) or [N, 1] (int8).
-    Raises ShapeError if x, its dtype or the form is another.
+    Raises ShapeError if x, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    _check("quantise_rows", x, form, fp32_scales, (2,))
-    return _quantise_rows(x.detach(), form, fp32_scales)
+    _check("quantise_rows", x, format, fp32_scales, (2,))
+    return _quantise_rows(x.detach(), format, fp32_scales)
 
 
-def quantise_columns(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTensor:
+def quantise_columns(x: Tensor, format: str, fp32_scales: bool = False) -> QuantTensor:
     """Round a matrix that a product will sum along its columns, and turn it: as `quantise_rows` of x transposed.
 
     x: [N, K] fp32|bf16|fp16, of any strides.  Returns code [K, N]; scale [K, ⌈N/128⌉] (e4m3) or [K, 1] (int8).
-    Raises ShapeError if x, its dtype or the form is another.
+    Raises ShapeError if x, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    _check("quantise_columns", x, form, fp32_scales, (2,))
-    return _quantise_rows(x.detach().mT, form, fp32_scales)
+    _check("quantise_columns", x, format, fp32_scales, (2,))
+    return _quantise_rows(x.detach().mT, format, fp32_scales)
 
 
-def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales: bool = False) -> QuantTensor:
+def quantise_weight(w: Tensor, format: str, transposed: bool = False, fp32_scales: bool = False) -> QuantTensor:
     """Round a weight or a stack of them, as they lie or each one transposed.
 
     w: [O, I] or [E, O, I] fp32|bf16|fp16, of any strides.  Returns code [O, I] or, transposed, [I, O], after E; scale
     [⌈O/128⌉, ⌈I/128⌉] or transposed (e4m3: the same numbers), [O, 1] or [I, 1] (int8: of the rows of what is returned).
-    Raises ShapeError if w, its dtype or the form is another.
+    Raises ShapeError if w, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    _check("quantise_weight", w, form, fp32_scales, (2, 3))
-    if form == "int8":
+    _check("quantise_weight", w, format, fp32_scales, (2, 3))
+    if format == "int8":
         w = w.detach()
-        return _quantise_rows(w.mT if transposed else w, form, False)
+        return _quantise_rows(w.mT if transposed else w, format, False)
     found = _quantise_blocks(w.detach(), fp32_scales, not transposed, transposed)[int(transposed)]
     assert found is not None
     return found
 
 
-def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tuple[QuantTensor, QuantTensor]:
+def quantise_weight_both(w: Tensor, format: str, fp32_scales: bool = False) -> tuple[QuantTensor, QuantTensor]:
     """Round a weight or a stack of them and return it as it lies and transposed; E4M3 reads it once for both.
 
     w and what is returned: as in `quantise_weight`.
-    Raises ShapeError if w, its dtype or the form is another.
+    Raises ShapeError if w, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    if form != "e4m3":
-        return quantise_weight(w, form), quantise_weight(w, form, transposed=True)
-    _check("quantise_weight_both", w, form, fp32_scales, (2, 3))
+    if format != "e4m3":
+        return quantise_weight(w, format), quantise_weight(w, format, transposed=True)
+    _check("quantise_weight_both", w, format, fp32_scales, (2, 3))
     plain, flipped = _quantise_blocks(w.detach(), fp32_scales, True, True)
     assert plain is not None
     assert flipped is not None
@@ -200,9 +200,9 @@ def fill_lines(code: Tensor) -> Tensor:
     return F.pad(code, (0, missing)) if missing else code
 
 
-def _check(what: str, x: Tensor, form: str, fp32_scales: bool, dimensions: tuple[int, ...]) -> None:
-    if form not in FORMATS or (fp32_scales and form != "e4m3"):
-        raise ShapeError(f"{what}: form is {form!r}; needs one of {', '.join(FORMATS)}, for fp32_scales e4m3.")
+def _check(what: str, x: Tensor, format: str, fp32_scales: bool, dimensions: tuple[int, ...]) -> None:
+    if format not in FORMATS or (fp32_scales and format != "e4m3"):
+        raise ShapeError(f"{what}: format is {format!r}; needs one of {', '.join(FORMATS)}, for fp32_scales e4m3.")
     if x.dim() not in dimensions or x.numel() == 0 or x.dtype not in FLOATING:
         needed = " or ".join(("[N, K]", "[E, O, I]")[: len(dimensions)])
         raise ShapeError(f"{what}: got {list(x.shape)} {x.dtype}; needs {needed}, not empty, fp32, bf16 or fp16.")
@@ -213,38 +213,38 @@ def _block_of(code: Tensor, scale: Tensor) -> tuple[int, int]:
     if code.dim() not in (2, 3) or code.numel() == 0 or code.dtype not in (torch.uint8, torch.int8):
         raise ShapeError(f"dequantise: code is {list(code.shape)} {code.dtype}; needs [N, K], uint8 or int8.")
     rows, width = code.shape[-2:]
-    forms = [(1, BLOCK), (BLOCK, BLOCK)] if code.dtype == torch.uint8 else [(1, width)]
-    shapes = [[*code.shape[:-2], -(-rows // height), -(-width // columns)] for height, columns in forms]
+    blocks_of_code = [(1, BLOCK), (BLOCK, BLOCK)] if code.dtype == torch.uint8 else [(1, width)]
+    shapes = [[*code.shape[:-2], -(-rows // height), -(-width // columns)] for height, columns in blocks_of_code]
     if list(scale.shape) not in shapes or scale.dtype != torch.float32:
         needed = " or ".join(map(str, shapes))
         raise ShapeError(f"dequantise: scale is {list(scale.shape)} {scale.dtype}; this code needs {needed}, fp32.")
     if not (code.is_contiguous() and scale.is_contiguous()) or code.device != scale.device:
         raise ShapeError("dequantise: code and scale need to be contiguous, on one device.")
-    return forms[shapes.index(list(scale.shape))]
+    return blocks_of_code[shapes.index(list(scale.shape))]
 
 
-def _new(x: Tensor, form: str, block: tuple[int, int]) -> QuantTensor:
+def _new(x: Tensor, format: str, block: tuple[int, int]) -> QuantTensor:
     """Allocate what x will be."""
     *stack, rows, width = x.shape
-    code = torch.empty(*stack, rows, width, dtype=torch.uint8 if form == "e4m3" else torch.int8, device=x.device)
+    code = torch.empty(*stack, rows, width, dtype=torch.uint8 if format == "e4m3" else torch.int8, device=x.device)
     shape = (*stack, -(-rows // block[0]), -(-width // block[1]))
     return QuantTensor(code, torch.empty(shape, dtype=torch.float32, device=x.device))
 
 
-def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
+def _quantise_rows(x: Tensor, format: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
     """Round the rows of [N, K] or [E, N, K]."""
-    block = (1, BLOCK if form == "e4m3" else x.shape[-1])
+    block = (1, BLOCK if format == "e4m3" else x.shape[-1])
     # What is contiguous along N is read along N, whatever it is called.
     is_transposed = x.stride(-1) != 1 and x.stride(-2) == 1
     if choose("quantise", card_of(x.device)).backend != "triton":
         return (
-            _transpose(_encode(x.mT, form, fp32_scales, block[::-1]))
+            _transpose(_encode(x.mT, format, fp32_scales, block[::-1]))
             if is_transposed
-            else _encode(x, form, fp32_scales, block)
+            else _encode(x, format, fp32_scales, block)
         )
-    tile = tile or choose_quantise_tile(form, x.shape[-1], is_transposed)
-    result = _new(x, form, block)
-    if form == "e4m3":
+    tile = tile or choose_quantise_tile(format, x.shape[-1], is_transposed)
+    result = _new(x, format, block)
+    if format == "e4m3":
         _launch_e4m3_rows(x, *result, fp32_scales, [*tile])
     elif not _is_slice(tile):
         _launch_int8_rows(x, *result, [*tile])
@@ -269,8 +269,8 @@ def _quantise_blocks(
     return results
 
 
-def _encode(x: Tensor, form: str, fp32_scales: bool, block: tuple[int, int]) -> QuantTensor:
-    result = _new(x, form, block)
+def _encode(x: Tensor, format: str, fp32_scales: bool, block: tuple[int, int]) -> QuantTensor:
+    result = _new(x, format, block)
     for x_NK, code_NK, scale_AB in zip(*map(_matrices, (x, *result)), strict=True):
         blocks.encode_(code_NK, scale_AB, x_NK, block, fp32_scales)
     return result

@@ -228,7 +228,7 @@ def test_on_paper_it_allocates_the_same(form: str, dtype: torch.dtype) -> None:
 
 
 def test_arguments_that_cannot_be_right_are_named() -> None:
-    with pytest.raises(ShapeError, match="new_idle: form is 'fp4'"):
+    with pytest.raises(ShapeError, match="new_idle: format is 'fp4'"):
         new_idle(1, 2, 3, "fp4")
     stack = new_idle(2, 5, 60, "int8")
     assert isinstance(stack, QuantTensor)
