@@ -127,7 +127,7 @@ def processor_without_bf16() -> Iterator[None]:
     """
     asked = os.environ.get("LOWVRAM_TEST_BF16", "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: asked == "1")
+        patch.setattr("lowvram.api.loading.multiplies_bf16", lambda: asked == "1")
         if asked:
             import torch
 

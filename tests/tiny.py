@@ -14,6 +14,7 @@ from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.train.prepare import prepare
 from lowvram.train.rotation import ExpertRotation
+from lowvram.train.settings import RunSettings
 from lowvram.train.trainer import Trainer
 from tests.conftest import TURKISH
 
@@ -80,7 +81,7 @@ def tiny_run(
 
 def trainer_of(what: RunConfig, micro_batch: int | None = None) -> Trainer:
     """Return a trainer on the CPU, with the plan that is chosen, or with so many sequences at a time."""
-    return prepare(what, choose_plan(what.train, micro_batch)[0], torch.device("cpu"))
+    return prepare(RunSettings(what, choose_plan(what.train, micro_batch)[0], torch.device("cpu")))
 
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -46,6 +46,7 @@ from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES
 from lowvram.train.events import Started, StepDone
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.start import lock_run
 
 Row = dict[str, Any]
@@ -146,7 +147,7 @@ def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
     """Train one run to its end, from its last checkpoint if it has one, and return its results."""
     notes, done, began = what.run.dir / "steps.jsonl", list[Row](), 0.0
     with lock_run(what.run.dir):
-        trainer = prepare(what, choose_plan(what.train)[0], torch.device("cpu"))
+        trainer = prepare(RunSettings(what, choose_plan(what.train)[0], torch.device("cpu")))
         if rival is not None:
             make_rival(trainer.state.model, rival)
         for event in trainer.run():

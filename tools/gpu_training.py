@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from lowvram_kernels.dispatch import card_of
 
-from lowvram.cli.place import find_card_of, memory_curve_of_run
+from lowvram.api.rehearsals import memory_curve_of_run
+from lowvram.api.target import detect_target_of
 from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
 from lowvram.config.run_file import load_preset
@@ -98,9 +99,9 @@ class Training:
                 torch.cuda.set_per_process_memory_fraction(1.0, scene.device)
             free_memory(scene.device)
 
-    def _evaluate(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> FitReport:
-        """Choose a plan as `fit` does.  An 8-bit run uses the 16-bit run's plan, so that the two can be compared."""
-        here = find_card_of(scene.device).profile
+    def _judge(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> FitReport:
+        """Choose a plan as `fit` does.  An 8-bit run takes the 16-bit run's, so that the two can be compared."""
+        here = detect_target_of(scene.device).profile
         train = train.model_copy(update={"precision": "bf16"}) if train.precision in ("fp8", "int8") else train
         sketch = find_memory_curve(self.preset, model, train, path_of(here, train)) or memory_curve_of_run(
             model, train, here

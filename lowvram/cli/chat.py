@@ -12,7 +12,7 @@ from lowvram.cli.options import add_device, add_precision, context_length, count
 from lowvram.cli.sampler import add_sampler, sampler_of
 
 if TYPE_CHECKING:
-    from lowvram.cli.load import Loaded
+    from lowvram.api.loading import LoadedModel
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
@@ -64,18 +64,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer one prompt, or turn after turn."""
-    from lowvram.cli.context import find_max_context
-    from lowvram.cli.load import load_model
+    from lowvram.api.context import find_max_context
+    from lowvram.api.loading import load_model
+    from lowvram.api.models import choose_cache
     from lowvram.cli.repl import Repl
+    from lowvram.cli.tasks import run_task
     from lowvram.errors import ConfigError
 
     sampler = sampler_of(arguments)
     if arguments.json and arguments.prompt is None:
         raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
     text = _read_prompt(arguments.prompt)
-    loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
-    cache = _choose_cache(loaded, arguments.cache)
-    context = find_max_context(loaded, 1, arguments.context, cache)
+    loaded = run_task(load_model(arguments.checkpoint, arguments.device, arguments.precision))
+    cache = choose_cache(loaded, arguments.cache)
+    context = run_task(find_max_context(loaded, 1, arguments.context, cache))
     conversation = open_conversation(loaded, context.max_context, arguments, cache)
     if text is not None:
         _answer_once(conversation, text, sampler, arguments)
@@ -102,23 +104,11 @@ def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
     return "The model writes turns." if speaks else "The model writes a text that goes on."
 
 
-def _choose_cache(loaded: Loaded, asked: str) -> CacheForm:
-    from lowvram.errors import ConfigError
-
-    if asked == "fp8" and loaded.config.attention.kind != "mla":
-        raise ConfigError(
-            "--cache fp8 is given, and this model's attention is GQA.",
-            "Only MLA's latents are kept in 8 bits.",
-            "Leave it out.",
-        )
-    return "e4m3" if asked == "fp8" else "plain"
-
-
 def open_conversation(
-    loaded: Loaded, max_context: int, arguments: argparse.Namespace, cache: CacheForm
+    loaded: LoadedModel, max_context: int, arguments: argparse.Namespace, cache: CacheForm
 ) -> Conversation:
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
-    from lowvram.cli.typed_text import read_typed
+    from lowvram.api.typed_text import read_typed
     from lowvram.errors import ConfigError
     from lowvram.generate.chat_template import choose_template
     from lowvram.generate.conversation import Conversation
@@ -140,7 +130,7 @@ def open_conversation(
 def _read_prompt(given: str | None) -> str | None:
     if given is None:
         return None
-    from lowvram.cli.typed_text import read_typed
+    from lowvram.api.typed_text import read_typed
 
     return read_typed(sys.stdin.read().removesuffix("\n") if given == "-" else given)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.next_step import quote_command
+from lowvram.api.shell import quote_command
 from lowvram.cli.options import add_device
 
 if TYPE_CHECKING:
@@ -223,13 +223,18 @@ def _say_end(home: Path, directory: Path) -> None:
 
 def _describe_fit(what: RunConfig, device: str) -> str:
     """Say what the run's plan takes of this machine, and how long it will take."""
-    from lowvram.cli.machine import choose_device
-    from lowvram.cli.promise import Promise
+    from lowvram.api.device import choose_device
+    from lowvram.api.plan_monitor import PlanMonitor
+    from lowvram.api.target import notices_of
+    from lowvram.cli.tasks import tell
     from lowvram.units import show_bytes, show_duration_range
 
-    promise = Promise(what, choose_device(device))
-    answer = promise.evaluate_fit()
-    plan, limit = answer.found.plan, show_bytes(promise.place.limit_bytes)
+    chosen = choose_device(device)
+    monitor = PlanMonitor(what, chosen.device)
+    for said in (*chosen.notices, *notices_of(monitor.budget)):
+        tell(said)
+    answer = monitor.rehearse_fit()
+    plan, limit = answer.found.plan, show_bytes(monitor.budget.limit_bytes)
     lasts = answer.days_range
     days = f", about {show_duration_range(*(days * 86_400 for days in lasts))}" if lasts is not None else ""
     cut = f"{plan.micro_batch} × {plan.accumulate} sequences a step"
@@ -350,14 +355,15 @@ def _evaluate(run_dir: Path, device: str) -> None:
 
 
 def _answer(run_dir: Path, device: str) -> None:
+    from lowvram.api.loading import load_model
     from lowvram.cli.console import AnswerStream
-    from lowvram.cli.load import load_model
+    from lowvram.cli.tasks import run_task
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine
     from lowvram.generate.sampling import Sampler
 
-    loaded = load_model(run_dir, device)
+    loaded = run_task(load_model(run_dir, device))
     decoder = Decoder(loaded.model, loaded.trained_len, dtype=loaded.dtype)
     for prompt in PROMPTS:
         conversation = Conversation(Engine(decoder, loaded.tokenizer))

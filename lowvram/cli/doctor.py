@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Look and print; returns 1 where training would fail."""
     if arguments.gpu is not None:
         return _run_on_paper(arguments.gpu, arguments.json)
+    from lowvram.api.device import ask_torch
     from lowvram.cli.console import result
-    from lowvram.cli.machine import ask_torch
     from lowvram.hardware.doctor import find_all
     from lowvram.hardware.inspect import gather
 
@@ -60,11 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_on_paper(gpu: str, is_json: bool) -> int:
+    from lowvram.api.target import describe_target
     from lowvram.cli.console import notice
-    from lowvram.cli.place import name_card
     from lowvram.fit.rehearse import imagine
 
-    named = name_card(gpu, None, None, None)
+    named = describe_target(gpu)
     notice(named.sentence)
     ops = choose_all(imagine(named.profile))
     if is_json:

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.next_step import next_step, quote_command
+from lowvram.api.shell import quote_command
+from lowvram.cli.next_step import next_step
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
     """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
-    from lowvram.cli.bigrams import find_baseline
+    from lowvram.api.evaluation import score_bigrams
     from lowvram.cli.console import notice
+    from lowvram.cli.tasks import run_task
     from lowvram.evaluate.verdict import compare_with_bigrams, is_worse_than_bigrams
 
     if valid is None:
@@ -27,7 +29,7 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
     if valid is None or evaluated is None:
         return
     try:
-        baseline = find_baseline(what, tokenizer, valid, what.run.validate_tokens)
+        baseline = run_task(score_bigrams(what, tokenizer, valid, what.run.validate_tokens))
     except KeyboardInterrupt:
         notice("(not compared with bigrams)", "dim")
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 from lowvram.cli.next_step import next_step
@@ -31,51 +30,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
-    from lowvram.cli.bigrams import find_baseline
-    from lowvram.cli.console import bar, literal, result
-    from lowvram.cli.load import load_model
-    from lowvram.data.shards import ShardSet
-    from lowvram.errors import DataError
-    from lowvram.evaluate.bits_per_byte import score
+    from lowvram.api.evaluation import evaluate_task
+    from lowvram.cli.console import literal, result
+    from lowvram.cli.tasks import run_task
     from lowvram.evaluate.verdict import compare_with_bigrams
 
-    loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision, as_trained=True)
-    place = arguments.data or (loaded.what.data.valid if loaded.what is not None else None)
-    if place is None:
-        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
-    directory = loaded.checkpoint.directory if loaded.checkpoint is not None else arguments.checkpoint
-    tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
-    shards = ShardSet.open(place, tokenizer.hash, tokenizer.size)
-    with bar("Reading held-out text") as line:
-        found = score(
-            loaded.model,
-            shards,
-            tokenizer.bos_id,
-            tokenizer.byte_count_V,
-            seq_len,
-            loaded.dtype,
-            arguments.tokens,
-            progress=line.tell,
-        )
-    what = loaded.what
-    baseline = find_baseline(what, tokenizer, shards, arguments.tokens) if what is not None else None
+    given = (arguments.data, arguments.tokens, arguments.precision, arguments.device)
+    found = run_task(evaluate_task(arguments.checkpoint, *given))
     if arguments.json:
-        values = {
-            "checkpoint": str(directory),
-            "step": loaded.checkpoint.step if loaded.checkpoint is not None else None,
-            "precision": loaded.precision,
-            "data": str(place),
-            "bits_per_byte": found.bits_per_byte if math.isfinite(found.nats) else None,
-            "loss": found.loss if math.isfinite(found.nats) else None,
-            "targets": found.targets,
-            "bigram_bits_per_byte": baseline[0].bits_per_byte if baseline else None,
-        }
-        literal(json.dumps(values))
+        literal(json.dumps(found.as_dict()))
         return
-    result(f"{directory} on {place}: {found.targets:,} tokens in windows of {seq_len}, weights in {loaded.precision}")
+    where = f"{found.checkpoint} on {found.data}"
+    result(f"{where}: {found.targets:,} tokens in windows of {found.seq_len}, weights in {found.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
-    if baseline is not None:
-        bigram, counted = baseline
-        result(f"  bigram model   {bigram.bits_per_byte:.4f}   (counted on {counted})")
-        result(compare_with_bigrams(found.bits_per_byte, bigram.bits_per_byte))
+    if found.bigram_bits_per_byte is not None:
+        result(f"  bigram model   {found.bigram_bits_per_byte:.4f}   (counted on {found.bigrams_of})")
+        result(compare_with_bigrams(found.bits_per_byte, found.bigram_bits_per_byte))
     literal(next_step("chat", arguments.checkpoint, why="talk to it"))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
-from lowvram.cli.console import literal, out, result
+from lowvram.api.fit_result import FitResult
+from lowvram.cli.console import out, result
 from lowvram.config.train import TrainConfig
-from lowvram.errors import DataError
-from lowvram.fit.epochs import Remark, RunText, suitable_preset
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
 from lowvram.fit.report import FitReport, MemoryBudget
@@ -19,19 +16,6 @@ from lowvram.units import count_of, show_bytes, show_count, show_duration_range,
 
 # Cells of the longest bar, and those that stand before it in its row.
 _BAR_CELLS, _BEFORE_THE_BAR = 40, 27
-
-
-class Beside(NamedTuple):
-    """What is said about one model beside its ledger.
-
-    changes: what would make it fit, None where a plan was asked for.  faster: precisions in which it would be faster.
-    remarks: about its text.  instead: what this machine can train in time, where this model takes years.
-    """
-
-    changes: Sequence[Change] | None
-    faster: Sequence[Change] = ()
-    remarks: Sequence[Remark] = ()
-    instead: Advice | None = None
 
 
 def describe_technique(answer: FitReport) -> str:
@@ -53,12 +37,13 @@ def describe_optimizer(train: TrainConfig) -> str:
     return f"{train.optimizer.bits}-bit {name}"
 
 
-def show_one(answer: FitReport, place: MemoryBudget, beside: Beside, is_preset: bool) -> None:
+def show_one(seen: FitResult) -> None:
     """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
+    answer, budget, is_preset = seen.models[0], seen.budget, seen.options.run_file is None
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
     cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
-    result(f"{answer.name} {_verdict(answer, place)}: {cut}{again}.")
+    result(f"{answer.name} {_verdict(answer, budget)}: {cut}{again}.")
     result(f"  {found.reason[:1].upper()}{found.reason[1:]}.")
     result()
     widest = min(_BAR_CELLS, max(0, out.width - _BEFORE_THE_BAR)) if out.is_terminal else _BAR_CELLS
@@ -68,39 +53,39 @@ def show_one(answer: FitReport, place: MemoryBudget, beside: Beside, is_preset: 
     result(f"  {'peak':<12} {show_bytes(ledger.peak_bytes):>10}  during {ledger.moment}")
     if not found.is_rehearsed:
         result("               these lines lie between two rehearsals; a run file is rehearsed itself")
-    result(f"  {'limit':<12} {show_bytes(place.limit_bytes):>10}  {_headless(place)}")
-    ram = "" if place.ram_bytes is None else f", which has {show_bytes(place.ram_bytes)}"
+    result(f"  {'limit':<12} {show_bytes(budget.limit_bytes):>10}  {_headless(budget)}")
+    ram = "" if budget.ram_bytes is None else f", which has {show_bytes(budget.ram_bytes)}"
     kept = f", {show_bytes(ledger.kept_on_host)} of it for experts and states that wait" if ledger.kept_on_host else ""
     result(f"  {'host':<12} {show_bytes(answer.host_bytes):>10}  in the computer's memory{ram}{kept}")
     result()
     if answer.lacks_host_bytes:
         result(f"  The computer lacks {show_bytes(answer.lacks_host_bytes)} of memory for it.")
-    _show_time(answer, place, beside.instead)
-    for change in beside.faster:
+    _show_time(answer, budget, seen.instead)
+    for change in seen.faster:
         result(f"  {change.says} (--set {change.sets[0]}): {change.costs}; peak {show_bytes(change.peak_bytes)}.")
     writes, disk = show_bytes(answer.written_bytes_per_day), show_bytes(answer.disk_bytes)
     result(f"  A checkpoint has {show_bytes(answer.state_bytes)}; checkpoints write up to {writes} a day to the disk.")
     result(f"  {disk} of disk must be free.")
-    for remark in beside.remarks:
+    for remark in seen.remarks:
         result(f"  {remark.says}", "yellow" if remark.is_warning else "")
     if not (answer.fits_headless and answer.fits_host):
-        _show_changes(answer, beside.changes, is_preset)
+        _show_changes(answer, seen.changes, is_preset)
 
 
-def _show_time(answer: FitReport, place: MemoryBudget, instead: Advice | None) -> None:
+def _show_time(answer: FitReport, budget: MemoryBudget, instead: Advice | None) -> None:
     """Say how fast the model is trained, how long that takes, and what to do where it takes years."""
     if answer.speed is None or answer.days_range is None or answer.days is None:
         if answer.fits_headless:
-            result(f"  How fast {place.profile.name} is, is not known.")
+            result(f"  How fast {budget.profile.name} is, is not known.")
         return
     speed = answer.speed
     pace = f"{show_count(speed.low)}–{show_count(speed.high)} tokens/s"
-    result(f"  {pace} ({describe_evidence(place.profile, measured_ids(), speed.is_measured)}).")
+    result(f"  {pace} ({describe_evidence(budget.profile, measured_ids(), speed.is_measured)}).")
     energy = f", {show_energy_range(*answer.kwh_range)}" if answer.kwh_range is not None else ""
     lasts = show_duration_range(*(days * 86_400 for days in answer.days_range))
     result(f"  {show_count(answer.train.tokens)} tokens in {lasts}{energy}.")
     if answer.days > TOO_SLOW_DAYS:
-        result(f"  {place.profile.name} is too slow for {answer.name}.  {_say_instead(instead)}", "yellow")
+        result(f"  {budget.profile.name} is too slow for {answer.name}.  {_say_instead(instead)}", "yellow")
 
 
 def _say_instead(instead: Advice | None) -> str:
@@ -112,18 +97,18 @@ def _say_instead(instead: Advice | None) -> str:
     return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
 
 
-def _verdict(answer: FitReport, place: MemoryBudget) -> str:
+def _verdict(answer: FitReport, budget: MemoryBudget) -> str:
     if answer.fits:
         return "fits"
     if answer.found.fits:
         return "fits the card, but not the computer's memory"
-    return f"fits only without {place.beside}" if answer.fits_headless else "does not fit"
+    return f"fits only without {budget.beside}" if answer.fits_headless else "does not fit"
 
 
-def _headless(place: MemoryBudget) -> str:
-    if place.limit_bytes == place.headless_bytes:
+def _headless(budget: MemoryBudget) -> str:
+    if budget.limit_bytes == budget.headless_bytes:
         return "for tensors"
-    return f"for tensors beside {place.beside}, {show_bytes(place.headless_bytes)} without"
+    return f"for tensors beside {budget.beside}, {show_bytes(budget.headless_bytes)} without"
 
 
 def _show_changes(answer: FitReport, changes: Sequence[Change] | None, is_preset: bool) -> None:
@@ -156,12 +141,13 @@ _PRECISION = {
 }
 
 
-def explain(answers: Sequence[FitReport], place: MemoryBudget) -> Iterator[str]:
+def explain(seen: FitResult) -> Iterator[str]:
     """Yield why each choice was made: first what is the card's, then model by model."""
-    profile, train = place.profile, answers[0].train
+    answers, budget = seen.models, seen.budget
+    profile, train = budget.profile, answers[0].train
     yield ""
     rest = "driver, context, workspaces and the gaps between tensors" if profile.platform == "cuda" else "the system"
-    yield f"limit: {show_bytes(place.headless_bytes)} of {show_bytes(profile.memory_bytes)}; the rest is for {rest}"
+    yield f"limit: {show_bytes(budget.headless_bytes)} of {show_bytes(profile.memory_bytes)}; the rest is for {rest}"
     yield f"attention: {_ATTENTION[profile.attention]}"
     is_own = train.precision == profile.dtype
     yield f"precision: {train.precision}, {_PRECISION[profile.dtype] if is_own else 'as the run says'}"
@@ -177,82 +163,3 @@ def explain(answers: Sequence[FitReport], place: MemoryBudget) -> Iterator[str]:
         states = f"{describe_optimizer(answer.train)}, as the recipe says"
         moment = f"peak during {answer.found.rehearsal.ledger.moment}"
         yield f"{answer.name}: {answer.found.reason}; {states}; {moment}"
-
-
-def show_json(
-    answers: Sequence[FitReport],
-    place: MemoryBudget,
-    recommended: tuple[Advice | None, Advice | None],
-    beside: Beside,
-    text: RunText | None,
-) -> None:
-    """Print one JSON object; its schema is kept by a test.
-
-    recommended: the first run and the long one.  text: what there is to read, None where nobody said.
-    """
-    first, long = recommended
-    evidence = describe_evidence(place.profile, measured_ids(), any(a.speed and a.speed.is_measured for a in answers))
-    values = {
-        "gpu": place.profile.id,
-        "gpu_name": place.profile.name,
-        "limit_bytes": place.limit_bytes,
-        "limit_bytes_without_desktop": place.headless_bytes,
-        "recommended": long.answer.name if long else None,
-        "first_run": first.answer.name if first else None,
-        "first_run_tokens": (first.tokens or first.answer.train.tokens) if first else None,
-        "evidence": evidence if any(answer.speed for answer in answers) else None,
-        "text": _text_values(text),
-        "models": [_values(answer, text) for answer in answers],
-        "changes": [change._asdict() for change in beside.changes or ()],
-        "faster": [change._asdict() for change in beside.faster],
-    }
-    literal(json.dumps(values, ensure_ascii=False))
-
-
-def _text_values(text: RunText | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    return {
-        "tokens": text.tokens,
-        "text_bytes": sum(part.text_bytes for part in text.parts),
-        "is_held_out": text.is_held_out,
-        "suits_parameters": text.suits(),
-        "suits_preset": suitable_preset(text),
-    }
-
-
-def _passes(answer: FitReport, text: RunText | None) -> float | None:
-    """Return how often the part that is read most often is read; None where that is not known, or it is too short."""
-    try:
-        return round(max(text.passes(answer.train)), 3) if text is not None else None
-    except DataError:
-        return None
-
-
-def _values(answer: FitReport, text: RunText | None) -> dict[str, Any]:
-    found, speed = answer.found, answer.speed
-    return {
-        "name": answer.name,
-        "parameters": answer.model.num_parameters(),
-        "active_parameters": answer.model.active_parameters(),
-        "fits": answer.fits,
-        "fits_without_desktop": answer.fits_headless and not answer.lacks_host_bytes,
-        "plan": found.plan.model_dump(),
-        "reason": found.reason,
-        "peak_bytes": found.peak_bytes,
-        "host_bytes": answer.host_bytes,
-        "kept_on_host_bytes": found.rehearsal.ledger.kept_on_host,
-        "lacks_host_bytes": answer.lacks_host_bytes,
-        "ledger": found.rehearsal.ledger.lines() | {"moment": found.rehearsal.ledger.moment},
-        "tokens_per_second": round(speed.tokens_per_second, 1) if speed else None,
-        "tokens_per_second_range": [round(speed.low, 1), round(speed.high, 1)] if speed else None,
-        "is_measured": speed.is_measured if speed else None,
-        "days": round(answer.days, 3) if answer.days is not None else None,
-        "days_range": [round(days, 3) for days in answer.days_range] if answer.days_range is not None else None,
-        "kwh": round(answer.kwh, 2) if answer.kwh is not None else None,
-        "kwh_range": [round(kwh, 3) for kwh in answer.kwh_range] if answer.kwh_range is not None else None,
-        "passes": _passes(answer, text),
-        "checkpoint_bytes": answer.state_bytes,
-        "written_bytes_per_day": answer.written_bytes_per_day,
-        "disk_bytes": answer.disk_bytes,
-    }

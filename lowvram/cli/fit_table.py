@@ -33,29 +33,29 @@ class Advised(NamedTuple):
     command: str
 
 
-def show_table(answers: Sequence[FitReport], place: MemoryBudget, advised: Advised, text: RunText | None) -> None:
+def show_table(answers: Sequence[FitReport], budget: MemoryBudget, advised: Advised, text: RunText | None) -> None:
     """Print one row per model, what the columns mean, and what to begin with."""
     names = {advice.answer.name for advice in advised[:2] if isinstance(advice, Advice)}
-    shown, cells = _choose_layout(answers, place, names, text)
-    rows = [_row(answer, place, names, text, cells) for answer in answers]
+    shown, cells = _choose_layout(answers, budget, names, text)
+    rows = [_row(answer, budget, names, text, cells) for answer in answers]
     lay_out(_tabulate(rows, shown))
     result()
-    tensors = f"{show_bytes(place.headless_bytes)} that tensors may take on {place.profile.name}"
-    result(f"Peak: of the {tensors}{_mark(place, cells)}")
+    tensors = f"{show_bytes(budget.headless_bytes)} that tensors may take on {budget.profile.name}"
+    result(f"Peak: of the {tensors}{_mark(budget, cells)}")
     if left_out := [name for name in rows[0] if name not in shown]:
         result(f"A wider window shows also: {', '.join(left_out)}.")
     if any(answer.speed for answer in answers):
         is_measured = any(answer.speed is not None and answer.speed.is_measured for answer in answers)
-        evidence = describe_evidence(place.profile, measured_ids(), is_measured)
+        evidence = describe_evidence(budget.profile, measured_ids(), is_measured)
         result(f"Time and energy: until all of the preset's tokens are seen; {evidence}.")
     result("Parameters in brackets: active for a token.")
     if lacking := [answer for answer in answers if answer.lacks_host_bytes and answer.found.fits]:
         needs = ", ".join(f"{answer.name} {show_bytes(answer.host_bytes)}" for answer in lacking)
-        result(f"The computer's memory of {show_bytes(place.ram_bytes or 0)} is too small for: {needs}.")
+        result(f"The computer's memory of {show_bytes(budget.ram_bytes or 0)} is too small for: {needs}.")
     if text is not None:
         _show_text(text)
     result()
-    _show_advice(answers, place, advised, text)
+    _show_advice(answers, budget, advised, text)
 
 
 def _show_text(text: RunText) -> None:
@@ -65,7 +65,7 @@ def _show_text(text: RunText) -> None:
     )
 
 
-def _show_advice(answers: Sequence[FitReport], place: MemoryBudget, advised: Advised, text: RunText | None) -> None:
+def _show_advice(answers: Sequence[FitReport], budget: MemoryBudget, advised: Advised, text: RunText | None) -> None:
     if advised.long is None and text is not None and any(answer.fits for answer in answers):
         result(" ".join(explain_too_little(answers, text)), "yellow")
         result("`lowvram demo` trains a small model in minutes.")
@@ -78,7 +78,7 @@ def _show_advice(answers: Sequence[FitReport], place: MemoryBudget, advised: Adv
     is_one_preset = advised.first is not None and advised.first.answer.name == name
     is_one_run = is_one_preset and advised.first is not None and advised.first.tokens == advised.long.tokens
     if advised.first is None:
-        says = f"An hour on {place.profile.name} is too short for every preset"
+        says = f"An hour on {budget.profile.name} is too short for every preset"
         result(f"{says}: `lowvram demo` trains a smaller model in minutes.")
     elif not is_one_run:
         _show_run("A first run", advised.first, advised.command)
@@ -114,10 +114,10 @@ def describe_time(advice: Advice) -> str:
 
 
 def _choose_layout(
-    answers: Sequence[FitReport], place: MemoryBudget, names: set[str], text: RunText | None
+    answers: Sequence[FitReport], budget: MemoryBudget, names: set[str], text: RunText | None
 ) -> tuple[list[str], int]:
     """Return the columns that the window has room for, and the cells of the bar; a pipe has room for all."""
-    rows = [_row(answer, place, names, text, _BAR_CELLS[0]) for answer in answers]
+    rows = [_row(answer, budget, names, text, _BAR_CELLS[0]) for answer in answers]
     everything = list(rows[0])
     if not out.is_terminal:
         return everything, _BAR_CELLS[0]
@@ -126,7 +126,7 @@ def _choose_layout(
     offers += [(kept, cells) for cells in _BAR_CELLS]
     offers.append(([name for name in kept if name != "parameters"], 0))
     for shown, cells in offers:
-        rows = [_row(answer, place, names, text, cells) for answer in answers]
+        rows = [_row(answer, budget, names, text, cells) for answer in answers]
         if table_width(_tabulate(rows, shown)) <= out.width:
             return shown, cells
     return offers[-1]
@@ -141,17 +141,17 @@ def _tabulate(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> Table:
     return table
 
 
-def _row(answer: FitReport, place: MemoryBudget, names: set[str], text: RunText | None, cells: int) -> dict[str, Any]:
+def _row(answer: FitReport, budget: MemoryBudget, names: set[str], text: RunText | None, cells: int) -> dict[str, Any]:
     """Return the cells by column, what matters most first.  names: the presets that are recommended."""
     found, model, speed = answer.found, answer.model, answer.speed
     size = show_count(model.num_parameters())
     if model.active_parameters() != model.num_parameters():
         size += f" ({_round(model.active_parameters())})"
-    peak = [_bar(found.peak_bytes, place, cells), " "] if cells else []
+    peak: list[str | Cell] = [_bar(found.peak_bytes, budget, cells), " "] if cells else []
     row = {
         "preset": Cell(answer.name, "bold" if answer.name in names else ""),
         "parameters": size,
-        "fits": _fits(answer, place),
+        "fits": _fits(answer, budget),
         "peak": Cell.assemble(*peak, f"{show_bytes(found.peak_bytes):>9}"),
         "time": _time(answer),
     }
@@ -184,12 +184,12 @@ def _passes(answer: FitReport, text: RunText) -> Cell:
     return Cell(f"{most:,.{1 if most < 9.95 else 0}f}", "yellow" if most > ENOUGH_PASSES else "")
 
 
-def _fits(answer: FitReport, place: MemoryBudget) -> Cell:
+def _fits(answer: FitReport, budget: MemoryBudget) -> Cell:
     if answer.fits:
         return Cell("yes", "green")
     if answer.found.fits:
         return Cell("too little RAM", "red")
-    return Cell(f"without {place.beside}", "yellow") if answer.fits_headless else Cell("no", "red")
+    return Cell(f"without {budget.beside}", "yellow") if answer.fits_headless else Cell("no", "red")
 
 
 def _range(answer: FitReport) -> str:
@@ -204,22 +204,22 @@ def _round(count: float) -> str:
     return f"{value:.{1 if value < 9.95 else 0}f}{('', 'k', 'M', 'B')[power]}"
 
 
-def _bar(peak_bytes: int, place: MemoryBudget, width: int) -> Cell:
+def _bar(peak_bytes: int, budget: MemoryBudget, width: int) -> Cell:
     """Draw the peak over the whole limit; a mark stands where a desktop begins."""
-    whole = max(1, place.headless_bytes)
+    whole = max(1, budget.headless_bytes)
     filled = min(width, max(1, round(peak_bytes / whole * width)))
-    desktop = min(width - 1, int(place.limit_bytes / whole * width))
+    desktop = min(width - 1, int(budget.limit_bytes / whole * width))
     cells = ["█" if cell < filled else "░" for cell in range(width)]
-    if place.limit_bytes < place.headless_bytes:
+    if budget.limit_bytes < budget.headless_bytes:
         cells[desktop] = "▓" if desktop < filled else "│"
-    colour = "green" if peak_bytes <= place.limit_bytes else "yellow" if peak_bytes <= whole else "red"
+    colour = "green" if peak_bytes <= budget.limit_bytes else "yellow" if peak_bytes <= whole else "red"
     return Cell("".join(cells), colour)
 
 
-def _mark(place: MemoryBudget, cells: int) -> str:
-    if place.limit_bytes == place.headless_bytes:
+def _mark(budget: MemoryBudget, cells: int) -> str:
+    if budget.limit_bytes == budget.headless_bytes:
         return "."
-    left = show_bytes(place.limit_bytes)
+    left = show_bytes(budget.limit_bytes)
     if not cells:
-        return f"; {left} are left beside {place.beside}."
-    return f"; the mark │ stands at the {left} that are left beside {place.beside}."
+        return f"; {left} are left beside {budget.beside}."
+    return f"; the mark │ stands at the {left} that are left beside {budget.beside}."

@@ -57,7 +57,7 @@ def lasting_stderr() -> Iterator[None]:
     if before is None:  # closed by whoever started this process
         yield
         return
-    sys.stderr = LastingStream(before)  # type: ignore[assignment]
+    sys.stderr = LastingStream(before)
     try:
         yield
     finally:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lowvram.api.models import build_sampler
+from lowvram.api.typed_text import read_typed
 from lowvram.cli.console import AnswerStream, clean, notice, quote, show_error
-from lowvram.cli.sampler import build_sampler
-from lowvram.cli.typed_text import read_typed
 from lowvram.errors import ConfigError, LowvramError, MachineError, PromptError, PromptTooLongError, name_nearest
 from lowvram.units import count_of, show_bytes
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
+
+from lowvram.api.models import build_sampler
 
 if TYPE_CHECKING:
     from lowvram.generate.sampling import Sampler
@@ -35,18 +36,3 @@ def sampler_of(arguments: argparse.Namespace) -> Sampler:
     return build_sampler(
         {name: getattr(arguments, name) for name in _NAMES}, lambda name: f"--{name.replace('_', '-')}"
     )
-
-
-def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = str) -> Sampler:
-    """Return the sampler of these values; raises ConfigError naming, as `spell` spells it, the one out of range."""
-    from pydantic import ValidationError
-
-    from lowvram.errors import ConfigError
-    from lowvram.generate.sampling import Sampler
-
-    try:
-        return Sampler.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = spell(str(problem["loc"][0]))
-        raise ConfigError(f"{name} is {problem['input']}: {problem['msg'].lower()}.") from error

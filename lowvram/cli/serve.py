@@ -14,7 +14,7 @@ from lowvram.cli.options import add_device, add_precision, context_length, count
 from lowvram.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
-    from lowvram.cli.load import Loaded
+    from lowvram.api.loading import LoadedModel
     from lowvram.serve.limits import Limits
     from lowvram.serve.prompt import ServedModel, Turn
 
@@ -58,15 +58,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and serve it until Ctrl-C."""
+    from lowvram.api.context import find_max_context
+    from lowvram.api.loading import load_model
     from lowvram.cli.console import notice
-    from lowvram.cli.context import find_max_context
-    from lowvram.cli.load import load_model
+    from lowvram.cli.tasks import run_task
 
     given = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
     key = _choose_key(arguments.host, given)
     _require_extra()
     from lowvram.generate.decoder import Decoder
-    from lowvram.serve.access import is_loopback
+    from lowvram.serve.addresses import is_loopback
     from lowvram.serve.app import AccessPolicy, build_app
     from lowvram.serve.metrics import Metrics
     from lowvram.serve.scheduler import Scheduler
@@ -74,8 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     # Before the model is read: what is wrong with an address is said at once.
     with open_socket(arguments.host, arguments.port) as listening:
-        loaded = load_model(arguments.checkpoint, arguments.device, arguments.precision)
-        context = find_max_context(loaded, arguments.slots, arguments.context)
+        loaded = run_task(load_model(arguments.checkpoint, arguments.device, arguments.precision))
+        context = run_task(find_max_context(loaded, arguments.slots, arguments.context))
         limits = _build_limits(arguments, context.max_context)
         served = _describe(arguments, loaded, context.max_context)
         decoder = Decoder(loaded.model, context.max_context, limits.slots, loaded.dtype)
@@ -163,7 +164,7 @@ def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
     )
 
 
-def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -> ServedModel:
+def _describe(arguments: argparse.Namespace, loaded: LoadedModel, max_context: int) -> ServedModel:
     """Return what is served, by the name that clients will use."""
     from lowvram.serve.prompt import ServedModel
 
@@ -172,7 +173,7 @@ def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -
     return ServedModel(name, _fingerprint(loaded, arguments.checkpoint), loaded.tokenizer, max_context, encode)
 
 
-def _fingerprint(loaded: Loaded, directory: Path) -> str:
+def _fingerprint(loaded: LoadedModel, directory: Path) -> str:
     """Return a short name of everything on which an answer depends beside the request."""
     import torch
 
@@ -196,13 +197,13 @@ def _hash_files(directory: Path) -> str:
         return " ".join(f"{path.name} {found}" for path, found in zip(paths, pool.map(sha256, paths), strict=True))
 
 
-def _introduce(loaded: Loaded, served: ServedModel) -> str:
+def _introduce(loaded: LoadedModel, served: ServedModel) -> str:
     manner = "speaks" if served.encode_chat else "continues texts"
     size = f"{loaded.config.num_parameters():,} parameters in {loaded.precision} ({loaded.reason})"
     return f"{served.name} {manner}: {size}."
 
 
-def _find_encoder(loaded: Loaded, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
+def _find_encoder(loaded: LoadedModel, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
     """Return what makes ids of a conversation; None for a model that continues texts."""
     from lowvram.generate.chat_template import Message, choose_template
 

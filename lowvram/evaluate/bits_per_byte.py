@@ -9,7 +9,7 @@ were composed.  BOS is not text: it is not a target and has no bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Generator
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +42,9 @@ class Score(NamedTuple):
         return self.nats / self.targets
 
 
-@torch.no_grad()
+Windows = Generator[tuple[int, int], None, Score]
+
+
 def score(
     model: Transformer,
     shards: ShardSet,
@@ -52,12 +54,31 @@ def score(
     dtype: torch.dtype,
     most_tokens: int | None = None,
     batch: int = 8,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Score:
     """Score the first `most_tokens` tokens of a shard set (all if None).
 
-    byte_count_V: the bytes behind each id (`Tokenizer.byte_count_V`).  progress: called with (windows done, windows).
+    byte_count_V: the bytes behind each id (`Tokenizer.byte_count_V`).
     """
+    windows = score_windows(model, shards, bos_id, byte_count_V, seq_len, dtype, most_tokens, batch)
+    while True:
+        try:
+            next(windows)
+        except StopIteration as end:
+            return end.value
+
+
+@torch.no_grad()
+def score_windows(
+    model: Transformer,
+    shards: ShardSet,
+    bos_id: int,
+    byte_count_V: np.ndarray,
+    seq_len: int,
+    dtype: torch.dtype,
+    most_tokens: int | None = None,
+    batch: int = 8,
+) -> Windows:
+    """Do what `score` does, and yield the windows that are done and those that there are after each batch."""
     device = model.embedding.device
     total = _count_tokens(shards, most_tokens)
     windows = math.ceil((total - 1) / seq_len)
@@ -77,8 +98,7 @@ def score(
         nats += linear_cross_entropy(stream_BTD.flatten(0, 1), head_VD, torch.from_numpy(target_N).to(device)).item()
         targets += len(counted)
         text_bytes += int(byte_count_V[counted].sum())
-        if progress:
-            progress(min(first + batch, windows), windows)
+        yield min(first + batch, windows), windows
     return Score(nats, targets, text_bytes)
 
 

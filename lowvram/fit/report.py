@@ -24,6 +24,7 @@ class MemoryBudget(NamedTuple):
 
     limit_bytes: beside a desktop or other programs.  headless_bytes: with nothing else on the card.  ram_bytes: host
     memory, None if it is not known.  measured: this machine's measurement.  beside: what else takes the card's memory.
+    measured_problem: why a measurement that exists on this machine is not used; "" where there is nothing to say.
     """
 
     profile: Profile
@@ -32,6 +33,7 @@ class MemoryBudget(NamedTuple):
     ram_bytes: int | None = None
     measured: Calibration | None = None
     beside: str = "a desktop"
+    measured_problem: str = ""
 
 
 class FitReport(NamedTuple):

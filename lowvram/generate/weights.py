@@ -65,13 +65,13 @@ def load_for_inference(
     expected = model.state_dict()
     _refuse_other_names(expected, reader)
     for name, parameter in expected.items():
-        stored = reader.read(name)
-        shape = list(stored.code.shape if isinstance(stored, QuantTensor) else stored.shape)
+        present = reader.read(name)
+        shape = list(present.code.shape if isinstance(present, QuantTensor) else present.shape)
         _refuse_other_shape(name, shape, parameter)
         if is_matrix(name, shape):
-            put(model, name, _convert(name, stored, precision, torch.device(device), compute_dtype))
+            put(model, name, _convert(name, present, precision, torch.device(device), compute_dtype))
         else:
-            parameter.copy_(_decode(stored, parameter.dtype))
+            parameter.copy_(_decode(present, parameter.dtype))
     return model
 
 
@@ -115,24 +115,24 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def _convert(
-    name: str, stored: Tensor | QuantTensor, precision: str, device: torch.device, compute_dtype: torch.dtype
+    name: str, present: Tensor | QuantTensor, precision: str, device: torch.device, compute_dtype: torch.dtype
 ) -> Tensor | QuantTensor:
     """Return a matrix in the precision in which the model keeps it."""
     if precision not in _FORMS or name.endswith(_IN_16_BITS):
         sixteen = torch.bfloat16 if compute_dtype == torch.float32 else compute_dtype
-        return _decode(stored, _PLAIN.get(precision, sixteen)).to(device)
-    if not isinstance(stored, QuantTensor):
-        return quantise_weight(stored.to(device), _FORMS[precision])
-    if stored.code.dtype != _CODES[precision]:
-        return quantise_weight(dequantise(stored, torch.float32).to(device), _FORMS[precision])
-    if stored.code.dtype == torch.uint8:
+        return _decode(present, _PLAIN.get(precision, sixteen)).to(device)
+    if not isinstance(present, QuantTensor):
+        return quantise_weight(present.to(device), _FORMS[precision])
+    if present.code.dtype != _CODES[precision]:
+        return quantise_weight(dequantise(present, torch.float32).to(device), _FORMS[precision])
+    if present.code.dtype == torch.uint8:
         # The kernels that decode e4m3 at every use do not check for NaN.
-        _refuse([name] if bool(((stored.code & 0x7F) == 0x7F).any()) else [], "holds NaN")
-    return QuantTensor(stored.code.to(device), stored.scale.to(device))
+        _refuse([name] if bool(((present.code & 0x7F) == 0x7F).any()) else [], "holds NaN")
+    return QuantTensor(present.code.to(device), present.scale.to(device))
 
 
-def _decode(stored: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
-    return dequantise(stored, dtype) if isinstance(stored, QuantTensor) else stored.to(dtype)
+def _decode(present: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    return dequantise(present, dtype) if isinstance(present, QuantTensor) else present.to(dtype)
 
 
 def _refuse(names: list[str], problem: str) -> None:

@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -122,6 +122,6 @@ def _require(module: str, extra: str) -> Any:
 
 def open_logs(run: Path, names: Sequence[str]) -> list[Log]:
     """Return the JSONL log of a run directory and those asked for by name."""
-    kinds = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
-    requested = [kinds[name](run) for name in names]
-    return [JsonlLog(run / "log.jsonl"), *requested]
+    kinds: dict[str, Callable[[Path], Log]] = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
+    asked = [kinds[name](run) for name in names]
+    return [JsonlLog(run / "log.jsonl"), *asked]

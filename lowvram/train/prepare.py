@@ -1,13 +1,10 @@
-"""Builds a Trainer from a checked run file: opens tokenizer and shards, builds the model; does not start the run."""
+"""From the settings of a run to a Trainer: opens tokenizer and shards, builds the model; starts nothing."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
 
-import torch
-
-from lowvram.config.plan import Plan
 from lowvram.config.run import RunConfig
 from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.loader import Loader
@@ -17,35 +14,40 @@ from lowvram.errors import MachineError, PromptError
 from lowvram.storage.checkpoint import Store
 from lowvram.storage.disk import DISK, Disk
 from lowvram.train.oom import is_out_of_memory
+from lowvram.train.settings import RunSettings
+from lowvram.train.start import RunLock
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.trainer import Trainer
 
 
-def prepare(config: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK) -> Trainer:
-    """Return a Trainer at step 0; its `run()` then resumes, or loads the weights of `start_from`.
+def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DISK) -> Trainer:
+    """Return a Trainer at step 0; `run()` then resumes, or takes `start_from`'s weights.
 
+    lock: on the run's directory, which the trainer checks before each save.
     Raises DataError for shards that are damaged or of another tokenizer, PromptError for a sample prompt too long.
     """
+    config, run = settings.config, settings.config.run
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_prompts(config, tokenizer)
     corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
     valid = _open(config.data.valid, tokenizer) if config.data.valid else None
-    run = config.run
     return Trainer(
         config=config,
-        plan=plan,
-        state=_build(config, plan, device),
+        plan=settings.plan,
+        state=_build(settings),
         loader=Loader(corpora, config.train.seq_len, config.train.seed),
         tokenizer=tokenizer,
         store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
         valid=valid,
+        lock=lock,
     )
 
 
-def _build(config: RunConfig, plan: Plan, device: torch.device) -> TrainState:
+def _build(settings: RunSettings) -> TrainState:
+    config = settings.config
     try:
-        return build_state(config.model, config.train, plan, device, config.train.seed)
+        return build_state(config.model, config.train, settings.plan, settings.device, config.train.seed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -64,7 +66,7 @@ def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
 
 
 def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Refuse prompts that would end the run at its first sample."""
+    """Refuse now what would end the run at its first sample."""
     for prompt in config.run.prompts:
         count = 1 + len(tokenizer.encode(prompt))
         if count >= config.train.seq_len:

@@ -12,18 +12,15 @@ from typing import Any, NamedTuple
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-import lowvram
 from lowvram.config.base import differences
 from lowvram.config.plan import Plan, Recompute, choose_plan
 from lowvram.config.run import RunConfig
-from lowvram.config.run_file import from_portable
 from lowvram.config.train import TrainConfig
 from lowvram.errors import BusyError, CheckpointError, ConfigError
-from lowvram.generate.weights import CheckpointReader, refuse_other_tensors
+from lowvram.generate.saved_run import saved_config
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.storage.disk import DISK, Disk
 from lowvram.storage.json_files import JsonError, read_object
-from lowvram.storage.manifest import CONFIG, OtherVersionError
 
 _PLAN = "plan.json"
 # The model settings that a run may change when it starts from another run's weights.
@@ -110,35 +107,6 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
         yield lock
     finally:
         lock.release()
-
-
-def saved_config(checkpoint: Checkpoint) -> RunConfig:
-    """Return the configuration of the run that a checkpoint belongs to.
-
-    Raises CheckpointError where it is invalid; OtherVersionError where another version of lowvram wrote it, which may
-    know more keys and choices than this one.  The version number alone cannot decide: many commits share one.
-    """
-    is_later = False
-    try:
-        return from_portable(checkpoint.config(), checkpoint.directory.parent)
-    except ValidationError as error:
-        problems = error.errors()
-        problem = next((one for one in problems if one["type"] in _UNKNOWN_TO_US), problems[0])
-        is_later = problem["type"] in _UNKNOWN_TO_US
-        why = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}."
-    except (ConfigError, AttributeError, TypeError) as error:  # a string or a list in place of a table
-        why = f"{error}."
-    problem_text = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
-    version = checkpoint.manifest["versions"].get("lowvram", "")
-    if is_later or version != lowvram.__version__:
-        which = f" to {version}, which wrote it" if version not in ("", lowvram.__version__) else ""
-        raise OtherVersionError(problem_text, why, f"Update lowvram{which}.")
-    raise CheckpointError(problem_text, f"{why}  This version wrote it, so it was altered.")
-
-
-def check_readable(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
-    refuse_other_tensors(CheckpointReader(checkpoint, saved_config(checkpoint).model))
 
 
 def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
@@ -230,6 +198,7 @@ def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool
     micro-batch is halved, so it is never older than a checkpoint's plan, which is used where the file was lost.
     """
     path, is_torn = directory / _PLAN, False
+    plan: Plan | None
     try:
         plan = Plan.model_validate(read_object(path))
     except FileNotFoundError:

@@ -20,6 +20,7 @@ from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
+from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Batch, count_targets
 from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
@@ -39,7 +40,7 @@ from lowvram.train.oom import (
     memory_in_use,
 )
 from lowvram.train.optim import learning_rate
-from lowvram.train.start import RunLock, check_readable, refuse_changes, refuse_other_model
+from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import StepStats, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 from lowvram.train.validation import evaluate, evaluate_masters, write_sample

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from lowvram.api.training import describe_plan
 from lowvram.cli import progress as screen
 from lowvram.cli.progress import TrainingScreen, join_fitting, step_parts
-from lowvram.cli.train import _describe_plan
 from lowvram.config.plan import Plan
 from lowvram.train.events import Halved, StepDone
 
@@ -134,4 +134,4 @@ def test_a_plan_counts_its_sequences_in_words_that_agree(
     TrainingScreen(trainer_on()).show(Halved(3, micro_batch, 16))
     assert says in " ".join(capsys.readouterr().err.split())
     plan = Plan(micro_batch=micro_batch, accumulate=16)
-    assert f"Plan: {says.removeprefix('with ')} (as asked)." == _describe_plan(plan, "as asked")
+    assert f"Plan: {says.removeprefix('with ')} (as asked)." == describe_plan(plan, "as asked")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowvram.convert.hf.config_out import to_hf_config
-from lowvram.convert.hf.writer import ExportOptions, estimate_bytes, write_directory
+from lowvram.convert.hf.writer import ExportOptions, estimate_bytes, write_directory, write_each_tensor
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError, DiskFullError, ExportError
@@ -210,10 +210,7 @@ def test_whatever_happens_to_the_disk_the_directory_is_whole_or_not_there(
 
 def test_progress_ends_with_all_tensors(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, source = held(FORMS["gqa-rope"][0])
-    told: list[tuple[int, int]] = []
-    write_directory(
-        source, small_tokenizer, tmp_path / "out", ExportOptions(64), {}, lambda done, total: told.append((done, total))
-    )
+    told = list(write_each_tensor(source, small_tokenizer, tmp_path / "out", ExportOptions(64), {}))
     assert told == [(n + 1, len(source.tensors)) for n in range(len(source.tensors))]
 
 

@@ -16,7 +16,7 @@ import torch
 from lowvram.config.model import ModelConfig
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.evaluate.bits_per_byte import Score, bigram_score, score
+from lowvram.evaluate.bits_per_byte import Score, bigram_score, score, score_windows
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS
@@ -165,20 +165,9 @@ def test_a_longer_window_sees_more_and_so_scores_otherwise(shards: ShardSet, sma
 
 
 def test_progress_counts_windows_up_to_the_last(shards: ShardSet, small_tokenizer: Tokenizer) -> None:
-    told: list[tuple[int, int]] = []
     model = model_of("gqa-rope", small_tokenizer.size)
-    score(
-        model,
-        shards,
-        0,
-        small_tokenizer.byte_count_V,
-        10,
-        torch.float32,
-        45,
-        batch=2,
-        progress=lambda *done: told.append(done),
-    )
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    told = score_windows(model, shards, 0, small_tokenizer.byte_count_V, 10, torch.float32, 45, batch=2)
+    assert list(told) == [(2, 5), (4, 5), (5, 5)]
 
 
 class Ids:

@@ -30,9 +30,9 @@ def rehearse(plan: Plan) -> Rehearsal:
     return Rehearsal(ledger, Work(1e12 * n, 1e9 * n, 1000.0), Work(0.0, 5e8, 100.0))
 
 
-def answer_on(place: MemoryBudget, name: str = "tr-25m", **changes: object) -> FitReport:
+def answer_on(budget: MemoryBudget, name: str = "tr-25m", **changes: object) -> FitReport:
     train = TRAIN.model_copy(update=changes)
-    return evaluate_fit(name, MODEL, train, MemoryCurve(train.micro_batches, rehearse, 2_000), place)
+    return evaluate_fit(name, MODEL, train, MemoryCurve(train.micro_batches, rehearse, 2_000), budget)
 
 
 ROOMY = MemoryBudget(CARD, 8 * GIB, 9 * GIB)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from lowvram.cli.console import clean, quote
-from lowvram.cli.load import load_model
 from lowvram.generate.conversation import Conversation
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from tests.flows.typed import Output, typed
+from tests.loaded import load_model
 
 HOSTILE = {
     "colour": ("\x1b[31mkırmızı\x1b[0m", "[31mkırmızı[0m"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.cli.typed_text import read_typed
+from lowvram.api.typed_text import read_typed
 from lowvram.errors import PromptError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="closes descriptors as a POSIX shell does")

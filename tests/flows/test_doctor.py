@@ -17,7 +17,7 @@ import torch
 from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attention, override_card
 from rich.console import Console
 
-import lowvram.cli.machine as machine
+from lowvram.api import device as module
 from lowvram.cli import console as show
 from lowvram.cli.doctor import choose_all
 from lowvram.errors import MachineError
@@ -44,7 +44,7 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
     """Be a machine of which these are the facts; ops are still looked up for what torch has here."""
 
     def become(facts: Facts) -> None:
-        monkeypatch.setattr("lowvram.cli.machine.ask_torch", lambda: facts.says)
+        monkeypatch.setattr("lowvram.api.device.ask_torch", lambda: facts.says)
         monkeypatch.setattr("lowvram.hardware.inspect.gather", lambda _: facts)
 
     return become
@@ -53,9 +53,9 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
 @pytest.fixture(autouse=True)
 def told_anew() -> Iterator[None]:
     """Let what is said once be said in each test."""
-    machine._warn_of_launches.cache_clear()
+    module._find_launch_notices.cache_clear()
     yield
-    machine._warn_of_launches.cache_clear()
+    module._find_launch_notices.cache_clear()
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -77,7 +77,7 @@ def test_this_machine_is_told_with_every_op_and_may_train() -> None:
     for name in ("system", "processor", "memory", "disk", "card", "Python", "torch", "Triton", "bitsandbytes"):
         assert re.search(rf"^{name} +\S", answer.out, re.MULTILINE), name
     assert re.search(rf"^torch +{re.escape(torch.__version__)}", answer.out, re.MULTILINE)
-    card = card_of(machine.choose_device("auto"))
+    card = card_of(module.choose_device("auto").device)
     found = rows(answer.out)
     assert list(found) == ROWS
     for op in OPS:
@@ -236,34 +236,34 @@ def test_a_card_that_is_too_old_for_torch_ends_a_run_before_its_first_launch(
     build = TorchBuild("2.13.0+cu129", (12, 9))
     be(Facts(says, driver=driver, card=card, build=build, triton=TritonBuild("3.7.1"), compiler="gcc"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "find_driver", lambda: driver)
-    monkeypatch.setattr(machine, "find_card", lambda: card)
-    monkeypatch.setattr(machine, "find_torch", lambda: build)
+    monkeypatch.setattr(module, "find_driver", lambda: driver)
+    monkeypatch.setattr(module, "find_card", lambda: card)
+    monkeypatch.setattr(module, "find_torch", lambda: build)
     with pytest.raises(MachineError) as caught:
-        machine.choose_device("auto")
+        module.choose_device("auto")
     assert caught.value.what == "This card has capability 6.0."
     assert "too old for Triton, and torch 2.13.0+cu129 has no code for it" in caught.value.why
     assert "on Kaggle and Colab the T4" in caught.value.why
     assert "/cu126" in caught.value.fix
     assert "--device cpu" in caught.value.fix
-    assert machine.choose_device("cpu") == torch.device("cpu")
+    assert module.choose_device("cpu") == (torch.device("cpu"), ())
 
 
 def test_a_missing_triton_is_one_sentence_when_a_card_is_opened(
-    monkeypatch: pytest.MonkeyPatch, be: Callable[[Facts], None], capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, be: Callable[[Facts], None]
 ) -> None:
     be(CUDA)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(machine, "find_driver", lambda: CUDA.driver)
-    monkeypatch.setattr(machine, "find_torch", lambda: CUDA.build)
-    assert machine.choose_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setattr(module, "find_driver", lambda: CUDA.driver)
+    monkeypatch.setattr(module, "find_torch", lambda: CUDA.build)
+    device, (notice,) = module.choose_device("auto")
+    assert device == torch.device("cuda", 0)
     sentence = (
-        'Note: Triton is not installed: plain PyTorch computes, slower; to mend it: pip install "triton>=3.5,<3.8".\n'
+        'Note: Triton is not installed: plain PyTorch computes, slower; to mend it: pip install "triton>=3.5,<3.8".'
     )
-    assert capsys.readouterr().err == sentence
-    assert machine.choose_device("cuda") == torch.device("cuda", 0)
-    assert capsys.readouterr().err == "", "once is enough"
-    assert machine.choose_device("cpu") == torch.device("cpu")
+    assert (notice.text, notice.level) == (sentence, "warning")
+    assert module.choose_device("cuda") == (torch.device("cuda", 0), ()), "once is enough"
+    assert module.choose_device("cpu") == (torch.device("cpu"), ())
 
 
 def test_without_triton_every_op_has_a_path_on_a_card() -> None:

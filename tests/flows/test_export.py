@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowvram.cli.load import load_model
 from lowvram.storage.checkpoint import find_checkpoint
 from tests.flows.typed import RUN_FILE, fill_home, typed
+from tests.loaded import load_model
 from tests.resign import sign_anew
 
 ALIBI = RUN_FILE.replace("[data]", '[model.positions]\nkind = "alibi"\n[data]').replace('dir = "run"', 'dir = "alibi"')

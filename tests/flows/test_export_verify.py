@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.cli.load import load_model
 from lowvram.convert.gguf.verify import LINES, PROMPT, write_lines
 from tests.flows.typed import Output, typed
+from tests.loaded import load_model
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its programs are shell scripts")

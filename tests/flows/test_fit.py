@@ -286,11 +286,11 @@ def test_a_card_that_is_here_has_what_is_free_now(monkeypatch: pytest.MonkeyPatc
     profile = load_profile("rtx5070")
     for free_bytes in (5 * GIB, 64 * GIB):
         found = Detected(profile, free_bytes, "A card.")
-        monkeypatch.setattr("lowvram.cli.place.detect", lambda found=found: found)
+        monkeypatch.setattr("lowvram.api.target.detect", lambda found=found: found)
         seen = values("--ram", "32GB")
         assert seen["limit_bytes"] == profile.limit_bytes("none", None, free_bytes)
         assert seen["limit_bytes_without_desktop"] == profile.limit_bytes("none")
-    monkeypatch.setattr("lowvram.cli.place.detect", lambda: Detected(profile, 5 * GIB, "A card."))
+    monkeypatch.setattr("lowvram.api.target.detect", lambda: Detected(profile, 5 * GIB, "A card."))
     answer = typed("fit")
     assert answer.err == "A card.\n"
     assert table(answer)["tr-350m"][2] == "yes"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.cli import place as cli_place
+from lowvram.api import rehearsals
 from lowvram.config.model import ModelConfig
 from lowvram.config.train import TrainConfig
 from lowvram.fit.ledgers import PATHS, find_memory_curve
@@ -31,16 +31,16 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def rehearses_quickly(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
     """Let a preset take in fp32 what it takes in bf16, which stands in a file, or more than there is."""
 
-    def evaluate_fit_here(name: str, model: ModelConfig, train: TrainConfig, place: MemoryBudget) -> FitReport:
+    def rehearse_fit(name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget) -> FitReport:
         sketch = find_memory_curve(name, model, train, CPU_PATH)
         assert sketch is not None
-        assert place.measured is not None
-        assert place.measured.precision == train.precision == "fp32"
+        assert budget.measured is not None
+        assert budget.measured.precision == train.precision == "fp32"
         return evaluate_fit(
-            name, model, train, sketch, place if fits else place._replace(limit_bytes=1, headless_bytes=1)
+            name, model, train, sketch, budget if fits else budget._replace(limit_bytes=1, headless_bytes=1)
         )
 
-    monkeypatch.setattr(cli_place, "evaluate_fit_here", evaluate_fit_here)
+    monkeypatch.setattr(rehearsals, "rehearse_fit", rehearse_fit)
 
 
 @pytest.mark.parametrize("times", [1.62, 1.1])

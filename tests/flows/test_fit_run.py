@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.api.device import ChosenDevice
 from lowvram.config.run_file import load_preset, load_run
 from lowvram.hardware.detect import Detected
 from lowvram.hardware.profile import load_profile
@@ -242,8 +243,8 @@ def measures_on(monkeypatch: pytest.MonkeyPatch, profile_id: str, home: Path) ->
     for name in ("XDG_DATA_HOME", "LOCALAPPDATA", "HOME"):
         monkeypatch.setenv(name, str(home))
     here = Detected(load_profile(profile_id), 8 * 2**30, "A machine.")
-    monkeypatch.setattr("lowvram.cli.place.detect", lambda: here)
-    monkeypatch.setattr("lowvram.cli.machine.choose_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("lowvram.api.target.detect", lambda: here)
+    monkeypatch.setattr("lowvram.api.device.choose_device", lambda _: ChosenDevice(torch.device("cpu")))
 
 
 def test_what_was_measured_here_is_said_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

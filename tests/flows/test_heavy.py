@@ -31,6 +31,7 @@ from lowvram.hardware.profile import load_profile
 from lowvram.config.run_file import load_run
 from lowvram.train.events import Rotated, StepDone
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 
 what = load_run(Path(sys.argv[1]), [], lambda place: Tokenizer.load(place).size)
 plan = Plan(micro_batch=1, accumulate=2, recompute="block")
@@ -47,7 +48,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-trainer = prepare(what, plan, torch.device("cpu"))
+trainer = prepare(RunSettings(what, plan, torch.device("cpu")))
 losses, turns = [], []
 for event in trainer.run():
     if isinstance(event, StepDone):

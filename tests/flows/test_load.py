@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowvram.cli.load import choose_here, load_model
 from lowvram.generate.processor import Pace
 from lowvram.generate.weights import weight_bytes
 from tests.flows.typed import typed
+from tests.loaded import choose_reading_on, load_model
 from tests.resign import sign_anew
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_the_precision_asked_for_is_what_the_matrices_are_in(
     loaded, exact = load_model(run, "cpu", precision), load_model(run, "cpu", "fp32")
     assert (loaded.precision, loaded.reason) == (precision, "as asked")
     assert loaded.model.embedding.dtype == code
-    assert loaded.dtype == (dtype or choose_here(CPU, "fp8").compute_dtype) or loaded.dtype in (
+    assert loaded.dtype == (dtype or choose_reading_on(CPU, "fp8").compute_dtype) or loaded.dtype in (
         torch.bfloat16,
         torch.float32,
     )
@@ -42,7 +42,7 @@ def test_the_precision_asked_for_is_what_the_matrices_are_in(
 
 
 def test_without_a_precision_the_machine_chooses_and_says_why(run: Path) -> None:
-    loaded, chosen = load_model(run, "cpu"), choose_here(CPU, None)
+    loaded, chosen = load_model(run, "cpu"), choose_reading_on(CPU, None)
     assert (loaded.precision, loaded.reason) == (chosen.weight_precision, chosen.reason)
     assert "instructions" in loaded.reason
 
@@ -53,7 +53,7 @@ def test_a_processor_with_bf16_reads_in_what_is_faster_there_and_says_so(
 ) -> None:
     pace = Pace(processor="any", torch="2", fp32_s=fp32_s, bf16_s=1.0)
     news = iter([True, False])
-    monkeypatch.setattr("lowvram.cli.load.multiplies_bf16", lambda: True)
+    monkeypatch.setattr("lowvram.api.loading.multiplies_bf16", lambda: True)
     monkeypatch.setattr("lowvram.generate.processor.find_pace", lambda: (pace, next(news)))
     first, second = (typed("chat", run, "--prompt", "Kış", "--tokens", 1, "--device", "cpu") for _ in range(2))
     assert (first.code, second.code) == (0, 0)

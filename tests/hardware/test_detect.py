@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-import lowvram.cli.machine as command
+from lowvram.api import device as module
 from lowvram.errors import MachineError
 from lowvram.hardware.detect import (
     Driver,
@@ -291,34 +291,32 @@ def test_without_a_gpu_the_processor_trains_in_this_machines_memory(
 def no_accelerator(monkeypatch: pytest.MonkeyPatch, driver: Driver | None, build: TorchBuild) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(command, "find_driver", lambda: driver)
-    monkeypatch.setattr(command, "find_torch", lambda: build)
+    monkeypatch.setattr(module, "find_driver", lambda: driver)
+    monkeypatch.setattr(module, "find_torch", lambda: build)
 
 
 @pytest.mark.parametrize("asked", ["cuda", "mps"])
 def test_a_device_that_is_not_here_is_refused_with_a_way_on(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     no_accelerator(monkeypatch, None, CPU_BUILD)
     with pytest.raises(MachineError, match=rf"--device is {asked}\. torch .* sees none here\. Leave --device out"):
-        command.choose_device(asked)
+        module.choose_device(asked)
 
 
 def test_a_card_that_torch_cannot_use_is_refused_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     no_accelerator(monkeypatch, Driver(CARD, (13, 0)), CPU_BUILD)
     with pytest.raises(MachineError, match=rf"{CARD} is here, but .*CPU-only build.*whl/cu130\. Leave"):
-        command.choose_device("cuda")
+        module.choose_device("cuda")
 
 
-def test_auto_takes_what_is_here_and_says_which_card_lies_idle(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_auto_takes_what_is_here_and_says_which_card_lies_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     no_accelerator(monkeypatch, None, CPU_BUILD)
-    assert command.choose_device("auto") == torch.device("cpu")
-    assert capsys.readouterr().err == ""
+    assert module.choose_device("auto") == (torch.device("cpu"), ())
     no_accelerator(monkeypatch, Driver(CARD, (13, 0)), CPU_BUILD)
-    assert command.choose_device("auto") == torch.device("cpu")
-    assert f"Note: {CARD} is here" in capsys.readouterr().err
-    assert command.choose_device("cpu") == torch.device("cpu")
-    assert capsys.readouterr().err == "", "who asks for the processor needs no note"
+    device, (notice,) = module.choose_device("auto")
+    assert device == torch.device("cpu")
+    assert notice.text.startswith(f"Note: {CARD} is here")
+    assert notice.level == "warning"
+    assert module.choose_device("cpu") == (torch.device("cpu"), ()), "who asks for the processor needs no note"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
-    assert command.choose_device("auto") == torch.device("cuda", 0), "with its number, which some calls insist on"
+    assert module.choose_device("auto").device == torch.device("cuda", 0), "with its number, which some calls insist on"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import lowvram.cli.machine as command
 import lowvram.hardware.inspect as facts_module
+from lowvram.api import device as module
 from lowvram.hardware.detect import (
     Bitsandbytes,
     Driver,
@@ -241,9 +241,9 @@ def test_cuda_is_a_card_that_a_torch_for_cuda_sees(device: str, build: TorchBuil
 
 
 def test_torch_says_what_it_computes_on_here() -> None:
-    says = command.ask_torch()
+    says = module.ask_torch()
     assert says.problem == says.card_problem == ""
-    assert says.device == command.choose_device("auto").type
+    assert says.device == module.choose_device("auto").device.type
     assert says.has_metal == torch.backends.mps.is_built()
 
 
@@ -251,7 +251,7 @@ def test_torch_says_which_card_it_has_and_for_which_it_holds_code(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86", "sm_90"])
-    says = command.ask_torch()
+    says = module.ask_torch()
     assert (says.device, says.capability, says.architectures) == ("cuda", (8, 9), ("sm_86", "sm_90"))
 
 
@@ -261,13 +261,13 @@ def test_a_card_that_does_not_start_is_said_and_not_raised(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
-    says = command.ask_torch()
+    says = module.ask_torch()
     assert (says.device, says.card_problem, says.capability) == ("cuda", "CUDA error: unknown error", None)
 
 
 def test_a_torch_that_does_not_import_is_said_and_not_raised(tmp_path: Path) -> None:
     write_package(tmp_path, "torch", "raise OSError('c10.dll is missing\\nmore')")
-    code = "from lowvram.cli.machine import ask_torch; print(ask_torch().problem)"
+    code = "from lowvram.api.device import ask_torch; print(ask_torch().problem)"
     paths = {"PYTHONPATH": f"{tmp_path}{':' if sys.platform != 'win32' else ';'}{environment()['PYTHONPATH']}"}
     found = subprocess.run(
         [sys.executable, "-c", code], env=environment(**paths), check=True, capture_output=True, text=True

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import lowvram.cli.machine as command
+from lowvram.api import device as module
 from lowvram.hardware.detect import describe_machine, detect, find_card, find_driver
 from tests.hardware.test_detect import CPU_BUILD, FakeNvml
 
@@ -105,15 +105,16 @@ def test_a_driver_without_a_card_is_a_machine_without_one(monkeypatch: pytest.Mo
 
 
 def test_the_note_of_an_idle_card_names_the_one_that_a_run_would_use(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     be_visible(monkeypatch, None)
     monkeypatch.setitem(sys.modules, "pynvml", SeveralCards())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(command, "find_torch", lambda: CPU_BUILD)
-    assert command.choose_device("auto") == torch.device("cpu")
-    assert "NVIDIA GeForce RTX 3060 is here, but torch" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(module, "find_torch", lambda: CPU_BUILD)
+    device, (notice,) = module.choose_device("auto")
+    assert device == torch.device("cpu")
+    assert "NVIDIA GeForce RTX 3060 is here, but torch" in notice.text
 
 
 class CardsOfUnknownMemory(SeveralCards):

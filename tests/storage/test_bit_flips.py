@@ -11,8 +11,8 @@ import pytest
 from torch import Tensor
 
 from lowvram.config.run import RunConfig
+from lowvram.generate.saved_run import check_readable
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
-from lowvram.train.start import check_readable
 from tests.tiny import prepare_home, tiny_run, trainer_of, unequal
 
 # Of the flips that every run of the tests makes, this share falls into the manifest, and the rest where bytes are.

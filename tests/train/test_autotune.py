@@ -25,6 +25,7 @@ from lowvram.train.autotune import settle_compilation, try_compilation
 from lowvram.train.compilation import compiled
 from lowvram.train.events import Event, Halved, StepDone, Stopped
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.step import gradients
 from lowvram.train.trainer import Trainer
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -74,7 +75,7 @@ def run_of(home: Path, name: str, kind: str = "gqa-rope", **train: Any) -> RunCo
 
 def trainer_of(what: RunConfig, micro_batch: int = 4, compiles: bool = True, **plan: Any) -> Trainer:
     how = Plan(micro_batch=micro_batch, accumulate=8 // micro_batch, compile=compiles, **plan)
-    return prepare(what, how, torch.device("cpu"))
+    return prepare(RunSettings(what, how, torch.device("cpu")))
 
 
 def steps_of(events: list[Event]) -> list[StepDone]:

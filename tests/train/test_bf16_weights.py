@@ -15,6 +15,7 @@ from lowvram.objective import Batch
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Halved, StepDone
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.trainer import Trainer
 from tests.tiny import KINDS, prepare_home, tensors_of, tiny_run, unequal
 from tests.train.test_out_of_memory import fail_at
@@ -45,7 +46,7 @@ def run_of(home: Path, name: str, kind: str = KIND, weights: str = "bf16", **tra
 
 
 def trainer_of(what: RunConfig, micro_batch: int = 4) -> Trainer:
-    return prepare(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device("cpu"))
+    return prepare(RunSettings(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device("cpu")))
 
 
 def losses_of(events: list[Event]) -> list[float]:
@@ -169,7 +170,7 @@ def test_eight_bf16_sums_stay_as_near_the_truth_as_their_rounding(home: Path) ->
 
 
 def test_a_checkpoint_keeps_bf16_and_every_reader_opens_it(home: Path) -> None:
-    from lowvram.cli.load import load_model
+    from tests.loaded import load_model
 
     trainer = trainer_of(run_of(home, "kept"))
     list(trainer.run())

@@ -24,6 +24,7 @@ from lowvram.train.autotune import settle_cuda_graphs
 from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.events import Event, StepDone, Stopped
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.step import add_gradients, gradients
 from lowvram.train.trainer import Trainer
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -118,7 +119,7 @@ def run_of(home: Path, name: str, kind: str = "gqa-rope", **train: Any) -> RunCo
 
 
 def trainer_of(what: RunConfig, device: str = "cpu", micro_batch: int = 4) -> Trainer:
-    return prepare(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device(device))
+    return prepare(RunSettings(what, Plan(micro_batch=micro_batch, accumulate=8 // micro_batch), torch.device(device)))
 
 
 def record(trainer: Trainer, tape: Tape) -> Trainer:

@@ -19,6 +19,7 @@ from lowvram.objective import Batch, causal_loss
 from lowvram.train.events import Event, Halved, Saved, StepDone
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.start import keep_plan, settle_plan
 from lowvram.train.state import FIRST_LOSS_SCALE
 from lowvram.train.step import learn_in_backward
@@ -47,7 +48,7 @@ def run_of(home: Path, name: str, kind: str = KIND, tied: bool = True, during: b
 
 
 def trainer_of(what: RunConfig, **plan: Any) -> Trainer:
-    return prepare(what, Plan(micro_batch=8, accumulate=1, **plan), torch.device("cpu"))
+    return prepare(RunSettings(what, Plan(micro_batch=8, accumulate=1, **plan), torch.device("cpu")))
 
 
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.storage.disk import Disk
 from lowvram.train.events import Saved, StepDone, Stopped
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.start import lock_run
 from lowvram.train.trainer import Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
@@ -48,7 +49,7 @@ def saving_every_step(what: RunConfig) -> RunConfig:
 
 def trainer_of(what: RunConfig, disk: Disk | None = None, micro_batch: int | None = 4) -> Trainer:
     plan, _ = choose_plan(what.train, micro_batch)
-    return prepare(what, plan, torch.device("cpu"), disk or Disk())
+    return prepare(RunSettings(what, plan, torch.device("cpu")), disk=disk or Disk())
 
 
 def train_slowly(what: RunConfig) -> None:

@@ -17,6 +17,7 @@ from lowvram.objective import Batch
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Rotated, StepDone
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.state import load_weights
 from lowvram.train.trainer import Trainer
 from tests.tiny import prepare_home, rotation_of, tiny_run, trainer_of, unequal
@@ -180,7 +181,7 @@ def test_states_on_the_host_give_the_same_bits(home: Path) -> None:
     for offload in ("none", "optimizer"):
         what = run_of(home, f"lies-{offload}", window=3, optimizer=EIGHT)
         plan = choose_plan(what.train)[0].model_copy(update={"offload": offload})
-        trainer = prepare(what, plan, torch.device("cpu"))
+        trainer = prepare(RunSettings(what, plan, torch.device("cpu")))
         list(trainer.run())
         found.append(everything(trainer))
     assert unequal(*found) == []

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowvram.cli.load import load_model
 from lowvram.config.run import RunConfig
 from lowvram.errors import CheckpointError
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.storage.manifest import OtherVersionError
 from lowvram.train.events import Started
+from tests.loaded import load_model
 from tests.resign import remove_checksum, sign_anew
 from tests.tiny import prepare_home, tiny_run, trainer_of
 

@@ -22,6 +22,7 @@ from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.events import Started, StepDone
 from lowvram.train.optim import learning_rate
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.start import keep_plan, lock_run, refuse_changes, settle_plan
 from lowvram.train.state import load_weights
 from lowvram.train.trainer import Trainer
@@ -42,7 +43,7 @@ def done(home: Path) -> Checkpoint:
 
 
 def trainer_of(what: RunConfig) -> Trainer:
-    return prepare(what, choose_plan(what.train, 8)[0], torch.device("cpu"))
+    return prepare(RunSettings(what, choose_plan(what.train, 8)[0], torch.device("cpu")))
 
 
 def changed(what: RunConfig, section: str, **values: Any) -> RunConfig:

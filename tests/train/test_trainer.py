@@ -23,6 +23,7 @@ from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Saved, StepDone, Stopped
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
+from lowvram.train.settings import RunSettings
 from lowvram.train.state import FIRST_LOSS_SCALE, QUIET_STEPS, TrainState
 from lowvram.train.step import gradients, update
 from lowvram.train.trainer import MOST_SKIPPED, Trainer
@@ -40,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer_of(what: RunConfig, micro_batch: int = 4) -> Trainer:
-    return prepare(what, choose_plan(what.train, micro_batch)[0], torch.device("cpu"))
+    return prepare(RunSettings(what, choose_plan(what.train, micro_batch)[0], torch.device("cpu")))
 
 
 def with_run(what: RunConfig, **options: Any) -> RunConfig:

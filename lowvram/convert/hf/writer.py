@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,14 +57,29 @@ def write_directory(
     out: Path,
     options: ExportOptions,
     more: Mapping[str, bytes],
-    tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
 ) -> int:
     """Write a model, its tokenizer and `more` files by name; returns the bytes of its weights.
 
-    tell: called with the number of finished tensors and the number of all tensors.
     Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
     """
+    writing = write_each_tensor(source, tokenizer, out, options, more, disk)
+    while True:
+        try:
+            next(writing)
+        except StopIteration as end:
+            return end.value
+
+
+def write_each_tensor(
+    source: WeightReader,
+    tokenizer: Tokenizer,
+    out: Path,
+    options: ExportOptions,
+    more: Mapping[str, bytes],
+    disk: Disk = DISK,
+) -> Generator[tuple[int, int], None, int]:
+    """Do what `write_directory` does, and yield the number of the tensor that begins, and of how many."""
     settings = to_hf_config(source.config, options.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +91,11 @@ def write_directory(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
             draft.mkdir()
             parts, unquantised = _Parts(draft, options.most_bytes, disk), UnquantisedModules()
-            for name, tensor in _tensors(source, options.numbers, unquantised, tell):
+            progress = (0, 0)
+            for begun, name, tensor in _tensors(source, options.numbers, unquantised):
+                if begun != progress:
+                    yield begun
+                progress = begun
                 if name == EMBEDDING:
                     settings["dtype"] = settings["torch_dtype"] = _NAMES[tensor.dtype]
                 parts.add(name, tensor)
@@ -145,11 +164,12 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tensors(
-    source: WeightReader, numbers: Numbers | None, unquantised: UnquantisedModules, tell: Callable[[int, int], None]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under transformers' name and in its layout."""
+    source: WeightReader, numbers: Numbers | None, unquantised: UnquantisedModules
+) -> Iterator[tuple[tuple[int, int], str, Tensor]]:
+    """Yield every tensor under transformers' name and in its layout, after the number of ours that it is part of."""
     config, shapes = source.config, shapes_of(source.config)
-    for done, (ours, shape) in enumerate(shapes.items()):
+    for number, (ours, shape) in enumerate(shapes.items(), 1):
+        begun = (number, len(shapes))
         pieces = name_pieces(ours, config)
         stored = source.read(ours)
         tensor = dequantise(stored, torch.float32) if isinstance(stored, QuantTensor) else stored
@@ -158,13 +178,12 @@ def _tensors(
         for name, piece in zip(pieces, cut(tensor, len(pieces)), strict=True):
             if numbers == "fp8" and is_matrix and ours.startswith("blocks."):
                 # The stored values are quantised directly: rounding to bf16 first would round twice.
-                yield from quantise_piece(name, piece, unquantised)
+                yield from ((begun, *part) for part in quantise_piece(name, piece, unquantised))
             else:
-                yield name, piece.to(dtype)
+                yield begun, name, piece.to(dtype)
             # MLX and others do not support DeepSeek or GLM models whose head is the embedding.
             if name == EMBEDDING and config.tied and (config.attention.kind == "mla" or config.ffn.kind == "moe"):
-                yield HEAD, piece.to(dtype, copy=True)
-        tell(done + 1, len(shapes))
+                yield begun, HEAD, piece.to(dtype, copy=True)
 
 
 class _Parts:

@@ -9,32 +9,33 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.cli import context as module
-from lowvram.cli import place
-from lowvram.cli.context import find_max_context, reach
-from lowvram.cli.load import Loaded
+from lowvram.api import context as module
+from lowvram.api import target
+from lowvram.api.context import reach
+from lowvram.api.loading import LoadedModel
 from lowvram.config.model import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError
 from lowvram.fit.report import MemoryBudget
 from lowvram.hardware.profile import load_profile
 from lowvram.model.transformer import Transformer
+from tests.loaded import find_max_context
 from tests.model.variants import VARIANTS
 
 
-def loaded_of(kind: str, trained_len: int = 32) -> Loaded:
+def loaded_of(kind: str, trained_len: int = 32) -> LoadedModel:
     config: ModelConfig = VARIANTS[kind]
     tokenizer = Tokenizer("", Path(), (), {})
     model = Transformer(config).requires_grad_(False)
-    return Loaded(None, None, config, tokenizer, model, torch.float32, "fp32", "as asked", trained_len)
+    return LoadedModel(Path(), None, None, config, tokenizer, model, torch.float32, "fp32", "as asked", trained_len)
 
 
 def with_room(monkeypatch: pytest.MonkeyPatch, limit_bytes: int) -> None:
-    class Card:
-        def place(self, precision: str) -> MemoryBudget:
+    class Named:
+        def budget(self, precision: str) -> MemoryBudget:
             return MemoryBudget(load_profile("cpu"), limit_bytes, limit_bytes, None)
 
-    monkeypatch.setattr(place, "find_card_of", lambda device: Card())
+    monkeypatch.setattr(target, "detect_target_of", lambda device: Named())
 
 
 @pytest.mark.parametrize(

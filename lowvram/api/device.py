@@ -1,10 +1,11 @@
-"""Which device a command runs on, chosen once and said aloud, and what torch says of this machine."""
+"""Which device a model computes on, chosen once, and what torch says of this machine."""
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from lowvram.api.tasks import Notice
 from lowvram.errors import MachineError
 from lowvram.hardware.detect import explain_mismatch, find_card, find_driver, find_torch, first_line
 
@@ -13,24 +14,37 @@ if TYPE_CHECKING:
 
     from lowvram.hardware.inspect import TorchSays
 
+DeviceType = Literal["cuda", "mps", "cpu"]
 
-def choose_device(asked: str) -> torch.device:
-    """Return the device named, or the best one here for "auto"; raises MachineError where it cannot be used."""
+
+class ChosenDevice(NamedTuple):
+    """A device that torch can use here, and what the user should know about that choice."""
+
+    device: torch.device
+    notices: tuple[Notice, ...] = ()
+
+
+def choose_device(asked: str = "auto") -> ChosenDevice:
+    """Return the device named ("cuda", "mps" or "cpu"), or the best one here for "auto".
+
+    Raises MachineError where the device named cannot be used.
+    """
     import torch
-
-    from lowvram.cli.console import notice
 
     card = find_card()
     mismatch = explain_mismatch(find_driver(), find_torch(), card.capability if card else None)
     has = _find_devices()
     if asked == "auto":
-        if mismatch:
-            notice(f"Note: {mismatch}.", "yellow")
-        return _open(next(name for name, present in has.items() if present))
-    if not has[asked]:
+        chosen = _open(next(name for name, present in has.items() if present))
+        notes = (Notice(f"Note: {mismatch}.", "warning"),) if mismatch else ()
+        return ChosenDevice(chosen.device, notes + chosen.notices)
+    known = next((name for name in has if name == asked), None)
+    if known is None:
+        raise MachineError(f"device is {asked!r}.", fix=f"Known: auto, {', '.join(has)}.")
+    if not has[known]:
         why = f"{mismatch}." if mismatch else f"torch {torch.__version__} sees none here."
         raise MachineError(f"--device is {asked}.", why, "Leave --device out to train on what is here.")
-    return _open(asked)
+    return _open(known)
 
 
 def ask_torch() -> TorchSays:
@@ -41,7 +55,8 @@ def ask_torch() -> TorchSays:
         import torch
     except (ImportError, OSError) as error:
         return TorchSays(first_line(error))
-    device, capability, problem = next(name for name, present in _find_devices().items() if present), None, ""
+    device = next(name for name, present in _find_devices().items() if present)
+    capability, problem = None, ""
     if device == "cuda":
         try:
             capability = torch.cuda.get_device_capability(0)
@@ -56,31 +71,33 @@ def ask_torch() -> TorchSays:
     )
 
 
-def _find_devices() -> dict[str, bool]:
+def _find_devices() -> dict[DeviceType, bool]:
     """Return what torch could compute on and whether it is here, the best first."""
     import torch
 
     return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
 
 
-def _open(name: str) -> torch.device:
+def _open(name: DeviceType) -> ChosenDevice:
     import torch
 
     if name != "cuda":
-        return torch.device(name)
-    _warn_of_launches()
+        return ChosenDevice(torch.device(name))
     # On sm_90 torch prefers cuDNN's attention, whose scratch no ledger knows (sdp_utils.cpp): one kernel on all cards.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda", 0)
+    return ChosenDevice(torch.device("cuda", 0), _new_launch_notices())
+
+
+def _new_launch_notices() -> tuple[Notice, ...]:
+    """Return what will make kernels slower or fail, as `lowvram doctor` says it; empty after the first call."""
+    is_first = not _find_launch_notices.cache_info().currsize
+    notices = _find_launch_notices()
+    return notices if is_first else ()
 
 
 @functools.cache
-def _warn_of_launches() -> None:
-    """Say once what will make kernels slower or fail, as `lowvram doctor` does: better now than at the first launch.
-
-    Raises MachineError where the card is too old for torch, whose first launch on it would fail.
-    """
-    from lowvram.cli.console import notice
+def _find_launch_notices() -> tuple[Notice, ...]:
+    """Return what will make kernels slower or fail; raises MachineError where the card is too old for torch."""
     from lowvram.hardware.doctor import LAUNCH_CHECKS, check_architecture, find_all
     from lowvram.hardware.inspect import gather
 
@@ -89,5 +106,4 @@ def _warn_of_launches() -> None:
     if too_old is not None and too_old.is_fatal:
         what, why = (f"{text[0].upper()}{text[1:]}." for text in (too_old.value, too_old.consequence))
         raise MachineError(what, why, f"To mend it: {too_old.command}. Or compute on the processor: --device cpu.")
-    for finding in find_all(facts, LAUNCH_CHECKS):
-        notice(f"Note: {finding.sentence}", "yellow")
+    return tuple(Notice(f"Note: {finding.sentence}", "warning") for finding in find_all(facts, LAUNCH_CHECKS))

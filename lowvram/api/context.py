@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from lowvram.api.tasks import Task
+
 if TYPE_CHECKING:
-    from lowvram.cli.load import Loaded
+    from lowvram.api.loading import LoadedModel
     from lowvram.config.model import ModelConfig
     from lowvram.model.kv_cache import CacheForm
 
@@ -23,26 +25,29 @@ class Context(NamedTuple):
     warning: str = ""
 
 
-def find_max_context(loaded: Loaded, slots: int = 1, asked: int | None = None, cache: CacheForm = "plain") -> Context:
+def find_max_context(
+    loaded: LoadedModel, slots: int = 1, asked: int | None = None, cache: CacheForm = "plain"
+) -> Task[Context]:
     """Return the longest text that each of `slots` may hold.
 
     asked: by the user; None: what the model is made for, or as much of it as fits.  cache: what texts are kept in.
     Raises MachineError where what is asked for, or any text, does not fit.
     """
-    from lowvram.cli.place import find_card_of
+    from lowvram.api.target import detect_target_of, notices_of
 
     trained, made_for = loaded.trained_len, reach(loaded.config, loaded.trained_len)
     wanted = asked or made_for
-    place = find_card_of(loaded.model.embedding.device).place("bf16")
+    budget = detect_target_of(loaded.model.embedding.device).budget("bf16")
+    yield from notices_of(budget)
     needed = _needed(loaded, slots, wanted, cache)
-    if needed <= place.limit_bytes:
+    if needed <= budget.limit_bytes:
         return Context(wanted, trained, _explain(wanted, trained, made_for, asked), _warn(loaded, wanted))
-    fitting = min(wanted - 1, _solve(loaded, slots, place.limit_bytes, cache))
+    fitting = min(wanted - 1, _solve(loaded, slots, budget.limit_bytes, cache))
     # A line is drawn through two points, so its end is looked at too.
-    while fitting > 1 and _needed(loaded, slots, fitting, cache) > place.limit_bytes:
+    while fitting > 1 and _needed(loaded, slots, fitting, cache) > budget.limit_bytes:
         fitting = fitting * 7 // 8
     if asked is not None or fitting <= 1:
-        raise _too_long(wanted, slots, needed, place.limit_bytes, fitting)
+        raise _too_long(wanted, slots, needed, budget.limit_bytes, fitting)
     reason = f"{fitting:,} tokens are what fits beside the weights; the model is made for {made_for:,}."
     return Context(fitting, trained, reason, _warn(loaded, fitting))
 
@@ -56,7 +61,7 @@ def reach(config: ModelConfig, trained_len: int) -> int:
     return max(trained_len, int(min(trained_len, yarn.original_len) * yarn.factor))
 
 
-def _needed(loaded: Loaded, slots: int, max_context: int, cache: CacheForm = "plain") -> int:
+def _needed(loaded: LoadedModel, slots: int, max_context: int, cache: CacheForm = "plain") -> int:
     from lowvram_kernels.dispatch import card_of
 
     from lowvram.fit.inference_memory import rehearse_inference
@@ -65,7 +70,7 @@ def _needed(loaded: Loaded, slots: int, max_context: int, cache: CacheForm = "pl
     return rehearse_inference(loaded.model, loaded.dtype, slots, max_context, card, cache)
 
 
-def _solve(loaded: Loaded, slots: int, limit_bytes: int, cache: CacheForm) -> int:
+def _solve(loaded: LoadedModel, slots: int, limit_bytes: int, cache: CacheForm) -> int:
     few, many = (_needed(loaded, slots, length, cache) for length in _SAMPLES)
     per_token = (many - few) / (_SAMPLES[1] - _SAMPLES[0])
     return max(1, int(_SAMPLES[0] + (limit_bytes - few) / per_token))
@@ -79,7 +84,7 @@ def _explain(wanted: int, trained: int, made_for: int, asked: int | None) -> str
     return f"{wanted:,} tokens, the length that it was trained on."
 
 
-def _warn(loaded: Loaded, max_context: int) -> str:
+def _warn(loaded: LoadedModel, max_context: int) -> str:
     trained, positions = loaded.trained_len, loaded.config.positions
     if max_context <= trained:
         return ""

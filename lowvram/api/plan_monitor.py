@@ -1,4 +1,4 @@
-"""What `fit` promises about the run that begins: its plan, its peak, its speed; and whether the first steps keep it."""
+"""The plan of the run that begins: chosen, enforced, and compared with the peak and the pace of its first steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram.cli.place import find_card_of, find_changes, rehearse_on
+from lowvram.api.rehearsals import rehearse_on, suggest_changes
+from lowvram.api.target import detect_target_of
 from lowvram.config.plan import Ledger, Plan, Recompute
 from lowvram.errors import MachineError, MemoryRanOutError
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
@@ -24,29 +25,32 @@ if TYPE_CHECKING:
 # Steps of this start after which the allocator has seen its peak and kernels are compiled; and those whose pace counts.
 _PEAK_STEP, _SPEED_STEP = 3, 10
 
-# Of a plan's reckoned bytes, which were too many: what asks for less than this is another plan, and not the same again.
+# Of the bytes that were estimated for a plan that did not fit: a change that takes less than this share will fit.
 _SURELY_LESS = 0.9
 
 
-class Promise:
-    """The fit of one run on the device that it was given."""
+class PlanMonitor:
+    """The memory and the speed that are expected of one run on one device.
 
-    def __init__(self, what: RunConfig, device: torch.device) -> None:
-        self._what, self._device = what, device
-        self.card = find_card_of(device)
-        self.place = self.card.place(what.train.precision)
-        self._rehearse = rehearse_on(self.place.profile, what.model, what.train)
+    target: the device's card.  budget: the memory that tensors may take there.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self.target = detect_target_of(device)
+        self.budget = self.target.budget(config.train.precision)
+        self._rehearse = rehearse_on(self.budget.profile, config.model, config.train)
         self._rehearsal: Rehearsal | None = None
         self._speed: Speed | None = None
         self._steps = 0
         self._is_compiled = self._is_recorded = False
         self._clock = (0.0, 0)
 
-    def evaluate_fit(self, wish: PlanConstraints = ANY) -> FitReport:
-        """Rehearse the run and return what is to be said about it here."""
-        what, train = self._what, self._what.train
-        sketch = MemoryCurve(train.micro_batches, self._rehearse, train.seq_len)
-        return evaluate_fit(what.run.dir.name, what.model, train, sketch, self.place, exact=True, wish=wish)
+    def rehearse_fit(self, wish: PlanConstraints = ANY) -> FitReport:
+        """Rehearse the run and return whether and how it fits here."""
+        config, train = self._config, self._config.train
+        curve = MemoryCurve(train.micro_batches, self._rehearse, train.seq_len)
+        return evaluate_fit(config.run.dir.name, config.model, train, curve, self.budget, exact=True, wish=wish)
 
     def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:
         """Return the plan that fits, and why, around what was asked for.
@@ -54,7 +58,7 @@ class Promise:
         What was asked for is tried even where it is not expected to fit; else MachineError says how to learn more.
         """
         wish = PlanConstraints(micro_batch, recompute)
-        answer = self.evaluate_fit(wish)
+        answer = self.rehearse_fit(wish)
         found = answer.found
         if wish != ANY:
             return found.plan, "you asked for it" if found.fits else "you asked for it; it is not expected to fit"
@@ -69,37 +73,37 @@ class Promise:
         return found.plan, found.reason
 
     def _explain(self, answer: FitReport) -> MachineError:
-        has, place = show_bytes(self.place.limit_bytes), self.place
+        has, budget = show_bytes(self.budget.limit_bytes), self.budget
         least = (
-            self.evaluate_fit(PlanConstraints(self._what.train.micro_batches[0], "block")).found.peak_bytes
+            self.rehearse_fit(PlanConstraints(self._config.train.micro_batches[0], "block")).found.peak_bytes
             if answer.fits_headless
             else answer.found.peak_bytes
         )
-        close = f"Without {place.beside} it would fit: close that, or " if answer.fits_headless else ""
+        close = f"Without {budget.beside} it would fit: close that, or " if answer.fits_headless else ""
         fix = f"{close}ask lowvram fit with the same run file what would make it fit."
         return MachineError(
-            f"This run does not fit on {place.profile.name} now.",
+            f"This run does not fit on {budget.profile.name} now.",
             f"Its smallest plan takes {show_bytes(least)}, and tensors have {has} there.",
             f"{fix[0].upper()}{fix[1:]}  --micro-batch 1 --recompute block tries it all the same.",
         )
 
-    def keep_here(self, plan: Plan) -> Plan:
-        """Return a kept plan as it is right on this machine: one memory has no side to move anything to."""
-        return plan.model_copy(update={"offload": "none"}) if self.place.profile.unified else plan
+    def adapt(self, plan: Plan) -> Plan:
+        """Return a plan of an earlier start as it can be used here: unified memory has nowhere to offload to."""
+        return plan.model_copy(update={"offload": "none"}) if self.budget.profile.unified else plan
 
-    def doubt(self, plan: Plan) -> str | None:
-        """Return a sentence where a plan that is kept or asked for is not expected to fit now."""
-        peak = self._reckon(plan).ledger.peak_bytes
-        if peak <= self.place.limit_bytes:
+    def warn_if_tight(self, plan: Plan) -> str | None:
+        """Return a sentence where a plan of an earlier start is not expected to fit now."""
+        peak = self._rehearse_eager(plan).ledger.peak_bytes
+        if peak <= self.budget.limit_bytes:
             return None
-        has = show_bytes(self.place.limit_bytes)
+        has = show_bytes(self.budget.limit_bytes)
         return f"This plan takes {show_bytes(peak)}, and tensors have {has} here now: memory may run out."
 
-    def propose(self, error: MemoryRanOutError, plan: Plan) -> MemoryRanOutError:
+    def add_suggestions(self, error: MemoryRanOutError, plan: Plan) -> MemoryRanOutError:
         """Return the error of a plan that did not fit after all, with the changes that would take a tenth less."""
-        room = min(self.place.limit_bytes, int(_SURELY_LESS * self._reckon(plan).ledger.peak_bytes))
-        what = self._what
-        found = find_changes(what.model, what.train, self.place._replace(limit_bytes=room))
+        room = min(self.budget.limit_bytes, int(_SURELY_LESS * self._rehearse_eager(plan).ledger.peak_bytes))
+        config = self._config
+        found = suggest_changes(config.model, config.train, self.budget._replace(limit_bytes=room))
         if not found:
             return error
         sets = [" ".join(f"--set {assignment}" for assignment in change.sets) for change in found]
@@ -108,33 +112,36 @@ class Promise:
             error.what, error.why, f"{error.fix}  In a new run.dir would fit: {'; or '.join(rows)}."
         )
 
-    def bind(self, plan: Plan, is_recorded: bool = False) -> None:
-        """Hold the run to its plan: cap the card's memory, and reckon what the plan takes where that can be checked.
+    def enforce(self, plan: Plan, is_recorded: bool = False) -> None:
+        """Cap the card's memory, and estimate what the plan takes, so that `check_step` can compare.
 
-        Called again where the micro-batch was halved.  is_recorded: passes are played, so what they take is no longer
-        seen to come and go.
+        Called again where the micro-batch was halved.  is_recorded: passes are replayed from CUDA graphs, whose
+        allocations the allocator does not count.
         """
         self._steps, self._is_compiled, self._is_recorded = 0, plan.compile, is_recorded
         if self._device.type != "cuda":
             return
-        profile = self.place.profile
+        profile = self.budget.profile
         torch.cuda.reset_peak_memory_stats(self._device)  # what a trial or a resume took is not the step's
-        cap_memory(self._device, profile.allocator_bytes(self.place.limit_bytes))
-        self._rehearsal = self._reckon(plan)
-        self._speed = estimate(self._rehearsal, plan, self._what.train, profile, self.place.measured)
+        cap_memory(self._device, profile.allocator_bytes(self.budget.limit_bytes))
+        self._rehearsal = self._rehearse_eager(plan)
+        self._speed = estimate(self._rehearsal, plan, self._config.train, profile, self.budget.measured)
 
-    def _reckon(self, plan: Plan) -> Rehearsal:
-        """Rehearse a plan as it is without compilation, which paper does not know."""
+    def _rehearse_eager(self, plan: Plan) -> Rehearsal:
+        """Rehearse a plan without compilation, which cannot be rehearsed."""
         return self._rehearse(plan.model_copy(update={"compile": False}))
 
     def room_to_compile(self, states_bytes: int) -> int | None:
-        """Return what the card may hold before all states exist; None where nobody knows.  states_bytes: that do."""
+        """Return the bytes that a trial may take before all optimizer states exist; None where that is not known.
+
+        states_bytes: the size of the optimizer states that already exist.
+        """
         if self._rehearsal is None:
             return None
-        return self.place.limit_bytes - self._rehearsal.ledger.optimizer + states_bytes
+        return self.budget.limit_bytes - self._rehearsal.ledger.optimizer + states_bytes
 
-    def look(self, step: StepDone) -> str | None:
-        """Return a sentence where a step is not what was promised."""
+    def check_step(self, step: StepDone) -> str | None:
+        """Return a sentence where a step takes other memory or more time than was expected."""
         self._steps += 1
         if self._rehearsal is None:
             return None
@@ -149,7 +156,7 @@ class Promise:
 
     def _compare(self, measured_bytes: int, ledger_bytes: int) -> str | None:
         """Compare a peak with the ledger, which knows nothing of torch's workspace nor of what compiling saves."""
-        beside = self.place.profile.workspace_bytes
+        beside = self.budget.profile.workspace_bytes
         if self._is_recorded or (measured_bytes < ledger_bytes and self._is_compiled):
             return None
         if ledger_bytes <= measured_bytes <= ledger_bytes + beside:

@@ -1,0 +1,97 @@
+"""The public Python interface: `from lowvram.api import fit, train, load, evaluate`; nothing in it prints.
+
+Each function returns a frozen value, a model, or a run to iterate over; each error is a `LowvramError`, which says what
+happened, why, and what to do.  What the commands print as notices are values here (`.notices`), or events of a run.
+Names are imported when they are first used, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lowvram.api.evaluation import Evaluation as Evaluation
+    from lowvram.api.evaluation import evaluate as evaluate
+    from lowvram.api.fit_result import FitOptions as FitOptions
+    from lowvram.api.fit_result import FitResult as FitResult
+    from lowvram.api.fitting import fit as fit
+    from lowvram.api.models import Model as Model
+    from lowvram.api.models import load as load
+    from lowvram.api.run_file import write_run_file as write_run_file
+    from lowvram.api.target import Target as Target
+    from lowvram.api.tasks import Notice as Notice
+    from lowvram.api.training import TrainingRun as TrainingRun
+    from lowvram.api.training import train as train
+    from lowvram.errors import LowvramError as LowvramError
+    from lowvram.fit.report import MemoryBudget as MemoryBudget
+    from lowvram.train.events import Evaluated as Evaluated
+    from lowvram.train.events import Event as Event
+    from lowvram.train.events import Halved as Halved
+    from lowvram.train.events import Rotated as Rotated
+    from lowvram.train.events import Sampled as Sampled
+    from lowvram.train.events import Saved as Saved
+    from lowvram.train.events import Started as Started
+    from lowvram.train.events import StepDone as StepDone
+    from lowvram.train.events import Stopped as Stopped
+    from lowvram.train.settings import RunSettings as RunSettings
+
+_HOMES = {
+    "Evaluated": "lowvram.train.events",
+    "Evaluation": "lowvram.api.evaluation",
+    "Event": "lowvram.train.events",
+    "FitOptions": "lowvram.api.fit_result",
+    "FitResult": "lowvram.api.fit_result",
+    "Halved": "lowvram.train.events",
+    "LowvramError": "lowvram.errors",
+    "MemoryBudget": "lowvram.fit.report",
+    "Model": "lowvram.api.models",
+    "Notice": "lowvram.api.tasks",
+    "Rotated": "lowvram.train.events",
+    "RunSettings": "lowvram.train.settings",
+    "Sampled": "lowvram.train.events",
+    "Saved": "lowvram.train.events",
+    "Started": "lowvram.train.events",
+    "StepDone": "lowvram.train.events",
+    "Stopped": "lowvram.train.events",
+    "Target": "lowvram.api.target",
+    "TrainingRun": "lowvram.api.training",
+    "evaluate": "lowvram.api.evaluation",
+    "fit": "lowvram.api.fitting",
+    "load": "lowvram.api.models",
+    "train": "lowvram.api.training",
+    "write_run_file": "lowvram.api.run_file",
+}
+__all__ = [
+    "Evaluated",
+    "Evaluation",
+    "Event",
+    "FitOptions",
+    "FitResult",
+    "Halved",
+    "LowvramError",
+    "MemoryBudget",
+    "Model",
+    "Notice",
+    "Rotated",
+    "RunSettings",
+    "Sampled",
+    "Saved",
+    "Started",
+    "StepDone",
+    "Stopped",
+    "Target",
+    "TrainingRun",
+    "evaluate",
+    "fit",
+    "load",
+    "train",
+    "write_run_file",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lowvram.api' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,143 @@
+"""Bits per byte of a trained model on held-out text, and of the bigram model that it is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowvram.api.tasks import Notice, Progress, Task, count_progress, finish
+
+if TYPE_CHECKING:
+    from lowvram.config.run import RunConfig
+    from lowvram.data.shards import ShardSet
+    from lowvram.data.tokenizer import Tokenizer
+    from lowvram.evaluate.bits_per_byte import Score
+    from lowvram.generate.precision import Precision
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a set of shards.
+
+    checkpoint: the directory that was read; step: None where another program wrote it.  precision: of the weights.
+    bits_per_byte: what the model needs for one byte of text.  loss: nats per predicted token, of which there are
+    `targets`, in windows of `seq_len`.  Both are not finite where the model's numbers are broken.
+    bigram_bits_per_byte: of a bigram model counted on `bigrams_of`, None where the training shards are not here.
+    """
+
+    checkpoint: Path
+    step: int | None
+    precision: str
+    data: Path
+    seq_len: int
+    bits_per_byte: float
+    loss: float
+    targets: int
+    bigram_bits_per_byte: float | None = None
+    bigrams_of: str = ""
+    notices: tuple[Notice, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the values that `lowvram evaluate --json` prints; JSON has no NaN, so it is None."""
+        is_finite = math.isfinite(self.loss)
+        return {
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "precision": self.precision,
+            "data": str(self.data),
+            "bits_per_byte": self.bits_per_byte if is_finite else None,
+            "loss": self.loss if is_finite else None,
+            "targets": self.targets,
+            "bigram_bits_per_byte": self.bigram_bits_per_byte,
+        }
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    data: str | Path | None = None,
+    tokens: int | None = None,
+    precision: Precision | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> Evaluation:
+    """Measure bits per byte of a run's newest checkpoint, or of the one named.
+
+    data: shards to measure on, None: the run's own `data.valid`.  tokens: only the first so many.  precision: of the
+    weights, None: what the run validates in.  progress: show a progress bar, in a terminal or a notebook.
+    Raises CheckpointError, DataError where there is no held-out text, MachineError where the device is not here.
+    """
+    from lowvram.api.progress import with_bar
+
+    task = evaluate_task(Path(checkpoint), Path(data) if data is not None else None, tokens, precision, device)
+    found, notices = finish(with_bar(task) if progress else task)
+    return dataclasses.replace(found, notices=notices)
+
+
+def evaluate_task(
+    path: Path,
+    data: Path | None = None,
+    tokens: int | None = None,
+    precision: Precision | None = None,
+    device: str = "auto",
+) -> Task[Evaluation]:
+    """Do what `evaluate` does, and yield its notices and its progress."""
+    from lowvram.api.loading import load_model
+    from lowvram.data.shards import ShardSet
+    from lowvram.errors import DataError
+    from lowvram.evaluate.bits_per_byte import score_windows
+
+    loaded = yield from load_model(path, device, precision, as_trained=True)
+    shards_path = data or (loaded.run.data.valid if loaded.run is not None else None)
+    if shards_path is None:
+        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
+    tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
+    shards = ShardSet.open(shards_path, tokenizer.hash, tokenizer.size)
+    scoring = score_windows(
+        loaded.model, shards, tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype, tokens
+    )
+    found = yield from count_progress(scoring, "Reading held-out text")
+    baseline = None
+    if loaded.run is not None:
+        baseline = yield from score_bigrams(loaded.run, tokenizer, shards, tokens)
+    return Evaluation(
+        checkpoint=loaded.path,
+        step=loaded.checkpoint.step if loaded.checkpoint is not None else None,
+        precision=loaded.precision,
+        data=shards_path,
+        seq_len=seq_len,
+        bits_per_byte=found.bits_per_byte,
+        loss=found.loss,
+        targets=found.targets,
+        bigram_bits_per_byte=baseline[0].bits_per_byte if baseline else None,
+        bigrams_of=baseline[1] if baseline else "",
+    )
+
+
+def score_bigrams(
+    run: RunConfig, tokenizer: Tokenizer, valid: ShardSet, most_tokens: int | None
+) -> Task[tuple[Score, str] | None]:
+    """Return the bigram model's score on the first `most_tokens` of `valid`, and what it was counted on.
+
+    None, with a notice, where the training shards cannot be read.
+    """
+    from lowvram.data.shards import ShardSet
+    from lowvram.errors import DataError
+    from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS, bigram_score
+    from lowvram.units import show_count
+
+    path = run.data.train[0].path
+    if not path.exists():  # of a model that was imported or moved nobody has it here
+        yield Notice("No bigram model to compare with: the shards that the model was trained on are not here.")
+        return None
+    try:
+        train = ShardSet.open(path, tokenizer.hash, tokenizer.size)
+    except DataError as error:
+        yield Notice(f"No bigram model to compare with: {error}")
+        return None
+    part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if train.tokens > BIGRAM_TOKENS else ""
+    yield Progress("Counting bigrams to compare with")
+    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.byte_count_V, most_tokens), f"{part}{path}"

@@ -1,0 +1,304 @@
+"""Which models a card can pretrain, and how; or what one run needs: options in, a FitResult out; prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.api.fit_result import FitOptions, FitResult
+from lowvram.api.tasks import Notice, Progress, Task, finish
+
+if TYPE_CHECKING:
+    from lowvram.api.target import Target
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.plan import Recompute
+    from lowvram.config.run import RunConfig
+    from lowvram.config.train import TrainConfig
+    from lowvram.fit.epochs import Remark, RunText
+    from lowvram.fit.report import FitReport, MemoryBudget
+    from lowvram.fit.search import PlanConstraints
+    from lowvram.fit.suggestions import Change
+    from lowvram.hardware.profile import Desktop
+
+# What stands for "the presets" where one must be named: the smallest.
+_SMALLEST = "tr-25m"
+
+
+def fit(
+    run: str | Path | None = None,
+    *,
+    gpu: str | None = None,
+    memory: str | int | None = None,
+    ram: str | int | None = None,
+    desktop: Desktop | None = None,
+    preset: str | None = None,
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    micro_batch: int | None = None,
+    recompute: Recompute | None = None,
+    days: float | None = None,
+    measure: bool = False,
+    data: str | Path | None = None,
+    progress: bool = False,
+) -> FitResult:
+    """Return which presets a card can pretrain, with which plan and in how many days; or what one run needs.
+
+    Nothing is trained, and the card need not be here.  run: a run file to judge.  gpu: "rtx5070", "m3-max", …; without
+    it and without memory this machine is meant.  memory, ram: of the card and of the computer, in bytes or as "8GB".
+    The other parameters: see `FitOptions`.  progress: show a progress bar, in a terminal or a notebook.
+
+    Raises ConfigError for options that say nothing together, or naming the nearest cards, presets or keys; DataError
+    for shards that cannot be read; MachineError where nothing can be measured here.
+    """
+    from lowvram.api.overrides import assignments
+    from lowvram.api.progress import with_bar
+
+    options = FitOptions(
+        run_file=Path(run) if run is not None else None,
+        gpu=gpu,
+        memory_bytes=_read_size("memory", memory),
+        ram_bytes=_read_size("ram", ram),
+        desktop=desktop,
+        preset=preset,
+        overrides=tuple(assignments(overrides)),
+        micro_batch=micro_batch,
+        recompute=recompute,
+        measure=measure,
+        data=Path(data) if data is not None else None,
+    )
+    if days is not None:
+        options = dataclasses.replace(options, days=days)
+    task = fit_task(options)
+    found, notices = finish(with_bar(task) if progress else task)
+    return dataclasses.replace(found, notices=notices)
+
+
+def _read_size(name: str, value: str | int | None) -> int | None:
+    from lowvram.errors import ConfigError
+    from lowvram.units import parse_memory
+
+    if value is None or isinstance(value, int):
+        return value
+    try:
+        return parse_memory(value)
+    except ValueError as error:
+        raise ConfigError(f"{name} is {value!r}.", f"{error}.", f'Write {name}="8GB".') from error
+
+
+def fit_task(options: FitOptions) -> Task[FitResult]:
+    """Do what `fit` does, and yield its notices and its progress."""
+    from lowvram.api.target import describe_target, detect_target
+    from lowvram.fit.recommend import recommend, recommend_first
+
+    refuse_contradictions(options)
+    if options.is_here:
+        target = detect_target(options.ram_bytes)
+    else:
+        target = describe_target(options.gpu, options.memory_bytes, options.ram_bytes, options.desktop)
+    yield Notice(target.sentence)
+    run = None
+    if options.run_file is not None:
+        run = yield from _read_run(options.run_file, options.overrides)
+    if options.measure:
+        yield from _calibrate(options, target, run)
+    text = yield from _read_text(options, run)
+    if run is not None:
+        answers, budget = yield from _evaluate_run(options, target, run)
+    else:
+        answers, budget = yield from _evaluate_presets(options, target)
+    result = FitResult(
+        options=options,
+        target=target,
+        budget=budget,
+        models=tuple(answers),
+        first_run=recommend_first(answers, text),
+        recommended=recommend(answers, options.days, text),
+        text=text,
+        changes=None if options.has_plan else (),
+    )
+    return (yield from _look_closer(result)) if options.is_alone else result
+
+
+def refuse_contradictions(options: FitOptions) -> None:
+    """Raise ConfigError where options say nothing together, before anything takes time."""
+    from lowvram.errors import ConfigError
+
+    run_file, is_alone = options.run_file, options.is_alone
+    if run_file is not None and options.gpu and not run_file.exists() and run_file.suffix != ".toml":
+        words = f"{options.gpu} {run_file}"
+        raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
+    for is_wrong, what, fix in (
+        (run_file and options.preset, "A run file and --model were both given.", "Leave one of them out."),
+        (options.overrides and not is_alone, "--set changes one run.", "Name it: RUN.toml, or --model PRESET."),
+        (options.micro_batch and not is_alone, "--micro-batch is for one run.", "Name RUN.toml, or --model PRESET."),
+        (run_file and options.data, f"--data and {run_file} both name the text.", "Leave --data out."),
+        (options.desktop and options.is_here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
+        (options.measure and not options.is_here, "--measure times this machine.", "Leave --gpu and --memory out."),
+    ):
+        if is_wrong:
+            raise ConfigError(what, fix=fix)
+
+
+def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
+    """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
+    from lowvram.config.run_file import load_run, name_vocabulary
+    from lowvram.data.hf_tokenizer import load_tokenizer
+    from lowvram.errors import LowvramError
+
+    notices: list[Notice] = []
+
+    def count_ids(directory: Path) -> int:
+        named = None if directory.exists() else name_vocabulary(run_file, overrides)
+        if named is None:
+            return load_tokenizer(directory).size
+        says = f"There is no tokenizer yet: {named:,} ids are taken, as the run file or its preset says."
+        notices.append(Notice(says, "warning"))
+        return named
+
+    try:
+        run = load_run(run_file, overrides, count_ids, with_gaps=True)
+    except LowvramError:
+        yield from notices
+        raise
+    yield from notices
+    return run
+
+
+def _read_text(options: FitOptions, run: RunConfig | None) -> Task[RunText | None]:
+    """Open the shards of a folder or of a run file, which is judged without them too, since they may come later."""
+    from lowvram.errors import DataError
+    from lowvram.fit.epochs import open_folder, open_text
+
+    if run is None:
+        return open_folder(options.data) if options.data is not None else None
+    try:
+        return open_text(run.data)
+    except DataError as error:
+        yield Notice(f"How often the text is read is not known: {error}", "warning")
+        return None
+
+
+def _calibrate(options: FitOptions, target: Target, run: RunConfig | None) -> Task[None]:
+    """Time one preset, or the run that was named, on this machine."""
+    from lowvram.api.calibration import calibrate
+
+    if run is not None and options.run_file is not None:
+        yield from calibrate(options.run_file.stem, run.model, run.train, target)
+    else:
+        name = options.preset or _SMALLEST
+        yield from calibrate(name, *_load_preset(name, options, target), target)
+
+
+def _evaluate_run(options: FitOptions, target: Target, run: RunConfig) -> Task[tuple[list[FitReport], MemoryBudget]]:
+    from lowvram.api import rehearsals
+    from lowvram.api.target import notices_of, warn_of_precision
+
+    assert options.run_file is not None, "the run was read from it"
+    if warning := warn_of_precision(run.train, target.profile):
+        yield Notice(warning, "warning")
+    name, budget = options.run_file.stem, target.budget(run.train.precision)
+    yield from notices_of(budget)
+    wish = _wish(options, run.train)
+    yield Progress(f"Rehearsing {name} on paper")
+    return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, wish)], budget
+
+
+def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitReport], MemoryBudget]]:
+    """Judge the preset that was named, or every preset."""
+    from lowvram.api import rehearsals
+    from lowvram.api.target import notices_of
+    from lowvram.config.run_file import preset_names
+
+    budget = target.budget(_load_preset(options.preset or _SMALLEST, options, target)[1].precision)
+    yield from notices_of(budget)
+    answers = []
+    for name in [options.preset] if options.preset else preset_names():
+        model, train = _load_preset(name, options, target)
+        wish = _wish(options, train)
+        answer = evaluate_fit_from_ledgers(name, model, train, budget, wish) if wish.micro_batch is None else None
+        if answer is None:
+            yield Progress(f"Rehearsing {name} on paper")
+            answer = rehearsals.rehearse_fit(name, model, train, budget, wish=wish)
+        answers.append(answer)
+    return sorted(answers, key=lambda answer: answer.model.num_parameters()), budget
+
+
+def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelConfig, TrainConfig]:
+    """Load a preset; which 16-bit numbers it computes with is the one thing that it leaves to the card."""
+    from lowvram.config.run_file import load_preset
+
+    model, train = load_preset(name, options.overrides)
+    if any("precision" in assignment for assignment in options.overrides):
+        return model, train
+    return model, train.model_copy(update={"precision": target.profile.dtype})
+
+
+def evaluate_fit_from_ledgers(
+    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: PlanConstraints
+) -> FitReport | None:
+    """Judge a preset by its stored rehearsals; None where there are none for such a card."""
+    from lowvram.fit.ledgers import find_memory_curve, path_of
+    from lowvram.fit.report import evaluate_fit
+
+    curve = find_memory_curve(name, model, train, path_of(budget.profile, train))
+    return None if curve is None else evaluate_fit(name, model, train, curve, budget, wish=wish)
+
+
+def _wish(options: FitOptions, train: TrainConfig) -> PlanConstraints:
+    from lowvram.config.plan import choose_plan
+    from lowvram.fit.search import PlanConstraints
+
+    if options.micro_batch is not None:
+        choose_plan(train, options.micro_batch)  # refuses what does not divide the step
+    return PlanConstraints(options.micro_batch, options.recompute)
+
+
+def _look_closer(result: FitResult) -> Task[FitResult]:
+    """Add what is said about a single model beside its ledger."""
+    from lowvram.api.rehearsals import suggest_changes, suggest_precisions
+    from lowvram.fit.recommend import TOO_SLOW_DAYS, recommend
+
+    options, answer = result.options, result.models[0]
+    changes = result.changes
+    if not options.has_plan and not (answer.fits_headless and answer.fits_host):
+        yield Progress("Looking for changes that would fit")
+        changes = tuple(suggest_changes(answer.model, answer.train, result.budget))
+    faster: tuple[Change, ...] = ()
+    if options.run_file is not None and answer.fits_headless and not options.has_plan:
+        yield Progress("Looking for a faster precision")
+        faster = tuple((yield from suggest_precisions(answer, result.target)))
+    is_too_slow = answer.days is not None and answer.days > TOO_SLOW_DAYS
+    instead = None
+    if is_too_slow:
+        known = yield from _evaluate_known_presets(result.target)
+        instead = recommend(known, options.days)
+    return dataclasses.replace(
+        result, changes=changes, faster=faster, remarks=tuple(_remark(result.text, answer)), instead=instead
+    )
+
+
+def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
+    from lowvram.errors import DataError
+    from lowvram.fit.epochs import Remark, remark_on
+
+    try:
+        return list(remark_on(text, answer.model, answer.train)) if text is not None else []
+    except DataError as error:
+        return [Remark(str(error), True)]
+
+
+def _evaluate_known_presets(target: Target) -> Task[list[FitReport]]:
+    """Judge the presets whose rehearsals are known for a card."""
+    from lowvram.api.target import notices_of
+    from lowvram.config.run_file import load_preset, preset_names
+    from lowvram.fit.search import ANY
+
+    budget = target.budget(target.profile.dtype)
+    yield from notices_of(budget)
+    answers = []
+    for name in preset_names():
+        model, train = load_preset(name)
+        train = train.model_copy(update={"precision": target.profile.dtype})
+        answers.append(evaluate_fit_from_ledgers(name, model, train, budget, ANY))
+    return [answer for answer in answers if answer is not None]

@@ -1,0 +1,111 @@
+"""A run file for the preset that `fit` named or recommended, over the user's own folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from lowvram.api.shell import quote_command
+from lowvram.api.tasks import Notice, Progress, Task, finish
+
+if TYPE_CHECKING:
+    from lowvram.api.fit_result import FitResult
+    from lowvram.api.target import Target
+    from lowvram.fit.recommend import Advice
+
+
+class WrittenRun(NamedTuple):
+    """A run file that was written.  advice: the preset and its tokens.  reason: for its precision, "" for none.
+
+    has_folders: it names the user's folders; else it has gaps, which `train` names.
+    """
+
+    path: Path
+    advice: Advice
+    reason: str
+    has_folders: bool
+
+
+def write_run_file(result: FitResult, out: str | Path) -> Path:
+    """Write a run file that `train` takes, for the preset that was named, or the one that is recommended.
+
+    Raises ConfigError where `out` exists, where nothing fits, or where result's `data` has no shards or no tokenizer.
+    """
+    return finish(write_run_task(result, Path(out)))[0].path
+
+
+def write_run_task(result: FitResult, out: Path) -> Task[WrittenRun]:
+    """Do what `write_run_file` does, and yield its notices and its progress."""
+    from lowvram.fit.run_file_writer import write_run
+
+    advice = yield from _choose_preset(result)
+    advice, reason = yield from _prefer_fp32(advice, result.target)
+    train, model = advice.answer.train, advice.answer.model
+    if advice.tokens is not None:
+        train = train.model_copy(update={"tokens": advice.tokens})
+    folders = choose_folders(result.options.data) if result.options.data is not None else None
+    write_run(out, advice.answer.name, model, train, folders)
+    return WrittenRun(out, advice, reason, folders is not None)
+
+
+def choose_folders(data: Path) -> dict[str, str]:
+    """Return the folders that a run file names, or raise ConfigError with what makes the one that is missing."""
+    from lowvram.errors import ConfigError
+    from lowvram.fit.folders import find_folders
+
+    found = find_folders(data)
+    if found.is_packed and found.tokenizer is not None:
+        return found.as_words()
+    tok = found.tokenizer or found.home / "tok"
+    make = quote_command("lowvram", "tokenizer", "train", "TEXTS", "--out", tok)
+    pack = quote_command("lowvram", "data", "pack", "TEXTS", "--tokenizer", tok, "--out", found.train)
+    if found.tokenizer is not None:
+        lacks, fix = f"no shards in {found.train}", f"Make them: {pack}"
+    elif found.is_packed:
+        lacks = "no folder tok, in it or beside it"
+        fix = f"Put the tokenizer there with which the shards were packed, as {tok}; another one does not fit them."
+    else:
+        lacks, fix = "no folder tok, in it or beside it, and no shards", f"Make both: {make}, then {pack}"
+    raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
+
+
+def _choose_preset(result: FitResult) -> Task[Advice]:
+    """Return the preset that was named or recommended, with its tokens; raises ConfigError where there is none."""
+    from lowvram.errors import ConfigError
+    from lowvram.fit.recommend import Advice, explain_too_little, limit_tokens
+
+    answers, text, advice = result.models, result.text, result.recommended
+    if result.options.run_file is not None:
+        what = f"--out has nothing to write: {result.options.run_file} is a run file."
+        raise ConfigError(what, fix="Leave it out.")
+    if result.options.is_alone:
+        tokens = limit_tokens(answers[0], text)
+        if text is not None and tokens == 0:  # one's own choice: smaller steps and windows can be set in the file
+            yield Notice(" ".join(explain_too_little(answers, text)), "warning")
+        return Advice(answers[0], "", tokens or None)
+    if advice is None and text is not None and any(answer.fits for answer in answers):
+        what, why, fix = explain_too_little(answers, text)
+        raise ConfigError(f"--out has nothing to write. {what}", why, f"{fix} Or name a preset with --model.")
+    if advice is None:
+        fix = "Name one with --model to write it all the same."
+        raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
+    return advice
+
+
+def _prefer_fp32(advice: Advice, target: Target) -> Task[tuple[Advice, str]]:
+    """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is."""
+    from lowvram.api import rehearsals
+    from lowvram.api.target import notices_of
+    from lowvram.fit.calibration_store import compare_precisions
+    from lowvram.fit.suggestions import describe_slower, is_slower
+
+    answer, times = advice.answer, compare_precisions(target.profile)
+    if answer.train.precision != "bf16" or not is_slower(times):
+        return advice, ""
+    train, budget = answer.train.model_copy(update={"precision": "fp32"}), target.budget("fp32")
+    yield from notices_of(budget)
+    yield Progress(f"Rehearsing {answer.name} on paper")
+    wide = rehearsals.rehearse_fit(answer.name, answer.model, train, budget)
+    if not wide.fits:
+        return advice, f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'
+    return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}'

@@ -1,0 +1,57 @@
+"""Work that takes a while, as a generator of what a caller may show meanwhile; knows no terminal and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+Result = TypeVar("Result")
+Level = Literal["detail", "info", "warning"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence about what was found or chosen.  level: "warning" where the user should do something about it."""
+
+    text: str
+    level: Level = "info"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The work that begins or goes on now.  done, total: of one unit, total None where it is not known.
+
+    detail: a few words beside the numbers.
+    """
+
+    what: str
+    done: float = 0.0
+    total: float | None = None
+    detail: str = ""
+
+
+Task = Generator[Notice | Progress, None, Result]
+
+
+def finish(task: Task[Result]) -> tuple[Result, tuple[Notice, ...]]:
+    """Run a task to its end, and return its result and the notices that it gave."""
+    notices: list[Notice] = []
+    while True:
+        try:
+            event = next(task)
+        except StopIteration as end:
+            return end.value, tuple(notices)
+        if isinstance(event, Notice):
+            notices.append(event)
+
+
+def count_progress(parts: Generator[tuple[int, int], None, Result], what: str) -> Task[Result]:
+    """Turn parts of work, as pairs of those that are done and those that there are, into progress."""
+    yield Progress(what)
+    while True:
+        try:
+            done, total = next(parts)
+        except StopIteration as end:
+            return end.value
+        yield Progress(what, done, total)

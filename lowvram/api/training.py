@@ -1,0 +1,256 @@
+"""A training run from its run file to its events: settled in one place, then iterated; prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.api.progress import with_bar, with_step_bar
+from lowvram.api.tasks import Notice, Progress, Task, finish
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+
+    from lowvram.api.plan_monitor import PlanMonitor
+    from lowvram.config.plan import Plan, Recompute
+    from lowvram.config.run import RunConfig
+    from lowvram.train.events import Event
+    from lowvram.train.log import Log
+    from lowvram.train.settings import RunSettings
+    from lowvram.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user decides about the plan; None leaves it to lowvram.
+
+    micro_batch: sequences at a time.  recompute: what backward computes again instead of keeping it.  compile: whether
+    blocks are compiled.  graphs: whether the passes of a micro-batch are replayed from CUDA graphs.
+    """
+
+    micro_batch: int | None = None
+    recompute: Recompute | None = None
+    compile: bool | None = None
+    graphs: bool | None = None
+
+
+class TrainingRun:
+    """A run that is about to begin or to go on: iterate over it to train.
+
+    settings: what was settled before the first step.  budget: the memory of the device.  notices: what was said
+    meanwhile.  It holds the lock of the run directory until it is exhausted or closed: use it in a `with` block where
+    the loop may be left early.  Where the loop is left without `stop()`, what was learnt after the last checkpoint is
+    lost.
+    """
+
+    def __init__(self, prepared: PreparedRun, notices: tuple[Notice, ...] = (), progress: bool = False) -> None:
+        self.settings, self.budget, self.notices = prepared.settings, prepared.monitor.budget, notices
+        self._prepared, self._events = prepared, _train(prepared)
+        if progress:
+            self._events = with_step_bar(self._events, prepared.settings.config.train.steps)
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer, whose state a caller may read at any moment."""
+        return self._prepared.trainer
+
+    def stop(self) -> None:
+        """Ask the run to save and end after the step in progress; iterate on to let it do so."""
+        self.trainer.stop()
+
+    def close(self) -> None:
+        """End at once, without saving; the last checkpoint stands."""
+        self._events.close()
+        self._prepared.resources.close()
+
+    def __iter__(self) -> Iterator[Event | Notice]:
+        """Return the run itself: what was done is not done again."""
+        return self
+
+    def __next__(self) -> Event | Notice:
+        """Train until the next event."""
+        return next(self._events)
+
+    def __enter__(self) -> TrainingRun:
+        """Return the run itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the run."""
+        self.close()
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run whose lock is held and whose trainer stands at its first step.  resources: what is closed at the end."""
+
+    settings: RunSettings
+    trainer: Trainer
+    monitor: PlanMonitor
+    logs: tuple[Log, ...] = ()
+    resources: ExitStack = field(default_factory=ExitStack)
+
+
+def train(
+    run: str | Path | RunConfig,
+    *,
+    overrides: Mapping[str, object] | Sequence[str] = (),
+    device: str = "auto",
+    micro_batch: int | None = None,
+    recompute: Recompute | None = None,
+    compile: bool | None = None,
+    graphs: bool | None = None,
+    progress: bool = False,
+) -> TrainingRun:
+    """Settle a run and return it; iterating over what is returned trains, and yields events as they happen.
+
+    run: a run file, or a configuration.  Starting and resuming are the same call.  overrides: values laid over a run
+    file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs: see
+    `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.
+
+    Raises, now or while iterating, a LowvramError: ConfigError for the run file, DataError for the shards,
+    MachineError where the device is not here or nothing fits, BusyError where another process trains in the run's
+    directory, TrainingError where training cannot go on.
+    """
+    config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides)
+    task = prepare_run(config, device, PlanOptions(micro_batch, recompute, compile, graphs))
+    prepared, notices = finish(with_bar(task) if progress else task)
+    return TrainingRun(prepared, notices, progress)
+
+
+def read_run_file(path: Path, overrides: Mapping[str, object] | Sequence[str] = ()) -> RunConfig:
+    """Return a run file's configuration, with the vocabulary of the tokenizer that it names.
+
+    Raises ConfigError naming the key, TokenizerError where the tokenizer cannot be read.
+    """
+    from lowvram.api.overrides import assignments
+    from lowvram.config.run_file import load_run
+    from lowvram.data.hf_tokenizer import load_tokenizer
+
+    return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size)
+
+
+def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | None = None) -> Task[PreparedRun]:
+    """Settle device, memory budget, plan, compilation and CUDA graphs, and build the trainer; yields why.
+
+    Takes the lock of the run's directory, which the PreparedRun's resources give back.
+    """
+    from lowvram.api.device import choose_device
+    from lowvram.train.log import open_logs
+    from lowvram.train.prepare import prepare
+    from lowvram.train.start import lock_run
+
+    asked = asked or PlanOptions()
+    chosen = choose_device(device)
+    yield from chosen.notices
+    with ExitStack() as stack:
+        lock = stack.enter_context(lock_run(config.run.dir))
+        settings, monitor = yield from _settle_plan(config, chosen.device, asked)
+        yield Progress("Checking the shards and building the model")
+        trainer = prepare(settings, lock)
+        yield from _describe_text(config)
+        monitor.enforce(settings.plan)
+        yield from _settle_trials(trainer, monitor, asked, not settings.is_kept)
+        logs = tuple(open_logs(config.run.dir, config.run.log))
+        for log in logs:
+            stack.callback(log.close)
+        settings = dataclasses.replace(settings, plan=trainer.plan, graphs=trainer.captured_pass is not None)
+        return PreparedRun(settings, trainer, monitor, logs, stack.pop_all())
+    raise AssertionError("lock_run lets every error through")
+
+
+def _settle_plan(config: RunConfig, device: torch.device, asked: PlanOptions) -> Task[tuple[RunSettings, PlanMonitor]]:
+    from lowvram.api.plan_monitor import PlanMonitor
+    from lowvram.api.target import notices_of, warn_of_precision
+    from lowvram.train.settings import RunSettings
+    from lowvram.train.start import settle_plan
+
+    monitor = PlanMonitor(config, device)
+    yield from notices_of(monitor.budget)
+    yield Progress("Looking for the plan that fits")
+    plan, reason, is_kept = settle_plan(
+        config.run.dir, config.train, asked.micro_batch, asked.recompute, asked.compile, monitor.choose
+    )
+    limit_bytes = monitor.budget.limit_bytes
+    settings = RunSettings(config, monitor.adapt(plan), device, reason, is_kept, limit_bytes)
+    yield Notice(_describe_size(config, device))
+    yield Notice(describe_plan(settings.plan, reason))
+    if is_kept and (warning := monitor.warn_if_tight(settings.plan)):
+        yield Notice(warning, "warning")
+    if warning := warn_of_precision(config.train, monitor.budget.profile):
+        yield Notice(warning, "warning")
+    return settings, monitor
+
+
+def _settle_trials(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, is_new: bool) -> Task[None]:
+    """Try what may be faster on this machine: compiled blocks, then CUDA graphs."""
+    from lowvram.train.autotune import settle_compilation, settle_cuda_graphs
+
+    room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
+    for sentence in settle_compilation(trainer, asked.compile, is_new, room):
+        yield Notice(sentence)
+    room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
+    for sentence in settle_cuda_graphs(trainer, asked.graphs, room):
+        yield Notice(sentence)
+
+
+def _describe_text(config: RunConfig) -> Iterator[Notice]:
+    """Yield how often the text is read, which decides more than anything else what can be learnt from it."""
+    from lowvram.fit.epochs import open_text, remark_on
+
+    for remark in remark_on(open_text(config.data), config.model, config.train):
+        yield Notice(remark.says, "warning" if remark.is_warning else "info")
+
+
+def _describe_size(config: RunConfig, device: torch.device) -> str:
+    from lowvram.hardware.detect import describe_machine
+
+    size = f"{config.model.num_parameters():,} parameters in {config.train.precision}"
+    return f"{describe_machine()}: {size} on {device}."
+
+
+def describe_plan(plan: Plan, reason: str) -> str:
+    """Return a plan and the reason for it as a sentence."""
+    from lowvram.units import count_of
+
+    again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
+    moved = ", the optimizer's states in the computer's memory" if plan.offload == "optimizer" else ""
+    compiled = ", blocks compiled" if plan.compile else ""
+    cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
+    return f"Plan: {cut}{again}{moved}{compiled} ({reason})."
+
+
+def _train(prepared: PreparedRun) -> Generator[Event | Notice, None, None]:
+    """Run the trainer, write its events down, and compare its first steps with what was expected."""
+    from lowvram.errors import MemoryRanOutError
+    from lowvram.train.events import Halved, Started, StepDone
+    from lowvram.train.oom import explain_device_fault
+    from lowvram.train.start import keep_plan
+
+    trainer, monitor = prepared.trainer, prepared.monitor
+    with prepared.resources:
+        try:
+            for event in trainer.run():
+                if isinstance(event, Started | Halved):
+                    keep_plan(trainer.config.run.dir, trainer.plan)
+                    monitor.enforce(trainer.plan, trainer.captured_pass is not None)
+                for log in prepared.logs:
+                    log.write(event)
+                yield event
+                if isinstance(event, StepDone) and (surprise := monitor.check_step(event)):
+                    yield Notice(surprise, "warning")
+        except MemoryRanOutError as error:
+            raise monitor.add_suggestions(error, trainer.plan) from error
+        except RuntimeError as error:
+            fault = explain_device_fault(error, trainer.saved_step)
+            if fault is None:
+                raise
+            raise fault from error
