@@ -11,7 +11,7 @@ from lowvram.api import context, loading
 from lowvram.api.context import Context
 from lowvram.api.loading import LoadedModel
 from lowvram.api.tasks import finish
-from lowvram.generate.precision import Precision, Reading
+from lowvram.generate.precision import InferencePrecision, Precision
 
 
 def load_model(path: Path, *words: Any, **named: Any) -> LoadedModel:
@@ -19,7 +19,7 @@ def load_model(path: Path, *words: Any, **named: Any) -> LoadedModel:
     return finish(loading.load_model(path, *words, **named))[0]
 
 
-def choose_reading_on(device: torch.device, precision: Precision | None) -> Reading:
+def choose_reading_on(device: torch.device, precision: Precision | None) -> InferencePrecision:
     """Return how a model is read on a device."""
     return finish(loading.choose_reading_on(device, precision))[0]
 
