@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
     from lowvram.convert.gguf.verify import Programs
-    from lowvram.convert.model_card import CardContents
+    from lowvram.convert.model_card import Story
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.weights import CheckpointReader
     from lowvram.storage.checkpoint import Checkpoint
@@ -131,10 +131,10 @@ def _tell_story(
     numbers: str | None,
     size: int,
     needs_bos: bool,
-) -> CardContents:
-    from lowvram.convert.model_card import CardContents, read_curve
+) -> Story:
+    from lowvram.convert.model_card import Story, read_curve
 
-    return CardContents(
+    return Story(
         name=arguments.out.resolve().name,
         checkpoint=checkpoint,
         what=what,

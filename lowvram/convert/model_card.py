@@ -33,7 +33,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CardContents:
+class Story:
     """The contents of a model card.
 
     numbers: the number format of the exported matrices, in words.  licence: None where the user gave none.
@@ -71,50 +71,50 @@ def read_curve(log: Path, last_step: int) -> list[Point]:
     return [points[step] for step in sorted(points)]
 
 
-def write_card(contents: CardContents) -> dict[str, bytes]:
+def write_card(story: Story) -> dict[str, bytes]:
     """Return README.md and, where the run has a log, its curve, by file name."""
-    curve = draw_curve(contents.points)
+    curve = draw_curve(story.points)
     files = {} if curve is None else {CURVE: curve.encode()}
     parts = [
-        _front_matter(contents),
-        _opening(contents),
-        _use(contents),
-        _model(contents),
-        _training(contents, curve is not None),
+        _front_matter(story),
+        _opening(story),
+        _use(story),
+        _model(story),
+        _training(story, curve is not None),
     ]
-    return {"README.md": "\n".join([*parts, _data(contents)]).encode(), **files}
+    return {"README.md": "\n".join([*parts, _data(story)]).encode(), **files}
 
 
-def _front_matter(contents: CardContents) -> str:
-    licence = [f"license: {contents.licence}"] if contents.licence else ["license: other", "license_name: unknown"]
-    languages = ["language:", *(f"- {language}" for language in contents.languages)] if contents.languages else []
+def _front_matter(story: Story) -> str:
+    licence = [f"license: {story.licence}"] if story.licence else ["license: other", "license_name: unknown"]
+    languages = ["language:", *(f"- {language}" for language in story.languages)] if story.languages else []
     tags = ["tags:", "- lowvram", "- text-generation"]
     return "\n".join(
         ["---", *licence, *languages, "library_name: transformers", "pipeline_tag: text-generation", *tags, "---", ""]
     )
 
 
-def _opening(contents: CardContents) -> str:
-    model = contents.what.model
+def _opening(story: Story) -> str:
+    model = story.what.model
     count, active = model.num_parameters(), model.active_parameters()
     parts = f", of which one token passes through {active:,}" if active != count else ""
-    licence = contents.licence or "unknown: whoever made this directory named none, so nothing is permitted by it"
+    licence = story.licence or "unknown: whoever made this directory named none, so nothing is permitted by it"
     return (
-        f"# {contents.name}\n\n"
+        f"# {story.name}\n\n"
         f"A language model of {count:,} parameters{parts}, pretrained with "
-        f"lowvram {contents.checkpoint.manifest['versions']['lowvram']} "
-        f"and exported after step {contents.checkpoint.step:,}.\n\n"
-        f"- Weights: {contents.numbers}, {show_bytes(contents.weight_bytes)}\n"
-        f"- Longest text in training: {contents.what.train.seq_len:,} tokens\n"
+        f"lowvram {story.checkpoint.manifest['versions']['lowvram']} "
+        f"and exported after step {story.checkpoint.step:,}.\n\n"
+        f"- Weights: {story.numbers}, {show_bytes(story.weight_bytes)}\n"
+        f"- Longest text in training: {story.what.train.seq_len:,} tokens\n"
         f"- Licence: {licence}\n"
         "- It continues texts.  It was not taught to follow instructions or to refuse, and may write what is false, "
         "private or hurtful.\n"
     )
 
 
-def _use(contents: CardContents) -> str:
+def _use(story: Story) -> str:
     opening = 'ids = tokenizer("Bir gün", return_tensors="pt").input_ids\n'
-    if contents.needs_bos:
+    if story.needs_bos:
         opening = (
             "# Every text that the model has read begins with this token; the tokenizer does not add it.\n"
             'ids = tokenizer(tokenizer.bos_token + "Bir gün", return_tensors="pt").input_ids\n'
@@ -123,27 +123,27 @@ def _use(contents: CardContents) -> str:
         "## Use\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{contents.name}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{contents.name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{story.name}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{story.name}")\n'
         f"{opening}"
         "text = tokenizer.decode(model.generate(ids, max_new_tokens=60)[0], skip_special_tokens=True)\n"
         "```\n\n"
-        f"or `lowvram chat {shlex.quote(contents.name)}`.\n"
+        f"or `lowvram chat {shlex.quote(story.name)}`.\n"
     )
 
 
-def _model(contents: CardContents) -> str:
-    return "## Model\n\n" + _table(flatten(contents.what.model.model_dump(mode="json")))
+def _model(story: Story) -> str:
+    return "## Model\n\n" + _table(flatten(story.what.model.model_dump(mode="json")))
 
 
-def _training(contents: CardContents, has_curve: bool) -> str:
-    recipe = flatten(contents.what.train.model_dump(mode="json"))
+def _training(story: Story, has_curve: bool) -> str:
+    recipe = flatten(story.what.train.model_dump(mode="json"))
     if recipe.get("start_from"):
         recipe["start_from"] = Path(recipe["start_from"]).name
-    seen = contents.checkpoint.numbers().get("tokens")
+    seen = story.checkpoint.numbers().get("tokens")
     lines = ["## Training", "", f"Tokens seen: {show_count(seen) if isinstance(seen, int) else 'unknown'}.", ""]
     lines += [_table(recipe)]
-    rows = _thin(contents.points)
+    rows = _thin(story.points)
     if rows:
         lines += [f"![Loss over the steps]({CURVE})", ""] if has_curve else []
         lines += ["| step | loss (nats per token) | held-out bits per byte |", "| ---: | ---: | ---: |"]
@@ -153,17 +153,17 @@ def _training(contents: CardContents, has_curve: bool) -> str:
     return "\n".join([*lines, ""])
 
 
-def _data(contents: CardContents) -> str:
-    hashes = contents.checkpoint.manifest.get("hashes", {})
+def _data(story: Story) -> str:
+    hashes = story.checkpoint.manifest.get("hashes", {})
     lines = ["## Data", "", "| shards | share | tokens | documents | text | SHA-256 |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
-    corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in contents.what.data.train]
-    held_out = [(contents.what.data.valid, "held out")] if contents.what.data.valid is not None else []
+    corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in story.what.data.train]
+    held_out = [(story.what.data.valid, "held out")] if story.what.data.valid is not None else []
     for path, share in [*corpora, *held_out]:
         lines.append(f"| {path.name} | {share} | {_describe_shards(path)} |")
     lines += ["", "| what | SHA-256 |", "| --- | --- |"]
     lines += [f"| {name} | `{value}` |" for name, value in sorted(hashes.items())]
-    weights = contents.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]
+    weights = story.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]
     lines += [f"| the checkpoint's weights | `{weights}` |"]
     return "\n".join([*lines, ""])
 

@@ -123,5 +123,5 @@ def _require(module: str, extra: str) -> Any:
 def open_logs(run: Path, names: Sequence[str]) -> list[Log]:
     """Return the JSONL log of a run directory and those asked for by name."""
     kinds = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
-    requested = [kinds[name](run) for name in names]
-    return [JsonlLog(run / "log.jsonl"), *requested]
+    asked = [kinds[name](run) for name in names]
+    return [JsonlLog(run / "log.jsonl"), *asked]

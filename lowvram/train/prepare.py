@@ -1,4 +1,4 @@
-"""Builds a Trainer from a checked run file: opens tokenizer and shards, builds the model; does not start the run."""
+"""From a checked run file to a Trainer: opens tokenizer and shards, builds the model; starts nothing."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from lowvram.train.state import TrainState, build_state
 from lowvram.train.trainer import Trainer
 
 
-def prepare(config: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK) -> Trainer:
-    """Return a Trainer at step 0; its `run()` then resumes, or loads the weights of `start_from`.
+def prepare(what: RunConfig, plan: Plan, device: torch.device, disk: Disk = DISK) -> Trainer:
+    """Return a Trainer at step 0; `run()` then resumes, or takes `start_from`'s weights.
 
     Raises DataError for shards that are damaged or of another tokenizer, PromptError for a sample prompt too long.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_prompts(config, tokenizer)
-    corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
-    valid = _open(config.data.valid, tokenizer) if config.data.valid else None
-    run = config.run
+    tokenizer = load_tokenizer(what.data.tokenizer)
+    _check_prompts(what, tokenizer)
+    corpora = [(_open(c.path, tokenizer), c.weight) for c in what.data.train]
+    valid = _open(what.data.valid, tokenizer) if what.data.valid else None
+    run = what.run
     return Trainer(
-        config=config,
+        config=what,
         plan=plan,
-        state=_build(config, plan, device),
-        loader=Loader(corpora, config.train.seq_len, config.train.seed),
+        state=_build(what, plan, device),
+        loader=Loader(corpora, what.train.seq_len, what.train.seed),
         tokenizer=tokenizer,
         store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
@@ -43,9 +43,9 @@ def prepare(config: RunConfig, plan: Plan, device: torch.device, disk: Disk = DI
     )
 
 
-def _build(config: RunConfig, plan: Plan, device: torch.device) -> TrainState:
+def _build(what: RunConfig, plan: Plan, device: torch.device) -> TrainState:
     try:
-        return build_state(config.model, config.train, plan, device, config.train.seed)
+        return build_state(what.model, what.train, plan, device, what.train.seed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -57,20 +57,20 @@ def _build(config: RunConfig, plan: Plan, device: torch.device) -> TrainState:
 
 
 def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
-    """Open shards and verify their SHA-256: finding a flipped bit takes seconds now and saves weeks later."""
+    """Open shards and compare them with their SHA-256: a flipped bit costs seconds now, and weeks later."""
     shards = ShardSet.open(directory, tokenizer.hash, tokenizer.size)
     shards.verify()
     return shards
 
 
-def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Refuse prompts that would end the run at its first sample."""
-    for prompt in config.run.prompts:
+def _check_prompts(what: RunConfig, tokenizer: Tokenizer) -> None:
+    """Refuse now what would end the run at its first sample."""
+    for prompt in what.run.prompts:
         count = 1 + len(tokenizer.encode(prompt))
-        if count >= config.train.seq_len:
+        if count >= what.train.seq_len:
             raise PromptError(
                 f"A prompt in run.prompts has {count} tokens.",
-                f"train.seq_len is {config.train.seq_len}, and the answer needs room in it too.",
+                f"train.seq_len is {what.train.seq_len}, and the answer needs room in it too.",
                 "Shorten it, or write prompts = [].",
             )
 

@@ -31,10 +31,10 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # The settings that may differ when a run resumes: paths (train.start_from is not needed any more), what is saved and
 # reported, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
-# pydantic's error types for a key, a kind or a choice that this version does not know.
-_UNKNOWN_TO_US = ("extra_forbidden", "union_tag_invalid", "literal_error")
-# A network or USB drive may be unavailable for a moment.
-_RETRY_AFTER_S = 2.0
+# What pydantic calls a key, a kind or a choice that this version does not know.
+_LATER = ("extra_forbidden", "union_tag_invalid", "literal_error")
+# A network or USB drive may be away for a moment.
+_AWAY_S = 2.0
 
 
 class RunLock:
@@ -69,7 +69,7 @@ class RunLock:
         if identity is not None and identity == self._identity:
             return
         if not self._directory.is_dir():
-            time.sleep(_RETRY_AFTER_S)
+            time.sleep(_AWAY_S)
             identity = self._read_identity()
             if identity is not None and identity == self._identity:
                 return
@@ -113,27 +113,27 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
 
 
 def saved_config(checkpoint: Checkpoint) -> RunConfig:
-    """Return the configuration of the run that a checkpoint belongs to.
+    """Return the run that a checkpoint is of.
 
-    Raises CheckpointError where it is invalid; OtherVersionError where another version of lowvram wrote it, which may
-    know more keys and choices than this one.  The version number alone cannot decide: many commits share one.
+    Raises CheckpointError where there is no such run; OtherVersionError where another lowvram wrote it, which may know
+    more keys and choices than this one.  A version number alone does not tell: it is the same for many commits.
     """
     is_later = False
     try:
         return from_portable(checkpoint.config(), checkpoint.directory.parent)
     except ValidationError as error:
         problems = error.errors()
-        problem = next((one for one in problems if one["type"] in _UNKNOWN_TO_US), problems[0])
-        is_later = problem["type"] in _UNKNOWN_TO_US
+        problem = next((one for one in problems if one["type"] in _LATER), problems[0])
+        is_later = problem["type"] in _LATER
         why = f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}."
-    except (ConfigError, AttributeError, TypeError) as error:  # a string or a list in place of a table
+    except (ConfigError, AttributeError, TypeError) as error:  # a text or a list where a table belongs
         why = f"{error}."
-    problem_text = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
+    what = f"{checkpoint.directory / CONFIG} describes a run that this lowvram does not know."
     version = checkpoint.manifest["versions"].get("lowvram", "")
     if is_later or version != lowvram.__version__:
         which = f" to {version}, which wrote it" if version not in ("", lowvram.__version__) else ""
-        raise OtherVersionError(problem_text, why, f"Update lowvram{which}.")
-    raise CheckpointError(problem_text, f"{why}  This version wrote it, so it was altered.")
+        raise OtherVersionError(what, why, f"Update lowvram{which}.")
+    raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
 
 
 def check_readable(checkpoint: Checkpoint) -> None:
@@ -141,15 +141,15 @@ def check_readable(checkpoint: Checkpoint) -> None:
     refuse_other_tensors(CheckpointReader(checkpoint, saved_config(checkpoint).model))
 
 
-def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says."""
-    saved = saved_config(checkpoint)
+def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
+    """Raise ConfigError if a checkpoint was learnt from another model, recipe, data or tokenizer than `what` says."""
+    was = saved_config(checkpoint)
     changed = [
         f"{key} was {before!r} and is now {now!r}"
-        for key, before, now in differences(saved, config)
+        for key, before, now in differences(was, what)
         if not key.startswith(_FREE)
     ]
-    weights_then, weights_now = ([corpus.weight for corpus in each.data.train] for each in (saved, config))
+    weights_then, weights_now = ([corpus.weight for corpus in each.data.train] for each in (was, what))
     if weights_then != weights_now:
         changed.append(f"the weights in data.train were {weights_then} and are now {weights_now}")
     saved_hashes = checkpoint.manifest.get("hashes", {})
@@ -158,7 +158,7 @@ def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkp
     ]
     if changed:
         raise ConfigError(
-            f"The run in {config.run.dir} was started differently:",
+            f"The run in {what.run.dir} was started differently:",
             "; ".join(changed) + ".",
             "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
         )

@@ -10,7 +10,7 @@ import pytest
 
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import from_portable
-from lowvram.convert.model_card import CURVE, CardContents, Point, draw_curve, read_curve, write_card
+from lowvram.convert.model_card import CURVE, Point, Story, draw_curve, read_curve, write_card
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from tests.tiny import prepare_home, tiny_run, trainer_of
 
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, RunConfig
 
 
 def card(run: tuple[Checkpoint, RunConfig], **words: object) -> str:
-    files = write_card(CardContents("kedi", *run, numbers="bf16", weight_bytes=123_456, **words))
+    files = write_card(Story("kedi", *run, numbers="bf16", weight_bytes=123_456, **words))
     return files["README.md"].decode()
 
 
@@ -74,14 +74,14 @@ def test_shards_that_are_not_here_are_called_unknown(run: tuple[Checkpoint, RunC
 
 
 def test_a_run_without_a_log_says_so(run: tuple[Checkpoint, RunConfig]) -> None:
-    files = write_card(CardContents("kedi", *run, numbers="bf16", weight_bytes=1))
+    files = write_card(Story("kedi", *run, numbers="bf16", weight_bytes=1))
     assert sorted(files) == ["README.md"]
     assert "its curve is unknown" in files["README.md"].decode()
 
 
 def test_the_curve_is_a_table_and_a_picture(run: tuple[Checkpoint, RunConfig]) -> None:
     points = [Point(n, 6.0 - n / 100, 2.0 if n % 50 == 0 else None) for n in range(1, 301)]
-    files = write_card(CardContents("kedi", *run, numbers="bf16", weight_bytes=1, points=points))
+    files = write_card(Story("kedi", *run, numbers="bf16", weight_bytes=1, points=points))
     text = files["README.md"].decode()
     assert f"({CURVE})" in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and line.endswith("| 2.0000 |")]

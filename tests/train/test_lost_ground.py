@@ -63,7 +63,7 @@ def expect(error: type[Exception], message: str, trainer: Trainer, deed: Callabl
 def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(
     what: RunConfig, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowvram.train.start._RETRY_AFTER_S", 0.0)
+    monkeypatch.setattr("lowvram.train.start._AWAY_S", 0.0)
     run, elsewhere = what.run.dir, what.run.dir.with_name("elsewhere")
     deed = {"deleted": lambda: shutil.rmtree(run), "renamed": lambda: run.rename(elsewhere)}[how]
     with lock_run(run) as lock:

@@ -55,34 +55,34 @@ def write_directory(
     source: WeightReader,
     tokenizer: Tokenizer,
     out: Path,
-    options: ExportOptions,
+    wish: ExportOptions,
     more: Mapping[str, bytes],
     tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
 ) -> int:
     """Write a model, its tokenizer and `more` files by name; returns the bytes of its weights.
 
-    tell: called with the number of finished tensors and the number of all tensors.
+    tell: is told how many of how many tensors are done.
     Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
     """
-    settings = to_hf_config(source.config, options.max_positions)
+    settings = to_hf_config(source.config, wish.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = name_beside(out, "tmp")
-    needed = estimate_bytes(source, options.numbers)
+    needed = estimate_bytes(source, wish.numbers)
     try:
         with explain_full_disk(out.parent, needed):
             if free_bytes(out.parent) < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
             draft.mkdir()
-            parts, unquantised = _Parts(draft, options.most_bytes, disk), UnquantisedModules()
-            for name, tensor in _tensors(source, options.numbers, unquantised, tell):
+            parts, kept = _Parts(draft, wish.most_bytes, disk), UnquantisedModules()
+            for name, tensor in _tensors(source, wish.numbers, kept, tell):
                 if name == EMBEDDING:
                     settings["dtype"] = settings["torch_dtype"] = _NAMES[tensor.dtype]
                 parts.add(name, tensor)
             written = parts.finish()
-            if options.numbers == "fp8":
-                settings["quantization_config"] = unquantised.settings()
+            if wish.numbers == "fp8":
+                settings["quantization_config"] = kept.settings()
             disk.write(draft / "config.json", as_json(settings | _special_ids(tokenizer)))
             disk.write(draft / "generation_config.json", as_json(_generation(tokenizer)))
             tokenizer.save(draft, disk)
@@ -145,9 +145,9 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tensors(
-    source: WeightReader, numbers: Numbers | None, unquantised: UnquantisedModules, tell: Callable[[int, int], None]
+    source: WeightReader, numbers: Numbers | None, kept: UnquantisedModules, tell: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor under transformers' name and in its layout."""
+    """Return every tensor under transformers' name and in its layout."""
     config, shapes = source.config, shapes_of(source.config)
     for done, (ours, shape) in enumerate(shapes.items()):
         pieces = name_pieces(ours, config)
@@ -157,11 +157,11 @@ def _tensors(
         dtype = tensor.dtype if numbers is None else _DTYPES[numbers] if is_matrix else torch.float32
         for name, piece in zip(pieces, cut(tensor, len(pieces)), strict=True):
             if numbers == "fp8" and is_matrix and ours.startswith("blocks."):
-                # The stored values are quantised directly: rounding to bf16 first would round twice.
-                yield from quantise_piece(name, piece, unquantised)
+                # From what is kept: rounding to bf16 between would round twice.
+                yield from quantise_piece(name, piece, kept)
             else:
                 yield name, piece.to(dtype)
-            # MLX and others do not support DeepSeek or GLM models whose head is the embedding.
+            # MLX and others have no DeepSeek or GLM whose head is the embedding.
             if name == EMBEDDING and config.tied and (config.attention.kind == "mla" or config.ffn.kind == "moe"):
                 yield HEAD, piece.to(dtype, copy=True)
         tell(done + 1, len(shapes))
