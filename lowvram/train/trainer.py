@@ -308,7 +308,7 @@ class Trainer:
         First the CUDA graph, which holds memory, is dropped and the work tried again; the run is slower after that.
         """
         self.doing = doing
-        for has_captured in (True, False):
+        for may_retry in (True, False):
             try:
                 event = make_event()
             except RuntimeError as error:
@@ -317,7 +317,7 @@ class Trainer:
             else:
                 yield event
                 return
-            if not has_captured or self.captured_pass is None:
+            if not may_retry or self.captured_pass is None:
                 break
             self.captured_pass = None
             free_memory(self.state.model.embedding.device)
