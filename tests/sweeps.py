@@ -40,10 +40,16 @@ def values_of(item: pytest.Item) -> dict[Hashable, Hashable]:
 
 
 def mark_rest(items: Iterable[pytest.Item]) -> None:
-    """Mark as nightly the cases of each test that a default run need not take."""
+    """Mark as nightly the cases of each test that a default run need not take.
+
+    `@pytest.mark.default_cases("a", "b")` names the cases of an expensive test that it takes, by their ids.
+    """
     sweeps: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if hasattr(item, "callspec"):
+        if named := item.get_closest_marker("default_cases"):
+            if item.callspec.id not in named.args:
+                item.add_marker(pytest.mark.nightly)
+        elif hasattr(item, "callspec"):
             sweeps.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for sweep in sweeps.values():
         if len(sweep) > MOST_CASES:

@@ -190,6 +190,7 @@ def test_nothing_is_written_over(small_tokenizer: Tokenizer, tmp_path: Path) -> 
         written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
 
 
+@pytest.mark.default_cases("cut")
 @pytest.mark.parametrize("fault", ["full", "cut"])
 def test_whatever_happens_to_the_disk_the_directory_is_whole_or_not_there(
     fault: str, small_tokenizer: Tokenizer, tmp_path: Path

@@ -51,6 +51,7 @@ def test_the_largest_dense_models_fit(
     assert ledger.kept_on_host == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "preset, least, card, ram_bytes",
     [("tr-1b", 1.05e9, SMALL, 4 * GIB), ("tr-2b-moe", 2e9, SMALL, 8 * GIB), ("tr-4b-moe", 4e9, MIDDLE, 16 * GIB)],
@@ -80,6 +81,7 @@ def test_ismail_512_with_16_sequences_of_512_takes_1_2_gigabytes() -> None:
     assert job("ismail-512", 512, 16, optimizer=ADAMW, update_during_backward=True) <= 1.2
 
 
+@pytest.mark.nightly
 def test_ismail_1024_with_4_sequences_of_2048_takes_3_6_gigabytes_during_backward_and_4_5_with_accumulation() -> None:
     during = job("ismail-1024", 2_048, 4, optimizer=ADAMW, update_during_backward=True)
     accumulated = job("ismail-1024", 2_048, 4, 2, optimizer=ADAMW)

@@ -68,6 +68,7 @@ def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(
         assert f"    {prompt}" in answer.out
 
 
+@pytest.mark.nightly
 def test_the_demo_learns_from_the_users_files_and_loses_nothing_the_second_time(tmp_path: Path) -> None:
     mine = write_user_text(tmp_path / "mine")
     command = ("demo", "--text", mine, "--dir", tmp_path / "d", "--device", "cpu")

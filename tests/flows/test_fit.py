@@ -342,6 +342,7 @@ def test_a_presets_values_can_be_set_its_precision_too() -> None:
     assert exact["tokens_per_second"] < plain["tokens_per_second"]
 
 
+@pytest.mark.nightly
 def test_where_what_was_asked_for_does_not_fit_no_change_of_the_run_is_proposed() -> None:
     answer = typed("fit", "--gpu", "rtx3060", "--model", "tr-350m", "--micro-batch", "64", "--recompute", "none")
     assert "does not fit: 64 sequences × 2" in answer.out

@@ -95,6 +95,7 @@ def test_a_run_file_that_does_not_fit_is_told_what_would_and_it_does(large: Path
 WIDE = ("precision=bf16", "layers=2", "model.dim=2048", "seq_len=512", "batch_tokens=16384", "tokens=16384")
 
 
+@pytest.mark.nightly
 def test_a_wide_run_is_told_which_8_bits_are_faster_on_a_card_that_has_them_and_nothing_elsewhere(large: Path) -> None:
     sets = [word for assignment in WIDE for word in ("--set", assignment)]
     offered = {
@@ -111,6 +112,7 @@ def test_a_wide_run_is_told_which_8_bits_are_faster_on_a_card_that_has_them_and_
     )
 
 
+@pytest.mark.nightly
 def test_the_screen_of_a_run_that_does_not_fit_names_its_largest_lines_and_the_changes(large: Path) -> None:
     answer = typed("fit", large, "--memory", "2GB", "--desktop", "none")
     assert answer.code == 0, "not to fit is an answer"

@@ -78,6 +78,7 @@ SIGNALS = {
 }
 
 
+@pytest.mark.default_cases("Ctrl-C")
 @pytest.mark.parametrize("numbers", SIGNALS.values(), ids=SIGNALS)
 def test_a_signal_saves_the_step_and_the_same_command_goes_on(
     home: Path, tmp_path: Path, numbers: tuple[signal.Signals, ...]
@@ -101,6 +102,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(
     assert steps_done(run) == list(range(1, last + 3))
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_under_nohup_neither_a_closed_terminal_nor_a_full_device_ends_training(home: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

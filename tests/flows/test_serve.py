@@ -67,6 +67,7 @@ def test_it_says_where_it_is_answers_and_ends_in_order(run: Path) -> None:
         end(process, signal.SIGINT)
 
 
+@pytest.mark.nightly
 def test_a_model_that_is_to_speak_answers_conversations(run: Path) -> None:
     with started(run, "--as", "dialogue", "--precision", "fp32", "--slots", 1) as (process, url, said):
         assert "run speaks:" in said
@@ -81,6 +82,7 @@ def test_a_model_that_is_to_speak_answers_conversations(run: Path) -> None:
         end(process, signal.SIGTERM)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a system that limits another process's files")
 def test_neither_silent_clients_nor_endless_turns_keep_it_from_answering_and_ending(run: Path) -> None:
     import resource

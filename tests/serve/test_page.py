@@ -105,6 +105,7 @@ def decoder_of(place: Place) -> Scripted:
     return place.scheduler.decoder
 
 
+@pytest.mark.default_cases("tr-TR-Merhaba!-Gönder")
 @pytest.mark.parametrize("lang, hello, send", [("tr-TR", "Merhaba!", "Gönder"), ("en-US", "Hello!", "Send")])
 def test_a_question_is_typed_and_its_answer_read(
     small_tokenizer: Tokenizer, open_page, lang: str, hello: str, send: str
@@ -128,6 +129,7 @@ def test_a_question_is_typed_and_its_answer_read(
         assert complaints(page) == []
 
 
+@pytest.mark.nightly
 def test_the_language_and_the_theme_are_switched_and_remembered(small_tokenizer: Tokenizer, open_page) -> None:
     with scripted(small_tokenizer) as place:
         page = open_page(place.url, "tr-TR")
@@ -141,6 +143,7 @@ def test_the_language_and_the_theme_are_switched_and_remembered(small_tokenizer:
         assert find(page, "#input").get_attribute("aria-label") == "Write something…"
 
 
+@pytest.mark.nightly
 def test_an_answer_is_stopped_and_what_was_said_stays(small_tokenizer: Tokenizer, open_page) -> None:
     with scripted(small_tokenizer, ANSWER * 3) as place:
         page = open_page(place.url)
@@ -179,6 +182,7 @@ def test_an_answer_that_is_markup_is_shown_and_not_obeyed(small_tokenizer: Token
         assert page.title == "small"
 
 
+@pytest.mark.nightly
 def test_a_base_model_goes_on_with_a_sheet(small_tokenizer: Tokenizer, open_page) -> None:
     with scripted(small_tokenizer, speaks=False) as place:
         page = open_page(place.url)
@@ -211,6 +215,7 @@ def test_a_base_model_goes_on_with_a_sheet(small_tokenizer: Tokenizer, open_page
         assert complaints(page) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("lang", ["tr-TR", "en-US"])
 def test_marks_lie_behind_their_words_also_when_scrolled(small_tokenizer: Tokenizer, open_page, lang: str) -> None:
     with scripted(small_tokenizer, f"{ANSWER}\n\n" * 4, speaks=False) as place:
@@ -233,6 +238,7 @@ def test_marks_lie_behind_their_words_also_when_scrolled(small_tokenizer: Tokeni
         assert complaints(page) == []
 
 
+@pytest.mark.nightly
 def test_a_space_that_an_answer_begins_with_is_not_shown(small_tokenizer: Tokenizer, open_page) -> None:
     with scripted(small_tokenizer, " \n Evet. \n") as place:
         page = open_page(place.url)
@@ -243,6 +249,7 @@ def test_a_space_that_an_answer_begins_with_is_not_shown(small_tokenizer: Tokeni
         assert page.execute_script("return document.body.innerText.includes('≈')") is False
 
 
+@pytest.mark.nightly
 def test_the_key_is_asked_for_and_a_wrong_one_again(small_tokenizer: Tokenizer, open_page) -> None:
     with scripted(small_tokenizer, api_key="gizli") as place:
         page = open_page(place.url, size="420,760")
@@ -261,6 +268,7 @@ def test_the_key_is_asked_for_and_a_wrong_one_again(small_tokenizer: Tokenizer, 
         assert page.execute_script(f"return {root}.scrollWidth - {root}.clientWidth") <= 0
 
 
+@pytest.mark.nightly
 def test_an_error_is_told_and_the_question_is_not_lost(small_tokenizer: Tokenizer, open_page) -> None:
     with scripted(small_tokenizer) as place:
         page = open_page(place.url)

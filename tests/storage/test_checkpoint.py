@@ -89,6 +89,7 @@ def test_the_optimizers_tensors_are_not_even_read_where_they_are_not_needed(
     assert "state.safetensors" not in read
 
 
+@pytest.mark.default_cases("cut")
 @pytest.mark.parametrize("fault", ["full", "cut"])
 def test_a_fault_at_any_operation_of_a_save_leaves_the_last_checkpoint_or_the_new_one(
     tmp_path: Path, tokenizer: Path, fault: str

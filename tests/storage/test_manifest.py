@@ -40,6 +40,7 @@ def two(template: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "run", tmp_path / "run/step-00000002"
 
 
+@pytest.mark.nightly
 def test_every_bit_of_a_manifest_is_protected(two: tuple[Path, Path]) -> None:
     _, newest = two
     path = newest / "manifest.json"

@@ -129,6 +129,7 @@ def test_a_kernel_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert report.rows[1]["note"].endswith("no answer in time")
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_cut_keeps_its_rows_and_names_the_rest(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: Report
 ) -> None:
@@ -169,6 +170,7 @@ def test_tests_are_counted_and_those_that_fail_are_named(monkeypatch: pytest.Mon
     assert row["note"].endswith("test_it.py::test_b")
 
 
+@pytest.mark.nightly
 def test_tests_that_last_too_long_are_cut_and_what_passed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import time; print('tests/a.py::test_a PASSED [ 50%]', flush=True); time.sleep(600)"
 

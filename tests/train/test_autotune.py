@@ -95,6 +95,7 @@ def gradients_of(model: Transformer, recompute: str = "none") -> dict[str, Tenso
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
+@pytest.mark.default_cases("mla-moe")
 @pytest.mark.parametrize("name", KINDS)
 def test_a_compiled_block_of_every_kind_is_one_graph_with_the_eager_gradients(name: str) -> None:
     model = Transformer(VARIANTS[name])
@@ -107,6 +108,7 @@ def test_a_compiled_block_of_every_kind_is_one_graph_with_the_eager_gradients(na
         assert (ours[weight] - gradient).norm() <= RELATIVE * gradient.norm(), weight
 
 
+@pytest.mark.default_cases("gqa-rope-1")
 @pytest.mark.parametrize("name, kinds", [("gqa-rope", 1), ("mla-moe", 2)])
 def test_blocks_that_are_alike_share_one_compilation_and_keep_it(name: str, kinds: int) -> None:
     model = Transformer(VARIANTS[name].model_copy(update={"layers": 11}))
@@ -147,6 +149,7 @@ def test_validation_and_samples_compile_nothing(home: Path) -> None:
     assert {count for name, count in seen if name != "Started"} == {1}
 
 
+@pytest.mark.default_cases("compiler")
 @pytest.mark.parametrize("place", ["step", "compiler"])
 def test_memory_that_runs_out_halves_a_compiled_micro_batch_too(
     home: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -291,6 +294,7 @@ def test_memory_that_runs_out_in_the_trial_leaves_the_run_eager(home: Path, monk
     assert len(steps_of(list(trainer.run()))) == 3
 
 
+@pytest.mark.default_cases("accumulated")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("micro_batch", [8, 4], ids=["one micro-batch", "accumulated"])
 def test_a_real_trial_leaves_no_trace(home: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> None:

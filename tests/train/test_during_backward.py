@@ -217,6 +217,7 @@ def test_recomputation_gives_the_same_bits(home: Path, recipe: dict[str, Any]) -
         assert unequal(found["none"], found[recompute]) == set()
 
 
+@pytest.mark.nightly
 def test_compiled_blocks_make_the_same_steps(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowvram.train.compilation.BACKEND", "aot_eager")
     torch._dynamo.reset()

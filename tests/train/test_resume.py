@@ -158,6 +158,7 @@ def die_in_step(what: RunConfig, step: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.default_cases("all together")
 @pytest.mark.parametrize("mode", MODES)
 def test_six_steps_equal_three_a_kill_and_three(home: Path, mode: str) -> None:
     kind, recipe = MODES[mode]

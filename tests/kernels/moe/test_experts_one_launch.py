@@ -204,6 +204,7 @@ def test_low_forms_compute_what_the_loop_computes(form: MatmulFormat, dtype: tor
     compare_low(*draw(dtype, "e4m3" if is_idle else None), form)
 
 
+@pytest.mark.default_cases("e4m3")
 @each_low
 def test_low_forms_give_zeros_where_nobody_chose(form: MatmulFormat) -> None:
     for idle_form, chosen in ((None, [1, 3]), ("int8", [0, 4])):
@@ -224,6 +225,7 @@ def test_tokens_that_are_rounded_before_they_are_repeated_have_the_same_bits(for
     assert torch.equal(early, late)
 
 
+@pytest.mark.default_cases("e4m3")
 @each_low
 def test_low_forms_are_one_graph_and_read_nothing_of_the_device(form: MatmulFormat) -> None:
     torch.use_deterministic_algorithms(False)
