@@ -40,7 +40,7 @@ def rehearses_quickly(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
             name, model, train, sketch, place if fits else place._replace(limit_bytes=1, headless_bytes=1)
         )
 
-    monkeypatch.setattr(cli_place, "judge_here", evaluate_fit_here)
+    monkeypatch.setattr(cli_place, "evaluate_fit_here", evaluate_fit_here)
 
 
 @pytest.mark.parametrize("times", [1.62, 1.1])
