@@ -1,10 +1,10 @@
-"""Attention of one query per sequence over a latent cache, as MLA decodes; knows no projections and no cache's growth.
+"""Attention of one query per sequence over a latent cache: MLA's absorbed form, for decoding.
 
     score_bhs = scale · (q_latent_bh · latent_bs + q_rope_bh · rope_bs)        for the positions s that b sees
     out_bh    = Σ_s softmax(score_bh)_s · latent_bs
 
 Sequence b sees its first lengths[b] positions, or the last `window` of these; what lies elsewhere is never used, NaN
-neither.  The latent is keys and values at once, so it is read once and no head has keys of its own.  Its numbers are
+neither.  The latent is both keys and values, so it is read once and no head has keys of its own.  Its numbers are
 floating, or bytes of E4M3 with one fp32 scale, a power of two, for 128 of a position's channels (`e4m3.py`).
 
 On a card the positions are cut into splits, as many as fill its multiprocessors; a second kernel joins them in their
@@ -85,7 +85,7 @@ def reference(
 
 
 def has_kernel(q_latent: Tensor, rope: Tensor) -> bool:
-    """Say whether a kernel does the work for such a query and cache, and not the plain form.
+    """Say whether the Triton kernel, and not the plain form, takes such a query and cache.
 
     q_latent: [..., C], rope: [..., R].
     """
@@ -190,7 +190,7 @@ def _launch_both(
     launch(what, moved_bytes=bytes_of(partial, largest, total, out))
 
 
-# One op, which a compiler does not look into; its memory is made outside, where a rehearsal sees it.
+# One op, which a compiler does not look into; its memory is allocated outside, where a rehearsal sees it.
 _attend = torch.library.custom_op(
     "lowvram_kernels::latent_attention", _launch_both, mutates_args=("out", "partial", "largest", "total")
 )
@@ -209,7 +209,7 @@ def on_card(
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
-    """Do what `latent_attention` does by the kernels; tile, splits: instead of the chosen ones."""
+    """Compute `latent_attention` by the kernels; tile, splits: instead of the chosen ones."""
     card = card_of(q_latent.device)
     batch, heads, channels = q_latent.shape
     capacity = latent.shape[1]

@@ -1,14 +1,14 @@
-"""The product of a few rows with an 8-bit weight, as decoding asks for it; knows no cache and no sampling.
+"""The product of a few rows with an 8-bit weight, as decoding needs it.
 
     y[n, o] = Σᵢ x[n, i] · code[o, i] · scale[o, i]        scale by 128×128 or 1×128 blocks (E4M3) or by row (INT8)
 
-So few rows make no work for a card: the weight's bytes are read once and that is the time it takes.  A program reads a
+With so few rows the time is that of reading the weight's bytes once.  A program reads a
 band of the weight's rows, 16 bytes a thread, and adds in fp32.  Up to 4 rows are multiplied one by one; more rows of
 16-bit numbers are padded to 16 and go to tensor cores, from capability 8.0 on, else in groups of 4, whose bands come
 from the L2 cache again.  Where a weight has too few rows to keep a card busy, its columns are split: the splits'
 sums lie in fp32 [splits, N, O] and are added in one order, so that the result is deterministic.
 
-Alive inside: y, the splits' sums.  Operations: 2·N·O·I.  Bytes moved: O·I of codes, the rest is little.
+Alive inside: y, the splits' sums.  Operations: 2·N·O·I.  Bytes moved: O·I of codes; the rest is small.
 Source: the definition; splitting what is summed ("split-K") is common practice.
 
 Shapes: N rows, at most 16, O outputs, I inputs, S splits.
@@ -30,7 +30,7 @@ from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, dequant
 MOST_ROWS = 16
 # Rows of a program without tensor cores.
 _MOST_FEW = 4
-# Warps that a multiprocessor needs so that enough bytes are on their way; blocks of 128 inputs that a split is worth.
+# Warps that a multiprocessor needs to keep enough loads in flight; the fewest blocks of 128 inputs of a split.
 _WARPS, _LEAST_BLOCKS = 8, 4
 _ADDED = 256  # elements that a program adds over the splits
 
@@ -102,7 +102,7 @@ def gemv(x: Tensor, weight: QuantTensor) -> Tensor:
 
 
 def multiply_bands(x: Tensor, weight: QuantTensor, kernel: str, tile: Tile, splits: int) -> Tensor:
-    """Multiply by a kernel, band by band; arguments as `gemv` has found them right.
+    """Multiply by a kernel, band by band; `gemv` has checked the arguments.
 
     kernel: a key of `gemv_tiles`.  splits: parts of at least one block of 128 inputs, none empty; for the gate and the
     tests, which force each one.

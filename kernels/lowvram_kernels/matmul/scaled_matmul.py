@@ -1,4 +1,4 @@
-"""The product of two scaled 8-bit matrices; knows neither who quantised them nor what is learnt.
+"""The product of two quantised matrices; no autograd.
 
     y = deq(a) · deq(b)ᵀ        deq(c) = code · scale, by 1×128 or 128×128 blocks (E4M3) or by row (INT8)
 
@@ -16,7 +16,7 @@ All three products of a layer have this form, with codes that lie contiguous alo
               cost a rounding of 2⁻¹¹
     reference decoded to bf16, where that is exact and y is bf16, else to fp32; INT8's codes multiplied as they are
 
-NaN must show in a scale, as quantisation leaves it: fp16 has no room for E4M3's NaN byte beside its other numbers.
+NaN must be in a scale, where quantisation puts it: fp16 has no room for E4M3's NaN byte beside its other numbers.
 Alive inside: y; copies of both codes where K is no multiple of 16.  decode and reference hold both operands decoded
 instead, and y in fp32.
 Operations: 2·M·N·K.  Bytes moved, at least: M·K + N·K of codes, their scales, y.
@@ -39,7 +39,7 @@ from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choo
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, dequantise, fill_lines
 
-# Tiles of rows that run down before the next tile of columns begins, so that operands come from the L2 cache.
+# Tiles of rows that run before the next tile of columns begins, so that operands come from the L2 cache.
 _GROUP = 8
 
 
@@ -55,7 +55,7 @@ def _sums_int8_exactly() -> bool:
     return bool((torch._int_mm(largest, largest.mT) == 64 * 127**2).all())
 
 
-# Found out once, at import: Dynamo cannot trace the question, and a rehearsal would count its tensors.
+# Found once, at import: Dynamo cannot trace the question, and a rehearsal would count its tensors.
 _INT8_IS_EXACT: bool = _sums_int8_exactly()
 
 
@@ -162,7 +162,7 @@ def scaled_matmul(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_s
 
 
 def multiply_tiles(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, backend: str, tile: Tile) -> Tensor:
-    """Multiply by a kernel, tile by tile; arguments as `scaled_matmul` has found them right.
+    """Multiply by a kernel, tile by tile; `scaled_matmul` has checked the arguments.
 
     backend: a key of `matmul_tiles`, for the gate and the tests, which force each one.
     """

@@ -1,9 +1,9 @@
-"""Products with weights of 8 bits that are decoded where they are used; knows no layer and no gradient.
+"""A linear layer whose 8-bit weight is decoded at its use; no autograd.
 
     y[n, o] = Σᵢ x[n, i] · code[o, i] · scale[o, i]        what `quantise.py` makes of a weight
 
-x keeps its own numbers, so that many rows and few see the same function.  Few rows on a card are `gemv`'s;
-otherwise the weight is decoded to x's dtype for one product of the library and dies with it.
+x is not quantised, so that many rows and few compute the same function.  Few rows on a card go to `gemv`; otherwise the
+weight is decoded to x's dtype for one product of the library and freed after it.
 
 A processor decodes as many of the weight's rows as its cache holds and multiplies them before the next: torch's own
 cast from E4M3 alone would take thirty times as long as the product of one row in fp32, this decoding three times.

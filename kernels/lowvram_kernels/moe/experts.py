@@ -1,4 +1,4 @@
-"""The routed experts of a mixture-of-experts layer, dropless; knows the routing's result, not how it was made.
+"""The routed experts of a mixture-of-experts layer, dropless; takes the router's choices and weights as arguments.
 
     y_n = Σ_k weights[n, k] · down[e] @ (silu(g) · u),   [g | u] = gate_up[e] @ x_n,   e = ids[n, k]
 
@@ -7,16 +7,17 @@ product before `down`, so down's output is not needed again: with h = w·p, p = 
     dh = dy @ down[e]    dweights = Σ_i dh·p    dp = w·dh    ddown[e] = Σ dyᵀ h    dgate_up[e] = Σ d[g|u]ᵀ x
 Rows return to their tokens by the inverse permutation and a sum over K, which adds in one fixed order.
 
-Of the E experts W may be resident and E − W idle: resident ones are masters and learn, idle ones lie in low precision
-(`idle.py`), answer, let dx through and get no gradient.  Slots 0 … W−1 are the resident ones.
+Of the E experts W may be resident and E − W idle.  Resident experts are masters and learn.  Idle experts are frozen
+copies in low precision (`idle.py`): they take part in the forward pass and in dx, and get no gradient.  Slots 0 … W−1
+are the resident ones.
 
-Where Triton runs, one launch multiplies all slices of a stack (`grouped_matmul.py`, `grouped_wgrad.py`): nothing waits
-for the device, and idle matrices are decoded in registers.  Elsewhere a loop over the experts calls the library, its
-ends lie on the host, and an idle matrix that no product can take as it lies is decoded into a scratch of one matrix,
-again at each use.
+Where Triton runs, one launch multiplies all slices of a stack (`grouped_matmul.py`, `grouped_wgrad.py`): the host never
+waits for the device, and idle matrices are decoded in registers.  Elsewhere a loop over the experts calls the library,
+the slices' ends lie on the host, and an idle matrix whose numbers no product takes is decoded, at each use, into a
+scratch buffer of one matrix.
 
 Saved for backward: x, weights, the sort order [N·K], the slices' ends [E], [g | u] [N·K, 2I], the masters and the idle
-copies (as they lie, nothing decoded); everything else is computed again.
+copies (as stored, not decoded); everything else is computed again.
 Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2; the gradient is the chain rule.
 
 Shapes: N tokens, K choices of each, M = N·K rows, E experts, W of them resident, D width, I inner width, O out.
@@ -57,7 +58,7 @@ def reference(
     ids: Tensor,
     idle: tuple[Stack, Stack] | None = None,
 ) -> Tensor:
-    """Run every expert on every token and pick; autograd of it is the gradient's truth."""
+    """Run every expert on every token and select; autograd of it is the gradient's truth."""
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     if idle is not None:
         gate_up, down = (
@@ -70,9 +71,9 @@ def reference(
     return (weights[..., None].to(x.dtype) * chosen_NKD).sum(1)
 
 
-# Why not torch.nn.functional.grouped_mm: it refuses widths that are not multiples of 16 bytes, has no paper form
+# Why not torch.nn.functional.grouped_mm: it refuses widths that are not multiples of 16 bytes, has no meta form
 # in fp32 and fp16, and outside sm_90/100 is itself a loop that waits for the device at each call.  On CPU the two
-# are equally fast.  These two are ops of their own, so that on paper their host loop does not run; the ends come
+# are equally fast.  These two are ops of their own, so that in meta mode their host loop does not run; the ends come
 # on the host, so that a layer waits once and not six times.
 @torch.library.custom_op("lowvram_kernels::multiply_slices", mutates_args=("scratch",))
 def _multiply_slices(
@@ -198,7 +199,7 @@ def _multiply_residents(
 
 
 def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul_format: MatmulFormat) -> Tensor:
-    """Return the rows as their low form reads them, for a product of the library; idle experts' rows as they are."""
+    """Return the rows rounded to a low format, for a product of the library; rows of idle experts stay as they are."""
     rounded_MI = dequantise(quantise_rows(rows_MI, matmul_format), rows_MI.dtype)
     if resident == ends_E.shape[0]:
         return rounded_MI
@@ -227,9 +228,9 @@ def _is_one_launch(device: torch.device) -> bool:
 
 
 def _show_decoding(copies: Stack, scratch: Tensor) -> None:
-    """Show on paper what lives while a copy is decoded, beside the result, and tell what all of them move.
+    """In meta mode, allocate what decoding a copy allocates, and report the bytes that decoding all of them moves.
 
-    That is besides the codes and one scratch, which a rehearsal sees: each scratch is written and read.
+    That is besides the codes and one scratch buffer, which a rehearsal sees: each scratch is written and read.
     """
     with uncounted():
         read_copy(copies, 0, scratch.dtype, scratch)
@@ -317,7 +318,7 @@ def experts(
     idle: tuple[Stack, Stack] | None = None,
     matmul_format: MatmulFormat = "plain",
 ) -> Tensor:
-    """Send each token through its chosen experts and add the answers by routing weight.
+    """Send each token through its chosen experts and sum their outputs by routing weight.
 
     x: [N, D] fp32|bf16|fp16.  gate_up: [W, 2I, D], gate first; down: [W, D, I]: masters of any floating dtype,
     each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of

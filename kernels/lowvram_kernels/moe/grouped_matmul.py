@@ -1,4 +1,4 @@
-"""Products of many matrices with one slice of rows each, in one launch; knows no routing and no gradients.
+"""Grouped matrix product: many matrices times one slice of rows each, in one launch; no autograd.
 
     y[m] = stack[e] @ rows[m]        ends[e − 1] ≤ m < ends[e]
 
@@ -30,7 +30,7 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import e4m3
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, fill_lines, parts_of
 
-# Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
+# Tiles down before one across, so that the tiles of rows and of matrices are still in L2 when they are read again.
 GROUP = 8
 EXPECTED_MMA = {
     "mxfp8": "mxf8",
@@ -70,7 +70,7 @@ _HOPPER_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
 
 
 def mask_M(ends_E: Tensor, count: int, expert: int) -> Tensor:
-    """Say of each of `count` rows whether it is the expert's: bool [M]."""
+    """Return which of `count` rows are the expert's: bool [M]."""
     at_M = torch.arange(count, device=ends_E.device)
     is_before_end = at_M < ends_E[expert]
     return is_before_end if expert == 0 else is_before_end & (at_M >= ends_E[expert - 1])
@@ -94,7 +94,7 @@ def reference(
     first: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Multiply all rows by every matrix and pick, zeros where it is another expert's row."""
+    """Multiply all rows by every matrix and select, zeros where no expert of the stack has the row."""
     rows_MK, scale = parts_of(rows)
     if scale is not None:
         rows_MK = dequantise_operand(rows_MK, scale, torch.float32, 1)
@@ -197,7 +197,7 @@ def _launch_multiply(
         arguments += (*rows_MK.stride(), *code_CNK.stride(), *scale_strides)
     expected_mma = EXPECTED_MMA.get(kind if rows_scale is not None else rows_MK.dtype, "")
     what = Launch("moe.grouped_matmul_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
-    # Which experts are chosen is not known on paper: all are taken to have as many rows.
+    # Which experts are chosen is not known in meta mode: all are taken to have as many rows.
     share = count / ends_E.shape[0]
     moved = share * bytes_of(rows_MK, rows_scale, out_MN) + bytes_of(code_CNK, scale)
     launch(what, 2.0 * share * rows * outputs * inputs, moved)

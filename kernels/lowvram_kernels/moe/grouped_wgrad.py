@@ -1,9 +1,9 @@
-"""The gradients of a stack of matrices, each from one slice of rows, in one launch; knows no routing and no forward.
+"""Weight gradients of a grouped product, each from one slice of rows, in one launch; no autograd.
 
     out[e] = Σ_m left[m]ᵀ right[m]        ends[e − 1] ≤ m < ends[e]
 
-One program makes one tile of one expert and walks its rows, so that every element is written, zeros for an expert
-without rows, and nothing is added atomically: sums are fp32 and in one fixed order.  The ends lie on the device.
+One program computes one tile of one expert and loops over its rows, so that every element is written, zeros for an
+expert without rows, and nothing is added atomically: sums are fp32 and in one fixed order.  The ends lie on the device.
 
 E4M3 and int8 come from `quantise.quantise_columns`.  E4M3 has blocks of 128 rows at multiples of 128, wherever slices
 end: one that straddles two slices has one scale for both, and a NaN in it is both experts' NaN.  Int8 has one scale for

@@ -1,4 +1,4 @@
-"""Low-precision copies of a stack of matrices, read and written one matrix at a time; knows no layer and no gradient.
+"""Low-precision copies of the idle experts' matrices, read and written one matrix at a time; no autograd.
 
     bf16    w ≈ code             rounded to the nearest
     int8    w ≈ code · scale     scale = absmax / 127 of each row
@@ -33,7 +33,7 @@ from lowvram_kernels.quant import blocks, e4m3, quantise
 from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, parts_of
 
 COPY_FORMATS = ("bf16", "int8", "e4m3")
-# Elements at work at once, in whole blocks of rows: temporaries are then some 13 MiB and not several matrices.
+# Elements that are processed at once, in whole blocks of rows, so that temporaries stay at some 13 MiB.
 CHUNK = 2**20
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "e4m3": torch.uint8}
 
@@ -79,8 +79,8 @@ def check_stack(stack: Stack, what: str) -> None:
 def write_copy_(stack: Stack, index: int, master: Tensor) -> None:
     """Replace one copy by the master, rounded; the other copies do not change.
 
-    master: [O, N], any floating dtype, on any device.  Its device computes, save that the CPU makes E4M3 for MPS.
-    Numbers that are not finite are stored as some number, and spoil their row's or block's others.
+    master: [O, N], any floating dtype, on any device.  Its device computes, except that the CPU makes E4M3 for MPS.
+    A number that is not finite makes the copy's numbers of its row (int8) or block (E4M3) meaningless.
     Raises ShapeError if the master is not of the copy's shape.
     """
     code, scale = parts_of(stack)
@@ -117,8 +117,8 @@ def read_copy(stack: Stack, index: int, dtype: torch.dtype, out: Tensor | None =
     if scales is None:
         return out.copy_(code_ON)
     scale = scales[index]
-    platform = card_of(code_ON.device).platform  # on paper that of the imagined card: its temporaries are to be seen
-    # CUDA casts inside its kernels: no temporaries there that wanted cutting, only launches.
+    platform = card_of(code_ON.device).platform  # in meta mode the simulated card's: its temporaries count
+    # CUDA casts inside its kernels, without temporaries: chunks would only add launches.
     for start, end in [(0, out.shape[0])] if out.is_cuda else _chunks(*out.shape):
         rows_RN, code_RN = out[start:end], code_ON[start:end]
         if code_ON.dtype == torch.int8:
@@ -136,7 +136,7 @@ def read_copy(stack: Stack, index: int, dtype: torch.dtype, out: Tensor | None =
 
 
 def needs_decoding(code: Tensor, dtype: torch.dtype) -> bool:
-    """Say whether a product in dtype cannot take the code as it lies."""
+    """Say whether a product in dtype needs the code decoded first."""
     return not code.dtype.is_floating_point or code.dtype != dtype
 
 

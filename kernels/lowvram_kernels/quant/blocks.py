@@ -1,10 +1,10 @@
-"""Blocks of numbers in 8 bits, by plain PyTorch: for processors, MPS and where there is no Triton; knows no launch.
+"""Quantisation of blocks to 8 bits in plain PyTorch: for CPU, MPS and where there is no Triton.
 
     scale of e4m3 = the least normal power of two with absmax ≤ 448 · scale, or absmax / 448 in fp32
     scale of int8 = absmax / 127
 
-A matrix is worked on in parts that stay in a processor's cache.
-Alive inside: 8 bytes for each of the `CHUNK` numbers at work; on MPS, where integers round to E4M3, 30.
+A matrix is processed in parts that stay in a CPU's cache.
+Alive inside: 8 bytes for each of the `CHUNK` numbers at work; on MPS, where integer arithmetic rounds to E4M3, 30.
 
 Shapes: N rows, K columns, A × B blocks of R × C numbers.
 """
@@ -23,7 +23,7 @@ CHUNK = 2**19
 INT8_MAX = 127.0
 _TINY = torch.finfo(torch.float32).tiny
 _INFINITY_BITS = 0x7F800000
-# Whose bits, without the sign, are in the order of the magnitudes, infinity and then NaN on top.
+# Dtypes whose bits, without the sign, order as the magnitudes do, with infinity and then NaN on top.
 _BITS = {
     torch.float32: (torch.int32, 0x7FFFFFFF),
     torch.bfloat16: (torch.int16, 0x7FFF),

@@ -1,9 +1,9 @@
-"""Numbers of 8 bits with 4 of exponent and 3 of mantissa, as bytes; knows no scales and no tensors of many parts.
+"""E4M3, 8-bit floats with 4 bits of exponent and 3 of mantissa, as bytes; without scales.
 
     byte = s eeee mmm        x = (−1)ˢ · 2^(eeee − 7) · 1.mmm        eeee = 0: (−1)ˢ · 2⁻⁶ · 0.mmm
 
 There is no infinity; 0x7F and 0xFF are NaN, 448 is the largest number.  Encoding rounds to the nearest, ties to even,
-and saturates: what is larger than 448 becomes 448, infinity too, and NaN stays NaN.  Integer arithmetic on the bits of
+and saturates: a number above 448 becomes 448, infinity too, and NaN stays NaN.  Integer arithmetic on the bits of
 fp32, because float8 raises on MPS, Triton refuses it below capability 8.9, and its interpreter's casts err:
 
     normal       ((bits + 0x7FFFF + bit 20) >> 20) − 960        a carry runs into the exponent, as it must

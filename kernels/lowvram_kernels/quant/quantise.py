@@ -1,18 +1,18 @@
-"""Matrices rounded to 8 bits with scales, for products that sum along their rows; knows no product and no gradient.
+"""Quantisation of matrices to 8 bits with scales, for products that sum along their rows; no autograd.
 
     e4m3    x ≈ code · scale     scale = the least normal power of two with absmax ≤ 448 · scale, of each block:
                                  1 × 128 numbers (rows) or 128 × 128 (weights)
     int8    x ≈ code · scale     scale = absmax / 127 of each row; code = x / scale to the nearest, ties to even
 
-Every operand of a product comes contiguous along what is summed, so that one product serves all three of a layer:
+Every operand of a product is contiguous along the summed dimension, so that one kernel serves a layer's three products:
     y = x Wᵀ: rows of x, weight    dx = dy W: rows of dy, transposed weight    dW = dyᵀ x: columns of dy, columns of x
 A block of 128 × 128 is the same block transposed: dx sees the very weight that y saw.
 One round trip errs by at most 2⁻⁴·|x| (e4m3; 2⁻¹⁰·scale where |x| < 2⁻⁶·scale) or absmax / 254 (int8).
-NaN or infinity makes its block's scale NaN (int8: its row's), so all of it decodes to NaN; its codes mean nothing.
+NaN or infinity makes the scale of its block (int8: of its row) NaN, so that all of it decodes to NaN.
 A block of zeros has codes 0.  The two backends agree bit for bit.
 
-Moved on a card: x once, a byte for each number and 4 for each scale; x twice for int8 of columns and of rows that one
-program cannot hold.  No products, and some twenty integer operations for each number: memory is what bounds it.
+Bytes moved on a card: x once, 1 for each number and 4 for each scale; x twice for int8 of columns and of rows that one
+program cannot hold.  Some twenty integer operations for each number: bound by memory.
 Alive inside: on a card the results, and for those int8 rows 4 bytes for each slice of 512 or 2,048 numbers; else the
 results, for transposed ones a byte more for each number, and what `blocks.py` has at work.
 
@@ -175,7 +175,7 @@ def quantise_weight_both(w: Tensor, format: str, fp32_scales: bool = False) -> t
 def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of codes: code · scale in fp32, rounded once to dtype.
 
-    scaled: of any form and shape above.  dtype: fp32|bf16|fp16.  Returns [N, K] or [E, N, K].
+    scaled: of any format and shape above.  dtype: fp32|bf16|fp16.  Returns [N, K] or [E, N, K].
     Raises ShapeError if code, scale and dtype do not fit together.
     """
     code, scale = scaled
@@ -192,9 +192,9 @@ def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
 
 
 def fill_lines(code: Tensor) -> Tensor:
-    """Return codes with zeros behind each row up to whole 16 bytes, themselves where there are.
+    """Return codes whose rows are padded with zeros to whole 16 bytes, the same tensor where they are.
 
-    Others could be read byte by byte only, and addresses would fill the registers.
+    Other rows could only be read byte by byte, and addresses would fill the registers.
     """
     missing = -code.shape[-1] % 16
     return F.pad(code, (0, missing)) if missing else code
@@ -224,7 +224,7 @@ def _block_of(code: Tensor, scale: Tensor) -> tuple[int, int]:
 
 
 def _new(x: Tensor, format: str, block: tuple[int, int]) -> QuantTensor:
-    """Allocate what x will be."""
+    """Allocate the result for x."""
     *stack, rows, width = x.shape
     code = torch.empty(*stack, rows, width, dtype=torch.uint8 if format == "e4m3" else torch.int8, device=x.device)
     shape = (*stack, -(-rows // block[0]), -(-width // block[1]))
@@ -234,7 +234,7 @@ def _new(x: Tensor, format: str, block: tuple[int, int]) -> QuantTensor:
 def _quantise_rows(x: Tensor, format: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
     """Round the rows of [N, K] or [E, N, K]."""
     block = (1, BLOCK if format == "e4m3" else x.shape[-1])
-    # What is contiguous along N is read along N, whatever it is called.
+    # A view that is contiguous along N is read along N.
     is_transposed = x.stride(-1) != 1 and x.stride(-2) == 1
     if choose("quantise", card_of(x.device)).backend != "triton":
         return (
@@ -285,7 +285,7 @@ def _matrices(x: Tensor) -> list[Tensor]:
 
 
 def _opaque(name: str, *outputs: str) -> Callable[[Callable[..., None]], Any]:
-    """Make a launch one op, which a compiler does not look into; on paper it is noted all the same."""
+    """Make a launch one op, which a compiler does not look into; in meta mode it is reported all the same."""
 
     def wrap(run: Callable[..., None]) -> Any:
         op = torch.library.custom_op(f"lowvram_kernels::{name}", run, mutates_args=outputs)
