@@ -15,7 +15,7 @@ from lowvram.storage.json_files import MOST_LEVELS, JsonError, parse_object, rea
         (b'{"a": 1} {}', "not JSON: Extra data"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
         (b'{"a": NaN}', "NaN is not a number in JSON"),
-        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": -Infinity}', "-Infinity is not a number"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
         (b"[1]", "holds a list, not an object"),
         (b"null", "holds null"),
