@@ -36,8 +36,8 @@ class Model:
     def seconds(self, _: Rehearsal, plan: Plan) -> float:
         return plan.accumulate * (self._overhead + plan.micro_batch * SLOWER[plan.recompute])
 
-    def search(self, limit_bytes: int, exact: bool = False, wish: PlanConstraints = ANY) -> SearchResult:
-        return search(self.sketch, limit_bytes, self.seconds, exact, wish)
+    def search(self, limit_bytes: int, exact: bool = False, constraints: PlanConstraints = ANY) -> SearchResult:
+        return search(self.sketch, limit_bytes, self.seconds, exact, constraints)
 
 
 def test_with_much_room_the_whole_step_is_taken_at_once_and_nothing_else_is_tried() -> None:
