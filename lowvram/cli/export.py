@@ -179,7 +179,7 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointReader, tokeniz
         literal(f"Next: {quote_command('llama-server', '-m', arguments.out)}  (llama.cpp's own page to talk in)")
     else:
         command = quote_command("llama-completion", "-m", arguments.out, "-no-cnv", "-p", "Ankara'nın en")
-        literal(f"Next: {command}  (it goes on with the text)")
+        literal(f"Next: {command}  (it continues the text)")
 
 
 def _verify(
