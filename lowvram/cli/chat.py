@@ -101,7 +101,7 @@ def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
         return "The model was trained on plain text and is asked in turns (--as dialogue), which it has not learnt."
     if not speaks and is_dialogue(tokenizer):
         return "The model was trained to speak in turns and is asked to go on with a text (--as base)."
-    return "The model writes turns." if speaks else "The model writes a text that goes on."
+    return "The model answers in turns." if speaks else "The model continues a text."
 
 
 def open_conversation(
@@ -118,8 +118,8 @@ def open_conversation(
     template = choose_template(loaded.tokenizer, arguments.form)
     if arguments.system and template is None:
         raise ConfigError(
-            "--system is given, and this model goes on with a text.",
-            "Nobody speaks in a text, so nobody can be told anything first.",
+            "--system is given, and this model continues a text.",
+            "A plain text has no speakers, so there is nobody to instruct.",
             "Leave it out, or try --as dialogue.",
         )
     decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=cache)

@@ -86,4 +86,4 @@ def _show_file(exported: Exported) -> None:
         literal(f"Next: {quote_command('llama-server', '-m', exported.path)}  (llama.cpp's own page to talk in)")
     else:
         command = quote_command("llama-completion", "-m", exported.path, "-no-cnv", "-p", "Ankara'nın en")
-        literal(f"Next: {command}  (it goes on with the text)")
+        literal(f"Next: {command}  (it continues the text)")

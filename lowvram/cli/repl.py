@@ -184,8 +184,8 @@ class Repl:
         conversation = self.conversation
         if conversation.template is None:
             raise PromptError(
-                "This model goes on with a text, in which nobody speaks.",
-                "Only a dialogue model can be told something first.",
+                "This model continues a text, which has no speakers.",
+                "Only a dialogue model takes an instruction.",
                 "Begin again with --as dialogue if it is one.",
             )
         if text:

@@ -64,7 +64,7 @@ def test_each_turn_joins_the_text_so_far(monkeypatch: pytest.MonkeyPatch, run: P
     assert (answer.code, answer.out) == (0, expected)
     assert "Context of 32 tokens, the length that it was trained on." in answer.err
     assert "Weights in fp32: " in answer.err
-    assert "The model writes a text that goes on." in answer.err
+    assert "The model continues a text." in answer.err
     assert "/help lists what can be typed; Ctrl-D ends." in answer.err
 
 
@@ -191,7 +191,7 @@ def test_reset_forgets_all(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         ("/set temperature -1", "Error: temperature is -1: "),
         ("/set temperature warm", "Error: temperature is warm: "),
         ("/set tokens 0", "Error: tokens is 0. It must be a number of at least 1."),
-        ("/system Kısa.", "Error: This model goes on with a text, in which nobody speaks."),
+        ("/system Kısa.", "Error: This model continues a text, which has no speakers."),
         ("/retry", "Error: There is nothing to answer again."),
         ("/save talk.txt", "Error: /save needs a file that ends in .md or .json, not talk.txt."),
         ("/save", "not nothing"),
@@ -280,7 +280,7 @@ def test_a_model_can_be_taken_for_one_that_speaks(run: Path) -> None:
     assert answer.code == 0
     assert not answer.out.startswith("Merhaba")
     refused = typed("chat", run, "--prompt", "Merhaba", "--system", "Kısa.", "--device", "cpu")
-    assert "Error: --system is given, and this model goes on with a text." in refused.err
+    assert "Error: --system is given, and this model continues a text." in refused.err
 
 
 def test_the_first_lines_say_where_a_model_is_asked_otherwise_than_it_was_trained(
@@ -288,7 +288,7 @@ def test_the_first_lines_say_where_a_model_is_asked_otherwise_than_it_was_traine
 ) -> None:
     answer = converse(monkeypatch, run, options=("--as", "dialogue"))
     assert "The model was trained on plain text and is asked in turns (--as dialogue), which it has not" in answer.err
-    assert "The model writes turns" not in answer.err
+    assert "The model answers in turns" not in answer.err
 
 
 def test_input_that_is_not_utf8_is_an_error_and_no_crash(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:

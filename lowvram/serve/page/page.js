@@ -24,7 +24,7 @@ const WORDS = {
     stop: "Stop", retry: "Again", undo: "Undo", copy: "Copy", copied: "Copied", close: "Done",
     defaults: "Defaults", message: "Write something…", hello: "Hello!",
     helloMore: "This model runs on your own computer, no internet needed. What shall we talk about?",
-    baseHint: "This model does not chat, it goes on with a text: write a beginning and let it follow. What the model wrote is coloured.",
+    baseHint: "This model does not chat, it continues a text: write a beginning and let it go on. What the model wrote is coloured.",
     sheet: "Text", sheetPlaceholder: "Once upon a time…", system: "System message", temperature: "Temperature",
     max_tokens: "Most tokens", top_p: "top-p", top_k: "top-k (0: all)", min_p: "min-p",
     repetition_penalty: "Repetition penalty", seed: "Seed", seedNone: "random",
