@@ -28,13 +28,15 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tools.planted_faults_plugin import hash_file, map_path, prepare
-from tools.planted_faults_reach import Fault, check, find_test_files, read_faults
+from tools.planted_faults_reach import Fault, check, find_test_files, rank, read_faults
 
 VERDICTS, TABLE = Path(__file__).with_suffix(".json"), Path(__file__).with_suffix(".md")
 # What pytest selects in each suite.  A fault is looked for in the first one first.
@@ -69,7 +71,7 @@ class Copy:
 
     def __init__(self, tree: Path) -> None:
         self.tree = tree
-        self._stamp = time.time()
+        self._stamp = max([time.time(), *(path.stat().st_mtime for path in tree.rglob("*.py"))])
         # Imported once, here, by what then forks into each run of pytest; nothing of lowvram is.
         for name in ("pytest", "torch", "numpy", "hypothesis", "pydantic"):
             importlib.import_module(name)
@@ -153,29 +155,54 @@ def batches(files: Sequence[tuple[float, str]]) -> Iterator[list[tuple[float, st
         start, count = start + count, count * 2
 
 
-def look_for(
-    fault: Fault, copy: Copy, maps: Path, suites: Sequence[str], fails_anyway: Sequence[str]
-) -> dict[str, Any]:
-    """Plant a fault, run the test files that reach it until one fails, and return the verdict.
+class Limits(NamedTuple):
+    """Which tests are tried.  fails_anyway: those that fail without a fault too, and so say nothing.
 
-    fails_anyway: tests that say nothing, because they fail without a fault too.
+    only_near: only the test files that are named after the changed one.
+    """
+
+    suites: Sequence[str]
+    fails_anyway: Sequence[str] = ()
+    only_near: bool = False
+
+
+def look_for(fault: Fault, copy: Copy, maps: Path, limits: Limits, found_before: Sequence[str] = ()) -> dict[str, Any]:
+    """Plant a fault, run the test files that reach it until a test fails, and return the verdict.
+
+    found_before: tests that have found it at another time, which are tried first.
     """
     source = (copy.tree / fault.file).read_text(encoding="utf-8")
     began, tried = time.perf_counter(), 0
     verdict: dict[str, Any] = {"found": False, "suite": None, "test": None}
-    options = ["-x", "-n0", *(word for test in fails_anyway for word in ("--deselect", test))]
+    options = ["-x", "-n0", *(word for test in limits.fails_anyway for word in ("--deselect", test))]
     copy.write(fault.file, fault.changed(source))
     try:
-        for suite, batch in ((name, one) for name in suites for one in batches(find_test_files(fault, maps, name))):
-            names = [name for _, name in batch if (copy.tree / name).exists()]
+        for suite, batch in what_to_run(fault, copy, maps, limits, found_before):
+            tried += len(batch)
             timeout_s = LEAST_TIMEOUT_S + TIMEOUT_FACTOR * sum(seconds for seconds, _ in batch)
-            tried += len(names)
-            if names and (failed := copy.pytest(names, suite, timeout_s, options)):
+            names = [name for _, name in batch]
+            failed = copy.pytest(names, suite, timeout_s, options)
+            if failed and not (names[0] in found_before and failed[0].startswith("(")):  # or it is gone by now
                 verdict = {"found": True, "suite": suite, "test": failed[0]}
                 break
     finally:
         copy.write(fault.file, source)
-    return {**verdict, "test_files_run": tried, "seconds": round(time.perf_counter() - began, 1)}
+    return {**verdict, "files_run": tried, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def what_to_run(
+    fault: Fault, copy: Copy, maps: Path, limits: Limits, found_before: Sequence[str]
+) -> Iterator[tuple[str, list[tuple[float, str]]]]:
+    """Yield runs of pytest: a suite, and seconds and name of test files, or of a test."""
+    known = [test for test in dict.fromkeys(found_before) if (copy.tree / test.partition("::")[0]).is_file()]
+    for suite in limits.suites:
+        yield from ((suite, [(0.0, test)]) for test in known)
+        files = [
+            (seconds, name) for seconds, name in find_test_files(fault, maps, suite) if (copy.tree / name).exists()
+        ]
+        if limits.only_near:
+            files = [(seconds, name) for seconds, name in files if rank(fault, copy.tree / name) == 0]
+        yield from ((suite, batch) for batch in batches(files))
 
 
 def look_everywhere(fault: Fault, copy: Copy, suites: Sequence[str], workers: str) -> dict[str, Any]:
@@ -250,7 +277,8 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.whole:
                 verdict = look_everywhere(fault, copy, suites, arguments.workers)
             else:
-                verdict = look_for(fault, copy, arguments.work / "maps", suites, fails_anyway)
+                limits = Limits(suites, fails_anyway, arguments.only_near)
+                verdict = look_for(fault, copy, arguments.work / "maps", limits, find_finders(fault.name))
             print(f"{fault.name}: {verdict['test'] or 'not found'} ({verdict['seconds']} s)", flush=True)
             if verdict["found"] or not arguments.only_found:
                 keep_verdict(arguments.label, kind, fault.name, verdict)
@@ -271,17 +299,24 @@ def read_verdicts() -> dict[str, Any]:
     return json.loads(VERDICTS.read_text(encoding="utf-8")) if VERDICTS.exists() else {}
 
 
+def find_finders(name: str) -> list[str]:
+    """Return the tests that have found a fault, whatever the label."""
+    tables = [kinds.get("verdicts", {}).get(name) for kinds in read_verdicts().values()]
+    return [verdict["test"] for verdict in tables if verdict and verdict["found"] and "::" in verdict["test"]]
+
+
 def keep_verdict(label: str, kind: str, name: str, verdict: dict[str, Any] | None) -> None:
-    """Write one verdict into the file, or take it out again."""
-    table = read_verdicts()
-    verdicts = table.setdefault(label, {}).setdefault(kind, {})
-    verdicts.pop(name, None)
-    if verdict is not None:
-        verdicts[name] = verdict
-    table[label][kind] = dict(sorted(verdicts.items()))
-    draft = VERDICTS.with_suffix(".tmp")
-    draft.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(VERDICTS)
+    """Write one verdict into the file, or take it out again; two runs may share the file."""
+    with FileLock(Path(tempfile.gettempdir()) / "lowvram-planted-faults.lock"):
+        table = read_verdicts()
+        verdicts = table.setdefault(label, {}).setdefault(kind, {})
+        verdicts.pop(name, None)
+        if verdict is not None:
+            verdicts[name] = verdict
+        table[label][kind] = dict(sorted(verdicts.items()))
+        draft = VERDICTS.with_suffix(".tmp")
+        draft.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(VERDICTS)
 
 
 def write_table(_: argparse.Namespace) -> None:
@@ -320,6 +355,7 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="faults, or test files to record, whose names match"
     )
+    parser.add_argument("--only-near", action="store_true", help="run only test files that are named after the file")
     parser.add_argument("--only-found", action="store_true", help="note no fault as not found: not all is recorded yet")
     parser.add_argument("--whole", type=int, default=0, metavar="N", help="run whole suites for N drawn faults")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")

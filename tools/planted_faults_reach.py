@@ -131,26 +131,33 @@ def find_users(name: str, file: str, is_attribute: bool, tree: Path) -> dict[str
 def find_test_files(fault: Fault, maps: Path, suite: str) -> list[tuple[float, str]]:
     """Return recorded seconds and name of each test file that reaches a fault.
 
-    The files that are named after the changed one come first, recorded or not; the others follow by their seconds.
+    Recorded or not, those that are named after the changed file come first, then those that import it; the others
+    follow by their seconds.
     """
     tree = maps / "tree"
     reached = find_reached(fault, tree)
     functions = function_lines(tree / fault.file) if reached.is_whole_file else set()
-    found = {path.relative_to(tree).as_posix(): 0.0 for path in tree.glob("tests/**/test_*.py") if mirrors(fault, path)}
-    first = set(found)
+    ranks = {path.relative_to(tree).as_posix(): rank(fault, path) for path in tree.glob("tests/**/test_*.py")}
+    found = {name: 0.0 for name, rank in ranks.items() if rank < 2}
     for path in (maps / suite).glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
         name, ran = path.name.removesuffix(".json").replace("+", "/"), table["lines"]
         is_reached = any(numbers & set(ran.get(file, ())) for file, numbers in reached.lines.items())
-        if is_reached or name in first or functions & set(ran.get(fault.file, ())):
+        if is_reached or name in found or functions & set(ran.get(fault.file, ())):
             found[name] = table["seconds"]
-    return sorted(((seconds, name) for name, seconds in found.items()), key=lambda one: (one[1] not in first, one[0]))
+    return sorted(((seconds, name) for name, seconds in found.items()), key=lambda one: (ranks.get(one[1], 2), *one))
 
 
-def mirrors(fault: Fault, test_file: Path) -> bool:
-    """Say whether a test file is named after the changed one: `test_muon.py` and `test_muon_step.py` after muon.py."""
+def rank(fault: Fault, test_file: Path) -> int:
+    """Return 0 for a test file that is named after the changed one, 1 for one that imports it, 2 for any other.
+
+    `test_muon.py` and `test_muon_step.py` are named after muon.py and muon_triton.py.
+    """
     stem = Path(fault.file).stem.removesuffix("_triton")
-    return test_file.stem == f"test_{stem}" or test_file.stem.startswith(f"test_{stem}_")
+    if test_file.stem == f"test_{stem}" or test_file.stem.startswith(f"test_{stem}_"):
+        return 0
+    module = fault.file.removeprefix("kernels/").removesuffix(".py").replace("/", ".")
+    return 1 if re.search(rf"(from|import) {re.escape(module)}\b", test_file.read_text(encoding="utf-8")) else 2
 
 
 def function_lines(path: Path) -> set[int]:
