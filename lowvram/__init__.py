@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LowvramError": "lowvram.errors",
-    "ModelConfig": "lowvram.config",
-    "TrainConfig": "lowvram.config",
-    "RunConfig": "lowvram.config",
-    "load_run": "lowvram.runfile",
-    "load_preset": "lowvram.runfile",
-    "Plan": "lowvram.plan",
+    "ModelConfig": "lowvram.config.model",
+    "TrainConfig": "lowvram.config.train",
+    "RunConfig": "lowvram.config.run",
+    "load_run": "lowvram.config.run_file",
+    "load_preset": "lowvram.config.run_file",
+    "Plan": "lowvram.config.plan",
     "Transformer": "lowvram.model.transformer",
     "Tokenizer": "lowvram.data.tokenizer",
     "Loader": "lowvram.data.loader",

@@ -13,8 +13,8 @@ from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.product import Form
 from torch import Tensor
 
+from lowvram.config.plan import Recompute
 from lowvram.model.transformer import Dropout, Transformer
-from lowvram.plan import Recompute
 
 # Of what flows between the layers, by the run file's precision; and what their products are made of.
 DTYPES = {

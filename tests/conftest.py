@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.machine import find_card
+from lowvram.hardware.detect import find_card
 
 if find_card() is None:
     # Read when Triton is imported: without a card its kernels run in its interpreter.

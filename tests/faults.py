@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from lowvram.files import Disk
+from lowvram.storage.disk import Disk
 
 
 class PowerCut(BaseException):

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lowvram.files import sha256
-from lowvram.manifest import MANIFEST, seal
+from lowvram.storage.disk import sha256
+from lowvram.storage.manifest import MANIFEST, seal
 
 
 def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:

@@ -251,7 +251,7 @@ def test_the_readme_shows_the_commands_help_as_it_is() -> None:
 
 
 def test_the_readme_names_every_preset_with_its_true_size() -> None:
-    from lowvram.runfile import load_preset, preset_names
+    from lowvram.config.run_file import load_preset, preset_names
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in preset_names():

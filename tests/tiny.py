@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram.config import RunConfig
+from lowvram.config.plan import choose_plan
+from lowvram.config.run import RunConfig
 from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
-from lowvram.plan import choose_plan
 from lowvram.train.prepare import prepare
 from lowvram.train.rotation import ExpertRotation
 from lowvram.train.trainer import Trainer

@@ -34,7 +34,9 @@ from torch import Tensor
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from lowvram.config import RunConfig
+from lowvram.config.plan import choose_plan
+from lowvram.config.run import RunConfig
+from lowvram.config.run_file import load_run
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
@@ -42,8 +44,6 @@ from lowvram.evaluate.bits_per_byte import bigram_score, score
 from lowvram.model.ffn import MoeFfn
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES
-from lowvram.plan import choose_plan
-from lowvram.runfile import load_run
 from lowvram.train.events import Started, StepDone
 from lowvram.train.prepare import prepare
 from lowvram.train.start import lock_run

@@ -24,7 +24,7 @@ import tokenizers
 import torch
 
 from lowvram.data.loader import Loader
-from lowvram.data.normal_form import nfc
+from lowvram.data.nfc import nfc
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents, find_files
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer

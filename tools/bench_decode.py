@@ -30,12 +30,12 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import load_preset
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
-from lowvram.model.cache import CacheForm
+from lowvram.model.kv_cache import CacheForm
 from lowvram.model.transformer import Transformer
-from lowvram.runfile import load_preset
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
 from tools.bench_model import lay_for_reading

@@ -28,13 +28,13 @@ from lowvram_kernels.muon import QUINTICS, orthogonalise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run_file import load_preset
+from lowvram.config.train import Muon, TrainConfig
 from lowvram.fit.rehearse import rehearse
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, causal_loss
-from lowvram.plan import Plan
-from lowvram.recipe import Muon
-from lowvram.runfile import load_preset
 from lowvram.train.optim import build_optimizer
 from lowvram.train.step import gradients
 

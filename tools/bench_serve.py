@@ -33,16 +33,16 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
 
+from lowvram.config.run_file import load_preset
 from lowvram.data.sample import sample_documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.generate.decoder import Decoder
 from lowvram.model.transformer import Transformer
-from lowvram.runfile import load_preset
 from lowvram.serve.app import Door, build_app
-from lowvram.serve.batch import Batcher
 from lowvram.serve.limits import Limits
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.prompt import Served
+from lowvram.serve.scheduler import Batcher
 from lowvram.serve.server import Server, open_socket
 from tools.bench_model import lay_for_reading
 

@@ -29,11 +29,11 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import load_preset
+from lowvram.config.train import AdamW
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, causal_loss
-from lowvram.recipe import AdamW
-from lowvram.runfile import load_preset
 from lowvram.train.optim import build_optimizer
 from lowvram.train.step import gradients, update
 from tests.kernels.measures import LiveBytes

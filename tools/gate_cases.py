@@ -24,10 +24,11 @@ from lowvram_kernels.idle import IdleStack
 from lowvram_kernels.quantise import Scaled
 from torch import Tensor
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.config.train import TrainConfig
 from lowvram.fit.rehearse import rehearse
-from lowvram.plan import Plan
-from lowvram.runfile import load_preset, preset_names
 
 BF16, FP16, FP32, BYTES = torch.bfloat16, torch.float16, torch.float32, torch.uint8
 Call = Callable[[], object]

@@ -32,9 +32,9 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from lowvram.errors import ConfigError
-from lowvram.files import DISK
-from lowvram.machine import explain_mismatch, find_card, find_driver, find_torch
-from lowvram.profile import Profile, find_profile
+from lowvram.hardware.detect import explain_mismatch, find_card, find_driver, find_torch
+from lowvram.hardware.profile import Profile, find_profile
+from lowvram.storage.disk import DISK
 from tools.gpu_table import Roofs, Row, figures_of, is_ok, judge_aims, page, roofs_of
 
 MEASURED = ROOT / "profiles" / "measured"

@@ -16,19 +16,20 @@ import torch
 from lowvram_kernels.dispatch import card_of
 
 from lowvram.cli.place import find_card_of, sketch_run
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run_file import load_preset
+from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
-from lowvram.fit.answer import Answer, Place, judge
 from lowvram.fit.ledgers import find_sketch, path_of
+from lowvram.fit.memory_curve import Rehearsal
 from lowvram.fit.rehearse import rehearse
-from lowvram.fit.sketch import Rehearsal
+from lowvram.fit.report import Answer, Place, judge
+from lowvram.hardware.profile import load_profile
 from lowvram.objective import Batch
-from lowvram.plan import Plan
-from lowvram.profile import load_profile
-from lowvram.runfile import load_preset
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.guard import cap_memory, free_memory
-from lowvram.train.recording import Recording
+from lowvram.train.cuda_graph import Recording
+from lowvram.train.oom import cap_memory, free_memory
 from lowvram.train.state import build_state
 from lowvram.train.step import Add, add_gradients, discard, gradients, loss_for, update
 from tools.gpu_kernel import Aim, Row, Scene, first_line

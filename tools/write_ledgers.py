@@ -1,4 +1,4 @@
-"""Rehearses every preset on every card path and writes `lowvram/presets/ledgers.json`, from which `fit` answers.
+"""Rehearses every preset on every card path and writes `lowvram/config/presets/ledgers.json`, from which `fit` answers.
 
 python tools/write_ledgers.py [PRESET ...]        only these presets anew; the others' rows stay
 
@@ -24,9 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lowvram
+from lowvram.config.run_file import load_preset, preset_names
 from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack, plans_of, sketch_of
 from lowvram.fit.rehearse import imagine, rehearse
-from lowvram.runfile import load_preset, preset_names
 
 
 def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:

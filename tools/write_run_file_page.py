@@ -27,8 +27,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lowvram.config import ModelConfig, RunConfig
-from lowvram.words import Count, Size
+from lowvram.config.base import Count, Size
+from lowvram.config.model import ModelConfig
+from lowvram.config.run import RunConfig
 
 PAGE = ROOT / "docs" / "run-file.md"
 _HEAD = """\

@@ -62,7 +62,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         return int(arguments.run(arguments) or 0)
     except (LowvramError, ShapeError) as error:
-        from lowvram.cli.show import show_error
+        from lowvram.cli.console import show_error
 
         show_error(str(error))
         return error.exit_code if isinstance(error, LowvramError) else 1
@@ -73,7 +73,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno is None:
             raise
-        from lowvram.cli.show import show_error
+        from lowvram.cli.console import show_error
 
         show_error(str(_explain_refusal(error)))
         return 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.shards import ShardSet
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.evaluate.bits_per_byte import Score
@@ -18,7 +18,7 @@ def find_baseline(
 
     None where the training shards cannot be read, which is said.
     """
-    from lowvram.cli.show import bar, notice
+    from lowvram.cli.console import bar, notice
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS, bigram_score

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
-    from lowvram.model.cache import CacheForm
+    from lowvram.model.kv_cache import CacheForm
 
 _DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other goes on
 with the text so far, which each line that you type joins.  Ctrl-C stops an answer, Ctrl-D ends."""
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer one prompt, or turn after turn."""
     from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
-    from lowvram.cli.talk import Talk
+    from lowvram.cli.repl import Talk
     from lowvram.errors import ConfigError
 
     sampler = sampler_of(arguments)
@@ -88,8 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
     """Say how the model is asked, and where that is not how it was trained."""
-    from lowvram.data.outside_tokenizer import OutsideTokenizer
-    from lowvram.generate.template import is_dialogue
+    from lowvram.data.hf_tokenizer import OutsideTokenizer
+    from lowvram.generate.chat_template import is_dialogue
 
     if speaks and not is_dialogue(tokenizer):
         if isinstance(tokenizer, OutsideTokenizer):
@@ -118,10 +118,10 @@ def open_conversation(
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
     from lowvram.cli.typed_text import read_typed
     from lowvram.errors import ConfigError
+    from lowvram.generate.chat_template import choose_template
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine
-    from lowvram.generate.template import choose_template
 
     template = choose_template(loaded.tokenizer, arguments.form)
     if arguments.system and template is None:
@@ -145,7 +145,7 @@ def _read_prompt(given: str | None) -> str | None:
 
 def _answer_once(conversation: Conversation, text: str, sampler: Sampler, arguments: argparse.Namespace) -> None:
     """Stream the answer to one prompt, of a base model behind the prompt itself; Ctrl-C ends it early."""
-    from lowvram.cli.show import AnswerStream
+    from lowvram.cli.console import AnswerStream
 
     pieces = conversation.ask(text, sampler, arguments.tokens, arguments.newest)
     if arguments.json:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
-    from lowvram.config import ModelConfig
-    from lowvram.model.cache import CacheForm
+    from lowvram.config.model import ModelConfig
+    from lowvram.model.kv_cache import CacheForm
 
 # Two contexts that a line is drawn through, each read in whole chunks, before the token that is decoded: there a
 # reading needs the most, between them less.
@@ -59,7 +59,7 @@ def reach(config: ModelConfig, trained_len: int) -> int:
 def _needed(loaded: Loaded, slots: int, max_context: int, cache: CacheForm = "plain") -> int:
     from lowvram_kernels.dispatch import card_of
 
-    from lowvram.fit.reading import rehearse_reading
+    from lowvram.fit.inference_memory import rehearse_reading
 
     card = card_of(loaded.model.embedding.device)
     return rehearse_reading(loaded.model, loaded.dtype, slots, max_context, card, cache)

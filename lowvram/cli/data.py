@@ -43,9 +43,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run_pack(arguments: argparse.Namespace) -> int:
     """Pack and say what came out, and what comes next."""
-    from lowvram.cli.show import literal, notice, result
+    from lowvram.cli.console import literal, notice, result
+    from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.data.holdout import Holdout
-    from lowvram.data.outside_tokenizer import load_tokenizer
     from lowvram.data.shards import pack, pack_split
 
     if arguments.on_bad_row == "report":
@@ -108,7 +108,7 @@ def pack_with_progress(
 
 
 def _with_progress(work: Callable[[Callable[[PackProgress], None]], dict[Path, ShardSet]]) -> dict[Path, ShardSet]:
-    from lowvram.cli.show import bar
+    from lowvram.cli.console import bar
     from lowvram.units import show_count
 
     with bar("Packing") as line:

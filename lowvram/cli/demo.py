@@ -12,7 +12,7 @@ from lowvram.cli.next_step import quote_command
 from lowvram.cli.options import add_device
 
 if TYPE_CHECKING:
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.tokenizer import Tokenizer
 
 SEED = 1
@@ -140,7 +140,7 @@ def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
     from lowvram.cli.tokenizer import train_with_progress
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.errors import TokenizerError
-    from lowvram.files import DISK
+    from lowvram.storage.disk import DISK
 
     if directory.exists():
         try:
@@ -152,8 +152,8 @@ def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
 
 def _read_run_file(home: Path, tokenizer: Tokenizer) -> RunConfig:
     """Read the run file, which is written where there is none: what a user changed in it stays."""
-    from lowvram.files import DISK
-    from lowvram.runfile import load_run
+    from lowvram.config.run_file import load_run
+    from lowvram.storage.disk import DISK
 
     run_file = home / "run.toml"
     if not run_file.exists():
@@ -182,8 +182,8 @@ def _train(what: RunConfig, arguments: argparse.Namespace) -> bool:
 
 def _find_step(run_dir: Path) -> int:
     """Return the step of the newest whole checkpoint, 0 where there is none."""
-    from lowvram.checkpoint import find_checkpoint
     from lowvram.errors import CheckpointError
+    from lowvram.storage.checkpoint import find_checkpoint
 
     try:
         return find_checkpoint(run_dir)[0].step
@@ -193,9 +193,9 @@ def _find_step(run_dir: Path) -> int:
 
 def _show_curve(what: RunConfig) -> None:
     """Draw the training loss of the whole run."""
+    from lowvram.cli.console import literal, out
     from lowvram.cli.curve import draw_curve
-    from lowvram.cli.show import literal, out
-    from lowvram.export.card import read_curve
+    from lowvram.convert.model_card import read_curve
 
     losses = [
         point.loss for point in read_curve(what.run.dir / "log.jsonl", what.train.steps) if point.loss is not None
@@ -209,7 +209,7 @@ def _show_curve(what: RunConfig) -> None:
 
 def _say_end(home: Path, directory: Path) -> None:
     """Name what to do with the model, and how to be rid of it."""
-    from lowvram.cli.show import result
+    from lowvram.cli.console import result
 
     result()
     _tell_command("Talk to it:", "chat", directory / "run")
@@ -239,20 +239,20 @@ def _describe_fit(what: RunConfig, device: str) -> str:
 def _say(number: int, what: str, *command: str | Path) -> None:
     from rich.text import Text
 
-    from lowvram.cli.show import out
+    from lowvram.cli.console import out
 
     out.print(Text(f"\n{number}/8 {what}", "bold"))
     out.print(Text.assemble(("    $ ", "dim"), (quote_command("lowvram", *command), "green")))
 
 
 def _tell(text: str) -> None:
-    from lowvram.cli.show import result
+    from lowvram.cli.console import result
 
     result(f"    {text}")
 
 
 def _tell_command(what: str, *command: str | Path) -> None:
-    from lowvram.cli.show import literal
+    from lowvram.cli.console import literal
 
     literal(f"    {what} {quote_command('lowvram', *command)}")
 
@@ -264,7 +264,7 @@ def _claim(home: Path, folder: Path | None, replace: bool) -> Path:
     """
     from lowvram.data.text import find_files
     from lowvram.errors import ConfigError
-    from lowvram.files import DISK
+    from lowvram.storage.disk import DISK
     from lowvram.train.start import lock_run
 
     if folder is not None:
@@ -301,7 +301,7 @@ def _write_text(folder: Path | None, train_file: Path, valid_file: Path) -> None
 
 def _split(folder: Path) -> tuple[list[str], list[str]]:
     """Hold out a share of the user's documents, chosen by their own hash."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.data.text import documents, find_files
     from lowvram.errors import DataError
     from lowvram.units import count_of
@@ -330,7 +330,7 @@ def _split(folder: Path) -> tuple[list[str], list[str]]:
 def _write(path: Path, texts: Iterable[str]) -> None:
     """Write a text whole or not at all; raises ConfigError where an earlier demo learnt another one."""
     from lowvram.errors import ConfigError
-    from lowvram.files import DISK
+    from lowvram.storage.disk import DISK
 
     data = "".join(text.strip("\n") + "\n\n" for text in texts).encode()
     if not path.exists():
@@ -350,8 +350,8 @@ def _evaluate(run_dir: Path, device: str) -> None:
 
 
 def _answer(run_dir: Path, device: str) -> None:
+    from lowvram.cli.console import AnswerStream
     from lowvram.cli.load import load_model
-    from lowvram.cli.show import AnswerStream
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.engine import Engine

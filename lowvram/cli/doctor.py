@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lowvram_kernels.dispatch import Card, Choice
     from rich.table import Table
 
-    from lowvram.checkup import Finding
-    from lowvram.facts import Facts
+    from lowvram.hardware.doctor import Finding
+    from lowvram.hardware.inspect import Facts
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -37,10 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Look and print; returns 1 where training would fail."""
     if arguments.gpu is not None:
         return _run_on_paper(arguments.gpu, arguments.json)
-    from lowvram.checkup import find_all
+    from lowvram.cli.console import result
     from lowvram.cli.machine import ask_torch
-    from lowvram.cli.show import result
-    from lowvram.facts import gather
+    from lowvram.hardware.doctor import find_all
+    from lowvram.hardware.inspect import gather
 
     facts = gather(ask_torch())
     findings, ops = find_all(facts), {} if facts.says.problem or facts.says.card_problem else _find_ops(facts)
@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run_on_paper(gpu: str, is_json: bool) -> int:
+    from lowvram.cli.console import notice
     from lowvram.cli.place import name_card
-    from lowvram.cli.show import notice
     from lowvram.fit.rehearse import imagine
 
     named = name_card(gpu, None, None, None)
@@ -118,7 +118,7 @@ _DEVICES = {"cuda": "the card (cuda)", "mps": "Apple's GPU (mps)", "cpu": "the p
 
 
 def _describe_card(facts: Facts) -> str:
-    from lowvram.machine import detect
+    from lowvram.hardware.detect import detect
     from lowvram.units import show_bytes
 
     card = facts.card
@@ -165,7 +165,7 @@ def _describe(facts: Facts) -> dict[str, Any]:
 
 def _show_ops(ops: dict[str, Choice]) -> None:
     """Print a row for each op; where a window is too narrow for that, neighbours share what is the same of them."""
-    from lowvram.cli.show import lay_out, out, table_width
+    from lowvram.cli.console import lay_out, out, table_width
 
     table = _tabulate([[op] for op in ops], ops)
     if out.is_terminal and table_width(table) > out.width:
@@ -191,8 +191,8 @@ def _tabulate(groups: Sequence[Sequence[str]], ops: dict[str, Choice]) -> Table:
 
 
 def _show_findings(findings: Sequence[Finding]) -> None:
+    from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.cli.show import literal, result
 
     for finding in findings:
         result()
@@ -216,7 +216,7 @@ def _show_json(
     findings: Sequence[Finding],
 ) -> None:
     """Print one JSON object; its schema is kept by a test.  device: None where torch does not import."""
-    from lowvram.cli.show import literal
+    from lowvram.cli.console import literal
 
     values = {
         "gpu": gpu,

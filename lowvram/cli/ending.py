@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lowvram.cli.next_step import next_step, quote_command
 
 if TYPE_CHECKING:
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.shards import ShardSet
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.train.events import Evaluated, Stopped
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
     """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
     from lowvram.cli.bigrams import find_baseline
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.evaluate.verdict import compare_with_bigrams, is_worse_than_bigrams
 
     if valid is None:
@@ -42,7 +42,7 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
 
 def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
     """Name the command that goes on: with the run if it was stopped, else with what it has learnt."""
-    from lowvram.cli.show import copyable
+    from lowvram.cli.console import copyable
 
     if not ended.is_finished:
         sets = [word for assignment in arguments.set for word in ("--set", assignment)]

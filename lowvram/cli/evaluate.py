@@ -32,8 +32,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
     from lowvram.cli.bigrams import find_baseline
+    from lowvram.cli.console import bar, literal, result
     from lowvram.cli.load import load_model
-    from lowvram.cli.show import bar, literal, result
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowvram.checkpoint import Checkpoint
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
+    from lowvram.convert.gguf.verify import Programs
+    from lowvram.convert.model_card import Story
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.export.card import Story
-    from lowvram.export.verify import Programs
     from lowvram.generate.weights import CheckpointSource
+    from lowvram.storage.checkpoint import Checkpoint
 
 _SAID = {
     "fp32": "fp32",
@@ -56,12 +56,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Write it and say where."""
-    from lowvram.checkpoint import find_checkpoint
+    from lowvram.cli.console import notice
     from lowvram.cli.load import read_config
-    from lowvram.cli.show import notice
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.export.hf import refuse_existing
+    from lowvram.convert.hf.writer import refuse_existing
+    from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.generate.weights import CheckpointSource
+    from lowvram.storage.checkpoint import find_checkpoint
     from lowvram.train.start import check_readable
 
     _check_options(arguments)
@@ -105,11 +105,11 @@ def _write_directory(
     checkpoint: Checkpoint,
     what: RunConfig,
 ) -> None:
+    from lowvram.cli.console import bar, literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.cli.show import bar, literal, result
-    from lowvram.data.outside_tokenizer import OutsideTokenizer
-    from lowvram.export.card import write_card
-    from lowvram.export.hf import Wish, estimate_bytes, write_directory
+    from lowvram.convert.hf.writer import Wish, estimate_bytes, write_directory
+    from lowvram.convert.model_card import write_card
+    from lowvram.data.hf_tokenizer import OutsideTokenizer
     from lowvram.units import show_bytes
 
     numbers = "fp8" if arguments.to == "fp8" else arguments.dtype
@@ -132,7 +132,7 @@ def _tell_story(
     size: int,
     needs_bos: bool,
 ) -> Story:
-    from lowvram.export.card import Story, read_curve
+    from lowvram.convert.model_card import Story, read_curve
 
     return Story(
         name=arguments.out.resolve().name,
@@ -148,13 +148,13 @@ def _tell_story(
 
 
 def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokenizer: Tokenizer, what: RunConfig) -> None:
+    from lowvram.cli.console import bar, literal, notice, result
     from lowvram.cli.next_step import quote_command
-    from lowvram.cli.show import bar, literal, notice, result
-    from lowvram.data.outside_tokenizer import OutsideTokenizer
+    from lowvram.convert.gguf.verify import find_programs
+    from lowvram.convert.gguf.writer import LEAST_BUILD, LEAST_PYTHON, write_gguf
+    from lowvram.data.hf_tokenizer import OutsideTokenizer
     from lowvram.errors import TokenizerError
-    from lowvram.export.gguf import LEAST_BUILD, LEAST_PYTHON, write_gguf
-    from lowvram.export.verify import find_programs
-    from lowvram.generate.template import is_dialogue
+    from lowvram.generate.chat_template import is_dialogue
     from lowvram.units import show_bytes
 
     if isinstance(tokenizer, OutsideTokenizer):
@@ -187,9 +187,9 @@ def _verify(
 ) -> None:
     import torch
 
-    from lowvram.cli.show import bar, result
+    from lowvram.cli.console import bar, result
+    from lowvram.convert.gguf.verify import verify
     from lowvram.errors import ExportError
-    from lowvram.export.verify import verify
     from lowvram.generate.decoder import Decoder
     from lowvram.generate.weights import load_for_reading
 

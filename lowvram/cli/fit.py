@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 from lowvram.cli.options import count, days, memory
 
 if TYPE_CHECKING:
+    from lowvram.cli.fit_report import Beside
     from lowvram.cli.place import Card
-    from lowvram.cli.verdict import Beside
-    from lowvram.config import ModelConfig, RunConfig, TrainConfig
-    from lowvram.fit.answer import Answer, Place
-    from lowvram.fit.changes import Change
-    from lowvram.fit.passes import Remark, RunText
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.run import RunConfig
+    from lowvram.config.train import TrainConfig
+    from lowvram.fit.epochs import Remark, RunText
     from lowvram.fit.recommend import Advice
+    from lowvram.fit.report import Answer, Place
     from lowvram.fit.search import Wish
+    from lowvram.fit.suggestions import Change
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,10 +67,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
+    from lowvram.cli.console import notice, result
+    from lowvram.cli.fit_report import explain, show_json, show_one
     from lowvram.cli.fit_table import Advised, show_table
     from lowvram.cli.place import find_card, name_card
-    from lowvram.cli.show import notice, result
-    from lowvram.cli.verdict import explain, show_json, show_one
     from lowvram.fit.recommend import recommend, recommend_first
 
     _refuse_contradictions(arguments)
@@ -100,9 +102,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _say_slower(answers: list[Answer], place: Place, is_json: bool) -> None:
     """Say of presets, which are judged in bf16, that this processor was measured to be slower in it."""
-    from lowvram.cli.show import notice, result
-    from lowvram.fit.changes import describe_slower, is_slower
-    from lowvram.fit.measured import compare_precisions
+    from lowvram.cli.console import notice, result
+    from lowvram.fit.calibration_store import compare_precisions
+    from lowvram.fit.suggestions import describe_slower, is_slower
 
     times = compare_precisions(place.profile)
     if answers[0].train.precision == "bf16" and is_slower(times):
@@ -114,9 +116,9 @@ def _look_beside(
     arguments: argparse.Namespace, card: Card, place: Place, answer: Answer, text: RunText | None
 ) -> Beside:
     """Look for what is said about a single model beside its ledger."""
+    from lowvram.cli.console import bar
+    from lowvram.cli.fit_report import Beside
     from lowvram.cli.place import find_changes, find_faster
-    from lowvram.cli.show import bar
-    from lowvram.cli.verdict import Beside
     from lowvram.fit.recommend import TOO_SLOW_DAYS, recommend
 
     is_asked = _is_asked(arguments)
@@ -137,7 +139,7 @@ def _look_beside(
 
 def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
     from lowvram.errors import DataError
-    from lowvram.fit.passes import Remark, remark_on
+    from lowvram.fit.epochs import Remark, remark_on
 
     try:
         return list(remark_on(text, answer.model, answer.train)) if text is not None else []
@@ -172,8 +174,8 @@ def _is_asked(arguments: argparse.Namespace) -> bool:
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
+    from lowvram.config.run_file import refuse_overwriting
     from lowvram.errors import ConfigError
-    from lowvram.runfile import refuse_overwriting
 
     here = arguments.gpu is None and arguments.memory is None
     run_file, is_alone, is_asked = arguments.run_file, _is_alone(arguments), _is_asked(arguments)
@@ -201,9 +203,9 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
 
 def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[Answer], Place]:
     """Judge the run file, the preset that was named, or every preset."""
+    from lowvram.cli.console import bar, notice
     from lowvram.cli.place import judge_here, warn_of_precision
-    from lowvram.cli.show import bar, notice
-    from lowvram.runfile import preset_names
+    from lowvram.config.run_file import preset_names
 
     if what is not None:
         if warning := warn_of_precision(what.train, card.profile):
@@ -227,8 +229,8 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
 
 def _judge_known(card: Card) -> list[Answer]:
     """Judge the presets whose rehearsals are known for a card."""
+    from lowvram.config.run_file import load_preset, preset_names
     from lowvram.fit.search import ANY
-    from lowvram.runfile import load_preset, preset_names
 
     place = card.place(card.profile.dtype)
     answers = []
@@ -243,8 +245,8 @@ def _judge_by_sketch(
     name: str, model: ModelConfig, train: TrainConfig, card: Card, place: Place, wish: Wish
 ) -> Answer | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
-    from lowvram.fit.answer import judge
     from lowvram.fit.ledgers import find_sketch, path_of
+    from lowvram.fit.report import judge
 
     sketch = find_sketch(name, model, train, path_of(card.profile, train))
     return None if sketch is None else judge(name, model, train, sketch, place, wish=wish)
@@ -252,9 +254,9 @@ def _judge_by_sketch(
 
 def _read_text(arguments: argparse.Namespace, what: RunConfig | None) -> RunText | None:
     """Open the shards of --data or of a run file; a run file is judged without them too, since they may come later."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.errors import DataError
-    from lowvram.fit.passes import open_folder, open_text
+    from lowvram.fit.epochs import open_folder, open_text
 
     if what is None:
         return open_folder(arguments.data) if arguments.data is not None else None
@@ -289,7 +291,7 @@ def _choose_folders(data: Path) -> dict[str, str]:
 
 def _load_preset(name: str, arguments: argparse.Namespace, card: Card) -> tuple[ModelConfig, TrainConfig]:
     """Load a preset; which 16-bit numbers it computes with is the one thing that it leaves to the card."""
-    from lowvram.runfile import load_preset
+    from lowvram.config.run_file import load_preset
 
     model, train = load_preset(name, arguments.set)
     if any("precision" in assignment for assignment in arguments.set):
@@ -298,8 +300,8 @@ def _load_preset(name: str, arguments: argparse.Namespace, card: Card) -> tuple[
 
 
 def _wish(arguments: argparse.Namespace, train: TrainConfig) -> Wish:
+    from lowvram.config.plan import choose_plan
     from lowvram.fit.search import Wish
-    from lowvram.plan import choose_plan
 
     if arguments.micro_batch is not None:
         choose_plan(train, arguments.micro_batch)  # refuses what does not divide the step
@@ -308,9 +310,9 @@ def _wish(arguments: argparse.Namespace, train: TrainConfig) -> Wish:
 
 def _read_run(arguments: argparse.Namespace) -> RunConfig:
     """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
-    from lowvram.cli.show import notice
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.runfile import load_run, name_vocabulary
+    from lowvram.cli.console import notice
+    from lowvram.config.run_file import load_run, name_vocabulary
+    from lowvram.data.hf_tokenizer import load_tokenizer
 
     def count_ids(directory: Path) -> int:
         said = None if directory.exists() else name_vocabulary(arguments.run_file, arguments.set)
@@ -335,10 +337,10 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
 
 def _prefer_fp32(advice: Advice, card: Card) -> tuple[Advice, str]:
     """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is."""
+    from lowvram.cli.console import bar
     from lowvram.cli.place import judge_here
-    from lowvram.cli.show import bar
-    from lowvram.fit.changes import describe_slower, is_slower
-    from lowvram.fit.measured import compare_precisions
+    from lowvram.fit.calibration_store import compare_precisions
+    from lowvram.fit.suggestions import describe_slower, is_slower
 
     answer, times = advice.answer, compare_precisions(card.profile)
     if answer.train.precision != "bf16" or not is_slower(times):
@@ -358,7 +360,7 @@ def _choose_written(
 
     advice: the long run that is recommended.
     """
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.errors import ConfigError
     from lowvram.fit.recommend import Advice, explain_too_little, limit_tokens
 
@@ -378,10 +380,10 @@ def _choose_written(
 
 def _write(arguments: argparse.Namespace, card: Card, advice: Advice) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
+    from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
     from lowvram.cli.next_step import quote_command
-    from lowvram.cli.show import notice
-    from lowvram.runfile import write_run
+    from lowvram.config.run_file import write_run
 
     advice, reason = _prefer_fp32(advice, card)
     train, model = advice.answer.train, advice.answer.model

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text as Cell
 
-from lowvram.cli.show import lay_out, literal, out, result, table_width
-from lowvram.cli.verdict import describe_technique
+from lowvram.cli.console import lay_out, literal, out, result, table_width
+from lowvram.cli.fit_report import describe_technique
 from lowvram.errors import DataError
-from lowvram.fit.answer import Answer, Place
+from lowvram.fit.epochs import ENOUGH_PASSES, RunText, round_down
 from lowvram.fit.evidence import describe_evidence
-from lowvram.fit.passes import ENOUGH_PASSES, RunText, round_down
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice, explain_too_little
-from lowvram.profile import measured_ids
+from lowvram.fit.report import Answer, Place
+from lowvram.hardware.profile import measured_ids
 from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
 
 # Cells of the bar, the widest first; a window that is too narrow for any of them gets none.

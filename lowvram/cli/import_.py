@@ -29,12 +29,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Read, check, write, and say what came out."""
+    from lowvram.cli.console import bar, literal, notice, result
     from lowvram.cli.next_step import next_step
-    from lowvram.cli.show import bar, literal, notice, result
-    from lowvram.data.outside_tokenizer import OutsideTokenizer, load_tokenizer
-    from lowvram.export.adopt import adopt
-    from lowvram.export.hf import refuse_existing
-    from lowvram.export.outside import open_outside
+    from lowvram.convert.hf.importer import adopt
+    from lowvram.convert.hf.reader import open_outside
+    from lowvram.convert.hf.writer import refuse_existing
+    from lowvram.data.hf_tokenizer import OutsideTokenizer, load_tokenizer
 
     refuse_existing(arguments.out)
     outside = open_outside(arguments.directory)
@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _has_template(tokenizer: Tokenizer) -> bool:
     """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.errors import LowvramError
-    from lowvram.generate.template import Message, load_template
+    from lowvram.generate.chat_template import Message, load_template
 
     try:
         template = load_template(tokenizer)

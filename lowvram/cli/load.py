@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from lowvram.checkpoint import Checkpoint
-    from lowvram.config import ModelConfig, RunConfig
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.run import RunConfig
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.precision import Precision, Reading
-    from lowvram.generate.source import Source
+    from lowvram.generate.weight_reader import Source
     from lowvram.model.transformer import Transformer
+    from lowvram.storage.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
 
     precision: of its matrices; without it the card's choice or, as_trained, the one that a run validates in.
     """
-    from lowvram.checkpoint import find_checkpoint
+    from lowvram.cli.console import notice
     from lowvram.cli.machine import choose_device
-    from lowvram.cli.show import notice
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.export.outside import is_outside, open_outside
+    from lowvram.convert.hf.reader import is_outside, open_outside
+    from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.generate.precision import read_as_trained
     from lowvram.generate.weights import CheckpointSource
+    from lowvram.storage.checkpoint import find_checkpoint
     from lowvram.train.start import check_readable
 
     place = choose_device(device)
@@ -82,7 +83,7 @@ def _load(
     from lowvram.generate.weights import load_for_reading
     from lowvram.model.transformer import lay_by_columns
     from lowvram.objective import DTYPES
-    from lowvram.train.guard import free_memory
+    from lowvram.train.oom import free_memory
 
     dtype = DTYPES[reading.flow]
     model = load_for_reading(source, reading.kept, device, dtype)
@@ -97,7 +98,7 @@ def choose_here(device: torch.device, precision: Precision | None) -> Reading:
     """Choose how a model is read on a device of this machine; on a processor by a measurement that is made once."""
     from lowvram_kernels.dispatch import card_of
 
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.generate.precision import choose_reading
     from lowvram.generate.processor import find_pace, pace_path
 

@@ -6,19 +6,19 @@ import functools
 from typing import TYPE_CHECKING
 
 from lowvram.errors import MachineError
-from lowvram.machine import explain_mismatch, find_card, find_driver, find_torch, first_line
+from lowvram.hardware.detect import explain_mismatch, find_card, find_driver, find_torch, first_line
 
 if TYPE_CHECKING:
     import torch
 
-    from lowvram.facts import TorchSays
+    from lowvram.hardware.inspect import TorchSays
 
 
 def choose_device(asked: str) -> torch.device:
     """Return the device named, or the best one here for "auto"; raises MachineError where it cannot be used."""
     import torch
 
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
 
     card = find_card()
     mismatch = explain_mismatch(find_driver(), find_torch(), card.capability if card else None)
@@ -35,7 +35,7 @@ def choose_device(asked: str) -> torch.device:
 
 def ask_torch() -> TorchSays:
     """Import torch, if it can be, and return what it says of itself and of this machine."""
-    from lowvram.facts import TorchSays
+    from lowvram.hardware.inspect import TorchSays
 
     try:
         import torch
@@ -77,9 +77,9 @@ def _open(name: str) -> torch.device:
 @functools.cache
 def _warn_of_launches() -> None:
     """Say once what will make kernels slower or fail, as `lowvram doctor` does: better now than at the first launch."""
-    from lowvram.checkup import LAUNCH_CHECKS, find_all
-    from lowvram.cli.show import notice
-    from lowvram.facts import gather
+    from lowvram.cli.console import notice
+    from lowvram.hardware.doctor import LAUNCH_CHECKS, find_all
+    from lowvram.hardware.inspect import gather
 
     for finding in find_all(gather(ask_torch()), LAUNCH_CHECKS):
         notice(f"Note: {finding.sentence}", "yellow")

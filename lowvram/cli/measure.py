@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     import torch
 
     from lowvram.cli.place import Card
-    from lowvram.config import ModelConfig, TrainConfig
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.train import TrainConfig
 
 # The numbers between which a processor has to be asked which are faster: its name does not say.
 _COMPARED = ("bf16", "fp32")
@@ -19,10 +20,10 @@ def measure_here(name: str, model: ModelConfig, train: TrainConfig, card: Card) 
 
     On a processor a run in bf16 or fp32 is timed in both, so that `fit` can say which are faster.
     """
+    from lowvram.cli.console import notice
     from lowvram.cli.machine import choose_device
-    from lowvram.cli.show import notice
     from lowvram.errors import ConfigError, MachineError
-    from lowvram.fit.measured import compare_precisions
+    from lowvram.fit.calibration_store import compare_precisions
 
     device = choose_device("auto")
     if device.type != card.profile.platform:
@@ -48,11 +49,11 @@ def measure_here(name: str, model: ModelConfig, train: TrainConfig, card: Card) 
 
 def _measure(name: str, model: ModelConfig, train: TrainConfig, card: Card, device: torch.device) -> bool:
     """Time and keep one precision; return False where it does not fit."""
+    from lowvram.cli.console import notice
     from lowvram.cli.place import judge_here
-    from lowvram.cli.show import notice
-    from lowvram.fit.measure import measure
-    from lowvram.fit.measured import store_measured
-    from lowvram.train.guard import cap_memory
+    from lowvram.fit.calibrate import measure
+    from lowvram.fit.calibration_store import store_measured
+    from lowvram.train.oom import cap_memory
 
     place = card.place(train.precision)
     answer = judge_here(name, model, train, place)

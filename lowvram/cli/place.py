@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from lowvram.cli.show import notice
-from lowvram.fit.answer import Answer, Place, judge, lacking_bytes
-from lowvram.fit.changes import Change, Weighed, propose, propose_faster, propose_fp32
-from lowvram.fit.measured import compare_precisions, load_measured
+from lowvram.cli.console import notice
+from lowvram.config.plan import Plan
+from lowvram.fit.calibration_store import compare_precisions, load_measured
+from lowvram.fit.memory_curve import Rehearsal, Sketch
+from lowvram.fit.report import Answer, Place, judge, lacking_bytes
 from lowvram.fit.search import ANY, Wish
-from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.fit.speed import estimate
-from lowvram.machine import (
+from lowvram.fit.suggestions import Change, Weighed, propose, propose_faster, propose_fp32
+from lowvram.fit.throughput import estimate
+from lowvram.hardware.detect import (
     Detected,
     NvidiaCard,
     describe_card,
@@ -22,13 +23,14 @@ from lowvram.machine import (
     detect,
     machine_memory_bytes,
 )
-from lowvram.plan import Plan
-from lowvram.profile import Desktop, Profile, find_profile, generic_profile
+from lowvram.hardware.profile import Desktop, Profile, find_profile, generic_profile
 
 if TYPE_CHECKING:
     import torch
 
-    from lowvram.config import ModelConfig, RunOptions, TrainConfig
+    from lowvram.config.model import ModelConfig
+    from lowvram.config.run import RunOptions
+    from lowvram.config.train import TrainConfig
 
 
 class Card(NamedTuple):

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowvram.cli.place import find_card_of, find_changes, rehearse_on
+from lowvram.config.plan import Ledger, Plan, Recompute
 from lowvram.errors import MachineError, MemoryRanOutError
-from lowvram.fit.answer import Answer, judge
+from lowvram.fit.memory_curve import Rehearsal, Sketch
+from lowvram.fit.report import Answer, judge
 from lowvram.fit.search import ANY, Wish
-from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.fit.speed import Speed, estimate
-from lowvram.plan import Ledger, Plan, Recompute
-from lowvram.train.guard import cap_memory, compare_with_ledger, looks_spilled
+from lowvram.fit.throughput import Speed, estimate
+from lowvram.train.oom import cap_memory, compare_with_ledger, looks_spilled
 from lowvram.units import show_bytes
 
 if TYPE_CHECKING:
-    from lowvram.config import RunConfig
+    from lowvram.config.run import RunConfig
     from lowvram.train.events import StepDone
 
 # Steps of this start after which the allocator has seen its peak and kernels are compiled; and those whose pace counts.

@@ -56,18 +56,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and serve it until Ctrl-C."""
+    from lowvram.cli.console import notice
     from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
-    from lowvram.cli.show import notice
 
     given = os.environ.get(_KEY) if arguments.api_key is None else arguments.api_key
     key = _choose_key(arguments.host, given)
     _require_extra()
     from lowvram.generate.decoder import Decoder
+    from lowvram.serve.access import is_loopback
     from lowvram.serve.app import Door, build_app
-    from lowvram.serve.batch import Batcher
-    from lowvram.serve.guard import is_loopback
     from lowvram.serve.metrics import Metrics
+    from lowvram.serve.scheduler import Batcher
     from lowvram.serve.server import Server, open_socket
 
     # Before the model is read: what is wrong with an address is said at once.
@@ -186,7 +186,7 @@ def _hash_files(directory: Path) -> str:
     """Return what the files say of which another program's model and its tokenizer are made."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from lowvram.files import sha256
+    from lowvram.storage.disk import sha256
 
     # One thread at a time has Python, but hashing does not need it.
     paths = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
@@ -202,7 +202,7 @@ def _introduce(loaded: Loaded, served: Served) -> str:
 
 def _find_encoder(loaded: Loaded, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
     """Return what makes ids of a conversation; None for a model that continues texts."""
-    from lowvram.generate.template import Message, choose_template
+    from lowvram.generate.chat_template import Message, choose_template
 
     template = choose_template(loaded.tokenizer, manner)
     if template is None:

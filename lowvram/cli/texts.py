@@ -32,7 +32,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 def find(paths: Sequence[Path]) -> list[Path]:
     """Return the files that are meant, and say what was passed over."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.data.text_files import find_text_files
 
     found = find_text_files(paths)
@@ -43,7 +43,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
 
 def start_reading(arguments: argparse.Namespace) -> BadRows:
     """Return what --on-bad-row asks for; the first rows that are skipped are shown."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.data.bad_rows import BadRows
 
     shown = 0
@@ -59,7 +59,7 @@ def start_reading(arguments: argparse.Namespace) -> BadRows:
 
 def say_skipped(bad_rows: BadRows) -> None:
     """Say how many rows were skipped, if any."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.units import count_of
 
     if bad_rows.count:
@@ -72,8 +72,8 @@ def report(arguments: argparse.Namespace, command: Sequence[str], options: Seque
     command: the words of the command that was typed.  options: those that it was typed with and that say what is made
     of the texts, so that the next step makes the same of them.
     """
+    from lowvram.cli.console import bar, literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.cli.show import bar, literal, result
     from lowvram.data.bad_rows import BadRows
     from lowvram.data.text import documents_of
     from lowvram.units import count_of

@@ -43,8 +43,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run_train(arguments: argparse.Namespace) -> int:
     """Train and say what came out, and what comes next."""
+    from lowvram.cli.console import literal, notice, result
     from lowvram.cli.next_step import next_step
-    from lowvram.cli.show import literal, notice, result
     from lowvram.data.holdout import Holdout, show_share
 
     if arguments.on_bad_row == "report":
@@ -80,7 +80,7 @@ def train_with_progress(
     holdout: the documents that it takes are left out.  bad_rows: what is done with rows that are no text.
     replace: overwrite another tokenizer in `out`.
     """
-    from lowvram.cli.show import bar, notice
+    from lowvram.cli.console import bar, notice
     from lowvram.data.interruptible import run_interruptibly
     from lowvram.data.long_words import LONGEST_WORD
     from lowvram.data.text import documents_of, find_files

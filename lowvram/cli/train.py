@@ -17,10 +17,10 @@ from lowvram.cli.options import add_device, count
 if TYPE_CHECKING:
     import torch
 
+    from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.promise import Promise
-    from lowvram.cli.screen import TrainingScreen
-    from lowvram.config import RunConfig
-    from lowvram.plan import Plan, Recompute
+    from lowvram.config.plan import Plan, Recompute
+    from lowvram.config.run import RunConfig
     from lowvram.train.events import Stopped
     from lowvram.train.log import Log
     from lowvram.train.trainer import Trainer
@@ -71,8 +71,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> int:
     """Load the run file and train; 0 where all tokens were seen, 3 where the run was stopped before that and saved."""
     from lowvram.cli.ending import say_next
-    from lowvram.data.outside_tokenizer import load_tokenizer
-    from lowvram.runfile import load_run
+    from lowvram.config.run_file import load_run
+    from lowvram.data.hf_tokenizer import load_tokenizer
 
     what = load_run(arguments.run_file, arguments.set, lambda directory: load_tokenizer(directory).size)
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
@@ -96,15 +96,15 @@ def train(
     recorded: bool | None = None,
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
+    from lowvram.cli.console import bar, notice
     from lowvram.cli.ending import say_verdict
     from lowvram.cli.machine import choose_device
     from lowvram.cli.place import warn_of_precision
+    from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.promise import Promise
-    from lowvram.cli.screen import TrainingScreen
-    from lowvram.cli.show import bar, notice
     from lowvram.errors import MemoryRanOutError
-    from lowvram.train.guard import explain_device_fault
     from lowvram.train.log import open_logs
+    from lowvram.train.oom import explain_device_fault
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run, settle_plan
 
@@ -152,7 +152,7 @@ def _follow(
     trainer: Trainer, promise: Promise, logs: list[Log], screen: TrainingScreen, stop_at: int | None
 ) -> Stopped:
     """Run the trainer, and write, show and compare with the promise what happens."""
-    from lowvram.cli.show import notice
+    from lowvram.cli.console import notice
     from lowvram.train.events import Halved, Started, StepDone, Stopped
     from lowvram.train.start import keep_plan
 
@@ -176,8 +176,8 @@ def _settle_trials(
     trainer: Trainer, promise: Promise, compiled: bool | None, recorded: bool | None, is_new: bool
 ) -> None:
     """Try what may be faster on this machine, and say why it came out so."""
-    from lowvram.cli.show import notice
-    from lowvram.train.trial import settle_compilation, settle_recording
+    from lowvram.cli.console import notice
+    from lowvram.train.autotune import settle_compilation, settle_recording
 
     room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
     for sentence in settle_compilation(trainer, compiled, is_new, room):
@@ -188,7 +188,7 @@ def _settle_trials(
 
 
 def _describe_size(what: RunConfig, device: torch.device) -> str:
-    from lowvram.machine import describe_machine
+    from lowvram.hardware.detect import describe_machine
 
     size = f"{what.model.num_parameters():,} parameters in {what.train.precision}"
     return f"{describe_machine()}: {size} on {device}."
@@ -206,8 +206,8 @@ def _describe_plan(plan: Plan, reason: str) -> str:
 
 def _tell_of_text(what: RunConfig) -> None:
     """Say how often the text is read, which decides more than anything else what can be learnt from it."""
-    from lowvram.cli.show import notice
-    from lowvram.fit.passes import open_text, remark_on
+    from lowvram.cli.console import notice
+    from lowvram.fit.epochs import open_text, remark_on
 
     for remark in remark_on(open_text(what.data), what.model, what.train):
         notice(remark.says, "yellow" if remark.is_warning else "")

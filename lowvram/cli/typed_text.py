@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lowvram.data.normal_form import nfc
+from lowvram.data.nfc import nfc
 from lowvram.errors import PromptError
 
 # How Python hands over the bytes of an input or an argument that are not UTF-8 (errors="surrogateescape").

@@ -42,16 +42,16 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _answer_option(self, word: str) -> str:
-        from lowvram.field_names import answer_option
-        from lowvram.runfile import full_names
+        from lowvram.config.field_names import answer_option
+        from lowvram.config.run_file import full_names
 
         options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
         return answer_option(word, options, full_names())
 
 
 def _answer_choice(argument: str, given: str, choices: list[str]) -> str:
+    from lowvram.config.field_names import answer_command
     from lowvram.errors import name_nearest
-    from lowvram.field_names import answer_command
 
     if argument in _COMMAND:
         return f"there is no command {given}. {answer_command(given, choices)}"

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
+from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.interruptible import run_interruptibly
-from lowvram.data.normal_form import nfc
-from lowvram.data.outside_tokenizer import load_tokenizer
+from lowvram.data.nfc import nfc
 from lowvram.data.shard_set import DTYPES
 from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.errors import MachineError, TokenizerError
-from lowvram.files import Disk, explain_full_disk
+from lowvram.storage.disk import Disk, explain_full_disk
 
 # Above the length from which the tokenizer cuts long runs of white space, so that pieces are cut alike.
 _PIECE_CHARACTERS = 1_000_000

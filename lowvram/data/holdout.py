@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
-from lowvram.data.normal_form import nfc
+from lowvram.data.nfc import nfc
 from lowvram.errors import DataError
 from lowvram.units import count_of
 

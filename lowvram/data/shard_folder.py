@@ -14,7 +14,7 @@ import filelock
 
 from lowvram.data.shard_set import COUNTS, FORMAT, INDEX, ShardSet, add_up, has_counts, other_tokenizer, read_json
 from lowvram.errors import BusyError, DataError
-from lowvram.files import Disk, sha256
+from lowvram.storage.disk import Disk, sha256
 from lowvram.units import count_of, show_count
 
 _NAME = re.compile(r"([0-9]{5,})\.(bin|json)")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from lowvram.errors import DataError
-from lowvram.files import sha256
-from lowvram.json_files import JsonError, read_object
+from lowvram.storage.disk import sha256
+from lowvram.storage.json_files import JsonError, read_object
 
 FORMAT = 1
 INDEX = "shards.json"

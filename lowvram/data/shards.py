@@ -21,7 +21,7 @@ from lowvram.data.text import documents, find_files
 from lowvram.data.text_files import is_stream, size_of
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
-from lowvram.files import DISK, Disk
+from lowvram.storage.disk import DISK, Disk
 
 __all__ = ["PackProgress", "ShardSet", "pack", "pack_split"]
 

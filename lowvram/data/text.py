@@ -16,7 +16,7 @@ from lowvram.data.encoding import Advice, explain_not_utf8
 from lowvram.data.text_files import ENDINGS, KINDS, find_files, size_of
 from lowvram.data.text_stream import COPY_BYTES, TextStream, need, open_text
 from lowvram.errors import DataError
-from lowvram.files import explain_full_disk
+from lowvram.storage.disk import explain_full_disk
 
 __all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 

@@ -16,11 +16,11 @@ import numpy as np
 import tiktoken
 
 from lowvram.data.long_words import without_long_words
-from lowvram.data.normal_form import nfc
+from lowvram.data.nfc import nfc
 from lowvram.data.tokenizer_folder import refuse_another, refuse_fewer_ids
 from lowvram.errors import DataError, TokenizerError
-from lowvram.files import DISK, Disk
-from lowvram.json_files import parse_object
+from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.json_files import parse_object
 
 _NAMED = ("bos", "eos", "pad", "mask", "system", "user", "assistant", "end_of_turn")
 SPECIALS = tuple(f"<|{name}|>" for name in (*_NAMED, *(f"spare_{number}" for number in range(24))))

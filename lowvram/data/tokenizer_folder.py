@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lowvram.data.shard_set import INDEX, read_json
 from lowvram.errors import TokenizerError
-from lowvram.json_files import JsonError, read_object
+from lowvram.storage.json_files import JsonError, read_object
 
 # Named in the error; more would fill the screen.
 _MOST_NAMED = 5

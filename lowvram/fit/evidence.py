@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowvram.profile import Profile
+from lowvram.hardware.profile import Profile
 
 
 def describe_evidence(profile: Profile, measured_ids: Sequence[str], is_measured_here: bool) -> str:

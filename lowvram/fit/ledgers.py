@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import lowvram
-from lowvram.config import ModelConfig, TrainConfig
-from lowvram.fit.sketch import Rehearsal, Sketch, Work
-from lowvram.json_files import JsonError, read_object
-from lowvram.plan import LEDGER_LINES, TECHNIQUES, Ledger, Plan
-from lowvram.profile import Profile
-from lowvram.runfile import PRESETS
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import LEDGER_LINES, TECHNIQUES, Ledger, Plan
+from lowvram.config.run_file import PRESETS
+from lowvram.config.train import TrainConfig
+from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
+from lowvram.hardware.profile import Profile
+from lowvram.storage.json_files import JsonError, read_object
 
 PATH = PRESETS / "ledgers.json"
 # What decides a step's memory beside model, optimizer and path: the rest of the recipe is schedule and numbers.

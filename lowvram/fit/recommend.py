@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lowvram.errors import DataError
-from lowvram.fit.answer import Answer
-from lowvram.fit.passes import ENOUGH_PASSES, OUR_PRESETS, RunText, wanted_tokens
+from lowvram.fit.epochs import ENOUGH_PASSES, OUR_PRESETS, RunText, wanted_tokens
+from lowvram.fit.report import Answer
 from lowvram.units import count_of, show_count
 
 # A person waits a few weeks at most: what is recommended ends within them.

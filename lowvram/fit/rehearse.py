@@ -17,13 +17,14 @@ from lowvram_kernels.dispatch import Card, HiddenWork, on_paper, times_now
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import LEDGER_LINES, Ledger, Plan
+from lowvram.config.train import TrainConfig
 from lowvram.fit.ledgers import CardPath
-from lowvram.fit.sketch import Rehearsal, Work
+from lowvram.fit.memory_curve import Rehearsal, Work
+from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, Loss, count_targets
-from lowvram.plan import LEDGER_LINES, Ledger, Plan
-from lowvram.profile import Profile
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.step import gradients, learn_in_backward, loss_for, update

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from lowvram.fit.sketch import Rehearsal, Sketch
-from lowvram.plan import TECHNIQUES, Ledger, Plan, Recompute
+from lowvram.config.plan import TECHNIQUES, Ledger, Plan, Recompute
+from lowvram.fit.memory_curve import Rehearsal, Sketch
 from lowvram.units import count_of
 
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lowvram.errors import PromptError, PromptTooLongError
+from lowvram.generate.chat_template import Message, Template
 from lowvram.generate.engine import Counts, Engine
 from lowvram.generate.sampling import Sampler
-from lowvram.generate.template import Message, Template
 from lowvram.generate.truncation import drop_oldest, find_starts
 
 # Of the context, what a prompt that is cut to its newest part leaves for the answer at least.

@@ -15,10 +15,10 @@ from lowvram_kernels.dispatch import card_of
 from torch import Tensor
 
 from lowvram.generate.graphs import Graphs
-from lowvram.model.cache import Cache, CacheForm, SlotOfCache
+from lowvram.model.decode import read_one_token, read_out
+from lowvram.model.kv_cache import Cache, CacheForm, SlotOfCache
 from lowvram.model.linear import is_slow_in_half
-from lowvram.model.one_token import read_one_token, read_out
-from lowvram.model.rows import EachText
+from lowvram.model.slot_attention import EachText
 from lowvram.model.transformer import Transformer
 
 

@@ -17,9 +17,9 @@ import torch
 from lowvram_kernels.dispatch import card_of, choose, is_on_paper
 from torch import Tensor
 
-from lowvram.model.cache import Cache
-from lowvram.model.one_token import read_one_token
-from lowvram.model.rows import AllTexts
+from lowvram.model.decode import read_one_token
+from lowvram.model.kv_cache import Cache
+from lowvram.model.slot_attention import AllTexts
 from lowvram.model.transformer import Transformer
 
 # Places that the smallest graph looks at: fewer would cost the same.

@@ -16,10 +16,10 @@ import torch
 from pydantic import Field, ValidationError
 from torch.nn import functional as F
 
+from lowvram.config.base import Words
 from lowvram.errors import DiskFullError
-from lowvram.files import DISK, Disk
-from lowvram.json_files import JsonError, read_object
-from lowvram.words import Words
+from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.json_files import JsonError, read_object
 
 Clock = Callable[[], float]
 Seconds = Annotated[float, Field(gt=0.0)]

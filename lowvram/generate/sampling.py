@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lowvram.config.base import Words
 from lowvram.errors import NumbersError
-from lowvram.words import Words
 
 
 class Sampler(Words):

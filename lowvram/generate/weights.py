@@ -14,11 +14,11 @@ from lowvram_kernels.dispatch import bytes_of
 from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
 from torch import Tensor, nn
 
-from lowvram.checkpoint import Checkpoint
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.errors import CheckpointError
-from lowvram.generate.source import Source
+from lowvram.generate.weight_reader import Source
 from lowvram.model.transformer import Transformer
+from lowvram.storage.checkpoint import Checkpoint
 
 _FORMS = {"fp8": "e4m3", "int8": "int8"}
 _CODES = {"fp8": torch.uint8, "int8": torch.int8}

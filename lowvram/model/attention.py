@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from lowvram_kernels.attention import attention
 from torch import Tensor, nn
 
-from lowvram.config import Gqa, Mla, ModelConfig
-from lowvram.model.cache import SlotOfCache
-from lowvram.model.exact import ExactBuffers
+from lowvram.config.architecture import Gqa, Mla
+from lowvram.config.model import ModelConfig
+from lowvram.model.fp32_buffers import ExactBuffers
+from lowvram.model.kv_cache import SlotOfCache
 from lowvram.model.linear import Kept, Linear, RmsNorm, project
 from lowvram.model.positions import add_alibi_columns, rotate, slopes
 

@@ -15,8 +15,8 @@ from lowvram_kernels.swiglu import gated_product, swiglu
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lowvram.config import Moe
-from lowvram.model.exact import ExactBuffers
+from lowvram.config.architecture import Moe
+from lowvram.model.fp32_buffers import ExactBuffers
 from lowvram.model.linear import KEPT, Kept, Linear, RmsNorm, project
 
 

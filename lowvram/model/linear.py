@@ -15,7 +15,7 @@ from lowvram_kernels.rms_norm import rms_norm
 from lowvram_kernels.weight_only import decoded, weight_only_linear
 from torch import Tensor, nn
 
-from lowvram.recipe import Rotation
+from lowvram.config.train import Rotation
 
 
 class Kept(NamedTuple):

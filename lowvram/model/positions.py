@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram.config import Rope, Yarn
-from lowvram.model.exact import ExactBuffers
+from lowvram.config.architecture import Rope, Yarn
+from lowvram.model.fp32_buffers import ExactBuffers
 
 # Columns that carry the penalty: two pieces of the slope times two pieces of the position.
 ALIBI_COLUMNS = 4

@@ -21,14 +21,14 @@ from lowvram_kernels.weight_only import decoded, look_up, weight_only_linear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Recompute
+from lowvram.config.train import Rotation
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
-from lowvram.model.cache import SlotOfCache
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
+from lowvram.model.kv_cache import SlotOfCache
 from lowvram.model.linear import Kept, RmsNorm
 from lowvram.model.positions import RotaryTable
-from lowvram.plan import Recompute
-from lowvram.recipe import Rotation
 
 _READ_BY_HEADS = "kv_b_proj.weight"  # each head multiplies its own part, from both sides
 INIT_STD = 0.02  # GPT-2's; the seed report uses it too

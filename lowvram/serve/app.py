@@ -20,15 +20,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lowvram.errors import LowvramError
-from lowvram.serve.answer import Piece, Said
-from lowvram.serve.batch import Batcher, Ended, Event, Failed, Job, Order
-from lowvram.serve.counted import CLIENT_LEFT, Counted
+from lowvram.serve.access import Guard
+from lowvram.serve.detokenizer import Piece, Said
 from lowvram.serve.errors import answer_error, body_of, json_response, refusal, status_of
-from lowvram.serve.guard import Guard
 from lowvram.serve.limits import MOST_DRAINED, PREPARED_AT_ONCE, Limits
+from lowvram.serve.middleware import CLIENT_LEFT, Counted
 from lowvram.serve.prompt import Served, make_order
-from lowvram.serve.replies import DONE, Body, ChatReply, Reply, to_event
-from lowvram.serve.wire import Ask, ChatAsk, CompletionAsk, read_ask
+from lowvram.serve.responses import DONE, Body, ChatReply, Reply, to_event
+from lowvram.serve.scheduler import Batcher, Ended, Event, Failed, Job, Order
+from lowvram.serve.schemas import Ask, ChatAsk, CompletionAsk, read_ask
 from lowvram.serve.workers import GoOn, Workers
 
 _PAGE = {

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowvram.json_files import JsonError, parse_object
 from lowvram.serve.limits import MOST_COMMAS, MOST_CONTAINERS, MOST_FIELDS, MOST_LEVELS
+from lowvram.storage.json_files import JsonError, parse_object
 
 
 def read_body_object(body: bytes) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from lowvram.serve.limits import Limits
-from lowvram.serve.replies import error_body, to_json
+from lowvram.serve.responses import error_body, to_json
 
 # A client that sends nothing more has perhaps gone, which only writing to it tells: the first write after it went is
 # answered by a reset, and the second one fails.

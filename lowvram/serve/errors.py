@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from lowvram.errors import LowvramError
-from lowvram.serve.batch import NotServingError, QueueFullError
-from lowvram.serve.replies import Body, error_body, to_json
-from lowvram.serve.wire import RequestError
+from lowvram.serve.responses import Body, error_body, to_json
+from lowvram.serve.scheduler import NotServingError, QueueFullError
+from lowvram.serve.schemas import RequestError
 
 _RETRY_AFTER_S = 2  # about as long as a short answer takes
 _NOT_FOUND = "model_not_found"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from lowvram.words import Words
+from lowvram.config.base import Words
 
 # Of one request's body, on top of its bytes.  Parsing holds the interpreter, so the count is limited before it.
 MOST_MESSAGES = 10_000

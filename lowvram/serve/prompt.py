@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
-from lowvram.data.normal_form import nfc
+from lowvram.data.nfc import nfc
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.truncation import drop_oldest, find_starts
-from lowvram.serve.batch import Order
 from lowvram.serve.limits import Limits
-from lowvram.serve.wire import Ask, ChatAsk, CompletionAsk, RequestError, show_value
+from lowvram.serve.scheduler import Order
+from lowvram.serve.schemas import Ask, ChatAsk, CompletionAsk, RequestError, show_value
 from lowvram.serve.workers import GoOn
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions alone

@@ -14,9 +14,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from lowvram.errors import MachineError
-from lowvram.serve.batch import Batcher
 from lowvram.serve.connection import Connection
 from lowvram.serve.limits import BACKLOG, OWN_FILES, SEND_BUFFER, Limits
+from lowvram.serve.scheduler import Batcher
 
 try:
     import resource

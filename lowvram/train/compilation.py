@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from lowvram.errors import MachineError
 from lowvram.model.transformer import Transformer
-from lowvram.train.guard import is_out_of_memory
+from lowvram.train.oom import is_out_of_memory
 
 BACKEND = "inductor"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowvram.errors import MachineError
-from lowvram.files import explain_full_disk
+from lowvram.storage.disk import explain_full_disk
 from lowvram.train.events import Evaluated, Event, Rotated, Sampled, StepDone
 
 

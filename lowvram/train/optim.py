@@ -14,10 +14,9 @@ from lowvram_kernels.muon import Momentum, muon_, new_momentum
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowvram.config import TrainConfig
+from lowvram.config.train import AdamW, Muon, TrainConfig
 from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
-from lowvram.recipe import AdamW, Muon
 
 # As in bitsandbytes: what is smaller weighs nothing.
 LEAST_8BIT = 4_096

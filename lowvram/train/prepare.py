@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from lowvram.checkpoint import Store
-from lowvram.config import RunConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run import RunConfig
+from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.loader import Loader
-from lowvram.data.outside_tokenizer import load_tokenizer
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
-from lowvram.files import DISK, Disk
-from lowvram.plan import Plan
-from lowvram.train.guard import is_out_of_memory
+from lowvram.storage.checkpoint import Store
+from lowvram.storage.disk import DISK, Disk
+from lowvram.train.oom import is_out_of_memory
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.trainer import Trainer
 

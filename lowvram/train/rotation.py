@@ -20,9 +20,9 @@ from lowvram_kernels.dispatch import empty_on_host, shown
 from lowvram_kernels.idle import IdleStack, encode_, nbytes
 from torch import Tensor
 
+from lowvram.config.train import Rotation
 from lowvram.model.ffn import MoeFfn
 from lowvram.model.transformer import Transformer, draw_
-from lowvram.recipe import Rotation
 from lowvram.train.optim import LeanOptimizer, State, part_of
 
 

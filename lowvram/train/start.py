@@ -13,15 +13,17 @@ from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 import lowvram
-from lowvram.checkpoint import Checkpoint, find_checkpoint
-from lowvram.config import RunConfig, TrainConfig, differences
+from lowvram.config.base import differences
+from lowvram.config.plan import Plan, Recompute, choose_plan
+from lowvram.config.run import RunConfig
+from lowvram.config.run_file import from_portable
+from lowvram.config.train import TrainConfig
 from lowvram.errors import BusyError, CheckpointError, ConfigError
-from lowvram.files import DISK, Disk
 from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
-from lowvram.json_files import JsonError, read_object
-from lowvram.manifest import CONFIG, OtherVersionError
-from lowvram.plan import Plan, Recompute, choose_plan
-from lowvram.runfile import from_portable
+from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
+from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.json_files import JsonError, read_object
+from lowvram.storage.manifest import CONFIG, OtherVersionError
 
 _PLAN = "plan.json"
 # What a further stage may change about a model whose weights it takes over.

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint import Checkpoint
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.train import TrainConfig
 from lowvram.errors import CheckpointError
-from lowvram.manifest import NUMBERS
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, FORMS
-from lowvram.plan import Plan
+from lowvram.storage.checkpoint import Checkpoint
+from lowvram.storage.manifest import NUMBERS
 from lowvram.train.optim import (
     LeanOptimizer,
     build_optimizer,

@@ -15,10 +15,10 @@ import torch
 from lowvram_kernels.rounding import add_rounded_
 from torch import Tensor
 
-from lowvram.config import TrainConfig
+from lowvram.config.plan import Plan
+from lowvram.config.train import TrainConfig
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, Batch, Loss, causal_loss
-from lowvram.plan import Plan
 from lowvram.train.optim import LeanOptimizer
 
 

@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 
-from lowvram.checkpoint import Checkpoint, Store, find_checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run import RunConfig
+from lowvram.config.run_file import to_portable
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.objective import Batch, count_targets
-from lowvram.plan import Plan
-from lowvram.runfile import to_portable
+from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.conditions import KEY as CONDITIONS
-from lowvram.train.conditions import compare_conditions, conditions_here
+from lowvram.train.cuda_graph import Recording
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
+from lowvram.train.environment import KEY as CONDITIONS
+from lowvram.train.environment import compare_conditions, conditions_here
 from lowvram.train.events import Doing, Event, Halved, Rotated, Saved, Started, StepDone, Stopped
-from lowvram.train.guard import (
+from lowvram.train.oom import (
     explain_out_of_memory,
     explain_out_of_memory_in_backward,
     explain_out_of_memory_in_look,
@@ -37,12 +38,11 @@ from lowvram.train.guard import (
     is_out_of_memory,
     memory_in_use,
 )
-from lowvram.train.looks import evaluate, evaluate_masters, write_sample
 from lowvram.train.optim import learning_rate
-from lowvram.train.recording import Recording
 from lowvram.train.start import RunLock, check_readable, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
 from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
+from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
 @dataclass

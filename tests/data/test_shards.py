@@ -22,7 +22,7 @@ from lowvram.data import encoders
 from lowvram.data.shards import PackProgress, ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import BusyError, DataError, DiskFullError, MachineError, TokenizerError
-from lowvram.files import Disk
+from lowvram.storage.disk import Disk
 from tests.data.conftest import PART_BYTES
 
 # Packs in a process of its own: TEXT TOKENIZER OUT PROCESSES DIE_AT.  It kills itself when it comes to touch the disk
@@ -32,7 +32,7 @@ import os, signal, sys, time
 from pathlib import Path
 from lowvram.data import shards
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.files import Disk
+from lowvram.storage.disk import Disk
 
 class Mortal(Disk):
     left = int(sys.argv[5])

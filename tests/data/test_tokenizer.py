@@ -21,7 +21,7 @@ from lowvram.data import tokenizer as module
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import LARGEST, SMALLEST, SPECIALS, Tokenizer, TokenStream, train_tokenizer
 from lowvram.errors import DataError, DiskFullError, TokenizerError
-from lowvram.files import Disk
+from lowvram.storage.disk import Disk
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 turkish_text = st.text(st.sampled_from("abcçdefgğhıijklmnoöprsştuüvyzİIÂâÎîÛû’“”'-.,;!? \t\r\n01234567😀\u0301\u0306"))

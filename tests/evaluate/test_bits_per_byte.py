@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.evaluate.bits_per_byte import Score, bigram_score, score

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowvram.fit.measured import store_measured
-from lowvram.fit.sketch import Work
-from lowvram.fit.speed import Measured
-from lowvram.machine import find_torch
+from lowvram.fit.calibration_store import store_measured
+from lowvram.fit.memory_curve import Work
+from lowvram.fit.throughput import Measured
+from lowvram.hardware.detect import find_torch
 
 
 def measured_here(precision: str, **more: Any) -> Measured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowvram.fit.evidence import describe_evidence
-from lowvram.profile import load_profile, measured_ids, profile_names
+from lowvram.hardware.profile import load_profile, measured_ids, profile_names
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lowvram.errors import ConfigError
+from lowvram.fit.epochs import open_folder
 from lowvram.fit.folders import find_folders
-from lowvram.fit.passes import open_folder
-from tests.fit.test_passes import pack
+from tests.fit.test_epochs import pack
 
 
 def test_shards_in_a_folder_and_in_its_train_are_refused_until_one_is_named(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Ledger, Plan
+from lowvram.config.run_file import load_preset
+from lowvram.config.train import TrainConfig
 from lowvram.fit.rehearse import imagine, rehearse
-from lowvram.plan import Ledger, Plan
-from lowvram.profile import load_profile
-from lowvram.runfile import load_preset
+from lowvram.hardware.profile import load_profile
 
 SMALL, MIDDLE = load_profile("rtx5060"), load_profile("rtx5070")  # 8 and 12 GB
 GIB = 2**30

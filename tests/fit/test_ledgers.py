@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from lowvram.config.plan import TECHNIQUES, Plan
+from lowvram.config.run_file import load_preset, preset_names
 from lowvram.fit import ledgers
 from lowvram.fit.ledgers import (
     PATHS,
@@ -23,9 +25,7 @@ from lowvram.fit.ledgers import (
     unpack,
 )
 from lowvram.fit.rehearse import imagine, rehearse
-from lowvram.plan import TECHNIQUES, Plan
-from lowvram.profile import load_profile, profile_names
-from lowvram.runfile import load_preset, preset_names
+from lowvram.hardware.profile import load_profile, profile_names
 from tests.turns import turn_of
 
 TURNS = 18

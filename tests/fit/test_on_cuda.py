@@ -8,15 +8,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.config.train import TrainConfig
+from lowvram.fit.memory_curve import Sketch
 from lowvram.fit.rehearse import rehearse
 from lowvram.fit.search import search
-from lowvram.fit.sketch import Sketch
-from lowvram.fit.speed import step_seconds
+from lowvram.fit.throughput import step_seconds
+from lowvram.hardware.profile import Profile, generic_profile
 from lowvram.objective import Batch, count_targets
-from lowvram.plan import Plan
-from lowvram.profile import Profile, generic_profile
-from lowvram.runfile import load_preset, preset_names
 from lowvram.train.state import build_state
 from lowvram.train.step import gradients, loss_for, update
 from tests.kernels.measures import take_workspaces

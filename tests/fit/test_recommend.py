@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.fit.answer import Answer, Place, judge
-from lowvram.fit.passes import Part, RunText
+from lowvram.config.plan import Ledger
+from lowvram.config.run_file import load_preset
+from lowvram.fit.epochs import Part, RunText
+from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
 from lowvram.fit.recommend import TOO_SLOW_DAYS, explain_too_little, limit_tokens, recommend, recommend_first
-from lowvram.fit.sketch import Rehearsal, Sketch, Work
-from lowvram.plan import Ledger
-from lowvram.profile import load_profile
-from lowvram.runfile import load_preset
+from lowvram.fit.report import Answer, Place, judge
+from lowvram.hardware.profile import load_profile
 
 HOUR = 1 / 24
 MODEL, TRAIN = load_preset("tr-25m")

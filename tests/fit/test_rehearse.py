@@ -10,11 +10,12 @@ from lowvram_kernels.adamw8 import build_maps
 from lowvram_kernels.dispatch import Card
 from torch.profiler import ProfilerActivity, profile
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import LEDGER_LINES, Ledger, Plan
+from lowvram.config.train import TrainConfig
 from lowvram.fit.rehearse import rehearse
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch
-from lowvram.plan import LEDGER_LINES, Ledger, Plan
 from lowvram.train.state import build_state
 from lowvram.train.step import gradients, learn_in_backward, loss_for, update
 from tests.kernels.measures import LiveBytes

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from lowvram.config import divisors
+from lowvram.config.plan import Ledger, Plan, Recompute
+from lowvram.config.train import divisors
+from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
 from lowvram.fit.search import ANY, Found, Wish, search
-from lowvram.fit.sketch import Rehearsal, Sketch, Work
-from lowvram.plan import Ledger, Plan, Recompute
 
 # Bytes of a sequence: what is computed again need not be kept.
 KEPT = {"none": 400, "attention": 200, "block": 100}

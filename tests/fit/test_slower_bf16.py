@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from lowvram.config import ModelConfig, TrainConfig
-from lowvram.fit.changes import LEAST_GAIN, Weighed, describe_slower, propose_fp32
-from lowvram.fit.measured import compare_precisions, store_measured
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run_file import load_preset
+from lowvram.config.train import TrainConfig
+from lowvram.fit.calibration_store import compare_precisions, store_measured
 from lowvram.fit.rehearse import imagine, rehearse
-from lowvram.machine import TorchBuild
-from lowvram.plan import Plan
-from lowvram.profile import load_profile
-from lowvram.runfile import load_preset
+from lowvram.fit.suggestions import LEAST_GAIN, Weighed, describe_slower, propose_fp32
+from lowvram.hardware.detect import TorchBuild
+from lowvram.hardware.profile import load_profile
 from tests.fit.pair import measured_here, store_pair
 from tests.tiny import KINDS
 
@@ -64,7 +65,7 @@ def test_measurements_with_another_torch_than_is_installed_are_not_compared(
 ) -> None:
     store_pair(2.0, tmp_path)
     for found in (None, TorchBuild("2.99", None)):
-        monkeypatch.setattr("lowvram.fit.measured.find_torch", lambda found=found: found)
+        monkeypatch.setattr("lowvram.fit.calibration_store.find_torch", lambda found=found: found)
         assert compare_precisions(CPU, tmp_path) is None
 
 

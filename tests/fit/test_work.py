@@ -12,10 +12,11 @@ from lowvram_kernels.experts import experts
 from lowvram_kernels.idle import new_idle
 from lowvram_kernels.quantise import quantise_rows
 
-from lowvram.config import ModelConfig, TrainConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.plan import Plan
+from lowvram.config.train import TrainConfig
+from lowvram.fit.memory_curve import Work
 from lowvram.fit.rehearse import LiveStorage, rehearse
-from lowvram.fit.sketch import Work
-from lowvram.plan import Plan
 
 CPU, AMPERE, TURING, APPLE = Card("cpu"), Card("cuda", (8, 6)), Card("cuda", (7, 5)), Card("mps")
 SEQ_LEN, MICRO_BATCH = 72, 3

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.checkpoint import find_checkpoint, open_checkpoint
-from lowvram.files import Disk
+from lowvram.storage.checkpoint import find_checkpoint, open_checkpoint
+from lowvram.storage.disk import Disk
 from tests.conftest import TURKISH
 from tests.flows.typed import RUN_FILE, Answer, fill_home, typed
 
@@ -356,7 +356,7 @@ def test_a_full_disk_stops_a_run_and_leaves_its_checkpoints(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(home / "run", run)
-    monkeypatch.setattr("lowvram.checkpoint.free_bytes", lambda _: 10)
+    monkeypatch.setattr("lowvram.storage.checkpoint.free_bytes", lambda _: 10)
     longer = ("train", home / "run.toml", "--set", f"run.dir={run}", "--set", "tokens=2048")
     expect_error(typed(*longer), r"No space left to write in \S+run\. .* were needed .*Free some space")
     assert find_checkpoint(run)[0].step == 6
@@ -395,6 +395,6 @@ def test_an_error_that_is_no_users_keeps_its_traceback(monkeypatch: pytest.Monke
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("libcudart.so.13: cannot open shared object file")
 
-    monkeypatch.setattr("lowvram.checkpoint.find_checkpoint", fail)
+    monkeypatch.setattr("lowvram.storage.checkpoint.find_checkpoint", fail)
     with pytest.raises(OSError, match="libcudart"):
         typed("evaluate", home / "run")

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from lowvram.cli.console import clean, quote
 from lowvram.cli.load import load_model
-from lowvram.cli.show import clean, quote
 from lowvram.generate.conversation import Conversation
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 import lowvram
-from lowvram.checkpoint import find_checkpoint
 from lowvram.cli.app import COMMANDS, build_parser
 from lowvram.cli.train import train
+from lowvram.config.run_file import load_run
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.runfile import load_run
+from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Stopped
 from tests.flows.typed import Answer, environment, fill_home, typed, write_home
 

@@ -13,12 +13,12 @@ from lowvram.cli import context as module
 from lowvram.cli import place
 from lowvram.cli.context import find_max_context, reach
 from lowvram.cli.load import Loaded
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError
-from lowvram.fit.answer import Place
+from lowvram.fit.report import Place
+from lowvram.hardware.profile import load_profile
 from lowvram.model.transformer import Transformer
-from lowvram.profile import load_profile
 from tests.model.variants import VARIANTS
 
 

@@ -18,12 +18,12 @@ from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attentio
 from rich.console import Console
 
 import lowvram.cli.machine as machine
-from lowvram.cli import show
+from lowvram.cli import console as show
 from lowvram.cli.doctor import choose_all
-from lowvram.facts import Facts, TorchSays
 from lowvram.fit.rehearse import imagine
-from lowvram.machine import Driver, NvidiaCard, TorchBuild, TritonBuild
-from lowvram.profile import load_profile, profile_names
+from lowvram.hardware.detect import Driver, NvidiaCard, TorchBuild, TritonBuild
+from lowvram.hardware.inspect import Facts, TorchSays
+from lowvram.hardware.profile import load_profile, profile_names
 from tests.flows.typed import environment, typed
 
 GIB = 2**30
@@ -44,7 +44,7 @@ def be(monkeypatch: pytest.MonkeyPatch) -> Callable[[Facts], None]:
 
     def become(facts: Facts) -> None:
         monkeypatch.setattr("lowvram.cli.machine.ask_torch", lambda: facts.says)
-        monkeypatch.setattr("lowvram.facts.gather", lambda _: facts)
+        monkeypatch.setattr("lowvram.hardware.inspect.gather", lambda _: facts)
 
     return become
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowvram.checkpoint import find_checkpoint
 from lowvram.cli.load import load_model
+from lowvram.storage.checkpoint import find_checkpoint
 from tests.flows.typed import RUN_FILE, fill_home, typed
 from tests.resign import sign_anew
 

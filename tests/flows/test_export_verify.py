@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.cli.load import load_model
-from lowvram.export.verify import LINES, PROMPT, write_lines
+from lowvram.convert.gguf.verify import LINES, PROMPT, write_lines
 from tests.flows.typed import Answer, typed
 
 pytest.importorskip("gguf")

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowvram.cli import fit_table, show, verdict
-from lowvram.machine import Detected
-from lowvram.profile import load_profile
-from lowvram.runfile import load_preset, preset_names
+from lowvram.cli import console as show
+from lowvram.cli import fit_report as verdict
+from lowvram.cli import fit_table
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.hardware.detect import Detected
+from lowvram.hardware.profile import load_profile
 from lowvram.units import show_bytes, show_duration_range, show_energy_range
 from tests.flows.typed import Answer, environment, typed
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lowvram.runfile import load_preset
+from lowvram.config.run_file import load_preset
 from tests.flows.test_fit import table, values
 from tests.flows.typed import typed
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from lowvram.cli import place as cli_place
-from lowvram.config import ModelConfig, TrainConfig
-from lowvram.fit.answer import Answer, Place, judge
-from lowvram.fit.changes import LEAST_GAIN
+from lowvram.config.model import ModelConfig
+from lowvram.config.train import TrainConfig
 from lowvram.fit.ledgers import PATHS, find_sketch
+from lowvram.fit.report import Answer, Place, judge
+from lowvram.fit.suggestions import LEAST_GAIN
 from tests.fit.pair import store_pair
 from tests.flows.typed import fill_home, typed
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowvram.machine import Detected
-from lowvram.profile import load_profile
-from lowvram.runfile import load_preset, load_run
-from tests.fit.test_passes import pack
+from lowvram.config.run_file import load_preset, load_run
+from lowvram.hardware.detect import Detected
+from lowvram.hardware.profile import load_profile
+from tests.fit.test_epochs import pack
 from tests.flows.test_fit import kinds, refused, values
 from tests.flows.typed import RUN_FILE, fill_home, typed
 
@@ -248,8 +248,8 @@ def measures_on(monkeypatch: pytest.MonkeyPatch, profile_id: str, home: Path) ->
 
 def test_what_was_measured_here_is_said_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measures_on(monkeypatch, "cpu", tmp_path)
-    monkeypatch.setattr("lowvram.fit.measure._BUDGET_S", 0.01)
-    monkeypatch.setattr("lowvram.fit.measure._LOAD_S", 0.001)
+    monkeypatch.setattr("lowvram.fit.calibrate._BUDGET_S", 0.01)
+    monkeypatch.setattr("lowvram.fit.calibrate._LOAD_S", 0.001)
     fill_home(tmp_path)
     assert values(tmp_path / "run.toml")["models"][0]["is_measured"] is False
     answer = typed("fit", tmp_path / "run.toml", "--measure")

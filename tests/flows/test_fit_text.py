@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.runfile import load_preset
-from tests.fit.test_passes import pack
+from lowvram.config.run_file import load_preset
+from tests.fit.test_epochs import pack
 from tests.flows.test_fit import refused, values
 from tests.flows.typed import fill_home, typed
 

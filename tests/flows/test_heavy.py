@@ -26,9 +26,9 @@ import psutil, torch
 torch.set_num_threads(int(sys.argv[2]))
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.fit.rehearse import imagine, rehearse
-from lowvram.plan import Plan
-from lowvram.profile import load_profile
-from lowvram.runfile import load_run
+from lowvram.config.plan import Plan
+from lowvram.hardware.profile import load_profile
+from lowvram.config.run_file import load_run
 from lowvram.train.events import Rotated, StepDone
 from lowvram.train.prepare import prepare
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lowvram.checkpoint import find_checkpoint
-from tests.data.test_outside_tokenizer import make
-from tests.export.forms import LATENT, SMALL
+from lowvram.storage.checkpoint import find_checkpoint
+from tests.convert.forms import LATENT, SMALL
+from tests.data.test_hf_tokenizer import make
 from tests.flows.typed import RUN_FILE, fill_home, typed
 
 # The further stage: the imported weights, a schedule of its own.

@@ -15,7 +15,7 @@ from typing import IO
 
 import pytest
 
-from lowvram.checkpoint import find_checkpoint, open_checkpoint
+from lowvram.storage.checkpoint import find_checkpoint, open_checkpoint
 from tests.flows.typed import environment, fill_home, typed
 
 # So many tokens that the run would never end by itself.

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from lowvram.cli import show
+from lowvram.cli import console as show
 from lowvram.data.interruptible import run_interruptibly
 from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import environment
@@ -66,7 +66,7 @@ import sys, time
 from pathlib import Path
 from lowvram.data import encoders, shards
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.files import Disk
+from lowvram.storage.disk import Disk
 
 class Endless(Disk):
     def preallocate(self, file, size_bytes):

@@ -75,7 +75,7 @@ def test_windows_gives_back_every_word() -> None:
 
 def test_a_stopped_run_names_the_options_that_are_kept_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("lowvram.cli.show.copyable", said.append)
+    monkeypatch.setattr("lowvram.cli.console.copyable", said.append)
     typed_as = {"run_file": Path("my run.toml"), "set": ["lr=1e-3"], "device": "cpu", "graphs": "off"}
     arguments = argparse.Namespace(**typed_as)
     say_next(arguments, None, Stopped(5, is_finished=False))  # type: ignore[arg-type]

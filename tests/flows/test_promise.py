@@ -11,12 +11,12 @@ import torch
 
 from lowvram.cli import place
 from lowvram.cli.promise import Promise
-from lowvram.config import RunConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run import RunConfig
 from lowvram.errors import MachineError
 from lowvram.fit.search import Wish
-from lowvram.machine import Detected
-from lowvram.plan import Plan
-from lowvram.profile import load_profile
+from lowvram.hardware.detect import Detected
+from lowvram.hardware.profile import load_profile
 from lowvram.train.events import StepDone
 from tests.flows.typed import typed
 from tests.tiny import prepare_home, tiny_run

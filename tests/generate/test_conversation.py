@@ -8,10 +8,10 @@ import pytest
 
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError, PromptTooLongError
+from lowvram.generate.chat_template import Message, load_template
 from lowvram.generate.conversation import Conversation
 from lowvram.generate.engine import Counts
 from lowvram.generate.sampling import Sampler
-from lowvram.generate.template import Message, load_template
 
 GREEDY = Sampler(temperature=0.0)
 

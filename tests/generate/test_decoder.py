@@ -10,11 +10,12 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card, card_of, imagining, on_paper
 
-from lowvram.config import Mla, ModelConfig
+from lowvram.config.architecture import Mla
+from lowvram.config.model import ModelConfig
 from lowvram.generate import decoder as of_decoder
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.graphs import Graphs, can_capture
-from lowvram.model.cache import Cache
+from lowvram.model.kv_cache import Cache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import NumbersError, PromptError
 from lowvram.generate.decoder import Decoder

@@ -10,9 +10,9 @@ from typing import IO
 import pytest
 import torch
 
-from lowvram.files import DISK, Disk
 from lowvram.generate import processor as under_test
 from lowvram.generate.processor import Pace, find_pace, pace_path
+from lowvram.storage.disk import DISK, Disk
 
 
 class Clock:

@@ -9,7 +9,7 @@ import pytest
 
 from lowvram.errors import LowvramError, PromptError, TokenizerError
 from lowvram.generate import template_budget
-from lowvram.generate.template import Message, Template
+from lowvram.generate.chat_template import Message, Template
 from lowvram.generate.template_budget import (
     MOST_CHARACTERS,
     MOST_INTEGER_BITS,

@@ -12,13 +12,13 @@ from lowvram_kernels.dispatch import Card, on_paper
 from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
 from torch import Tensor
 
-from lowvram.checkpoint import Store, open_checkpoint
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import load_preset
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
 from lowvram.generate.weights import CheckpointSource, load_for_reading, weight_bytes
 from lowvram.model.transformer import Transformer
-from lowvram.runfile import load_preset
+from lowvram.storage.checkpoint import Store, open_checkpoint
 from tests.kernels.measures import LiveBytes
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS

@@ -76,8 +76,8 @@ def test_the_kernel_follows_from_card_numbers_and_mask(
 
 
 def test_every_profile_states_the_kernel_that_is_chosen_for_it() -> None:
+    from lowvram.hardware.profile import load_profile, profile_names
     from lowvram.objective import DTYPES
-    from lowvram.profile import load_profile, profile_names
 
     for name in profile_names():
         profile = load_profile(name)
@@ -146,7 +146,7 @@ def test_flash_takes_the_widths_that_torch_gives_it_and_the_ledger_knows(
 def test_the_extra_columns_of_alibi_count_among_a_heads_numbers(
     monkeypatch: pytest.MonkeyPatch, head_dim: int, form: str
 ) -> None:
-    from lowvram.config import ModelConfig
+    from lowvram.config.model import ModelConfig
     from lowvram.model.transformer import Transformer
 
     chosen: list[str] = []

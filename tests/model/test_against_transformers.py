@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowvram.config import Gqa, Mla, ModelConfig, Moe, Rope, SwiGlu, Yarn
+from lowvram.config.architecture import Gqa, Mla, Moe, Rope, SwiGlu, Yarn
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import load_preset, preset_names
 from lowvram.model.transformer import Transformer
-from lowvram.runfile import load_preset, preset_names
 from tests.model.outside import outside_class, outside_twin, randomise
 
 LENGTH = 200

@@ -6,9 +6,9 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Choice
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.model.attention import attend
-from lowvram.model.cache import Cache, SlotOfCache
+from lowvram.model.kv_cache import Cache, SlotOfCache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS

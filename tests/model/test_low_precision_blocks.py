@@ -9,7 +9,7 @@ from lowvram_kernels.dispatch import Card, imagining, is_interpreted
 from lowvram_kernels.product import Form
 from torch import Tensor
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.model.transformer import Transformer
 from tests.tiny import KINDS
 

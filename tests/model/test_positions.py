@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from lowvram.config import Rope, Yarn
+from lowvram.config.architecture import Rope, Yarn
 from lowvram.model.attention import attend
 from lowvram.model.positions import RotaryTable, add_alibi_columns, frequencies, rotate, slopes
 from lowvram.model.transformer import Transformer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, causal_loss
 from tests.kernels.measures import saved_bytes

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lowvram.config import ModelConfig
+from lowvram.config.model import ModelConfig
 from lowvram.model.transformer import Dropout, Transformer, lay_by_columns
 from lowvram.objective import Batch, causal_loss
 from tests.model.outside import randomise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowvram.config import Alibi, Gqa, Mla, ModelConfig, Moe, Rope, SwiGlu, Window, Yarn
+from lowvram.config.architecture import Alibi, Gqa, Mla, Moe, Rope, SwiGlu, Window, Yarn
+from lowvram.config.model import ModelConfig
 
 VOCABULARY = 67
 

@@ -13,16 +13,16 @@ from openai import OpenAI
 from torch import Tensor
 
 from lowvram.data.tokenizer import Tokenizer
+from lowvram.generate.chat_template import Message, load_template
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from lowvram.generate.template import Message, load_template
 from lowvram.model.transformer import Transformer
 from lowvram.serve.app import Door, build_app
-from lowvram.serve.batch import Batcher
 from lowvram.serve.limits import Limits
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.prompt import Served, Turn
+from lowvram.serve.scheduler import Batcher
 from lowvram.serve.server import Server, open_socket
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS

@@ -17,7 +17,7 @@ import torch
 from lowvram.data.tokenizer import SMALLEST, Tokenizer
 from lowvram.generate.decoder import Decoder
 from lowvram.model.transformer import Transformer
-from lowvram.serve import batch
+from lowvram.serve import scheduler as batch
 from tests.conftest import TURKISH
 from tests.serve.place import Place, alone, served, small_model
 

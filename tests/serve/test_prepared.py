@@ -16,7 +16,6 @@ import httpx
 import pytest
 
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.json_files import JsonError
 from lowvram.serve import app, prompt
 from lowvram.serve.body import check_shape, read_body_object
 from lowvram.serve.limits import (
@@ -33,7 +32,8 @@ from lowvram.serve.limits import (
     Limits,
 )
 from lowvram.serve.prompt import MOST_COMPOSED, Served, Turn, make_order
-from lowvram.serve.wire import ChatAsk, CompletionAsk, RequestError, read_ask
+from lowvram.serve.schemas import ChatAsk, CompletionAsk, RequestError, read_ask
+from lowvram.storage.json_files import JsonError
 from tests.serve.place import Place, served, speak
 from tests.serve.test_crowd import wait_until
 

@@ -15,10 +15,10 @@ from lowvram_kernels.dispatch import HiddenWork, Launch, is_interpreted, on_pape
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lowvram.fit.sketch import Rehearsal, Work
-from lowvram.plan import Ledger, Plan
-from lowvram.profile import load_profile
-from lowvram.runfile import preset_names
+from lowvram.config.plan import Ledger, Plan
+from lowvram.config.run_file import preset_names
+from lowvram.fit.memory_curve import Rehearsal, Work
+from lowvram.hardware.profile import load_profile
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from tools import gpu_timing, gpu_training, gpu_worker

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lowvram.runfile import full_names, load_run
+from lowvram.config.run_file import full_names, load_run
 from tests.flows.typed import typed
 from tools.write_run_file_page import PAGE, page
 

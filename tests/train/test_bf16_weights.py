@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run import RunConfig
 from lowvram.objective import Batch
-from lowvram.plan import Plan
+from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Halved, StepDone
 from lowvram.train.prepare import prepare
 from lowvram.train.trainer import Trainer

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
 from lowvram.errors import TrainingError
 from lowvram.objective import Batch, Loss, causal_loss
+from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
 from lowvram.train.events import Event, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.trainer import Trainer

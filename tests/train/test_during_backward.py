@@ -11,10 +11,11 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from lowvram.config import RunConfig, TrainConfig
+from lowvram.config.plan import Plan, choose_plan
+from lowvram.config.run import RunConfig
+from lowvram.config.train import TrainConfig
 from lowvram.errors import ConfigError, TrainingError
 from lowvram.objective import Batch, causal_loss
-from lowvram.plan import Plan, choose_plan
 from lowvram.train.events import Event, Halved, Saved, StepDone
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare

@@ -14,10 +14,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
 from lowvram.errors import BusyError, DataError
-from lowvram.train.conditions import KEY, compare_conditions, conditions_here
+from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.train.environment import KEY, compare_conditions, conditions_here
 from lowvram.train.events import Event, Saved, StepDone
 from lowvram.train.start import lock_run
 from lowvram.train.trainer import Trainer

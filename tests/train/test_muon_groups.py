@@ -9,8 +9,8 @@ import torch
 from lowvram_kernels.adamw8 import build_maps
 from lowvram_kernels.muon import muon_, new_momentum
 
+from lowvram.config.train import AdamW, Muon
 from lowvram.model.transformer import Transformer
-from lowvram.recipe import AdamW, Muon
 from lowvram.train.optim import (
     LEAST_8BIT,
     LeanOptimizer,

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowvram.config import TrainConfig
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.config.train import AdamW, TrainConfig
 from lowvram.model.transformer import Transformer
-from lowvram.recipe import AdamW
-from lowvram.runfile import load_preset, preset_names
 from lowvram.train.optim import (
     LEAST_8BIT,
     LeanOptimizer,

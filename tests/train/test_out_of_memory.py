@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.plan import Plan
+from lowvram.config.run import RunConfig
 from lowvram.errors import TrainingError
 from lowvram.objective import Batch, Loss, causal_loss
-from lowvram.plan import Plan
+from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Halved, Saved, StepDone
 from lowvram.train.start import settle_plan
 from tests.tiny import prepare_home, tensors_of, tiny_run, trainer_of, unequal

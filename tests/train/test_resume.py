@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import RunConfig
-from lowvram.files import Disk
-from lowvram.plan import choose_plan
+from lowvram.config.plan import choose_plan
+from lowvram.config.run import RunConfig
+from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.storage.disk import Disk
 from lowvram.train.events import Saved, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.start import lock_run

@@ -12,7 +12,7 @@ from lowvram_kernels.dispatch import Card
 from lowvram_kernels.idle import reference
 from torch import Tensor
 
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.fit.rehearse import rehearse
 from lowvram.model.transformer import Transformer

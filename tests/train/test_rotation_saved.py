@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import RunConfig
+from lowvram.config.plan import choose_plan
+from lowvram.config.run import RunConfig
 from lowvram.errors import ConfigError
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch
-from lowvram.plan import choose_plan
+from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Rotated, StepDone
 from lowvram.train.prepare import prepare
 from lowvram.train.state import load_weights

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowvram.checkpoint import find_checkpoint
 from lowvram.cli.load import load_model
-from lowvram.config import RunConfig
+from lowvram.config.run import RunConfig
 from lowvram.errors import CheckpointError
-from lowvram.manifest import OtherVersionError
+from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.storage.manifest import OtherVersionError
 from lowvram.train.events import Started
 from tests.resign import remove_checksum, sign_anew
 from tests.tiny import prepare_home, tiny_run, trainer_of

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.checkpoint import Checkpoint, find_checkpoint
-from lowvram.config import Corpus, RunConfig, TrainConfig, Window, Yarn
+from lowvram.config.architecture import Window, Yarn
+from lowvram.config.plan import Plan, choose_plan
+from lowvram.config.run import Corpus, RunConfig
+from lowvram.config.train import TrainConfig
 from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.model.transformer import Transformer
-from lowvram.plan import Plan, choose_plan
+from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.events import Started, StepDone
 from lowvram.train.optim import learning_rate
 from lowvram.train.prepare import prepare

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowvram.checkpoint import find_checkpoint
-from lowvram.config import Moe, RunConfig
+from lowvram.config.architecture import Moe
+from lowvram.config.plan import choose_plan
+from lowvram.config.run import RunConfig
 from lowvram.errors import PromptError, TrainingError
 from lowvram.model.ffn import Router
 from lowvram.objective import Batch, Loss, causal_loss
-from lowvram.plan import choose_plan
+from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Saved, StepDone, Stopped
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare

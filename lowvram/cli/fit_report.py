@@ -1,0 +1,258 @@
+"""How the answer about one model looks: a ledger line by line, reasons, a JSON object; decides nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from lowvram.cli.console import literal, out, result
+from lowvram.config.train import TrainConfig
+from lowvram.errors import DataError
+from lowvram.fit.epochs import Remark, RunText, suitable_preset
+from lowvram.fit.evidence import describe_evidence
+from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
+from lowvram.fit.report import Answer, Place
+from lowvram.fit.suggestions import Change
+from lowvram.hardware.profile import measured_ids
+from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
+
+# Cells of the longest bar, and those that stand before it in its row.
+_BAR_CELLS, _BEFORE_THE_BAR = 40, 27
+
+
+class Beside(NamedTuple):
+    """What is said about one model beside its ledger.
+
+    changes: what would make it fit, None where a plan was asked for.  faster: precisions in which it would be faster.
+    remarks: about its text.  instead: what this machine can train in time, where this model takes years.
+    """
+
+    changes: Sequence[Change] | None
+    faster: Sequence[Change] = ()
+    remarks: Sequence[Remark] = ()
+    instead: Advice | None = None
+
+
+def describe_technique(answer: Answer) -> str:
+    """Say what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
+    plan, train, ffn = answer.found.plan, answer.train, answer.model.ffn
+    words = [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
+    words += ["bf16 weights"] if train.weights == "bf16" else []
+    words += [describe_optimizer(train)] if train.optimizer.bits != 32 else []
+    if train.rotation is not None and ffn.kind == "moe":
+        words += [f"{train.rotation.window} of {ffn.experts} experts learn"]
+    words += ["update during backward"] if train.update_during_backward else []
+    words += ["states in RAM"] if plan.offload == "optimizer" else []
+    return ", ".join(words) or "–"
+
+
+def describe_optimizer(train: TrainConfig) -> str:
+    """Return `8-bit AdamW`, `16-bit Muon`."""
+    name = {"adamw": "AdamW", "muon": "Muon"}[train.optimizer.name]
+    return f"{train.optimizer.bits}-bit {name}"
+
+
+def show_one(answer: Answer, place: Place, beside: Beside, is_preset: bool) -> None:
+    """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
+    found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
+    cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
+    again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
+    result(f"{answer.name} {_verdict(answer, place)}: {cut}{again}.")
+    result(f"  {found.reason[:1].upper()}{found.reason[1:]}.")
+    result()
+    widest = min(_BAR_CELLS, max(0, out.width - _BEFORE_THE_BAR)) if out.is_terminal else _BAR_CELLS
+    for name, size in ledger.lines().items():
+        cells = round(size / ledger.peak_bytes * widest)
+        result(f"  {name:<12} {show_bytes(size):>10}  {'█' * cells}".rstrip())
+    result(f"  {'peak':<12} {show_bytes(ledger.peak_bytes):>10}  during {ledger.moment}")
+    if not found.is_rehearsed:
+        result("               these lines lie between two rehearsals; a run file is rehearsed itself")
+    result(f"  {'limit':<12} {show_bytes(place.limit_bytes):>10}  {_headless(place)}")
+    ram = "" if place.ram_bytes is None else f", which has {show_bytes(place.ram_bytes)}"
+    kept = f", {show_bytes(ledger.kept_on_host)} of it for experts and states that wait" if ledger.kept_on_host else ""
+    result(f"  {'host':<12} {show_bytes(answer.host_bytes):>10}  in the computer's memory{ram}{kept}")
+    result()
+    if answer.lacks_host_bytes:
+        result(f"  The computer lacks {show_bytes(answer.lacks_host_bytes)} of memory for it.")
+    _show_time(answer, place, beside.instead)
+    for change in beside.faster:
+        result(f"  {change.says} (--set {change.sets[0]}): {change.costs}; peak {show_bytes(change.peak_bytes)}.")
+    writes, disk = show_bytes(answer.written_bytes_per_day), show_bytes(answer.disk_bytes)
+    result(f"  A checkpoint has {show_bytes(answer.state_bytes)}; checkpoints write up to {writes} a day to the disk.")
+    result(f"  {disk} of disk must be free.")
+    for remark in beside.remarks:
+        result(f"  {remark.says}", "yellow" if remark.is_warning else "")
+    if not (answer.fits_headless and answer.fits_host):
+        _show_changes(answer, beside.changes, is_preset)
+
+
+def _show_time(answer: Answer, place: Place, instead: Advice | None) -> None:
+    """Say how fast the model is trained, how long that takes, and what to do where it takes years."""
+    if answer.speed is None or answer.days_range is None or answer.days is None:
+        if answer.fits_headless:
+            result(f"  How fast {place.profile.name} is, is not known.")
+        return
+    speed = answer.speed
+    pace = f"{show_count(speed.low)}–{show_count(speed.high)} tokens/s"
+    result(f"  {pace} ({describe_evidence(place.profile, measured_ids(), speed.is_measured)}).")
+    energy = f", {show_energy_range(*answer.kwh_range)}" if answer.kwh_range is not None else ""
+    lasts = show_duration_range(*(days * 86_400 for days in answer.days_range))
+    result(f"  {show_count(answer.train.tokens)} tokens in {lasts}{energy}.")
+    if answer.days > TOO_SLOW_DAYS:
+        result(f"  {place.profile.name} is too slow for {answer.name}.  {_say_instead(instead)}", "yellow")
+
+
+def _say_instead(instead: Advice | None) -> str:
+    demo = "`lowvram demo` trains a small model in minutes."
+    if instead is None or instead.answer.days_range is None:
+        return f"What it can do: {demo}"
+    name = instead.answer.name
+    lasts = show_duration_range(*(days * instead.share * 86_400 for days in instead.answer.days_range))
+    return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
+
+
+def _verdict(answer: Answer, place: Place) -> str:
+    if answer.fits:
+        return "fits"
+    if answer.found.fits:
+        return "fits the card, but not the computer's memory"
+    return f"fits only without {place.beside}" if answer.fits_headless else "does not fit"
+
+
+def _headless(place: Place) -> str:
+    if place.limit_bytes == place.headless_bytes:
+        return "for tensors"
+    return f"for tensors beside {place.beside}, {show_bytes(place.headless_bytes)} without"
+
+
+def _show_changes(answer: Answer, changes: Sequence[Change] | None, is_preset: bool) -> None:
+    largest = sorted(answer.found.rehearsal.ledger.lines().items(), key=lambda line: -line[1])[:3]
+    lines = ", ".join(f"{name} {show_bytes(size)}" for name, size in largest)
+    result(f"  Its largest lines: {lines}.")
+    if changes is None:
+        result("  Another plan may fit: leave --micro-batch and --recompute out.")
+        return
+    if not changes:
+        tried = "a lighter recipe, experts that take turns, a shorter context, fewer layers"
+        result(f"  None of these would do: {tried}.  Take a smaller preset.")
+        return
+    where = "as a run (--out run.toml) " if is_preset else ""
+    result(f"  What would fit, {where}with other results:")
+    for change in changes:
+        sets = " ".join(f"--set {assignment}" for assignment in change.sets)
+        result(f"    {sets}")
+        result(f"      {change.says}; peak {show_bytes(change.peak_bytes)}; {change.costs}")
+
+
+_ATTENTION = {
+    "flash": "a fused kernel (FlashAttention), so that scores never stand in memory",
+    "efficient": "a fused kernel (memory-efficient attention); FlashAttention needs an RTX 30 or later",
+    "math": "written out, every score in memory: Metal has no fused kernel for training",
+}
+_PRECISION = {
+    "bf16": "half the memory of fp32, and no loss scaling",
+    "fp16": "this card has tensor cores for it and none for bf16, which would be 8 times slower",
+}
+
+
+def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
+    """Yield why each choice was made: first what is the card's, then model by model."""
+    profile, train = place.profile, answers[0].train
+    yield ""
+    rest = "driver, context, workspaces and the gaps between tensors" if profile.platform == "cuda" else "the system"
+    yield f"limit: {show_bytes(place.headless_bytes)} of {show_bytes(profile.memory_bytes)}; the rest is for {rest}"
+    yield f"attention: {_ATTENTION[profile.attention]}"
+    is_own = train.precision == profile.dtype
+    yield f"precision: {train.precision}, {_PRECISION[profile.dtype] if is_own else 'as the run says'}"
+    is_measured = any(answer.speed is not None and answer.speed.is_measured for answer in answers)
+    has_figures = bool(profile.tflops)
+    source = describe_evidence(profile, measured_ids(), is_measured) + (
+        "" if is_measured else "; --measure times it here"
+    )
+    yield f"speed: {source if is_measured or has_figures else 'not known'}"
+    if any(not answer.is_dense for answer in answers):
+        yield f"recommendation: {DENSE_FIRST[0].lower()}{DENSE_FIRST[1:]}"
+    for answer in answers:
+        states = f"{describe_optimizer(answer.train)}, as the recipe says"
+        moment = f"peak during {answer.found.rehearsal.ledger.moment}"
+        yield f"{answer.name}: {answer.found.reason}; {states}; {moment}"
+
+
+def show_json(
+    answers: Sequence[Answer],
+    place: Place,
+    recommended: tuple[Advice | None, Advice | None],
+    beside: Beside,
+    text: RunText | None,
+) -> None:
+    """Print one JSON object; its schema is kept by a test.
+
+    recommended: the first run and the long one.  text: what there is to read, None where nobody said.
+    """
+    first, long = recommended
+    evidence = describe_evidence(place.profile, measured_ids(), any(a.speed and a.speed.is_measured for a in answers))
+    values = {
+        "gpu": place.profile.id,
+        "gpu_name": place.profile.name,
+        "limit_bytes": place.limit_bytes,
+        "limit_bytes_without_desktop": place.headless_bytes,
+        "recommended": long.answer.name if long else None,
+        "first_run": first.answer.name if first else None,
+        "first_run_tokens": (first.tokens or first.answer.train.tokens) if first else None,
+        "evidence": evidence if any(answer.speed for answer in answers) else None,
+        "text": _text_values(text),
+        "models": [_values(answer, text) for answer in answers],
+        "changes": [change._asdict() for change in beside.changes or ()],
+        "faster": [change._asdict() for change in beside.faster],
+    }
+    literal(json.dumps(values, ensure_ascii=False))
+
+
+def _text_values(text: RunText | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    return {
+        "tokens": text.tokens,
+        "text_bytes": sum(part.text_bytes for part in text.parts),
+        "is_held_out": text.is_held_out,
+        "suits_parameters": text.suits(),
+        "suits_preset": suitable_preset(text),
+    }
+
+
+def _passes(answer: Answer, text: RunText | None) -> float | None:
+    """Return how often the part that is read most often is read; None where that is not known, or it is too short."""
+    try:
+        return round(max(text.passes(answer.train)), 3) if text is not None else None
+    except DataError:
+        return None
+
+
+def _values(answer: Answer, text: RunText | None) -> dict[str, Any]:
+    found, speed = answer.found, answer.speed
+    return {
+        "name": answer.name,
+        "parameters": answer.model.num_parameters(),
+        "active_parameters": answer.model.active_parameters(),
+        "fits": answer.fits,
+        "fits_without_desktop": answer.fits_headless and not answer.lacks_host_bytes,
+        "plan": found.plan.model_dump(),
+        "reason": found.reason,
+        "peak_bytes": found.peak_bytes,
+        "host_bytes": answer.host_bytes,
+        "kept_on_host_bytes": found.rehearsal.ledger.kept_on_host,
+        "lacks_host_bytes": answer.lacks_host_bytes,
+        "ledger": found.rehearsal.ledger.lines() | {"moment": found.rehearsal.ledger.moment},
+        "tokens_per_second": round(speed.tokens_per_second, 1) if speed else None,
+        "tokens_per_second_range": [round(speed.low, 1), round(speed.high, 1)] if speed else None,
+        "is_measured": speed.is_measured if speed else None,
+        "days": round(answer.days, 3) if answer.days is not None else None,
+        "days_range": [round(days, 3) for days in answer.days_range] if answer.days_range is not None else None,
+        "kwh": round(answer.kwh, 2) if answer.kwh is not None else None,
+        "kwh_range": [round(kwh, 3) for kwh in answer.kwh_range] if answer.kwh_range is not None else None,
+        "passes": _passes(answer, text),
+        "checkpoint_bytes": answer.state_bytes,
+        "written_bytes_per_day": answer.written_bytes_per_day,
+        "disk_bytes": answer.disk_bytes,
+    }

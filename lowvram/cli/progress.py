@@ -1,0 +1,189 @@
+"""A run on the screen: one live line for its steps, and a lasting line for everything else that happens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from lowvram.cli.console import err, notice
+from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.units import count_of, show_bytes, show_count, show_duration
+
+if TYPE_CHECKING:
+    from lowvram.train.trainer import Trainer
+
+# Without a terminal a progress line would fill a log file; one of them every so often is enough.
+QUIET_INTERVAL_S = 30.0
+# Work between two steps that lasts longer than this is named.
+_LONG_S = 2.0
+_WIDEST_BAR, _NARROWEST_BAR = 24, 8
+_BESIDE_BAR = 4  # the spinner, and a blank between columns
+_MEMORY_OF = {"cuda": "card", "mps": "GPU"}  # else this process
+
+
+class TrainingScreen:
+    """Turns a trainer's events into lines: one live line for steps, and a lasting one for everything else.
+
+    evaluated: the last validation that was shown.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.evaluated: Evaluated | None = None
+        self._trainer, self._steps = trainer, trainer.what.train.steps
+        self._memory_of = _MEMORY_OF.get(trainer.state.model.embedding.device.type, "process")
+        self._told_at, self._last_at = 0.0, time.monotonic()
+        self._progress = Progress(
+            SpinnerColumn(),
+            _FittingBar(self._live_line),
+            _Line(self._live_line),
+            console=err,
+            transient=True,
+            refresh_per_second=4,
+            disable=not err.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=self._steps)
+        self._last: StepDone | None = None
+
+    def __enter__(self) -> TrainingScreen:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _live_line(self) -> str:
+        """Return what is going on now, in one line of the terminal's width."""
+        waited_s = time.monotonic() - self._last_at
+        work = [] if self._last is not None and waited_s < _LONG_S else [self._name_work(waited_s)]
+        told = [] if self._last is None else self._parts(self._last)
+        return join_fitting([*told, *work], err.width - 2)
+
+    def _name_work(self, waited_s: float) -> tuple[int, str]:
+        """Return the work in progress and for how long it has been, with its rank."""
+        trainer = self._trainer
+        if trainer.doing == "step":
+            begun, count = trainer.micro_batches_begun, trainer.plan.accumulate
+            first = f"step {trainer.state.step + 1}/{self._steps}  " if self._last is None else ""
+            what = f"{first}micro-batch {begun} of {count}" if count > 1 else f"{first}computing"
+            if self._last is None and self._memory_of == "card" and begun <= 1:
+                what += ", kernels are compiled first"
+        else:
+            what = trainer.doing
+        return 1, f"{what}, {show_duration(waited_s)}"
+
+    def _parts(self, event: StepDone) -> list[tuple[int, str]]:
+        return step_parts(event, self._steps, self._memory_of)
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        self._last_at = time.monotonic()
+        if isinstance(event, StepDone):
+            self._show_step(event)
+        elif isinstance(event, Started):
+            for problem in event.passed_over:
+                notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+            for sentence in event.notices:
+                notice(sentence)
+            if event.began_from:
+                notice(f"Beginning with the weights of {event.began_from}.")
+            if event.resumed_from:
+                notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+        elif isinstance(event, Halved):
+            now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
+            notice(f"step {event.step + 1:>6}  memory ran out: tried again, and on from here, with {now}", "yellow")
+        elif isinstance(event, Evaluated):
+            self.evaluated = event
+            how = ", experts read from their masters" if event.reads_masters else ""
+            found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how})"
+            notice(f"step {event.step:>6}  valid {found}", "cyan")
+        elif isinstance(event, Rotated):
+            where = (
+                f"{show_bytes(event.card_bytes)} on the card, {show_bytes(event.host_bytes)} in the computer's memory"
+            )
+            learn = f"experts {', '.join(map(str, event.experts))} learn now"
+            notice(f"step {event.step:>6}  {learn}  ({where}; {event.took_s:.1f} s)", "dim")
+        elif isinstance(event, Sampled) and event.problem:
+            notice(f"step {event.step:>6}  no sample after {event.prompt!r}: {event.problem}", "yellow")
+        elif isinstance(event, Sampled):
+            text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
+            notice(f"step {event.step:>6}  {text}", "dim")
+        elif isinstance(event, Saved):
+            notice(f"step {event.step:>6}  saved {event.directory} ({event.took_s:.1f} s)", "dim")
+        elif isinstance(event, Stopped):
+            self._show_end(event)
+
+    def _show_step(self, event: StepDone) -> None:
+        if event.is_skipped:
+            what = "its gradients were" if event.skipped == 1 else f"the gradients of {event.skipped} weights were"
+            notice(f"step {event.step:>6}  skipped: {what} not finite", "yellow")
+        self._last = event
+        self._progress.update(self._task, completed=event.step)
+        if not err.is_terminal and time.monotonic() - self._told_at > QUIET_INTERVAL_S:
+            self._told_at = time.monotonic()
+            notice(join_fitting(self._parts(event)))
+
+    def _show_end(self, event: Stopped) -> None:
+        self._progress.update(self._task, visible=False)
+        if self._last is not None:
+            notice(join_fitting(self._parts(self._last)))
+        if event.is_finished:
+            notice("All tokens were seen.", "green")
+        else:
+            notice(f"Stopped after step {event.step}; the same command goes on from here.", "green")
+
+
+def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, str]]:
+    """Return what is told of a step, each part with its rank: a narrow line leaves out those of the highest ranks.
+
+    memory_of: whose memory the step's figure is: the card's peak, or all that this process holds.
+    """
+    return [
+        (0, f"step {event.step}/{steps}"),
+        (2, f"loss {event.loss:.3f}"),
+        (4, f"{show_count(event.tokens_per_second)} tok/s"),
+        (5, f"{memory_of} {show_bytes(event.memory_bytes)}"),
+        (3, f"{show_duration(event.left_s)} left"),
+    ]
+
+
+def join_fitting(parts: list[tuple[int, str]], width: int | None = None) -> str:
+    """Return parts in one line, without those of the highest ranks where the line would be wider than `width`."""
+    kept = list(parts)
+    while True:
+        line = "  ".join(text for _, text in kept)
+        if width is None or len(line) <= width or len(kept) <= 1:
+            return line
+        kept.remove(max(kept, key=lambda part: part[0]))
+
+
+class _Line(ProgressColumn):
+    """The text of the live line."""
+
+    max_refresh = None
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self._line = line
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(self._line(), no_wrap=True, overflow="ellipsis")
+
+
+class _FittingBar(BarColumn):
+    """A bar in what the text leaves free; none where that is too little."""
+
+    def __init__(self, line: Callable[[], str]) -> None:
+        self._line = line
+        super().__init__()
+
+    def render(self, task: Task) -> ProgressBar | Text:  # type: ignore[override]
+        room = min(_WIDEST_BAR, err.width - len(self._line()) - _BESIDE_BAR)
+        if room < _NARROWEST_BAR:
+            return Text("")
+        self.bar_width = room
+        return super().render(task)

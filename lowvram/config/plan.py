@@ -1,0 +1,91 @@
+"""HOW a run is carried out on one machine: nothing in here changes what is learnt, up to rounding."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+from pydantic import PositiveInt
+
+from lowvram.config.base import Words
+from lowvram.config.train import TrainConfig
+from lowvram.errors import ConfigError
+
+# Tokens of one micro-batch while nothing has been measured: enough to fill a small card's matrix units.
+DEFAULT_MICRO_TOKENS = 4_096
+
+
+Recompute = Literal["none", "attention", "block"]
+Offload = Literal["none", "optimizer"]
+TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
+
+
+class Plan(Words):
+    """How a step is cut: micro_batch × accumulate = its sequences.
+
+    recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.
+    2016).  loss_chunk: rows of logits that exist at a time (None: the op's own choice).  offload: what lies in the
+    computer's memory and comes to the card for the update.  compile: blocks go through torch.compile.
+    """
+
+    micro_batch: PositiveInt
+    accumulate: PositiveInt
+    recompute: Recompute = "none"
+    loss_chunk: PositiveInt | None = None
+    offload: Offload = "none"
+    compile: bool = False
+
+
+class Ledger(NamedTuple):
+    """Bytes of tensors alive at a step's peak, by birthplace, each in the allocator's blocks (512 bytes on a card).
+
+    weights: and buffers.  activations: kept for backward.  loss: logits, and the head's gradients made with them.
+    temporaries: everything else, the batch included.  moment: when the peak is.
+    kept_on_host: what lies in the computer's memory all the time: masters and states of experts that wait for their
+    turn, or states that were moved there.  host_bytes: that, and what a save brings there, one file at a time.
+    checkpoint_bytes: all weights and states, as a save writes them.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    temporaries: int
+    moment: str
+    host_bytes: int = 0
+    kept_on_host: int = 0
+    checkpoint_bytes: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive at once on the card."""
+        return sum(self.lines().values())
+
+    def lines(self) -> dict[str, int]:
+        """Return the card's lines by name, whose sum is the peak."""
+        return {name: getattr(self, name) for name in LEDGER_LINES}
+
+
+LEDGER_LINES = ("weights", "gradients", "optimizer", "activations", "loss", "temporaries")
+
+
+def choose_plan(train: TrainConfig, micro_batch: int | None = None) -> tuple[Plan, str]:
+    """Return a plan that keeps `batch_tokens`, and the reason for its micro-batch.
+
+    micro_batch: sequences at a time, as the user asked; it must divide the step's sequences (ConfigError).
+    """
+    samples, possible = train.batch_samples, train.micro_batches
+    if micro_batch is not None:
+        if micro_batch not in possible:
+            why = f"A step has {samples} sequences (batch_tokens / seq_len), which it must divide."
+            if train.update_during_backward:
+                why = f"update_during_backward excludes accumulation: the step's {samples} sequences go at once."
+            raise ConfigError(f"--micro-batch is {micro_batch}.", why, f"Possible: {', '.join(map(str, possible))}.")
+        return Plan(micro_batch=micro_batch, accumulate=samples // micro_batch), "you asked for it"
+    most = max(1, DEFAULT_MICRO_TOKENS // train.seq_len)
+    chosen = max((n for n in possible if n <= most), default=possible[0])
+    if train.update_during_backward:
+        return Plan(micro_batch=chosen, accumulate=1), "a step that updates during backward has one micro-batch"
+    within = f"the most sequences of {train.seq_len} within {DEFAULT_MICRO_TOKENS} tokens"
+    reason = f"{within} that divide the step's {samples}"
+    return Plan(micro_batch=chosen, accumulate=samples // chosen), reason

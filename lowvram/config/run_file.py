@@ -1,0 +1,400 @@
+"""Run files and presets: TOML and `--set` in, a checked RunConfig out; the wording of what is wrong with them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lowvram.config.base import flatten
+from lowvram.config.field_names import answer_key
+from lowvram.config.model import ModelConfig
+from lowvram.config.run import RunConfig, check_vocabulary
+from lowvram.config.train import TrainConfig, check_rotation
+from lowvram.errors import ConfigError, name_nearest
+from lowvram.storage.disk import DISK
+
+# What `fit --out` writes where it was not told a folder.
+_GAP = "PUT A FOLDER HERE"
+# The keys that name which member of a tagged union a table is.
+_TAGS = ("kind", "name")
+PRESETS = Path(__file__).with_name("presets")
+Table = dict[str, Any]
+# What pydantic's words for a wrong kind of value mean in a run file.
+_EXPECTED = {
+    "tuple_type": 'a list, such as ["a", "b"]',
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+    "string_type": "text in quotes",
+    "path_type": "a path in quotes",
+}
+Config = typing.TypeVar("Config", bound=BaseModel)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+def read_preset(name: str) -> Table:
+    """Return a preset's tables `model` and `train`; raises ConfigError that names the nearest presets."""
+    if name not in preset_names():
+        raise ConfigError(f'model.preset is "{name}"; there is no such preset.', fix=name_nearest(name, preset_names()))
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, TrainConfig]:
+    """Return a preset's model and training configuration, with `--set a.b=c` laid over it as a run file is.
+
+    Raises ConfigError naming the nearest presets, or the key that is not known.
+    """
+    tables: Table = {}
+    for assignment in sets:
+        _assign(tables, assignment)
+    strange = sorted(set(tables) - {"model", "train"})
+    if strange:
+        raise ConfigError(f"--set names {strange[0]}, which a preset has not.", fix="Set values of model and train.")
+    where = f"preset {name}"
+    _check_tables(tables, where)
+    _lay_over_preset(name, tables)
+    model = _check(ModelConfig, tables["model"], where, "model")
+    train = _check(TrainConfig, tables["train"], where, "train")
+    try:
+        check_rotation(model, train)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}.") from error
+    return model, train
+
+
+def load_run(
+    path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], int], with_gaps: bool = False
+) -> RunConfig:
+    """Read a run file, lay it over its preset, apply `--set a.b=c`, and check every value.
+
+    Paths in it are relative to the file.  vocabulary_of: maps the tokenizer's directory to its number of ids.
+    with_gaps: take folders that `write_run` has left open.
+    Raises ConfigError naming file, key, value, and the known keys nearest to an unknown one.
+    """
+    tables = _read_tables(path, sets)
+    if not with_gaps:
+        _refuse_gaps(path, tables)
+    _check_tables(tables, str(path))
+    model = tables.get("model", {})
+    said = model.get("vocabulary")
+    _lay_over_preset(model.pop("preset", None), tables)
+    _resolve_paths(tables, path.resolve().parent)
+    tokenizer = tables.get("data", {}).get("tokenizer")
+    if not isinstance(tokenizer, str):
+        fix = 'Write [data] tokenizer = "tok".'
+        raise ConfigError(f"{path} names no tokenizer.", "The vocabulary comes from it.", fix)
+    size = vocabulary_of(Path(tokenizer))
+    check_vocabulary(said, size, Path(tokenizer))
+    tables.setdefault("model", {})["vocabulary"] = size
+    return _check(RunConfig, tables, str(path))
+
+
+def _check_tables(tables: Table, where: str) -> None:
+    """Raise ConfigError where a part of a run is a value instead of a table."""
+    for home in RunConfig.model_fields:
+        if not isinstance(tables.get(home, {}), dict):
+            fix = f"Write its values below a line [{home}]."
+            raise ConfigError(f"{where}: {home} is {tables[home]!r}, not a table.", fix=fix)
+
+
+def _lay_over_preset(name: object, tables: Table) -> None:
+    """Complete the tables `model` and `train` in place by a preset, if one is named, and switch off what is "none"."""
+    preset = {} if name is None else read_preset(str(name))
+    for home in ("model", "train"):
+        if home in preset or home in tables:
+            tables[home] = overlay(preset.get(home, {}), tables.get(home, {}))
+            _switch_off(tables[home])
+
+
+def _read_tables(path: Path, sets: Sequence[str]) -> Table:
+    tables = _read_toml(path)
+    for assignment in sets:
+        _assign(tables, assignment)
+    return tables
+
+
+def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
+    """Return the vocabulary that a run file or its preset states, None where neither does."""
+    model = _read_tables(path, sets).get("model", {})
+    if "vocabulary" in model or "preset" not in model:
+        said = model.get("vocabulary")
+        return said if isinstance(said, int) and said > 0 else None
+    return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
+
+
+def write_run(
+    path: Path, preset: str, model: ModelConfig, train: TrainConfig, folders: Mapping[str, str] | None
+) -> None:
+    """Write the run file of a preset, with every value of the model and of the training that differs from it.
+
+    folders: the full paths of `train`, `tokenizer` and, if there is one, `valid`; None leaves gaps, which `load_run`
+    names.  Raises ConfigError where `path` exists.
+    """
+    import tomlkit  # only here: it takes a tenth of what `lowvram --help` may take
+
+    refuse_overwriting(path)
+    has_gaps = folders is None
+    places = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if folders is None else folders
+    home = path.resolve().parent
+    before = load_preset(preset)
+    # The vocabulary follows the tokenizer.
+    changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
+    tables: dict[str, Table] = {
+        "model": {"preset": preset} | flatten(changes),
+        "data": {key: place if has_gaps else _relate(place, home) for key, place in places.items()},
+        "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
+        "run": {"dir": f"runs/{preset}"},
+    }
+    written = tomlkit.document()
+    for name, values in tables.items():
+        table = tomlkit.table()
+        for key, value in values.items():
+            table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
+        if name == "data" and has_gaps:
+            table.add(tomlkit.comment("valid may go: then nothing is held out"))
+        if values:
+            written.append(name, table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    DISK.write(path, tomlkit.dumps(written).encode())
+
+
+def _table_over(base: Table, whole: Table) -> Table:
+    """Return what must be laid over a table, by `overlay`, so that it becomes another one.
+
+    TOML has no null: what is nothing now and was something is written as "none".  A table of another kind is written
+    whole, for `overlay` takes nothing over from the old kind; what is nothing there is that kind's default.
+    """
+    top: Table = {}
+    for key, value in whole.items():
+        was = base.get(key)
+        if value == was:
+            continue
+        if isinstance(value, dict):
+            kept = was if isinstance(was, dict) and all(was.get(tag) == value.get(tag) for tag in _TAGS) else {}
+            top[key] = _table_over(kept, value)
+        else:
+            top[key] = "none" if value is None else value
+    return top
+
+
+def refuse_overwriting(path: Path) -> None:
+    """Raise ConfigError where a run file would be written over something."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+
+
+def _refuse_gaps(path: Path, tables: Table) -> None:
+    data = tables.get("data", {})
+    gaps = [f"data.{key}" for key, value in data.items() if value == _GAP] if isinstance(data, dict) else []
+    if gaps:
+        raise ConfigError(
+            f"{path} leaves {', '.join(gaps)} open.",
+            "A run needs packed shards and the tokenizer that packed them.",
+            "Write their folders there: lowvram tokenizer train and lowvram data pack make them.",
+        )
+
+
+def overlay(base: Table, top: Mapping[str, Any]) -> Table:
+    """Lay single fields over a table, deeply; a sub-table of another kind (or name) replaces the whole one."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        same_kind = (
+            isinstance(below, dict)
+            and isinstance(value, Mapping)
+            and all(value.get(tag, below.get(tag)) == below.get(tag) for tag in _TAGS)
+        )
+        merged[key] = overlay(typing.cast(Table, below), value) if same_kind else value
+    return merged
+
+
+def _switch_off(table: Table) -> None:
+    """Take "none" for nothing, which TOML cannot write: so that a preset's yarn, window or q_lora_rank can go."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            _switch_off(value)
+        elif value == "none":
+            table[key] = None
+
+
+def _read_toml(path: Path) -> Table:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        fix = "Check the name, or copy the example of the README."
+        raise ConfigError(f"There is no run file {path}.", fix=fix) from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a directory.", "A run is described by a TOML file.", "Name that file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        fix = "Mend that place; paths on Windows go in 'single quotes'."
+        raise ConfigError(f"{path} is not TOML:", f"{error}.", fix) from error
+
+
+def _assign(tables: Table, assignment: str) -> None:
+    name, equals, text = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {assignment} is not an assignment.", fix="Write --set optimizer.lr=3e-4.")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if keys == ["preset"]:
+        keys.insert(0, "model")
+    if keys[0] not in RunConfig.model_fields:
+        homes = [home for home, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
+        if len(homes) != 1:
+            fix = answer_key(keys[0], full_names(), full_names())
+            raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=fix)
+        keys.insert(0, homes[0])
+    table = tables
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {assignment}: {key} is a value, not a table.")
+    table[keys[-1]] = value
+
+
+def _resolve_paths(tables: Table, home: Path) -> None:
+    _map_paths(tables, lambda path: os.path.normpath(home / Path(path).expanduser()))
+
+
+def _map_paths(tables: Table, change: Callable[[str], str]) -> None:
+    """Change every path of a run's tables in place; what is no text is left for the check to name."""
+    data = tables.get("data", {})
+    corpora = data.get("train") if isinstance(data.get("train"), list) else []
+    if corpora:
+        data["train"] = corpora = [{"path": one} if isinstance(one, str) else one for one in corpora]
+    homes: list[tuple[Any, tuple[str, ...]]] = [
+        (data, ("valid", "tokenizer", "train")),
+        (tables.get("run", {}), ("dir",)),
+        (tables.get("train", {}), ("start_from",)),
+        *((corpus, ("path",)) for corpus in corpora),
+    ]
+    for table, keys in homes:
+        for key in keys:
+            if isinstance(table, dict) and isinstance(table.get(key), str):
+                table[key] = change(table[key])
+
+
+def known_keys(annotation: Any, tag: str | None = None) -> list[str]:
+    """Return the keys that a configuration type takes; of a union those of the member tagged `tag`, or of all."""
+    keys: list[str] = []
+    for member in _configs_in(annotation):
+        tags = _tags_of(member)
+        if tag is None or not tags or tag in tags:
+            keys += [key for key in member.model_fields if key not in keys]
+    return keys
+
+
+@functools.cache
+def full_names() -> Mapping[str, str]:
+    """Return every key of a run file with its full name; a key that several tables have is left out."""
+    found: dict[str, list[str]] = {}
+
+    def walk(config: type[BaseModel], prefix: str) -> None:
+        for key, field in config.model_fields.items():
+            found.setdefault(key, []).append(f"{prefix}{key}")
+            for inner in _configs_in(field.annotation):
+                walk(inner, f"{prefix}{key}.")
+
+    walk(RunConfig, "")
+    return {key: names[0] for key, names in found.items() if len(set(names)) == 1}
+
+
+def _configs_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [config for inner in typing.get_args(annotation) for config in _configs_in(inner)]
+    return []
+
+
+def _check(config: type[Config], tables: Table, where: str, prefix: str = "") -> Config:
+    try:
+        return config.model_validate(tables)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(config, tables, error, prefix)}") from error
+
+
+def _explain(config: type[BaseModel], tables: Table, error: ValidationError, prefix: str) -> str:
+    sentences = []
+    for problem in error.errors():
+        keys, level = [prefix] if prefix else [], [config]
+        for part in problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]:
+            if isinstance(part, str):
+                inner = [f for c in level for f in [c.model_fields.get(part)] if f is not None]
+                if inner:
+                    keys.append(part)
+                    level = [c for f in inner for c in _configs_in(f.annotation)]
+                else:
+                    level = [c for c in level if part in _tags_of(c)] or level
+            else:
+                keys[-1] += f"[{part}]"
+        path = ".".join(keys)
+        if problem["type"] == "extra_forbidden":
+            word = str(problem["loc"][-1])
+            known = [key for c in level for key in c.model_fields]
+            full = ".".join([*keys, word])
+            # Another kind of the same table has it: of MLA, "it is model.attention.kv_heads" would say nothing.
+            homes = {key: name for key, name in full_names().items() if name != full}
+            sentences.append(f"there is no key {full}. {answer_key(word, known, homes)}")
+        elif problem["type"] == "missing":
+            sentences.append(f"{path} is missing.")
+        elif problem["type"] == "union_tag_not_found":
+            tag, kinds = (
+                problem["ctx"]["discriminator"].strip(chr(39)),
+                [repr(kind) for c in level for kind in _tags_of(c)],
+            )
+            sentences.append(f"{path}.{tag} is missing; there are {', '.join(kinds)}.")
+        elif problem["type"] == "union_tag_invalid":
+            tag, known = (problem["ctx"][word] for word in ("discriminator", "expected_tags"))
+            sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")
+        elif problem["type"] == "value_error":
+            sentences.append(f"{problem['msg'].removeprefix('Value error, ')}.")
+        elif problem["type"] in _EXPECTED or (problem["type"].startswith("model_") and level):
+            expected = _EXPECTED.get(problem["type"]) or f"a table with {', '.join(level[0].model_fields)}"
+            sentences.append(f"{path} is {problem['input']!r}; it takes {expected}.")
+        else:
+            given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
+            sentences.append(f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
+    return " ".join(dict.fromkeys(sentences))
+
+
+def _tags_of(config: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the words that name a member of a tagged union; none where it is no such member."""
+    field = config.model_fields.get("kind") or config.model_fields.get("name")
+    return typing.get_args(field.annotation) if field is not None else ()
+
+
+def to_portable(what: RunConfig, home: Path) -> Table:
+    """Return a run's configuration as plain tables whose paths are relative to `home`, so that both can move."""
+    tables = what.model_dump(mode="json")
+    _map_paths(tables, lambda path: _relate(path, home))
+    return tables
+
+
+def from_portable(tables: Table, home: Path) -> RunConfig:
+    """Return the configuration that `to_portable` wrote, with its paths seen from where `home` is now."""
+    _resolve_paths(tables, home.resolve())
+    return RunConfig.model_validate(tables)
+
+
+def _relate(path: str, home: Path) -> str:
+    try:
+        return Path(os.path.relpath(path, home)).as_posix()
+    except ValueError:  # another drive of Windows has no relative path
+        return path

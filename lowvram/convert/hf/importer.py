@@ -1,0 +1,88 @@
+"""Makes a model that lies outside a checkpoint of ours: step 0 of a run that others start from or talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lowvram_kernels.quantise import Scaled, dequantise
+from torch import Tensor
+
+from lowvram.config.run import Corpus, DataConfig, RunConfig, RunOptions
+from lowvram.config.run_file import to_portable
+from lowvram.config.train import TrainConfig
+from lowvram.convert.hf.reader import Outside
+from lowvram.convert.hf.tensor_names import name_pieces
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.errors import CheckpointError
+from lowvram.storage.checkpoint import Checkpoint, Store
+from lowvram.storage.disk import DISK, Disk
+
+# Where the corpora of a run of ours stand; nobody knows those of a model from outside.
+_NO_DATA = "unknown"
+
+
+def adopt(
+    outside: Outside,
+    tokenizer: Tokenizer,
+    run: Path,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    disk: Disk = DISK,
+) -> Checkpoint:
+    """Write a model from outside as the first checkpoint of the run directory `run`, its tokenizer beside it.
+
+    Every number stays what it is: fp16 becomes fp32, and FP8 becomes bf16 where that is exact, else fp32.
+    Raises CheckpointError where the tokenizer has ids that the model has no row for.
+    """
+    config = outside.config
+    if tokenizer.size != config.vocabulary:
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.size} ids, and the model {config.vocabulary} rows for them (vocab_size).",
+            "Every id needs its row, and every row that is drawn an id.",
+            "Name the model's own tokenizer with --tokenizer.",
+        )
+    weights = {}
+    for done, name in enumerate(outside.names()):
+        weights[name] = _keep(outside.read(name))
+        _check_finite(outside, name, weights[name])
+        tell(done + 1, len(outside.names()))
+    what = _describe(outside, weights["embedding"].dtype, run)
+    tokenizer.save(run / "tokenizer", disk)
+    hashes = {"tokenizer": tokenizer.hash}
+    numbers = {"step": 0, "tokens": 0, "imported_from": outside.directory.resolve().name}
+    return Store(run, disk=disk).save(weights, {}, numbers, to_portable(what, run), run / "tokenizer", hashes)
+
+
+def _keep(found: Tensor | Scaled) -> Tensor:
+    """Return the numbers of a tensor in the narrowest of our dtypes that the file's were certainly meant in."""
+    if isinstance(found, Scaled):
+        wide = dequantise(found, torch.float32)
+        narrow = wide.to(torch.bfloat16)
+        return narrow if torch.equal(narrow.float(), wide) else wide
+    return found.float() if found.dtype == torch.float16 else found
+
+
+def _check_finite(outside: Outside, name: str, weight: Tensor) -> None:
+    strange = weight.numel() - int(torch.isfinite(weight).sum())
+    if strange:
+        pieces = name_pieces(name, outside.config)
+        raise CheckpointError(
+            f"{pieces[0]}{f' or one of {len(pieces) - 1} beside it' if len(pieces) > 1 else ''} holds no numbers.",
+            f"{strange:,} of {weight.numel():,} values are infinite or NaN, so that every answer would be, too.",
+            "The training went wrong, or the file is damaged: copy it anew, or take another one.",
+        )
+
+
+def _describe(outside: Outside, dtype: torch.dtype, run: Path) -> RunConfig:
+    """Return a run whose model is this one; its recipe says no more than what can be read off."""
+    length = outside.form.trained_positions
+    numbers = "bf16" if dtype == torch.bfloat16 else "fp32"
+    return RunConfig(
+        model=outside.config,
+        data=DataConfig(train=(Corpus(path=run / _NO_DATA),), tokenizer=run / "tokenizer"),
+        train=TrainConfig.model_validate(
+            {"tokens": length, "seq_len": length, "batch_tokens": length, "precision": numbers, "weights": numbers}
+        ),
+        run=RunOptions(dir=run),
+    )

@@ -1,0 +1,78 @@
+"""Where this machine's measurements lie: one JSON file per card and precision; knows no torch and takes no time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+from pydantic import ValidationError
+
+from lowvram.fit.throughput import Measured, work_seconds
+from lowvram.hardware.detect import find_torch
+from lowvram.hardware.profile import Profile
+from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.json_files import JsonError, read_object
+
+
+def measurements(home: Path | None = None) -> Path:
+    """Return the directory that holds them: in `home`, or in the user's own place for data."""
+    return (home or Path(platformdirs.user_data_dir("lowvram", appauthor=False))) / "measurements"
+
+
+def store_measured(measured: Measured, home: Path | None = None, disk: Disk = DISK) -> Path:
+    """Write a measurement, in place of an older one of that card and precision; returns the file."""
+    path = _path(measured.profile_id, measured.precision, home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    disk.write(path, measured.model_dump_json(indent=1).encode())
+    return path
+
+
+def load_measured(profile_id: str, precision: str, home: Path | None = None) -> tuple[Measured | None, str]:
+    """Return the measurement of a card and precision, None where there is none, and a sentence where one is ignored."""
+    path = _path(profile_id, precision, home)
+    ignored, again = f"The measurement {path} is ignored", "measure again with --measure"
+    try:
+        measured = Measured.model_validate(read_object(path))
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"{ignored}: {error.strerror}; {again}."
+    except (JsonError, ValidationError):
+        return None, f"{ignored}: it is torn, or another version wrote it; {again}."
+    if (measured.profile_id, measured.precision) != (profile_id, precision):
+        return (
+            None,
+            f"{ignored}: it is of {measured.profile_id}, {measured.precision}; {again}.",
+        )
+    return measured, ""
+
+
+def compare_precisions(profile: Profile, home: Path | None = None) -> float | None:
+    """Return how many times as long as in fp32 a processor's micro-batch takes in bf16; None where nobody knows.
+
+    Both must have been timed, forward and backward, on one configuration with the torch that is installed and as many
+    threads.  A card's 16 bits are in its profile, and are not asked for here.
+    """
+    if profile.platform != "cpu":
+        return None
+    bf16, fp32 = (load_measured(profile.id, precision, home)[0] for precision in ("bf16", "fp32"))
+    if bf16 is None or fp32 is None or _conditions(bf16) != _conditions(fp32):
+        return None
+    build = find_torch()
+    if build is None or build.version != bf16.torch:
+        return None
+    fp32_s = _micro_seconds(fp32)
+    return _micro_seconds(bf16) / fp32_s if fp32_s > 0.0 else None
+
+
+def _conditions(measured: Measured) -> tuple[object, ...]:
+    # A run file's name says little about what is in it, but the operations of its micro-batch do.
+    return measured.timed, measured.torch, measured.threads, measured.micro.flops + measured.micro.attention_flops
+
+
+def _micro_seconds(measured: Measured) -> float:
+    return work_seconds(measured.micro, measured.rates, "cpu") * measured.micro_ratio
+
+
+def _path(profile_id: str, precision: str, home: Path | None) -> Path:
+    return measurements(home) / f"{profile_id}-{precision}.json"

@@ -1,0 +1,190 @@
+"""How often a run reads its text, whether that is too often, and what to do then; opens shards, never imports torch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lowvram.config.model import ModelConfig
+from lowvram.config.run import DataConfig
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.config.train import TrainConfig
+from lowvram.errors import DataError
+from lowvram.fit.folders import find_folders
+from lowvram.units import count_of, show_bytes, show_count
+
+# Up to four passes over a text teach nearly as much as as much fresh text; later passes teach less and less.
+# Source: Muennighoff et al. 2023, Scaling Data-Constrained Language Models, section 5.
+ENOUGH_PASSES = 4.0
+# Tokens a parameter at which a model of that size makes the most of its computation.
+# Source: Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, table 3.
+TOKENS_PER_PARAMETER = 20
+OUR_PRESETS = "tr-"
+_MEMORISES = (
+    f"Beyond about {ENOUGH_PASSES:.0f} passes over its text a model memorises it rather than learns from it "
+    "(Muennighoff et al. 2023)."
+)
+_HELD_OUT = (
+    "Nothing is held out: data.valid is not set, so overfitting cannot be seen. "
+    "`lowvram data pack` with --holdout 0.5% keeps a part of the text for that."
+)
+
+
+class Part(NamedTuple):
+    """One corpus of a run: its tokens, the bytes of its text, and its share of what is read."""
+
+    path: Path
+    tokens: int
+    text_bytes: int
+    share: float = 1.0
+
+
+class Remark(NamedTuple):
+    """A sentence about the text.  is_warning: something should be done."""
+
+    says: str
+    is_warning: bool = False
+
+
+class RunText(NamedTuple):
+    """The text of a run.  is_held_out: a part of the text is kept for validation."""
+
+    parts: tuple[Part, ...]
+    is_held_out: bool
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that there are."""
+        return sum(part.tokens for part in self.parts)
+
+    def passes(self, train: TrainConfig) -> list[float]:
+        """Return how often a run reads each part, as the loader counts it: in whole windows of seq_len.
+
+        Raises DataError where a part is shorter than one window.
+        """
+        samples = train.steps * train.batch_samples
+        return [samples * part.share / _windows(part, train.seq_len) for part in self.parts]
+
+    def most_tokens(self, train: TrainConfig) -> int:
+        """Return the most tokens, in whole steps, with which no part is read more than ENOUGH_PASSES times.
+
+        Returns 0 where a single step reads more.  Raises DataError where a part is shorter than one window.
+        """
+        samples = min(ENOUGH_PASSES * _windows(part, train.seq_len) / part.share for part in self.parts)
+        return int(samples) // train.batch_samples * train.batch_tokens
+
+    def suits(self) -> int:
+        """Return the parameters for which ENOUGH_PASSES over this text are TOKENS_PER_PARAMETER."""
+        supply = min(ENOUGH_PASSES * part.tokens / part.share for part in self.parts)
+        return int(supply / TOKENS_PER_PARAMETER)
+
+
+def _windows(part: Part, seq_len: int) -> int:
+    windows = (part.tokens - 1) // seq_len
+    if windows < 1:
+        why = f"A window of seq_len = {seq_len} takes {seq_len + 1}."
+        raise DataError(
+            f"{part.path} holds {count_of(part.tokens, 'token')}.", why, "Pack more text, or lower train.seq_len."
+        )
+    return windows
+
+
+def open_text(data: DataConfig) -> RunText:
+    """Return what a run's shards say of themselves; raises DataError where they are missing or damaged."""
+    total = sum(corpus.weight for corpus in data.train)
+    parts = tuple(_open(corpus.path, corpus.weight / total) for corpus in data.train)
+    return RunText(parts, data.valid is not None)
+
+
+def open_folder(data: Path) -> RunText:
+    """Return the text in a folder of shards, or in one that holds `train` and perhaps `valid`.
+
+    Raises DataError where there are no shards, ConfigError as `find_folders`.
+    """
+    found = find_folders(data)
+    return RunText((_open(found.train if found.train.is_dir() else data, 1.0),), found.valid is not None)
+
+
+def _open(path: Path, share: float) -> Part:
+    from lowvram.data.shard_set import ShardSet  # numpy, which an answer without a text does not need
+
+    shards = ShardSet.open(path)
+    return Part(path, shards.tokens, shards.text_bytes, share)
+
+
+@functools.cache
+def _dense_presets() -> list[tuple[str, ModelConfig, TrainConfig]]:
+    """Return our presets without experts, the smallest first."""
+    found = [(name, *load_preset(name)) for name in preset_names() if name.startswith(OUR_PRESETS)]
+    dense = [preset for preset in found if preset[1].ffn.kind != "moe"]
+    return sorted(dense, key=lambda preset: preset[1].num_parameters())
+
+
+def suitable_preset(text: RunText) -> str | None:
+    """Return our largest dense preset that a text suits, None where it is too little for the smallest."""
+    fitting = [name for name, model, _ in _dense_presets() if model.num_parameters() <= text.suits()]
+    return fitting[-1] if fitting else None
+
+
+def wanted_tokens(model: ModelConfig) -> int:
+    """Return the tokens of text that suit a model: TOKENS_PER_PARAMETER in ENOUGH_PASSES."""
+    return math.ceil(model.num_parameters() * TOKENS_PER_PARAMETER / ENOUGH_PASSES)
+
+
+def remark_on(text: RunText, model: ModelConfig, train: TrainConfig) -> Iterator[Remark]:
+    """Yield what there is to say about a run's text: how often it is read, and what to do where that is too often."""
+    passes = text.passes(train)
+    is_too_often = max(passes) > ENOUGH_PASSES
+    yield Remark(_count(text.parts, passes, train), is_too_often)
+    if is_too_often:
+        yield Remark(_MEMORISES, True)
+        yield Remark(_propose(text, max(passes), train), True)
+        yield Remark(_orient(text, model), True)
+    if not text.is_held_out:
+        yield Remark(_HELD_OUT, True)
+
+
+def _count(parts: Sequence[Part], passes: Sequence[float], train: TrainConfig) -> str:
+    read = "; ".join(
+        f"{part.path.name} has {show_count(part.tokens)} tokens and is read {times:,.2f} times"
+        for part, times in zip(parts, passes, strict=True)
+    )
+    return f"{show_count(train.tokens)} tokens in {count_of(train.steps, 'step')}: {read}."
+
+
+def _propose(text: RunText, most: float, train: TrainConfig) -> str:
+    wanted = 1 + int(text.tokens * most / ENOUGH_PASSES)
+    text_bytes = wanted * sum(part.text_bytes for part in text.parts) / text.tokens
+    more = f"more text, at least {show_count(wanted)} tokens ({show_bytes(text_bytes)} of such text) for this run"
+    tokens = text.most_tokens(train)
+    if not tokens:
+        return (
+            f"What helps: {more}.  A single step reads it more often: lower train.batch_tokens, and train.tokens too."
+        )
+    return f'What helps: train.tokens = "{round_down(tokens)}", which is {ENOUGH_PASSES:.0f} passes; or {more}.'
+
+
+def _orient(text: RunText, model: ModelConfig) -> str:
+    rule = f"about {TOKENS_PER_PARAMETER} tokens a parameter (Hoffmann et al. 2022)"
+    size, suits = model.num_parameters(), text.suits()
+    if size <= suits:
+        return f"The size suits: by {rule} this text is enough for {show_count(suits)} parameters."
+    says = f"Or a smaller model: by {rule} this text suits {show_count(suits)} parameters, and this model has "
+    name = suitable_preset(text)
+    if name is not None:
+        return f"{says}{show_count(size)}.  The preset for it is {name}."
+    smallest, model, _ = _dense_presets()[0]
+    wants = show_count(wanted_tokens(model))
+    return f"{says}{show_count(size)}.  The smallest preset, {smallest}, wants {wants} tokens of text."
+
+
+def round_down(count: int) -> str:
+    """Return a count in three digits that is never above it, as run files take it: `6.29M`, `524k`, `960`."""
+    for factor, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= factor:
+            digits = 10 ** max(0, len(str(count)) - 3)
+            return f"{count // digits * digits / factor:g}{unit}"
+    return str(count)

@@ -1,0 +1,366 @@
+"""What this machine has: driver, installed torch, card, memory; never imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import psutil
+
+from lowvram.errors import ConfigError
+from lowvram.hardware.profile import Profile, find_profile, generic_profile, load_profile
+from lowvram.units import show_bytes
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """An NVIDIA driver: its card's name, and the newest CUDA that the driver can run, as (major, minor).
+
+    card: the one that a run would use, or would if the environment did not hide it.
+    """
+
+    card: str
+    cuda: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    """The installed torch: its version, and the CUDA that it was built for, None for a CPU-only build."""
+
+    version: str
+    cuda: tuple[int, int] | None
+
+
+class NvidiaCard(NamedTuple):
+    """An NVIDIA card as its driver sees it now.  free_bytes: what no other program holds, desktop included."""
+
+    name: str
+    capability: tuple[int, int]
+    total_bytes: int
+    free_bytes: int
+
+
+class TritonBuild(NamedTuple):
+    """The installed Triton: its version, and what it says where it does not import, "" where it does."""
+
+    version: str
+    problem: str = ""
+
+
+class Bitsandbytes(NamedTuple):
+    """The installed bitsandbytes: its version, and the names of the native libraries that came with it."""
+
+    version: str
+    libraries: tuple[str, ...]
+
+
+class Mismatch(NamedTuple):
+    """Why torch leaves the NVIDIA card idle, and the command that installs one that does not, "" where none would.
+
+    is_driver_old: a newer driver mends it too.
+    """
+
+    reason: str
+    command: str
+    is_driver_old: bool
+
+
+class Detected(NamedTuple):
+    """This machine's profile, the bytes that are free on it now (None: nobody can say), and a sentence about both."""
+
+    profile: Profile
+    free_bytes: int | None
+    sentence: str
+
+
+def find_driver() -> Driver | None:
+    """Return the NVIDIA driver of this machine, or None where there is no driver or no card that it drives."""
+    return _ask_nvml(_read_driver)
+
+
+def find_card() -> NvidiaCard | None:
+    """Return the NVIDIA card that a run would use with its memory now, None where there is none or all are hidden."""
+    return _ask_nvml(_read_card)
+
+
+def _ask_nvml(question: Callable[[Any], Answer]) -> Answer | None:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        return question(pynvml)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_driver(nvml: Any) -> Driver | None:
+    number = nvml.nvmlSystemGetCudaDriverVersion_v2()
+    indices = _list_indices(nvml)
+    if not indices:
+        return None
+    return Driver(_read_name(nvml, (_list_visible(nvml, indices) or indices)[0]), (number // 1000, number % 1000 // 10))
+
+
+def _read_card(nvml: Any) -> NvidiaCard | None:
+    visible = _list_visible(nvml, _list_indices(nvml))
+    if not visible:
+        return None
+    memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(visible[0]))
+    name, capability = _read_name(nvml, visible[0]), _read_capability(nvml, visible[0])
+    return NvidiaCard(name, capability, int(memory.total), int(memory.free))
+
+
+def _list_indices(nvml: Any) -> list[int]:
+    """Return NVML's numbers of all cards in the order in which CUDA counts them.
+
+    NVML counts by slot.  CUDA begins with the fastest card, which it takes for the one of the highest capability with
+    the most memory, unless it is told otherwise (CUDA C++ Programming Guide, CUDA environment variables).  A card
+    whose memory NVML does not know comes after the others of its capability.
+    """
+    indices = list(range(nvml.nvmlDeviceGetCount()))
+    if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len(indices) < 2:
+        return indices
+
+    def rank(index: int) -> tuple[tuple[int, int], int]:
+        try:
+            total_bytes = int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).total)
+        except nvml.NVMLError:  # "not supported": such a card shares the computer's memory
+            total_bytes = 0
+        return _read_capability(nvml, index), total_bytes
+
+    return sorted(indices, key=rank, reverse=True)
+
+
+def _list_visible(nvml: Any, indices: list[int]) -> list[int]:
+    """Return those of the cards that CUDA_VISIBLE_DEVICES leaves, in its order.
+
+    It lists places in CUDA's own order or beginnings of UUIDs.  What names no card hides all that follow it, so that
+    nothing and -1 hide every card; a card that is named twice hides all.
+    """
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is None:
+        return indices
+    visible: list[int] = []
+    for entry in asked.split(","):
+        index = _find_named(nvml, indices, entry.strip())
+        if index is None:
+            break
+        if index in visible:
+            return []
+        visible.append(index)
+    return visible
+
+
+def _find_named(nvml: Any, indices: list[int], entry: str) -> int | None:
+    if entry.isdecimal():
+        return indices[int(entry)] if int(entry) < len(indices) else None
+    if entry.startswith("MIG-"):
+        return indices[0] if indices else None  # a part of some card; torch says its memory when a run begins
+    if not entry.startswith("GPU-"):
+        return None
+    found = [index for index in indices if _read_uuid(nvml, index).startswith(entry)]
+    return found[0] if len(found) == 1 else None
+
+
+def _read_capability(nvml: Any, index: int) -> tuple[int, int]:
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(index))
+    return int(major), int(minor)
+
+
+def _read_uuid(nvml: Any, index: int) -> str:
+    uuid = nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(index))
+    return uuid if isinstance(uuid, str) else str(uuid.decode())
+
+
+def _read_name(nvml: Any, index: int) -> str:
+    name = nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(index))
+    return name if isinstance(name, str) else str(name.decode())
+
+
+def find_torch() -> TorchBuild | None:
+    """Return what is installed as torch, read from its version file: importing it would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    version = re.search(r"__version__ = '([^']+)'", text)
+    cuda = re.search(r"^cuda[^=]*= '(\d+)\.(\d+)'", text, re.MULTILINE)
+    return TorchBuild(version[1] if version else "unknown", (int(cuda[1]), int(cuda[2])) if cuda else None)
+
+
+def find_triton() -> TritonBuild | None:
+    """Return the Triton that Python would import, tried by importing it, or None where there is none."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    version = next(filter(None, map(_find_version, ("triton", "triton-windows", "pytorch-triton"))), "unknown")
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError) as error:
+        return TritonBuild(version, first_line(error))
+    return TritonBuild(version)
+
+
+def find_bitsandbytes() -> Bitsandbytes | None:
+    """Return the installed bitsandbytes by its files, since importing it takes seconds."""
+    spec = importlib.util.find_spec("bitsandbytes")
+    if spec is None or spec.origin is None:
+        return None
+    files = Path(spec.origin).parent.glob("libbitsandbytes_*")
+    libraries = sorted(file.stem for file in files if file.suffix in (".so", ".dll", ".dylib"))
+    return Bitsandbytes(_find_version("bitsandbytes") or "unknown", tuple(libraries))
+
+
+def find_compiler() -> str | None:
+    """Return the C compiler that Triton would use: CC, else gcc, else clang (triton/runtime/build.py)."""
+    asked = os.environ.get("CC")
+    return shutil.which(asked) if asked is not None else shutil.which("gcc") or shutil.which("clang")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _find_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# What pyproject.toml asks for.
+TORCH = "torch>=2.10,<2.14"
+# CUDA versions that PyTorch's own index holds wheels for, newest first (pytorch.org/get-started/previous-versions).
+_WHEELS = ((13, 0), (12, 8), (12, 6))
+# The first CUDA whose wheels have no code for cards before RTX 20, and have some for RTX 50 (pytorch/pytorch#172352).
+_MODERN = (12, 8)
+
+
+def find_wheel(driver: Driver, capability: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Return the CUDA of the newest wheels of torch that this driver and card run, None where none do."""
+    # Within a major version a driver also runs what was built for a newer minor one (NVIDIA, minor compatibility).
+    wheels = [cuda for cuda in _WHEELS if cuda[0] <= driver.cuda[0]]
+    if capability is not None and capability < (7, 5):
+        wheels = [cuda for cuda in wheels if cuda < _MODERN]
+    if capability is not None and capability >= (10, 0):
+        wheels = [cuda for cuda in wheels if cuda >= _MODERN]
+    return next((cuda for cuda in wheels if cuda <= driver.cuda), wheels[-1] if wheels else None)
+
+
+def install_command(index: str, is_forced: bool = True) -> str:
+    """Return the line that installs torch from a part of PyTorch's own index: "cu130", "cpu"; "" is PyPI."""
+    force = "--force-reinstall " if is_forced else ""
+    return f'pip install {force}"{TORCH}"' + (f" --index-url https://download.pytorch.org/whl/{index}" if index else "")
+
+
+def find_mismatch(
+    driver: Driver | None, build: TorchBuild | None, capability: tuple[int, int] | None = None
+) -> Mismatch | None:
+    """Return why the installed torch cannot use the NVIDIA card that is here, None where it can or there is none."""
+    if driver is None or build is None:
+        return None
+    wheel = find_wheel(driver, capability)
+    command = install_command(f"cu{wheel[0]}{wheel[1]}") if wheel else ""
+    if build.cuda is None:
+        return Mismatch(f"torch {build.version} is a CPU-only build", command, False)
+    if build.cuda[0] > driver.cuda[0]:
+        had, needed = (".".join(map(str, version)) for version in (driver.cuda, build.cuda))
+        reason = f"its driver runs CUDA {had} at most and torch {build.version} needs {needed}"
+        return Mismatch(reason, command, True)
+    return None
+
+
+UPDATE_DRIVER = "update the NVIDIA driver, since none of torch's builds runs on it"
+
+
+def explain_mismatch(
+    driver: Driver | None, build: TorchBuild | None, capability: tuple[int, int] | None = None
+) -> str | None:
+    """Return one sentence with the exact command where torch leaves the NVIDIA card idle; None where all is well."""
+    mismatch = find_mismatch(driver, build, capability)
+    if driver is None or mismatch is None:
+        return None
+    idle = mismatch.reason + ("" if mismatch.is_driver_old else ", so training would not use it")
+    remedy = f"type: {mismatch.command}" if mismatch.command else UPDATE_DRIVER
+    either = "update the driver, or " if mismatch.is_driver_old and mismatch.command else ""
+    return f"{driver.card} is here, but {idle}; {either}{remedy}"
+
+
+def machine_memory_bytes() -> int:
+    """Return the host's memory."""
+    return int(psutil.virtual_memory().total)
+
+
+def describe_machine() -> str:
+    """Return the machine in a few words: system, processors, memory, card."""
+    driver = find_driver()
+    card = f", {driver.card}" if driver else ""
+    processors = f"{psutil.cpu_count(logical=True)} processors"
+    memory = show_bytes(machine_memory_bytes())
+    return f"{platform.system()} {platform.machine()}, {processors}, {memory}{card}"
+
+
+def detect() -> Detected:
+    """Return the profile of what this machine trains on: its first NVIDIA card, its Apple chip, or its processor."""
+    card = find_card()
+    if card is not None:
+        return describe_card(card)
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return _describe_apple(_read_chip(), machine_memory_bytes())
+    return describe_processor()
+
+
+def describe_processor() -> Detected:
+    """Return the processor's profile and what is free of this machine's memory."""
+    memory = psutil.virtual_memory()
+    profile, _ = find_profile("cpu", memory.total)
+    room = f"{show_bytes(memory.total)} of memory, {show_bytes(memory.available)} of it free"
+    return Detected(profile, memory.available, f"No GPU here that PyTorch can train on; the processor has {room}.")
+
+
+def describe_card(card: NvidiaCard) -> Detected:
+    """Return the profile of a card that is here: the catalogue's, or a generic one with the driver's own answers."""
+    room = f"{card.name} with {show_bytes(card.total_bytes)}, {show_bytes(card.free_bytes)} of it free."
+    try:
+        profile, note = find_profile(card.name, card.total_bytes)
+    except ConfigError:
+        profile = generic_profile(card.total_bytes, card.name, card.capability)
+        note = "The catalogue does not know it, so its memory is known and its speed is not."
+    return Detected(profile, card.free_bytes, f"{room} {note}".strip())
+
+
+def _describe_apple(chip: str, ram_bytes: int) -> Detected:
+    room = f"{chip} with {show_bytes(ram_bytes)} of unified memory."
+    try:
+        return Detected(find_profile(chip, ram_bytes)[0], None, room)
+    except ConfigError:
+        # What is the same on every Apple chip is taken from the oldest; speeds and sold sizes are not.
+        unknown = dict.fromkeys(
+            ("memory_range_bytes", "bandwidth_bytes_per_s", "watts", "theory_tflops", "tflops_source")
+        ) | {"id": "generic", "name": chip, "memory_bytes": ram_bytes, "tflops": {}, "sources": ()}
+        profile = load_profile("m1").model_copy(update=unknown)
+        return Detected(profile, None, f"{room} The catalogue does not know it, so its speed is not known.")
+
+
+def _read_chip() -> str:
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()

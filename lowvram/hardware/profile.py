@@ -1,0 +1,215 @@
+"""WHERE it runs: the cards that are known, what tensors may take on them, and the names people give them; no torch.
+
+Every field is explained, with unit and source, in profiles/README.md.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from lowvram.config.base import Share, Size, Words
+from lowvram.errors import ConfigError, name_nearest
+from lowvram.hardware.card_names import explain_unknown
+from lowvram.units import parse_bytes, parse_memory, show_bytes
+
+Fixed = Annotated[NonNegativeInt, BeforeValidator(parse_bytes)]
+Number = Literal["fp32", "fp16", "bf16", "fp8", "int8"]
+Desktop = Literal["none", "linux", "windows"]
+Capability = tuple[int, int]
+
+_GIB = 2**30
+# Up to here Metal lends the smaller share of memory (measured: 16 of 24 GiB, 21.3 of 32, but 48 of 64).
+_SMALL_RAM_BYTES = 32 * _GIB
+
+
+class Profile(Words):
+    """One card, or one kind of machine; the defaults of its fixed bytes are those of a GeForce."""
+
+    id: str
+    name: str
+    platform: Literal["cuda", "mps", "cpu"]
+    capability: Capability | None = None
+
+    memory_bytes: Size
+    memory_range_bytes: tuple[Size, Size] | None = None
+    unified: bool = False
+    unified_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    unified_share_small: Annotated[float, Field(gt=0.0, le=1.0)] = 0.66
+    reserved_bytes: Fixed = int(0.1 * _GIB)
+    context_bytes: Fixed = int(0.45 * _GIB)
+    workspace_bytes: Fixed = 8_519_680
+    desktop_linux_bytes: Fixed = int(0.6 * _GIB)
+    desktop_windows_bytes: Fixed = int(0.9 * _GIB)
+    fragmentation: Share = 0.06
+    host_process_bytes: Fixed = _GIB
+
+    shared_memory_bytes: PositiveInt | None = None
+    fp8: Literal["mxfp8", "tensor", "storage"]
+    attention: Literal["flash", "efficient", "math"]
+
+    bandwidth_bytes_per_s: PositiveFloat | None = None
+    watts: PositiveFloat | None = None
+    tflops: dict[Number, PositiveFloat] = Field(default_factory=dict)
+    tflops_source: Literal["measured", "theory"] | None = None
+    theory_tflops: PositiveFloat | None = None
+    multiprocessors: PositiveInt | None = None
+    boost_mhz: PositiveInt | None = None
+    ai_tops: PositiveFloat | None = None
+    uncertainty: Share
+    sources: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> Literal["fp16", "bf16"]:
+        """The 16-bit numbers to train in: before capability 8.0 bf16 has no tensor cores and is 8 times slower."""
+        return "fp16" if self.capability is not None and self.capability < (8, 0) else "bf16"
+
+    def limit_bytes(
+        self, desktop: Desktop = "none", ram_bytes: int | None = None, free_bytes: int | None = None
+    ) -> int:
+        """Return the bytes that tensors may take.
+
+        desktop: which desktop is drawn by the same card.  ram_bytes: this machine's memory, where it is the card's
+        too.  free_bytes: what is free now; the smaller of both counts.
+        """
+        shown = ram_bytes if self.unified and ram_bytes is not None else self.memory_bytes
+        if self.unified:
+            shown = int(shown * (self.unified_share if shown > _SMALL_RAM_BYTES else self.unified_share_small))
+        shown -= self.reserved_bytes
+        if desktop != "none":
+            shown -= self.desktop_linux_bytes if desktop == "linux" else self.desktop_windows_bytes
+        if free_bytes is not None:
+            shown = min(shown, free_bytes)
+        if self.platform == "cpu":
+            shown -= self.host_process_bytes
+        return max(0, int((shown - self.context_bytes) * (1 - self.fragmentation)) - self.workspace_bytes)
+
+    def allocator_bytes(self, limit_bytes: int) -> int:
+        """Return what the allocator may take where tensors may take limit_bytes: its losses and workspace included."""
+        return int((limit_bytes + self.workspace_bytes) / (1 - self.fragmentation))
+
+
+def profile_names() -> list[str]:
+    """Return the ids of the catalogue: `rtx5070`, `m3-max`, `cpu`."""
+    return sorted(path.stem for path in _find_folder().glob("*.toml"))
+
+
+def measured_ids() -> list[str]:
+    """Return the ids of the cards on which this project has measured its kernels: `h200`."""
+    return sorted(path.stem for path in (_find_folder() / "measured").glob("*.json"))
+
+
+def load_profile(profile_id: str) -> Profile:
+    """Return the profile with exactly this id; raises ConfigError that names the nearest."""
+    if profile_id not in profile_names():
+        raise ConfigError(f'There is no profile "{profile_id}".', fix=name_nearest(profile_id, profile_names()))
+    text = (_find_folder() / f"{profile_id}.toml").read_text(encoding="utf-8")
+    return Profile.model_validate(tomllib.loads(text) | {"id": profile_id})
+
+
+def find_profile(text: str, memory_bytes: int | None = None) -> tuple[Profile, str]:
+    """Return the profile that a person or a driver means, and a sentence about what had to be assumed, or "".
+
+    text: `rtx5070`, `5070 ti`, `NVIDIA GeForce RTX 4070 Laptop GPU`, `rtx 5060 ti 16gb`, `m3 max`.  memory_bytes: what
+    the card (or the machine, where they share it) is known to have; without it the smallest card of that name is taken.
+    Raises ConfigError that names the nearest ids.
+    """
+    words, typed_bytes = _split_name(text)
+    family = [load_profile(name) for name in profile_names() if _split_name(name)[0] == words]
+    if not family:
+        raise ConfigError(f'The catalogue has no card "{text}".', fix=explain_unknown(text, profile_names()))
+    known_bytes = typed_bytes if memory_bytes is None else memory_bytes
+    family.sort(key=lambda profile: profile.memory_bytes)
+    if known_bytes is None:
+        return family[0], _explain_assumed(family)
+    return _fit_memory(min(family, key=lambda profile: abs(profile.memory_bytes - known_bytes)), known_bytes)
+
+
+def generic_profile(memory_bytes: int, name: str = "", capability: Capability = (8, 6)) -> Profile:
+    """Return an NVIDIA card that is known by its memory alone: nothing is said about its speed.
+
+    capability: the driver's answer; without one that of RTX 30, whose paths every later card has too.
+    """
+    is_modern = capability >= (8, 0)
+    return Profile(
+        id="generic",
+        name=name or f"NVIDIA card with {show_bytes(memory_bytes)}",
+        platform="cuda",
+        capability=capability,
+        memory_bytes=memory_bytes,
+        shared_memory_bytes=_SHARED_BYTES.get(capability, 49_152 if capability < (7, 5) else 65_536),
+        fp8="mxfp8" if capability >= (10, 0) else "tensor" if capability >= (8, 9) else "storage",
+        attention="flash" if is_modern else "efficient",
+        uncertainty=0.5,
+    )
+
+
+# Shared memory of a block by compute capability: CUDA C++ Programming Guide, technical specifications.
+_SHARED_BYTES = {
+    (7, 5): 65_536,
+    (8, 0): 166_912,
+    (8, 6): 101_376,
+    (8, 9): 101_376,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (12, 0): 101_376,
+}
+
+# Words that say nothing about which card it is; what is left tells one from another: "pcie", "laptop", "super".
+_SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card", "chip", "silicon", "ram"}
+_MEMORY = re.compile(r"(?<!\d)[1-9]\d{0,3}(\.\d+)?\s*g(i?b)?\b")
+_SOCKET = re.compile(r"\b(hbm|sxm)\d*e?\b")
+# Which computer an Apple chip is in: its "pro" is not the chip's, wherever the chip stands; others are the chip's.
+_COMPUTER = re.compile(r"\b(mac[ -]?book([ -]?(pro|air))?|mac[ -](mini|studio|pro)|i?mac)\b")
+# The screen or the year of such a computer: `14`, `16-inch`, `13.3"`, `2023`; what GB follows is memory.
+_SCREEN = re.compile(r"\b(20[12]\d|1[1-7](\.\d)?|2[147](\.\d)?)\b(?!\s*g(i?b)?\b)([ -]?(inches|inch|in|inç)\b)?")
+_WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
+
+
+def _split_name(text: str) -> tuple[frozenset[str], int | None]:
+    """Return the words that tell a card from others, and the memory that was written beside them."""
+    # A Turkish keyboard writes ı and İ where others write i.
+    lower = _SOCKET.sub(" ", text.replace("ı", "i").replace("İ", "i").lower().replace("mobile", "laptop"))
+    lower, computers = _COMPUTER.subn(" ", lower)
+    lower = _SCREEN.sub(" ", lower) if computers else lower
+    memory = _MEMORY.search(lower)
+    apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
+    return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None
+
+
+def _explain_assumed(family: Sequence[Profile]) -> str:
+    smallest, *larger = family
+    taken = f"{show_bytes(smallest.memory_bytes)} is taken"
+    if larger:
+        return f"There are {_list_ids(family)}; the smallest is taken."
+    if smallest.memory_range_bytes is not None:
+        least, most = smallest.memory_range_bytes
+        return f"{smallest.name} is sold with {show_bytes(least)} to {show_bytes(most)}; {taken}."
+    return f"{taken} as the memory of the computer." if smallest.unified else ""
+
+
+def _list_ids(family: Sequence[Profile]) -> str:
+    *first, last = (profile.id for profile in family)
+    return f"{', '.join(first)} and {last}"
+
+
+def _fit_memory(profile: Profile, known_bytes: int) -> tuple[Profile, str]:
+    """Give a profile the memory that is really there; that a driver shows up to 10 % less than is sold is no news."""
+    fitted = profile.model_copy(update={"memory_bytes": known_bytes})
+    if profile.unified:
+        return fitted, ""
+    if abs(known_bytes - profile.memory_bytes) <= 0.1 * profile.memory_bytes:
+        return profile, ""
+    had = f"The catalogue knows {profile.name} with {show_bytes(profile.memory_bytes)}"
+    return fitted, f"{had}; with {show_bytes(known_bytes)} its speed may be another."
+
+
+def _find_folder() -> Path:
+    """Return where the catalogue lies: inside the package of a wheel, or at the root of a checkout."""
+    inside = Path(__file__).parents[1] / "profiles"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "profiles"

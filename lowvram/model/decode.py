@@ -1,0 +1,128 @@
+"""One token of each of several texts through the model: what decoding computes, in as few operations as it takes.
+
+The same function as `Transformer.forward` up to rounding, without gradients, losses or checks: at one row the time goes
+into reading weights, and into starting operations.
+
+Legend: N rows (one row may be a vector, without N), D model width, H heads, G key/value heads, K width of a head,
+C kv_lora_rank, R rotated width, L = C + R, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from lowvram_kernels.swiglu import gated_product
+from torch import Tensor
+
+from lowvram.model.attention import GqaAttention, MlaAttention
+from lowvram.model.ffn import MoeFfn, SharedExpert, SwiGluFfn
+from lowvram.model.linear import Linear, RmsNorm, multiply
+from lowvram.model.positions import Turn, rotate_one, turn_at
+from lowvram.model.slot_attention import Rows
+from lowvram.model.transformer import Transformer
+
+
+def read_one_token(model: Transformer, token_N: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Read one token behind each text and return the logits after it, [N, V] in dtype.
+
+    token: [N] int64.  What the texts hold grows; counting it is the caller's.
+    """
+    x_ND = model.embed(token_N, dtype)
+    is_vector = x_ND.shape[0] == 1 and x_ND.device.type == "cpu"
+    if is_vector:
+        x_ND = x_ND[0]  # one row is a vector, [D]: to make a row of it and back costs as much as a small sum
+    is_mla = model.config.attention.kind == "mla"
+    turn = None if model.table is None else turn_at(model.table, rows.position_N, interleaved=is_mla)
+    for block in model.blocks:
+        attend = _attend_latent if is_mla else _attend
+        x_ND = x_ND + attend(block.attention, x_ND, turn, rows)  # type: ignore[operator]
+        x_ND = x_ND + (_mix if isinstance(block.ffn, MoeFfn) else _gate)(block.ffn, x_ND)  # type: ignore[operator]
+    logit_NV = read_out(model, _normed(model.norm, x_ND))
+    return logit_NV[None] if is_vector else logit_NV
+
+
+def read_out(model: Transformer, stream_ND: Tensor) -> Tensor:
+    """Return the logits behind normed streams, [N, V] from [N, D] or [V] from [D], in their dtype."""
+    head_VD = model.embedding if model.config.tied else model.head
+    return multiply(stream_ND, head_VD) if head_VD.dtype.is_floating_point else model.read_out(stream_ND)
+
+
+def _normed(norm: RmsNorm, x: Tensor) -> Tensor:
+    wide, weight_D = x.float(), norm.weight.float()
+    if x.dim() == 1:
+        # A number that is known on the host costs a third of what torch's operation takes for one row.
+        mean = float(torch.dot(wide, wide)) / x.shape[0]
+        return torch.mul(wide, weight_D).mul_((mean + norm.eps) ** -0.5).to(x.dtype)
+    return F.rms_norm(wide, (x.shape[-1],), weight_D, norm.eps).to(x.dtype)
+
+
+def _project(layer: Linear, x_ND: Tensor) -> Tensor:
+    """Multiply as the layer does; a plain one without what only training needs."""
+    weight = layer.weight
+    is_plain = layer.form == "plain" and weight.dtype.is_floating_point
+    return multiply(x_ND, weight) if is_plain else layer(x_ND)
+
+
+def _attend(layer: GqaAttention, x_ND: Tensor, turn: Turn | None, rows: Rows) -> Tensor:
+    y_ND = _normed(layer.norm, x_ND)
+    heads, groups, width = layer.heads, layer.kv_heads, layer.head_dim
+    if layer.qkv is None:
+        parts = [_project(to, y_ND).view(-1, width) for to in (layer.q_proj, layer.k_proj, layer.v_proj)]
+        q_NHK, k_NGK, v_NGK = (part.view(-1, n, width) for part, n in zip(parts, (heads, groups, groups), strict=True))
+        qk_NHK = torch.cat([q_NHK, k_NGK], dim=1)
+    else:
+        qk_NHK, v_NGK = multiply(y_ND, layer.qkv).view(-1, heads + 2 * groups, width).split([heads + groups, groups], 1)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q_NHK, k_NGK = qk_NHK.split([heads, groups], 1)
+        qk_NHK = torch.cat([_normed(layer.q_norm, q_NHK), _normed(layer.k_norm, k_NGK)], dim=1)
+    if turn is not None:
+        qk_NHK = rotate_one(qk_NHK, turn)
+    q_NHK, k_NGK = qk_NHK.split([heads, groups], 1)
+    out_ND = rows.attend(layer.layer, q_NHK, k_NGK, v_NGK, layer.scale, layer.slope_H)
+    return _project(layer.o_proj, out_ND.view(-1) if x_ND.dim() == 1 else out_ND)
+
+
+def _attend_latent(layer: MlaAttention, x_ND: Tensor, turn: Turn | None, rows: Rows) -> Tensor:
+    """W_uk moves to the query and W_uv behind the sum: the latents are keys and values of all heads."""
+    assert turn is not None, "MLA goes with RoPE"
+    config, y_ND = layer.config, _normed(layer.norm, x_ND)
+    if config.q_lora_rank is None:
+        q_ND = _project(layer.q_proj, y_ND)
+    else:
+        q_ND = _project(layer.q_b_proj, _normed(layer.q_a_norm, _project(layer.q_a_proj, y_ND)))
+    q_NHK = q_ND.view(-1, config.heads, config.query_dim)
+    new_NL = _project(layer.kv_a_proj, y_ND).view(-1, config.kv_lora_rank + config.rope_dim)
+    q_nope, q_rope = q_NHK.split([config.nope_dim, config.rope_dim], dim=-1)
+    latent_NC, k_rope_NR = new_NL.split([config.kv_lora_rank, config.rope_dim], dim=-1)
+    turned = rotate_one(torch.cat([q_rope, k_rope_NR[:, None]], dim=1), turn)
+    up_k_HNC, up_v_HVC = layer.up_matrices(x_ND.dtype)
+    q_latent_NHC = torch.bmm(q_nope.transpose(0, 1), up_k_HNC).transpose(0, 1)
+    q_NHL = torch.cat([q_latent_NHC, turned[:, :-1]], dim=-1)
+    normed_NC = _normed(layer.kv_a_norm, latent_NC[0])[None] if x_ND.dim() == 1 else _normed(layer.kv_a_norm, latent_NC)
+    new_NL = torch.cat([normed_NC, turned[:, -1]], dim=-1)
+    mixed_NHC = rows.attend_latent(layer.layer, q_NHL, new_NL, config.kv_lora_rank, layer.scale)
+    out_HNV = torch.bmm(mixed_NHC.transpose(0, 1), up_v_HVC.mT)
+    return _project(layer.o_proj, out_HNV.transpose(0, 1).reshape(*x_ND.shape[:-1], -1))
+
+
+def _gate(layer: SwiGluFfn, x_ND: Tensor) -> Tensor:
+    return _swiglu(layer, _normed(layer.norm, x_ND))
+
+
+def _swiglu(layer: SwiGluFfn | SharedExpert, y_ND: Tensor) -> Tensor:
+    return _project(layer.down_proj, gated_product(_project(layer.gate_up_proj, y_ND)))
+
+
+def _mix(layer: MoeFfn, x_ND: Tensor) -> Tensor:
+    stacks = layer.gate_up_EHD, layer.down_EDI
+    is_plain = layer.form == "plain" and layer.slot_E is None and stacks[0].dtype.is_floating_point
+    if not is_plain or x_ND.dim() > 1:
+        return layer(x_ND.view(1, -1, x_ND.shape[-1]))[0].view(x_ND.shape)
+    # One row on a processor: the few experts it goes to are matrices like any other, and the rest are not looked at.
+    y_ND = _normed(layer.norm, x_ND)
+    out_ND = _swiglu(layer.shared, y_ND)
+    weight_NK, id_NK = layer.router.choose(y_ND[None])
+    for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
+        product_ND = gated_product(multiply(y_ND, stacks[0][expert])).mul_(weight)
+        out_ND += multiply(product_ND, stacks[1][expert])
+    return out_ND

@@ -1,0 +1,166 @@
+"""What decoding keeps of the tokens already read, per layer and text; knows shapes, not attention.
+
+Every slot holds one text.  All share preallocated memory, [slots, …, places, width] a layer: keys and values of GQA,
+the latent of MLA, in numbers or in codes of 8 bits.  A layer that sees a window has places for it and for one
+chunk; when they are full the newest move to the front, so that what is seen always lies in one piece.
+
+Legend: B slots, G key/value heads, M places, K width of a head, C kv_lora_rank, L latent rank + rotated width,
+T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from lowvram_kernels import e4m3
+from lowvram_kernels.latent_attention import BLOCK, encode_latent
+from torch import Tensor
+
+from lowvram.config.model import ModelConfig
+
+CacheForm = Literal["plain", "e4m3"]
+
+
+class Cache:
+    """Preallocated memory for `slots` texts of up to `max_context` tokens, of which at most `chunk` are read at once.
+
+    GQA keeps keys and values, two [B, G, M, K] a layer; MLA keeps its latent, [B, M, kv_lora_rank + rope_dim], or as
+    "e4m3" codes [B, M, C], a scale for 128 of them, and the rotated part in dtype.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        max_context: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        form: CacheForm = "plain",
+        chunk: int = 512,
+    ) -> None:
+        self.dtype, self.slots, self.max_context = dtype, slots, max_context
+        self.chunk = chunk = min(chunk, max_context)
+        self.form = form if config.attention.kind == "mla" else "plain"
+        self.windows = [config.window_of(layer) for layer in range(config.layers)]
+        self.window = next((window for window in self.windows if window is not None), None)
+        # Places of a layer with a window.
+        self.short = max_context if self.window is None else min(max_context, self.window + chunk)
+        self.lengths = [0] * slots
+        # The position that lies at the first place of a layer with a window.
+        self.starts = [0] * slots
+        self.layers: list[tuple[Tensor, ...]] = []
+        for window in self.windows:
+            places = max_context if window is None else self.short
+            kinds = _shapes(config, self.form, places, dtype)
+            # Zeros, because a weight of zero would not stop the NaN that unwritten memory may hold.
+            self.layers.append(tuple(torch.zeros(slots, *shape, dtype=kind, device=device) for shape, kind in kinds))
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes all memory takes."""
+        return sum(part.numel() * part.element_size() for parts in self.layers for part in parts)
+
+    def bytes_per_token(self) -> float:
+        """Return how many bytes one token of one text takes, all layers together; a window's layers by their places."""
+        return self.bytes / (self.slots * self.max_context)
+
+    def first(self, slot: int, layer: int) -> int:
+        """Return which position of the slot's text lies at the layer's first place."""
+        return 0 if self.windows[layer] is None else self.starts[slot]
+
+    def make_room(self, slot: int, count: int) -> None:
+        """See that the next `count` tokens, at most a chunk, find places: a full layer's newest move to the front."""
+        held = self.lengths[slot] - self.starts[slot]
+        if held + count <= self.short or self.short == self.max_context:
+            return
+        # Half a chunk at a time: rare, and as much of the past stays within reach of `rewind`.
+        kept = self.short - max(count, self.chunk // 2)
+        for layer, window in enumerate(self.windows):
+            if window is not None:
+                for part in self.layers[layer]:
+                    part[slot, ..., :kept, :] = part[slot, ..., held - kept : held, :].clone()
+        self.starts[slot] += held - kept
+
+    def rewind(self, slot: int, length: int) -> int:
+        """Forget the slot's tokens from number `length` on; returns how many it still holds.
+
+        Those are all before `length`, or none, where a window has moved on and what it would see again is lost.
+        """
+        held = self.lengths[slot]
+        if length >= held:
+            return held
+        start = self.starts[slot]
+        if self.window is not None and start and length - self.window + 1 < start:
+            length = 0
+        for layer in range(len(self.layers)):
+            first = self.first(slot, layer)
+            for part in self.layers[layer]:
+                part[slot, ..., max(0, length - first) : held - first, :] = 0
+        self.lengths[slot] = length
+        if length == 0:
+            self.starts[slot] = 0
+        return length
+
+    def latent(self, layer: int, slot: int, places: slice, dtype: torch.dtype) -> Tensor:
+        """Return the latents at some places, [1, places, L] in dtype: the memory itself where it is of that dtype."""
+        parts = [part[slot : slot + 1, places] for part in self.layers[layer]]
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        code, scale, rope = parts
+        spread = scale.repeat_interleave(BLOCK, 2)[..., : code.shape[2]]
+        return torch.cat([e4m3.decode(code, torch.float32).mul_(spread).to(dtype), rope.to(dtype)], dim=-1)
+
+    def parts_of_latent(self, new_TL: Tensor) -> tuple[Tensor, ...]:
+        """Return latents as they are kept, one tensor for each of a layer's."""
+        if self.form == "plain":
+            return (new_TL,)
+        rank = self.layers[0][0].shape[-1]
+        return (*encode_latent(new_TL[..., :rank]), new_TL[..., rank:])
+
+
+class SlotOfCache:
+    """One slot, as the forward pass of many tokens reads and fills it."""
+
+    def __init__(self, cache: Cache, slot: int) -> None:
+        self.cache, self.slot = cache, slot
+
+    @property
+    def length(self) -> int:
+        """How many tokens the slot holds."""
+        return self.cache.lengths[self.slot]
+
+    def store_latent(self, layer: int, new_1TL: Tensor) -> Tensor:
+        """Write new tokens' latents behind the old ones; returns what is kept so far, [1, S, L] in new's dtype."""
+        self._write(layer, self.cache.parts_of_latent(new_1TL[0]))
+        end = self.length + new_1TL.shape[1] - self.cache.first(self.slot, layer)
+        return self.cache.latent(layer, self.slot, slice(end), new_1TL.dtype)
+
+    def store_keys(self, layer: int, k_1TGK: Tensor, v_1TGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new tokens' keys and values; returns what is kept so far, [1, G, S, K] each, in k's dtype."""
+        self._write(layer, (k_1TGK[0].transpose(0, 1), v_1TGK[0].transpose(0, 1)))
+        end = self.length + k_1TGK.shape[1] - self.cache.first(self.slot, layer)
+        k, v = (part[self.slot : self.slot + 1, :, :end].to(k_1TGK.dtype) for part in self.cache.layers[layer])
+        return k, v
+
+    def _write(self, layer: int, new: tuple[Tensor, ...]) -> None:
+        start = self.length - self.cache.first(self.slot, layer)
+        for part, values in zip(self.cache.layers[layer], new, strict=True):
+            part[self.slot, ..., start : start + values.shape[-2], :] = values
+
+    def advance(self, count: int) -> None:
+        """Count `count` tokens as read, after every layer has stored them."""
+        self.cache.lengths[self.slot] += count
+
+
+def _shapes(
+    config: ModelConfig, form: CacheForm, places: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    attention = config.attention
+    if attention.kind == "gqa":
+        return [((attention.kv_heads, places, attention.head_dim), dtype)] * 2
+    rank, rotated = attention.kv_lora_rank, attention.rope_dim
+    if form == "plain":
+        return [((places, rank + rotated), dtype)]
+    scales = -(-rank // BLOCK)
+    return [((places, rank), torch.uint8), ((places, scales), torch.float32), ((places, rotated), dtype)]

@@ -1,0 +1,400 @@
+"""A checkpoint is a directory that is written whole or not at all, and read only after it is verified.
+
+    step-00000120/  weights.safetensors   the model, as it is kept; opens without the rest
+                    state.safetensors     optimizer
+                    state.json            step, tokens, loss scale, plan
+                    config.json           the whole run configuration
+                    tokenizer.json, tokenizer_config.json
+                    manifest.json         written last: SHA-256 of every other file, and of itself; see `manifest`
+
+Knows tensors and names, not what they mean.  Nothing here is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import lowvram
+from lowvram.errors import BusyError, CheckpointError, DiskFullError
+from lowvram.storage.disk import DISK, Disk, explain_full_disk, free_bytes, name_beside, sha256
+from lowvram.storage.json_files import JsonError, read_object
+from lowvram.storage.manifest import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    NUMBERS,
+    STATE,
+    STEP_NAME,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    OtherVersionError,
+    explain_bad_drive,
+    is_sealed,
+    read_manifest,
+    seal,
+)
+
+_NAME = "step-{:08d}"
+_LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
+
+
+class MappedTensors:
+    """The tensors of a safetensors file, each mapped when it is asked for: what is not touched takes no memory.
+
+    A tensor is the file's own bytes, and changing it changes no file; it stays valid when the file is deleted.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file.", f"safetensors says: {error}.") from error
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, from the file's header alone."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def read_all(self) -> dict[str, Tensor]:
+        """Return every tensor by name."""
+        return {name: self.read(name) for name in self.names()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete directory."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step after which it was written."""
+        return int(self.manifest["step"])
+
+    @property
+    def notice(self) -> str | None:
+        """A sentence for the user about a checkpoint of an older lowvram; None for one of this version."""
+        if is_sealed(self.manifest):
+            return None
+        return f"{self.directory} was saved by an older lowvram: its manifest has no checksum.  The next save has one."
+
+    @property
+    def size_bytes(self) -> int:
+        """What its files take on disk."""
+        return sum(int(file["bytes"]) for file in self.manifest["files"].values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the model's tensors by name."""
+        return self.map_weights().read_all()
+
+    def map_weights(self) -> MappedTensors:
+        """Return the model's tensors without loading any."""
+        return MappedTensors(self.directory / WEIGHTS)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the optimizer's tensors by name."""
+        return self.map_state().read_all()
+
+    def map_state(self) -> MappedTensors:
+        """Return the optimizer's tensors without loading any."""
+        return MappedTensors(self.directory / STATE)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return step, tokens and the other plain values of the training state."""
+        return _read_json(self.directory / NUMBERS)
+
+    def config(self) -> dict[str, Any]:
+        """Return the run configuration, as plain tables."""
+        return _read_json(self.directory / CONFIG)
+
+
+Check = Callable[[Checkpoint], object]
+
+
+def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
+    """Return a directory's checkpoint after comparing every file with its SHA-256.
+
+    needs_state: False where the weights are enough; the optimizer's tensors may then be missing, and are not read.
+    Raises CheckpointError naming the file that is missing, altered or of a newer format.
+    """
+    manifest = read_manifest(directory)
+    for name, facts in manifest["files"].items():
+        if name == STATE and not needs_state:
+            continue
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing.", f"The manifest lists it with {facts['bytes']} bytes.")
+        if path.stat().st_size != facts["bytes"]:
+            has = f"{path} has {path.stat().st_size} bytes."
+            raise CheckpointError(has, f"The manifest says {facts['bytes']}.")
+        with explain_bad_drive(path):
+            found = sha256(path)
+        if found != facts["sha256"]:
+            raise CheckpointError(f"{path} was altered.", "Its SHA-256 is not the manifest's.")
+    checkpoint = Checkpoint(directory, manifest)
+    _check_contents(checkpoint, needs_state)
+    return checkpoint
+
+
+def _check_contents(checkpoint: Checkpoint, needs_state: bool) -> None:
+    """Raise CheckpointError where files have the right SHA-256, and were never what they are called."""
+    step = checkpoint.numbers().get("step")
+    if step != checkpoint.step or isinstance(step, bool):
+        says = f"The manifest says {checkpoint.step}."
+        raise CheckpointError(f"{checkpoint.directory / NUMBERS} is of step {step!r}.", says)
+    checkpoint.config()
+    checkpoint.map_weights()
+    if needs_state:
+        checkpoint.map_state()
+
+
+def find_checkpoint(
+    path: Path, needs_state: bool = True, check: Check | None = None
+) -> tuple[Checkpoint, list[CheckpointError]]:
+    """Return the checkpoint that `path` is, or the newest whole one of the run directory `path`.
+
+    needs_state: see `open_checkpoint`.  check: raises CheckpointError where a whole one holds what cannot be used.
+    The list names newer ones that were passed over because they are corrupt.
+    Raises CheckpointError if none is whole, or the newest is of a later lowvram.
+    """
+    if not path.is_dir():
+        fix = "Name a run directory or one of its step-… folders."
+        raise CheckpointError(f"There is no directory {path}.", fix=fix)
+    directories = _newest_first(path)
+    if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and not directories):
+        return _open_checked(path, needs_state, check), []
+    if not directories:
+        raise CheckpointError(f"There is no checkpoint in {path}.", "The run has saved nothing yet.", "Train it first.")
+    found, passed_over = _open_newest(directories, needs_state, check)
+    return found, list(passed_over.values())
+
+
+class _RefusedError(CheckpointError):
+    """A checkpoint that is whole, and holds what whoever asked for it cannot use."""
+
+
+def _open_checked(directory: Path, needs_state: bool, check: Check | None) -> Checkpoint:
+    checkpoint = open_checkpoint(directory, needs_state)
+    try:
+        if check is not None:
+            check(checkpoint)
+    except OtherVersionError:
+        raise
+    except CheckpointError as problem:
+        raise _RefusedError(problem.what, problem.why, problem.fix) from problem
+    return checkpoint
+
+
+def _open_newest(
+    directories: list[Path], needs_state: bool, check: Check | None
+) -> tuple[Checkpoint, dict[Path, CheckpointError]]:
+    """Return the first of the directories that is whole, and what is wrong with those before it."""
+    problems: dict[Path, CheckpointError] = {}
+    for directory in directories:
+        try:
+            return _open_checked(directory, needs_state, check), problems
+        except OtherVersionError:
+            raise
+        except CheckpointError as problem:
+            problems[directory] = problem
+    why = " ".join(str(problem) for problem in problems.values())
+    raise CheckpointError(f"No checkpoint in {directories[0].parent} is whole.", why)
+
+
+def _newest_first(run: Path) -> list[Path]:
+    found = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except JsonError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Store:
+    """The checkpoints of one run directory.
+
+    keep: how many of the newest stay.  milestone_steps: every multiple of it stays for good.
+    budget_bytes: the oldest that are not the newest go, milestones last, while all together are larger.
+    """
+
+    run: Path
+    keep: int = 2
+    milestone_steps: int | None = None
+    budget_bytes: int | None = None
+    disk: Disk = DISK
+    # Those that `latest` passed over count for nothing.  The next save deletes the damaged ones; those that are whole
+    # stay until a save of the same step takes their place, since another version may read them.
+    _corrupt: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
+    _refused: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
+
+    def latest(self, check: Check | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
+        """Return the newest whole checkpoint, or None where none was written, and the corrupt ones passed over.
+
+        check: see `find_checkpoint`.
+        Raises CheckpointError where there are checkpoints and none of them is whole, or the newest is of a later
+        lowvram.
+        """
+        directories = _newest_first(self.run)
+        if not directories:
+            return None, []
+        found, passed_over = _open_newest(directories, True, check)
+        for directory, problem in passed_over.items():
+            (self._refused if isinstance(problem, _RefusedError) else self._corrupt).add(directory)
+        return found, list(passed_over.values())
+
+    def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
+        """Return the newest step, `up_to` at most, whose state.json is accepted; no other file is read."""
+        for directory in _newest_first(self.run):
+            try:
+                if _step_of(directory) <= up_to and accepts(_read_json(directory / NUMBERS)):
+                    return _step_of(directory)
+            except (OSError, CheckpointError):
+                continue  # whoever opens it says what is wrong with it
+        return None
+
+    def clear_leftovers(self) -> None:
+        """Free what a save or a deletion that was killed left behind, of whichever step; for the run's owner alone."""
+        for path in self.run.glob("step-*"):
+            if _LEFTOVER.fullmatch(path.name) and path.is_dir():
+                self.disk.remove_tree(path, ignore_errors=True)
+
+    def save(
+        self,
+        weights: dict[str, Tensor],
+        state: dict[str, Tensor],
+        numbers: dict[str, Any],
+        config: dict[str, Any],
+        tokenizer: Path,
+        hashes: dict[str, str],
+        stays: int | None = None,
+    ) -> Checkpoint:
+        """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what retention lets go.
+
+        hashes: of what was learnt from (data, tokenizer), kept in the manifest.  stays: a step whose checkpoint is kept
+        whatever retention says.
+        Raises DiskFullError, and BusyError where Windows cannot replace the same step since a process has it open.
+        """
+        final = self.run / _NAME.format(numbers["step"])
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.clear_leftovers()
+        draft = name_beside(final, "tmp")
+        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+        try:
+            with explain_full_disk(self.run, needed):
+                if free_bytes(self.run) < needed:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
+                draft.mkdir()
+                write_tensors(draft / WEIGHTS, weights, self.disk)
+                write_tensors(draft / STATE, state, self.disk)
+                self.disk.write(draft / NUMBERS, _to_json(numbers))
+                self.disk.write(draft / CONFIG, _to_json(config))
+                for name in TOKENIZER_FILES:
+                    self.disk.write(draft / name, (tokenizer / name).read_bytes())
+                manifest = _manifest(draft, int(numbers["step"]), hashes)
+                self.disk.write(draft / MANIFEST, _to_json(manifest))
+                self.disk.sync_directory(draft)
+                if final.exists() and not self.disk.delete_unless_in_use(final):
+                    raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
+                self.disk.rename(draft, final)
+                self._let_go(final, stays)
+        except (OSError, DiskFullError, BusyError):
+            self.disk.remove_tree(draft, ignore_errors=True)
+            raise
+        return Checkpoint(final, manifest)
+
+    def _let_go(self, newest: Path, stays: int | None) -> None:
+        self._refused.discard(newest)
+        settled = {newest, *self._refused}
+        others = [path for path in _newest_first(self.run) if path not in settled and _step_of(path) != stays][::-1]
+        # A step above the one just saved was passed over, or the run would have gone on from there.
+        lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
+        old = [path for path in others if path not in lost]
+        doomed = [path for path in old[: max(0, len(old) - (self.keep - 1))] if not self._is_milestone(path)]
+        if self.budget_bytes is not None:
+            size = {path: _size_of(path) for path in [*old, newest]}
+            left = sum(size.values()) - sum(size[path] for path in doomed)
+            # Ordinary ones go before milestones, and the older before the newer; the newest always stays.
+            for path in sorted(old, key=self._is_milestone):
+                if left > self.budget_bytes and path not in doomed:
+                    doomed.append(path)
+                    left -= size[path]
+        for path in (*lost, *doomed):
+            # One that somebody has open on Windows is tried again at the next save.
+            self.disk.delete_unless_in_use(path)
+        self._corrupt.discard(newest)
+
+    def _is_milestone(self, path: Path) -> bool:
+        return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, said: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file and return when it is on the drive.  said: plain words in its header."""
+    whole = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+    def save(place: Path) -> None:
+        try:
+            save_file(whole, place, said)
+        except safetensors.SafetensorError as error:
+            # safetensors reports a full disk as its own error; the plain one is raised for it.
+            raise OSError(*_errno_of(error), str(place)) from error
+        place.chmod(0o644)
+
+    disk.write_with(path, save)
+
+
+def _errno_of(error: Exception) -> tuple[int, str]:
+    """Return the system's error that safetensors has put into words."""
+    text = str(error)
+    found = re.search(r"os error ([0-9]+)", text)
+    if "No space left" in text or "os error 112" in text:  # 112: Windows' number
+        return errno.ENOSPC, os.strerror(errno.ENOSPC)
+    if found and sys.platform != "win32":
+        return int(found[1]), os.strerror(int(found[1]))
+    return errno.EIO, text
+
+
+def _size_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _manifest(directory: Path, step: int, hashes: dict[str, str]) -> dict[str, Any]:
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in sorted(directory.iterdir())}
+    versions = {"lowvram": lowvram.__version__, "torch": str(torch.__version__)}
+    return seal({"format": FORMAT, "step": step, "versions": versions, "hashes": hashes, "files": files})

@@ -1,0 +1,52 @@
+"""Small models as sources, and the directories that they become, for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lowvram.config.model import ModelConfig
+from lowvram.convert.hf.writer import Wish, write_directory
+from lowvram.data.tokenizer import Tokenizer
+from lowvram.model.transformer import Transformer
+from tests.model.outside import randomise
+
+
+@dataclass
+class Held:
+    """A source whose tensors are in memory."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+
+    def names(self) -> list[str]:
+        """Return our names."""
+        return list(self.tensors)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        return self.tensors[name]
+
+
+def held(config: ModelConfig, std: float = 0.08) -> tuple[Transformer, Held]:
+    """Return a model none of whose tensors can be ignored unseen, and the same as a source."""
+    model = randomise(Transformer(config), std=std).eval()
+    return model, Held(config, dict(model.state_dict()))
+
+
+def speak(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """Return the tokenizer as it lies with a model that was trained on dialogues."""
+    tokenizer.save(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(tokenizer.settings | {"lowvram_dialogue": True}, indent=2), "utf-8")
+    return Tokenizer.load(folder)
+
+
+def written(config: ModelConfig, tokenizer: Tokenizer, out: Path, **wish: object) -> tuple[Transformer, Path]:
+    """Write a random model of this form to `out`; returns both."""
+    model, source = held(config)
+    write_directory(source, tokenizer, out, Wish(max_positions=256, **wish), {})
+    return model, out
