@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from lowvram_kernels.dropout import hash_keys
-from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
-from lowvram_kernels.product import Form
+from lowvram_kernels.layers.dropout import hash_keys
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from torch import Tensor
 
 from lowvram.config.plan import Recompute
@@ -24,7 +24,13 @@ DTYPES = {
     "fp8": torch.bfloat16,
     "int8": torch.bfloat16,
 }
-FORMS: dict[str, Form] = {"fp32": "plain", "bf16": "plain", "fp16": "plain", "fp8": "e4m3", "int8": "int8"}
+MATMUL_FORMATS: dict[str, MatmulFormat] = {
+    "fp32": "plain",
+    "bf16": "plain",
+    "fp16": "plain",
+    "fp8": "e4m3",
+    "int8": "int8",
+}
 
 
 class Batch(NamedTuple):

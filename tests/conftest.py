@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.hardware.detect import find_card
+from tests.sweeps import mark_rest
 
 if find_card() is None:
     # Read when Triton is imported: without a card its kernels run in its interpreter.
@@ -50,11 +52,27 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0 if is_shared else min(os.cpu_count() or 1, 8)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a name that is another one in each process: they would not agree on which tests there are."""
+    """Mark the rest of long sweeps as nightly, and refuse a name that is another one in each process.
+
+    Processes with other names would not agree on which tests there are.
+    """
+    mark_rest(items)
     unstable = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if unstable:
         raise pytest.UsageError(f"Give the parameters of {unstable[0]} ids.")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> None:
+    """Take what lives before a file of tests out of garbage collection.
+
+    A command collects garbage before it loads a model. Over the million objects of torch and of the tests' own modules
+    that takes 0.3 s each time, more than half of all that a test of `chat` computes.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -69,6 +87,21 @@ def single_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def unwritten_memory() -> Iterator[None]:
+    """With LOWVRAM_TEST_NAN=1 what torch.empty returns is NaN, so that a test which reads unwritten memory fails.
+
+    It is not always so, because torch ties it to its deterministic algorithms, which are not those that users run.
+    """
+    import torch
+
+    if os.environ.get("LOWVRAM_TEST_NAN") == "1":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes what was measured on this machine."""
     with pytest.MonkeyPatch.context() as patch:
@@ -78,13 +111,20 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_bf16_processor() -> Iterator[None]:
+def processor_without_bf16() -> Iterator[None]:
     """Models are read in fp32 where no precision is asked for, whatever the processor of the machine multiplies.
 
     In bf16 a text that is read at once and one that is read turn by turn may differ in their last bits, hence in words.
+    LOWVRAM_TEST_BF16=1 or 0 has every detection of bf16 answer yes or no, for a run of the tests on purpose.
     """
+    asked = os.environ.get("LOWVRAM_TEST_BF16", "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: False)
+        patch.setattr("lowvram.cli.load.multiplies_bf16", lambda: asked == "1")
+        if asked:
+            import torch
+
+            for name in ("lowvram.model.linear.is_slow_in_half", "lowvram.generate.decoder.is_slow_in_half"):
+                patch.setattr(name, lambda x: asked == "0" and x.dtype != torch.float32 and x.device.type == "cpu")
         yield
 
 

@@ -24,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
 import torch
 from lowvram_kernels.dispatch import Card
-from lowvram_kernels.muon import QUINTICS, orthogonalise
+from lowvram_kernels.optim.muon import QUINTICS, orthogonalise
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

@@ -3,14 +3,15 @@
 python tools/compile_gate.py [--write]
 
 Every launch that an op makes for the shapes and tiles below, and that the presets' steps make, is compiled for compute
-capability 7.5, 8.6, 8.9, 9.0 and 12.0.  It fails on a type that a card refuses, on more shared memory than one of its
-blocks may use, on registers spilt to memory, and where a promised tensor-core instruction is missing.  --write puts the
-table into kernels/README.md.
+capability 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0.  It fails on a type that a card refuses, on more shared memory than one of
+its blocks may use, on registers spilt to memory, and where a promised tensor-core instruction is missing.  --write puts
+the table into kernels/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
 import importlib
@@ -40,9 +41,9 @@ from triton.compiler import ASTSource
 REFUSED = (triton.compiler.CompilationError, triton.runtime.errors.PTXASError, RuntimeError)
 # Beside Triton's own cache, which holds the machine code but not what the assembler said of it.
 CACHE = Path(tempfile.gettempdir()) / f"lowvram-gate-{os.getuid()}"
-SIGNED = "signed"
 BEGIN, END = "<!-- written by tools/compile_gate.py -->", "<!-- end -->"
-CAPABILITIES = ((7, 5), (8, 6), (8, 9), (9, 0), (12, 0))
+README = ROOT / "kernels/README.md"
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 # What the PTX of each promised product must hold.
 INSTRUCTIONS = {
     "f16": r"(mma\.sync|wgmma\.mma_async)\S*\.f16\.f16",
@@ -103,7 +104,7 @@ def compile_launch(what: Launch, card: Card) -> Compiled:
     target = GPUTarget("cuda", card.capability[0] * 10 + card.capability[1], 32)
     options = {"num_warps": what.warps, "num_stages": what.stages, **options_of(what)}
     found = triton.compile(source_of(what), target=target, options=options)
-    pattern = INSTRUCTIONS.get(what.promise)
+    pattern = INSTRUCTIONS.get(what.expected_mma)
     match = re.search(pattern, found.asm["ptx"]) if pattern else None
     return Compiled(*_resources(found.asm["cubin"]), found.metadata.shared, match[0] if match else "")
 
@@ -127,8 +128,8 @@ def judge(what: Launch, card: Card, found: Compiled) -> list[str]:
         wrong.append(f"{found.shared_bytes} bytes of shared memory; the card has {card.shared_bytes}")
     if found.stack_bytes:
         wrong.append(f"{found.stack_bytes} bytes of stack: registers spill")
-    if what.promise and not found.instruction:
-        wrong.append(f"no tensor-core instruction for {what.promise}")
+    if what.expected_mma and not found.instruction:
+        wrong.append(f"no tensor-core instruction for {what.expected_mma}")
     return wrong
 
 
@@ -142,15 +143,26 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         """Return the kernel's name with its module's, without the folder's."""
-        return f"{self.launch.module.removesuffix('_triton')}: {self.launch.kernel}"
+        module = self.launch.module.rpartition(".")[2].removesuffix("_triton")
+        return f"{module}: {self.launch.kernel}"
 
 
 @functools.cache
 def hash_sources(module: str) -> str:
-    """Return a hash of a module of device code and of those that it imports."""
-    text = (ROOT / f"kernels/lowvram_kernels/{module}.py").read_text(encoding="utf-8")
-    imported = sorted(set(re.findall(r"^from lowvram_kernels\.(\w+_triton) import", text, re.MULTILINE)))
-    return hashlib.sha256("".join([text, *map(hash_sources, imported)]).encode()).hexdigest()[:16]
+    """Return a hash of the code of a module of device code and of those that it imports.
+
+    Comments, docstrings, layout and the modules' own names do not count: none of them reaches the compiler.
+    """
+    path = ROOT / f"kernels/lowvram_kernels/{module.replace('.', '/')}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lowvram_kernels."):
+            imported.append((node.module or "").removeprefix("lowvram_kernels."))
+            node.module = ""
+        elif isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return hashlib.sha256("".join([ast.unparse(tree), *map(hash_sources, imported)]).encode()).hexdigest()[:16]
 
 
 def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
@@ -160,7 +172,7 @@ def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
     for what in launches:
         source = source_of(what)
         text = f"{about} {hash_sources(what.module)} {what.kernel} {source.signature} {source.constants} {source.attrs}"
-        text += f" {what.warps} {what.stages} {what.promise}"
+        text += f" {what.warps} {what.stages} {what.expected_mma}"
         if options := options_of(what):
             text += f" {options}"
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -214,26 +226,62 @@ def _compile_numbered(number: int) -> tuple[Compiled | None, list[str]]:
     return compile_job(_JOBS[number])
 
 
+def digests(jobs: Sequence[Job]) -> dict[tuple[str, str], str]:
+    """Return 8 digits per kernel and card: of all that decides what its variants become and how they are judged."""
+    texts: dict[tuple[str, str], list[str]] = {}
+    for job in jobs:
+        judged = f"{job.card.shared_bytes} {INSTRUCTIONS.get(job.launch.expected_mma)}"
+        texts.setdefault(_row_of(job), []).append(f"{job.key} {judged}")
+    return {row: hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:8] for row, lines in texts.items()}
+
+
+def _row_of(job: Job) -> tuple[str, str]:
+    assert job.card.capability is not None
+    return job.name, "{}.{}".format(*job.card.capability)
+
+
 def table(jobs: Sequence[Job], results: Sequence[tuple[Compiled | None, list[str]]]) -> str:
     """Return a Markdown table: each kernel on each card, the range over its tiles and types."""
-    found: dict[tuple[str, tuple[int, int]], list[Compiled]] = {}
+    found: dict[tuple[str, str], list[Compiled]] = {}
     for job, (compiled, _) in zip(jobs, results, strict=True):
-        if compiled is not None and job.card.capability is not None:
-            found.setdefault((job.name, job.card.capability), []).append(compiled)
-    lines = ["| kernel | card | variants | registers | shared memory | tensor-core instructions |", "|" + " --- |" * 6]
-    for (name, capability), rows in sorted(found.items()):
+        if compiled is not None:
+            found.setdefault(_row_of(job), []).append(compiled)
+    titles = "kernel", "card", "variants", "registers", "shared memory", "tensor-core instructions", "digest"
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    signed = digests(jobs)
+    for (name, card), rows in sorted(found.items(), key=lambda pair: (pair[0][0], float(pair[0][1]))):
         registers, shared = ([getattr(row, what) for row in rows] for what in ("registers", "shared_bytes"))
         instructions = sorted({_shorten(row.instruction) for row in rows} - {""})
         cells = [
             name,
-            f"{capability[0]}.{capability[1]}",
+            card,
             str(len(rows)),
             _range(registers),
             _range(shared),
             ", ".join(f"`{one}`" for one in instructions) or "–",
+            signed[name, card],
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
+    """Return the rows of such a table, by kernel and card: the cells behind them, of which the last is the digest."""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][2:]
+    return {(row[0], row[1]): row[2:] for row in cells}
+
+
+def written_rows() -> dict[tuple[str, str], list[str]]:
+    """Return the rows that stand in kernels/README.md."""
+    text = README.read_text(encoding="utf-8")
+    return rows_of(text.partition(BEGIN)[2].partition(END)[0])
+
+
+def changed(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs of every row whose digest is another one than in kernels/README.md, or which is not there."""
+    written = written_rows()
+    now = digests(jobs)
+    return [job for job in jobs if written.get(_row_of(job), [""])[-1] != now[_row_of(job)]]
 
 
 def _range(numbers: list[int]) -> str:
@@ -248,10 +296,9 @@ def _shorten(instruction: str) -> str:
 
 def write_table(text: str) -> None:
     """Put the table between its marks in kernels/README.md."""
-    path = ROOT / "kernels/README.md"
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -271,8 +318,7 @@ def main() -> None:
         what = job.launch
         print(f"WRONG {job.name} on {job.card.capability}: {text}\n  {dict(what.constants)} {what.warps} warps, ")
         print(f"  {what.stages} stages, arguments {[_describe(value) for value in what.arguments]}")
-    names = hashlib.sha256("".join(sorted(job.key for job in jobs)).encode()).hexdigest()[:16]
-    text = f"{table(jobs, results)}\n\n{len(jobs)} variants, Triton {triton.__version__}, {SIGNED} {names}"
+    text = f"{table(jobs, results)}\n\n{len(jobs)} variants, Triton {triton.__version__}"
     print(text)
     print(f"{len(jobs)} compiled, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
     if asked.write and not wrong and not asked.card:

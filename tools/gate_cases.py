@@ -9,19 +9,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from lowvram_kernels import (
-    adamw8,
-    grouped_matmul,
-    grouped_outer,
-    latent_attention,
-    quantise,
-    rounding,
-    scaled_matmul,
-    small_matmul,
-)
-from lowvram_kernels.dispatch import Card, Launch, choose, launch, on_paper
-from lowvram_kernels.idle import IdleStack
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.attention import latent_attention
+from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
+from lowvram_kernels.matmul import gemv, scaled_matmul
+from lowvram_kernels.moe import grouped_matmul, grouped_wgrad
+from lowvram_kernels.moe.idle import IdleStack
+from lowvram_kernels.optim import adamw8
+from lowvram_kernels.quant import quantise
+from lowvram_kernels.quant.quantise import QuantTensor
+from lowvram_kernels.random import stochastic_rounding
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -43,19 +39,19 @@ def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def scaled(rows: int, columns: int, form: str, block_rows: int = 1, stack: int | None = None) -> Scaled:
+def scaled(rows: int, columns: int, form: str, block_rows: int = 1, stack: int | None = None) -> QuantTensor:
     """Return a quantised matrix, or a stack of them, without memory."""
     before = () if stack is None else (stack,)
     if form == "int8":
-        return Scaled(meta(*before, rows, columns, dtype=torch.int8), meta(*before, rows, 1, dtype=FP32))
+        return QuantTensor(meta(*before, rows, columns, dtype=torch.int8), meta(*before, rows, 1, dtype=FP32))
     scale = meta(*before, -(-rows // block_rows), -(-columns // BLOCK), dtype=FP32)
-    return Scaled(meta(*before, rows, columns, dtype=BYTES), scale)
+    return QuantTensor(meta(*before, rows, columns, dtype=BYTES), scale)
 
 
 def launches_of(card: Card) -> list[Launch]:
     """Return every launch that `cases` and the presets make on a card."""
     found: list[Launch] = []
-    with on_paper(card, note_launch=found.append):
+    with simulate_card(card, note_launch=found.append):
         for call in cases(card):
             call()
         for model, train in presets():
@@ -88,12 +84,11 @@ def cases(card: Card) -> Iterator[Call]:
 
 def e4m3_cases(card: Card) -> Iterator[Call]:
     """Yield the two kernels that hold the conversions against torch."""
-    native = card.capability is not None and card.capability >= (8, 9)
-    constants = {"BLOCK": 1024, "NATIVE": native}
-    what = Launch("e4m3_triton", "encode_kernel", (4,), (meta(4096), meta(4096, dtype=BYTES), 4096), constants)
+    constants = {"BLOCK": 1024, "NATIVE": card.features.has_e4m3}
+    what = Launch("quant.e4m3_triton", "encode_kernel", (4,), (meta(4096), meta(4096, dtype=BYTES), 4096), constants)
     yield partial(launch, what)
     back = (meta(4096, dtype=BYTES), meta(4096, dtype=FP32), 4096)
-    yield partial(launch, Launch("e4m3_triton", "decode_kernel", (4,), back, {"BLOCK": 1024}))
+    yield partial(launch, Launch("quant.e4m3_triton", "decode_kernel", (4,), back, {"BLOCK": 1024}))
 
 
 def quantise_cases() -> Iterator[Call]:
@@ -133,10 +128,10 @@ def small_matmul_cases(card: Card) -> Iterator[Call]:
         weight = scaled(4096, 4096, form, block_rows)
         for dtype in (BF16, FP16):
             for rows in (1, 2, 4, 8, 16):
-                x, kernel = meta(rows, 4096, dtype=dtype), small_matmul.kernel_of(card, rows, dtype)
-                for tile in small_matmul.tiles(kernel)[: 2 if dtype == BF16 else 1]:
+                x, kernel = meta(rows, 4096, dtype=dtype), gemv.kernel_of(card, rows, dtype)
+                for tile in gemv.tiles(kernel)[: 2 if dtype == BF16 else 1]:
                     for splits in (1, 4) if rows in (1, 16) and dtype == BF16 else (4,):
-                        yield partial(small_matmul.multiply_bands, x, weight, kernel, tile, splits)
+                        yield partial(gemv.multiply_bands, x, weight, kernel, tile, splits)
 
 
 def grouped_cases(card: Card) -> Iterator[Call]:
@@ -154,7 +149,7 @@ def grouped_cases(card: Card) -> Iterator[Call]:
         left = meta(4096, outputs, dtype=dtype)
         for tile in grouped_matmul.tiles(card, "half", is_outer=True)[:most]:
             for out in (dtype, FP32):
-                yield partial(grouped_outer.grouped_outer, left, rows, ends, experts, out, tile=tile)
+                yield partial(grouped_wgrad.grouped_wgrad, left, rows, ends, experts, out, tile=tile)
         blocks = meta(experts, -(-outputs // BLOCK), -(-inputs // BLOCK), dtype=FP32)
         copies = IdleStack(meta(experts, outputs, inputs, dtype=BYTES), blocks)
         in_rows = IdleStack(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
@@ -176,7 +171,7 @@ def grouped_cases(card: Card) -> Iterator[Call]:
         yield partial(grouped_matmul.grouped_matmul, fp8, stack8, ends, tile=tile)
     columns = scaled(outputs, 4096, "e4m3"), scaled(inputs, 4096, "e4m3")
     for tile in grouped_matmul.tiles(card, way, is_outer=True):
-        yield partial(grouped_outer.grouped_outer, *columns, ends, experts, FP32, tile=tile)
+        yield partial(grouped_wgrad.grouped_wgrad, *columns, ends, experts, FP32, tile=tile)
     # Whole tiles, and rows that end within one; sums that int32 holds, and those that it does not.
     for tile in grouped_matmul.tiles(card, "int8"):
         for inputs, dtype in ((1024, BF16), (688, FP32), (100, BF16)):
@@ -185,7 +180,7 @@ def grouped_cases(card: Card) -> Iterator[Call]:
     for tile in grouped_matmul.tiles(card, "int8", is_outer=True):
         for count, dtype in ((4096, FP32), (2**18, BF16)):
             columns = scaled(outputs, count, "int8"), scaled(inputs, count, "int8")
-            yield partial(grouped_outer.grouped_outer, *columns, ends, experts, dtype, tile=tile)
+            yield partial(grouped_wgrad.grouped_wgrad, *columns, ends, experts, dtype, tile=tile)
 
 
 def latent_attention_cases(card: Card) -> Iterator[Call]:
@@ -214,4 +209,4 @@ def optimizer_cases() -> Iterator[Call]:
             moments = adamw8.new_moments(weight, exact)
             yield partial(adamw8.adamw8_, weight, gradient, moments, maps, step, 1e-3)
             yield partial(adamw8.adamw8_, weight, gradient, moments, maps, step, rate, skip=step)
-    yield partial(rounding.add_rounded_, meta(1000, 300), meta(1000, 300), 1, 2, meta(dtype=torch.int64))
+    yield partial(stochastic_rounding.add_rounded_, meta(1000, 300), meta(1000, 300), 1, 2, meta(dtype=torch.int64))

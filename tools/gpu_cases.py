@@ -12,15 +12,15 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
-from lowvram_kernels import adamw8, muon
-from lowvram_kernels import quantise as q8
-from lowvram_kernels.attention import attention
-from lowvram_kernels.attention import reference as attention_reference
-from lowvram_kernels.latent_attention import encode_latent, latent_attention
-from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
-from lowvram_kernels.linear_cross_entropy import reference as cross_entropy
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.rounding import add_rounded_
+from lowvram_kernels.attention.latent_attention import encode_latent, latent_attention
+from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.attention.sdpa import reference as attention_reference
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.loss.linear_cross_entropy import reference as cross_entropy
+from lowvram_kernels.optim import adamw8, muon
+from lowvram_kernels.quant import quantise as q8
+from lowvram_kernels.quant.quantise import QuantTensor
+from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,7 +47,7 @@ def kernels(scene: Scene) -> list[Kernel]:
 
 def _quantise(scene: Scene) -> Iterator[Kernel]:
     shapes = [(40, 200)] if scene.is_tiny else [(16_384, 4_096), (16_384, 688)]
-    makers: dict[str, Callable[[Tensor, str], Scaled]] = {
+    makers: dict[str, Callable[[Tensor, str], QuantTensor]] = {
         "rows": q8.quantise_rows,
         "columns": q8.quantise_columns,
         "weight": q8.quantise_weight,
@@ -76,7 +76,7 @@ def _one(scene: Scene, *shape: int) -> Inputs:
     return (scene.randn(*shape),)
 
 
-def _decoded(run: Callable[[Tensor], Scaled]) -> Callable[[Tensor], Tensor]:
+def _decoded(run: Callable[[Tensor], QuantTensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: q8.dequantise(run(x), torch.float32)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from lowvram_kernels.dispatch import Card, imagining
+from lowvram_kernels.dispatch import Card, override_card
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -142,7 +142,7 @@ def plainly(run: Callable[..., Any]) -> Callable[..., Any]:
     """Return what runs an op in its plain PyTorch form, wherever its tensors lie."""
 
     def plain(*inputs: Any) -> Any:
-        with imagining(_PLAIN):
+        with override_card(_PLAIN):
             return run(*inputs)
 
     return plain

@@ -9,12 +9,12 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from lowvram_kernels import quantise as q8
-from lowvram_kernels.grouped_matmul import grouped_matmul, mask_M
-from lowvram_kernels.grouped_outer import grouped_outer
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.scaled_matmul import scaled_matmul
-from lowvram_kernels.small_matmul import small_matmul
+from lowvram_kernels.matmul.gemv import gemv
+from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
+from lowvram_kernels.moe.grouped_matmul import grouped_matmul, mask_M
+from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
+from lowvram_kernels.quant import quantise as q8
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,7 +63,7 @@ def _operands(scene: Scene, form: str, rows: int, outputs: int, inner: int) -> I
     return q8.quantise_rows(scene.randn(rows, inner), form), q8.quantise_weight(scene.randn(outputs, inner), form)
 
 
-def _product_of_decoded(a: Scaled, b: Scaled) -> Tensor:
+def _product_of_decoded(a: QuantTensor, b: QuantTensor) -> Tensor:
     return q8.dequantise(a, torch.float32) @ q8.dequantise(b, torch.float32).mT
 
 
@@ -118,8 +118,8 @@ def _small(scene: Scene) -> Iterator[Kernel]:
                 op="small_matmul",
                 shape=f"{form} {rows} × {outputs} × {inner}",
                 inputs=inputs,
-                run=small_matmul,
-                error=error_of(small_matmul, lambda x, weight: x.float() @ q8.dequantise(weight, torch.float32).mT),
+                run=gemv,
+                error=error_of(gemv, lambda x, weight: x.float() @ q8.dequantise(weight, torch.float32).mT),
                 tolerance=_ROUNDED,
                 moved_bytes=1.0 * outputs * inner + 2.0 * rows * (outputs + inner),
                 operations=2.0 * rows * outputs * inner,
@@ -174,7 +174,7 @@ def _grouped_operands(scene: Scene, form: str, experts: int, rows: int, outputs:
     return q8.quantise_rows(x_MK, form), q8.quantise_weight(stack_ENK, form), ends
 
 
-def _slice_by_slice(rows: Tensor | Scaled, stack: Tensor | Scaled, ends: Tensor) -> Tensor:
+def _slice_by_slice(rows: Tensor | QuantTensor, stack: Tensor | QuantTensor, ends: Tensor) -> Tensor:
     """Return each expert's product in fp32; reads the ends on the host."""
     x_MK, stack_ENK = (t.float() if isinstance(t, Tensor) else q8.dequantise(t, torch.float32) for t in (rows, stack))
     slices = zip([0, *ends.tolist()[:-1]], ends.tolist(), stack_ENK, strict=True)
@@ -203,7 +203,7 @@ def _outer(scene: Scene) -> Iterator[Kernel]:
                 op="grouped_outer",
                 shape=f"{form} {experts} × {mean} × {outputs} × {inner}",
                 inputs=functools.partial(_outer_operands, scene, form, experts, rows, outputs, inner),
-                run=functools.partial(grouped_outer, resident=experts, dtype=scene.dtype),
+                run=functools.partial(grouped_wgrad, resident=experts, dtype=scene.dtype),
                 error=functools.partial(_outer_error, scene),
                 tolerance=_ROUNDED,
                 moved_bytes=element * rows * (outputs + inner) + 2.0 * experts * outputs * inner,
@@ -234,9 +234,9 @@ def _outer_rivals(scene: Scene, experts: int, rows: int, outputs: int, inner: in
         yield Rival("torch grouped_mm", library, lambda left, right, ends: F.grouped_mm(left, right, offs=ends))
 
 
-def _outer_error(scene: Scene, left: Tensor | Scaled, right: Tensor | Scaled, ends: Tensor) -> float:
+def _outer_error(scene: Scene, left: Tensor | QuantTensor, right: Tensor | QuantTensor, ends: Tensor) -> float:
     experts = len(ends)
-    found = grouped_outer(left, right, ends, experts, scene.dtype)
+    found = grouped_wgrad(left, right, ends, experts, scene.dtype)
     left_MO, right_MI = (
         side.float() if isinstance(side, Tensor) else q8.dequantise(side, torch.float32).mT for side in (left, right)
     )

@@ -292,7 +292,7 @@ def share_out(is_tiny: bool) -> list[list[str]]:
     """Return what each pytest process is given: the kernels' tests in equal parts, and the marked ones of the rest."""
     if is_tiny:
         return [list(_TINY_TESTS)]
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    files = sorted((ROOT / "tests" / "kernels").rglob("test_*.py"), key=lambda path: -path.stat().st_size)
     count = max(1, min(_MOST_SHARDS, (os.cpu_count() or 2) // 2) - 1)
     shards = [[str(path.relative_to(ROOT)) for path in files[start::count]] for start in range(count)]
     return [*([*shard, "-m", "gpu or not heavy"] for shard in shards), ["tests", "--ignore=tests/kernels", "-m", "gpu"]]

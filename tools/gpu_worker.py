@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
-from lowvram_kernels.dispatch import Card, imagining, is_interpreted
+from lowvram_kernels.dispatch import Card, is_interpreted, override_card
 
 from lowvram.errors import LowvramError
 from tools.gpu_cases import kernels
@@ -128,7 +128,7 @@ def interpreting(scene: Scene) -> Iterator[None]:
         yield
         return
     assert is_interpreted(), "gpu_report.py turns it on before Triton is imported"
-    with imagining(INTERPRETED):
+    with override_card(INTERPRETED):
         yield
 
 

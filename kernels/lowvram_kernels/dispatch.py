@@ -1,7 +1,7 @@
-"""Which card an op works for, and which backend it takes there; knows no tensor's values and no run.
+"""Which card an op works for, and which backend it takes there; knows no values of tensors and no training run.
 
-On paper (inside `on_paper(card)`) tensors are meta tensors, but every op takes the card's own path and makes the card's
-own allocations: so what is counted there is what the card will hold.
+Inside `simulate_card(card)` tensors are meta tensors: every op takes the path that it takes on that card and makes the
+same allocations, so what is counted there is what the card will hold.
 """
 
 from __future__ import annotations
@@ -16,41 +16,68 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lowvram_kernels.capabilities import (
+    FIRST_WITH_TRITON,
+    FIRST_WITH_TRITON_DOT,
+    ComputeCapability,
+    Features,
+    features_of,
+)
+
 
 class Card(NamedTuple):
     """What ops ask of a device and its torch.
 
-    platform: "cuda", "mps" or "cpu".  capability: CUDA's, (major, minor).  has_flash: torch was built with
-    FlashAttention, which its wheels for Windows are not.  has_triton: Triton is installed beside it.
+    platform: "cuda", "mps" or "cpu".  capability: CUDA's compute capability, (major, minor).  has_flash: torch was
+    built with FlashAttention, which its wheels for Windows are not.  has_triton: Triton is installed beside it.
     multiprocessors: how many blocks of a launch run side by side, at least.
     """
 
     platform: str
-    capability: tuple[int, int] | None = None
+    capability: ComputeCapability | None = None
     has_flash: bool = True
     has_triton: bool = True
     multiprocessors: int = 48
 
     @property
+    def features(self) -> Features:
+        """What its compute capability can do; without one, the least."""
+        return features_of(self.capability or (0, 0))
+
+    @property
     def shared_bytes(self) -> int:
-        """The most shared memory that one block of a launch may use.  Source: CUDA C++ Programming Guide."""
-        return _SHARED_BYTES.get(self.capability or (0, 0), 101_376)
+        """The most shared memory that one block of a launch may use."""
+        return self.features.shared_bytes
 
 
 class Choice(NamedTuple):
-    """A backend, one sentence why, and one that says what would change it ("" where nothing would)."""
+    """A backend, a sentence with the reason, and one that says what would change it ("" where nothing would)."""
 
     backend: str
     reason: str
     remedy: str = ""
 
 
+class Tile(NamedTuple):
+    """The part of a result that one program of a launch computes: rows × columns.
+
+    depth: numbers that it reads at a time, along what a product sums; where nothing is summed, along the columns.
+    warps, stages: of the program, and of its software pipeline.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+
+
 class Launch(NamedTuple):
-    """One launch of a Triton kernel, as values: run on a card, written down on paper, compiled by the gate.
+    """One launch of a Triton kernel, as values: run on a card, recorded in meta mode, compiled by the gate.
 
     module: of this package, holds the kernel.  arguments: tensors and numbers in the kernel's order, before its
-    constants.  promise: the numbers whose tensor-core product the kernel must become ("f16", "bf16", "e4m3", "mxf8",
-    "s8"; "" for none).
+    constants.  expected_mma: operands of the tensor-core instruction that the kernel must compile to ("f16", "bf16",
+    "e4m3", "mxf8", "s8"; "" for none).
     """
 
     module: str
@@ -60,11 +87,11 @@ class Launch(NamedTuple):
     constants: Mapping[str, Any]
     warps: int = 4
     stages: int = 3
-    promise: str = ""
+    expected_mma: str = ""
 
 
 class HiddenWork(NamedTuple):
-    """What a part of a step costs that does not run on paper, where no dispatcher can see it.
+    """The cost of work that meta mode skips, so that no dispatch mode can count it.
 
     flops: of attention.  product_flops: of matrix products in 16 bits or more.  low_flops: of those in 8 bits.
     """
@@ -76,69 +103,68 @@ class HiddenWork(NamedTuple):
     low_flops: float = 0.0
 
 
-# Promises that are kept by instructions on numbers of 8 bits.
+# Operands of 8 bits.
 _LOW = ("e4m3", "mxf8", "s8")
-_SHARED_BYTES = {(7, 5): 65_536, (8, 0): 166_912, (9, 0): 232_448, (10, 0): 232_448}
 
 
 def _forget(work: HiddenWork | Tensor | Launch) -> None:
-    """Off paper nobody asks."""
+    """Do nothing: outside meta mode nobody counts."""
 
 
-# A fact of the build, asked once: Dynamo cannot trace the question.
+# Facts of the installation, asked once: Dynamo cannot trace the question.
 _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 _HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
-# Plain names, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
-_imagined: Card | None = None
-_is_paper = False
+# Module globals, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
+_overriding_card: Card | None = None
+_is_simulated = False
 _note_launch: Callable[[Launch], None] = _forget
 _note: Callable[[HiddenWork], None] = _forget
 _note_host: Callable[[Tensor], None] = _forget
-# How often what happens on paper now really happens.
-_times = 1
+# How many repetitions the work that is simulated now stands for.
+_multiplier = 1
 
 
 @contextmanager
-def on_paper(
+def simulate_card(
     card: Card,
     note: Callable[[HiddenWork], None] = _forget,
     note_host: Callable[[Tensor], None] = _forget,
     note_launch: Callable[[Launch], None] | None = None,
 ) -> Iterator[None]:
-    """Let ops take `card`'s path on whatever device their tensors lie; for meta tensors.
+    """Meta mode: ops take `card`'s path with meta tensors, make its allocations and launch nothing.
 
-    note: is told of the work that paper replaces by its allocations.  note_host: of each tensor that lies in the
-    computer's memory and not on the card.  note_launch: of each kernel that would be launched; without it whoever was
-    told before still is.
+    note: called with the cost of work that is skipped.  note_host: called with each tensor that lies in host memory and
+    not on the card.  note_launch: called with each kernel that would be launched; without it the enclosing
+    `simulate_card`'s is kept.
     """
-    global _imagined, _is_paper, _note, _note_host, _note_launch
-    before = _imagined, _is_paper, _note, _note_host, _note_launch
-    _imagined, _is_paper, _note, _note_host = card, True, note, note_host
+    global _overriding_card, _is_simulated, _note, _note_host, _note_launch
+    before = _overriding_card, _is_simulated, _note, _note_host, _note_launch
+    _overriding_card, _is_simulated, _note, _note_host = card, True, note, note_host
     _note_launch = note_launch or _note_launch
     try:
         yield
     finally:
-        _imagined, _is_paper, _note, _note_host, _note_launch = before
+        _overriding_card, _is_simulated, _note, _note_host, _note_launch = before
 
 
 @contextmanager
-def imagining(card: Card) -> Iterator[None]:
-    """Let ops take `card`'s path and really launch, which Triton's interpreter does with a processor's tensors."""
-    global _imagined
-    before, _imagined = _imagined, card
+def override_card(card: Card) -> Iterator[None]:
+    """Let ops take `card`'s path and really launch: Triton's interpreter then runs kernels on CPU tensors."""
+    global _overriding_card
+    before, _overriding_card = _overriding_card, card
     try:
         yield
     finally:
-        _imagined = before
+        _overriding_card = before
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of the computer for what belongs to a card; with `to_host` the only way off one.
+    """Return a tensor in host memory for data that belongs to a card; with `to_host` the only way off a card.
 
-    Not page-locked: torch rounds each block of such memory up to a power of two, half as much again for large stacks,
-    and Windows lends little of it.  device: the card, "cpu" where there is none.
+    Not page-locked: torch rounds each such block up to a power of two, half as much again for large stacks, and Windows
+    lends little of it.  device: the card, "cpu" where there is none.
     """
-    if is_on_paper():
+    if is_simulated():
         tensor = torch.empty(shape, dtype=dtype, device=device)
         _note_host(tensor)
         return tensor
@@ -146,21 +172,21 @@ def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return a copy in the computer's memory, of the same shape and dtype."""
+    """Return a copy in host memory, of the same shape and dtype."""
     return empty_on_host(tensor.shape, tensor.dtype, tensor.device).copy_(tensor)
 
 
 def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) -> None:
-    """Tell of work that paper replaces by its allocations."""
+    """Report the cost of work that meta mode skips."""
     _note(HiddenWork(flops, moved_bytes, ops))
 
 
-def shown(count: int) -> Iterator[int]:
-    """Yield 0 … count − 1; on paper 0 alone, whose work counts for all: for turns that allocate the same.
+def representative(count: int) -> Iterator[int]:
+    """Yield 0 … count − 1; in meta mode 0 alone, whose work counts for all: for iterations that allocate the same.
 
     The caller must use each number before it asks for the next, and the last one too.
     """
-    if not is_on_paper():
+    if not is_simulated():
         yield from range(count)
         return
     with _counting(count):
@@ -168,36 +194,36 @@ def shown(count: int) -> Iterator[int]:
             yield 0
 
 
-def untold() -> AbstractContextManager[None]:
-    """Let what is done on paper take its memory and count as no work: that is told of otherwise."""
+def uncounted() -> AbstractContextManager[None]:
+    """In meta mode, count the memory of what is done inside and none of its work, which is reported separately."""
     return _counting(0)
 
 
 @contextmanager
 def _counting(times: int) -> Iterator[None]:
-    """Let work that is done on paper count so many times."""
-    global _times
-    before, _times = _times, _times * times
+    """Count simulated work so many times."""
+    global _multiplier
+    before, _multiplier = _multiplier, _multiplier * times
     try:
         yield
     finally:
-        _times = before
+        _multiplier = before
 
 
-def times_now() -> int:
-    """Return for how many turns the work counts that is done on paper now."""
-    return _times
+def work_multiplier() -> int:
+    """Return how many repetitions the work that is simulated now stands for."""
+    return _multiplier
 
 
-def is_on_paper() -> bool:
-    """Say whether this runs inside `on_paper`."""
-    return _is_paper
+def is_simulated() -> bool:
+    """Say whether this runs in meta mode, inside `simulate_card`."""
+    return _is_simulated
 
 
 def card_of(device: torch.device) -> Card:
-    """Return the card that a tensor on `device` is computed by: the imagined one on paper."""
-    if _imagined is not None:
-        return _imagined
+    """Return the card that computes tensors on `device`; inside `simulate_card` and `override_card` theirs."""
+    if _overriding_card is not None:
+        return _overriding_card
     if device.type != "cuda":
         return Card(device.type)
     facts = torch.cuda.get_device_properties(device)
@@ -205,36 +231,36 @@ def card_of(device: torch.device) -> Card:
 
 
 def is_interpreted() -> bool:
-    """Say whether Triton's kernels run in its interpreter, whose casts to bf16 and to 8-bit floats err."""
+    """Say whether Triton's kernels run in its interpreter, whose casts to bf16 and to 8-bit floats are wrong."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def converts_e4m3(device: torch.device) -> bool:
-    """Say whether kernels there leave conversions to E4M3 and back to the card, which has them from 8.9 on."""
-    return (card_of(device).capability or (0, 0)) >= (8, 9) and not is_interpreted()
+    """Say whether kernels there convert to E4M3 and back by the card's own instructions."""
+    return card_of(device).features.has_e4m3 and not is_interpreted()
 
 
 def bytes_of(*tensors: Tensor | None) -> int:
-    """Return the bytes of all numbers that are there, whatever memory lies between them."""
+    """Return the bytes of the elements of all tensors that are not None, gaps between strided rows not counted."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
-    """Launch a kernel; on paper only tell of it.
+    """Launch a kernel; in meta mode only report it.
 
-    flops, moved_bytes: its operations and the bytes that it reads and writes, by which its roofline is reckoned.
+    flops, moved_bytes: its operations and the bytes that it reads and writes, from which its roofline follows.
     """
-    if _is_paper:
+    if _is_simulated:
         _note_launch(what)
-        kind = "low_flops" if what.promise in _LOW else "product_flops"
+        kind = "low_flops" if what.expected_mma in _LOW else "product_flops"
         _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, **{kind: flops}))
         return
     kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
     kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)
 
 
-# FlashAttention's limits on a head's width: on every card, and while it learns on the consumer cards whose blocks have
-# 99 KiB of shared memory, where the backward pass has no kernel for what lies between (torch, sdp_utils.cpp).
+# FlashAttention's limits on a head's width: on every card, and in training on the consumer cards whose blocks have
+# 99 KiB of shared memory, where the backward pass has no kernel for the widths between (torch, sdp_utils.cpp).
 _WIDEST_FLASH = 256
 _GAP_OF_FLASH = range(193, 225)
 
@@ -244,7 +270,7 @@ def _has_gap(capability: tuple[int, int]) -> bool:
 
 
 def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool, width: int = 128, learns: bool = True) -> Choice:
-    """Choose the attention kernel: "flash", "efficient" or "math", which writes out every score.
+    """Choose the attention kernel: "flash", "efficient" or "math", which stores every score.
 
     width: of a head's queries and keys, extra columns included.  learns: a backward pass may follow.
     Source: torch, aten/native/transformers/cuda/sdp_utils.cpp and aten/native/mps.
@@ -253,7 +279,7 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool, width: int
         return Choice("flash", "torch's CPU kernel is fused")
     if card.platform != "cuda":
         return Choice("math", "torch's attention on MPS writes out every score while it learns")
-    if card.capability is None or card.capability < (8, 0):
+    if card.capability is None or not card.features.has_flash:
         return Choice("efficient", "FlashAttention 2 needs compute capability 8.0")
     if not card.has_flash:
         reason = "this torch was built without FlashAttention, as those for Windows are"
@@ -272,21 +298,21 @@ def choose_attention(card: Card, dtype: torch.dtype, is_masked: bool, width: int
 
 # Ops that have a Triton form, and the least capability that it needs.
 _TRITON_FROM = {
-    "quantise": (7, 5),
-    "adamw8": (7, 5),
-    "grouped_matmul": (8, 0),
-    "small_matmul": (7, 5),
-    "latent_attention": (8, 0),
-    "fp8_matmul": (8, 0),
-    "int8_matmul": (8, 0),
+    "quantise": FIRST_WITH_TRITON,
+    "adamw8": FIRST_WITH_TRITON,
+    "grouped_matmul": FIRST_WITH_TRITON_DOT,
+    "small_matmul": FIRST_WITH_TRITON,
+    "latent_attention": FIRST_WITH_TRITON_DOT,
+    "fp8_matmul": FIRST_WITH_TRITON_DOT,
+    "int8_matmul": FIRST_WITH_TRITON_DOT,
 }
-# Ops that keep their reference, which torch.compile fuses.
+# Ops that run their plain PyTorch form, which torch.compile fuses.
 _REFERENCE_ONLY = ("rms_norm", "swiglu", "linear_cross_entropy")
 OPS = (*_TRITON_FROM, *_REFERENCE_ONLY)
 
 
 def choose(op: str, card: Card) -> Choice:
-    """Choose the backend of an op on a card; the same on paper as on the card.
+    """Choose the backend of an op on a card; the same in meta mode as on the card.
 
     op: one of `OPS`.  Returns "reference" (plain PyTorch), "triton", and for fp8_matmul "mxfp8" (block-scaled tensor
     cores), "tensor" (FP8 tensor cores), "storage" (bytes decoded in registers) or "decode" (bytes decoded, then
@@ -305,7 +331,7 @@ def choose(op: str, card: Card) -> Choice:
         reason = f"{_name(card)}: Triton's products reach tensor cores from capability {least[0]}.{least[1]} on"
         return Choice("decode" if op.endswith("8_matmul") else "reference", f"{reason}; cuBLAS computes in fp16")
     if op == "fp8_matmul":
-        return _choose_fp8(card, card.capability)
+        return _choose_fp8(card)
     if op == "int8_matmul":
         return Choice("tensor", f"{_name(card)} has INT8 tensor cores")
     return Choice("triton", f"{_name(card)} runs our kernel")
@@ -319,9 +345,11 @@ def _name(card: Card) -> str:
     return f"capability {major}.{minor}"
 
 
-def _choose_fp8(card: Card, capability: tuple[int, int]) -> Choice:
-    if capability < (8, 9):
-        return Choice("storage", f"{_name(card)} has no FP8 tensor cores: bytes are decoded in registers to fp16")
-    if capability[0] == 12:
-        return Choice("mxfp8", f"{_name(card)} multiplies FP8 with its block scales in one instruction")
-    return Choice("tensor", f"{_name(card)} has FP8 tensor cores")
+def _choose_fp8(card: Card) -> Choice:
+    reasons = {
+        "storage": "has no FP8 tensor cores: bytes are decoded in registers to fp16",
+        "mxfp8": "multiplies FP8 with its block scales in one instruction",
+        "tensor": "has FP8 tensor cores",
+    }
+    backend = card.features.fp8
+    return Choice(backend, f"{_name(card)} {reasons[backend]}")

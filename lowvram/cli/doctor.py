@@ -77,7 +77,7 @@ def choose_all(card: Card) -> dict[str, Choice]:
     import torch
     from lowvram_kernels.dispatch import OPS, choose, choose_attention
 
-    dtype = torch.float16 if card.capability is not None and card.capability < (8, 0) else torch.bfloat16
+    dtype = torch.bfloat16 if card.capability is None or card.features.has_bf16 else torch.float16
     attention = {
         "attention": choose_attention(card, dtype, is_masked=False),
         "masked_attention": choose_attention(card, dtype, is_masked=True),

@@ -174,8 +174,8 @@ def _is_asked(arguments: argparse.Namespace) -> bool:
 
 def _refuse_contradictions(arguments: argparse.Namespace) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
-    from lowvram.config.run_file import refuse_overwriting
     from lowvram.errors import ConfigError
+    from lowvram.fit.run_file_writer import refuse_overwriting
 
     here = arguments.gpu is None and arguments.memory is None
     run_file, is_alone, is_asked = arguments.run_file, _is_alone(arguments), _is_asked(arguments)
@@ -383,7 +383,7 @@ def _write(arguments: argparse.Namespace, card: Card, advice: Advice) -> None:
     from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
     from lowvram.cli.next_step import quote_command
-    from lowvram.config.run_file import write_run
+    from lowvram.fit.run_file_writer import write_run
 
     advice, reason = _prefer_fp32(advice, card)
     train, model = advice.answer.train, advice.answer.model

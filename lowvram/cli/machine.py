@@ -76,10 +76,18 @@ def _open(name: str) -> torch.device:
 
 @functools.cache
 def _warn_of_launches() -> None:
-    """Say once what will make kernels slower or fail, as `lowvram doctor` does: better now than at the first launch."""
+    """Say once what will make kernels slower or fail, as `lowvram doctor` does: better now than at the first launch.
+
+    Raises MachineError where the card is too old for torch, whose first launch on it would fail.
+    """
     from lowvram.cli.console import notice
-    from lowvram.hardware.doctor import LAUNCH_CHECKS, find_all
+    from lowvram.hardware.doctor import LAUNCH_CHECKS, check_architecture, find_all
     from lowvram.hardware.inspect import gather
 
-    for finding in find_all(gather(ask_torch()), LAUNCH_CHECKS):
+    facts = gather(ask_torch())
+    too_old = check_architecture(facts) if facts.capability is not None and facts.capability < (7, 5) else None
+    if too_old is not None and too_old.is_fatal:
+        what, why = (f"{text[0].upper()}{text[1:]}." for text in (too_old.value, too_old.consequence))
+        raise MachineError(what, why, f"To mend it: {too_old.command}. Or compute on the processor: --device cpu.")
+    for finding in find_all(facts, LAUNCH_CHECKS):
         notice(f"Note: {finding.sentence}", "yellow")

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from lowvram_kernels.capabilities import features_of
+
 from lowvram.cli.console import notice
 from lowvram.config.plan import Plan
 from lowvram.fit.calibration_store import compare_precisions, load_measured
@@ -110,13 +112,15 @@ def _as_installed(profile: Profile, is_windows: bool) -> Profile:
 
 def warn_of_precision(train: TrainConfig, profile: Profile) -> str | None:
     """Return a sentence where a run computes in numbers that the card has no tensor cores for."""
-    has_int8 = profile.capability is not None and profile.capability >= (8, 0)
+    has_int8 = profile.capability is not None and features_of(profile.capability).has_int8
     if (train.precision == "fp8" and profile.fp8 == "storage") or (train.precision == "int8" and not has_int8):
         says = f"{profile.name} has no tensor cores for {train.precision}, which it must decode first"
         return f'{says}: train.precision = "{profile.dtype}" is faster.'
     if train.precision != "bf16" or profile.dtype != "fp16":
         return None
-    return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about 8 times as fast.'
+    known = profile.tflops
+    times = round(known["fp16"] / known["bf16"]) if "fp16" in known and "bf16" in known else 8
+    return f'{profile.name} has no tensor cores for bf16: train.precision = "fp16" is about {times} times as fast.'
 
 
 def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Callable[[Plan], Rehearsal]:

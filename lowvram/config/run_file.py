@@ -1,4 +1,4 @@
-"""Run files and presets: TOML and `--set` in, a checked RunConfig out; the wording of what is wrong with them."""
+"""Reads run files and presets: TOML and `--set` in, a checked RunConfig out; words what is wrong with them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from lowvram.config.base import flatten
 from lowvram.config.field_names import answer_key
 from lowvram.config.model import ModelConfig
 from lowvram.config.run import RunConfig, check_vocabulary
 from lowvram.config.train import TrainConfig, check_rotation
 from lowvram.errors import ConfigError, name_nearest
-from lowvram.storage.disk import DISK
 
 # What `fit --out` writes where it was not told a folder.
-_GAP = "PUT A FOLDER HERE"
+PLACEHOLDER = "PUT A FOLDER HERE"
 # The keys that name which member of a tagged union a table is.
-_TAGS = ("kind", "name")
+TAGS = ("kind", "name")
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
 # What pydantic's words for a wrong kind of value mean in a run file.
@@ -135,70 +133,9 @@ def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
-def write_run(
-    path: Path, preset: str, model: ModelConfig, train: TrainConfig, folders: Mapping[str, str] | None
-) -> None:
-    """Write the run file of a preset, with every value of the model and of the training that differs from it.
-
-    folders: the full paths of `train`, `tokenizer` and, if there is one, `valid`; None leaves gaps, which `load_run`
-    names.  Raises ConfigError where `path` exists.
-    """
-    import tomlkit  # only here: it takes a tenth of what `lowvram --help` may take
-
-    refuse_overwriting(path)
-    has_gaps = folders is None
-    places = dict.fromkeys(("train", "valid", "tokenizer"), _GAP) if folders is None else folders
-    home = path.resolve().parent
-    before = load_preset(preset)
-    # The vocabulary follows the tokenizer.
-    changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
-    tables: dict[str, Table] = {
-        "model": {"preset": preset} | flatten(changes),
-        "data": {key: place if has_gaps else _relate(place, home) for key, place in places.items()},
-        "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
-        "run": {"dir": f"runs/{preset}"},
-    }
-    written = tomlkit.document()
-    for name, values in tables.items():
-        table = tomlkit.table()
-        for key, value in values.items():
-            table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
-        if name == "data" and has_gaps:
-            table.add(tomlkit.comment("valid may go: then nothing is held out"))
-        if values:
-            written.append(name, table)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    DISK.write(path, tomlkit.dumps(written).encode())
-
-
-def _table_over(base: Table, whole: Table) -> Table:
-    """Return what must be laid over a table, by `overlay`, so that it becomes another one.
-
-    TOML has no null: what is nothing now and was something is written as "none".  A table of another kind is written
-    whole, for `overlay` takes nothing over from the old kind; what is nothing there is that kind's default.
-    """
-    top: Table = {}
-    for key, value in whole.items():
-        was = base.get(key)
-        if value == was:
-            continue
-        if isinstance(value, dict):
-            kept = was if isinstance(was, dict) and all(was.get(tag) == value.get(tag) for tag in _TAGS) else {}
-            top[key] = _table_over(kept, value)
-        else:
-            top[key] = "none" if value is None else value
-    return top
-
-
-def refuse_overwriting(path: Path) -> None:
-    """Raise ConfigError where a run file would be written over something."""
-    if path.exists():
-        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
-
-
 def _refuse_gaps(path: Path, tables: Table) -> None:
     data = tables.get("data", {})
-    gaps = [f"data.{key}" for key, value in data.items() if value == _GAP] if isinstance(data, dict) else []
+    gaps = [f"data.{key}" for key, value in data.items() if value == PLACEHOLDER] if isinstance(data, dict) else []
     if gaps:
         raise ConfigError(
             f"{path} leaves {', '.join(gaps)} open.",
@@ -215,7 +152,7 @@ def overlay(base: Table, top: Mapping[str, Any]) -> Table:
         same_kind = (
             isinstance(below, dict)
             and isinstance(value, Mapping)
-            and all(value.get(tag, below.get(tag)) == below.get(tag) for tag in _TAGS)
+            and all(value.get(tag, below.get(tag)) == below.get(tag) for tag in TAGS)
         )
         merged[key] = overlay(typing.cast(Table, below), value) if same_kind else value
     return merged
@@ -383,7 +320,7 @@ def _tags_of(config: type[BaseModel]) -> tuple[Any, ...]:
 def to_portable(what: RunConfig, home: Path) -> Table:
     """Return a run's configuration as plain tables whose paths are relative to `home`, so that both can move."""
     tables = what.model_dump(mode="json")
-    _map_paths(tables, lambda path: _relate(path, home))
+    _map_paths(tables, lambda path: relate(path, home))
     return tables
 
 
@@ -393,7 +330,8 @@ def from_portable(tables: Table, home: Path) -> RunConfig:
     return RunConfig.model_validate(tables)
 
 
-def _relate(path: str, home: Path) -> str:
+def relate(path: str, home: Path) -> str:
+    """Return a path relative to `home`, with forward slashes; as it is where there is no relative path."""
     try:
         return Path(os.path.relpath(path, home)).as_posix()
     except ValueError:  # another drive of Windows has no relative path

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lowvram_kernels.quantise import BLOCK, quantise_weight
+from lowvram_kernels.quant.quantise import BLOCK, quantise_weight
 from torch import Tensor
 
 SCALE = "_scale_inv"

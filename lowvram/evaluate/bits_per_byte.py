@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 
 from lowvram.data.shards import ShardSet
 from lowvram.model.transformer import Transformer

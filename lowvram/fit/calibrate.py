@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from lowvram_kernels.attention import attention
-from lowvram_kernels.dispatch import Card, card_of, on_paper
-from lowvram_kernels.product import along_rows, forward
+from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.dispatch import Card, card_of, simulate_card
+from lowvram_kernels.matmul.quant_linear import along_rows, forward
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -29,7 +29,7 @@ from lowvram.fit.rehearse import LiveStorage, rehearse
 from lowvram.fit.throughput import Measured, Rates, launch_seconds, work_seconds
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
-from lowvram.objective import DTYPES, FORMS, Batch, Loss, count_targets
+from lowvram.objective import DTYPES, MATMUL_FORMATS, Batch, Loss, count_targets
 from lowvram.train.compilation import compiled
 from lowvram.train.oom import free_memory, is_out_of_memory
 from lowvram.train.optim import LeanOptimizer
@@ -191,8 +191,8 @@ def _time_loads(
         return x @ weight.mT
 
     def low_product(x: Tensor, weight: Tensor) -> Tensor:
-        form = FORMS[train.precision]
-        return forward(along_rows(x, form), weight, form, dtype)
+        matmul_format = MATMUL_FORMATS[train.precision]
+        return forward(along_rows(x, matmul_format), weight, matmul_format, dtype)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> object:
         return torch.autograd.grad(attention(q, k, v, head_dim**-0.5, causal=True), (q, k, v), gradient)
@@ -200,7 +200,7 @@ def _time_loads(
     def time_load(load: Callable[..., object], *shapes: tuple[int, ...]) -> tuple[Work, float]:
         learns = load is attend
         counter = LiveStorage(1)
-        with on_paper(card, counter.add_hidden), counter:
+        with simulate_card(card, counter.add_hidden), counter:
             load(*(torch.empty(shape, dtype=dtype, device="meta", requires_grad=learns) for shape in shapes))
         work = Work(*(sum(values) for values in zip(*counter.work.values(), strict=True)))
         tensors = [torch.randn(shape, device=device).to(dtype).requires_grad_(learns) for shape in shapes]
@@ -222,7 +222,7 @@ def _time_loads(
     # 0 where no fused kernel runs: the ledger then counts attention's products among the others.
     fused_flops_per_s = rate_of(attend, lambda work: work.attention_flops, queries, keys, keys, queries)
     low_flops_per_s = None
-    if FORMS[train.precision] != "plain":
+    if MATMUL_FORMATS[train.precision] != "plain":
         # 0 where no kernel for 8 bits runs: they are then counted among the others, too.
         low_flops_per_s = rate_of(low_product, lambda work: work.low_flops, *operands) or None
     free_memory(device)

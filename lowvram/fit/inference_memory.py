@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
+from lowvram_kernels.dispatch import Card, simulate_card
 from torch import nn
 
 from lowvram.fit.rehearse import BLOCK_BYTES, LiveStorage
@@ -22,7 +22,7 @@ def rehearse_reading(
     cache: in which numbers the decoder keeps what it has read.
     """
     counter = LiveStorage(BLOCK_BYTES[card.platform])
-    with on_paper(card, counter.add_hidden), counter:
+    with simulate_card(card, counter.add_hidden), counter:
         paper = _without_numbers(model)
         weights, begin = counter.alive_bytes(), counter.moment
         decoder = Decoder(paper, max_context, slots, dtype, cache)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lowvram.config.plan import LEDGER_LINES, Ledger, Offload, Plan, Recompute
 
-# The most rows of one chunk of the loss (lowvram_kernels/linear_cross_entropy.py).
+# The most rows of one chunk of the loss (lowvram_kernels/loss/linear_cross_entropy.py).
 _ONE_CHUNK_TOKENS = 1_024
 # Somewhere near these another moment becomes the peak: rehearsals there keep the lines within some percent.
 _MIDDLE_TOKENS = (8_192, 16_384)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, on_paper, times_now
+from lowvram_kernels.dispatch import Card, HiddenWork, simulate_card, work_multiplier
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,7 +184,7 @@ class LiveStorage(TorchDispatchMode):
 
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
-        times = times_now()
+        times = work_multiplier()
         self.work[self.phase] = [old + times * new for old, new in zip(total, part, strict=True)]
 
 
@@ -249,7 +249,7 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     counter = LiveStorage(BLOCK_BYTES[card.platform])
     # Apple's memory and a processor's are one for both sides: what would leave the card stays in it.
     aside = {"note_host": counter.mark_host} if card.platform == "cuda" else {}
-    with on_paper(card, counter.add_hidden, **aside), counter:
+    with simulate_card(card, counter.add_hidden, **aside), counter:
         state = build_state(model, train, plan, _PAPER, None)
         network, optimizer = state.model, state.optimizer
         counter.phase = "optimizer"

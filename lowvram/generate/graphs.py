@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from lowvram_kernels.dispatch import card_of, choose, is_on_paper
+from lowvram_kernels.dispatch import card_of, choose, is_simulated
 from torch import Tensor
 
 from lowvram.model.decode import read_one_token
@@ -98,7 +98,7 @@ class Graphs:
 def can_capture(model: Transformer) -> bool:
     """Say whether a step of the model can be a graph: on a card, and where its experts ask the host nothing."""
     device = model.embedding.device
-    if device.type != "cuda" or is_on_paper():
+    if device.type != "cuda" or is_simulated():
         return False
     return not model.moe_layers() or choose("grouped_matmul", card_of(device)).backend == "triton"
 

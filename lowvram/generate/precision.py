@@ -53,5 +53,4 @@ def read_as_trained(precision: str) -> Reading:
 def _choose_flow(card: Card, has_fast_bf16: bool) -> Flow:
     if card.platform == "cpu" and not has_fast_bf16:
         return "fp32"
-    # Before capability 8.0 bf16 has no tensor cores.
-    return "fp16" if card.capability is not None and card.capability < (8, 0) else "bf16"
+    return "bf16" if card.capability is None or card.features.has_bf16 else "fp16"

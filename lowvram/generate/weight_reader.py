@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -18,5 +18,5 @@ class Source(Protocol):
     def names(self) -> list[str]:
         """Return the names that `Transformer(config).state_dict()` has for them."""
 
-    def read(self, name: str) -> Tensor | Scaled:
+    def read(self, name: str) -> Tensor | QuantTensor:
         """Return one tensor on the CPU, or its codes and scales where it is stored in 8 bits."""

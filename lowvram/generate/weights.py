@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lowvram_kernels.dispatch import bytes_of
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_weight
 from torch import Tensor, nn
 
 from lowvram.config.model import ModelConfig
@@ -66,7 +66,7 @@ def load_for_reading(
     _refuse_other_names(own, source)
     for name, place in own.items():
         found = source.read(name)
-        shape = list(found.code.shape if isinstance(found, Scaled) else found.shape)
+        shape = list(found.code.shape if isinstance(found, QuantTensor) else found.shape)
         _refuse_other_shape(name, shape, place)
         if is_matrix(name, shape):
             put(model, name, _keep(name, found, precision, torch.device(device), flow))
@@ -98,11 +98,11 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
     return len(shape) > 1 and not name.endswith("router.weight")
 
 
-def put(model: Transformer, name: str, weight: Tensor | Scaled) -> None:
+def put(model: Transformer, name: str, weight: Tensor | QuantTensor) -> None:
     """Put a matrix in its place in the model: plain, or codes with their scales beside them."""
     owner, _, attribute = name.rpartition(".")
     layer = model.get_submodule(owner)
-    code, scale = (weight.code, weight.scale) if isinstance(weight, Scaled) else (weight, None)
+    code, scale = (weight.code, weight.scale) if isinstance(weight, QuantTensor) else (weight, None)
     layer._parameters[attribute] = nn.Parameter(code, requires_grad=False)
     if scale is not None:
         layer._buffers[f"{attribute}_scale"] = scale
@@ -114,24 +114,24 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def _keep(
-    name: str, found: Tensor | Scaled, precision: str, device: torch.device, flow: torch.dtype
-) -> Tensor | Scaled:
+    name: str, found: Tensor | QuantTensor, precision: str, device: torch.device, flow: torch.dtype
+) -> Tensor | QuantTensor:
     """Return a matrix as the model keeps it."""
     if precision not in _FORMS or name.endswith(_IN_16_BITS):
         sixteen = torch.bfloat16 if flow == torch.float32 else flow
         return _decode(found, _PLAIN.get(precision, sixteen)).to(device)
-    if not isinstance(found, Scaled):
+    if not isinstance(found, QuantTensor):
         return quantise_weight(found.to(device), _FORMS[precision])
     if found.code.dtype != _CODES[precision]:
         return quantise_weight(dequantise(found, torch.float32).to(device), _FORMS[precision])
     if found.code.dtype == torch.uint8:
         # Decoding at every use leaves the question out.
         _refuse([name] if bool(((found.code & 0x7F) == 0x7F).any()) else [], "holds NaN")
-    return Scaled(found.code.to(device), found.scale.to(device))
+    return QuantTensor(found.code.to(device), found.scale.to(device))
 
 
-def _decode(found: Tensor | Scaled, dtype: torch.dtype) -> Tensor:
-    return dequantise(found, dtype) if isinstance(found, Scaled) else found.to(dtype)
+def _decode(found: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    return dequantise(found, dtype) if isinstance(found, QuantTensor) else found.to(dtype)
 
 
 def _refuse(names: list[str], problem: str) -> None:

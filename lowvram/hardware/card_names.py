@@ -10,10 +10,36 @@ from lowvram.errors import name_nearest
 _RUNS_ON = "lowvram trains on NVIDIA cards from RTX 20 on, on Apple chips from M1 on, and on processors."
 _WITHOUT_A_NAME = "Without a name, --memory 8GB works for any NVIDIA card."
 
+# What to take where a card is too old; the cards that are lent for nothing come first.
+TAKE_ANOTHER = "choose another card: on Kaggle and Colab the T4"
+
+
+def _say_too_old(capability: str, wheels: str = "only those for CUDA 12.6 have") -> str:
+    """Return what is true below capability 7.5.  wheels: which of torch's have code for it, "" for none.
+
+    Source: torch 2.13, torch/cuda/__init__.py (PYTORCH_RELEASES_CODE_CC): wheels for CUDA 12.6 hold code from 5.0 on,
+    all newer ones from 7.5 on.  Triton's README names 8.0 as the least; torch.compile refuses it below 7.0.
+    """
+    which = f"of torch's wheels {wheels}" if wheels else "none of torch's wheels has"
+    plain = " With them plain PyTorch would compute, far slower; nobody has tried it." if wheels else ""
+    return (
+        f"It is too old for torch's wheels and for Triton: {which} code for its compute capability ({capability}), and "
+        f"lowvram's Triton kernels need 7.5.{plain}  {TAKE_ANOTHER[0].upper()}{TAKE_ANOTHER[1:]}; --gpu t4 shows what "
+        f"fits there. {_RUNS_ON}"
+    )
+
+
+def explain_too_old(capability: tuple[int, int]) -> str:
+    """Return why a card below compute capability 7.5 is too old, and what to do."""
+    text = f"{capability[0]}.{capability[1]}"
+    return _say_too_old(text) if capability >= (5, 0) else _say_too_old(text, wheels="")
+
+
 _PROCESSOR = "`--gpu cpu` shows what the processor can do."
 
 # The first pattern that is found in a name decides; names are in lower case, with single blanks.
 _FAMILIES = (
+    (r"^\d+(\.\d+)? ?g(i?b)?$", f"It is a size of memory and no card's name. {_WITHOUT_A_NAME}"),
     (
         r"\b(amd|radeon|rx ?\d{3,4}|vega|instinct|mi ?\d{2,3}x?|ryzen|strix|firepro)",
         f"AMD cards are not supported. {_RUNS_ON} {_PROCESSOR}",
@@ -28,10 +54,16 @@ _FAMILIES = (
         "and nobody has tried it.  An RTX 20 of the same memory shows what fits: --gpu rtx2060-6gb --memory 6GB.",
     ),
     (
-        r"\b(gtx|rtx|geforce|gt)? ?(10[1-8]0|[6-9][1-9]0)(m|ti)?\b|\b(titan (x|xp|v|z|black)|gt ?[67]\d0|"
-        r"quadro (?!rtx|t\d)\w+|(tesla )?(v100|p100|p40|p4|m40|m60|k40|k80)|mx ?[1-3]\d0)\b",
-        "It is too old: its compute capability is below the 7.5 that our kernels need, so only plain PyTorch, as built "
-        f"for CUDA 12.6, could compute on it, far slower. {_RUNS_ON}",
+        # Fermi and Kepler; the GTX 745 and 750 are Maxwell.
+        r"\b(gtx|geforce|gt)? ?(6[1-9]0|7[1-46-9]0)(m|ti)?\b|\b(titan (z|black)|(tesla )?k[248]0\w?)\b",
+        _say_too_old("3.7 or less", wheels=""),
+    ),
+    (r"\b(v100s?|titan v|gv100)\b", _say_too_old("7.0")),
+    (r"\bp100\b", _say_too_old("6.0")),
+    (
+        r"\b(gtx|rtx|geforce|gt)? ?(10[1-8]0|750|9[1-9]0)(m|ti)?\b|\b(titan (x|xp)|quadro (?!rtx|t\d)\w+|"
+        r"tesla m4|p40|p4|m40|m60|mx ?[1-3]\d0)\b",
+        _say_too_old("6.2 or less", wheels="at most those for CUDA 12.6 have"),
     ),
     (
         r"\b(?P<generation>m\d) ?ultra\b",
@@ -44,7 +76,7 @@ _FAMILIES = (
         "Name the chip and the memory, such as --gpu m3-pro --ram 18GB.",
     ),
     (
-        r"\b(quadro|titan rtx|rtx ?a\d{4}|rtx pro|rtx ?[2-8]000|a\d{1,3}|l4|l40s?|t4|t\d{3,4}|gh?200|b[123]00)\b",
+        r"\b(quadro|titan rtx|rtx ?a\d{4}|rtx pro|rtx ?[2-8]000|a(?!100\b)\d{1,3}|l40s?|t\d{3,4}|gh?200|b[123]00)\b",
         "It works where its compute capability is 7.5 or more.  Name its memory instead, such as --memory 16GB: what "
         "fits is then known, and its speed is not.",
     ),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lowvram_kernels.capabilities import features_of
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lowvram.config.base import Share, Size, Words
@@ -66,8 +67,8 @@ class Profile(Words):
 
     @property
     def dtype(self) -> Literal["fp16", "bf16"]:
-        """The 16-bit numbers to train in: before capability 8.0 bf16 has no tensor cores and is 8 times slower."""
-        return "fp16" if self.capability is not None and self.capability < (8, 0) else "bf16"
+        """The 16-bit numbers to train in: without tensor cores for it bf16 is 8 times slower than fp16."""
+        return "bf16" if self.capability is None or features_of(self.capability).has_bf16 else "fp16"
 
     def limit_bytes(
         self, desktop: Desktop = "none", ram_bytes: int | None = None, free_bytes: int | None = None
@@ -120,14 +121,17 @@ def find_profile(text: str, memory_bytes: int | None = None) -> tuple[Profile, s
     Raises ConfigError that names the nearest ids.
     """
     words, typed_bytes = _split_name(text)
+    one = "A run uses one of the cards." if _COUNT.search(text.lower()) else ""
     family = [load_profile(name) for name in profile_names() if _split_name(name)[0] == words]
     if not family:
         raise ConfigError(f'The catalogue has no card "{text}".', fix=explain_unknown(text, profile_names()))
     known_bytes = typed_bytes if memory_bytes is None else memory_bytes
     family.sort(key=lambda profile: profile.memory_bytes)
     if known_bytes is None:
-        return family[0], _explain_assumed(family)
-    return _fit_memory(min(family, key=lambda profile: abs(profile.memory_bytes - known_bytes)), known_bytes)
+        return family[0], f"{_explain_assumed(family)} {one}".strip()
+    nearest = min(family, key=lambda profile: abs(profile.memory_bytes - known_bytes))
+    profile, note = _fit_memory(nearest, known_bytes)
+    return profile, f"{note} {one}".strip()
 
 
 def generic_profile(memory_bytes: int, name: str = "", capability: Capability = (8, 6)) -> Profile:
@@ -135,33 +139,24 @@ def generic_profile(memory_bytes: int, name: str = "", capability: Capability = 
 
     capability: the driver's answer; without one that of RTX 30, whose paths every later card has too.
     """
-    is_modern = capability >= (8, 0)
+    features = features_of(capability)
     return Profile(
         id="generic",
         name=name or f"NVIDIA card with {show_bytes(memory_bytes)}",
         platform="cuda",
         capability=capability,
         memory_bytes=memory_bytes,
-        shared_memory_bytes=_SHARED_BYTES.get(capability, 49_152 if capability < (7, 5) else 65_536),
-        fp8="mxfp8" if capability >= (10, 0) else "tensor" if capability >= (8, 9) else "storage",
-        attention="flash" if is_modern else "efficient",
+        shared_memory_bytes=features.shared_bytes,
+        fp8=features.fp8,
+        attention="flash" if features.has_flash else "efficient",
         uncertainty=0.5,
     )
 
 
-# Shared memory of a block by compute capability: CUDA C++ Programming Guide, technical specifications.
-_SHARED_BYTES = {
-    (7, 5): 65_536,
-    (8, 0): 166_912,
-    (8, 6): 101_376,
-    (8, 9): 101_376,
-    (9, 0): 232_448,
-    (10, 0): 232_448,
-    (12, 0): 101_376,
-}
-
 # Words that say nothing about which card it is; what is left tells one from another: "pcie", "laptop", "super".
 _SILENT = {"nvidia", "geforce", "rtx", "apple", "gpu", "graphics", "card", "chip", "silicon", "ram"}
+# The same beside cards of data centres: `Tesla T4`, `A100 Tensor Core GPU`, `colab l4`, `kaggle t4`.
+_SILENT |= {"tesla", "tensor", "core", "google", "colab", "kaggle"}
 _MEMORY = re.compile(r"(?<!\d)[1-9]\d{0,3}(\.\d+)?\s*g(i?b)?\b")
 _SOCKET = re.compile(r"\b(hbm|sxm)\d*e?\b")
 # Which computer an Apple chip is in: its "pro" is not the chip's, wherever the chip stands; others are the chip's.
@@ -169,6 +164,7 @@ _COMPUTER = re.compile(r"\b(mac[ -]?book([ -]?(pro|air))?|mac[ -](mini|studio|pr
 # The screen or the year of such a computer: `14`, `16-inch`, `13.3"`, `2023`; what GB follows is memory.
 _SCREEN = re.compile(r"\b(20[12]\d|1[1-7](\.\d)?|2[147](\.\d)?)\b(?!\s*g(i?b)?\b)([ -]?(inches|inch|in|inç)\b)?")
 _WRITTEN_TOGETHER = re.compile(r"(super|laptop)")  # `4070tisuper`
+_COUNT = re.compile(r"\b([2-8] ?x|x ?[2-8])\b")  # `T4 x2`, as Kaggle calls its two cards; each is one of them
 
 
 def _split_name(text: str) -> tuple[frozenset[str], int | None]:
@@ -176,7 +172,7 @@ def _split_name(text: str) -> tuple[frozenset[str], int | None]:
     # A Turkish keyboard writes ı and İ where others write i.
     lower = _SOCKET.sub(" ", text.replace("ı", "i").replace("İ", "i").lower().replace("mobile", "laptop"))
     lower, computers = _COMPUTER.subn(" ", lower)
-    lower = _SCREEN.sub(" ", lower) if computers else lower
+    lower = _SCREEN.sub(" ", lower) if computers else _COUNT.sub(" ", lower)
     memory = _MEMORY.search(lower)
     apart = _WRITTEN_TOGETHER.sub(r" \1 ", _MEMORY.sub(" ", lower))
     return frozenset(re.findall(r"[^\W\d_]+|\d+", apart)) - _SILENT, parse_memory(memory[0]) if memory else None

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lowvram_kernels.attention import attention
+from lowvram_kernels.attention.sdpa import attention
 from torch import Tensor, nn
 
 from lowvram.config.architecture import Gqa, Mla
 from lowvram.config.model import ModelConfig
 from lowvram.model.fp32_buffers import ExactBuffers
 from lowvram.model.kv_cache import SlotOfCache
-from lowvram.model.linear import Kept, Linear, RmsNorm, project
+from lowvram.model.linear import Linear, ParamOptions, RmsNorm, project
 from lowvram.model.positions import add_alibi_columns, rotate, slopes
 
 Table = tuple[Tensor, Tensor] | None
@@ -72,29 +72,29 @@ def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window:
 class GqaAttention(ExactBuffers):
     """Grouped-query attention with RoPE or ALiBi."""
 
-    def __init__(self, model: ModelConfig, config: Gqa, layer: int, kept: Kept) -> None:
+    def __init__(self, model: ModelConfig, config: Gqa, layer: int, options: ParamOptions) -> None:
         super().__init__()
         self.layer, self.window = layer, model.window_of(layer)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         yarn = model.positions.yarn if model.positions.kind == "rope" else None
         self.scale = self.head_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
-        self.norm = RmsNorm(model.dim, model.norm_eps, kept.device)
-        self.q_proj = Linear(model.dim, config.heads * config.head_dim, kept)
-        self.k_proj = Linear(model.dim, config.kv_heads * config.head_dim, kept)
-        self.v_proj = Linear(model.dim, config.kv_heads * config.head_dim, kept)
-        self.o_proj = Linear(config.heads * config.head_dim, model.dim, kept)
-        self.q_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
-        self.k_norm = RmsNorm(config.head_dim, model.norm_eps, kept.device) if config.qk_norm else None
+        self.norm = RmsNorm(model.dim, model.norm_eps, options.device)
+        self.q_proj = Linear(model.dim, config.heads * config.head_dim, options)
+        self.k_proj = Linear(model.dim, config.kv_heads * config.head_dim, options)
+        self.v_proj = Linear(model.dim, config.kv_heads * config.head_dim, options)
+        self.o_proj = Linear(config.heads * config.head_dim, model.dim, options)
+        self.q_norm = RmsNorm(config.head_dim, model.norm_eps, options.device) if config.qk_norm else None
+        self.k_norm = RmsNorm(config.head_dim, model.norm_eps, options.device) if config.qk_norm else None
         # The three projections' weights as one matrix, of which theirs are parts: see `lay_by_columns`.
         self.qkv: Tensor | None = None
-        slope_H = slopes(config.heads).to(kept.device or "cpu") if model.positions.kind == "alibi" else None
+        slope_H = slopes(config.heads).to(options.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)
 
     @torch.no_grad()
     def join_projections(self) -> None:
         """Make the three projections' weights parts of one matrix, column by column where that is fp32."""
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if self.q_proj.form != "plain" or any(not layer.weight.dtype.is_floating_point for layer in layers):
+        if self.q_proj.matmul_format != "plain" or any(not layer.weight.dtype.is_floating_point for layer in layers):
             return
         self.qkv = torch.cat([layer.weight for layer in layers])
         if self.qkv.dtype == torch.float32:
@@ -124,23 +124,23 @@ class GqaAttention(ExactBuffers):
 class MlaAttention(nn.Module):
     """Multi-head latent attention: expanded for training, absorbed over the latent cache for decoding."""
 
-    def __init__(self, model: ModelConfig, config: Mla, layer: int, kept: Kept) -> None:
+    def __init__(self, model: ModelConfig, config: Mla, layer: int, options: ParamOptions) -> None:
         super().__init__()
         self.layer, self.window, self.config = layer, model.window_of(layer), config
         yarn = model.positions.yarn if model.positions.kind == "rope" else None
         self.scale = config.query_dim**-0.5 * (yarn.magnitude**2 if yarn else 1.0)
-        self.norm = RmsNorm(model.dim, model.norm_eps, kept.device)
+        self.norm = RmsNorm(model.dim, model.norm_eps, options.device)
         queries = config.heads * config.query_dim
         if config.q_lora_rank is None:
-            self.q_proj = Linear(model.dim, queries, kept)
+            self.q_proj = Linear(model.dim, queries, options)
         else:
-            self.q_a_proj = Linear(model.dim, config.q_lora_rank, kept)
-            self.q_a_norm = RmsNorm(config.q_lora_rank, model.norm_eps, kept.device)
-            self.q_b_proj = Linear(config.q_lora_rank, queries, kept)
-        self.kv_a_proj = Linear(model.dim, config.kv_lora_rank + config.rope_dim, kept)
-        self.kv_a_norm = RmsNorm(config.kv_lora_rank, model.norm_eps, kept.device)
-        self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), kept)
-        self.o_proj = Linear(config.heads * config.value_dim, model.dim, kept)
+            self.q_a_proj = Linear(model.dim, config.q_lora_rank, options)
+            self.q_a_norm = RmsNorm(config.q_lora_rank, model.norm_eps, options.device)
+            self.q_b_proj = Linear(config.q_lora_rank, queries, options)
+        self.kv_a_proj = Linear(model.dim, config.kv_lora_rank + config.rope_dim, options)
+        self.kv_a_norm = RmsNorm(config.kv_lora_rank, model.norm_eps, options.device)
+        self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), options)
+        self.o_proj = Linear(config.heads * config.value_dim, model.dim, options)
 
     def forward(self, x_BTD: Tensor, table: Table, cache: SlotOfCache | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""

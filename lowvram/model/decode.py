@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from lowvram_kernels.swiglu import gated_product
+from lowvram_kernels.layers.swiglu import gated_product
 from torch import Tensor
 
 from lowvram.model.attention import GqaAttention, MlaAttention
@@ -59,7 +59,7 @@ def _normed(norm: RmsNorm, x: Tensor) -> Tensor:
 def _project(layer: Linear, x_ND: Tensor) -> Tensor:
     """Multiply as the layer does; a plain one without what only training needs."""
     weight = layer.weight
-    is_plain = layer.form == "plain" and weight.dtype.is_floating_point
+    is_plain = layer.matmul_format == "plain" and weight.dtype.is_floating_point
     return multiply(x_ND, weight) if is_plain else layer(x_ND)
 
 
@@ -115,7 +115,7 @@ def _swiglu(layer: SwiGluFfn | SharedExpert, y_ND: Tensor) -> Tensor:
 
 def _mix(layer: MoeFfn, x_ND: Tensor) -> Tensor:
     stacks = layer.gate_up_EHD, layer.down_EDI
-    is_plain = layer.form == "plain" and layer.slot_E is None and stacks[0].dtype.is_floating_point
+    is_plain = layer.matmul_format == "plain" and layer.slot_E is None and stacks[0].dtype.is_floating_point
     if not is_plain or x_ND.dim() > 1:
         return layer(x_ND.view(1, -1, x_ND.shape[-1]))[0].view(x_ND.shape)
     # One row on a processor: the few experts it goes to are matrices like any other, and the rest are not looked at.

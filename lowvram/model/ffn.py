@@ -9,25 +9,25 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lowvram_kernels.experts import experts
-from lowvram_kernels.idle import IdleStack, new_idle
-from lowvram_kernels.swiglu import gated_product, swiglu
+from lowvram_kernels.layers.swiglu import gated_product, swiglu
+from lowvram_kernels.moe.experts import experts
+from lowvram_kernels.moe.idle import IdleStack, new_idle
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowvram.config.architecture import Moe
 from lowvram.model.fp32_buffers import ExactBuffers
-from lowvram.model.linear import KEPT, Kept, Linear, RmsNorm, project
+from lowvram.model.linear import DEFAULT_OPTIONS, Linear, ParamOptions, RmsNorm, project
 
 
 class SwiGluFfn(nn.Module):
     """A dense SwiGLU layer whose gate and up projections are one matrix."""
 
-    def __init__(self, dim: int, hidden: int, eps: float, kept: Kept = KEPT) -> None:
+    def __init__(self, dim: int, hidden: int, eps: float, options: ParamOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
-        self.norm = RmsNorm(dim, eps, kept.device)
-        self.gate_up_proj = Linear(dim, 2 * hidden, kept)
-        self.down_proj = Linear(hidden, dim, kept)
+        self.norm = RmsNorm(dim, eps, options.device)
+        self.gate_up_proj = Linear(dim, 2 * hidden, options)
+        self.down_proj = Linear(hidden, dim, options)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D].  Returns SwiGLU of norm(x), [..., D]."""
@@ -38,16 +38,16 @@ class SwiGluFfn(nn.Module):
 def _gate_and_project(gate_up: Tensor, down_proj: Linear) -> Tensor:
     if down_proj.weight_scale is not None:
         return down_proj(gated_product(gate_up))
-    return swiglu(gate_up, down_proj.weight, down_proj.form)
+    return swiglu(gate_up, down_proj.weight, down_proj.matmul_format)
 
 
 class SharedExpert(nn.Module):
     """The expert that every token passes through: SwiGLU of rows that are normalised already."""
 
-    def __init__(self, dim: int, hidden: int, kept: Kept = KEPT) -> None:
+    def __init__(self, dim: int, hidden: int, options: ParamOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(dim, 2 * hidden, kept)
-        self.down_proj = Linear(hidden, dim, kept)
+        self.gate_up_proj = Linear(dim, 2 * hidden, options)
+        self.down_proj = Linear(hidden, dim, options)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """x: [N, D].  Returns [N, D]."""
@@ -120,27 +120,27 @@ class MoeFfn(ExactBuffers):
     gate_up_EHD_scale: Tensor | None
     down_EDI_scale: Tensor | None
 
-    def __init__(self, dim: int, config: Moe, eps: float, kept: Kept = KEPT) -> None:
+    def __init__(self, dim: int, config: Moe, eps: float, options: ParamOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
-        self.norm = RmsNorm(dim, eps, kept.device)
-        self.router = Router(dim, config, kept.device)
+        self.norm = RmsNorm(dim, eps, options.device)
+        self.router = Router(dim, config, options.device)
         hidden = config.expert_hidden
-        self.window = window = config.experts if kept.rotation is None else kept.rotation.window
-        self.gate_up_EHD = kept.matrix(window, 2 * hidden, dim)
-        self.down_EDI = kept.matrix(window, dim, hidden)
-        self.form = kept.form
-        self.shared = SharedExpert(dim, config.shared * hidden, kept)
+        self.window = window = config.experts if options.rotation is None else options.rotation.window
+        self.gate_up_EHD = options.matrix(window, 2 * hidden, dim)
+        self.down_EDI = options.matrix(window, dim, hidden)
+        self.matmul_format = options.matmul_format
+        self.shared = SharedExpert(dim, config.shared * hidden, options)
         self.register_buffer("gate_up_EHD_scale", None)
         self.register_buffer("down_EDI_scale", None)
         self.register_buffer("slot_E", None, persistent=False)
         # Set while the masters are read in place of the copies: returns those of the idle slots, layer by layer.
         self.read_masters: Callable[[], tuple[IdleStack, IdleStack]] | None = None
-        if kept.rotation is None:
+        if options.rotation is None:
             return
-        self.slot_E = torch.arange(config.experts, device=kept.device)
+        self.slot_E = torch.arange(config.experts, device=options.device)
         idle = config.experts - window
         for name, rows, columns in (("gate_up", 2 * hidden, dim), ("down", dim, hidden)):
-            stack = new_idle(idle, rows, columns, kept.rotation.idle, kept.device)
+            stack = new_idle(idle, rows, columns, options.rotation.idle, options.device)
             self.register_buffer(f"idle_{name}_code", stack.code, persistent=False)
             self.register_buffer(f"idle_{name}_scale", stack.scale, persistent=False)
 
@@ -157,7 +157,7 @@ class MoeFfn(ExactBuffers):
             # All experts are copies that do not learn: none is resident.
             idle = IdleStack(gate_up, self.gate_up_EHD_scale), IdleStack(down, self.down_EDI_scale)
             gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))
-        routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.form)
+        routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.matmul_format)
         return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
 
     def idle(self) -> tuple[IdleStack, IdleStack]:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from lowvram_kernels import e4m3
-from lowvram_kernels.latent_attention import BLOCK, encode_latent
+from lowvram_kernels.attention.latent_attention import BLOCK, encode_latent
+from lowvram_kernels.quant import e4m3
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig

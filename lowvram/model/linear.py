@@ -7,29 +7,29 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.dispatch import card_of
-from lowvram_kernels.linear import linear
-from lowvram_kernels.norm_linears import norm_linears
-from lowvram_kernels.product import Form
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.rms_norm import rms_norm
-from lowvram_kernels.weight_only import decoded, weight_only_linear
+from lowvram_kernels.layers.norm_linears import norm_linears
+from lowvram_kernels.layers.rms_norm import rms_norm
+from lowvram_kernels.matmul.linear import linear
+from lowvram_kernels.matmul.quant_linear import MatmulFormat
+from lowvram_kernels.matmul.weight_only import decoded, weight_only_linear
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor, nn
 
 from lowvram.config.train import Rotation
 
 
-class Kept(NamedTuple):
-    """How weights are kept and multiplied: where, matrices in which numbers, and how a layer's experts take turns.
+class ParamOptions(NamedTuple):
+    """How a model stores and multiplies its weights: device, dtype of matrices, and which experts of a layer learn.
 
-    Norms and routers, which compute in fp32, are fp32 always.  form: of the products of every Linear and expert; the
-    embedding, the head and the router multiply plainly.  is_hollow: matrices have no memory yet; `generate/weights.py`
-    puts what it reads in their place, in whatever numbers it keeps them.
+    Norms and routers are always fp32.  matmul_format: of the products of every Linear and expert; the embedding, the
+    head and the router multiply in "plain".  is_hollow: matrices have no memory yet; `generate/weights.py` puts what it
+    reads in their place, in the format that it reads.
     """
 
     device: torch.device | str | None = None
     dtype: torch.dtype = torch.float32
     rotation: Rotation | None = None
-    form: Form = "plain"
+    matmul_format: MatmulFormat = "plain"
     is_hollow: bool = False
 
     def matrix(self, *shape: int) -> nn.Parameter:
@@ -38,7 +38,7 @@ class Kept(NamedTuple):
         return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=device))
 
 
-KEPT = Kept()
+DEFAULT_OPTIONS = ParamOptions()
 # From so many rows on a copy in fp32 costs less than products of 16 bits without instructions for them.
 # Measured: EPYC (AVX2), torch 2.13, one thread, bf16, 8192×512: 3.5 ms against 4.4 at 4 rows, 7.2 and 5.6 at 8.
 _LEAST_WIDENED = 8
@@ -52,16 +52,16 @@ class Linear(nn.Module):
 
     weight_scale: Tensor | None
 
-    def __init__(self, inputs: int, outputs: int, kept: Kept = KEPT) -> None:
+    def __init__(self, inputs: int, outputs: int, options: ParamOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
-        self.weight, self.form = kept.matrix(outputs, inputs), kept.form
+        self.weight, self.matmul_format = options.matrix(outputs, inputs), options.matmul_format
         self.register_buffer("weight_scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs].  Returns [..., outputs] in x's dtype."""
         if self.weight_scale is not None:
-            return weight_only_linear(x, Scaled(self.weight, self.weight_scale))
-        return linear(x, self.weight, self.form)
+            return weight_only_linear(x, QuantTensor(self.weight, self.weight_scale))
+        return linear(x, self.weight, self.matmul_format)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in dtype, [outputs, inputs]: itself where it is kept so, else a copy."""
@@ -109,4 +109,4 @@ def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
     if any(layer.weight_scale is not None for layer in layers):
         normed = norm(x)
         return [layer(normed) for layer in layers]
-    return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps, layers[0].form)
+    return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps, layers[0].matmul_format)

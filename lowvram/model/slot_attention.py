@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from lowvram_kernels.latent_attention import latent_attention
+from lowvram_kernels.attention.latent_attention import latent_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from lowvram_kernels.dropout import dropout
-from lowvram_kernels.embedding import embedding
-from lowvram_kernels.linear import linear
-from lowvram_kernels.product import Form
-from lowvram_kernels.quantise import Scaled
-from lowvram_kernels.weight_only import decoded, look_up, weight_only_linear
+from lowvram_kernels.layers.dropout import dropout
+from lowvram_kernels.layers.embedding import embedding
+from lowvram_kernels.matmul.linear import linear
+from lowvram_kernels.matmul.quant_linear import MatmulFormat
+from lowvram_kernels.matmul.weight_only import decoded, look_up, weight_only_linear
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,7 @@ from lowvram.config.train import Rotation
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
 from lowvram.model.kv_cache import SlotOfCache
-from lowvram.model.linear import Kept, RmsNorm
+from lowvram.model.linear import ParamOptions, RmsNorm
 from lowvram.model.positions import RotaryTable
 
 _READ_BY_HEADS = "kv_b_proj.weight"  # each head multiplies its own part, from both sides
@@ -45,19 +45,19 @@ class Dropout(NamedTuple):
 class Block(nn.Module):
     """Attention and a feed-forward layer, each reading the normed stream and adding to it."""
 
-    def __init__(self, config: ModelConfig, layer: int, kept: Kept) -> None:
+    def __init__(self, config: ModelConfig, layer: int, options: ParamOptions) -> None:
         super().__init__()
         self.layer = layer
         self.attention: GqaAttention | MlaAttention
         if config.attention.kind == "mla":
-            self.attention = MlaAttention(config, config.attention, layer, kept)
+            self.attention = MlaAttention(config, config.attention, layer, options)
         else:
-            self.attention = GqaAttention(config, config.attention, layer, kept)
+            self.attention = GqaAttention(config, config.attention, layer, options)
         self.ffn: SwiGluFfn | MoeFfn
         if config.ffn.kind == "moe" and config.is_moe(layer):
-            self.ffn = MoeFfn(config.dim, config.ffn, config.norm_eps, kept)
+            self.ffn = MoeFfn(config.dim, config.ffn, config.norm_eps, options)
         else:
-            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, kept)
+            self.ffn = SwiGluFfn(config.dim, config.ffn.hidden, config.norm_eps, options)
 
     def forward(
         self,
@@ -87,8 +87,8 @@ class Transformer(nn.Module):
     """A decoder built from a ModelConfig, with weights drawn from `seed`; None leaves them for a load to fill.
 
     dtype: of the matrices; norms and routers are fp32 always.  rotation: how many experts of a layer are weights, and
-    as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.  form: the numbers that
-    the blocks' layers multiply.  is_hollow: matrices have no memory, see `Kept`.
+    as what the others are kept; their first draw, too, is for `train/rotation.py` to fill in.  matmul_format: the
+    numbers that the blocks' layers multiply.  is_hollow: matrices have no memory, see `ParamOptions`.
     """
 
     embedding_scale: Tensor | None
@@ -101,18 +101,18 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         rotation: Rotation | None = None,
-        form: Form = "plain",
+        matmul_format: MatmulFormat = "plain",
         is_hollow: bool = False,
     ) -> None:
         super().__init__()
-        self.config, kept = config, Kept(device, dtype, rotation, form, is_hollow)
-        self.embedding = kept.matrix(config.vocabulary, config.dim)
+        self.config, options = config, ParamOptions(device, dtype, rotation, matmul_format, is_hollow)
+        self.embedding = options.matrix(config.vocabulary, config.dim)
         self.register_buffer("embedding_scale", None)
         self.register_buffer("head_scale", None)
-        self.blocks = nn.ModuleList(Block(config, layer, kept) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer, options) for layer in range(config.layers))
         self.norm = RmsNorm(config.dim, config.norm_eps, device)
         if not config.tied:
-            self.head = kept.matrix(config.vocabulary, config.dim)
+            self.head = options.matrix(config.vocabulary, config.dim)
         self.table = None
         if config.positions.kind == "rope":
             self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
@@ -134,14 +134,14 @@ class Transformer(nn.Module):
     def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the rows of the embedding, [B, T, D] in dtype (the weights' own if None, which codes have not)."""
         if self.embedding_scale is not None:
-            return look_up(token_BT, Scaled(self.embedding, self.embedding_scale), dtype or torch.float32)
+            return look_up(token_BT, QuantTensor(self.embedding, self.embedding_scale), dtype or torch.float32)
         return embedding(token_BT, self.embedding, dtype)
 
     def read_out(self, stream_D: Tensor) -> Tensor:
         """Return the logits behind a normed stream: [..., V] from [..., D], in its dtype."""
         head_VD, scale = self._head()
         if scale is not None:
-            return weight_only_linear(stream_D, Scaled(head_VD, scale))
+            return weight_only_linear(stream_D, QuantTensor(head_VD, scale))
         return linear(stream_D, head_VD)
 
     def forward(

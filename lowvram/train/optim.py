@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
-from lowvram_kernels.dispatch import empty_on_host, shown, to_host
-from lowvram_kernels.muon import Momentum, muon_, new_momentum
+from lowvram_kernels.dispatch import empty_on_host, representative, to_host
+from lowvram_kernels.optim.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
+from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -89,7 +89,7 @@ class LeanOptimizer(torch.optim.Optimizer):
                 self._step(weight, weight, weight.grad, state)
                 return
             size, experts = weight[0].numel(), self.experts[weight]
-            for slot in shown(len(experts)):
+            for slot in representative(len(experts)):
                 expert = experts[slot]
                 # An expert's rounding is named by its own number, so that it does not depend on its slot.
                 own = part_of(state, slot, size)

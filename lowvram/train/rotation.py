@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.dispatch import empty_on_host, shown
-from lowvram_kernels.idle import IdleStack, encode_, nbytes
+from lowvram_kernels.dispatch import empty_on_host, representative
+from lowvram_kernels.moe.idle import IdleStack, encode_, nbytes
 from torch import Tensor
 
 from lowvram.config.train import Rotation
@@ -79,7 +79,7 @@ class ExpertRotation:
         coming = sorted(self.window_in(interval) - set(self.window))
         leaving = sorted(set(self.window) - self.window_in(interval))
         self.interval = interval
-        for turn in shown(len(coming)):
+        for turn in representative(len(coming)):
             old, new = leaving[turn], coming[turn]
             slot, place = self.slots[old], self.slots[new]
             for name, weight, idle in self._stacks():
@@ -94,7 +94,7 @@ class ExpertRotation:
         """Make the masters and states in the computer's memory those of all experts, as a checkpoint holds them."""
         for name, weight in self._weights.items():
             window = self.window
-            for slot in shown(len(window)):
+            for slot in representative(len(window)):
                 self._send_home(name, weight, slot, window[slot])
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

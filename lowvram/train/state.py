@@ -14,7 +14,7 @@ from lowvram.config.plan import Plan
 from lowvram.config.train import TrainConfig
 from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
-from lowvram.objective import DTYPES, FORMS
+from lowvram.objective import DTYPES, MATMUL_FORMATS
 from lowvram.storage.checkpoint import Checkpoint
 from lowvram.storage.manifest import NUMBERS
 from lowvram.train.optim import (
@@ -148,7 +148,7 @@ def build_state(
     model: ModelConfig, train: TrainConfig, plan: Plan, device: torch.device, seed: int | None
 ) -> TrainState:
     """Return the state of a run before its first step.  seed: None leaves the weights for a load to fill."""
-    network = Transformer(model, seed, device, DTYPES[train.weights], train.rotation, FORMS[train.precision])
+    network = Transformer(model, seed, device, DTYPES[train.weights], train.rotation, MATMUL_FORMATS[train.precision])
     optimizer = build_optimizer(network, train.optimizer, train.seed, on_host=plan.offload == "optimizer")
     rotation = ExpertRotation(network, optimizer, train.rotation, seed) if train.rotation is not None else None
     return TrainState(network, optimizer, rotation)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from lowvram_kernels.rounding import add_rounded_
+from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
 
 from lowvram.config.plan import Plan

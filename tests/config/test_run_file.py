@@ -12,9 +12,10 @@ import pytest
 from lowvram.config.architecture import Alibi, SwiGlu, Window
 from lowvram.config.base import MOST_TOKENS, differences
 from lowvram.config.run import RunConfig
-from lowvram.config.run_file import from_portable, load_preset, load_run, overlay, preset_names, to_portable, write_run
+from lowvram.config.run_file import from_portable, load_preset, load_run, overlay, preset_names, to_portable
 from lowvram.config.train import AdamW, WarmupStableDecay
 from lowvram.errors import ConfigError
+from lowvram.fit.run_file_writer import write_run
 
 RUN = """\
 [model]
@@ -256,7 +257,6 @@ def test_overlay_leaves_its_base_alone() -> None:
     assert base == {"a": {"kind": "x", "n": 1}, "b": 2}
 
 
-@pytest.mark.covers("architecture")
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_its_size_is_near_its_name(name: str) -> None:
     model, train = load_preset(name)
@@ -267,7 +267,6 @@ def test_every_preset_is_valid_and_its_size_is_near_its_name(name: str) -> None:
             assert model.num_parameters() == pytest.approx(sizes[word], rel=0.04)
 
 
-@pytest.mark.covers("architecture")
 @pytest.mark.parametrize("name", ["tr-130m-moe", "tr-600m-moe"])
 def test_our_moe_presets_can_be_exported_and_keep_fused_attention_open(name: str) -> None:
     model, _ = load_preset(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lowvram_kernels.quantise import Scaled
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor
 
 from lowvram.config.architecture import Alibi, Gqa, Mla, Moe, Rope, SwiGlu, Yarn
@@ -55,12 +55,12 @@ class Held:
     """Weights in memory: a `Source`."""
 
     config: ModelConfig
-    weights: dict[str, Tensor | Scaled]
+    weights: dict[str, Tensor | QuantTensor]
 
     def names(self) -> list[str]:
         return list(self.weights)
 
-    def read(self, name: str) -> Tensor | Scaled:
+    def read(self, name: str) -> Tensor | QuantTensor:
         return self.weights[name]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_weight
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ def by_hand(tensors: dict[str, Tensor], name: str) -> Tensor:
 def numbers_of(outside: Outside) -> dict[str, Tensor]:
     """Return all of our tensors as fp32 numbers."""
     found = {name: outside.read(name) for name in outside.names()}
-    return {n: dequantise(t, torch.float32) if isinstance(t, Scaled) else t.float() for n, t in found.items()}
+    return {n: dequantise(t, torch.float32) if isinstance(t, QuantTensor) else t.float() for n, t in found.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,7 +96,7 @@ def test_codes_are_made_from_what_is_kept_and_not_from_bf16(small_tokenizer: Tok
     found = open_outside(out).read("blocks.0.attention.q_proj.weight")
     weight = model.state_dict()["blocks.0.attention.q_proj.weight"]
     once, twice = quantise_weight(weight, "e4m3"), quantise_weight(weight.bfloat16(), "e4m3")
-    assert isinstance(found, Scaled)
+    assert isinstance(found, QuantTensor)
     assert torch.equal(found.code, once.code)
     assert not torch.equal(once.code, twice.code), "or the test says nothing"
 
@@ -106,7 +106,7 @@ def test_codes_go_into_a_reading_model_as_they_lie_in_the_file(small_tokenizer: 
     _, out = written(config, small_tokenizer, tmp_path / "out", numbers="fp8")
     outside = open_outside(out)
     own = load_for_reading(outside, "fp8", flow=torch.float32).state_dict()
-    stored = {name: found for name in outside.names() if isinstance(found := outside.read(name), Scaled)}
+    stored = {name: found for name in outside.names() if isinstance(found := outside.read(name), QuantTensor)}
     assert len(stored) > 5
     for name, scaled in stored.items():
         assert torch.equal(own[name], scaled.code), name

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lowvram_kernels.quantise import dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import dequantise, quantise_weight
 
 from lowvram.config.architecture import Alibi, Gqa, Mla, Moe, Rope, SwiGlu, Window, Yarn
 from lowvram.convert.gguf.llama_cpp import architecture_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from safetensors.torch import load_file, save_file
 
 from lowvram.config.run_file import from_portable
@@ -43,10 +43,10 @@ def test_numbers_from_fp8_are_exact(kind: str, small_tokenizer: Tokenizer, tmp_p
     coded = 0
     for name in outside.names():
         found = outside.read(name)
-        coded += isinstance(found, Scaled)
-        exact = dequantise(found, torch.float32) if isinstance(found, Scaled) else found.float()
+        coded += isinstance(found, QuantTensor)
+        exact = dequantise(found, torch.float32) if isinstance(found, QuantTensor) else found.float()
         assert torch.equal(weights[name].float(), exact), name
-        if isinstance(found, Scaled):
+        if isinstance(found, QuantTensor):
             assert weights[name].dtype == torch.bfloat16, "scales are powers of two, so that bf16 holds it"
     assert coded > 3
 
@@ -59,7 +59,7 @@ def test_scales_that_bf16_cannot_hold_give_fp32(small_tokenizer: Tokenizer, tmp_
     weight = adopt(outside, small_tokenizer, tmp_path / "run").weights()["blocks.0.attention.q_proj.weight"]
     found = outside.read("blocks.0.attention.q_proj.weight")
     assert weight.dtype == torch.float32
-    assert isinstance(found, Scaled)
+    assert isinstance(found, QuantTensor)
     assert torch.equal(weight, dequantise(found, torch.float32))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -105,7 +105,7 @@ def test_deepseeks_own_grid_is_read_where_128_does_not_divide_a_side(
     change(out, lambda tensors: tensors | {name: code, f"{name}_scale_inv": scale})
     say(out, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     found = open_outside(out).read("blocks.0.attention.kv_a_proj.weight")
-    assert isinstance(found, Scaled)
+    assert isinstance(found, QuantTensor)
     expected = torch.cat([code[:, :128].float() * scale[0, 0], code[:, 128:].float() * scale[0, 1]], dim=1)
     assert torch.equal(dequantise(found, torch.float32), expected)
 
@@ -118,7 +118,7 @@ def test_scales_that_are_exponents_are_read_as_numbers(small_tokenizer: Tokenize
     change(out, lambda tensors: tensors | {name: code, f"{name}_scale_inv": scale})
     say(out, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"})
     found = open_outside(out).read("blocks.0.attention.o_proj.weight")
-    assert isinstance(found, Scaled)
+    assert isinstance(found, QuantTensor)
     assert torch.equal(dequantise(found, torch.float32), torch.full((36, 48), 0.25))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_weight
 
 from lowvram.convert.hf.tensor_names import cut, join, join_scaled, name_pieces, shapes_of
 from lowvram.model.transformer import Transformer
@@ -87,7 +87,7 @@ def test_stacks_of_codes_are_joined_with_a_grid_for_each_matrix() -> None:
     names = name_pieces("blocks.1.ffn.gate_up_EHD", config)
     joined = join_scaled([quantise_weight(piece, "e4m3") for piece in cut(stack, len(names))], stack.shape)
     whole = quantise_weight(stack, "e4m3")
-    assert isinstance(joined, Scaled)
+    assert isinstance(joined, QuantTensor)
     assert torch.equal(joined.code, whole.code)
     assert torch.equal(joined.scale, whole.scale)
 

@@ -84,7 +84,6 @@ def test_a_permutation_mixes_as_chance_would() -> None:
     assert abs(np.mean(np.diff(moved) > 0) - 0.5) < 6 / math.sqrt(100_000)
 
 
-@pytest.mark.covers("data")
 @pytest.mark.parametrize("seq_len", [1, SEQ_LEN, 64, 200], ids=lambda n: f"seq_len {n}")
 def test_each_epoch_gives_every_window_once_and_in_another_order(corpus: ShardSet, seq_len: int) -> None:
     loader = Loader([(corpus, 1.0)], seq_len, seed=3)
@@ -104,7 +103,6 @@ def test_each_target_is_learnt_once_an_epoch(corpus: ShardSet) -> None:
     assert targets == sorted(corpus.read(1, windows * SEQ_LEN).tolist())
 
 
-@pytest.mark.covers("data")
 def test_samples_do_not_depend_on_the_micro_batch(corpora: list[ShardSet]) -> None:
     loader = Loader([(corpora[0], 2.0), (corpora[1], 1.0)], SEQ_LEN, seed=1)
     whole = loader.batch(0, 24)
@@ -142,7 +140,6 @@ def test_a_huge_sample_number_is_answered_at_once(corpus: ShardSet) -> None:
     assert rows_of(loader.batch(10**15, 1))[0] in windows_of(corpus, SEQ_LEN)
 
 
-@pytest.mark.covers("data")
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 1.0), (0.7, 0.3), (1000.0, 1.0)], ids=str)
 def test_corpora_take_turns_by_weight_and_each_keeps_its_own_epochs(
     corpora: list[ShardSet], weights: tuple[float, float]
@@ -202,7 +199,6 @@ def test_epochs_count_what_was_seen(corpus: ShardSet) -> None:
     assert loader.epochs(5 * windows + 1) == [pytest.approx(5 + 1 / windows, rel=1e-12)]
 
 
-@pytest.mark.covers("data")
 def test_a_corpus_shorter_than_one_window_is_refused_with_both_numbers(corpora: list[ShardSet]) -> None:
     tokens = corpora[1].tokens
     assert (

@@ -240,7 +240,6 @@ def test_the_lexicon_has_the_promised_size() -> None:
     assert len(PLANS) >= 10
 
 
-@pytest.mark.covers("data")
 def test_a_seed_gives_the_same_bytes_everywhere() -> None:
     head = "\n\n".join(sample_documents(0, 10_000)).encode()[:10_000]
     assert hashlib.sha256(head).hexdigest() == "69e0cc58bdc7c54ab1f583df3c6049801274a096548490f7a6190a1064987720"

@@ -62,7 +62,6 @@ def test_a_copied_folder_is_the_same_data(many: ShardSet, tmp_path: Path) -> Non
     assert (copy.hash, copy.tokens) == (many.hash, many.tokens)
 
 
-@pytest.mark.covers("data")
 @pytest.mark.parametrize("change_bytes, word", [(-2, "damaged"), (2, "damaged"), (None, "missing")])
 def test_a_truncated_shard_is_named(packed: ShardSet, change_bytes: int | None, word: str) -> None:
     path = packed.directory / "00001.bin"

@@ -84,7 +84,6 @@ def run_script(tmp_path: Path, *arguments: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(path), *map(str, arguments)], env=environment)
 
 
-@pytest.mark.covers("data")
 def test_packed_tokens_are_bos_and_the_ids_of_each_document_in_nfc(
     packed: ShardSet, texts: list[str], small_tokenizer: Tokenizer
 ) -> None:
@@ -147,7 +146,6 @@ def test_a_packing_that_is_killed_over_an_older_one_is_never_half_believed(
     assert bytes_of(older) == clean
 
 
-@pytest.mark.covers("data")
 def test_packing_killed_from_outside_ends_its_workers_and_resumes_to_the_same_bytes(
     packed: ShardSet, folder: Path, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

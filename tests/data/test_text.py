@@ -53,7 +53,6 @@ def refusal(path: Path, field: str = "text", error: type[Exception] = DataError)
     return str(caught.value)
 
 
-@pytest.mark.covers("data")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_ending_gives_the_same_documents(tmp_path: Path, ending: str) -> None:
     kind = next(kind for kind in KINDS if ending.startswith(kind))
@@ -67,7 +66,6 @@ def test_an_ending_in_capitals_is_read(tmp_path: Path) -> None:
     assert list(documents(path)) == ["bir"]
 
 
-@pytest.mark.covers("data")
 @pytest.mark.parametrize(
     "data, expected",
     [
@@ -117,7 +115,6 @@ def test_a_file_is_never_wholly_in_memory(tmp_path: Path, ending: str) -> None:
     assert peak_bytes < 28_000_000 / 4
 
 
-@pytest.mark.covers("data")
 def test_folders_are_searched_sorted_and_each_file_taken_once(tmp_path: Path) -> None:
     wanted = [write(tmp_path / name, b"x") for name in ("a/z.jsonl", "b.txt", "b/c/d.txt.zst", "e.parquet.gz")]
     for name in ("b.md", ".hidden/x.txt", "a/._b.txt", "x.txt.bz2", "shards.json"):
@@ -156,7 +153,6 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     assert "holds no document" in refusal(write(tmp_path / "a.txt", b""))
 
 
-@pytest.mark.covers("data")
 @pytest.mark.parametrize("ending", [".txt", ".jsonl"])
 def test_the_byte_that_is_not_utf8_is_named(tmp_path: Path, ending: str) -> None:
     lines = '{"text": "cok"}\n{"text": "şeker"}\n'.encode("cp1254")
@@ -236,7 +232,6 @@ def test_a_missing_package_is_named_with_the_command(
     assert message.endswith(f"Type: pip install {package}")
 
 
-@pytest.mark.covers("data")
 def test_the_shared_text_is_read_to_its_last_byte(shared_data: Path) -> None:
     path = shared_data / "text" / "tr_mix_small.valid.txt.gz"
     raw = gzip.decompress(path.read_bytes()).decode("utf-8")

@@ -55,7 +55,6 @@ def edited(tokenizer: Tokenizer, folder: Path, edit: Callable[[dict], object]) -
     return folder
 
 
-@pytest.mark.covers("tokenizer")
 @settings(deadline=None, max_examples=300)
 @given(text=any_text | turkish_text)
 @example(text="a" * 5_000 + "ş" * 5_000)
@@ -63,14 +62,12 @@ def test_decoding_gives_back_what_was_encoded(small_tokenizer: Tokenizer, text: 
     assert small_tokenizer.decode(small_tokenizer.encode(text)) == text
 
 
-@pytest.mark.covers("tokenizer")
 @settings(deadline=None, max_examples=300)
 @given(text=any_text | turkish_text)
 def test_random_text_gets_the_ids_that_tokenizers_gives(small_tokenizer: Tokenizer, text: str) -> None:
     assert small_tokenizer.encode(text) == in_tokenizers(small_tokenizer)(text)
 
 
-@pytest.mark.covers("tokenizer")
 @pytest.mark.parametrize("text", HARD)
 def test_hard_text_is_lossless_and_agrees(small_tokenizer: Tokenizer, text: str) -> None:
     ids = small_tokenizer.encode(text)
@@ -80,7 +77,6 @@ def test_hard_text_is_lossless_and_agrees(small_tokenizer: Tokenizer, text: str)
     assert all(len(SPECIALS) <= id < small_tokenizer.size for id in ids)
 
 
-@pytest.mark.covers("tokenizer")
 @pytest.mark.parametrize("unit", ["a", "ş", " ", "\n", " \n", "\t", "^", "\u3000", "<|bos|>"], ids=ascii)
 def test_a_million_repeats_are_encoded(small_tokenizer: Tokenizer, unit: str) -> None:
     text = "x" + unit * (1_200_000 // len(unit)) + "y"
@@ -93,7 +89,6 @@ def test_a_long_text_without_long_runs_is_encoded_in_one_piece(small_tokenizer: 
     assert small_tokenizer.encode(text) == in_tokenizers(small_tokenizer)(text)
 
 
-@pytest.mark.covers("tokenizer")
 @settings(deadline=None, max_examples=200)
 @given(
     text=st.text(st.sampled_from("aş1. \t\n\r\x1c\x85\u3000"), max_size=60) | any_text,
@@ -135,7 +130,6 @@ def test_cutting_long_white_space_reads_each_character_a_few_times(run: int) -> 
 
 
 @pytest.mark.nightly
-@pytest.mark.covers("tokenizer")
 def test_real_turkish_gets_the_ids_that_tokenizers_gives(shared_data: Path, tmp_path: Path) -> None:
     texts = list(documents(shared_data / "text" / "tr_mix_small.train.txt.gz"))
     tokenizer = train_tokenizer(iter(texts), 16_384, tmp_path)
@@ -155,7 +149,6 @@ def test_real_turkish_gets_the_ids_that_tokenizers_gives(shared_data: Path, tmp_
         assert tokenizer.encode(text) == oracle.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.covers("tokenizer")
 def test_transformers_loads_the_folder_and_agrees(small_tokenizer: Tokenizer, turkish: tuple[str, ...]) -> None:
     from transformers import AutoTokenizer
 
@@ -175,7 +168,6 @@ def test_transformers_loads_the_folder_and_agrees(small_tokenizer: Tokenizer, tu
         other.apply_chat_template([{"role": "araç", "content": ""}], tokenize=False)
 
 
-@pytest.mark.covers("tokenizer")
 def test_the_special_ids_are_fixed(small_tokenizer: Tokenizer) -> None:
     head = ["bos", "eos", "pad", "mask", "system", "user", "assistant", "end_of_turn", "spare_0"]
     assert SPECIALS[:9] == tuple(f"<|{name}|>" for name in head)
@@ -188,7 +180,6 @@ def test_the_special_ids_are_fixed(small_tokenizer: Tokenizer) -> None:
     ]
 
 
-@pytest.mark.covers("tokenizer")
 def test_special_strings_in_text_stay_text(small_tokenizer: Tokenizer) -> None:
     for name in SPECIALS:
         assert min(small_tokenizer.encode(name)) >= len(SPECIALS)
@@ -209,7 +200,6 @@ def test_a_lone_surrogate_is_refused_with_its_position(small_tokenizer: Tokenize
             encode(text)
 
 
-@pytest.mark.covers("tokenizer")
 @settings(deadline=None, max_examples=200)
 @given(text=any_text | turkish_text, data=st.data())
 def test_a_stream_gives_whole_characters_and_in_the_end_the_text(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import lowvram_kernels.adamw8 as adamw8
-import lowvram_kernels.muon as muon
-import lowvram_kernels.rounding as rounding
+import lowvram_kernels.optim.adamw8 as adamw8
+import lowvram_kernels.optim.muon as muon
+import lowvram_kernels.random.stochastic_rounding as rounding
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
+from lowvram_kernels.dispatch import Card, simulate_card
 
 from lowvram.fit.rehearse import LiveStorage
 
@@ -50,7 +50,7 @@ OPS: dict[str, Callable[[int], Callable[[], None]]] = {
 def work_of(name: str, chunks: int) -> tuple[float, float]:
     """Bytes moved and launches of an op over so many chunks."""
     counter = LiveStorage(1)
-    with torch.device("meta"), on_paper(Card("cpu"), counter.add_hidden, counter.mark_host):
+    with torch.device("meta"), simulate_card(Card("cpu"), counter.add_hidden, counter.mark_host):
         run = OPS[name](chunks * CHUNK)
         with counter:
             run()
@@ -63,6 +63,6 @@ def test_chunks_that_do_not_run_are_told_as_what_they_cost(name: str, monkeypatc
     # The iteration runs whole on paper.
     monkeypatch.setattr(muon, "orthogonalise", lambda u_BMN, *others: u_BMN)
     told = [many - one for one, many in zip(work_of(name, 1), work_of(name, 5), strict=True)]
-    monkeypatch.setattr(rounding, "is_on_paper", lambda: False)
+    monkeypatch.setattr(rounding, "is_simulated", lambda: False)
     cost = [many - one for one, many in zip(work_of(name, 1), work_of(name, 5), strict=True)]
     assert told == pytest.approx(cost, rel=NEAR)

@@ -1,4 +1,4 @@
-"""The presets' ledgers are what a rehearsal says now: an eighteenth, which the sources choose, is made again."""
+"""The presets' ledgers are what a rehearsal says now: made again where a source of the rehearsal has changed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from lowvram.fit.ledgers import (
 )
 from lowvram.fit.rehearse import imagine, rehearse
 from lowvram.hardware.profile import load_profile, profile_names
-from tests.turns import turn_of
+from tools.source_digest import digest_sources
 
-TURNS = 18
 # Below a straight line between two rehearsals lies the truth, above it never.
 MOST_OVER = 0.06
 
@@ -68,14 +67,11 @@ def test_every_card_of_the_catalogue_takes_one_of_the_paths() -> None:
         assert path_of(profile, train.model_copy(update={"precision": profile.dtype})).key in known, name
 
 
-@pytest.mark.nightly
-def test_an_eighteenth_of_the_file_is_rehearsed_again_and_is_the_same() -> None:
-    turn = turn_of(TURNS, "lowvram", "kernels")
-    mine = rows()[turn::TURNS]
-    assert len(mine) > 50
+def rehearsed_otherwise(chosen: list[tuple[str, CardPath, str]]) -> list[str]:
+    """Rehearse these rows of the file again; returns those that are other ones now."""
     is_same_torch = torch.__version__.startswith(read_ledgers()["versions"]["torch"])
     wrong = []
-    for name, path, row in mine:
+    for name, path, row in chosen:
         model, train = load_preset(name)
         train = train.model_copy(update={"precision": path.precision})
         made = pack(rehearse(model, train, plan_of(name, row), imagine(path)))
@@ -85,7 +81,25 @@ def test_an_eighteenth_of_the_file_is_rehearsed_again_and_is_the_same() -> None:
             unpack(kept).ledger.peak_bytes, rel=0.01
         )  # fmt: skip
         wrong += [] if same else [f"{name} {path.key} {row}: {made} instead of {kept}"]
-    assert wrong == [], "run: python tools/write_ledgers.py"
+    return wrong
+
+
+def test_a_row_of_each_path_is_what_a_rehearsal_says() -> None:
+    chosen = [next(row for row in rows() if row[:2] == ("tr-25m", path)) for path in PATHS]
+    assert rehearsed_otherwise(chosen) == [], "run: python tools/write_ledgers.py"
+
+
+@pytest.mark.nightly
+def test_after_a_change_of_the_sources_a_row_of_every_preset_on_every_path_is_rehearsed_again() -> None:
+    # One change may touch any row, and all of them take a quarter of an hour: `tools/write_ledgers.py --check`.
+    if read_ledgers()["versions"].get("sources") == digest_sources("lowvram.fit.rehearse"):
+        return
+    groups = [[row for row in rows() if row[:2] == (name, path)] for name in preset_names() for path in PATHS]
+    # Steps of 7 through the groups' rows meet every technique and every size of a micro-batch.
+    chosen = [group[7 * number % len(group)] for number, group in enumerate(groups)]
+    assert {row.split()[0] for _, _, row in chosen} == set(TECHNIQUES)
+    assert {word for _, _, row in chosen for word in row.split()} >= {"once", "offloaded"}
+    assert rehearsed_otherwise(chosen) == [], "run: python tools/write_ledgers.py"
 
 
 @pytest.mark.parametrize("name, micro_batch", [("tr-25m", 4), ("tiny-llm-v1", 8), ("ismail-512", 8), ("tr-350m", 32)])

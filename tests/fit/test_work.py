@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.attention import attention
-from lowvram_kernels.dispatch import Card, on_paper
-from lowvram_kernels.experts import experts
-from lowvram_kernels.idle import new_idle
-from lowvram_kernels.quantise import quantise_rows
+from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.dispatch import Card, simulate_card
+from lowvram_kernels.moe.experts import experts
+from lowvram_kernels.moe.idle import new_idle
+from lowvram_kernels.quant.quantise import quantise_rows
 
 from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
@@ -87,7 +87,7 @@ def test_products_of_8_bits_are_counted_apart_where_tensor_cores_make_them(
 def test_a_launch_tells_its_own_bytes_and_is_not_counted_again() -> None:
     counter = LiveStorage(1)
     x = torch.empty(256, 512, dtype=torch.bfloat16, device="meta")
-    with on_paper(Card("cuda", (8, 9)), counter.add_hidden), counter:
+    with simulate_card(Card("cuda", (8, 9)), counter.add_hidden), counter:
         quantise_rows(x, "e4m3")
     (values,) = counter.work.values()
     assert Work(*values) == Work(0.0, 256 * (512 * 3 + 512 // 128 * 4), 1.0)
@@ -109,7 +109,7 @@ def test_attention_that_writes_out_its_scores_is_made_of_products() -> None:
 def test_a_processor_attends_to_whole_blocks_of_keys(tokens: int, seen: int) -> None:
     counter = LiveStorage(1)
     q, k, v = (torch.empty(2, 3, tokens, 40, device="meta", requires_grad=True) for _ in range(3))
-    with on_paper(CPU), counter:
+    with simulate_card(CPU), counter:
         out = attention(q, k, v, 0.1, causal=True)
         out.backward(torch.empty_like(out))
     (values,) = counter.work.values()
@@ -130,7 +130,7 @@ def experts_work(resident: int, idle_count: int, form: str) -> Work:
     )
     ids = torch.empty(rows // 2, 2, dtype=torch.int64, device="meta")
     idle = new_idle(idle_count, 2 * inner, width, form, "meta"), new_idle(idle_count, width, inner, form, "meta")
-    with on_paper(CPU, counter.add_hidden), counter:
+    with simulate_card(CPU, counter.add_hidden), counter:
         y = experts(x, gate_up, down, weights, ids, idle if idle_count else None)
         y.backward(torch.empty_like(y))
     (values,) = counter.work.values()
@@ -160,7 +160,7 @@ def test_recomputing_attention_adds_its_forward_products_once_more() -> None:
 def test_a_product_moves_its_operands_too() -> None:
     counter = LiveStorage(1)
     x, weight = torch.empty(30, 50, device="meta"), torch.empty(50, 70, device="meta")
-    with on_paper(CPU), counter:
+    with simulate_card(CPU), counter:
         x @ weight
     (values,) = counter.work.values()
     assert Work(*values) == Work(2.0 * 30 * 50 * 70, 4 * (30 * 50 + 50 * 70 + 30 * 70), 1, 0.0)

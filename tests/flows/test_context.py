@@ -89,6 +89,7 @@ def test_what_fits_is_as_long_as_it_can_be(kind: str, slots: int, monkeypatch: p
     )
 
 
+@pytest.mark.nightly
 def test_latents_in_8_bits_leave_room_for_a_longer_text(monkeypatch: pytest.MonkeyPatch) -> None:
     # Latents so wide that what layers keep outweighs what one of them works with.
     wide = VARIANTS["mla-moe"].attention.model_copy(update={"kv_lora_rank": 512})

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attention, imagining
+from lowvram_kernels.dispatch import OPS, Card, card_of, choose, choose_attention, override_card
 from rich.console import Console
 
 import lowvram.cli.machine as machine
 from lowvram.cli import console as show
 from lowvram.cli.doctor import choose_all
+from lowvram.errors import MachineError
 from lowvram.fit.rehearse import imagine
 from lowvram.hardware.detect import Driver, NvidiaCard, TorchBuild, TritonBuild
 from lowvram.hardware.inspect import Facts, TorchSays
@@ -101,7 +102,7 @@ def test_the_json_has_exactly_these_keys() -> None:
 
 def test_the_json_of_a_card_and_of_findings_has_exactly_these_keys(be: Callable[[Facts], None]) -> None:
     be(CUDA)
-    with imagining(Card("cuda", (12, 0), has_triton=False)):
+    with override_card(Card("cuda", (12, 0), has_triton=False)):
         found = values()
     assert found["machine"]["card"] == {
         "name": CARD, "capability": [12, 0], "total_bytes": 12 * GIB, "free_bytes": 11 * GIB,
@@ -120,7 +121,7 @@ def test_the_json_of_a_card_and_of_findings_has_exactly_these_keys(be: Callable[
 
 def test_a_slower_machine_ends_with_0_and_shows_what_would_change_each_op(be: Callable[[Facts], None]) -> None:
     be(CUDA)
-    with imagining(Card("cuda", (12, 0), has_triton=False)):
+    with override_card(Card("cuda", (12, 0), has_triton=False)):
         answer = typed("doctor")
     assert answer.code == 0
     row = "reference", "Triton is not installed, so plain PyTorch computes, slower", "pip install"
@@ -139,7 +140,7 @@ def test_a_slower_machine_ends_with_0_and_shows_what_would_change_each_op(be: Ca
 
 def test_a_machine_that_cannot_train_ends_with_1_and_says_why(be: Callable[[Facts], None]) -> None:
     be(Facts(CUDA.says, card=CUDA.card, driver=CUDA.driver, build=CUDA.build, triton=TritonBuild("3.7.1")))
-    with imagining(Card("cuda", (12, 0))):
+    with override_card(Card("cuda", (12, 0))):
         answer, found = typed("doctor"), values(code=1)
     assert answer.code == 1
     assert "Fatal: there is no C compiler\n" in answer.out
@@ -214,7 +215,7 @@ def test_a_narrow_window_folds_the_table_and_hides_nothing(
     window = Console(file=screen, width=width, force_terminal=True, color_system=None, soft_wrap=True, highlight=False)
     monkeypatch.setattr(show, "out", window)
     be(CUDA)
-    with imagining(Card("cuda", (12, 0), has_triton=False)):
+    with override_card(Card("cuda", (12, 0), has_triton=False)):
         assert typed("doctor").code == 0
     whole = screen.getvalue()
     table = whole.split("\n\n")[1]
@@ -224,6 +225,28 @@ def test_a_narrow_window_folds_the_table_and_hides_nothing(
     words = set(re.findall(r"\w+", table))
     assert set(re.findall(r"\w+", "Triton is not installed, so plain PyTorch computes, slower")) <= words
     assert '  to mend it    pip install "triton>=3.5,<3.8"\n' in whole
+
+
+def test_a_card_that_is_too_old_for_torch_ends_a_run_before_its_first_launch(
+    monkeypatch: pytest.MonkeyPatch, be: Callable[[Facts], None]
+) -> None:
+    name = "Tesla P100-PCIE-16GB"
+    says = TorchSays(device="cuda", capability=(6, 0), architectures=("sm_75", "sm_80", "sm_120"))
+    driver, card = Driver(name, (12, 8)), NvidiaCard(name, (6, 0), 16 * GIB, 15 * GIB)
+    build = TorchBuild("2.13.0+cu129", (12, 9))
+    be(Facts(says, driver=driver, card=card, build=build, triton=TritonBuild("3.7.1"), compiler="gcc"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "find_driver", lambda: driver)
+    monkeypatch.setattr(machine, "find_card", lambda: card)
+    monkeypatch.setattr(machine, "find_torch", lambda: build)
+    with pytest.raises(MachineError) as caught:
+        machine.choose_device("auto")
+    assert caught.value.what == "This card has capability 6.0."
+    assert "too old for Triton, and torch 2.13.0+cu129 has no code for it" in caught.value.why
+    assert "on Kaggle and Colab the T4" in caught.value.why
+    assert "/cu126" in caught.value.fix
+    assert "--device cpu" in caught.value.fix
+    assert machine.choose_device("cpu") == torch.device("cpu")
 
 
 def test_a_missing_triton_is_one_sentence_when_a_card_is_opened(

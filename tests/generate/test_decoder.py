@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, card_of, imagining, on_paper
+from lowvram_kernels.dispatch import Card, card_of, override_card, simulate_card
 
 from lowvram.config.architecture import Mla
 from lowvram.config.model import ModelConfig
@@ -28,7 +28,7 @@ each_way = pytest.mark.parametrize("card", [CPU, Card("cuda", (8, 6))], ids=["ea
 
 def built(model: Transformer, max_context: int, slots: int = 1, card: Card = CPU, **options: object) -> Decoder:
     """A decoder as it would be on a card; what it computes with then is the processor."""
-    with imagining(card):
+    with override_card(card):
         return Decoder(model, max_context, slots, **options)  # type: ignore[arg-type]
 
 
@@ -42,7 +42,6 @@ def whole(model: Transformer, token_T: list[int]) -> torch.Tensor:
         return model.logits(torch.tensor([token_T]))[0, -1]
 
 
-@pytest.mark.covers("generation")
 @each_way
 @every_variant
 def test_each_slot_answers_as_if_its_text_were_alone(config: ModelConfig, card: Card) -> None:
@@ -63,7 +62,6 @@ def test_each_slot_answers_as_if_its_text_were_alone(config: ModelConfig, card: 
     assert [decoder.length(slot) for slot in range(4)] == [len(texts.get(slot, [])) for slot in range(4)]
 
 
-@pytest.mark.covers("generation")
 @pytest.mark.parametrize("chunk", [1, 2, 7, 20, 512])
 @every_variant
 def test_reading_in_chunks_equals_reading_at_once(config: ModelConfig, chunk: int) -> None:
@@ -72,7 +70,6 @@ def test_reading_in_chunks_equals_reading_at_once(config: ModelConfig, chunk: in
     torch.testing.assert_close(decoder.prefill(0, token_T), whole(model, token_T), atol=ABSOLUTE, rtol=0)
 
 
-@pytest.mark.covers("generation")
 @each_way
 @pytest.mark.parametrize("name", ["mla-moe", "gqa-rope", "gqa-window", "mla-window"])
 def test_a_text_that_is_taken_back_goes_on_as_if_it_had_never_been(name: str, card: Card) -> None:
@@ -211,7 +208,7 @@ def test_only_a_step_that_asks_the_host_nothing_is_captured() -> None:
     mixed = SimpleNamespace(embedding=on_card, moe_layers=Transformer(VARIANTS["mla-moe"]).moe_layers)
     found = []
     for capability in ((7, 5), (8, 6)):
-        with imagining(Card("cuda", capability)):
+        with override_card(Card("cuda", capability)):
             found.append((can_capture(dense), can_capture(mixed)))  # type: ignore[arg-type]
     assert found == [(True, False), (True, True)], "a loop over experts waits for the card"
 
@@ -225,7 +222,7 @@ def test_who_asks_for_no_graphs_gets_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_step_can_be_rehearsed_on_paper() -> None:
     model = Transformer(VARIANTS["mla-moe"], seed=None, device="meta")
-    with on_paper(Card("cuda", (8, 9))):
+    with simulate_card(Card("cuda", (8, 9))):
         assert card_of(torch.device("meta")).platform == "cuda"
         decoder = Decoder(model, 300, 2, torch.bfloat16)
         assert decoder.prefill(0, words(9, 0)).shape == (VOCABULARY,)

@@ -85,7 +85,6 @@ def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [id_of[bytes([byte])] for byte in text.encode()]
 
 
-@pytest.mark.covers("generation")
 @every_variant
 def test_streaming_through_the_cache_writes_what_recomputing_everything_would(
     config: ModelConfig, small_tokenizer: Tokenizer
@@ -98,7 +97,6 @@ def test_streaming_through_the_cache_writes_what_recomputing_everything_would(
     assert "".join(pieces) == small_tokenizer.decode(engine.ids[len(read) :])
 
 
-@pytest.mark.covers("generation")
 @pytest.mark.parametrize("kind", ["gqa-alibi-window", "mla-yarn-q_lora", "mla-moe"])
 def test_a_second_turn_goes_on_as_if_the_conversation_had_been_read_at_once(
     kind: str, small_tokenizer: Tokenizer
@@ -110,7 +108,6 @@ def test_a_second_turn_goes_on_as_if_the_conversation_had_been_read_at_once(
     assert engine.ids == recomputed(engine, [*before, *small_tokenizer.encode("\nEvet, çay.")], 9)
 
 
-@pytest.mark.covers("generation")
 def test_the_same_seed_writes_the_same_text_and_another_seed_another(small_tokenizer: Tokenizer) -> None:
     texts = []
     for seed in (3, 3, 4):
@@ -120,7 +117,6 @@ def test_the_same_seed_writes_the_same_text_and_another_seed_another(small_token
     assert texts[0] != texts[2]
 
 
-@pytest.mark.covers("generation")
 def test_a_second_turn_reads_only_its_new_tokens(small_tokenizer: Tokenizer) -> None:
     engine = scripted(small_tokenizer, byte_ids(small_tokenizer, "abcdefgh"))
     go_on(engine, PROMPT, 3)
@@ -150,7 +146,6 @@ def test_an_empty_turn_goes_on_writing(small_tokenizer: Tokenizer) -> None:
     assert len(engine.ids) > len(before)
 
 
-@pytest.mark.covers("generation")
 @pytest.mark.parametrize("name", ["bos_id", "eos_id", "end_of_turn_id"])
 def test_writing_ends_at_a_document_or_turn_end_which_is_not_kept(small_tokenizer: Tokenizer, name: str) -> None:
     script = [*byte_ids(small_tokenizer, "ab"), getattr(small_tokenizer, name), *byte_ids(small_tokenizer, "cd")]
@@ -207,7 +202,6 @@ def test_a_prompt_may_fill_the_context_up_to_its_last_token(small_tokenizer: Tok
         assert go_on(engine, PROMPT, 9) == "abcdef"[:room]
 
 
-@pytest.mark.covers("generation")
 @pytest.mark.parametrize("kind", ["gqa-rope", "gqa-window", "mla-rope"])
 def test_writing_ends_when_the_context_is_full(kind: str, small_tokenizer: Tokenizer) -> None:
     engine = engine_of(VARIANTS[kind], small_tokenizer, max_context=23)
@@ -255,7 +249,6 @@ def test_an_empty_text_is_refused(small_tokenizer: Tokenizer) -> None:
         scripted(small_tokenizer, []).generate([], GREEDY, 3)
 
 
-@pytest.mark.covers("generation")
 def test_what_a_window_had_to_forget_is_read_again(small_tokenizer: Tokenizer) -> None:
     config = VARIANTS["gqa-alibi-window"].model_copy(update={"vocabulary": small_tokenizer.size, "tied": False})
     engine = Engine(Decoder(randomise(Transformer(config), std=0.25), 200, chunk=8), small_tokenizer)

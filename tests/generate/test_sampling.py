@@ -33,14 +33,12 @@ def within(share: float, draws: int = DRAWS) -> float:
     return 5 * math.sqrt(share * (1 - share) / draws) + 1e-9
 
 
-@pytest.mark.covers("generation")
 def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed() -> None:
     logit_V = torch.tensor([0.3, 2.0, -1.0, 1.999])
     greedy = Sampler(temperature=0.0, repetition_penalty=1.0)
     assert {sample(logit_V, greedy.model_copy(update={"seed": seed}), NOTHING, seed) for seed in range(50)} == {1}
 
 
-@pytest.mark.covers("generation")
 def test_the_same_seed_and_place_give_the_same_token_and_another_seed_another_row() -> None:
     logit_V = torch.zeros(101)
     rows = [[sample(logit_V, with_options(seed=seed), NOTHING, index) for index in range(40)] for seed in (7, 7, 8)]
@@ -49,7 +47,6 @@ def test_the_same_seed_and_place_give_the_same_token_and_another_seed_another_ro
     assert len(set(rows[0])) > 20
 
 
-@pytest.mark.covers("generation")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
     logit_V = torch.tensor([1.2, -0.4, 0.0, 2.1, -3.0, 0.7, 1.9])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_weight
+from lowvram_kernels.dispatch import Card, simulate_card
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_weight
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -31,14 +31,14 @@ FORMS = {"fp8": "e4m3", "int8": "int8"}
 class Given:
     """Tensors in memory as a Source, and how often each was read."""
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor | Scaled]) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor | QuantTensor]) -> None:
         self.config, self.tensors = config, tensors
         self.reads: list[str] = []
 
     def names(self) -> list[str]:
         return list(self.tensors)
 
-    def read(self, name: str) -> Tensor | Scaled:
+    def read(self, name: str) -> Tensor | QuantTensor:
         self.reads.append(name)
         return self.tensors[name]
 
@@ -51,7 +51,7 @@ class RealBytes(LiveBytes):
             super()._born(storage)
 
 
-def source_of(config: ModelConfig, **others: Tensor | Scaled) -> Given:
+def source_of(config: ModelConfig, **others: Tensor | QuantTensor) -> Given:
     return Given(config, dict(randomise(Transformer(config)).state_dict()) | others)
 
 
@@ -134,7 +134,7 @@ def test_8_bits_that_a_source_has_are_taken_over_as_they_are() -> None:
     config = VARIANTS["gqa-moe-untied"]
     plain = source_of(config)
     # Scales that are no powers of two, as older files of others have them.
-    codes: dict[str, Tensor | Scaled] = {
+    codes: dict[str, Tensor | QuantTensor] = {
         name: quantise_weight(tensor, "e4m3", fp32_scales=True)
         for name, tensor in plain.tensors.items()
         if isinstance(tensor, Tensor) and is_matrix(name, tensor)
@@ -143,10 +143,12 @@ def test_8_bits_that_a_source_has_are_taken_over_as_they_are() -> None:
     model = load_for_reading(source, "fp8", flow=torch.float32)
     state = model.state_dict()
     for name, scaled in codes.items():
-        assert isinstance(scaled, Scaled)
+        assert isinstance(scaled, QuantTensor)
         assert torch.equal(state[name], scaled.code), name
         assert torch.equal(state[f"{name}_scale"], scaled.scale), name
-    decoded = {name: dequantise(t, torch.float32) if isinstance(t, Scaled) else t for name, t in source.tensors.items()}
+    decoded = {
+        name: dequantise(t, torch.float32) if isinstance(t, QuantTensor) else t for name, t in source.tensors.items()
+    }
     truth = Transformer(config, seed=None)
     truth.load_state_dict(decoded)
     others = {"fp32": truth, "int8": rounded(Given(config, dict(decoded)), "int8")}
@@ -211,7 +213,7 @@ class Imagined:
 @pytest.mark.parametrize("preset", PROMISED)
 def test_fp8_takes_at_most_55_percent_of_bf16s_bytes(preset: str) -> None:
     config, _ = load_preset(preset)
-    with on_paper(Card("cuda", (8, 9))):
+    with simulate_card(Card("cuda", (8, 9))):
         fp8, bf16 = (weight_bytes(load_for_reading(Imagined(config), kept, "meta")) for kept in ("fp8", "bf16"))
     assert bf16 >= 2 * config.num_parameters()
     assert fp8 <= 0.55 * bf16
@@ -223,7 +225,7 @@ def test_what_is_missing_strange_misshapen_or_no_number_is_named() -> None:
     name = "blocks.0.attention.q_proj.weight"
     nan = quantise_weight(full[name], "e4m3")  # type: ignore[arg-type]
     nan.code[0, 0] = 0xFF
-    cases: list[tuple[dict[str, Tensor | Scaled], str]] = [
+    cases: list[tuple[dict[str, Tensor | QuantTensor], str]] = [
         ({key: t for key, t in full.items() if key != name}, rf"{name} is missing\."),
         ({key: t for key, t in full.items() if "q_proj" not in key}, rf"{name} is missing, and so it is with 1 more\."),
         (full | {"blocks.0.bias": torch.zeros(3)}, r"blocks\.0\.bias belongs to no layer\."),

@@ -18,6 +18,7 @@ from lowvram.hardware.detect import (
     Driver,
     NvidiaCard,
     TorchBuild,
+    describe_card,
     describe_machine,
     detect,
     explain_mismatch,
@@ -233,6 +234,12 @@ def test_a_card_outside_the_catalogue_has_its_drivers_memory_and_capability(monk
     assert sentence.endswith("The catalogue does not know it, so its memory is known and its speed is not.")
 
 
+def test_a_card_that_is_here_and_too_old_is_told_so_with_its_memory() -> None:
+    found = describe_card(NvidiaCard("Tesla P100-PCIE-16GB", (6, 0), 16 * GIB, 15 * GIB))
+    assert found.sentence.startswith("Tesla P100-PCIE-16GB with 16.0 GiB, 15.0 GiB of it free. It is too old")
+    assert "on Kaggle and Colab the T4" in found.sentence
+
+
 @pytest.fixture
 def be_mac(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     def be(chip: str, ram_bytes: int) -> None:
@@ -267,7 +274,6 @@ def test_an_apple_chip_of_the_future_has_memory_and_no_speed(be_mac: Callable[[s
     assert sentence.endswith("The catalogue does not know it, so its speed is not known.")
 
 
-@pytest.mark.covers("device")
 @pytest.mark.parametrize("system, processor", [("Linux", "x86_64"), ("Darwin", "x86_64"), ("Linux", "arm64")])
 def test_without_a_gpu_the_processor_trains_in_this_machines_memory(
     monkeypatch: pytest.MonkeyPatch, system: str, processor: str
@@ -289,7 +295,6 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch, driver: Driver | None, build
     monkeypatch.setattr(command, "find_torch", lambda: build)
 
 
-@pytest.mark.covers("device")
 @pytest.mark.parametrize("asked", ["cuda", "mps"])
 def test_a_device_that_is_not_here_is_refused_with_a_way_on(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     no_accelerator(monkeypatch, None, CPU_BUILD)
@@ -303,7 +308,6 @@ def test_a_card_that_torch_cannot_use_is_refused_with_the_command(monkeypatch: p
         command.choose_device("cuda")
 
 
-@pytest.mark.covers("device")
 def test_auto_takes_what_is_here_and_says_which_card_lies_idle(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,14 @@ def test_a_card_before_rtx_20_is_led_to_the_wheels_that_still_know_it() -> None:
     assert "lowvram's kernels need 7.5" in found.consequence
 
 
+def test_a_card_that_is_too_old_is_told_so_and_what_to_take_instead() -> None:
+    p100 = only(on_card((6, 0)))
+    assert "too old for Triton, and torch 2.13.0+cu130 has no code for it" in p100.consequence
+    assert "on Kaggle and Colab the T4" in p100.consequence
+    k80 = only(on_card((3, 7)))  # no wheel of torch knows it
+    assert (k80.is_fatal, k80.command) == (True, "choose another card: on Kaggle and Colab the T4")
+
+
 def test_a_card_newer_than_its_torch_is_led_to_a_newer_wheel() -> None:
     old = replace(SOUND, build=TorchBuild("2.11.0+cu126", (12, 6)), torch_wants=(), triton=TritonBuild("3.6.0"))
     found = find_all(saying(old, architectures=("sm_80", "sm_90")))[0]
@@ -367,7 +375,7 @@ def test_a_start_is_told_only_of_what_its_launches_meet() -> None:
 
 
 def test_the_ranges_are_those_that_the_package_asks_for() -> None:
-    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     asked = tomllib.loads(text)["project"]["dependencies"]
     assert TORCH in asked
     assert any(line.startswith(f"triton{TRITON};") for line in asked)

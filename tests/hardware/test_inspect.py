@@ -160,6 +160,7 @@ def test_an_errors_first_line_or_its_kind() -> None:
         ((12, 4), (8, 6), (12, 6)),
         ((12, 6), (12, 0), (12, 8)),
         ((11, 8), (6, 1), None),
+        ((13, 0), (3, 7), None),
     ],
     ids=str,
 )
@@ -195,7 +196,8 @@ def test_the_facts_are_this_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 def test_facts_are_gathered_without_importing_torch() -> None:
     code = (
-        "import sys; import lowvram.hardware.doctor as c, lowvram.hardware.inspect as f; c.find_all(f.gather(f.TorchSays())); "
+        "import sys; import lowvram.hardware.doctor as c, lowvram.hardware.inspect as f; "
+        "c.find_all(f.gather(f.TorchSays())); "
         "assert 'torch' not in sys.modules and 'bitsandbytes' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())

@@ -18,21 +18,24 @@ from lowvram.hardware.profile import Number, Profile, find_profile, generic_prof
 from lowvram.units import parse_memory
 from tests.flows.typed import environment
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 CARDS = [load_profile(name) for name in profile_names()]
 NVIDIA = [card for card in CARDS if card.platform == "cuda"]
 GEFORCE = [card for card in NVIDIA if "GeForce" in card.name]
+DATA_CENTRE = [card for card in NVIDIA if card not in GEFORCE]
 APPLE = [card for card in CARDS if card.platform == "mps"]
 
 each_card = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.id)
 each_nvidia = pytest.mark.parametrize("card", NVIDIA, ids=lambda card: card.id)
 each_geforce = pytest.mark.parametrize("card", GEFORCE, ids=lambda card: card.id)
+each_data_centre = pytest.mark.parametrize("card", DATA_CENTRE, ids=lambda card: card.id)
 each_apple = pytest.mark.parametrize("card", APPLE, ids=lambda card: card.id)
 
 # Of each compute capability: shared memory of a block, how FP8 is multiplied, the attention kernel, the best 16 bits.
 PATHS = {
     (7, 5): (64 * 1024, "storage", "efficient", "fp16"),
+    (8, 0): (163 * 1024, "storage", "flash", "bf16"),
     (8, 6): (99 * 1024, "storage", "flash", "bf16"),
     (8, 9): (99 * 1024, "tensor", "flash", "bf16"),
     (9, 0): (227 * 1024, "tensor", "flash", "bf16"),
@@ -42,7 +45,7 @@ SERIES = {"2": (7, 5), "3": (8, 6), "4": (8, 9), "5": (12, 0)}
 
 
 def test_the_catalogue_has_every_series_and_kind() -> None:
-    assert len(CARDS) == 54
+    assert len(CARDS) == 60
     assert {card.capability for card in NVIDIA} == set(PATHS)
     assert sum("laptop" in card.id for card in GEFORCE) == 8
     assert [card.id for card in CARDS if card.platform == "cpu"] == ["cpu"]
@@ -87,6 +90,35 @@ def test_the_theory_follows_from_multiprocessors_clock_and_the_makers_headline(c
     assert (card.ai_tops is None) == (card.capability == (7, 5) or "laptop" in card.id)
 
 
+@each_data_centre
+def test_a_card_of_a_data_centre_halves_nothing_and_has_two_sources(card: Profile) -> None:
+    assert len(card.sources) >= 2
+    assert card.watts is not None
+    if card.multiprocessors is not None and card.boost_mhz is not None:
+        flop_per_clock = 2048 if card.capability == (8, 0) else 1024
+        assert card.theory_tflops == pytest.approx(
+            flop_per_clock * card.multiprocessors * card.boost_mhz / 1e6, rel=0.005
+        )
+    assert card.uncertainty == (0.25 if card.watts < 100 else 0.10)
+
+
+@pytest.mark.parametrize("name", ["t4", "l4", "a100-40gb", "a100-80gb", "a100-pcie-40gb", "a100-pcie-80gb"])
+def test_a_card_without_outputs_draws_no_desktop(name: str) -> None:
+    card = load_profile(name)
+    assert card.limit_bytes("linux") == card.limit_bytes("windows") == card.limit_bytes()
+
+
+# What torch calls the total capacity, the least in error messages; each file says so.
+@pytest.mark.parametrize(
+    "name, shown",
+    [("t4", 14.56), ("l4", 22.03), ("a100-40gb", 39.38), ("a100-80gb", 79.14)],
+    ids=lambda value: str(value),
+)
+def test_no_more_memory_is_planned_with_than_torch_has_been_seen_to_find(name: str, shown: float) -> None:
+    card = load_profile(name)
+    assert 0 <= shown - (card.memory_bytes - card.reserved_bytes) / GIB < 0.05
+
+
 @each_nvidia
 def test_the_speeds_of_one_card_agree_with_each_other(card: Profile) -> None:
     speeds, theory = card.tflops, card.theory_tflops
@@ -94,12 +126,15 @@ def test_the_speeds_of_one_card_agree_with_each_other(card: Profile) -> None:
     assert ("fp8" in speeds) == (card.fp8 != "storage")
     assert speeds["fp32"] < speeds["fp16"] < speeds["int8"]
     if card.dtype == "fp16":
-        assert speeds["fp16"] / speeds["bf16"] == pytest.approx(7.5, rel=0.1)
+        # A GeForce halves fp16 that is accumulated in fp32; a T4 does not, and its bf16 is as slow.
+        assert speeds["fp16"] / speeds["bf16"] == pytest.approx(7.5 if card in GEFORCE else 17, rel=0.1)
     else:
         assert speeds["fp16"] == pytest.approx(speeds["bf16"], rel=0.1)
         assert speeds.get("fp8", theory * 2) >= speeds["bf16"]
-    # Power holds Hopper at 0.8 of its theory; a laptop's clock may be far from the one that is published.
-    assert speeds["fp16"] == pytest.approx(theory, rel=0.5 if "laptop" in card.id else 0.25)
+    # Power holds Hopper at 0.8 of its theory and a T4, which has 70 W, at 0.66; a laptop's clock may be far from the
+    # published one.
+    rel = 0.5 if "laptop" in card.id else 0.35 if card.id == "t4" else 0.25
+    assert speeds["fp16"] == pytest.approx(theory, rel=rel)
     if card.tflops_source == "theory":
         assert speeds["fp16"] == pytest.approx(1.05 * theory, rel=0.005)
 
@@ -122,6 +157,7 @@ def test_a_better_card_is_faster() -> None:
         ["rtx3060-12gb", "rtx3070", "rtx3080-10gb", "rtx3090"],
         ["rtx4060", "rtx4070", "rtx4070super", "rtx4080", "rtx4090"],
         ["rtx5050", "rtx5060", "rtx5060ti-8gb", "rtx5070", "rtx5070ti", "rtx5080", "rtx5090", "h100"],
+        ["t4", "l4", "a100-40gb", "a100-80gb", "h100", "h200"],
         ["m1", "m1-pro", "m1-max", "m2-max", "m4-max"],
     ):
         speeds = [load_profile(name).tflops["bf16"] for name in ladder]
@@ -129,7 +165,6 @@ def test_a_better_card_is_faster() -> None:
         assert len(set(speeds)) == len(speeds)
 
 
-@pytest.mark.covers("device")
 @pytest.mark.parametrize(
     "name, headless, desktop",
     [("rtx5070", 10.8, 10.0), ("rtx3060-12gb", 10.8, 10.0), ("rtx4060", 7.0, 6.3)],
@@ -176,42 +211,6 @@ def test_the_processor_leaves_memory_to_the_system_and_to_the_process() -> None:
 
 
 @pytest.mark.parametrize(
-    "text, profile",
-    [
-        ("rtx5070", "rtx5070"),
-        ("RTX 5070", "rtx5070"),
-        ("NVIDIA GeForce RTX 5070", "rtx5070"),
-        ("5070", "rtx5070"),
-        ("rtx-5070", "rtx5070"),
-        ("rtx 5070 ti", "rtx5070ti"),
-        ("RTX5070Ti", "rtx5070ti"),
-        ("4070 super", "rtx4070super"),
-        ("RTX 4070 Ti SUPER", "rtx4070tisuper"),
-        ("4070tisuper", "rtx4070tisuper"),
-        ("rtx4070laptop", "rtx4070-laptop"),
-        ("NVIDIA GeForce RTX 4070 Laptop GPU", "rtx4070-laptop"),
-        ("RTX 4070 mobile", "rtx4070-laptop"),
-        ("laptop 4070", "rtx4070-laptop"),
-        ("rtx 5060 ti 16gb", "rtx5060ti-16gb"),
-        ("RTX 5060 Ti (8 GiB)", "rtx5060ti-8gb"),
-        ("3080 12g", "rtx3080-12gb"),
-        ("rtx 3060", "rtx3060-12gb"),
-        ("m3 max", "m3-max"),
-        ("M3Max", "m3-max"),
-        ("Apple M2 Pro", "m2-pro"),
-        ("Apple M4", "m4"),
-        ("H200", "h200"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("h100 sxm5", "h100"),
-        ("CPU", "cpu"),
-    ],
-    ids=str,
-)
-def test_a_card_is_found_by_what_people_type_and_drivers_say(text: str, profile: str) -> None:
-    assert find_profile(text)[0] == find_profile(profile)[0] == load_profile(profile)
-
-
-@pytest.mark.parametrize(
     "text, near",
     [
         ("rtx 4080 super", "rtx4070super"),
@@ -220,7 +219,7 @@ def test_a_card_is_found_by_what_people_type_and_drivers_say(text: str, profile:
         ("NVIDIA H100 PCIe", "h100"),
         ("rtx", "rtx50"),
         ("", "cpu"),
-        ("8gb", "rtx"),
+        ("8gb", "size of memory"),
         ("rtx 5070 0gb", "rtx5070"),
     ],
 )
@@ -239,6 +238,13 @@ def test_an_unknown_card_is_answered_with_the_nearest_and_with_a_way_on(text: st
         ("NVIDIA GeForce RTX 5060 Ti", 15.48, "rtx5060ti-16gb"),
         ("NVIDIA GeForce RTX 2060", 5.8, "rtx2060-6gb"),
         ("NVIDIA H200", 139.8, "h200"),
+        ("Tesla T4", 15.0, "t4"),
+        ("Tesla T4", 14.56, "t4"),
+        ("NVIDIA L4", 22.49, "l4"),
+        ("NVIDIA L4", 22.03, "l4"),
+        ("NVIDIA A100-SXM4-40GB", 39.38, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 79.14, "a100-80gb"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a100-pcie-40gb"),
         ("rtx 5060 ti 16gb", 8, "rtx5060ti-8gb"),
     ],
 )
@@ -255,6 +261,11 @@ def test_without_memory_the_smallest_variant_is_taken_aloud() -> None:
     assert find_profile("rtx5070")[1] == ""
     assert find_profile("m3 max")[1] == "Apple M3 Max is sold with 36.0 GiB to 128.0 GiB; 36.0 GiB is taken."
     assert find_profile("cpu")[1] == "16.0 GiB is taken as the memory of the computer."
+
+
+@pytest.mark.parametrize("text", ["T4 x2", "GPU T4 x2", "2x T4", "t4 x 2"])
+def test_of_several_cards_one_is_planned_for(text: str) -> None:
+    assert find_profile(text) == (load_profile("t4"), "A run uses one of the cards.")
 
 
 def test_a_size_that_the_catalogue_does_not_have_is_believed_aloud() -> None:
@@ -293,8 +304,8 @@ def test_a_card_without_a_file_takes_the_path_of_its_capability(card: Profile) -
 def test_an_older_or_a_newer_card_than_any_known_is_given_no_more_than_it_surely_has() -> None:
     assert generic_profile(11 * GIB, capability=(6, 1)).shared_memory_bytes == 48 * 1024
     assert generic_profile(11 * GIB, capability=(6, 1)).attention == "efficient"
-    assert generic_profile(16 * GIB, capability=(13, 0)).shared_memory_bytes == 64 * 1024
-    assert generic_profile(16 * GIB, capability=(13, 0)).fp8 == "mxfp8"
+    assert generic_profile(16 * GIB, capability=(13, 0)).shared_memory_bytes == 99 * 1024
+    assert generic_profile(16 * GIB, capability=(13, 0)).fp8 == "tensor"
 
 
 def test_a_profile_is_closed_to_unknown_keys_and_cannot_be_changed() -> None:
@@ -328,54 +339,14 @@ def test_an_installed_package_reads_the_cards_inside_it(tmp_path: Path, monkeypa
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles/rtx1.toml").write_bytes((ROOT / "profiles/rtx4060.toml").read_bytes())
     (tmp_path / "profiles/README.md").touch()
-    monkeypatch.setattr(lowvram.hardware.profile, "__file__", str(tmp_path / "profile.py"))
+    monkeypatch.setattr(lowvram.hardware.profile, "__file__", str(tmp_path / "hardware/profile.py"))
     assert profile_names() == ["rtx1"]
     assert load_profile("rtx1").name == "GeForce RTX 4060"
 
 
 def test_the_catalogue_answers_without_importing_torch() -> None:
-    code = "import lowvram.hardware.profile as p, sys; p.find_profile('5070'); assert not {'torch', 'psutil'} & set(sys.modules)"
+    code = (
+        "import lowvram.hardware.profile as p, sys; p.find_profile('5070'); "
+        "assert not {'torch', 'psutil'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
-
-
-@pytest.mark.parametrize(
-    "text, profile",
-    [
-        ("M1 MacBook Pro", "m1"),
-        ("Apple M2 MacBook Pro", "m2"),
-        ("M1 Mac Pro", "m1"),
-        ("M3 MacBook Air", "m3"),
-        ("M1 Pro MacBook Pro", "m1-pro"),
-        ("m3 max macbook pro", "m3-max"),
-        ("M4 Max Mac Studio", "m4-max"),
-        ("MacBook Pro M3 Max", "m3-max"),
-        ("MacBook M1 Pro", "m1-pro"),
-        ("MacBook Pro 14 M3", "m3"),
-        ("MacBook Pro 16 M1 Pro", "m1-pro"),
-        ("MacBook Pro (14-inch, M3 Pro)", "m3-pro"),
-        ('MacBook Pro 16.2" M4 Max', "m4-max"),
-        ("MacBook Air 15 inç M2", "m2"),
-        ("MacBook Pro 2021 M1 Max", "m1-max"),
-        ("14 inch M3 MacBook Pro", "m3"),
-        ("macbookpro m3", "m3"),
-        ("iMac 24 M1", "m1"),
-        ("Mac mini M2 Pro", "m2-pro"),
-    ],
-)
-def test_an_apple_chip_is_found_in_its_computer_whose_name_says_nothing_about_it(text: str, profile: str) -> None:
-    assert find_profile(text)[0] == load_profile(profile)
-
-
-@pytest.mark.parametrize(
-    "text, memory", [("MacBook Pro 14 M3 16GB", 16), ("MacBook Air 16 GB M2", 16), ("MacBook Pro 16 M1 Pro 32 gb", 32)]
-)
-def test_the_screen_of_a_computer_is_not_its_memory(text: str, memory: int) -> None:
-    assert find_profile(text)[0].memory_bytes == memory * GIB
-
-
-@pytest.mark.parametrize(
-    "text", ["MacBook Pro", "MacBook Air 13", "MacBook Pro 14 inch 16 GB", "Mac Pro", "iMac 27 2020"]
-)
-def test_a_computer_without_its_chip_is_asked_for_it(text: str) -> None:
-    with pytest.raises(ConfigError, match="Name the chip and the memory, such as --gpu m3-pro"):
-        find_profile(text)

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, imagining, is_interpreted
+from lowvram_kernels.dispatch import Card, is_interpreted, override_card
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cpu" if is_interpreted() else "cuda"
 CARDS = {
     "sm75": Card("cuda", (7, 5)),
+    "sm80": Card("cuda", (8, 0)),
     "sm86": Card("cuda", (8, 6)),
     "sm89": Card("cuda", (8, 9)),
     "sm90": Card("cuda", (9, 0)),
@@ -31,7 +32,7 @@ def running_on(name: str) -> Iterator[str]:
     card = CARDS[name]
     if DEVICE == "cuda" and torch.cuda.get_device_capability() < (card.capability or (0, 0)):
         pytest.skip(f"this card is not {name}")
-    with imagining(card):
+    with override_card(card):
         yield DEVICE
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels import adamw8
-from lowvram_kernels.dispatch import card_of, is_interpreted, on_paper
-from lowvram_kernels.quantise import Scaled, dequantise, quantise_rows, quantise_weight
-from lowvram_kernels.scaled_matmul import scaled_matmul
+from lowvram_kernels.dispatch import card_of, is_interpreted, simulate_card
+from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
+from lowvram_kernels.optim import adamw8
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -67,7 +67,7 @@ def test_what_a_kernel_allocates_is_what_paper_says(kernel: Kernel) -> None:
     inputs = kernel.inputs()
     kernel.run(*inputs)  # libraries' workspaces, tables
     meta = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, inputs)
-    with on_paper(card_of(CARD)), LiveBytes().ignore(*tensors_of(meta)) as live:
+    with simulate_card(card_of(CARD)), LiveBytes().ignore(*tensors_of(meta)) as live:
         kernel.run(*meta)
     gc.collect()
     torch.cuda.synchronize()
@@ -107,7 +107,7 @@ def test_a_product_reaches_elements_beyond_two_to_the_31() -> None:
     b = quantise_weight(torch.randn(32_768, 256, device=CARD), "e4m3")
     y = scaled_matmul(a, b, torch.bfloat16)
     assert y.numel() > 2**31
-    last = Scaled(a.code[-128:], a.scale[-128:])
+    last = QuantTensor(a.code[-128:], a.scale[-128:])
     truth = dequantise(last, torch.float32) @ dequantise(b, torch.float32).mT
     assert float((y[-128:].float() - truth).norm() / truth.norm()) < 5e-3
 

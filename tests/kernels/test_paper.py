@@ -7,16 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lowvram_kernels.dropout import dropout, hash_keys
-from lowvram_kernels.experts import experts
-from lowvram_kernels.idle import FORMATS, new_idle
-from lowvram_kernels.linear import linear
-from lowvram_kernels.linear_cross_entropy import linear_cross_entropy
-from lowvram_kernels.rms_norm import rms_norm
-from lowvram_kernels.swiglu import swiglu
-from measures import LiveBytes
+from lowvram_kernels.layers.dropout import dropout, hash_keys
+from lowvram_kernels.layers.rms_norm import rms_norm
+from lowvram_kernels.layers.swiglu import swiglu
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
+from lowvram_kernels.matmul.linear import linear
+from lowvram_kernels.moe.experts import experts
+from lowvram_kernels.moe.idle import FORMATS, new_idle
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.kernels.measures import LiveBytes
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

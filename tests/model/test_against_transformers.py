@@ -40,7 +40,6 @@ FORMS = {
 }
 
 
-@pytest.mark.covers("architecture")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_agree_with_transformers_over_200_positions(form: str, tied: bool) -> None:
@@ -57,7 +56,6 @@ def test_logits_agree_with_transformers_over_200_positions(form: str, tied: bool
     torch.testing.assert_close(ours, theirs, atol=ABSOLUTE, rtol=0)
 
 
-@pytest.mark.covers("architecture")
 @pytest.mark.parametrize("name", [n for n in preset_names() if not n.startswith("tiny-llm")])
 def test_a_preset_counts_its_parameters_as_transformers_does(name: str) -> None:
     config, _ = load_preset(name)
@@ -67,7 +65,6 @@ def test_a_preset_counts_its_parameters_as_transformers_does(name: str) -> None:
     assert config.num_parameters() == sum(weight.numel() for weight in twin.parameters())
 
 
-@pytest.mark.covers("full model")
 @pytest.mark.parametrize("name, parameters", [("tiny-llm-v1", 24_697_088), ("tiny-llm-v2", 67_580_416)])
 def test_the_seed_reports_models_have_exactly_their_parameters(name: str, parameters: int) -> None:
     config, _ = load_preset(name)

@@ -22,7 +22,6 @@ def brute_force(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int |
     return (q @ k.mT * 0.3).masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
-@pytest.mark.covers("GQA")
 @pytest.mark.parametrize("window", [None, 1, 5, 8, 31, 40], ids=lambda w: f"window-{w}")
 @pytest.mark.parametrize("queries, keys", [(31, 31), (1, 31), (6, 31), (40, 40)], ids=str)
 @pytest.mark.parametrize("heads, groups", [(6, 2), (4, 4), (3, 1)], ids=str)
@@ -34,7 +33,6 @@ def test_attention_equals_brute_force(heads: int, groups: int, queries: int, key
     torch.testing.assert_close(attend(q, k, v, 0.3, window), brute_force(q, k, v, window))
 
 
-@pytest.mark.covers("GQA")
 @pytest.mark.parametrize("window", [None, 6], ids=["full", "window"])
 def test_attention_gradients_equal_brute_force(window: int | None) -> None:
     shapes = {"q": (2, 4, 20, 8), "k": (2, 2, 20, 8), "v": (2, 2, 20, 8)}
@@ -46,7 +44,6 @@ def test_attention_gradients_equal_brute_force(window: int | None) -> None:
         torch.testing.assert_close(a, b, msg=name)
 
 
-@pytest.mark.covers("GQA")
 def test_one_key_value_head_per_query_head_is_multi_head_attention() -> None:
     config = VARIANTS["gqa-rope"]
     grouped = randomise(Transformer(config))
@@ -59,7 +56,6 @@ def test_one_key_value_head_per_query_head_is_multi_head_attention() -> None:
     torch.testing.assert_close(whole.logits(token_BT), grouped.logits(token_BT), atol=1e-5, rtol=0)
 
 
-@pytest.mark.covers("architecture")
 @pytest.mark.parametrize("count, form", [(24, "_absorbed"), (25, "_expanded_memory")], ids=["few", "many"])
 @pytest.mark.parametrize("name", ["mla-rope", "mla-yarn-q_lora", "mla-window"])
 def test_what_is_read_through_the_cache_equals_the_expanded_form(
@@ -83,7 +79,6 @@ def test_what_is_read_through_the_cache_equals_the_expanded_form(
     torch.testing.assert_close(torch.cat([first, rest], dim=1), expanded, atol=1e-5, rtol=0)
 
 
-@pytest.mark.covers("architecture")
 def test_a_window_over_layers_follows_its_pattern() -> None:
     config = VARIANTS["gqa-window"].model_copy(update={"layers": 5})
     assert [config.window_of(layer) for layer in range(5)] == [7, None, 7, None, 7]
@@ -107,5 +102,5 @@ def test_repeating_the_heads_equals_leaving_them_grouped(masked: bool, monkeypat
     window = 4 if masked else None
     grouped = attend(q, k, v, 0.3, window)
     choice = Choice("efficient", "as on a card without FlashAttention")
-    monkeypatch.setattr("lowvram_kernels.attention.choose_attention", lambda *_: choice)
+    monkeypatch.setattr("lowvram_kernels.attention.sdpa.choose_attention", lambda *_: choice)
     torch.testing.assert_close(attend(q, k, v, 0.3, window), grouped)

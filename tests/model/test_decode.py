@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, imagining
+from lowvram_kernels.dispatch import Card, override_card
 
 from lowvram.config.model import ModelConfig
 from lowvram.model import decode as one_token
@@ -55,7 +55,6 @@ def decoded(model: Transformer, token_NT: torch.Tensor, cache: Cache, make: Make
     return torch.stack(steps, dim=1)
 
 
-@pytest.mark.covers("generation")
 @both
 @every_variant
 def test_decoding_token_by_token_equals_the_full_forward_at_every_position(config: ModelConfig, make: MakeRows) -> None:
@@ -66,7 +65,6 @@ def test_decoding_token_by_token_equals_the_full_forward_at_every_position(confi
     torch.testing.assert_close(found, whole, atol=ABSOLUTE, rtol=0)
 
 
-@pytest.mark.covers("generation")
 @every_variant
 def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
     model = lay_by_columns(randomise(Transformer(config)))
@@ -150,7 +148,7 @@ def test_latents_are_read_by_a_card_s_kernel_as_without_it(name: str, monkeypatc
     last = tokens()[:, 25].to(cards.DEVICE)
     lengths, starts, active = torch.tensor([[25, 25], [0, 0], [1, 1]], device=cards.DEVICE)
     with torch.no_grad():
-        with imagining(Card("cpu")):
+        with override_card(Card("cpu")):
             plain = read_one_token(model, last, AllTexts(cache, lengths, starts, active.bool(), 32), torch.float16)
         with cards.running_on("sm86"):
             kernel = read_one_token(model, last, AllTexts(cache, lengths, starts, active.bool(), 32), torch.float16)

@@ -37,14 +37,12 @@ def kept(cache: Cache, slot: int, layer: int) -> list[int]:
     return [int(position) for position in keys]
 
 
-@pytest.mark.covers("architecture")
 def test_the_mla_cache_holds_rank_plus_rope_values_per_token_and_layer() -> None:
     config = VARIANTS["mla-moe"]
     assert Cache(config, 3, 11).bytes_per_token() == config.layers * (20 + 8) * 4
     assert Cache(config, 3, 11, torch.bfloat16).bytes_per_token() == config.layers * (20 + 8) * 2
 
 
-@pytest.mark.covers("GQA")
 def test_the_gqa_cache_holds_only_the_key_value_heads() -> None:
     config = VARIANTS["gqa-rope"]
     assert Cache(config, 3, 11).bytes_per_token() == config.layers * 2 * 2 * 8 * 4

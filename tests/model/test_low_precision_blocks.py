@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._inductor.config
-from lowvram_kernels.dispatch import Card, imagining, is_interpreted
-from lowvram_kernels.product import Form
+from lowvram_kernels.dispatch import Card, is_interpreted, override_card
+from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -21,9 +21,9 @@ AMPERE = Card("cuda", (8, 6))
 each_form = pytest.mark.parametrize("form", ["e4m3", "int8"])
 
 
-def model_of(kind: str, form: Form) -> Transformer:
+def model_of(kind: str, form: MatmulFormat) -> Transformer:
     config = ModelConfig.model_validate({"layers": 2, "dim": 32, "vocabulary": 64, **KINDS[kind]})
-    return Transformer(config, seed=1, form=form)
+    return Transformer(config, seed=1, matmul_format=form)
 
 
 def step(model: Transformer, backend: str | None) -> list[Tensor]:
@@ -48,23 +48,23 @@ def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 @pytest.mark.nightly
 @each_form
 @pytest.mark.parametrize("kind", ["gqa-rope", "mla-moe"])
-def test_a_block_is_one_graph_on_a_processor(kind: str, form: Form) -> None:
+def test_a_block_is_one_graph_on_a_processor(kind: str, form: MatmulFormat) -> None:
     assert_same(step(model_of(kind, form), "aot_eager"), step(model_of(kind, form), None))
 
 
 @pytest.mark.nightly
 @each_form
-def test_a_block_is_one_graph_on_a_cards_path(form: Form) -> None:
+def test_a_block_is_one_graph_on_a_cards_path(form: MatmulFormat) -> None:
     if not is_interpreted():
         pytest.skip("a real card wants its own tensors: tests/fit/test_on_cuda.py")
-    with imagining(AMPERE):
+    with override_card(AMPERE):
         found, expected = (step(model_of("mla-moe", form), backend) for backend in ("aot_eager", None))
     assert_same(found, expected)
 
 
 @pytest.mark.nightly
 @each_form
-def test_inductor_compiles_a_block_of_8_bits_on_a_processor(form: Form) -> None:
+def test_inductor_compiles_a_block_of_8_bits_on_a_processor(form: MatmulFormat) -> None:
     # One width of vectors for every processor: with 512 bits the code of torch 2.13's Inductor damages the heap (malloc
     # aborts a little later).  By itself training compiles on CUDA alone.
     with torch._inductor.config.patch({"cpp.simdlen": 256}):

@@ -86,7 +86,6 @@ def brute_force(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
     return score.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v.double()
 
 
-@pytest.mark.covers("ALiBi")
 @pytest.mark.parametrize("queries, keys", [(37, 37), (1, 37), (5, 37), (300, 300)], ids=str)
 @pytest.mark.parametrize("heads", [4, 6, 8, 12])
 def test_alibi_columns_equal_the_brute_force_formula(heads: int, queries: int, keys: int) -> None:
@@ -97,7 +96,6 @@ def test_alibi_columns_equal_the_brute_force_formula(heads: int, queries: int, k
     torch.testing.assert_close(found.double(), brute_force(q, k, v, 20**-0.5), atol=2e-5, rtol=0)
 
 
-@pytest.mark.covers("ALiBi")
 def test_alibi_in_bf16_is_as_near_as_bf16_attention_itself() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 8, 1500, 32, generator=generator).bfloat16() for _ in range(3))
@@ -106,13 +104,11 @@ def test_alibi_in_bf16_is_as_near_as_bf16_attention_itself() -> None:
     assert (found.double() - exact).norm() < 0.01 * exact.norm()
 
 
-@pytest.mark.covers("ALiBi")
 @pytest.mark.parametrize("heads", [1, 2, 4, 8, 16])
 def test_slopes_of_a_power_of_two_are_the_geometric_series(heads: int) -> None:
     assert slopes(heads).tolist() == pytest.approx([2 ** (-8 * i / heads) for i in range(1, heads + 1)])
 
 
-@pytest.mark.covers("ALiBi")
 @pytest.mark.parametrize(
     "heads, expected", [(6, [-2, -4, -6, -8, -1, -3]), (12, [*range(-1, -9, -1), -0.5, -1.5, -2.5, -3.5])]
 )
@@ -120,7 +116,6 @@ def test_slopes_of_other_counts_fill_in_between(heads: int, expected: list[float
     assert slopes(heads).log2().tolist() == pytest.approx(expected)
 
 
-@pytest.mark.covers("ALiBi")
 @pytest.mark.parametrize("heads", HEADS)
 def test_slopes_are_positive_distinct_and_at_most_one_half_or_its_root(heads: int) -> None:
     found = slopes(heads)
@@ -129,7 +124,6 @@ def test_slopes_are_positive_distinct_and_at_most_one_half_or_its_root(heads: in
     assert found.max() <= 2**-0.5
 
 
-@pytest.mark.covers("ALiBi")
 def test_alibi_columns_keep_widths_that_fused_kernels_take() -> None:
     for width in (8, 20, 32, 60, 64):
         q, k = add_alibi_columns(torch.zeros(1, 2, 3, width), torch.zeros(1, 1, 3, width), slopes(2), 1.0)
@@ -138,7 +132,6 @@ def test_alibi_columns_keep_widths_that_fused_kernels_take() -> None:
         assert q.shape[-1] - width in range(4, 12)
 
 
-@pytest.mark.covers("ALiBi")
 def test_with_equal_content_nearer_tokens_weigh_more() -> None:
     q = torch.zeros(1, 2, 6, 8)
     v = torch.eye(6)[None, None].expand(1, 2, 6, 6)

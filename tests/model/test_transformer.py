@@ -23,14 +23,12 @@ def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.covers("full model")
 @every_variant
 def test_num_parameters_is_what_is_built(config: ModelConfig) -> None:
     assert sum(weight.numel() for weight in Transformer(config).parameters()) == config.num_parameters()
     assert config.active_parameters() <= config.num_parameters()
 
 
-@pytest.mark.covers("full model")
 @every_variant
 def test_no_position_sees_a_later_token(config: ModelConfig) -> None:
     model = randomise(Transformer(config))
@@ -43,7 +41,6 @@ def test_no_position_sees_a_later_token(config: ModelConfig) -> None:
     assert (a[:, place] - b[:, place]).abs().max() > 1e-3
 
 
-@pytest.mark.covers("full model")
 @every_variant
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(config: ModelConfig) -> None:
     model = randomise(Transformer(config))
@@ -57,7 +54,6 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(config: ModelCo
         assert all(part.abs().max() > 0 for part in parts), name
 
 
-@pytest.mark.covers("device")
 @every_variant
 def test_bf16_weights_and_bf16_computation_stay_near_fp32(config: ModelConfig) -> None:
     model = randomise(Transformer(config))
@@ -95,7 +91,6 @@ def test_a_model_without_seed_is_left_for_a_load_to_fill() -> None:
     assert torch.equal(empty.logits(tokens()), model.logits(tokens()))
 
 
-@pytest.mark.covers("numerical stability")
 @every_variant
 def test_fp16_computation_is_finite(config: ModelConfig) -> None:
     model = Transformer(config)
@@ -105,14 +100,12 @@ def test_fp16_computation_is_finite(config: ModelConfig) -> None:
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
-@pytest.mark.covers("full model")
 def test_an_untrained_model_is_about_as_sure_as_a_uniform_guess() -> None:
     for config in VARIANTS.values():
         loss = causal_loss(Transformer(config), Batch(tokens(8), torch.arange(8)), torch.float32)
         assert loss.total.item() / (8 * (LENGTH - 1)) == pytest.approx(math.log(VOCABULARY), rel=0.05)
 
 
-@pytest.mark.covers("full model")
 def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:
     config = VARIANTS["mla-moe"]
     torch.manual_seed(1)
@@ -123,7 +116,6 @@ def test_weights_depend_on_the_seed_and_on_nothing_else() -> None:
     assert not torch.equal(first.embedding, other.embedding)
 
 
-@pytest.mark.covers("full model")
 def test_output_projections_start_smaller_by_the_root_of_twice_the_layers() -> None:
     config = VARIANTS["gqa-rope"].model_copy(update={"dim": 256, "layers": 8})
     model = Transformer(config)
@@ -132,7 +124,6 @@ def test_output_projections_start_smaller_by_the_root_of_twice_the_layers() -> N
     assert model.blocks[0].ffn.down_proj.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
 
 
-@pytest.mark.covers("full model")
 def test_tied_models_have_one_matrix_and_untied_two() -> None:
     tied, untied = Transformer(VARIANTS["gqa-rope"]), Transformer(VARIANTS["gqa-moe-untied"])
     assert tied.head_VD is tied.embedding
@@ -140,7 +131,6 @@ def test_tied_models_have_one_matrix_and_untied_two() -> None:
     assert "head" not in tied.state_dict()
 
 
-@pytest.mark.covers("block")
 @every_variant
 def test_a_block_whose_output_matrices_are_zero_changes_nothing(config: ModelConfig) -> None:
     model = randomise(Transformer(config))
@@ -154,7 +144,6 @@ def test_a_block_whose_output_matrices_are_zero_changes_nothing(config: ModelCon
             assert torch.equal(block(x_BTD, table, None, None)[0], x_BTD)
 
 
-@pytest.mark.covers("block")
 def test_dropout_depends_on_the_sample_and_not_on_its_neighbours() -> None:
     model = randomise(Transformer(VARIANTS["gqa-rope"]))
     token_BT = tokens(4)
@@ -167,14 +156,12 @@ def test_dropout_depends_on_the_sample_and_not_on_its_neighbours() -> None:
     assert (together - plain).abs().max() > 0.1
 
 
-@pytest.mark.covers("block")
 def test_dropout_of_zero_is_no_dropout() -> None:
     model = randomise(Transformer(VARIANTS["gqa-rope"]))
     with torch.no_grad():
         assert torch.equal(model(tokens(), drop=Dropout(0.0, torch.arange(2)))[0], model(tokens())[0])
 
 
-@pytest.mark.covers("device")
 def test_the_model_is_built_where_it_is_asked_to_be() -> None:
     for config in VARIANTS.values():
         for tensor in Transformer(config, device="cpu").state_dict().values():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, on_paper
-from lowvram_kernels.muon import orthogonalise
+from lowvram_kernels.dispatch import Card, simulate_card
+from lowvram_kernels.optim.muon import orthogonalise
 
 from lowvram.fit.rehearse import LiveStorage
 from lowvram.model.transformer import Transformer
@@ -28,7 +28,7 @@ def test_every_matrix_of_the_blocks_is_there_and_gate_and_up_are_two() -> None:
 @pytest.mark.parametrize("shape", [(3, 20, 36), (3, 36, 20), (1, 24, 24)], ids=str)
 def test_the_iterations_flops_are_those_that_a_rehearsal_counts(shape: tuple[int, int, int]) -> None:
     counter = LiveStorage(1)
-    with torch.device("meta"), on_paper(Card("cpu")), counter:
+    with torch.device("meta"), simulate_card(Card("cpu")), counter:
         orthogonalise(torch.zeros(shape, dtype=torch.bfloat16), 4)
     (values,) = counter.work.values()
     assert iteration_flops([shape], 4) == values[0] > 0

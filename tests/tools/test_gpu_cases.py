@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import HiddenWork, Launch, is_interpreted, on_paper
+from lowvram_kernels.dispatch import HiddenWork, Launch, is_interpreted, simulate_card
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -33,21 +33,21 @@ CPU = torch.device("cpu")
 TINY = Scene(CPU, True, torch.float16)
 FULL = Scene(CPU, False, torch.float16)
 # Libraries of device code that other kernels call.
-CALLED = {"e4m3_triton", "keyed_triton"}
+CALLED = {"quant.e4m3_triton", "random.counter_rng_triton"}
 
 
 interpreted = pytest.mark.skipif(not is_interpreted(), reason="a processor's tensors need Triton's interpreter")
 each_kernel = pytest.mark.parametrize("kernel", kernels(TINY), ids=lambda kernel: kernel.name)
 
 
-def told_on_paper(kernel: Kernel) -> tuple[HiddenWork, list[Launch]]:
+def simulated_work(kernel: Kernel) -> tuple[HiddenWork, list[Launch]]:
     """Return the work of the launches that a run makes, and the launches."""
     with interpreting(TINY):
         inputs = kernel.inputs()
     inputs = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, inputs)
     works: list[HiddenWork] = []
     launches: list[Launch] = []
-    with on_paper(INTERPRETED, works.append, note_launch=launches.append):
+    with simulate_card(INTERPRETED, works.append, note_launch=launches.append):
         kernel.run(*inputs)
     return HiddenWork(*(sum(values) for values in zip(*works, strict=True))), launches
 
@@ -57,11 +57,11 @@ def told_on_paper(kernel: Kernel) -> tuple[HiddenWork, list[Launch]]:
 def test_what_a_case_declares_is_what_its_launches_do(kernel: Kernel) -> None:
     if kernel.op in ("attention", "linear_cross_entropy", "muon_"):
         return  # whose products are the library's
-    work, launches = told_on_paper(kernel)
+    work, launches = simulated_work(kernel)
     assert launches
     if kernel.operations and kernel.op != "latent_attention":
         assert work.product_flops + work.low_flops == pytest.approx(kernel.operations)
-        is_low = any(launch.promise in ("e4m3", "s8", "mxf8") for launch in launches)
+        is_low = any(launch.expected_mma in ("e4m3", "s8", "mxf8") for launch in launches)
         assert is_low <= (kernel.numbers != "bf16")
     # The least, without scales: launches tell of those too, of partial sums and of a second reading.
     assert 0.5 * work.moved_bytes <= kernel.moved_bytes <= 1.02 * work.moved_bytes
@@ -69,8 +69,8 @@ def test_what_a_case_declares_is_what_its_launches_do(kernel: Kernel) -> None:
 
 @interpreted
 def test_every_file_of_device_code_has_a_case() -> None:
-    launched = {launch.module for kernel in kernels(TINY) for launch in told_on_paper(kernel)[1]}
-    assert launched | CALLED == {path.stem for path in PACKAGE.glob("*_triton.py")}
+    launched = {launch.module for kernel in kernels(TINY) for launch in simulated_work(kernel)[1]}
+    assert launched | CALLED == {f"{path.parent.name}.{path.stem}" for path in PACKAGE.rglob("*_triton.py")}
 
 
 def test_cases_have_names_of_their_own_and_the_most_important_come_first() -> None:

@@ -191,7 +191,7 @@ def test_without_pytest_the_report_says_that_no_test_ran(monkeypatch: pytest.Mon
 def test_every_file_of_the_kernels_tests_is_run_once_and_the_marked_ones_of_the_rest() -> None:
     shards = share_out(is_tiny=False)
     files = [file for shard in shards for file in shard if file.endswith(".py")]
-    assert sorted(files) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/kernels").glob("test_*.py"))
+    assert sorted(files) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/kernels").rglob("test_*.py"))
     assert all("gpu or not heavy" in shard for shard in shards[:-1])
     assert shards[-1] == ["tests", "--ignore=tests/kernels", "-m", "gpu"]
 

@@ -118,6 +118,7 @@ def test_blocks_that_are_alike_share_one_compilation_and_keep_it(name: str, kind
         assert graphs() <= kinds + 1
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "recompute, bits, kind", [("none", 8, "mla-moe"), ("attention", 32, "gqa-alibi"), ("block", 8, "mla-moe")]
 )

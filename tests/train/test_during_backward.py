@@ -164,7 +164,6 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, value: float, weight_name
     monkeypatch.setattr("lowvram.train.step.causal_loss", bad_loss)
 
 
-@pytest.mark.covers("numerical stability")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("optimizer", [{}, {"bits": 8}, {"name": "muon"}], ids=["32-bit", "8-bit", "muon"])
 @pytest.mark.parametrize("weight", ["embedding", "blocks.0.ffn.down_proj.weight", "blocks.1.ffn.norm.weight"])
@@ -189,7 +188,6 @@ def test_a_gradient_that_is_not_finite_skips_its_weight_alone_and_is_counted(
     assert all(tensor.float().isfinite().all() for tensor in before.values())
 
 
-@pytest.mark.covers("numerical stability")
 def test_an_fp16_step_that_overflows_halves_the_scale_and_counts_every_weight(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

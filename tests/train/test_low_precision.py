@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels import experts, product
+from lowvram_kernels.matmul import quant_linear
+from lowvram_kernels.moe import experts
 from torch import Tensor
 
 from lowvram.objective import Batch, causal_loss
@@ -50,13 +51,13 @@ def test_attention_and_feed_forward_layers_multiply_in_8_bits_and_nothing_else_d
     home: Path, kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    quantise_weight = product.quantise_weight
+    quantise_weight = quant_linear.quantise_weight
 
     def watched(weight: Tensor, *rest: Any, **more: Any) -> Any:
         seen.append(weight)
         return quantise_weight(weight, *rest, **more)
 
-    for module in (product, experts):
+    for module in (quant_linear, experts):
         monkeypatch.setattr(module, "quantise_weight", watched)
     trainer = trainer_of(tiny_run(home, kind, f"which-{kind}-{precision}", precision=precision))
     model = trainer.state.model
@@ -82,7 +83,7 @@ def test_validation_sees_the_function_that_training_saw(home: Path, precision: s
     what = tiny_run(home, "gqa-rope", f"seen-{precision}", precision=precision)
     trainer = trainer_of(what)
     told = [event.loss for event in trainer.run() if isinstance(event, Evaluated)]
-    assert trainer.state.model.blocks[0].attention.q_proj.form == {"fp8": "e4m3", "int8": "int8"}[precision]
+    assert trainer.state.model.blocks[0].attention.q_proj.matmul_format == {"fp8": "e4m3", "int8": "int8"}[precision]
     assert told
     assert all(0.0 < loss < 10.0 for loss in told)
 

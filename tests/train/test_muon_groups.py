@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.adamw8 import build_maps
-from lowvram_kernels.muon import muon_, new_momentum
+from lowvram_kernels.optim.adamw8 import build_maps
+from lowvram_kernels.optim.muon import muon_, new_momentum
 
 from lowvram.config.train import AdamW, Muon
 from lowvram.model.transformer import Transformer

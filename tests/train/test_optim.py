@@ -38,7 +38,6 @@ def rates(train: TrainConfig) -> list[float]:
     return [learning_rate(train, step) for step in range(train.steps)]
 
 
-@pytest.mark.covers("schedule")
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_warm_up_rises_evenly_and_reaches_the_peak_after_its_share_of_the_steps(kind: str) -> None:
     found = rates(recipe({"kind": kind, "warmup": 0.2}, lr=0.5))
@@ -46,13 +45,11 @@ def test_warm_up_rises_evenly_and_reaches_the_peak_after_its_share_of_the_steps(
     assert max(found) == found[4]
 
 
-@pytest.mark.covers("schedule")
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_without_warm_up_the_first_step_has_the_peak_rate(kind: str) -> None:
     assert learning_rate(recipe({"kind": kind, "warmup": 0.0}, lr=0.25), 0) == 0.25
 
 
-@pytest.mark.covers("schedule")
 def test_the_cosine_falls_from_the_peak_to_its_floor() -> None:
     train = recipe({"kind": "cosine", "warmup": 0.2, "floor": 0.1})
     # After 4 steps of warm-up 16 are left: a quarter, a half, three quarters and all of half a cosine.
@@ -63,7 +60,6 @@ def test_the_cosine_falls_from_the_peak_to_its_floor() -> None:
     assert rates(train)[4:] == sorted(rates(train)[4:], reverse=True)
 
 
-@pytest.mark.covers("schedule")
 def test_warmup_stable_decay_is_flat_and_then_falls_in_a_line() -> None:
     found = rates(recipe({"kind": "wsd", "warmup": 0.1, "decay": 0.25, "floor": 0.0}))
     assert found[:2] == pytest.approx([1 / 3, 2 / 3], rel=1e-12)
@@ -71,13 +67,11 @@ def test_warmup_stable_decay_is_flat_and_then_falls_in_a_line() -> None:
     assert found[16:] == pytest.approx([0.8, 0.6, 0.4, 0.2], rel=1e-12)
 
 
-@pytest.mark.covers("schedule")
 def test_a_decay_ends_at_its_floor() -> None:
     train = recipe({"kind": "wsd", "warmup": 0.0, "decay": 1.0, "floor": 0.5})
     assert [learning_rate(train, step) for step in (0, 10, 20, 99)] == pytest.approx([1.0, 0.75, 0.5, 0.5], rel=1e-12)
 
 
-@pytest.mark.covers("schedule")
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50])
 def test_every_rate_of_a_short_run_is_positive_and_not_above_the_peak(kind: str, steps: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lowvram_kernels.dispatch import Card
-from lowvram_kernels.idle import reference
+from lowvram_kernels.moe.idle import reference
 from torch import Tensor
 
 from lowvram.config.run import RunConfig

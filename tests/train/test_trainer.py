@@ -191,7 +191,6 @@ def poison(monkeypatch: pytest.MonkeyPatch, is_bad: Callable[[int], bool], value
     monkeypatch.setattr("lowvram.train.step.causal_loss", bad_loss)
 
 
-@pytest.mark.covers("numerical stability")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_a_step_without_a_finite_gradient_is_skipped_counted_and_changes_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch, value: float
@@ -212,7 +211,6 @@ def test_a_step_without_a_finite_gradient_is_skipped_counted_and_changes_nothing
     assert trainer.state.step == 6, "the data moves on"
 
 
-@pytest.mark.covers("numerical stability")
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_save_nothing(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,7 +224,6 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_save_nothing(
     assert list((home / "lost").glob("step-*")) == []
 
 
-@pytest.mark.covers("numerical stability")
 def test_one_finite_step_begins_the_count_of_skipped_ones_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, lambda sample: sample // 8 not in (0, 20))
     what = with_run(tiny_run(home, run="near", tokens=40 * 256), prompts=(), validate_every=1000)
@@ -239,7 +236,6 @@ def state_of(**numbers: Any) -> TrainState:
     return TrainState(model=None, optimizer=None, **numbers)  # type: ignore[arg-type]
 
 
-@pytest.mark.covers("numerical stability")
 def test_the_loss_scale_halves_on_overflow_and_never_falls_below_one() -> None:
     state = state_of(loss_scale=4.0, quiet=7)
     scales = []
@@ -250,7 +246,6 @@ def test_the_loss_scale_halves_on_overflow_and_never_falls_below_one() -> None:
     assert (state.quiet, state.skipped_in_row) == (0, 4)
 
 
-@pytest.mark.covers("numerical stability")
 def test_the_loss_scale_doubles_after_a_quiet_time_and_the_time_begins_anew() -> None:
     state = state_of(loss_scale=8.0)
     for _ in range(QUIET_STEPS - 1):
@@ -270,7 +265,6 @@ def test_only_an_fp16_run_has_a_loss_scale() -> None:
     assert (state.loss_scale, state.quiet, state.skipped_in_row) == (1.0, 0, 0)
 
 
-@pytest.mark.covers("numerical stability")
 def test_an_fp16_run_scales_its_loss_but_neither_norm_nor_update_and_keeps_the_scale(home: Path) -> None:
     exact = steps_of(list(trainer_of(tiny_run(home, run="exact", clip=1e6)).run()))
     what = tiny_run(home, run="half", precision="fp16", clip=1e6)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -208,7 +208,7 @@ def _arrays(source: Source, entries: list[_Entry]) -> Iterator[np.ndarray]:
 
 def _read(source: Source, name: str) -> Tensor:
     found = source.read(name)
-    return dequantise(found, torch.float32) if isinstance(found, Scaled) else found.detach().float()
+    return dequantise(found, torch.float32) if isinstance(found, QuantTensor) else found.detach().float()
 
 
 def _check_part(entry: _Entry, part: Tensor) -> None:

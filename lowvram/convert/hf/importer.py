@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from torch import Tensor
 
 from lowvram.config.run import Corpus, DataConfig, RunConfig, RunOptions
@@ -54,9 +54,9 @@ def adopt(
     return Store(run, disk=disk).save(weights, {}, numbers, to_portable(what, run), run / "tokenizer", hashes)
 
 
-def _keep(found: Tensor | Scaled) -> Tensor:
+def _keep(found: Tensor | QuantTensor) -> Tensor:
     """Return the numbers of a tensor in the narrowest of our dtypes that the file's were certainly meant in."""
-    if isinstance(found, Scaled):
+    if isinstance(found, QuantTensor):
         wide = dequantise(found, torch.float32)
         narrow = wide.to(torch.bfloat16)
         return narrow if torch.equal(narrow.float(), wide) else wide

@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors
 import torch
-from lowvram_kernels.quantise import BLOCK, Scaled, dequantise
+from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, dequantise
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -78,27 +78,27 @@ class Outside:
         """Return our names of all tensors."""
         return list(self._shapes)
 
-    def read(self, name: str) -> Tensor | Scaled:
+    def read(self, name: str) -> Tensor | QuantTensor:
         """Return one of our tensors on the CPU, joined from its pieces; a view of the file where it is one piece.
 
         Codes and scales where all of it is stored in 8 bits and no block straddles two pieces; else fp32 numbers.
         """
         shape = self._shapes[name]
         pieces = [self._piece(piece) for piece in name_pieces(name, self.config)]
-        scaled = [piece for piece in pieces if isinstance(piece, Scaled)]
+        scaled = [piece for piece in pieces if isinstance(piece, QuantTensor)]
         if scaled and len(scaled) == len(pieces):
             joined = join_scaled(scaled, shape)
             if joined is not None:
                 return joined
-        plain = [dequantise(piece, torch.float32) if isinstance(piece, Scaled) else piece for piece in pieces]
+        plain = [dequantise(piece, torch.float32) if isinstance(piece, QuantTensor) else piece for piece in pieces]
         return join(plain, shape)
 
-    def _piece(self, name: str) -> Tensor | Scaled:
+    def _piece(self, name: str) -> Tensor | QuantTensor:
         tensor: Tensor = self._home[name].get_tensor(name)
         if tensor.dtype != torch.float8_e4m3fn:
             return tensor
         scale: Tensor = self._home[name + SCALE].get_tensor(name + SCALE)
-        return Scaled(tensor.view(torch.uint8), scale.to(torch.float32))
+        return QuantTensor(tensor.view(torch.uint8), scale.to(torch.float32))
 
     def _check_size(self) -> None:
         """Refuse numbers that the files cannot hold, before a model of that size is built."""

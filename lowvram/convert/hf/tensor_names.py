@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lowvram_kernels.quantise import BLOCK, Scaled
+from lowvram_kernels.quant.quantise import BLOCK, QuantTensor
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -72,11 +72,11 @@ def join(pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     return (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).reshape(tuple(shape))
 
 
-def join_scaled(pieces: Sequence[Scaled], shape: Sequence[int]) -> Scaled | None:
+def join_scaled(pieces: Sequence[QuantTensor], shape: Sequence[int]) -> QuantTensor | None:
     """Return the codes and scales of one of our tensors, or None where blocks of it would straddle two pieces."""
     rows = pieces[0].code.shape[0]
     if rows % BLOCK and len(pieces) > (shape[0] if len(shape) == 3 else 1):
         return None
     scale = torch.cat([piece.scale for piece in pieces])
     grid = (*shape[:-2], -(-shape[-2] // BLOCK), -(-shape[-1] // BLOCK))
-    return Scaled(join([piece.code for piece in pieces], shape), scale.reshape(grid))
+    return QuantTensor(join([piece.code for piece in pieces], shape), scale.reshape(grid))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lowvram_kernels.quantise import Scaled, dequantise
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from torch import Tensor
 
 from lowvram.convert.fp8 import Kept, quantise_piece
@@ -116,7 +116,7 @@ def estimate_bytes(source: Source, numbers: Numbers | None) -> int:
     """Return about how many bytes the weights will take: fp8 a little more than one a number."""
     count = sum(shape.numel() for shape in shapes_of(source.config).values())
     embedding = source.read("embedding")
-    as_kept = 1 if isinstance(embedding, Scaled) else embedding.element_size()
+    as_kept = 1 if isinstance(embedding, QuantTensor) else embedding.element_size()
     return count * {"fp32": 4, "bf16": 2, "fp8": 1, None: as_kept}[numbers]
 
 
@@ -152,7 +152,7 @@ def _tensors(
     for done, (ours, shape) in enumerate(shapes.items()):
         pieces = name_pieces(ours, config)
         found = source.read(ours)
-        tensor = dequantise(found, torch.float32) if isinstance(found, Scaled) else found
+        tensor = dequantise(found, torch.float32) if isinstance(found, QuantTensor) else found
         is_matrix = len(shape) > 1 and not ours.endswith("router.weight")
         dtype = tensor.dtype if numbers is None else _DTYPES[numbers] if is_matrix else torch.float32
         for name, piece in zip(pieces, cut(tensor, len(pieces)), strict=True):

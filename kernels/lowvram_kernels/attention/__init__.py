@@ -1,0 +1,1 @@
+"""Attention: torch's fused kernels, and decoding over the latent cache of MLA."""

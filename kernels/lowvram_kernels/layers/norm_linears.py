@@ -1,0 +1,96 @@
+"""Normalisation and the projections that read it as one op, so that the normalised rows are never kept.
+
+    n = rms_norm(x)        y_i = n @ W_iᵀ        in a form of `quant_linear.py`
+    dn = Σ_i dy_i @ W_i    dW_i = dy_iᵀ @ n    dx, dweight as in rms_norm
+
+A norm costs a pass over memory; keeping its result costs 2 bytes × D a row and layer in bf16, a sixth of a dense
+block's activations.  So backward computes n again from x and the kept fp32 of each row.
+Saved for backward: x, one fp32 per row, and the masters.
+Source: the chain rule; not keeping what is cheap to compute again is Chen et al. 2016, applied to one op.
+
+Shapes: N rows, D width, O outputs of one projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers import rms_norm as norm
+from lowvram_kernels.matmul.quant_linear import (
+    MatmulFormat,
+    along_columns,
+    along_rows,
+    backward_input,
+    backward_weight,
+    check_matmul_format,
+    forward,
+)
+
+
+def reference(x: Tensor, weight: Tensor, projections: list[Tensor], eps: float = 1e-6) -> list[Tensor]:
+    """Compute the textbook form; autograd of it is the gradient's truth."""
+    normed = norm.reference(x, weight, eps)
+    return [normed @ projection.to(x.dtype).mT for projection in projections]
+
+
+class _NormLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, matmul_format: MatmulFormat, *projections: Tensor
+    ) -> tuple[Tensor, ...]:
+        rstd_N1 = norm.row_scales(x, eps)
+        ctx.save_for_backward(x, weight, rstd_N1, *projections)
+        ctx.matmul_format = matmul_format
+        normed = along_rows(norm.apply_scales(x, rstd_N1, weight).reshape(-1, x.shape[-1]), matmul_format)
+        return tuple(forward(normed, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, rstd_N1, *projections), matmul_format = ctx.saved_tensors, ctx.matmul_format
+        needs_dx, needs_dweight, _, _, *needs_projections = ctx.needs_input_grad
+        dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
+        d_projections: list[Tensor | None] = [None] * len(projections)
+        if any(needs_projections):
+            normed = along_columns(norm.apply_scales(x, rstd_N1, weight).reshape(-1, x.shape[-1]), matmul_format)
+            for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
+                if needs_projections[i]:
+                    d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), normed, projection.dtype)
+            del normed
+        if not (needs_dx or needs_dweight):
+            return None, None, None, None, *d_projections
+        dn_ND = torch.zeros((), dtype=x.dtype, device=x.device)
+        for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
+            if i and matmul_format == "plain":
+                dn_ND = torch.addmm(dn_ND, dy_NO, projection.to(x.dtype))
+                continue
+            own_ND = backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, x.dtype)
+            dn_ND = dn_ND.add_(own_ND) if i else own_ND
+        dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, (needs_dx, needs_dweight))
+        return dx, dweight, None, None, *d_projections
+
+
+def norm_linears(
+    x: Tensor, weight: Tensor, projections: list[Tensor], eps: float = 1e-6, matmul_format: MatmulFormat = "plain"
+) -> list[Tensor]:
+    """Normalise the rows of x as rms_norm does and multiply them by each transposed projection.
+
+    x: [..., D] fp32|bf16|fp16.  weight: [D].  projections: [O_i, D] each, masters of any floating dtype, cast or
+    quantised at use.  matmul_format: the numbers that are multiplied, see `quant_linear.py`.  Returns one [..., O_i] in
+    x's dtype per projection.  Gradients come in their arguments' dtypes.
+    Saved for backward: x, one fp32 per row, the masters; the normalised rows are computed again.
+    Raises ShapeError if weight is not [D], a projection is not [O, D], there is none, or a dtype does not fit.
+    Source: Zhang & Sennrich 2019, eq. 4.
+    """
+    norm.check(x, weight)
+    check_matmul_format(matmul_format, "norm_linears")
+    wrong = [p for p in projections if p.dim() != 2 or p.shape[1] != x.shape[-1] or not p.dtype.is_floating_point]
+    if wrong or not projections:
+        shapes = [f"{list(p.shape)} {p.dtype}" for p in projections]
+        raise ShapeError(f"norm_linears: projections are {shapes}; x {list(x.shape)} needs floating [O, D].")
+    return list(_NormLinears.apply(x, weight, eps, matmul_format, *projections))  # type: ignore[no-untyped-call]

@@ -1,0 +1,1 @@
+"""Losses: linear and cross-entropy as one chunked op."""

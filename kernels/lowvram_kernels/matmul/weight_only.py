@@ -1,0 +1,107 @@
+"""Products with weights of 8 bits that are decoded where they are used; knows no layer and no gradient.
+
+    y[n, o] = Σᵢ x[n, i] · code[o, i] · scale[o, i]        what `quantise.py` makes of a weight
+
+x keeps its own numbers, so that many rows and few see the same function.  Few rows on a card are `gemv`'s;
+otherwise the weight is decoded to x's dtype for one product of the library and dies with it.
+
+A processor decodes as many of the weight's rows as its cache holds and multiplies them before the next: torch's own
+cast from E4M3 alone would take thirty times as long as the product of one row in fp32, this decoding three times.
+
+Alive inside: on a processor 6 to 10 bytes for each of the `CHUNK` numbers at work; on a card the decoded weight, unless
+rows are few and Triton is there.
+Source: the definition.
+
+Shapes: N rows, O outputs, I inputs, P outputs of a part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowvram_kernels.dispatch import card_of, choose
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.matmul.gemv import MOST_ROWS, gemv
+from lowvram_kernels.matmul.scaled_matmul import BLOCK, rows_of_scale
+from lowvram_kernels.quant import e4m3
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise
+
+# Numbers of a weight at work on a processor at once; fewer cost more calls than they spare memory (AVX2, one thread).
+CHUNK = 2**20
+
+
+def reference(x: Tensor, weight: QuantTensor) -> Tensor:
+    """Decode the weight to x's dtype and multiply."""
+    return F.linear(x, dequantise(weight, x.dtype))
+
+
+def weight_only_linear(x: Tensor, weight: QuantTensor) -> Tensor:
+    """Multiply x by the transposed weight; the result comes in x's dtype.
+
+    x: [..., I] fp32|bf16|fp16.  weight: code [O, I]; scale [⌈O/128⌉, ⌈I/128⌉] or [O, ⌈I/128⌉] for E4M3, [O, 1] for
+    INT8; codes of E4M3 are not NaN.  Returns [..., O].  No node of autograd.
+    Raises ShapeError if shapes, dtypes or devices do not fit.
+    Source: the definition.
+    """
+    if x.dim() < 1 or x.shape[-1] != weight.code.shape[-1] or not x.dtype.is_floating_point:
+        found = f"x is {list(x.shape)} {x.dtype}, weight {list(weight.code.shape)}"
+        raise ShapeError(f"weight_only_linear: {found}; needs floating [..., I] and [O, I].")
+    x_NI = x.detach().reshape(-1, x.shape[-1])
+    if x_NI.shape[0] <= MOST_ROWS and choose("small_matmul", card_of(x.device)).backend == "triton":
+        y_NO = gemv(x_NI, weight)
+    elif card_of(x.device).platform == "cpu":
+        y_NO = _multiply_parts(x_NI, weight)
+    else:
+        y_NO = reference(x_NI, weight)
+    return y_NO.view(*x.shape[:-1], weight.code.shape[0])
+
+
+def _multiply_parts(x_NI: Tensor, weight: QuantTensor) -> Tensor:
+    """Multiply band by band of the weight's outputs."""
+    (code_OI, scale), height = weight, rows_of_scale(weight, "weight_only_linear: weight")
+    outputs, inputs = code_OI.shape
+    y_NO = x_NI.new_empty(x_NI.shape[0], outputs)
+    # Few rows wait for the weight alone: they take it as it is decoded.
+    x_NI = x_NI.float() if x_NI.shape[0] <= MOST_ROWS else x_NI
+    band = max(CHUNK // inputs // BLOCK, 1) * BLOCK
+    for start in range(0, outputs, band):
+        place = slice(start, min(start + band, outputs))
+        if code_OI.dtype == torch.int8:
+            y_NO[:, place] = (x_NI @ code_OI[place].to(x_NI.dtype).mT).mul_(scale[place, 0])
+        else:
+            part_PI = _decode_e4m3(code_OI[place], scale[start // height : -(-place.stop // height)], height)
+            y_NO[:, place] = x_NI @ part_PI.to(x_NI.dtype).mT
+    return y_NO
+
+
+def _decode_e4m3(code_PI: Tensor, scale: Tensor, height: int) -> Tensor:
+    """Return the numbers of a band in fp32; its codes are not NaN.  height: of the blocks that share a scale."""
+    (rows, inputs), part_PI = code_PI.shape, e4m3.decode_finite(code_PI).float()
+    scale_AI = (scale * 256.0).repeat_interleave(BLOCK, 1)[:, :inputs]
+    whole = rows // height * height
+    part_PI[:whole].view(-1, height, inputs).mul_(scale_AI[: whole // height, None])
+    if whole < rows:
+        part_PI[whole:].mul_(scale_AI[-1])
+    return part_PI
+
+
+def look_up(ids: Tensor, table: QuantTensor, dtype: torch.dtype) -> Tensor:
+    """Look up and decode rows.
+
+    ids: int64, any shape.  table: code [V, D], scales as of a weight.  Returns ids' shape and D, in dtype.
+    Raises ShapeError if table or ids are another.
+    """
+    if ids.dtype != torch.int64:
+        raise ShapeError(f"look_up: ids is {ids.dtype}; needs int64.")
+    height = rows_of_scale(table, "look_up: table")
+    id_N = ids.flatten()
+    # Rows of blocks are rows with scales of their own.
+    scale = table.scale[id_N // BLOCK if height == BLOCK else id_N]
+    return dequantise(QuantTensor(table.code[id_N], scale), dtype).view(*ids.shape, table.code.shape[1])
+
+
+def decoded(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a weight or a stack of them in dtype: itself where it is plain and of that dtype, else a copy."""
+    return weight.to(dtype) if scale is None else dequantise(QuantTensor(weight, scale), dtype)

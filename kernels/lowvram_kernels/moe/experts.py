@@ -1,0 +1,346 @@
+"""The routed experts of a mixture-of-experts layer, dropless; knows the routing's result, not how it was made.
+
+    y_n = Σ_k weights[n, k] · down[e] @ (silu(g) · u),   [g | u] = gate_up[e] @ x_n,   e = ids[n, k]
+
+The N·K choices are sorted by expert, so that an expert's rows are one slice.  The routing weight multiplies the
+product before `down`, so down's output is not needed again: with h = w·p, p = silu(g)·u,
+    dh = dy @ down[e]    dweights = Σ_i dh·p    dp = w·dh    ddown[e] = Σ dyᵀ h    dgate_up[e] = Σ d[g|u]ᵀ x
+Rows return to their tokens by the inverse permutation and a sum over K, which adds in one fixed order.
+
+Of the E experts W may be resident and E − W idle: resident ones are masters and learn, idle ones lie in low precision
+(`idle.py`), answer, let dx through and get no gradient.  Slots 0 … W−1 are the resident ones.
+
+Where Triton runs, one launch multiplies all slices of a stack (`grouped_matmul.py`, `grouped_wgrad.py`): nothing waits
+for the device, and idle matrices are decoded in registers.  Elsewhere a loop over the experts calls the library, its
+ends lie on the host, and an idle matrix that no product can take as it lies is decoded into a scratch of one matrix,
+again at each use.
+
+Saved for backward: x, weights, the sort order [N·K], the slices' ends [E], [g | u] [N·K, 2I], the masters and the idle
+copies (as they lie, nothing decoded); everything else is computed again.
+Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2; the gradient is the chain rule.
+
+Shapes: N tokens, K choices of each, M = N·K rows, E experts, W of them resident, D width, I inner width, O out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_simulated, note_work, uncounted
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers.swiglu import gated_product, gated_product_backward
+from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
+from lowvram_kernels.moe.grouped_matmul import grouped_matmul
+from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
+from lowvram_kernels.moe.idle import IdleStack, check_stack, decode, needs_decoding
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns, quantise_rows, quantise_weight
+
+
+def reference(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    idle: tuple[IdleStack, IdleStack] | None = None,
+) -> Tensor:
+    """Run every expert on every token and pick; autograd of it is the gradient's truth."""
+    gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
+    if idle is not None:
+        gate_up, down = (
+            torch.stack([*master, *(decode(stack, index, x.dtype) for index in range(len(stack.code)))])
+            for master, stack in zip((gate_up, down), idle, strict=True)
+        )
+    gate, up = torch.einsum("nd,eid->nei", x, gate_up).chunk(2, dim=-1)
+    out_NED = torch.einsum("nei,edi->ned", F.silu(gate) * up, down)
+    chosen_NKD = out_NED.gather(1, ids[..., None].expand(-1, -1, x.shape[1]))
+    return (weights[..., None].to(x.dtype) * chosen_NKD).sum(1)
+
+
+# Why not torch.nn.functional.grouped_mm: it refuses widths that are not multiples of 16 bytes, has no paper form
+# in fp32 and fp16, and outside sm_90/100 is itself a loop that waits for the device at each call.  On CPU the two
+# are equally fast.  These two are ops of their own, so that on paper their host loop does not run; the ends come
+# on the host, so that a layer waits once and not six times.
+@torch.library.custom_op("lowvram_kernels::multiply_slices", mutates_args=("scratch",))
+def _multiply_slices(
+    rows_MI: Tensor,
+    stack_WIO: Tensor,
+    ends_E: Tensor,
+    code: Tensor | None,
+    scale: Tensor | None,
+    scratch: Tensor | None,
+    is_turned: bool,
+) -> Tensor:
+    """Multiply the rows of each expert's slice by its matrix: [M, O].  No argument has a default: torch 2.11 trips.
+
+    code, scale: the idle stack of the slots from W on.  is_turned: its matrices are [O, I].  scratch: one of them
+    in rows' dtype, needed where the code must be decoded; what is left in it means nothing.
+    """
+    out_MO = rows_MI.new_empty(rows_MI.shape[0], stack_WIO.shape[2])
+    resident, start = stack_WIO.shape[0], 0
+    for expert, end in enumerate(ends_E.tolist()):
+        if expert < resident:
+            torch.mm(rows_MI[start:end], stack_WIO[expert], out=out_MO[start:end])
+        elif start < end and code is not None:
+            matrix = decode(IdleStack(code, scale), expert - resident, rows_MI.dtype, scratch)
+            torch.mm(rows_MI[start:end], matrix.mT if is_turned else matrix, out=out_MO[start:end])
+        start = end
+    return out_MO
+
+
+@_multiply_slices.register_fake
+def _(rows_MI: Tensor, stack_WIO: Tensor, *_: Any) -> Tensor:
+    return rows_MI.new_empty(rows_MI.shape[0], stack_WIO.shape[2])
+
+
+@torch.library.custom_op("lowvram_kernels::sum_outer_slices", mutates_args=())
+def _sum_outer_slices(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
+    """Sum leftᵀ @ right over each resident expert's slice, zero where it is empty: [W, O, I] in dtype."""
+    out_WOI = left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+    start = 0
+    for expert, end in enumerate(ends_E[:resident].tolist()):
+        if start == end:
+            out_WOI[expert].zero_()
+        elif dtype == left_MO.dtype:
+            torch.mm(left_MO[start:end].mT, right_MI[start:end], out=out_WOI[expert])
+        else:
+            out_WOI[expert].copy_(left_MO[start:end].mT @ right_MI[start:end])
+        start = end
+    return out_WOI
+
+
+@_sum_outer_slices.register_fake
+def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
+    return left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
+
+
+def _multiply_tokens(
+    x_NI: Tensor,
+    token_M: Tensor,
+    master_WOI: Tensor,
+    idle: tuple[Tensor | None, Tensor | None],
+    ends_E: Tensor,
+    matmul_format: MatmulFormat,
+) -> Tensor:
+    """Multiply the tokens' rows, repeated and sorted, by their experts' matrices [O, I]: [M, O].
+
+    x is rounded before it is repeated, if nothing reads its own numbers: the same bits for a K-th of the work.
+    """
+    has_copies = idle[0] is not None and idle[0].shape[0] > 0
+    if matmul_format == "plain" or has_copies or not _is_one_launch(x_NI.device):
+        return _multiply(x_NI[token_M], master_WOI, idle, ends_E, True, matmul_format)
+    code, scale = quantise_rows(x_NI, matmul_format)
+    rows = QuantTensor(code[token_M], scale[token_M])
+    return grouped_matmul(rows, quantise_weight(master_WOI, matmul_format), ends_E, dtype=x_NI.dtype)
+
+
+def _multiply(
+    rows_MI: Tensor,
+    master: Tensor,
+    idle: tuple[Tensor | None, Tensor | None],
+    ends_E: Tensor,
+    is_turned: bool,
+    matmul_format: MatmulFormat,
+) -> Tensor:
+    """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I].
+
+    Rows that idle copies read are never rounded: of a copy the weight is low already.
+    """
+    code, scale = idle
+    if _is_one_launch(rows_MI.device):
+        if master.shape[0]:
+            out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, matmul_format)
+        else:
+            out_MO = rows_MI.new_empty(rows_MI.shape[0], master.shape[1 if is_turned else 2])
+        if code is not None and code.shape[0]:
+            copies = IdleStack(code, scale)
+            if not is_turned:
+                copies = IdleStack(code.mT, None if scale is None else scale.mT)
+            grouped_matmul(rows_MI, copies, ends_E, first=master.shape[0], out=out_MO)
+        return out_MO
+    if matmul_format == "plain":
+        stack = master.to(rows_MI.dtype)
+        stack = stack.mT if is_turned else stack
+    else:
+        stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_turned), rows_MI.dtype).mT
+        rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], matmul_format)
+    scratch = None
+    if code is not None and needs_decoding(code, rows_MI.dtype):
+        # Made here and not inside the op, which a rehearsal cannot look into.
+        scratch = rows_MI.new_empty(code.shape[1:])
+    out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
+    if code is not None and scratch is not None and is_simulated():
+        _show_decoding(IdleStack(code, scale), scratch)
+    return out_MO
+
+
+def _multiply_residents(
+    rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_turned: bool, matmul_format: MatmulFormat
+) -> Tensor:
+    if matmul_format == "plain":
+        stack = master.to(rows_MI.dtype)
+        return grouped_matmul(rows_MI, stack if is_turned else stack.mT, ends_E)
+    weight = quantise_weight(master, matmul_format, transposed=not is_turned)
+    return grouped_matmul(quantise_rows(rows_MI, matmul_format), weight, ends_E, dtype=rows_MI.dtype)
+
+
+def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul_format: MatmulFormat) -> Tensor:
+    """Return the rows as their low form reads them, for a product of the library; idle experts' rows as they are."""
+    rounded_MI = dequantise(quantise_rows(rows_MI, matmul_format), rows_MI.dtype)
+    if resident == ends_E.shape[0]:
+        return rounded_MI
+    is_residents_M = torch.arange(rows_MI.shape[0], device=rows_MI.device) < ends_E[resident - 1].to(rows_MI.device)
+    return torch.where(is_residents_M[:, None], rounded_MI, rows_MI)
+
+
+def _sum_outer(
+    left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int, matmul_format: MatmulFormat
+) -> Tensor:
+    """Sum leftᵀ @ right over each resident expert's slice: [W, O, I] in dtype."""
+    is_one_launch = _is_one_launch(left_MO.device)
+    if matmul_format == "plain":
+        if is_one_launch:
+            return grouped_wgrad(left_MO, right_MI, ends_E, resident, dtype)
+        return _sum_outer_slices(left_MO, right_MI, ends_E, dtype, resident)
+    left, right = quantise_columns(left_MO, matmul_format), quantise_columns(right_MI, matmul_format)
+    if is_one_launch:
+        return grouped_wgrad(left, right, ends_E, resident, dtype)
+    rounded = [dequantise(columns, left_MO.dtype).mT for columns in (left, right)]
+    return _sum_outer_slices(*rounded, ends_E, dtype, resident)
+
+
+def _is_one_launch(device: torch.device) -> bool:
+    return choose("grouped_matmul", card_of(device)).backend == "triton"
+
+
+def _show_decoding(copies: IdleStack, scratch: Tensor) -> None:
+    """Show on paper what lives while a copy is decoded, beside the result, and tell what all of them move.
+
+    That is besides the codes and one scratch, which a rehearsal sees: each scratch is written and read.
+    """
+    with uncounted():
+        decode(copies, 0, scratch.dtype, scratch)
+    count, passes = copies.code.shape[0], 2 if copies.scale is None else 4
+    note_work(moved_bytes=(count * passes - 1) * bytes_of(scratch), ops=count * passes // 2)
+
+
+def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the choices in the order of their experts [M] and where each slice ends [E], on the host for the loop."""
+    flat_M = ids_NK.reshape(-1)
+    count_E = torch.zeros(experts, dtype=torch.int64, device=ids_NK.device)
+    count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
+    ends_E = count_E.cumsum(0)
+    stays = is_simulated() or _is_one_launch(ids_NK.device)
+    return torch.argsort(flat_M, stable=True), ends_E if stays else ends_E.to("cpu")
+
+
+def _combine(sorted_MD: Tensor, order_M: Tensor, choices: int) -> Tensor:
+    """Bring the rows back to their tokens and add each token's choices: [N, D]."""
+    place_M = torch.empty_like(order_M)
+    place_M[order_M] = torch.arange(order_M.shape[0], device=order_M.device)
+    return sorted_MD[place_M].view(-1, choices, sorted_MD.shape[1]).sum(1)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        weights: Tensor,
+        ids: Tensor,
+        gate_up_code: Tensor | None,
+        gate_up_scale: Tensor | None,
+        down_code: Tensor | None,
+        down_scale: Tensor | None,
+        matmul_format: MatmulFormat,
+    ) -> Tensor:
+        ctx.matmul_format = matmul_format
+        idle_gate_up, idle_down = (gate_up_code, gate_up_scale), (down_code, down_scale)
+        idle_count = 0 if gate_up_code is None else gate_up_code.shape[0]
+        order_M, ends_E = _sort(ids, gate_up.shape[0] + idle_count)
+        gate_up_MI = _multiply_tokens(x, order_M // ids.shape[1], gate_up, idle_gate_up, ends_E, matmul_format)
+        ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle_gate_up, *idle_down)
+        weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
+        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, True, matmul_format)
+        return _combine(out_MD, order_M, ids.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle = ctx.saved_tensors
+        idle_gate_up, idle_down = (idle[0], idle[1]), (idle[2], idle[3])
+        needs_dx, needs_dgate_up, needs_ddown, needs_dweights = ctx.needs_input_grad[:4]
+        choices, resident, matmul_format = weights.shape[1], gate_up.shape[0], ctx.matmul_format
+        token_M = order_M // choices
+        weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
+        dx = dgate_up = ddown = dweights = None
+        dy_MD = dy[token_M]
+        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, False, matmul_format)
+        d_gate_up_MI, product_MI = gated_product_backward(dh_MI * weight_M1, gate_up_MI)
+        if needs_dweights:
+            dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
+            dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
+        if needs_ddown:
+            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident, matmul_format)
+        del dy_MD, dh_MI, product_MI
+        if needs_dgate_up:
+            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident, matmul_format)
+        if needs_dx:
+            dx = _combine(
+                _multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, matmul_format), order_M, choices
+            )
+        return dx, dgate_up, ddown, dweights, None, None, None, None, None, None
+
+
+def experts(
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    idle: tuple[IdleStack, IdleStack] | None = None,
+    matmul_format: MatmulFormat = "plain",
+) -> Tensor:
+    """Send each token through its chosen experts and add the answers by routing weight.
+
+    x: [N, D] fp32|bf16|fp16.  gate_up: [W, 2I, D], gate first; down: [W, D, I]: masters of any floating dtype,
+    each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
+    gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole; without it
+    E = W, with it W may be 0, where experts are only read.  Returns [N, D] in x's dtype.
+    matmul_format: the numbers that resident experts multiply, see `quant_linear.py`; where a loop calls the library,
+    operands are rounded to them and multiplied in x's dtype.
+    Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
+    Saved for backward: x, weights, [N·K] int64, [E] int64, [N·K, 2I] in x's dtype, the masters, idle.
+    The result and its gradients are deterministic.  The device is waited for once, where Triton runs never.
+    Raises ShapeError if shapes or dtypes do not fit together.
+    Source: DeepSeek-AI 2024 (DeepSeek-V3), section 2.1.2.
+    """
+    count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (-1, 0, 0)
+    fits = count >= (0 if idle is not None else 1) and x.dim() == 2 and x.shape[1] == width
+    fits = fits and down.shape == (count, width, twice_inner // 2) and 2 * down.shape[-1] == twice_inner
+    if not fits or ids.dim() != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
+        shapes = [list(t.shape) for t in (x, gate_up, down, weights, ids)]
+        raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")
+    if ids.dtype != torch.int64 or not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
+        raise ShapeError(f"experts: ids is {ids.dtype}, x {x.dtype}; ids needs int64, the others floating.")
+    check_matmul_format(matmul_format, "experts")
+    if idle is not None:
+        _check_idle(gate_up, down, *idle)
+    copies = (None, None, None, None) if idle is None else (*idle[0], *idle[1])
+    return _Experts.apply(x, gate_up, down, weights, ids, *copies, matmul_format)  # type: ignore[no-untyped-call]
+
+
+def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: IdleStack, idle_down: IdleStack) -> None:
+    check_stack(idle_gate_up, "experts: idle gate_up")
+    check_stack(idle_down, "experts: idle down")
+    found = [list(stack.code.shape) for stack in (idle_gate_up, idle_down)]
+    needed = [[found[0][0], *master.shape[1:]] for master in (gate_up, down)]
+    if found != needed:
+        raise ShapeError(f"experts: idle copies are {found}; beside these masters they need to be {needed}.")

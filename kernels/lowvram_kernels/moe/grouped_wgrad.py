@@ -1,0 +1,172 @@
+"""The gradients of a stack of matrices, each from one slice of rows, in one launch; knows no routing and no forward.
+
+    out[e] = Σ_m left[m]ᵀ right[m]        ends[e − 1] ≤ m < ends[e]
+
+One program makes one tile of one expert and walks its rows, so that every element is written, zeros for an expert
+without rows, and nothing is added atomically: sums are fp32 and in one fixed order.  The ends lie on the device.
+
+E4M3 and int8 come from `quantise.quantise_columns`.  E4M3 has blocks of 128 rows at multiples of 128, wherever slices
+end: one that straddles two slices has one scale for both, and a NaN in it is both experts' NaN.  Int8 has one scale for
+a column of all rows: a NaN in it is the NaN of every expert that has rows.  Its sums are int32, which is exact.
+
+Alive: the result alone; copies of both codes where M is no multiple of 16.  Bytes moved: both sides and the result,
+once.  Operations: 2·M·O·I.
+Source: the chain rule of `grouped_matmul`.
+
+Shapes: M rows, sorted by expert; E experts, W of them resident; each result is [O, I].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, is_simulated, launch
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.moe.grouped_matmul import (
+    BLOCK,
+    EXPECTED_MMA,
+    FLOATING,
+    GROUP,
+    Tile,
+    check_ends,
+    choose_tile,
+    decoded,
+    form_of,
+    mask_M,
+    parts_of,
+    way_of,
+)
+from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+
+# Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
+_TERMS = 2**17
+
+
+def reference(
+    left: Tensor | QuantTensor, right: Tensor | QuantTensor, ends: Tensor, resident: int, dtype: torch.dtype
+) -> Tensor:
+    """Sum the outer products of each expert's rows, of all rows with the others' made zero."""
+    left_MO, right_MI = (
+        side if isinstance(side, Tensor) else decoded(*side, torch.float32, 1).mT for side in (left, right)
+    )
+    sums = []
+    for expert in range(resident):
+        mask_M1 = mask_M(ends, len(left_MO), expert)[:, None]
+        left_O, right_I = (torch.where(mask_M1, side, 0.0) for side in (left_MO, right_MI))
+        sums.append((left_O.mT @ right_I).to(dtype))
+    return torch.stack(sums)
+
+
+def _launch_outer(
+    left: Tensor,
+    left_scale: Tensor | None,
+    right: Tensor,
+    right_scale: Tensor | None,
+    ends_E: Tensor,
+    out_WOI: Tensor,
+    tile: list[int],
+) -> None:
+    (count, outputs, inputs), it = out_WOI.shape, Tile(*tile)
+    grid = (count * -(-outputs // it.rows) * -(-inputs // it.columns),)
+    way = way_of(left, right, left_scale is not None)
+    constants: dict[str, Any] = {"BLOCK_O": it.rows, "BLOCK_I": it.columns, "BLOCK_M": it.depth, "GROUP": GROUP}
+    arguments: tuple[Any, ...]
+    if left_scale is not None:
+        rows = left.shape[1]
+        if way == "int8":
+            kernel = "outer_int8_kernel"
+            constants |= {"TERMS": _TERMS, "IS_LONG": rows > _TERMS}
+        else:
+            kernel, constants["WAY"] = "outer_fp8_kernel", way
+        arguments = (left, left_scale, right, right_scale, ends_E, out_WOI, rows, outputs, inputs)
+    else:
+        kernel, rows = "outer_kernel", left.shape[0]
+        arguments = (left, right, ends_E, out_WOI, outputs, inputs, *left.stride(), *right.stride())
+    expected_mma = EXPECTED_MMA.get(way if left_scale is not None else left.dtype, "")
+    what = Launch("moe.grouped_wgrad_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
+    share = count / ends_E.shape[0]
+    moved = share * bytes_of(left, left_scale, right, right_scale) + bytes_of(out_WOI)
+    launch(what, 2.0 * share * rows * outputs * inputs, moved)
+
+
+_outer_op = torch.library.custom_op("lowvram_kernels::grouped_outer", _launch_outer, mutates_args=("out_WOI",))
+
+
+@_outer_op.register_fake
+def _(*arguments: Any) -> None:
+    if is_simulated():
+        _launch_outer(*arguments)
+
+
+def grouped_wgrad(
+    left: Tensor | QuantTensor,
+    right: Tensor | QuantTensor,
+    ends: Tensor,
+    resident: int,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Sum left[m]ᵀ right[m] over each expert's rows: the gradients of a stack's matrices, in one launch.
+
+    left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or columns [O, M] and [I, M], both
+    E4M3 in blocks of 1×128 or both int8 with scales [O, 1] and [I, 1].
+    ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  resident: how many experts, from
+    the first.  dtype: of the result, rounded once from fp32.  tile: one of `tiles`, chosen without it.
+    Returns [resident, O, I], zeros for an expert without rows.  Has no gradient of its own.
+    Raises ShapeError if shapes, dtypes or devices do not fit together.
+    """
+    (left_code, left_scale), (right_code, right_scale) = parts_of(left), parts_of(right)
+    _check_outer(left_code, left_scale, right_code, right_scale, ends, resident, dtype)
+    card = card_of(left_code.device)
+    if choose("grouped_matmul", card).backend != "triton":
+        return reference(left, right, ends, resident, dtype)
+    side = 1 if left_scale is None else 0
+    outputs, inputs = left_code.shape[side], right_code.shape[side]
+    out = torch.empty(resident, outputs, inputs, dtype=dtype, device=left_code.device)
+    if tile is None:
+        way = way_of(left_code, right_code, left_scale is not None)
+        tile = choose_tile(card, way, outputs, inputs, resident, is_outer=True)
+    if left_scale is not None:
+        left_code, right_code = fill_lines(left_code), fill_lines(right_code)
+    _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))
+    return out
+
+
+def _check_outer(
+    left: Tensor,
+    left_scale: Tensor | None,
+    right: Tensor,
+    right_scale: Tensor | None,
+    ends: Tensor,
+    resident: int,
+    dtype: torch.dtype,
+) -> None:
+    what = f"grouped_wgrad: left is {form_of(left)}, scale {form_of(left_scale)}"
+    what += f"; right {form_of(right)}, scale {form_of(right_scale)}"
+    side = 0 if left_scale is None else 1
+    if left.dim() != 2 or right.dim() != 2 or left.shape[side] != right.shape[side] or left.dtype != right.dtype:
+        raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or scaled [O, M] and [I, M].")
+    if left_scale is None and right_scale is None:
+        is_right = left.dtype in FLOATING
+    else:
+        blocks = 1 if left.dtype == torch.int8 else -(-left.shape[1] // BLOCK)
+        pairs = ((left, left_scale), (right, right_scale))
+        is_right = left.dtype in (torch.uint8, torch.int8) and all(
+            scale is not None
+            and list(scale.shape) == [code.shape[0], blocks]
+            and scale.dtype == torch.float32
+            and code.is_contiguous()
+            and scale.is_contiguous()
+            for code, scale in pairs
+        )
+    if not is_right:
+        rule = "needs fp32, bf16 or fp16 without scales, or contiguous with fp32 scales, uint8 of 1×128 or int8 of rows"
+        raise ShapeError(f"{what}; {rule}.")
+    if resident < 1 or dtype not in FLOATING:
+        raise ShapeError(f"grouped_wgrad: resident is {resident}, dtype {dtype}; needs 1 or more, fp32, bf16 or fp16.")
+    check_ends("grouped_wgrad", ends, resident, left.device)
+    if right.device != left.device:
+        raise ShapeError(f"{what}; they lie on {left.device} and {right.device}.")

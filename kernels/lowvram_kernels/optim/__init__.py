@@ -1,0 +1,1 @@
+"""Optimizers: AdamW with 8-bit moments, and Muon."""

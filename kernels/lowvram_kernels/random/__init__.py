@@ -1,0 +1,1 @@
+"""Randomness from counters and keys, and what rounds with it."""

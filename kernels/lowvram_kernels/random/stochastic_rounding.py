@@ -1,0 +1,125 @@
+"""Rounding fp32 to bf16 at random, with the right mean; knows what is rounded, not why.
+
+    bf16(x) = x cut off, or the next number away from zero with the probability that the part cut off has of it.
+
+The 16 bits that decide are a function of names and of the element's index: no generator state.  Rounding to nearest is
+nearer, by a factor of √2 in a sum of terms that vary; but steps and terms smaller than half of the last bit, it loses.
+Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowvram_kernels.dispatch import Launch, card_of, choose, is_simulated, launch, note_work
+from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.random.counter_rng import chain, chain_numbers, draw_bits, name_noise
+
+# Elements that a chunked op has at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long),
+# more gain nothing from 2¹⁷ on and leave the cache.  A card is launched some 50 times for each chunk, so there it is
+# longer.
+CHUNK, CARD_CHUNK = 2**18, 2**21
+BLOCK = 256
+_MOVED_BYTES, _LAUNCHES = 190, 64
+# Blocks that one program of a kernel takes: one for each of its four warps, eight elements for each thread.
+ROWS = 4
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Say whether the optimizer's kernels run on a device: AdamW's, Muon's and the sum rounded at random are one op."""
+    return choose("adamw8", card_of(device)).backend == "triton"
+
+
+def programs(count: int) -> tuple[int]:
+    """Return the grid of a kernel over so many elements."""
+    return (-(-count // (ROWS * BLOCK)),)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return a view as kernels read and write it: bf16 as int16, truths as uint8, others as they are."""
+    return tensor.view({torch.bfloat16: torch.int16, torch.bool: torch.uint8}.get(tensor.dtype, tensor.dtype))
+
+
+def split(value: Tensor | float) -> tuple[Tensor | None, float]:
+    """Return a scalar on the device and 0, or None and the number: a kernel takes the scalar where there is one."""
+    return (value.reshape(()), 0.0) if isinstance(value, Tensor) else (None, float(value))
+
+
+def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """Cut a weight's elements into chunks of whole blocks, and what is left over as one shorter block.
+
+    On paper the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
+    elements and is so many launches.  block: 1 where elements have nothing to do with each other, so that none is left.
+    """
+    count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
+    whole = count // block * block
+    shown = min(whole, chunk) if is_simulated() else whole
+    yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))
+    if shown < whole:
+        left = whole - shown
+        note_work(moved_bytes=left * moved_bytes, ops=-(-left // chunk) * launches)
+    if whole < count:
+        yield whole, count
+
+
+def reference(x: Tensor, uniform: Tensor) -> Tensor:
+    """Round by the formula, in fp64; uniform: numbers in [0, 1) of x's shape, the chance's outcome."""
+    low = (x.float().view(torch.int32) & -0x10000).view(torch.float32)
+    high = ((x.float().view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
+    share = (x.double() - low.double()) / (high.double() - low.double())
+    return torch.where(uniform < share, high, low).to(torch.bfloat16)
+
+
+def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
+    """Round fp32 to bf16, up in magnitude with the probability of the part cut off; noise: 16 bits are used."""
+    bits = x.view(torch.int32) + (noise & 0xFFFF).int()
+    rounded = bits.bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
+    del bits
+    # A NaN of CUDA has all bits set but the sign's: noise would carry it over into -0, and hide it.
+    return rounded.masked_fill_(x.isnan(), torch.nan)
+
+
+@torch.no_grad()
+def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: Tensor) -> None:
+    """Add term to total in fp32 and round the sum at random, in place.
+
+    total: bf16, contiguous.  term: as many elements, floating.  seed, purpose (which weight), sample (int64 scalar on
+    the device: which micro-batch): name the rounding.
+    Raises ShapeError if the two do not fit together.
+    """
+    if total.dtype != torch.bfloat16 or not total.is_contiguous() or term.numel() != total.numel():
+        raise ShapeError(f"add_rounded_: total {list(total.shape)} {total.dtype}; needs bf16, contiguous, as term.")
+    if not term.dtype.is_floating_point:
+        raise ShapeError(f"add_rounded_: term is {term.dtype}; needs a floating one.")
+    if has_kernels(total.device):
+        _add_on_card(total.view(-1), term.reshape(-1), sample, chain_numbers(seed, purpose))
+        return
+    named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())))
+    flat, new = total.view(-1), term.reshape(-1)
+    for start, end in ranges(total, _MOVED_BYTES, _LAUNCHES, block=1):
+        noise = draw_bits(named, start, end - start)
+        flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
+        del noise
+
+
+def _add_on_card(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
+    (_add_as_op if torch.compiler.is_compiling() else _launch_add)(total_N, term_N, sample, named)
+
+
+def _launch_add(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
+    """Read both, write the sum, once each.  named: see `chain_numbers`."""
+    count = total_N.numel()
+    arguments = (bits_of(total_N), term_N, sample.reshape(()), count, named)
+    what = Launch("random.stochastic_rounding_triton", "add_rounded_kernel", programs(count), arguments, {"ROWS": ROWS})
+    launch(what, moved_bytes=2 * total_N.nbytes + term_N.nbytes)
+
+
+_add_as_op = torch.library.custom_op("lowvram_kernels::add_rounded", _launch_add, mutates_args=("total_N",))
+
+
+@_add_as_op.register_fake
+def _(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
+    return None

@@ -1,0 +1,74 @@
+"""Writes the run file that `fit --out` proposes: a preset's name and every value that differs from the preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lowvram.config.base import flatten
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import PLACEHOLDER, TAGS, Table, load_preset, relate
+from lowvram.config.train import TrainConfig
+from lowvram.errors import ConfigError
+from lowvram.storage.disk import DISK
+
+
+def write_run(
+    path: Path, preset: str, model: ModelConfig, train: TrainConfig, folders: Mapping[str, str] | None
+) -> None:
+    """Write the run file of a preset, with every value of the model and of the training that differs from it.
+
+    folders: the full paths of `train`, `tokenizer` and, if there is one, `valid`; None leaves gaps, which `load_run`
+    names.  Raises ConfigError where `path` exists.
+    """
+    import tomlkit  # only here: it takes a tenth of what `lowvram --help` may take
+
+    refuse_overwriting(path)
+    has_gaps = folders is None
+    places = dict.fromkeys(("train", "valid", "tokenizer"), PLACEHOLDER) if folders is None else folders
+    home = path.resolve().parent
+    before = load_preset(preset)
+    # The vocabulary follows the tokenizer.
+    changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
+    tables: dict[str, Table] = {
+        "model": {"preset": preset} | flatten(changes),
+        "data": {key: place if has_gaps else relate(place, home) for key, place in places.items()},
+        "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
+        "run": {"dir": f"runs/{preset}"},
+    }
+    written = tomlkit.document()
+    for name, values in tables.items():
+        table = tomlkit.table()
+        for key, value in values.items():
+            table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
+        if name == "data" and has_gaps:
+            table.add(tomlkit.comment("valid may go: then nothing is held out"))
+        if values:
+            written.append(name, table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    DISK.write(path, tomlkit.dumps(written).encode())
+
+
+def refuse_overwriting(path: Path) -> None:
+    """Raise ConfigError where a run file would be written over something."""
+    if path.exists():
+        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+
+
+def _table_over(base: Table, whole: Table) -> Table:
+    """Return what must be laid over a table, by `overlay`, so that it becomes another one.
+
+    TOML has no null: what is nothing now and was something is written as "none".  A table of another kind is written
+    whole, for `overlay` takes nothing over from the old kind; what is nothing there is that kind's default.
+    """
+    top: Table = {}
+    for key, value in whole.items():
+        was = base.get(key)
+        if value == was:
+            continue
+        if isinstance(value, dict):
+            kept = was if isinstance(was, dict) and all(was.get(tag) == value.get(tag) for tag in TAGS) else {}
+            top[key] = _table_over(kept, value)
+        else:
+            top[key] = "none" if value is None else value
+    return top
