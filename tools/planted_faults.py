@@ -106,6 +106,7 @@ class Copy:
     def _become_pytest(self, words: Sequence[str], report: Path) -> None:
         import pytest
 
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in range(3):
@@ -131,20 +132,20 @@ def is_of_checkout(path: str) -> bool:
 
 
 def wait_for(child: int, timeout_s: float) -> int | None:
-    """Return a process's exit code, None where it took too long; ends it and all that it started."""
+    """Return a process's exit code, None where it took too long; however this ends, all that it started ends too."""
     until = time.monotonic() + timeout_s
-    code = None
-    while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    if code is None:
-        os.waitpid(child, 0)
-    return code
+    try:
+        while time.monotonic() < until:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.05)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
 def batches(files: Sequence[tuple[float, str]]) -> Iterator[list[tuple[float, str]]]:
@@ -361,6 +362,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")
     parser.add_argument("--workers", default="2", help="pytest processes of record and --whole (default: %(default)s)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`
     try:
         if arguments.command == "check":
             check(read_faults())
