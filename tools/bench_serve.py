@@ -38,11 +38,11 @@ from lowvram.data.sample import sample_documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.generate.decoder import Decoder
 from lowvram.model.transformer import Transformer
-from lowvram.serve.app import Door, build_app
+from lowvram.serve.app import AccessPolicy, build_app
 from lowvram.serve.limits import Limits
 from lowvram.serve.metrics import Metrics
-from lowvram.serve.prompt import Served
-from lowvram.serve.scheduler import Batcher
+from lowvram.serve.prompt import ServedModel
+from lowvram.serve.scheduler import Scheduler
 from lowvram.serve.server import Server, open_socket
 from tools.bench_model import lay_for_reading
 
@@ -64,8 +64,8 @@ def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> It
     model = lay_for_reading(Transformer(config).eval(), dtype)
     decoder, tokenizer = Decoder(model, max_context, slots, dtype), tokenizer_of(config.vocabulary)
     limits = Limits(slots=slots, queue=slots, prompt_tokens=max_context - 1, output_tokens=max_context - 1)
-    batcher = Batcher(decoder, tokenizer, limits.queue, Metrics())
-    app = build_app(Served(preset, "fp_bench", tokenizer, max_context), batcher, limits, Door())
+    batcher = Scheduler(decoder, tokenizer, limits.queue, Metrics())
+    app = build_app(ServedModel(preset, "fp_bench", tokenizer, max_context), batcher, limits, AccessPolicy())
     server, listening = Server(app, batcher, limits), open_socket("127.0.0.1", 0)
     thread = threading.Thread(target=server.serve_on, args=(listening,))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

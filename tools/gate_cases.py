@@ -13,7 +13,6 @@ from lowvram_kernels.attention import latent_attention
 from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
 from lowvram_kernels.matmul import gemv, scaled_matmul
 from lowvram_kernels.moe import grouped_matmul, grouped_wgrad
-from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.optim import adamw8
 from lowvram_kernels.quant import quantise
 from lowvram_kernels.quant.quantise import QuantTensor
@@ -116,7 +115,7 @@ def scaled_matmul_cases(card: Card) -> Iterator[Call]:
         for backend in backends:
             if backend in ("decode", "reference"):
                 continue
-            for tile in scaled_matmul.tiles(card, backend):
+            for tile in scaled_matmul.matmul_tiles(card, backend):
                 for inputs, dtype, block_rows in ((1376, BF16, BLOCK), (1024, FP32, 1), (100, BF16, 1)):
                     a, b = scaled(1024, inputs, form), scaled(688, inputs, form, block_rows)
                     yield partial(scaled_matmul.multiply_tiles, a, b, dtype, backend, tile)
@@ -129,7 +128,7 @@ def small_matmul_cases(card: Card) -> Iterator[Call]:
         for dtype in (BF16, FP16):
             for rows in (1, 2, 4, 8, 16):
                 x, kernel = meta(rows, 4096, dtype=dtype), gemv.kernel_of(card, rows, dtype)
-                for tile in gemv.tiles(kernel)[: 2 if dtype == BF16 else 1]:
+                for tile in gemv.gemv_tiles(kernel)[: 2 if dtype == BF16 else 1]:
                     for splits in (1, 4) if rows in (1, 16) and dtype == BF16 else (4,):
                         yield partial(gemv.multiply_bands, x, weight, kernel, tile, splits)
 
@@ -143,41 +142,41 @@ def grouped_cases(card: Card) -> Iterator[Call]:
         rows, stack = meta(4096, inputs, dtype=dtype), meta(experts, outputs, inputs, dtype=dtype)
         turned = meta(experts, inputs, outputs, dtype=dtype).mT
         most = None if dtype == BF16 else 1  # fp16 becomes the same code, but for the products' names
-        for tile in grouped_matmul.tiles(card, "half")[:most]:
+        for tile in grouped_matmul.grouped_tiles(card, "half")[:most]:
             for matrices in (stack, turned):
                 yield partial(grouped_matmul.grouped_matmul, rows, matrices, ends, tile=tile)
         left = meta(4096, outputs, dtype=dtype)
-        for tile in grouped_matmul.tiles(card, "half", is_outer=True)[:most]:
+        for tile in grouped_matmul.grouped_tiles(card, "half", is_outer=True)[:most]:
             for out in (dtype, FP32):
                 yield partial(grouped_wgrad.grouped_wgrad, left, rows, ends, experts, out, tile=tile)
         blocks = meta(experts, -(-outputs // BLOCK), -(-inputs // BLOCK), dtype=FP32)
-        copies = IdleStack(meta(experts, outputs, inputs, dtype=BYTES), blocks)
-        in_rows = IdleStack(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
-        turned_rows = IdleStack(
+        copies = QuantTensor(meta(experts, outputs, inputs, dtype=BYTES), blocks)
+        in_rows = QuantTensor(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
+        turned_rows = QuantTensor(
             meta(experts, inputs, outputs, dtype=torch.int8).mT, meta(experts, inputs, 1, dtype=FP32).mT
         )
-        turned_copies = IdleStack(
+        turned_copies = QuantTensor(
             meta(experts, inputs, outputs, dtype=BYTES).mT,
             meta(experts, -(-inputs // BLOCK), -(-outputs // BLOCK), dtype=FP32).mT,
         )
-        masters = IdleStack(meta(experts, outputs, inputs, dtype=FP32), None)  # read in place of their copies
-        for tile in grouped_matmul.tiles(card, "decode")[:most]:
+        masters = meta(experts, outputs, inputs, dtype=FP32)  # read in place of their copies
+        for tile in grouped_matmul.grouped_tiles(card, "decode")[:most]:
             for idle in (copies, turned_copies, in_rows, turned_rows, masters):
                 yield partial(grouped_matmul.grouped_matmul, rows, idle, ends, tile=tile)
     fp8 = scaled(4096, inputs, "e4m3")
     stack8 = scaled(outputs, inputs, "e4m3", BLOCK, experts)
     way = choose("fp8_matmul", card).backend
-    for tile in grouped_matmul.tiles(card, way):
+    for tile in grouped_matmul.grouped_tiles(card, way):
         yield partial(grouped_matmul.grouped_matmul, fp8, stack8, ends, tile=tile)
     columns = scaled(outputs, 4096, "e4m3"), scaled(inputs, 4096, "e4m3")
-    for tile in grouped_matmul.tiles(card, way, is_outer=True):
+    for tile in grouped_matmul.grouped_tiles(card, way, is_outer=True):
         yield partial(grouped_wgrad.grouped_wgrad, *columns, ends, experts, FP32, tile=tile)
     # Whole tiles, and rows that end within one; sums that int32 holds, and those that it does not.
-    for tile in grouped_matmul.tiles(card, "int8"):
+    for tile in grouped_matmul.grouped_tiles(card, "int8"):
         for inputs, dtype in ((1024, BF16), (688, FP32), (100, BF16)):
             rows8, stack8 = scaled(4096, inputs, "int8"), scaled(outputs, inputs, "int8", stack=experts)
             yield partial(grouped_matmul.grouped_matmul, rows8, stack8, ends, dtype=dtype, tile=tile)
-    for tile in grouped_matmul.tiles(card, "int8", is_outer=True):
+    for tile in grouped_matmul.grouped_tiles(card, "int8", is_outer=True):
         for count, dtype in ((4096, FP32), (2**18, BF16)):
             columns = scaled(outputs, count, "int8"), scaled(inputs, count, "int8")
             yield partial(grouped_wgrad.grouped_wgrad, *columns, ends, experts, dtype, tile=tile)

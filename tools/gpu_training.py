@@ -15,20 +15,20 @@ from dataclasses import dataclass
 import torch
 from lowvram_kernels.dispatch import card_of
 
-from lowvram.cli.place import find_card_of, sketch_run
+from lowvram.cli.place import find_card_of, memory_curve_of_run
 from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
 from lowvram.config.run_file import load_preset
 from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
-from lowvram.fit.ledgers import find_sketch, path_of
+from lowvram.fit.ledgers import find_memory_curve, path_of
 from lowvram.fit.memory_curve import Rehearsal
 from lowvram.fit.rehearse import rehearse
-from lowvram.fit.report import Answer, Place, judge
+from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit
 from lowvram.hardware.profile import load_profile
 from lowvram.objective import Batch
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.cuda_graph import Recording
+from lowvram.train.cuda_graph import RecordedPass
 from lowvram.train.oom import cap_memory, free_memory
 from lowvram.train.state import build_state
 from lowvram.train.step import Add, add_gradients, discard, gradients, loss_for, update
@@ -98,12 +98,14 @@ class Training:
                 torch.cuda.set_per_process_memory_fraction(1.0, scene.device)
             free_memory(scene.device)
 
-    def _judge(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> Answer:
+    def _judge(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> FitReport:
         """Choose a plan as `fit` does.  An 8-bit run takes the 16-bit run's, so that the two can be compared."""
         here = find_card_of(scene.device).profile
         train = train.model_copy(update={"precision": "bf16"}) if train.precision in ("fp8", "int8") else train
-        sketch = find_sketch(self.preset, model, train, path_of(here, train)) or sketch_run(model, train, here)
-        return judge(self.name, model, train, sketch, Place(here, limit_bytes, limit_bytes))
+        sketch = find_memory_curve(self.preset, model, train, path_of(here, train)) or memory_curve_of_run(
+            model, train, here
+        )
+        return evaluate_fit(self.name, model, train, sketch, MemoryBudget(here, limit_bytes, limit_bytes))
 
 
 def trainings(scene: Scene) -> list[Training]:
@@ -160,7 +162,7 @@ class _Steps:
         """Play a recording of the passes from now on."""
         batch = Batch(*(part[: self._plan.micro_batch] for part in (self._token_BT, self._sample_B)))
         add = functools.partial(add_gradients, self.network, self._loss_of, self._train.seed)
-        self._add = Recording(self.network, add, batch, self._plan.accumulate > 1).add
+        self._add = RecordedPass(self.network, add, batch, self._plan.accumulate > 1).add
 
     def launch(self) -> None:
         """Launch every kernel again."""

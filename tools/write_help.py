@@ -6,17 +6,26 @@ python tools/write_help.py [--check]
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ["COLUMNS"] = "100"
 os.environ["NO_COLOR"] = "1"  # argparse colours its help from Python 3.14 on
 
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from lowvram.config.model import ModelConfig
+from lowvram.config.run_file import load_preset, preset_names
+from lowvram.config.train import TrainConfig
+from lowvram.units import show_bytes, show_count, show_duration_range
+
 COMMANDS = (
     "demo",
     "doctor",
@@ -31,6 +40,9 @@ COMMANDS = (
     "import",
 )
 CARD = "lowvram fit --gpu rtx5070"
+# The README's table: five presets on cards of 8 and 12 GB.
+CARDS = ("rtx4060", "rtx3060-12gb", "rtx5060", "rtx5070")
+PRESETS = ("tr-25m", "tr-60m", "tr-125m", "tr-350m", "tr-1b")
 
 
 def printed_by(*words: str) -> str:
@@ -49,11 +61,72 @@ def printed_by(*words: str) -> str:
 def blocks() -> dict[tuple[str, str], str]:
     """Return what stands between each pair of markers, by document and name."""
     helps = [
-        f"```\n$ lowvram {command} --help\n{printed_by(*command.split(), '--help')}\n```\n" for command in COMMANDS
+        f"```text\n$ lowvram {command} --help\n{printed_by(*command.split(), '--help')}\n```\n" for command in COMMANDS
     ]
     card = printed_by(*CARD.split()[1:], "--desktop", "linux")
-    fit = f"```\n$ {CARD}\n{card}\n```\n"
-    return {("docs/commands.md", "help"): "\n".join(helps), ("README.md", "fit"): fit}
+    fit = f"```text\n$ {CARD}\n{card}\n```\n"
+    return {
+        ("docs/commands.md", "help"): "\n".join(helps),
+        ("docs/fit.md", "fit"): fit,
+        ("README.md", "fit"): table_of_cards(),
+        ("docs/presets.md", "presets"): table_of_presets(),
+    }
+
+
+def table_of_cards() -> str:
+    """Return the memory and the time that five presets take on four cards."""
+    asked = [json.loads(printed_by("fit", "--gpu", card, "--desktop", "linux", "--json")) for card in CARDS]
+    names = [answer["gpu_name"].removeprefix("GeForce ").removesuffix(" 12GB") for answer in asked]
+    limits = [f"{name}, {show_bytes(answer['limit_bytes'])}" for name, answer in zip(names, asked, strict=True)]
+    lines = [f"| preset | parameters | tokens | {' | '.join(limits)} |", f"| --- | --- | --- |{' --- |' * len(CARDS)}"]
+    by_name = [{model["name"]: model for model in answer["models"]} for answer in asked]
+    for preset in PRESETS:
+        model, train = load_preset(preset)
+        cells = [fit_cell(models[preset]) for models in by_name]
+        size = f"{show_count(model.num_parameters())} | {show_count(train.tokens)}"
+        lines.append(f"| `{preset}` | {size} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def fit_cell(found: dict[str, Any]) -> str:
+    """Return what one preset takes on one card: `3.5 GiB, 13–32 h`."""
+    if not found["fits"]:
+        return "does not fit"
+    low, high = (days * 86_400 for days in found["days_range"])
+    return f"{show_bytes(found['peak_bytes'])}, {show_duration_range(low, high)}"
+
+
+def table_of_presets() -> str:
+    """Return what every preset is."""
+    heads = ("preset", "attention, positions", "feed-forward", "layers × width", "vocabulary", "active parameters")
+    lines = [f"| {' | '.join(heads)} | parameters | tokens |", "| --- " * (len(heads) + 2) + "|"]
+    for name in sorted(preset_names(), key=lambda name: (not name.startswith("tr-"), load_preset(name)[1].tokens)):
+        model, train = load_preset(name)
+        kind, sizes = model.attention.kind.upper(), f"{model.num_parameters():,} | {show_count(train.tokens)}"
+        cells = (
+            f"{kind}, {describe_positions(model)}",
+            describe_feed_forward(model, train),
+            f"{model.layers} × {model.dim}",
+            f"{model.vocabulary:,}",
+            f"{model.active_parameters():,}",
+        )
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+def describe_positions(model: ModelConfig) -> str:
+    """Return how positions enter: `RoPE + YaRN`."""
+    name = {"rope": "RoPE", "alibi": "ALiBi"}[model.positions.kind]
+    return f"{name} + YaRN" if getattr(model.positions, "yarn", None) is not None else name
+
+
+def describe_feed_forward(model: ModelConfig, train: TrainConfig) -> str:
+    """Return the kind of feed-forward layer: `MoE, 2 of 8 experts + 1 shared`."""
+    ffn = model.ffn
+    if ffn.kind != "moe":
+        return "SwiGLU"
+    learning = f", {train.rotation.window} learn at a time" if train.rotation is not None else ""
+    return f"MoE, {ffn.top_k} of {ffn.experts} experts + {ffn.shared} shared{learning}"
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from source_digest import digest_sources
 
 import lowvram
 from lowvram.config.run_file import load_preset, preset_names
-from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, name_plan, pack, plans_of, sketch_of
+from lowvram.fit.ledgers import PATH, PATHS, CardPath, hash_of, memory_curve_of, name_plan, pack, plans_of
 from lowvram.fit.rehearse import imagine, rehearse
 
 # What makes the rows: its sources and those that it imports decide them, beside the presets.
@@ -41,7 +41,7 @@ def rows_of(name: str, path: CardPath) -> dict[str, list[Any]]:
     model, train = load_preset(name)
     train = train.model_copy(update={"precision": path.precision})
     card = imagine(path)
-    plans = plans_of(sketch_of(model, train, lambda plan: rehearse(model, train, plan, card)), path)
+    plans = plans_of(memory_curve_of(model, train, lambda plan: rehearse(model, train, plan, card)), path)
     return {name_plan(plan): pack(rehearse(model, train, plan, card)) for plan in plans}
 
 

@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer one prompt, or turn after turn."""
     from lowvram.cli.context import find_max_context
     from lowvram.cli.load import load_model
-    from lowvram.cli.repl import Talk
+    from lowvram.cli.repl import Repl
     from lowvram.errors import ConfigError
 
     sampler = sampler_of(arguments)
@@ -82,17 +82,17 @@ def run(arguments: argparse.Namespace) -> int:
         f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
         _describe_manner(loaded.tokenizer, speaks=conversation.template is not None),
     ]
-    talk = Talk(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
+    talk = Repl(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
     return talk.run(keeps_history=not arguments.no_history)
 
 
 def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
     """Say how the model is asked, and where that is not how it was trained."""
-    from lowvram.data.hf_tokenizer import OutsideTokenizer
+    from lowvram.data.hf_tokenizer import HfTokenizer
     from lowvram.generate.chat_template import is_dialogue
 
     if speaks and not is_dialogue(tokenizer):
-        if isinstance(tokenizer, OutsideTokenizer):
+        if isinstance(tokenizer, HfTokenizer):
             return "The model is asked in turns, by its chat template; whether it has learnt to speak, no file says."
         return "The model was trained on plain text and is asked in turns (--as dialogue), which it has not learnt."
     if not speaks and is_dialogue(tokenizer):

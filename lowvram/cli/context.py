@@ -59,10 +59,10 @@ def reach(config: ModelConfig, trained_len: int) -> int:
 def _needed(loaded: Loaded, slots: int, max_context: int, cache: CacheForm = "plain") -> int:
     from lowvram_kernels.dispatch import card_of
 
-    from lowvram.fit.inference_memory import rehearse_reading
+    from lowvram.fit.inference_memory import rehearse_inference
 
     card = card_of(loaded.model.embedding.device)
-    return rehearse_reading(loaded.model, loaded.dtype, slots, max_context, card, cache)
+    return rehearse_inference(loaded.model, loaded.dtype, slots, max_context, card, cache)
 
 
 def _solve(loaded: Loaded, slots: int, limit_bytes: int, cache: CacheForm) -> int:

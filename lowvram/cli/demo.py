@@ -228,7 +228,7 @@ def _describe_fit(what: RunConfig, device: str) -> str:
     from lowvram.units import show_bytes, show_duration_range
 
     promise = Promise(what, choose_device(device))
-    answer = promise.judge()
+    answer = promise.evaluate_fit()
     plan, limit = answer.found.plan, show_bytes(promise.place.limit_bytes)
     lasts = answer.days_range
     days = f", about {show_duration_range(*(days * 86_400 for days in lasts))}" if lasts is not None else ""

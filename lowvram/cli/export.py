@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lowvram.convert.gguf.verify import Programs
     from lowvram.convert.model_card import Story
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.generate.weights import CheckpointSource
+    from lowvram.generate.weights import CheckpointReader
     from lowvram.storage.checkpoint import Checkpoint
 
 _SAID = {
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.load import read_config
     from lowvram.convert.hf.writer import refuse_existing
     from lowvram.data.hf_tokenizer import load_tokenizer
-    from lowvram.generate.weights import CheckpointSource
+    from lowvram.generate.weights import CheckpointReader
     from lowvram.storage.checkpoint import find_checkpoint
     from lowvram.train.start import check_readable
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         notice(checkpoint.notice)
     what = read_config(checkpoint)
     tokenizer = load_tokenizer(checkpoint.directory)
-    source = CheckpointSource(checkpoint, what.model)
+    source = CheckpointReader(checkpoint, what.model)
     if arguments.to == "gguf":
         _write_gguf(arguments, source, tokenizer, what)
     else:
@@ -100,23 +100,23 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def _write_directory(
     arguments: argparse.Namespace,
-    source: CheckpointSource,
+    source: CheckpointReader,
     tokenizer: Tokenizer,
     checkpoint: Checkpoint,
     what: RunConfig,
 ) -> None:
     from lowvram.cli.console import bar, literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.convert.hf.writer import Wish, estimate_bytes, write_directory
+    from lowvram.convert.hf.writer import ExportOptions, estimate_bytes, write_directory
     from lowvram.convert.model_card import write_card
-    from lowvram.data.hf_tokenizer import OutsideTokenizer
+    from lowvram.data.hf_tokenizer import HfTokenizer
     from lowvram.units import show_bytes
 
     numbers = "fp8" if arguments.to == "fp8" else arguments.dtype
-    needs_bos = not isinstance(tokenizer, OutsideTokenizer)
+    needs_bos = not isinstance(tokenizer, HfTokenizer)
     story = _tell_story(arguments, checkpoint, what, numbers, estimate_bytes(source, numbers), needs_bos)
     with bar("Writing") as line:
-        wish = Wish(what.train.seq_len, numbers)
+        wish = ExportOptions(what.train.seq_len, numbers)
         size = write_directory(
             source, tokenizer, arguments.out, wish, write_card(story), lambda done, total: line.tell(done, total)
         )
@@ -147,17 +147,17 @@ def _tell_story(
     )
 
 
-def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokenizer: Tokenizer, what: RunConfig) -> None:
+def _write_gguf(arguments: argparse.Namespace, source: CheckpointReader, tokenizer: Tokenizer, what: RunConfig) -> None:
     from lowvram.cli.console import bar, literal, notice, result
     from lowvram.cli.next_step import quote_command
     from lowvram.convert.gguf.verify import find_programs
     from lowvram.convert.gguf.writer import LEAST_BUILD, LEAST_PYTHON, write_gguf
-    from lowvram.data.hf_tokenizer import OutsideTokenizer
+    from lowvram.data.hf_tokenizer import HfTokenizer
     from lowvram.errors import TokenizerError
     from lowvram.generate.chat_template import is_dialogue
     from lowvram.units import show_bytes
 
-    if isinstance(tokenizer, OutsideTokenizer):
+    if isinstance(tokenizer, HfTokenizer):
         why = "llama.cpp knows pre-tokenizers by name, and lowvram knows the name of its own only."
         raise TokenizerError("This model's tokenizer is another program's.", why, "Export it with --to hf.")
     # Before anything is written: a wrong folder is said at once.
@@ -183,7 +183,7 @@ def _write_gguf(arguments: argparse.Namespace, source: CheckpointSource, tokeniz
 
 
 def _verify(
-    programs: Programs, file: Path, numbers: str, source: CheckpointSource, tokenizer: Tokenizer, max_context: int
+    programs: Programs, file: Path, numbers: str, source: CheckpointReader, tokenizer: Tokenizer, max_context: int
 ) -> None:
     import torch
 
@@ -191,10 +191,10 @@ def _verify(
     from lowvram.convert.gguf.verify import verify
     from lowvram.errors import ExportError
     from lowvram.generate.decoder import Decoder
-    from lowvram.generate.weights import load_for_reading
+    from lowvram.generate.weights import load_for_inference
 
     with bar("Comparing with llama.cpp"):
-        model = load_for_reading(source, "fp32", flow=torch.float32)
+        model = load_for_inference(source, "fp32", flow=torch.float32)
         found = verify(programs, file, numbers, tokenizer, Decoder(model, max_context, dtype=torch.float32))
     if found.gap is not None and not found.is_tie:
         raise ExportError(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from lowvram.config.train import TrainConfig
     from lowvram.fit.epochs import Remark, RunText
     from lowvram.fit.recommend import Advice
-    from lowvram.fit.report import Answer, Place
-    from lowvram.fit.search import Wish
+    from lowvram.fit.report import FitReport, MemoryBudget
+    from lowvram.fit.search import PlanConstraints
     from lowvram.fit.suggestions import Change
 
 
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
         _write(arguments, card, _choose_written(arguments, answers, advised[1], text))
 
 
-def _say_slower(answers: list[Answer], place: Place, is_json: bool) -> None:
+def _say_slower(answers: list[FitReport], place: MemoryBudget, is_json: bool) -> None:
     """Say of presets, which are judged in bf16, that this processor was measured to be slower in it."""
     from lowvram.cli.console import notice, result
     from lowvram.fit.calibration_store import compare_precisions
@@ -113,7 +113,7 @@ def _say_slower(answers: list[Answer], place: Place, is_json: bool) -> None:
 
 
 def _look_beside(
-    arguments: argparse.Namespace, card: Card, place: Place, answer: Answer, text: RunText | None
+    arguments: argparse.Namespace, card: Card, place: MemoryBudget, answer: FitReport, text: RunText | None
 ) -> Beside:
     """Look for what is said about a single model beside its ledger."""
     from lowvram.cli.console import bar
@@ -137,7 +137,7 @@ def _look_beside(
     return Beside(changes, faster, _remark(text, answer), instead)
 
 
-def _remark(text: RunText | None, answer: Answer) -> list[Remark]:
+def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
     from lowvram.errors import DataError
     from lowvram.fit.epochs import Remark, remark_on
 
@@ -201,10 +201,10 @@ def _refuse_contradictions(arguments: argparse.Namespace) -> None:
         _choose_folders(arguments.data)
 
 
-def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[Answer], Place]:
+def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) -> tuple[list[FitReport], MemoryBudget]:
     """Judge the run file, the preset that was named, or every preset."""
     from lowvram.cli.console import bar, notice
-    from lowvram.cli.place import judge_here, warn_of_precision
+    from lowvram.cli.place import evaluate_fit_here, warn_of_precision
     from lowvram.config.run_file import preset_names
 
     if what is not None:
@@ -213,7 +213,7 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
         name, place = arguments.run_file.stem, card.place(what.train.precision)
         wish = _wish(arguments, what.train)
         with bar(f"Rehearsing {name} on paper"):
-            return [judge_here(name, what.model, what.train, place, what.run, wish)], place
+            return [evaluate_fit_here(name, what.model, what.train, place, what.run, wish)], place
     place = card.place(_load_preset(arguments.model or "tr-25m", arguments, card)[1].precision)
     answers = []
     for name in [arguments.model] if arguments.model else preset_names():
@@ -222,12 +222,12 @@ def _judge(arguments: argparse.Namespace, card: Card, what: RunConfig | None) ->
         answer = _judge_by_sketch(name, model, train, card, place, wish) if wish.micro_batch is None else None
         if answer is None:
             with bar(f"Rehearsing {name} on paper"):
-                answer = judge_here(name, model, train, place, wish=wish)
+                answer = evaluate_fit_here(name, model, train, place, wish=wish)
         answers.append(answer)
     return sorted(answers, key=lambda answer: answer.model.num_parameters()), place
 
 
-def _judge_known(card: Card) -> list[Answer]:
+def _judge_known(card: Card) -> list[FitReport]:
     """Judge the presets whose rehearsals are known for a card."""
     from lowvram.config.run_file import load_preset, preset_names
     from lowvram.fit.search import ANY
@@ -242,14 +242,14 @@ def _judge_known(card: Card) -> list[Answer]:
 
 
 def _judge_by_sketch(
-    name: str, model: ModelConfig, train: TrainConfig, card: Card, place: Place, wish: Wish
-) -> Answer | None:
+    name: str, model: ModelConfig, train: TrainConfig, card: Card, place: MemoryBudget, wish: PlanConstraints
+) -> FitReport | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
-    from lowvram.fit.ledgers import find_sketch, path_of
-    from lowvram.fit.report import judge
+    from lowvram.fit.ledgers import find_memory_curve, path_of
+    from lowvram.fit.report import evaluate_fit
 
-    sketch = find_sketch(name, model, train, path_of(card.profile, train))
-    return None if sketch is None else judge(name, model, train, sketch, place, wish=wish)
+    sketch = find_memory_curve(name, model, train, path_of(card.profile, train))
+    return None if sketch is None else evaluate_fit(name, model, train, sketch, place, wish=wish)
 
 
 def _read_text(arguments: argparse.Namespace, what: RunConfig | None) -> RunText | None:
@@ -299,13 +299,13 @@ def _load_preset(name: str, arguments: argparse.Namespace, card: Card) -> tuple[
     return model, train.model_copy(update={"precision": card.profile.dtype})
 
 
-def _wish(arguments: argparse.Namespace, train: TrainConfig) -> Wish:
+def _wish(arguments: argparse.Namespace, train: TrainConfig) -> PlanConstraints:
     from lowvram.config.plan import choose_plan
-    from lowvram.fit.search import Wish
+    from lowvram.fit.search import PlanConstraints
 
     if arguments.micro_batch is not None:
         choose_plan(train, arguments.micro_batch)  # refuses what does not divide the step
-    return Wish(arguments.micro_batch, arguments.recompute)
+    return PlanConstraints(arguments.micro_batch, arguments.recompute)
 
 
 def _read_run(arguments: argparse.Namespace) -> RunConfig:
@@ -338,7 +338,7 @@ def _measure(arguments: argparse.Namespace, card: Card, what: RunConfig | None) 
 def _prefer_fp32(advice: Advice, card: Card) -> tuple[Advice, str]:
     """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is."""
     from lowvram.cli.console import bar
-    from lowvram.cli.place import judge_here
+    from lowvram.cli.place import evaluate_fit_here
     from lowvram.fit.calibration_store import compare_precisions
     from lowvram.fit.suggestions import describe_slower, is_slower
 
@@ -347,14 +347,14 @@ def _prefer_fp32(advice: Advice, card: Card) -> tuple[Advice, str]:
         return advice, ""
     train = answer.train.model_copy(update={"precision": "fp32"})
     with bar(f"Rehearsing {answer.name} on paper"):
-        wide = judge_here(answer.name, answer.model, train, card.place("fp32"))
+        wide = evaluate_fit_here(answer.name, answer.model, train, card.place("fp32"))
     if not wide.fits:
         return advice, f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'
     return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}'
 
 
 def _choose_written(
-    arguments: argparse.Namespace, answers: Sequence[Answer], advice: Advice | None, text: RunText | None
+    arguments: argparse.Namespace, answers: Sequence[FitReport], advice: Advice | None, text: RunText | None
 ) -> Advice:
     """Return the preset that was named or recommended, with its tokens; raises ConfigError where there is none.
 

@@ -12,7 +12,7 @@ from lowvram.errors import DataError
 from lowvram.fit.epochs import Remark, RunText, suitable_preset
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
-from lowvram.fit.report import Answer, Place
+from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.fit.suggestions import Change
 from lowvram.hardware.profile import measured_ids
 from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
@@ -34,7 +34,7 @@ class Beside(NamedTuple):
     instead: Advice | None = None
 
 
-def describe_technique(answer: Answer) -> str:
+def describe_technique(answer: FitReport) -> str:
     """Say what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
     plan, train, ffn = answer.found.plan, answer.train, answer.model.ffn
     words = [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
@@ -53,7 +53,7 @@ def describe_optimizer(train: TrainConfig) -> str:
     return f"{train.optimizer.bits}-bit {name}"
 
 
-def show_one(answer: Answer, place: Place, beside: Beside, is_preset: bool) -> None:
+def show_one(answer: FitReport, place: MemoryBudget, beside: Beside, is_preset: bool) -> None:
     """Print one model's ledger line by line, what it costs, what would be faster, and what would make it fit."""
     found, ledger, plan = answer.found, answer.found.rehearsal.ledger, answer.found.plan
     cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
@@ -87,7 +87,7 @@ def show_one(answer: Answer, place: Place, beside: Beside, is_preset: bool) -> N
         _show_changes(answer, beside.changes, is_preset)
 
 
-def _show_time(answer: Answer, place: Place, instead: Advice | None) -> None:
+def _show_time(answer: FitReport, place: MemoryBudget, instead: Advice | None) -> None:
     """Say how fast the model is trained, how long that takes, and what to do where it takes years."""
     if answer.speed is None or answer.days_range is None or answer.days is None:
         if answer.fits_headless:
@@ -112,7 +112,7 @@ def _say_instead(instead: Advice | None) -> str:
     return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
 
 
-def _verdict(answer: Answer, place: Place) -> str:
+def _verdict(answer: FitReport, place: MemoryBudget) -> str:
     if answer.fits:
         return "fits"
     if answer.found.fits:
@@ -120,13 +120,13 @@ def _verdict(answer: Answer, place: Place) -> str:
     return f"fits only without {place.beside}" if answer.fits_headless else "does not fit"
 
 
-def _headless(place: Place) -> str:
+def _headless(place: MemoryBudget) -> str:
     if place.limit_bytes == place.headless_bytes:
         return "for tensors"
     return f"for tensors beside {place.beside}, {show_bytes(place.headless_bytes)} without"
 
 
-def _show_changes(answer: Answer, changes: Sequence[Change] | None, is_preset: bool) -> None:
+def _show_changes(answer: FitReport, changes: Sequence[Change] | None, is_preset: bool) -> None:
     largest = sorted(answer.found.rehearsal.ledger.lines().items(), key=lambda line: -line[1])[:3]
     lines = ", ".join(f"{name} {show_bytes(size)}" for name, size in largest)
     result(f"  Its largest lines: {lines}.")
@@ -156,7 +156,7 @@ _PRECISION = {
 }
 
 
-def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
+def explain(answers: Sequence[FitReport], place: MemoryBudget) -> Iterator[str]:
     """Yield why each choice was made: first what is the card's, then model by model."""
     profile, train = place.profile, answers[0].train
     yield ""
@@ -180,8 +180,8 @@ def explain(answers: Sequence[Answer], place: Place) -> Iterator[str]:
 
 
 def show_json(
-    answers: Sequence[Answer],
-    place: Place,
+    answers: Sequence[FitReport],
+    place: MemoryBudget,
     recommended: tuple[Advice | None, Advice | None],
     beside: Beside,
     text: RunText | None,
@@ -221,7 +221,7 @@ def _text_values(text: RunText | None) -> dict[str, Any] | None:
     }
 
 
-def _passes(answer: Answer, text: RunText | None) -> float | None:
+def _passes(answer: FitReport, text: RunText | None) -> float | None:
     """Return how often the part that is read most often is read; None where that is not known, or it is too short."""
     try:
         return round(max(text.passes(answer.train)), 3) if text is not None else None
@@ -229,7 +229,7 @@ def _passes(answer: Answer, text: RunText | None) -> float | None:
         return None
 
 
-def _values(answer: Answer, text: RunText | None) -> dict[str, Any]:
+def _values(answer: FitReport, text: RunText | None) -> dict[str, Any]:
     found, speed = answer.found, answer.speed
     return {
         "name": answer.name,

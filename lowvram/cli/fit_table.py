@@ -14,7 +14,7 @@ from lowvram.errors import DataError
 from lowvram.fit.epochs import ENOUGH_PASSES, RunText, round_down
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice, explain_too_little
-from lowvram.fit.report import Answer, Place
+from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.hardware.profile import measured_ids
 from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
 
@@ -33,7 +33,7 @@ class Advised(NamedTuple):
     command: str
 
 
-def show_table(answers: Sequence[Answer], place: Place, advised: Advised, text: RunText | None) -> None:
+def show_table(answers: Sequence[FitReport], place: MemoryBudget, advised: Advised, text: RunText | None) -> None:
     """Print one row per model, what the columns mean, and what to begin with."""
     names = {advice.answer.name for advice in advised[:2] if isinstance(advice, Advice)}
     shown, cells = _choose_layout(answers, place, names, text)
@@ -65,7 +65,7 @@ def _show_text(text: RunText) -> None:
     )
 
 
-def _show_advice(answers: Sequence[Answer], place: Place, advised: Advised, text: RunText | None) -> None:
+def _show_advice(answers: Sequence[FitReport], place: MemoryBudget, advised: Advised, text: RunText | None) -> None:
     if advised.long is None and text is not None and any(answer.fits for answer in answers):
         result(" ".join(explain_too_little(answers, text)), "yellow")
         result("`lowvram demo` trains a small model in minutes.")
@@ -114,7 +114,7 @@ def describe_time(advice: Advice) -> str:
 
 
 def _choose_layout(
-    answers: Sequence[Answer], place: Place, names: set[str], text: RunText | None
+    answers: Sequence[FitReport], place: MemoryBudget, names: set[str], text: RunText | None
 ) -> tuple[list[str], int]:
     """Return the columns that the window has room for, and the cells of the bar; a pipe has room for all."""
     rows = [_row(answer, place, names, text, _BAR_CELLS[0]) for answer in answers]
@@ -141,7 +141,7 @@ def _tabulate(rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> Table:
     return table
 
 
-def _row(answer: Answer, place: Place, names: set[str], text: RunText | None, cells: int) -> dict[str, Any]:
+def _row(answer: FitReport, place: MemoryBudget, names: set[str], text: RunText | None, cells: int) -> dict[str, Any]:
     """Return the cells by column, what matters most first.  names: the presets that are recommended."""
     found, model, speed = answer.found, answer.model, answer.speed
     size = show_count(model.num_parameters())
@@ -167,7 +167,7 @@ def _row(answer: Answer, place: Place, names: set[str], text: RunText | None, ce
     }
 
 
-def _time(answer: Answer) -> Cell:
+def _time(answer: FitReport) -> Cell:
     if answer.days_range is None or answer.days is None:
         return Cell("–")
     if answer.days > TOO_SLOW_DAYS:
@@ -176,7 +176,7 @@ def _time(answer: Answer) -> Cell:
     return Cell(show_duration_range(low, high))
 
 
-def _passes(answer: Answer, text: RunText) -> Cell:
+def _passes(answer: FitReport, text: RunText) -> Cell:
     try:
         most = max(text.passes(answer.train))
     except DataError:
@@ -184,7 +184,7 @@ def _passes(answer: Answer, text: RunText) -> Cell:
     return Cell(f"{most:,.{1 if most < 9.95 else 0}f}", "yellow" if most > ENOUGH_PASSES else "")
 
 
-def _fits(answer: Answer, place: Place) -> Cell:
+def _fits(answer: FitReport, place: MemoryBudget) -> Cell:
     if answer.fits:
         return Cell("yes", "green")
     if answer.found.fits:
@@ -192,7 +192,7 @@ def _fits(answer: Answer, place: Place) -> Cell:
     return Cell(f"without {place.beside}", "yellow") if answer.fits_headless else Cell("no", "red")
 
 
-def _range(answer: Answer) -> str:
+def _range(answer: FitReport) -> str:
     assert answer.speed is not None, "only asked where there is a speed"
     return f"{_round(answer.speed.low)}–{_round(answer.speed.high)}"
 
@@ -204,7 +204,7 @@ def _round(count: float) -> str:
     return f"{value:.{1 if value < 9.95 else 0}f}{('', 'k', 'M', 'B')[power]}"
 
 
-def _bar(peak_bytes: int, place: Place, width: int) -> Cell:
+def _bar(peak_bytes: int, place: MemoryBudget, width: int) -> Cell:
     """Draw the peak over the whole limit; a mark stands where a desktop begins."""
     whole = max(1, place.headless_bytes)
     filled = min(width, max(1, round(peak_bytes / whole * width)))
@@ -216,7 +216,7 @@ def _bar(peak_bytes: int, place: Place, width: int) -> Cell:
     return Cell("".join(cells), colour)
 
 
-def _mark(place: Place, cells: int) -> str:
+def _mark(place: MemoryBudget, cells: int) -> str:
     if place.limit_bytes == place.headless_bytes:
         return "."
     left = show_bytes(place.limit_bytes)

@@ -31,22 +31,22 @@ def run(arguments: argparse.Namespace) -> None:
     """Read, check, write, and say what came out."""
     from lowvram.cli.console import bar, literal, notice, result
     from lowvram.cli.next_step import next_step
-    from lowvram.convert.hf.importer import adopt
-    from lowvram.convert.hf.reader import open_outside
+    from lowvram.convert.hf.importer import import_weights
+    from lowvram.convert.hf.reader import open_hf
     from lowvram.convert.hf.writer import refuse_existing
-    from lowvram.data.hf_tokenizer import OutsideTokenizer, load_tokenizer
+    from lowvram.data.hf_tokenizer import HfTokenizer, load_tokenizer
 
     refuse_existing(arguments.out)
-    outside = open_outside(arguments.directory)
+    outside = open_hf(arguments.directory)
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.directory, outside.config.vocabulary)
     for said in outside.notices:
         notice(said, "yellow")
     with bar("Reading") as line:
-        checkpoint = adopt(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
+        checkpoint = import_weights(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
     count = outside.config.num_parameters()
     result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
     # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
-    has_template = isinstance(tokenizer, OutsideTokenizer) and _has_template(tokenizer)
+    has_template = isinstance(tokenizer, HfTokenizer) and _has_template(tokenizer)
     literal(
         next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
     )
@@ -58,10 +58,10 @@ def _has_template(tokenizer: Tokenizer) -> bool:
     """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
     from lowvram.cli.console import notice
     from lowvram.errors import LowvramError
-    from lowvram.generate.chat_template import Message, load_template
+    from lowvram.generate.chat_template import Message, load_chat_template
 
     try:
-        template = load_template(tokenizer)
+        template = load_chat_template(tokenizer)
         if template is not None:
             template.render([Message("user", "Merhaba")])
     except LowvramError as error:

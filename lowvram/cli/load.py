@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lowvram.config.model import ModelConfig
     from lowvram.config.run import RunConfig
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.generate.precision import Precision, Reading
-    from lowvram.generate.weight_reader import Source
+    from lowvram.generate.precision import InferencePrecision, Precision
+    from lowvram.generate.weight_reader import WeightReader
     from lowvram.model.transformer import Transformer
     from lowvram.storage.checkpoint import Checkpoint
 
@@ -45,16 +45,16 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
     """
     from lowvram.cli.console import notice
     from lowvram.cli.machine import choose_device
-    from lowvram.convert.hf.reader import is_outside, open_outside
+    from lowvram.convert.hf.reader import is_hf_directory, open_hf
     from lowvram.data.hf_tokenizer import load_tokenizer
-    from lowvram.generate.precision import read_as_trained
-    from lowvram.generate.weights import CheckpointSource
+    from lowvram.generate.precision import inference_precision_as_trained
+    from lowvram.generate.weights import CheckpointReader
     from lowvram.storage.checkpoint import find_checkpoint
     from lowvram.train.start import check_readable
 
     place = choose_device(device)
-    if is_outside(path):
-        outside = open_outside(path)
+    if is_hf_directory(path):
+        outside = open_hf(path)
         for said in outside.notices:
             notice(said, "yellow")
         tokenizer, reading = load_tokenizer(path, outside.config.vocabulary), choose_here(place, precision)
@@ -66,27 +66,27 @@ def load_model(path: Path, device: str, precision: Precision | None = None, as_t
         notice(checkpoint.notice)
     what, tokenizer = read_config(checkpoint), load_tokenizer(checkpoint.directory)
     is_asked = precision is not None or not as_trained
-    reading = choose_here(place, precision) if is_asked else read_as_trained(what.train.precision)
-    source = CheckpointSource(checkpoint, what.model)
+    reading = choose_here(place, precision) if is_asked else inference_precision_as_trained(what.train.precision)
+    source = CheckpointReader(checkpoint, what.model)
     return _load(source, tokenizer, reading, place, what.train.seq_len, checkpoint, what)
 
 
 def _load(
-    source: Source,
+    source: WeightReader,
     tokenizer: Tokenizer,
-    reading: Reading,
+    reading: InferencePrecision,
     device: torch.device,
     trained_len: int,
     checkpoint: Checkpoint | None = None,
     what: RunConfig | None = None,
 ) -> Loaded:
-    from lowvram.generate.weights import load_for_reading
+    from lowvram.generate.weights import load_for_inference
     from lowvram.model.transformer import lay_by_columns
     from lowvram.objective import DTYPES
     from lowvram.train.oom import free_memory
 
     dtype = DTYPES[reading.flow]
-    model = load_for_reading(source, reading.kept, device, dtype)
+    model = load_for_inference(source, reading.kept, device, dtype)
     if device.type == "cpu":
         model = lay_by_columns(model)
     free_memory(device)
@@ -94,21 +94,21 @@ def _load(
     return Loaded(checkpoint, what, source.config, tokenizer, model, *read_in, trained_len)
 
 
-def choose_here(device: torch.device, precision: Precision | None) -> Reading:
+def choose_here(device: torch.device, precision: Precision | None) -> InferencePrecision:
     """Choose how a model is read on a device of this machine; on a processor by a measurement that is made once."""
     from lowvram_kernels.dispatch import card_of
 
     from lowvram.cli.console import notice
-    from lowvram.generate.precision import choose_reading
+    from lowvram.generate.precision import choose_inference_precision
     from lowvram.generate.processor import find_pace, pace_path
 
     card, has_bf16 = card_of(device), multiplies_bf16()
     if device.type != "cpu" or not has_bf16 or precision in ("bf16", "fp32"):
-        return choose_reading(card, precision, has_bf16)
+        return choose_inference_precision(card, precision, has_bf16)
     pace, is_new = find_pace()
     if is_new:
         notice(f"Timed this processor's products in bf16 and fp32, kept in {pace_path()}.", "dim")
-    return choose_reading(card, precision, pace.is_bf16_faster, pace.reason)
+    return choose_inference_precision(card, precision, pace.is_bf16_faster, pace.reason)
 
 
 def multiplies_bf16() -> bool:

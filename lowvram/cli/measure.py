@@ -50,19 +50,19 @@ def measure_here(name: str, model: ModelConfig, train: TrainConfig, card: Card) 
 def _measure(name: str, model: ModelConfig, train: TrainConfig, card: Card, device: torch.device) -> bool:
     """Time and keep one precision; return False where it does not fit."""
     from lowvram.cli.console import notice
-    from lowvram.cli.place import judge_here
+    from lowvram.cli.place import evaluate_fit_here
     from lowvram.fit.calibrate import measure
-    from lowvram.fit.calibration_store import store_measured
+    from lowvram.fit.calibration_store import store_calibration
     from lowvram.train.oom import cap_memory
 
     place = card.place(train.precision)
-    answer = judge_here(name, model, train, place)
+    answer = evaluate_fit_here(name, model, train, place)
     if not answer.found.fits:
         return False
     notice(f"Timing {name} in {train.precision} on {device}: half a minute or so …")
     # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
     cap_memory(device, card.profile.allocator_bytes(place.limit_bytes))
     measured = measure(name, model, train, answer.found.plan, device, card.profile)
-    path = store_measured(measured)
+    path = store_calibration(measured)
     notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
     return True

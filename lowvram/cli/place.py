@@ -11,10 +11,10 @@ from lowvram_kernels.capabilities import features_of
 
 from lowvram.cli.console import notice
 from lowvram.config.plan import Plan
-from lowvram.fit.calibration_store import compare_precisions, load_measured
-from lowvram.fit.memory_curve import Rehearsal, Sketch
-from lowvram.fit.report import Answer, Place, judge, lacking_bytes
-from lowvram.fit.search import ANY, Wish
+from lowvram.fit.calibration_store import compare_precisions, load_calibration
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
+from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit, lacking_bytes
+from lowvram.fit.search import ANY, PlanConstraints
 from lowvram.fit.suggestions import Change, Weighed, propose, propose_faster, propose_fp32
 from lowvram.fit.throughput import estimate
 from lowvram.hardware.detect import (
@@ -45,14 +45,14 @@ class Card(NamedTuple):
     desktop: Desktop
     beside: str = "a desktop"
 
-    def place(self, precision: str) -> Place:
+    def place(self, precision: str) -> MemoryBudget:
         """Return the limits, and the measurement that was made here in this precision, if any."""
-        measured, problem = load_measured(self.profile.id, precision)
+        measured, problem = load_calibration(self.profile.id, precision)
         if problem:
             notice(problem, "yellow")
         beside = self.profile.limit_bytes(self.desktop, self.ram_bytes, self.free_bytes)
         alone = self.profile.limit_bytes("none", self.ram_bytes)
-        return Place(self.profile, beside, max(beside, alone), self.ram_bytes, measured, self.beside)
+        return MemoryBudget(self.profile, beside, max(beside, alone), self.ram_bytes, measured, self.beside)
 
 
 def name_card(gpu: str | None, memory_bytes: int | None, ram_bytes: int | None, desktop: Desktop | None) -> Card:
@@ -135,24 +135,26 @@ def rehearse_on(profile: Profile, model: ModelConfig, train: TrainConfig) -> Cal
     return make
 
 
-def sketch_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> Sketch:
+def memory_curve_of_run(model: ModelConfig, train: TrainConfig, profile: Profile) -> MemoryCurve:
     """Return a sketch whose rehearsals are made when they are asked for."""
-    return Sketch(train.micro_batches, rehearse_on(profile, model, train), train.seq_len)
+    return MemoryCurve(train.micro_batches, rehearse_on(profile, model, train), train.seq_len)
 
 
-def judge_here(
+def evaluate_fit_here(
     name: str,
     model: ModelConfig,
     train: TrainConfig,
-    place: Place,
+    place: MemoryBudget,
     options: RunOptions | None = None,
-    wish: Wish = ANY,
-) -> Answer:
+    wish: PlanConstraints = ANY,
+) -> FitReport:
     """Rehearse a run on a card and judge it.  options, wish: see `judge`."""
-    return judge(name, model, train, sketch_run(model, train, place.profile), place, True, options, wish)
+    return evaluate_fit(
+        name, model, train, memory_curve_of_run(model, train, place.profile), place, True, options, wish
+    )
 
 
-def find_faster(answer: Answer, card: Card) -> list[Change]:
+def find_faster(answer: FitReport, card: Card) -> list[Change]:
     """Return the precisions of 8 bits, and on a processor fp32, in which a run's plan would be faster on a card.
 
     Either both precisions were measured there, or both are estimated from published figures.  Only NVIDIA cards have
@@ -178,13 +180,13 @@ def find_faster(answer: Answer, card: Card) -> list[Change]:
     return [*in_fp32, *propose_faster(answer.model, train, limit_bytes, weigh)]
 
 
-def find_changes(model: ModelConfig, train: TrainConfig, place: Place) -> list[Change]:
+def find_changes(model: ModelConfig, train: TrainConfig, place: MemoryBudget) -> list[Change]:
     """Return what would make a run fit on a card that it does not fit on, each rehearsed."""
     profile = place.profile
 
     @functools.cache
     def weigh(model: ModelConfig, train: TrainConfig) -> Weighed:
-        sketch = sketch_run(model, train, profile)
+        sketch = memory_curve_of_run(model, train, profile)
         rehearsal = sketch.at("block", sketch.sizes[0])
         if rehearsal.ledger.peak_bytes > place.limit_bytes and not profile.unified:
             # As the search does where nothing fits: the states lie in the computer's memory.

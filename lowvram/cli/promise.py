@@ -10,9 +10,9 @@ import torch
 from lowvram.cli.place import find_card_of, find_changes, rehearse_on
 from lowvram.config.plan import Ledger, Plan, Recompute
 from lowvram.errors import MachineError, MemoryRanOutError
-from lowvram.fit.memory_curve import Rehearsal, Sketch
-from lowvram.fit.report import Answer, judge
-from lowvram.fit.search import ANY, Wish
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
+from lowvram.fit.report import FitReport, evaluate_fit
+from lowvram.fit.search import ANY, PlanConstraints
 from lowvram.fit.throughput import Speed, estimate
 from lowvram.train.oom import cap_memory, compare_with_ledger, looks_spilled
 from lowvram.units import show_bytes
@@ -42,19 +42,19 @@ class Promise:
         self._is_compiled = self._is_recorded = False
         self._clock = (0.0, 0)
 
-    def judge(self, wish: Wish = ANY) -> Answer:
+    def evaluate_fit(self, wish: PlanConstraints = ANY) -> FitReport:
         """Rehearse the run and return what is to be said about it here."""
         what, train = self._what, self._what.train
-        sketch = Sketch(train.micro_batches, self._rehearse, train.seq_len)
-        return judge(what.run.dir.name, what.model, train, sketch, self.place, exact=True, wish=wish)
+        sketch = MemoryCurve(train.micro_batches, self._rehearse, train.seq_len)
+        return evaluate_fit(what.run.dir.name, what.model, train, sketch, self.place, exact=True, wish=wish)
 
     def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:
         """Return the plan that fits, and why, around what was asked for.
 
         What was asked for is tried even where it is not expected to fit; else MachineError says how to learn more.
         """
-        wish = Wish(micro_batch, recompute)
-        answer = self.judge(wish)
+        wish = PlanConstraints(micro_batch, recompute)
+        answer = self.evaluate_fit(wish)
         found = answer.found
         if wish != ANY:
             return found.plan, "you asked for it" if found.fits else "you asked for it; it is not expected to fit"
@@ -68,10 +68,10 @@ class Promise:
             raise self._explain(answer)
         return found.plan, found.reason
 
-    def _explain(self, answer: Answer) -> MachineError:
+    def _explain(self, answer: FitReport) -> MachineError:
         has, place = show_bytes(self.place.limit_bytes), self.place
         least = (
-            self.judge(Wish(self._what.train.micro_batches[0], "block")).found.peak_bytes
+            self.evaluate_fit(PlanConstraints(self._what.train.micro_batches[0], "block")).found.peak_bytes
             if answer.fits_headless
             else answer.found.peak_bytes
         )

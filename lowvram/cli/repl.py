@@ -38,7 +38,7 @@ _LONG = '"""'
 
 
 @dataclass
-class Talk:
+class Repl:
     """The loop.  tokens: longest answer.  notes, warning: what is said at the beginning, and again by /stats.
 
     trained_len: tokens of the longest text that the model was trained on.  newest: of a text that is too long its

@@ -16,7 +16,7 @@ from lowvram.errors import ConfigError, MachineError
 if TYPE_CHECKING:
     from lowvram.cli.load import Loaded
     from lowvram.serve.limits import Limits
-    from lowvram.serve.prompt import Served, Turn
+    from lowvram.serve.prompt import ServedModel, Turn
 
 _KEY = "LOWVRAM_API_KEY"
 _KEYED = "  Both ask for the API key."
@@ -65,9 +65,9 @@ def run(arguments: argparse.Namespace) -> None:
     _require_extra()
     from lowvram.generate.decoder import Decoder
     from lowvram.serve.access import is_loopback
-    from lowvram.serve.app import Door, build_app
+    from lowvram.serve.app import AccessPolicy, build_app
     from lowvram.serve.metrics import Metrics
-    from lowvram.serve.scheduler import Batcher
+    from lowvram.serve.scheduler import Scheduler
     from lowvram.serve.server import Server, open_socket
 
     # Before the model is read: what is wrong with an address is said at once.
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> None:
         limits = _build_limits(arguments, context.max_context)
         served = _describe(arguments, loaded, context.max_context)
         decoder = Decoder(loaded.model, context.max_context, limits.slots, loaded.dtype)
-        batcher = Batcher(decoder, loaded.tokenizer, limits.queue, Metrics())
-        app = build_app(served, batcher, limits, Door(key, is_loopback(arguments.host)))
+        batcher = Scheduler(decoder, loaded.tokenizer, limits.queue, Metrics())
+        app = build_app(served, batcher, limits, AccessPolicy(key, is_loopback(arguments.host)))
         server = Server(app, batcher, limits)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -161,13 +161,13 @@ def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
     )
 
 
-def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -> Served:
+def _describe(arguments: argparse.Namespace, loaded: Loaded, max_context: int) -> ServedModel:
     """Return what is served, by the name that clients will use."""
-    from lowvram.serve.prompt import Served
+    from lowvram.serve.prompt import ServedModel
 
     name = arguments.name or arguments.checkpoint.resolve().name
     encode = _find_encoder(loaded, arguments.manner)
-    return Served(name, _fingerprint(loaded, arguments.checkpoint), loaded.tokenizer, max_context, encode)
+    return ServedModel(name, _fingerprint(loaded, arguments.checkpoint), loaded.tokenizer, max_context, encode)
 
 
 def _fingerprint(loaded: Loaded, directory: Path) -> str:
@@ -194,7 +194,7 @@ def _hash_files(directory: Path) -> str:
         return " ".join(f"{path.name} {found}" for path, found in zip(paths, pool.map(sha256, paths), strict=True))
 
 
-def _introduce(loaded: Loaded, served: Served) -> str:
+def _introduce(loaded: Loaded, served: ServedModel) -> str:
     manner = "speaks" if served.encode_chat else "continues texts"
     size = f"{loaded.config.num_parameters():,} parameters in {loaded.precision} ({loaded.reason})"
     return f"{served.name} {manner}: {size}."

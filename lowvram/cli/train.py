@@ -177,13 +177,13 @@ def _settle_trials(
 ) -> None:
     """Try what may be faster on this machine, and say why it came out so."""
     from lowvram.cli.console import notice
-    from lowvram.train.autotune import settle_compilation, settle_recording
+    from lowvram.train.autotune import settle_compilation, settle_cuda_graphs
 
     room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
     for sentence in settle_compilation(trainer, compiled, is_new, room):
         notice(sentence)
     room = promise.room_to_compile(trainer.state.optimizer.bytes_on_device())
-    for sentence in settle_recording(trainer, recorded, room):
+    for sentence in settle_cuda_graphs(trainer, recorded, room):
         notice(sentence)
 
 

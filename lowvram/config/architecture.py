@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lowvram.config.base import Words, unless_named
+from lowvram.config.base import FrozenConfig, unless_named
 
 
-class Gqa(Words):
+class Gqa(FrozenConfig):
     """Grouped-query attention (Ainslie et al. 2023); kv_heads = heads is multi-head attention."""
 
     kind: Literal["gqa"] = "gqa"
@@ -41,7 +41,7 @@ class Gqa(Words):
         return matrices + (2 * self.head_dim if self.qk_norm else 0)
 
 
-class Mla(Words):
+class Mla(FrozenConfig):
     """Multi-head latent attention (DeepSeek-V2, section 2.1); without q_lora_rank queries are projected directly."""
 
     kind: Literal["mla"] = "mla"
@@ -82,7 +82,7 @@ class Mla(Words):
         return to_queries + to_latent + from_latent + self.heads * self.value_dim * dim
 
 
-class Yarn(Words):
+class Yarn(FrozenConfig):
     """YaRN context extension (Peng et al. 2023) from `original_len` positions by `factor`."""
 
     factor: Annotated[float, Field(ge=1.0)]
@@ -102,7 +102,7 @@ class Yarn(Words):
         return 0.1 * self.mscale * math.log(self.factor) + 1.0
 
 
-class Rope(Words):
+class Rope(FrozenConfig):
     """Rotary positions (Su et al. 2021)."""
 
     kind: Literal["rope"] = "rope"
@@ -113,14 +113,14 @@ class Rope(Words):
     """Extension of the context of a trained model; `"none"` switches a preset's off."""
 
 
-class Alibi(Words):
+class Alibi(FrozenConfig):
     """Linear biases (Press et al. 2022) instead of positions; slopes follow from the number of heads."""
 
     kind: Literal["alibi"] = "alibi"
     """Linear biases by distance; only with attention of kind `gqa`."""
 
 
-class Window(Words):
+class Window(FrozenConfig):
     """Sliding-window attention: `pattern` is repeated over the layers, S slides over `size` tokens, F sees all."""
 
     size: PositiveInt
@@ -129,7 +129,7 @@ class Window(Words):
     """Letters repeated over the layers: `S` slides, `F` sees all."""
 
 
-class SwiGlu(Words):
+class SwiGlu(FrozenConfig):
     """A dense feed-forward layer (Shazeer 2020)."""
 
     kind: Literal["swiglu"] = "swiglu"
@@ -138,7 +138,7 @@ class SwiGlu(Words):
     """Width inside the layer."""
 
 
-class Moe(Words):
+class Moe(FrozenConfig):
     """Mixture of experts after a prefix of dense layers (DeepSeek-V3, section 2.1.2)."""
 
     kind: Literal["moe"] = "moe"

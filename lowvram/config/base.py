@@ -16,7 +16,7 @@ Size = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class Words(BaseModel):
+class FrozenConfig(BaseModel):
     """The base of every configuration: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,7 +32,7 @@ def unless_named(**tag: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {**tag, **value} if isinstance(value, dict) else value)
 
 
-def differences(was: Words, now: Words) -> list[tuple[str, Any, Any]]:
+def differences(was: FrozenConfig, now: FrozenConfig) -> list[tuple[str, Any, Any]]:
     """List `(dotted key, value before, value now)` for every value in which two configurations differ."""
     before, after = flatten(was.model_dump(mode="json")), flatten(now.model_dump(mode="json"))
     keys = dict.fromkeys([*before, *after])

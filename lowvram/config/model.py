@@ -7,13 +7,13 @@ from typing import Annotated, Any
 from pydantic import Field, PositiveInt, model_validator
 
 from lowvram.config.architecture import Attention, Ffn, Positions, Rope, Window
-from lowvram.config.base import Words
+from lowvram.config.base import FrozenConfig
 
 # Several times the deepest published model: what is deeper is a slip, and would be built block by block for minutes.
 MOST_LAYERS = 1024
 
 
-class ModelConfig(Words):
+class ModelConfig(FrozenConfig):
     """The network's form; everything that decides its parameters and its function."""
 
     layers: Annotated[PositiveInt, Field(le=MOST_LAYERS)]

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from pydantic import PositiveInt
 
-from lowvram.config.base import Words
+from lowvram.config.base import FrozenConfig
 from lowvram.config.train import TrainConfig
 from lowvram.errors import ConfigError
 
@@ -19,7 +19,7 @@ Offload = Literal["none", "optimizer"]
 TECHNIQUES: tuple[Recompute, ...] = get_args(Recompute)
 
 
-class Plan(Words):
+class Plan(FrozenConfig):
     """How a step is cut: micro_batch × accumulate = its sequences.
 
     recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.

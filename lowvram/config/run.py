@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from lowvram.config.base import Count, Size, Words, as_list
+from lowvram.config.base import Count, FrozenConfig, Size, as_list
 from lowvram.config.model import ModelConfig
 from lowvram.config.train import TrainConfig, check_rotation
 from lowvram.errors import ConfigError
@@ -17,7 +17,7 @@ WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
 
 
-class Corpus(Words):
+class Corpus(FrozenConfig):
     """A directory of shards and its share among the corpora."""
 
     path: Path
@@ -34,7 +34,7 @@ def _as_corpora(value: Any) -> Any:
     return [{"path": one} if isinstance(one, str | Path) else one for one in several]
 
 
-class DataConfig(Words):
+class DataConfig(FrozenConfig):
     """Where the tokens are."""
 
     train: Annotated[tuple[Corpus, ...], BeforeValidator(_as_corpora), Field(min_length=1)]
@@ -45,7 +45,7 @@ class DataConfig(Words):
     """Directory of the tokenizer with which the text was packed."""
 
 
-class RunOptions(Words):
+class RunOptions(FrozenConfig):
     """What a run keeps and tells; may change between two starts of the same run."""
 
     dir: Path
@@ -79,7 +79,7 @@ class RunOptions(Words):
         return max(LEAST_SAVE_INTERVAL_S, state_bytes / WRITTEN_PER_DAY_BYTES * 86_400)
 
 
-class RunConfig(Words):
+class RunConfig(FrozenConfig):
     """A whole run file."""
 
     model: ModelConfig

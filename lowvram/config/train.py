@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lowvram.config.base import Count, Share, Words, unless_named
+from lowvram.config.base import Count, FrozenConfig, Share, unless_named
 from lowvram.config.model import ModelConfig
 from lowvram.units import count_of
 
 
-class AdamW(Words):
+class AdamW(FrozenConfig):
     """AdamW (Loshchilov & Hutter 2019)."""
 
     name: Literal["adamw"] = "adamw"
@@ -34,7 +34,7 @@ class AdamW(Words):
     """Weight decay of matrices."""
 
 
-class Muon(Words):
+class Muon(FrozenConfig):
     """Muon (Jordan et al. 2024) for the blocks' matrices, AdamW for embedding, head, routers and norms."""
 
     name: Literal["muon"] = "muon"
@@ -64,7 +64,7 @@ class Muon(Words):
 Optimizer = Annotated[AdamW | Muon, Field(discriminator="name"), unless_named(name="adamw")]
 
 
-class Cosine(Words):
+class Cosine(FrozenConfig):
     """Linear warm-up over a share of the steps, then half a cosine down to `floor` of the peak."""
 
     kind: Literal["cosine"] = "cosine"
@@ -75,7 +75,7 @@ class Cosine(Words):
     """Last rate, as a share of the highest."""
 
 
-class WarmupStableDecay(Words):
+class WarmupStableDecay(FrozenConfig):
     """Linear warm-up, a constant rate, and a linear decay over the last share of the steps (Hu et al. 2024)."""
 
     kind: Literal["wsd"] = "wsd"
@@ -91,7 +91,7 @@ class WarmupStableDecay(Words):
 Schedule = Annotated[Cosine | WarmupStableDecay, Field(discriminator="kind"), unless_named(kind="cosine")]
 
 
-class Rotation(Words):
+class Rotation(FrozenConfig):
     """Of each layer's experts `window` learn for `interval` steps, then the next ones; all of them always answer.
 
     The masters and the optimizer's states of the experts that wait lie in the computer's memory.
@@ -105,7 +105,7 @@ class Rotation(Words):
     """Number format of the experts that wait, on the card."""
 
 
-class TrainConfig(Words):
+class TrainConfig(FrozenConfig):
     """How it is learnt; nothing here depends on the machine."""
 
     tokens: Count

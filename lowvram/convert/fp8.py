@@ -21,7 +21,7 @@ from torch import Tensor
 SCALE = "_scale_inv"
 
 
-class Kept:
+class UnquantisedModules:
     """The modules whose matrices stay as they are."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ def is_divisible(rows: int, columns: int) -> bool:
     return all(side <= BLOCK or side % BLOCK == 0 for side in (rows, columns))
 
 
-def quantise_piece(name: str, piece: Tensor, kept: Kept) -> Iterator[tuple[str, Tensor]]:
+def quantise_piece(name: str, piece: Tensor, kept: UnquantisedModules) -> Iterator[tuple[str, Tensor]]:
     """Return a matrix's codes and scales by name, or the matrix itself where it has to stay.  piece: [R, C]."""
     if not is_divisible(*piece.shape):
         kept.add(name)

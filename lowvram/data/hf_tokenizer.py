@@ -49,13 +49,13 @@ def load_tokenizer(directory: Path, rows: int | None = None) -> Tokenizer:
     """
     noted = _noted_rows(directory)
     if noted is not None:
-        return OutsideTokenizer.read(directory, noted)
+        return HfTokenizer.read(directory, noted)
     try:
         return Tokenizer.load(directory)
     except TokenizerError:
         if not _is_another_programs(Path(directory)):
             raise
-    return OutsideTokenizer.read(directory, rows)
+    return HfTokenizer.read(directory, rows)
 
 
 def _is_another_programs(directory: Path) -> bool:
@@ -78,7 +78,7 @@ def _noted_rows(directory: Path) -> int | None:
 
 
 @dataclass(frozen=True)
-class OutsideTokenizer(Tokenizer):
+class HfTokenizer(Tokenizer):
     """Another program's tokenizer; where it has no BOS, its EOS parts texts, and so opens them too."""
 
     bos_id: int = 0
@@ -90,7 +90,7 @@ class OutsideTokenizer(Tokenizer):
     _added: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
     @staticmethod
-    def read(directory: Path, rows: int | None = None) -> OutsideTokenizer:
+    def read(directory: Path, rows: int | None = None) -> HfTokenizer:
         """Read tokenizer.json and tokenizer_config.json for a model of so many rows; without them for one of its ids.
 
         Raises TokenizerError unless it is a byte-level BPE that every text in NFC survives and the model has its rows.
@@ -116,7 +116,7 @@ class OutsideTokenizer(Tokenizer):
         plain = json.dumps(table | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None})
         noted = json.dumps(config | {ROWS: rows}, indent=2, ensure_ascii=False) + "\n"
         files["tokenizer_config.json"] = noted.encode()
-        tokenizer = OutsideTokenizer(
+        tokenizer = HfTokenizer(
             hash=hashlib.sha256(files["tokenizer.json"]).hexdigest(),
             directory=Path(directory),
             _bytes=tuple(found.get(id, b"") for id in range(rows)),

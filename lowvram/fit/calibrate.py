@@ -26,7 +26,7 @@ from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
 from lowvram.fit.memory_curve import Work
 from lowvram.fit.rehearse import LiveStorage, rehearse
-from lowvram.fit.throughput import Measured, Rates, launch_seconds, work_seconds
+from lowvram.fit.throughput import Calibration, Rates, launch_seconds, work_seconds
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, MATMUL_FORMATS, Batch, Loss, count_targets
@@ -95,7 +95,7 @@ def measure(
     micro_batch: int | None = None,
     compiles: bool | None = None,
     clock: Clock = time.perf_counter,
-) -> Measured:
+) -> Calibration:
     """Time a few micro-batches and updates of random tokens, and return what they say of this machine.
 
     timed: the configuration's name, kept for people.  micro_batch: sequences at a time, a divisor of the step's; None
@@ -122,7 +122,7 @@ def measure(
     free_memory(device)
     loads = _time_loads(model, train, count, card, device, clock)._replace(launch_s=launch_s)
     rates = _explain_rest(on_card.micro, micro_s, loads, card.platform)
-    return Measured(
+    return Calibration(
         profile_id=profile.id,
         precision=train.precision,
         timed=timed,

@@ -7,7 +7,7 @@ from pathlib import Path
 import platformdirs
 from pydantic import ValidationError
 
-from lowvram.fit.throughput import Measured, work_seconds
+from lowvram.fit.throughput import Calibration, work_seconds
 from lowvram.hardware.detect import find_torch
 from lowvram.hardware.profile import Profile
 from lowvram.storage.disk import DISK, Disk
@@ -19,7 +19,7 @@ def measurements(home: Path | None = None) -> Path:
     return (home or Path(platformdirs.user_data_dir("lowvram", appauthor=False))) / "measurements"
 
 
-def store_measured(measured: Measured, home: Path | None = None, disk: Disk = DISK) -> Path:
+def store_calibration(measured: Calibration, home: Path | None = None, disk: Disk = DISK) -> Path:
     """Write a measurement, in place of an older one of that card and precision; returns the file."""
     path = _path(measured.profile_id, measured.precision, home)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,12 +27,12 @@ def store_measured(measured: Measured, home: Path | None = None, disk: Disk = DI
     return path
 
 
-def load_measured(profile_id: str, precision: str, home: Path | None = None) -> tuple[Measured | None, str]:
+def load_calibration(profile_id: str, precision: str, home: Path | None = None) -> tuple[Calibration | None, str]:
     """Return the measurement of a card and precision, None where there is none, and a sentence where one is ignored."""
     path = _path(profile_id, precision, home)
     ignored, again = f"The measurement {path} is ignored", "measure again with --measure"
     try:
-        measured = Measured.model_validate(read_object(path))
+        measured = Calibration.model_validate(read_object(path))
     except FileNotFoundError:
         return None, ""
     except OSError as error:
@@ -55,7 +55,7 @@ def compare_precisions(profile: Profile, home: Path | None = None) -> float | No
     """
     if profile.platform != "cpu":
         return None
-    bf16, fp32 = (load_measured(profile.id, precision, home)[0] for precision in ("bf16", "fp32"))
+    bf16, fp32 = (load_calibration(profile.id, precision, home)[0] for precision in ("bf16", "fp32"))
     if bf16 is None or fp32 is None or _conditions(bf16) != _conditions(fp32):
         return None
     build = find_torch()
@@ -65,12 +65,12 @@ def compare_precisions(profile: Profile, home: Path | None = None) -> float | No
     return _micro_seconds(bf16) / fp32_s if fp32_s > 0.0 else None
 
 
-def _conditions(measured: Measured) -> tuple[object, ...]:
+def _conditions(measured: Calibration) -> tuple[object, ...]:
     # A run file's name says little about what is in it, but the operations of its micro-batch do.
     return measured.timed, measured.torch, measured.threads, measured.micro.flops + measured.micro.attention_flops
 
 
-def _micro_seconds(measured: Measured) -> float:
+def _micro_seconds(measured: Calibration) -> float:
     return work_seconds(measured.micro, measured.rates, "cpu") * measured.micro_ratio
 
 

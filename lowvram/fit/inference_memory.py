@@ -13,7 +13,7 @@ from lowvram.model.transformer import Transformer
 
 
 @torch.no_grad()
-def rehearse_reading(
+def rehearse_inference(
     model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card, cache: CacheForm = "plain"
 ) -> int:
     """Fill a slot's context on paper and read one more token into every slot; returns the peak's bytes.

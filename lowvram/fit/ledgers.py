@@ -17,7 +17,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.plan import LEDGER_LINES, TECHNIQUES, Ledger, Plan
 from lowvram.config.run_file import PRESETS
 from lowvram.config.train import TrainConfig
-from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
 from lowvram.hardware.profile import Profile
 from lowvram.storage.json_files import JsonError, read_object
 
@@ -80,7 +80,7 @@ def read_ledgers() -> dict[str, Any]:
     return tables if is_ours else {}
 
 
-def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPath) -> Sketch | None:
+def find_memory_curve(name: str, model: ModelConfig, train: TrainConfig, path: CardPath) -> MemoryCurve | None:
     """Return a preset's sketch from the file, or None where it knows none of this configuration on this path."""
     entry = read_ledgers().get("presets", {}).get(name)
     if entry is None or entry["hash"] != hash_of(model, train) or path.key not in entry["paths"]:
@@ -90,20 +90,20 @@ def find_sketch(name: str, model: ModelConfig, train: TrainConfig, path: CardPat
     def look_up(plan: Plan) -> Rehearsal:
         return unpack(rows[name_plan(plan)])
 
-    sketch = sketch_of(model, train, look_up)
+    sketch = memory_curve_of(model, train, look_up)
     return sketch if {name_plan(plan) for plan in plans_of(sketch, path)} <= set(rows) else None
 
 
-def sketch_of(model: ModelConfig, train: TrainConfig, rehearse: Callable[[Plan], Rehearsal]) -> Sketch:
+def memory_curve_of(model: ModelConfig, train: TrainConfig, rehearse: Callable[[Plan], Rehearsal]) -> MemoryCurve:
     """Return a preset's sketch; the states of small ones are moved nowhere, since every card has room for them."""
-    return Sketch(train.micro_batches, rehearse, train.seq_len, can_offload=_is_large(model))
+    return MemoryCurve(train.micro_batches, rehearse, train.seq_len, can_offload=_is_large(model))
 
 
 def _is_large(model: ModelConfig) -> bool:
     return model.num_parameters() >= _LARGE
 
 
-def plans_of(sketch: Sketch, path: CardPath) -> list[Plan]:
+def plans_of(sketch: MemoryCurve, path: CardPath) -> list[Plan]:
     """Return the plans of a preset whose rehearsals stand in the file."""
     sizes = dict.fromkeys((*sketch.anchors(), sketch.samples))
     plans = [sketch.plan(recompute, size) for recompute in TECHNIQUES for size in sizes]

@@ -45,7 +45,7 @@ class Rehearsal(NamedTuple):
     update: Work
 
 
-class Sketch:
+class MemoryCurve:
     """The rehearsals of one model on one card's path, made when they are asked for and kept.
 
     rehearse: makes one for a plan.  sizes: the micro-batches that a step can have, in order; the last is all of it.
@@ -65,9 +65,9 @@ class Sketch:
         self.can_offload = can_offload
         self.found: dict[tuple[Recompute, int], Rehearsal] = {}
 
-    def offloaded(self) -> Sketch:
+    def offloaded(self) -> MemoryCurve:
         """Return the same model's plans with the optimizer's states in the computer's memory."""
-        return Sketch(self.sizes, self._rehearse, self._seq_len, "optimizer")
+        return MemoryCurve(self.sizes, self._rehearse, self._seq_len, "optimizer")
 
     def exactly(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of one plan."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lowvram.errors import DataError
 from lowvram.fit.epochs import ENOUGH_PASSES, OUR_PRESETS, RunText, wanted_tokens
-from lowvram.fit.report import Answer
+from lowvram.fit.report import FitReport
 from lowvram.units import count_of, show_count
 
 # A person waits a few weeks at most: what is recommended ends within them.
@@ -28,7 +28,7 @@ DENSE_FIRST = (
 class Advice(NamedTuple):
     """A preset to train and why.  tokens: how many, where the preset's own are too many; None: the preset's own."""
 
-    answer: Answer
+    answer: FitReport
     reason: str
     tokens: int | None = None
 
@@ -44,7 +44,7 @@ class Advice(NamedTuple):
 
 
 def recommend(
-    answers: Sequence[Answer], patience_days: float = PATIENCE_DAYS, text: RunText | None = None
+    answers: Sequence[FitReport], patience_days: float = PATIENCE_DAYS, text: RunText | None = None
 ) -> Advice | None:
     """Return the long run: the largest dense preset whose tokens are seen in time; None where nothing fits.
 
@@ -74,7 +74,7 @@ def recommend(
     return largest._replace(reason=f"the {size} that {soon_enough}")
 
 
-def recommend_first(answers: Sequence[Answer], text: RunText | None = None) -> Advice | None:
+def recommend_first(answers: Sequence[FitReport], text: RunText | None = None) -> Advice | None:
     """Return a first run of an hour or two; None where nothing fits, or an hour or a text is too short for a preset."""
     offers = _offer(answers, text)
     if not offers:
@@ -93,7 +93,7 @@ def recommend_first(answers: Sequence[Answer], text: RunText | None = None) -> A
     return quickest._replace(reason="the quickest, on as many tokens as an hour allows", tokens=tokens)
 
 
-def _candidates(answers: Sequence[Answer], text: RunText | None) -> list[Answer]:
+def _candidates(answers: Sequence[FitReport], text: RunText | None) -> list[FitReport]:
     """Return the presets that may be recommended: dense before mixtures, ours before others, those that a text suits.
 
     Where a text is too little for every one of them, the smallest is left.
@@ -107,11 +107,11 @@ def _candidates(answers: Sequence[Answer], text: RunText | None) -> list[Answer]
     return suited or [min(fitting, key=lambda answer: answer.model.num_parameters())]
 
 
-def _suits(answer: Answer, text: RunText | None) -> bool:
+def _suits(answer: FitReport, text: RunText | None) -> bool:
     return text is None or answer.model.num_parameters() <= text.suits()
 
 
-def _describe_size(answer: Answer, text: RunText | None) -> str:
+def _describe_size(answer: FitReport, text: RunText | None) -> str:
     """Return which of the presets is recommended, as its reason begins."""
     kind = "dense preset" if answer.is_dense else "preset"
     if not _suits(answer, text):
@@ -119,13 +119,13 @@ def _describe_size(answer: Answer, text: RunText | None) -> str:
     return f"largest {kind}" + (" that this text suits and" if text is not None else "")
 
 
-def _offer(answers: Sequence[Answer], text: RunText | None) -> list[Advice]:
+def _offer(answers: Sequence[FitReport], text: RunText | None) -> list[Advice]:
     """Return what may be recommended with the tokens that a text has for it, without what it gives no step for."""
     offers = [Advice(answer, "", limit_tokens(answer, text)) for answer in _candidates(answers, text)]
     return [offer for offer in offers if offer.tokens != 0]
 
 
-def limit_tokens(answer: Answer, text: RunText | None) -> int | None:
+def limit_tokens(answer: FitReport, text: RunText | None) -> int | None:
     """Return the tokens to train where a text is too little for the preset's own, None where it is not.
 
     Returns 0 where the text gives not even one step: it is shorter than a window, or one step reads it too often.
@@ -140,7 +140,7 @@ def limit_tokens(answer: Answer, text: RunText | None) -> int | None:
         return 0
 
 
-def explain_too_little(answers: Sequence[Answer], text: RunText) -> tuple[str, str, str]:
+def explain_too_little(answers: Sequence[FitReport], text: RunText) -> tuple[str, str, str]:
     """Say that a text gives not even one step of the smallest preset that fits, or of the only one; why; what to do."""
     least = min(_candidates(answers, text) or answers, key=lambda answer: answer.model.num_parameters())
     step, wants = least.train.batch_tokens, wanted_tokens(least.model)
@@ -158,7 +158,7 @@ def _largest(offers: Sequence[Advice]) -> Advice:
     return max(offers, key=lambda offer: offer.answer.model.num_parameters() * offer.answer.model.active_parameters())
 
 
-def _tokens_within(answer: Answer, seconds: float) -> int:
+def _tokens_within(answer: FitReport, seconds: float) -> int:
     """Return how many tokens are seen in so many seconds, in whole steps."""
     assert answer.speed is not None, "only asked where there is a speed"
     step = answer.train.batch_tokens

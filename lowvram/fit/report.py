@@ -9,9 +9,9 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Ledger, Plan
 from lowvram.config.run import RunOptions
 from lowvram.config.train import TrainConfig
-from lowvram.fit.memory_curve import Rehearsal, Sketch
-from lowvram.fit.search import ANY, Found, Wish, search
-from lowvram.fit.throughput import Measured, Speed, days, estimate, kwh, step_seconds
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
+from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search
+from lowvram.fit.throughput import Calibration, Speed, days, estimate, kwh, step_seconds
 from lowvram.hardware.profile import Profile
 
 # What an operating system and a browser hold in the computer's memory.
@@ -19,7 +19,7 @@ SYSTEM_BYTES = 2 * 2**30
 _TOKEN_BYTES = 2  # a vocabulary below 65,536 is packed as uint16
 
 
-class Place(NamedTuple):
+class MemoryBudget(NamedTuple):
     """A card, and what tensors may take on it: beside a desktop, and with the card to themselves.
 
     ram_bytes: the computer's memory, None where nobody said.  beside: what else takes memory of the card.
@@ -29,11 +29,11 @@ class Place(NamedTuple):
     limit_bytes: int
     headless_bytes: int
     ram_bytes: int | None = None
-    measured: Measured | None = None
+    measured: Calibration | None = None
     beside: str = "a desktop"
 
 
-class Answer(NamedTuple):
+class FitReport(NamedTuple):
     """Everything that is said about one model on one card.
 
     host_bytes: this process in the computer's memory.  state_bytes: one checkpoint.  written_bytes_per_day and
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
     name: str
     model: ModelConfig
     train: TrainConfig
-    found: Found
+    found: SearchResult
     speed: Speed | None
     days: float | None
     kwh: float | None
@@ -87,16 +87,16 @@ class Answer(NamedTuple):
         return self.kwh * pace / self.speed.high, self.kwh * pace / self.speed.low
 
 
-def judge(
+def evaluate_fit(
     name: str,
     model: ModelConfig,
     train: TrainConfig,
-    sketch: Sketch,
-    place: Place,
+    sketch: MemoryCurve,
+    place: MemoryBudget,
     exact: bool = False,
     options: RunOptions | None = None,
-    wish: Wish = ANY,
-) -> Answer:
+    wish: PlanConstraints = ANY,
+) -> FitReport:
     """Search a model's plan on a card and say what it costs.
 
     exact, wish: see `search`.  options: how often it saves.
@@ -119,7 +119,7 @@ def judge(
     options = options or RunOptions(dir=Path("run"))
     speed = estimate(found.rehearsal, found.plan, train, place.profile, place.measured) if fits_headless else None
     waiting = days(train.tokens, speed) if speed else None
-    return Answer(
+    return FitReport(
         name,
         model,
         train,
@@ -142,7 +142,7 @@ def host_bytes_of(ledger: Ledger, profile: Profile) -> int:
     return profile.host_process_bytes + (0 if profile.unified else ledger.host_bytes)
 
 
-def lacking_bytes(ledger: Ledger, place: Place) -> int:
+def lacking_bytes(ledger: Ledger, place: MemoryBudget) -> int:
     """Return what the computer's memory has too little; 0 where nobody knows how much there is.
 
     Where something lies there for weeks, the system must have its share beside it.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from lowvram.config.plan import TECHNIQUES, Ledger, Plan, Recompute
-from lowvram.fit.memory_curve import Rehearsal, Sketch
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.units import count_of
 
 # A step that recomputes takes at least so much longer: attention's projections are a tenth of its products or more.
@@ -21,17 +21,17 @@ _SMALLEST = "this is the smallest plan: one sequence at a time, every block comp
 _NONE_ASKED_FOR = "no plan of the kind that you asked for fits; this one comes nearest"
 
 
-class Wish(NamedTuple):
+class PlanConstraints(NamedTuple):
     """What a person insists on: a micro-batch, a technique, neither or both."""
 
     micro_batch: int | None = None
     recompute: Recompute | None = None
 
 
-ANY = Wish()
+ANY = PlanConstraints()
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """The plan that was chosen, or, where none fits, the one that needs least.
 
     reason: why this one, a sentence.  is_rehearsed: its ledger is a rehearsal, not a line between two.
@@ -50,13 +50,13 @@ class Found(NamedTuple):
 
 
 def search(
-    sketch: Sketch,
+    sketch: MemoryCurve,
     limit_bytes: int,
     step_seconds: Callable[[Rehearsal, Plan], float],
     exact: bool = False,
-    wish: Wish = ANY,
+    wish: PlanConstraints = ANY,
     may_move: Callable[[Ledger], bool] | None = None,
-) -> Found:
+) -> SearchResult:
     """Return the fastest plan within limit_bytes; more bytes never make it slower.
 
     step_seconds: predicts a whole step; only the order that it gives matters.  exact: rehearse the chosen plan itself,
@@ -89,22 +89,22 @@ def search(
 
 
 def _search(
-    sketch: Sketch,
+    sketch: MemoryCurve,
     limit_bytes: int,
     step_seconds: Callable[[Rehearsal, Plan], float],
     exact: bool,
-    wish: Wish,
-) -> tuple[Found, float, bool]:
+    wish: PlanConstraints,
+) -> tuple[SearchResult, float, bool]:
     """Return what was found, the seconds of its step, and whether more room could make it no faster."""
     techniques = TECHNIQUES if wish.recompute is None else (wish.recompute,)
     sizes = sketch.sizes if wish.micro_batch is None else [wish.micro_batch]
-    timed: list[tuple[float, Found]] = []
+    timed: list[tuple[float, SearchResult]] = []
     is_enough = False
     for technique in techniques:
         here = []
         for micro_batch, rehearsal in _fitting(sketch, technique, sizes, limit_bytes):
             plan = sketch.plan(technique, micro_batch)
-            found = Found(plan, rehearsal, True, "", sketch.has(technique, micro_batch))
+            found = SearchResult(plan, rehearsal, True, "", sketch.has(technique, micro_batch))
             here.append((step_seconds(rehearsal, plan), found))
         timed += here
         is_enough = bool(here) and (len(sizes) == 1 or _is_enough(here, sketch.samples))
@@ -121,10 +121,12 @@ def _search(
         is_enough = False
     plan = sketch.plan(techniques[-1], sizes[0])
     reason = _SMALLEST if wish == ANY else _NONE_ASKED_FOR
-    return Found(plan, sketch.exactly(plan.recompute, plan.micro_batch), False, reason), math.inf, False
+    return SearchResult(plan, sketch.exactly(plan.recompute, plan.micro_batch), False, reason), math.inf, False
 
 
-def _choose(timed: Sequence[tuple[float, Found]], wish: Wish, samples: int) -> tuple[float, Found]:
+def _choose(
+    timed: Sequence[tuple[float, SearchResult]], wish: PlanConstraints, samples: int
+) -> tuple[float, SearchResult]:
     """Return the smallest of the plans that are as good as the fastest.
 
     Of more plans this choice is never slower: whatever is both smaller and faster than it would have been chosen.
@@ -136,7 +138,7 @@ def _choose(timed: Sequence[tuple[float, Found]], wish: Wish, samples: int) -> t
     return seconds, chosen._replace(reason=reason)
 
 
-def _is_enough(timed: Sequence[tuple[float, Found]], samples: int) -> bool:
+def _is_enough(timed: Sequence[tuple[float, SearchResult]], samples: int) -> bool:
     """Say whether the whole step fits at once, or larger micro-batches could not gain what recomputation costs.
 
     A step is work and a cost for each micro-batch, so what the last enlargement gained says what is left to gain.
@@ -150,7 +152,7 @@ def _is_enough(timed: Sequence[tuple[float, Found]], samples: int) -> bool:
 
 
 def _fitting(
-    sketch: Sketch, technique: Recompute, sizes: Sequence[int], limit_bytes: int
+    sketch: MemoryCurve, technique: Recompute, sizes: Sequence[int], limit_bytes: int
 ) -> Iterator[tuple[int, Rehearsal]]:
     """Yield the micro-batches that fit, smallest first; after one that does not, most larger ones are not rehearsed.
 
@@ -171,7 +173,7 @@ def _fitting(
             return
 
 
-def _explain(plan: Plan, seconds: float, timed: Sequence[tuple[float, Found]], samples: int) -> str:
+def _explain(plan: Plan, seconds: float, timed: Sequence[tuple[float, SearchResult]], samples: int) -> str:
     largest = max(found.plan.micro_batch for _, found in timed if found.plan.recompute == plan.recompute)
     is_one = plan.micro_batch == 1
     sequences = f"{count_of(plan.micro_batch, 'sequence')} at a time"

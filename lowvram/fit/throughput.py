@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
-from lowvram.config.base import Words
+from lowvram.config.base import FrozenConfig
 from lowvram.config.plan import Plan
 from lowvram.config.train import TrainConfig
 from lowvram.fit.memory_curve import Rehearsal, Work
@@ -85,7 +85,7 @@ class Rates(NamedTuple):
 _STAND_IN = Rates(26.8e12 * 0.9, 26.8e12 * 0.9 * 0.5, 360e9 * 0.85, 8e-6)
 
 
-class Measured(Words):
+class Calibration(FrozenConfig):
     """What a measurement found on this machine.
 
     timed: which configuration, in words.  micro, update: its rehearsal's work.  *_ratio: seconds measured by seconds
@@ -130,7 +130,7 @@ class Speed(NamedTuple):
 
 
 def estimate(
-    rehearsal: Rehearsal, plan: Plan, train: TrainConfig, profile: Profile, measured: Measured | None = None
+    rehearsal: Rehearsal, plan: Plan, train: TrainConfig, profile: Profile, measured: Calibration | None = None
 ) -> Speed | None:
     """Return the speed of a plan, None where neither a measurement nor the profile has figures.
 
@@ -149,7 +149,7 @@ def estimate(
 
 
 def step_seconds(
-    rehearsal: Rehearsal, plan: Plan, train: TrainConfig, profile: Profile, measured: Measured | None = None
+    rehearsal: Rehearsal, plan: Plan, train: TrainConfig, profile: Profile, measured: Calibration | None = None
 ) -> float:
     """Return the seconds of an optimizer step: its micro-batches one after the other, then the update.
 
@@ -230,5 +230,5 @@ def kwh(days: float, profile: Profile) -> float | None:
     return (profile.watts + rest_watts) * days * 24 / 1000
 
 
-def _belongs(measured: Measured, train: TrainConfig, profile: Profile) -> bool:
+def _belongs(measured: Calibration, train: TrainConfig, profile: Profile) -> bool:
     return (measured.profile_id, measured.precision) == (profile.id, train.precision)

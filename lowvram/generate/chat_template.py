@@ -42,7 +42,7 @@ class _Own(str):
     __slots__ = ()
 
 
-class Template:
+class ChatTemplate:
     """A chat template in Jinja, as transformers renders it, in a sandbox.
 
     names: special tokens by the names that the template knows them by, such as bos_token.
@@ -169,7 +169,7 @@ def _shorten(reason: object) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def load_template(tokenizer: Tokenizer) -> Template | None:
+def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
     """Return the template that lies with a tokenizer, None where there is none."""
     settings = tokenizer.settings
     source = settings.get("chat_template")
@@ -183,7 +183,7 @@ def load_template(tokenizer: Tokenizer) -> Template | None:
             "It must be text, a template in Jinja.",
             _OTHERWISE,
         )
-    return Template(source, name_specials(settings))
+    return ChatTemplate(source, name_specials(settings))
 
 
 def _choose_default(tokenizer: Tokenizer, several: list[Any]) -> Any:
@@ -211,7 +211,7 @@ def name_specials(settings: dict[str, Any]) -> dict[str, str]:
     return {name: token for name, token in named.items() if isinstance(token, str)}
 
 
-def choose_template(tokenizer: Tokenizer, form: str | None = None) -> Template | None:
+def choose_template(tokenizer: Tokenizer, form: str | None = None) -> ChatTemplate | None:
     """Return the template of a model that speaks, None for one that goes on with a text.
 
     form: "dialogue" or "base", as the user wants it; None: as the model was trained.
@@ -219,7 +219,7 @@ def choose_template(tokenizer: Tokenizer, form: str | None = None) -> Template |
     """
     if not (is_dialogue(tokenizer) if form is None else form == "dialogue"):
         return None
-    template = load_template(tokenizer)
+    template = load_chat_template(tokenizer)
     if template is None:
         raise TokenizerError(
             "This model is to speak in turns, and its tokenizer has no chat template.",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lowvram.errors import PromptError, PromptTooLongError
-from lowvram.generate.chat_template import Message, Template
+from lowvram.generate.chat_template import ChatTemplate, Message
 from lowvram.generate.engine import Counts, Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.truncation import drop_oldest, find_starts
@@ -25,7 +25,7 @@ class Conversation:
     """
 
     engine: Engine
-    template: Template | None = None
+    template: ChatTemplate | None = None
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     dropped: int = 0

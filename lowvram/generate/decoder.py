@@ -15,10 +15,10 @@ from lowvram_kernels.dispatch import card_of
 from torch import Tensor
 
 from lowvram.generate.graphs import Graphs
-from lowvram.model.decode import read_one_token, read_out
-from lowvram.model.kv_cache import Cache, CacheForm, SlotOfCache
+from lowvram.model.decode import decode_one_token, read_out
+from lowvram.model.kv_cache import CacheForm, CacheSlot, KvCache
 from lowvram.model.linear import is_slow_in_half
-from lowvram.model.slot_attention import EachText
+from lowvram.model.slot_attention import PerSlotAttention
 from lowvram.model.transformer import Transformer
 
 
@@ -42,7 +42,7 @@ class Decoder:
     ) -> None:
         self.model, self.max_context, self.slots = model, max_context, slots
         self.dtype, device = dtype or model.embedding.dtype, model.embedding.device
-        self.cache = Cache(model.config, slots, max_context, self.dtype, device, cache, chunk)
+        self.cache = KvCache(model.config, slots, max_context, self.dtype, device, cache, chunk)
         self._graphs = Graphs(model, self.cache, captures) if card_of(device).platform == "cuda" else None
 
     @property
@@ -75,7 +75,7 @@ class Decoder:
         # Without instructions for 16 bits a processor reads many tokens several times as fast in fp32.
         is_slow = is_slow_in_half(torch.empty(0, dtype=self.dtype, device=token_BT.device))
         dtype = torch.float32 if is_slow else self.dtype
-        stream_BTD, _ = self.model(token_BT, dtype, cache=SlotOfCache(self.cache, slot))
+        stream_BTD, _ = self.model(token_BT, dtype, cache=CacheSlot(self.cache, slot))
         return stream_BTD[0, -1].to(self.dtype)
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ class Decoder:
             self.cache.make_room(slot, 1)
         if self._graphs is None:
             token = torch.tensor(list(token_N), device=self.model.embedding.device)
-            logit_NV = read_one_token(self.model, token, EachText(self.cache, slot_N), self.dtype)
+            logit_NV = decode_one_token(self.model, token, PerSlotAttention(self.cache, slot_N), self.dtype)
         else:
             logit_NV = self._graphs.read(slot_N, token_N)
         for slot in slot_N:

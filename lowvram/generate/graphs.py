@@ -17,9 +17,9 @@ import torch
 from lowvram_kernels.dispatch import card_of, choose, is_simulated
 from torch import Tensor
 
-from lowvram.model.decode import read_one_token
-from lowvram.model.kv_cache import Cache
-from lowvram.model.slot_attention import AllTexts
+from lowvram.model.decode import decode_one_token
+from lowvram.model.kv_cache import KvCache
+from lowvram.model.slot_attention import BatchedAttention
 from lowvram.model.transformer import Transformer
 
 # Places that the smallest graph looks at: fewer would cost the same.
@@ -38,7 +38,7 @@ class Captured(NamedTuple):
 class Graphs:
     """Reads one token each into slots of a cache by static steps; on a card these are captured and replayed."""
 
-    def __init__(self, model: Transformer, cache: Cache, captures: bool = True) -> None:
+    def __init__(self, model: Transformer, cache: KvCache, captures: bool = True) -> None:
         self.model, self.cache, self.captured = model, cache, dict[tuple[int, int], Captured]()
         # Token, position, start and whether it takes part, of each slot: one copy to the card for each step.
         self._input_4B = torch.zeros(4, cache.slots, dtype=torch.int64, device=model.embedding.device)
@@ -76,8 +76,8 @@ class Graphs:
     def step(self, batch: int, places: int) -> Tensor:
         """Do what a graph holds: read nothing on the host, and return the logits of the first slots, [B, V]."""
         token_B, position_B, start_B, active_B = self._input_4B[:, :batch]
-        rows = AllTexts(self.cache, position_B, start_B, active_B.bool(), places)
-        return read_one_token(self.model, token_B, rows, self.cache.dtype)
+        rows = BatchedAttention(self.cache, position_B, start_B, active_B.bool(), places)
+        return decode_one_token(self.model, token_B, rows, self.cache.dtype)
 
     def _capture(self, batch: int, places: int) -> Captured:
         """Run the step until its libraries are warm, which writes the same numbers each time, and record it."""

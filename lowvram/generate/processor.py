@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, ValidationError
 from torch.nn import functional as F
 
-from lowvram.config.base import Words
+from lowvram.config.base import FrozenConfig
 from lowvram.errors import DiskFullError
 from lowvram.storage.disk import DISK, Disk
 from lowvram.storage.json_files import JsonError, read_object
@@ -30,7 +30,7 @@ _OUTPUTS, _INPUTS = 4096, 1024
 _REPEATS = 15
 
 
-class Pace(Words):
+class Pace(FrozenConfig):
     """The seconds that one matrix takes one thread in an exchange, in both numbers, and where they were measured.
 
     processor: its name and instructions, as torch and oneDNN may use them.

@@ -10,11 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from lowvram.config.base import Words
+from lowvram.config.base import FrozenConfig
 from lowvram.errors import NumbersError
 
 
-class Sampler(Words):
+class Sampler(FrozenConfig):
     """How to draw; temperature 0 takes the likeliest.  The same seed and logits give the same token.
 
     top_k: only so many likeliest (0: all).  top_p: only the likeliest that together reach this probability

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowvram.config.model import ModelConfig
 
 
-class Source(Protocol):
+class WeightReader(Protocol):
     """Weights that are mapped, not loaded: our own checkpoint, or a directory that another program wrote."""
 
     config: ModelConfig

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowvram.config.model import ModelConfig
 from lowvram.errors import CheckpointError
-from lowvram.generate.weight_reader import Source
+from lowvram.generate.weight_reader import WeightReader
 from lowvram.model.transformer import Transformer
 from lowvram.storage.checkpoint import Checkpoint
 
@@ -27,7 +27,7 @@ _IN_16_BITS = "kv_b_proj.weight"
 _PLAIN = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-class CheckpointSource:
+class CheckpointReader:
     """A checkpoint of ours as a Source."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -48,8 +48,8 @@ class CheckpointSource:
 
 
 @torch.no_grad()
-def load_for_reading(
-    source: Source,
+def load_for_inference(
+    source: WeightReader,
     precision: str,
     device: torch.device | str = "cpu",
     flow: torch.dtype = torch.bfloat16,
@@ -75,7 +75,7 @@ def load_for_reading(
     return model
 
 
-def refuse_other_tensors(source: CheckpointSource) -> None:
+def refuse_other_tensors(source: CheckpointReader) -> None:
     """Raise CheckpointError where a tensor is missing, unknown or of another shape; reads none of them."""
     own = Transformer(source.config, seed=None, device="meta").state_dict()
     _refuse_other_names(own, source)
@@ -83,7 +83,7 @@ def refuse_other_tensors(source: CheckpointSource) -> None:
         _refuse_other_shape(name, list(source.shape(name)), place)
 
 
-def _refuse_other_names(own: Mapping[str, Tensor], source: Source) -> None:
+def _refuse_other_names(own: Mapping[str, Tensor], source: WeightReader) -> None:
     stored = set(source.names())
     _refuse(sorted(own.keys() - stored), "is missing")
     _refuse(sorted(stored - own.keys()), "belongs to no layer")

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from lowvram_kernels.capabilities import features_of
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from lowvram.config.base import Share, Size, Words
+from lowvram.config.base import FrozenConfig, Share, Size
 from lowvram.errors import ConfigError, name_nearest
 from lowvram.hardware.card_names import explain_unknown
 from lowvram.units import parse_bytes, parse_memory, show_bytes
@@ -29,7 +29,7 @@ _GIB = 2**30
 _SMALL_RAM_BYTES = 32 * _GIB
 
 
-class Profile(Words):
+class Profile(FrozenConfig):
     """One card, or one kind of machine; the defaults of its fixed bytes are those of a GeForce."""
 
     id: str

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lowvram.config.architecture import Gqa, Mla
 from lowvram.config.model import ModelConfig
-from lowvram.model.fp32_buffers import ExactBuffers
-from lowvram.model.kv_cache import SlotOfCache
+from lowvram.model.fp32_buffers import Fp32Buffers
+from lowvram.model.kv_cache import CacheSlot
 from lowvram.model.linear import Linear, ParamOptions, RmsNorm, project
 from lowvram.model.positions import add_alibi_columns, rotate, slopes
 
@@ -69,7 +69,7 @@ def _slide(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float, window:
     return torch.cat([first, rest], dim=2)[:, :, :length]
 
 
-class GqaAttention(ExactBuffers):
+class GqaAttention(Fp32Buffers):
     """Grouped-query attention with RoPE or ALiBi."""
 
     def __init__(self, model: ModelConfig, config: Gqa, layer: int, options: ParamOptions) -> None:
@@ -102,7 +102,7 @@ class GqaAttention(ExactBuffers):
         for layer, part in zip(layers, self.qkv.split([layer.weight.shape[0] for layer in layers]), strict=True):
             layer.weight.data = part
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: SlotOfCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
         q, k, v = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
@@ -142,7 +142,7 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), options)
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, options)
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: SlotOfCache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> Tensor:
         """Attend causally over norm(x); with a cache, over what it holds too.  x: [B, T, D].  Returns [B, T, D]."""
         assert table is not None, "MLA goes with RoPE"
         q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)

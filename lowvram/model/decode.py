@@ -18,11 +18,11 @@ from lowvram.model.attention import GqaAttention, MlaAttention
 from lowvram.model.ffn import MoeFfn, SharedExpert, SwiGluFfn
 from lowvram.model.linear import Linear, RmsNorm, multiply
 from lowvram.model.positions import Turn, rotate_one, turn_at
-from lowvram.model.slot_attention import Rows
+from lowvram.model.slot_attention import SlotAttention
 from lowvram.model.transformer import Transformer
 
 
-def read_one_token(model: Transformer, token_N: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+def decode_one_token(model: Transformer, token_N: Tensor, rows: SlotAttention, dtype: torch.dtype) -> Tensor:
     """Read one token behind each text and return the logits after it, [N, V] in dtype.
 
     token: [N] int64.  What the texts hold grows; counting it is the caller's.
@@ -63,7 +63,7 @@ def _project(layer: Linear, x_ND: Tensor) -> Tensor:
     return multiply(x_ND, weight) if is_plain else layer(x_ND)
 
 
-def _attend(layer: GqaAttention, x_ND: Tensor, turn: Turn | None, rows: Rows) -> Tensor:
+def _attend(layer: GqaAttention, x_ND: Tensor, turn: Turn | None, rows: SlotAttention) -> Tensor:
     y_ND = _normed(layer.norm, x_ND)
     heads, groups, width = layer.heads, layer.kv_heads, layer.head_dim
     if layer.qkv is None:
@@ -82,7 +82,7 @@ def _attend(layer: GqaAttention, x_ND: Tensor, turn: Turn | None, rows: Rows) ->
     return _project(layer.o_proj, out_ND.view(-1) if x_ND.dim() == 1 else out_ND)
 
 
-def _attend_latent(layer: MlaAttention, x_ND: Tensor, turn: Turn | None, rows: Rows) -> Tensor:
+def _attend_latent(layer: MlaAttention, x_ND: Tensor, turn: Turn | None, rows: SlotAttention) -> Tensor:
     """W_uk moves to the query and W_uv behind the sum: the latents are keys and values of all heads."""
     assert turn is not None, "MLA goes with RoPE"
     config, y_ND = layer.config, _normed(layer.norm, x_ND)

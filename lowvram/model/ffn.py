@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from lowvram_kernels.layers.swiglu import gated_product, swiglu
 from lowvram_kernels.moe.experts import experts
-from lowvram_kernels.moe.idle import IdleStack, new_idle
+from lowvram_kernels.moe.idle import Stack, new_idle
+from lowvram_kernels.quant.quantise import QuantTensor, join_parts, parts_of
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lowvram.config.architecture import Moe
-from lowvram.model.fp32_buffers import ExactBuffers
+from lowvram.model.fp32_buffers import Fp32Buffers
 from lowvram.model.linear import DEFAULT_OPTIONS, Linear, ParamOptions, RmsNorm, project
 
 
@@ -70,7 +71,7 @@ class _Fp32Linear(torch.autograd.Function):
         return (dy_NE @ weight_ED.float()).to(x_ND.dtype), (dy_NE.T @ x_ND.float()).to(weight_ED.dtype)
 
 
-class Router(ExactBuffers):
+class Router(Fp32Buffers):
     """Chooses each token's experts by sigmoid score plus a balancing bias, and weighs them by the score alone.
 
     The bias is for selection only, has no gradient and is moved by `balance`.
@@ -108,7 +109,7 @@ class Router(ExactBuffers):
         self.bias_E += self.rate * (load_E.mean() - load_E).sign()
 
 
-class MoeFfn(ExactBuffers):
+class MoeFfn(Fp32Buffers):
     """Routed experts and shared ones; no token is dropped.
 
     Where experts rotate, the window's are weights, in the first slots; the others are low-precision copies in buffers,
@@ -134,15 +135,15 @@ class MoeFfn(ExactBuffers):
         self.register_buffer("down_EDI_scale", None)
         self.register_buffer("slot_E", None, persistent=False)
         # Set while the masters are read in place of the copies: returns those of the idle slots, layer by layer.
-        self.read_masters: Callable[[], tuple[IdleStack, IdleStack]] | None = None
+        self.read_masters: Callable[[], tuple[Stack, Stack]] | None = None
         if options.rotation is None:
             return
         self.slot_E = torch.arange(config.experts, device=options.device)
         idle = config.experts - window
         for name, rows, columns in (("gate_up", 2 * hidden, dim), ("down", dim, hidden)):
             stack = new_idle(idle, rows, columns, options.rotation.idle, options.device)
-            self.register_buffer(f"idle_{name}_code", stack.code, persistent=False)
-            self.register_buffer(f"idle_{name}_scale", stack.scale, persistent=False)
+            for part, tensor in zip(("code", "scale"), parts_of(stack), strict=True):
+                self.register_buffer(f"idle_{name}_{part}", tensor, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [B, T, D].  Returns the experts' answer to norm(x), [B, T, D], and their loads [E]."""
@@ -155,15 +156,15 @@ class MoeFfn(ExactBuffers):
         gate_up, down = self.gate_up_EHD, self.down_EDI
         if self.gate_up_EHD_scale is not None:
             # All experts are copies that do not learn: none is resident.
-            idle = IdleStack(gate_up, self.gate_up_EHD_scale), IdleStack(down, self.down_EDI_scale)
+            idle = QuantTensor(gate_up, self.gate_up_EHD_scale), QuantTensor(down, self.down_EDI_scale)
             gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))
         routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.matmul_format)
         return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
 
-    def idle(self) -> tuple[IdleStack, IdleStack]:
+    def idle(self) -> tuple[Stack, Stack]:
         """Return the copies of the experts that do not learn: gate and up, and down."""
-        gate_up = IdleStack(self.idle_gate_up_code, self.idle_gate_up_scale)
-        return gate_up, IdleStack(self.idle_down_code, self.idle_down_scale)
+        gate_up = join_parts(self.idle_gate_up_code, self.idle_gate_up_scale)
+        return gate_up, join_parts(self.idle_down_code, self.idle_down_scale)
 
     def place_experts(self, slots: Sequence[int]) -> None:
         """Say which slot each expert lies in; the window's slots are the first."""

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 
-class ExactBuffers(nn.Module):
+class Fp32Buffers(nn.Module):
     """A module whose own buffers follow it to a device but keep their dtype through `.to(bfloat16)` or `.half()`.
 
     Casting rotation frequencies to bfloat16, or a complex table to real, silently stops RoPE being a rotation.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp32Buffers:
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, buffer in exact.items():

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from lowvram_kernels.attention.latent_attention import BLOCK, encode_latent
+from lowvram_kernels.attention.latent_attention import encode_latent
 from lowvram_kernels.quant import e4m3
+from lowvram_kernels.quant.quantise import BLOCK
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -22,7 +23,7 @@ from lowvram.config.model import ModelConfig
 CacheForm = Literal["plain", "e4m3"]
 
 
-class Cache:
+class KvCache:
     """Preallocated memory for `slots` texts of up to `max_context` tokens, of which at most `chunk` are read at once.
 
     GQA keeps keys and values, two [B, G, M, K] a layer; MLA keeps its latent, [B, M, kv_lora_rank + rope_dim], or as
@@ -119,10 +120,10 @@ class Cache:
         return (*encode_latent(new_TL[..., :rank]), new_TL[..., rank:])
 
 
-class SlotOfCache:
+class CacheSlot:
     """One slot, as the forward pass of many tokens reads and fills it."""
 
-    def __init__(self, cache: Cache, slot: int) -> None:
+    def __init__(self, cache: KvCache, slot: int) -> None:
         self.cache, self.slot = cache, slot
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowvram.config.architecture import Rope, Yarn
-from lowvram.model.fp32_buffers import ExactBuffers
+from lowvram.model.fp32_buffers import Fp32Buffers
 
 # Columns that carry the penalty: two pieces of the slope times two pieces of the position.
 ALIBI_COLUMNS = 4
@@ -21,7 +21,7 @@ ALIBI_COLUMNS = 4
 WIDTH_STEP = 8
 
 
-class RotaryTable(ExactBuffers):
+class RotaryTable(Fp32Buffers):
     """Cosines and sines of every position, always in fp32, computed for the positions that are asked for."""
 
     frequency_R: Tensor

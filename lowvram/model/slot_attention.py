@@ -1,7 +1,7 @@
 """How one new token of each of several texts finds what its text holds; knows the cache, no weights.
 
-`EachText` lets every row attend to its own text by itself: exact lengths, known on the host, views of the memory.
-`AllTexts` treats the first slots as one batch of fixed shapes, and lengths as tensors: what a replayed graph needs.
+`PerSlotAttention` attends row by row: exact lengths, known on the host, views of the memory.
+`BatchedAttention` treats the first slots as one batch of fixed shapes, with lengths as tensors, as a CUDA graph needs.
 
 Legend: N rows, B slots, H heads, G key/value heads, P = H/G, S places, K width of a head, C kv_lora_rank,
 L latent rank + rotated width.
@@ -17,10 +17,10 @@ from lowvram_kernels.attention.latent_attention import latent_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from lowvram.model.kv_cache import Cache
+from lowvram.model.kv_cache import KvCache
 
 
-class Rows(Protocol):
+class SlotAttention(Protocol):
     """One new token of each of N texts: where it stands, and what it sees."""
 
     position_N: Tensor
@@ -34,10 +34,10 @@ class Rows(Protocol):
         """Keep the new latents and return the weighted sums of all that are seen, [N, H, C].  rank: C."""
 
 
-class EachText:
+class PerSlotAttention:
     """Rows that attend one by one, so that none depends on another's length."""
 
-    def __init__(self, cache: Cache, slot_N: Sequence[int]) -> None:
+    def __init__(self, cache: KvCache, slot_N: Sequence[int]) -> None:
         self.cache, self.slot_N = cache, slot_N
         lengths = [cache.lengths[slot] for slot in slot_N]
         device = cache.layers[0][0].device
@@ -92,7 +92,7 @@ class EachText:
         return slope_H[:, None] * self._distance_S[-count:]
 
 
-class AllTexts:
+class BatchedAttention:
     """The first B slots as rows of one batch: shapes depend on B and on how many places are looked at, on nothing else.
 
     position_N: how many tokens each slot holds, int64; start_N: which position lies first where a window slides.
@@ -100,7 +100,7 @@ class AllTexts:
     longest active text and its new token.
     """
 
-    def __init__(self, cache: Cache, position_N: Tensor, start_N: Tensor, active_N: Tensor, places: int) -> None:
+    def __init__(self, cache: KvCache, position_N: Tensor, start_N: Tensor, active_N: Tensor, places: int) -> None:
         self.cache, self.position_N, self.start_N, self.active_N = cache, position_N, start_N, active_N
         self.places = places
         self._masks: dict[int | None, Tensor] = {}

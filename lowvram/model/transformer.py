@@ -26,7 +26,7 @@ from lowvram.config.plan import Recompute
 from lowvram.config.train import Rotation
 from lowvram.model.attention import GqaAttention, MlaAttention, Table
 from lowvram.model.ffn import MoeFfn, SwiGluFfn
-from lowvram.model.kv_cache import SlotOfCache
+from lowvram.model.kv_cache import CacheSlot
 from lowvram.model.linear import ParamOptions, RmsNorm
 from lowvram.model.positions import RotaryTable
 
@@ -64,7 +64,7 @@ class Block(nn.Module):
         x_BTD: Tensor,
         table: Table,
         drop: Dropout | None,
-        cache: SlotOfCache | None,
+        cache: CacheSlot | None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the stream [B, T, D] and, of a MoE layer, the experts' loads [E]."""
@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         token_BT: Tensor,
         dtype: torch.dtype | None = None,
         drop: Dropout | None = None,
-        cache: SlotOfCache | None = None,
+        cache: CacheSlot | None = None,
         recompute: Recompute = "none",
     ) -> tuple[Tensor, Tensor | None]:
         """Return the normed stream [B, T, D] in `dtype` (the weights' own if None) and all loads [MoE layers, E].
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
             cache.advance(token_BT.shape[1])
         return self.norm(x_BTD), torch.stack(loads) if loads else None
 
-    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: SlotOfCache | None = None) -> Tensor:
+    def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: CacheSlot | None = None) -> Tensor:
         """Return the logits of every position, [B, T, V] in `dtype`; for a loss use `linear_cross_entropy`."""
         stream_BTD, _ = self(token_BT, dtype, cache=cache)
         return self.read_out(stream_BTD)

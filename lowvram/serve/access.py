@@ -19,7 +19,7 @@ from lowvram.serve.errors import refusal
 OPEN_PATHS = frozenset({"/", "/page.js", "/page.css", "/health"})
 
 
-class Guard:
+class AccessMiddleware:
     """An ASGI layer that refuses strangers.  api_key: None where none is needed.  own_names_only: loopback alone."""
 
     def __init__(

@@ -20,15 +20,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lowvram.errors import LowvramError
-from lowvram.serve.access import Guard
-from lowvram.serve.detokenizer import Piece, Said
+from lowvram.serve.access import AccessMiddleware
+from lowvram.serve.detokenizer import Piece, TokenLogprob
 from lowvram.serve.errors import answer_error, body_of, json_response, refusal, status_of
 from lowvram.serve.limits import MOST_DRAINED, PREPARED_AT_ONCE, Limits
-from lowvram.serve.middleware import CLIENT_LEFT, Counted
-from lowvram.serve.prompt import Served, make_order
-from lowvram.serve.responses import DONE, Body, ChatReply, Reply, to_event
-from lowvram.serve.scheduler import Batcher, Ended, Event, Failed, Job, Order
-from lowvram.serve.schemas import Ask, ChatAsk, CompletionAsk, read_ask
+from lowvram.serve.middleware import CLIENT_LEFT, MetricsMiddleware
+from lowvram.serve.prompt import ServedModel, make_job
+from lowvram.serve.responses import DONE, Body, ChatResponseBuilder, ResponseBuilder, to_event
+from lowvram.serve.scheduler import ActiveJob, Event, Failed, Finished, GenerationJob, Scheduler
+from lowvram.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest, read_request
 from lowvram.serve.workers import GoOn, Workers
 
 _PAGE = {
@@ -49,30 +49,30 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Door:
+class AccessPolicy:
     """Who may come in.  api_key: None where none is asked for.  own_names_only: only this machine's own pages."""
 
     api_key: str | None = None
     own_names_only: bool = True
 
 
-def build_app(served: Served, batcher: Batcher, limits: Limits, door: Door) -> Starlette:
+def build_app(served: ServedModel, batcher: Scheduler, limits: Limits, door: AccessPolicy) -> Starlette:
     """Return the ASGI application; whoever runs it starts and stops the batcher."""
-    rooms = _Rooms(served, batcher, limits)
+    handlers = _Handlers(served, batcher, limits)
     routes = [
-        Route("/v1/chat/completions", rooms.chat, methods=["POST"]),
-        Route("/v1/completions", rooms.complete, methods=["POST"]),
-        Route("/v1/models", rooms.models),
-        Route("/v1/models/{name:path}", rooms.model),
-        Route("/health", rooms.health),
-        Route("/metrics", rooms.metrics),
+        Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
+        Route("/v1/completions", handlers.complete, methods=["POST"]),
+        Route("/v1/models", handlers.models),
+        Route("/v1/models/{name:path}", handlers.model),
+        Route("/health", handlers.health),
+        Route("/metrics", handlers.metrics),
         *(Route(path, _page_of(*page)) for path, page in _PAGE.items()),
     ]
     return Starlette(
         routes=routes,
         middleware=[
-            Middleware(Counted, metrics=batcher.metrics, paths=frozenset(route.path for route in routes)),
-            Middleware(Guard, api_key=door.api_key, own_names_only=door.own_names_only),
+            Middleware(MetricsMiddleware, metrics=batcher.metrics, paths=frozenset(route.path for route in routes)),
+            Middleware(AccessMiddleware, api_key=door.api_key, own_names_only=door.own_names_only),
         ],
         exception_handlers={HTTPException: _explain_http, Exception: _explain_crash},
     )
@@ -101,20 +101,20 @@ async def _explain_crash(_request: Request, _error: Exception) -> Response:
     return answer
 
 
-class _Rooms:
+class _Handlers:
     """What stands behind each path."""
 
-    def __init__(self, served: Served, batcher: Batcher, limits: Limits) -> None:
+    def __init__(self, served: ServedModel, batcher: Scheduler, limits: Limits) -> None:
         self.served, self.batcher, self.limits = served, batcher, limits
         # Parsing, normalising and tokenising are work; no other client must wait for it.
         self.workers = Workers(PREPARED_AT_ONCE, batcher.explain_stop)
         self.started_at = int(time.time())
 
     async def chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatAsk)
+        return await self._answer(request, ChatRequest)
 
     async def complete(self, request: Request) -> Response:
-        return await self._answer(request, CompletionAsk)
+        return await self._answer(request, CompletionRequest)
 
     async def models(self, _: Request) -> Response:
         return json_response({"object": "list", "data": [self._describe()]})
@@ -149,7 +149,7 @@ class _Rooms:
         batcher = self.batcher
         return {"running": batcher.running, "waiting": batcher.waiting, "slots": batcher.decoder.slots}
 
-    async def _answer(self, request: Request, kind: type[ChatAsk] | type[CompletionAsk]) -> Response:
+    async def _answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         """Answer one request, whatever becomes of it, and leave the batcher again."""
         visit = _Visit(self.batcher)
         try:
@@ -173,16 +173,18 @@ class _Rooms:
         finally:
             visit.close()
 
-    def _understand(self, kind: type[Ask], body: bytes, go_on: GoOn) -> tuple[Ask, Order, Reply]:
-        ask: Ask = read_ask(kind, body)
+    def _understand(
+        self, kind: type[GenerationRequest], body: bytes, go_on: GoOn
+    ) -> tuple[GenerationRequest, GenerationJob, ResponseBuilder]:
+        ask: GenerationRequest = read_request(kind, body)
         go_on()
-        order = make_order(ask, self.served, self.limits, go_on)
-        form = ChatReply if kind is ChatAsk else Reply
+        order = make_job(ask, self.served, self.limits, go_on)
+        form = ChatResponseBuilder if kind is ChatRequest else ResponseBuilder
         return ask, order, form(self.served, len(order.ids), order.top is not None, ask.wants_usage)
 
-    async def _whole(self, visit: _Visit, reply: Reply) -> Response:
-        texts, said = list[str](), list[Said]()
-        while not isinstance(event := await visit.next_event(), Ended):
+    async def _whole(self, visit: _Visit, reply: ResponseBuilder) -> Response:
+        texts, said = list[str](), list[TokenLogprob]()
+        while not isinstance(event := await visit.next_event(), Finished):
             texts.append(event.text)
             said += event.said
         if not said:
@@ -196,17 +198,17 @@ class _Rooms:
 class _Visit:
     """One request's stay in the batcher: its events, from another thread, and the moment when the client leaves."""
 
-    def __init__(self, batcher: Batcher) -> None:
+    def __init__(self, batcher: Scheduler) -> None:
         self._batcher = batcher
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._job: Job | None = None
+        self._job: ActiveJob | None = None
         self._watch: asyncio.Task[None] | None = None
 
     def watch(self, receive: Receive) -> None:
         """Notice from now on when the client leaves; its request must have been received."""
         self._watch = asyncio.create_task(self._watch_client(receive))
 
-    def open(self, order: Order) -> None:
+    def open(self, order: GenerationJob) -> None:
         """Submit; raises what the batcher raises where it takes no more."""
         loop = asyncio.get_running_loop()
 
@@ -233,7 +235,7 @@ class _Visit:
         finally:
             task.cancel()
 
-    async def next_event(self) -> Piece | Ended:
+    async def next_event(self) -> Piece | Finished:
         """Return what comes next; raises the error of an answer that failed, ClientDisconnect if nobody reads it."""
         event = await self._events.get()
         if event is None:
@@ -254,7 +256,7 @@ class _Visit:
 class _Stream(StreamingResponse):
     """An answer as server-sent events; whatever ends it, the batcher is left."""
 
-    def __init__(self, visit: _Visit, first: Piece | Ended, reply: Reply, request: Request) -> None:
+    def __init__(self, visit: _Visit, first: Piece | Finished, reply: ResponseBuilder, request: Request) -> None:
         super().__init__(
             self._events(first, reply), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
@@ -267,11 +269,11 @@ class _Stream(StreamingResponse):
         finally:
             self._visit.close()
 
-    async def _events(self, event: Piece | Ended, reply: Reply) -> AsyncIterator[bytes]:
+    async def _events(self, event: Piece | Finished, reply: ResponseBuilder) -> AsyncIterator[bytes]:
         try:
             for body in reply.opening():
                 yield to_event(body)
-            while not isinstance(event, Ended):
+            while not isinstance(event, Finished):
                 if event.text or event.said:
                     yield to_event(reply.chunk(event.text, event.said))
                 event = await self._visit.next_event()

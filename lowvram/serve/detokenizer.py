@@ -9,7 +9,7 @@ from lowvram.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Chance:
+class Logprobs:
     """How likely the model itself, without a sampler, held a token (logprob), and the likeliest ids there (top)."""
 
     logprob: float
@@ -17,12 +17,12 @@ class Chance:
 
 
 @dataclass(frozen=True)
-class Said:
+class TokenLogprob:
     """One token of an answer.  start: how many of the answer's characters were whole before it."""
 
     id: int
     start: int
-    chance: Chance
+    logprobs: Logprobs
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Piece:
     """Text that is certain by now, and the tokens that it came from where their chances were asked for."""
 
     text: str
-    said: tuple[Said, ...] = ()
+    said: tuple[TokenLogprob, ...] = ()
 
 
 class _StopString:
@@ -62,20 +62,20 @@ class _StopString:
         return matched + 1
 
 
-class Answer:
+class Detokenizer:
     """Turns tokens into pieces of text and holds back what may yet be half a character or a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.is_stopped = False
         self._stream = tokenizer.stream()
         self._stops = tuple(_StopString(stop) for stop in stops)
-        self._held, self._unsaid = "", list[Said]()
+        self._held, self._unsaid = "", list[TokenLogprob]()
         self._known = self._released = 0
 
-    def push(self, id: int, chance: Chance | None = None) -> Piece:
+    def push(self, id: int, logprobs: Logprobs | None = None) -> Piece:
         """Take the next token; returns what is certain now, perhaps nothing.  `is_stopped` says whether to go on."""
-        if chance is not None:
-            self._unsaid.append(Said(id, self._known, chance))
+        if logprobs is not None:
+            self._unsaid.append(TokenLogprob(id, self._known, logprobs))
         return self._release(self._stream.push(id), is_last=False)
 
     def finish(self) -> Piece:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from lowvram.config.base import Words
+from lowvram.config.base import FrozenConfig
 
 # Of one request's body, on top of its bytes.  Parsing holds the interpreter, so the count is limited before it.
 MOST_MESSAGES = 10_000
@@ -36,7 +36,7 @@ SEND_BUFFER = 256 * 2**10
 OWN_FILES = 48
 
 
-class Limits(Words):
+class Limits(FrozenConfig):
     """Bounds of one server.
 
     slots: answers written at once.  queue: requests that may wait for a slot, and those that may be read for it.

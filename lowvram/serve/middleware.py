@@ -12,7 +12,7 @@ from lowvram.serve.metrics import Metrics
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait for its answer
 
 
-class Counted:
+class MetricsMiddleware:
     """Counts what passes.  paths: those that are counted by name; others are one, or a stranger could fill memory.
 
     A handler that knows better than the status line how it ended says so in `request.state.outcome`.

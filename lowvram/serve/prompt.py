@@ -13,8 +13,8 @@ from lowvram.data.tokenizer import Tokenizer
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.truncation import drop_oldest, find_starts
 from lowvram.serve.limits import Limits
-from lowvram.serve.scheduler import Order
-from lowvram.serve.schemas import Ask, ChatAsk, CompletionAsk, RequestError, show_value
+from lowvram.serve.scheduler import GenerationJob
+from lowvram.serve.schemas import ChatRequest, CompletionRequest, GenerationRequest, RequestError, show_value
 from lowvram.serve.workers import GoOn
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions alone
@@ -24,7 +24,7 @@ Turn = tuple[str, str]  # role, content
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModel:
     """The model that answers.  encode_chat: ids of a conversation, ready for the answer; None: a base model.
 
     fingerprint: changes whenever equal requests may get other answers.
@@ -42,7 +42,7 @@ class Served:
         return max(len(self.tokenizer.token_bytes(id)) for id in range(self.tokenizer.size))
 
 
-def make_order(ask: Ask, served: Served, limits: Limits, go_on: GoOn = lambda: None) -> Order:
+def make_job(ask: GenerationRequest, served: ServedModel, limits: Limits, go_on: GoOn = lambda: None) -> GenerationJob:
     """Return what to write; raises RequestError where this model or this server cannot.
 
     go_on: called between the steps of what may take long; what it raises ends them.
@@ -60,24 +60,24 @@ def make_order(ask: Ask, served: Served, limits: Limits, go_on: GoOn = lambda: N
         why = f"This server writes at most {limits.output_tokens} tokens."
         raise RequestError(f"{name} is {show_value(asked_for)}.", why, f"Send {limits.output_tokens} or less.", name)
     if asked_for is None:
-        is_chat = isinstance(ask, ChatAsk)
+        is_chat = isinstance(ask, ChatRequest)
         asked_for = limits.output_tokens if is_chat else min(_DEFAULT_COMPLETION_TOKENS, limits.output_tokens)
-    if isinstance(ask, ChatAsk):
+    if isinstance(ask, ChatRequest):
         ids = _encode_chat(ask, served, limits, asked_for, go_on)
     else:
-        assert isinstance(ask, CompletionAsk)
+        assert isinstance(ask, CompletionRequest)
         ids = _encode_prompt(ask, served, limits, asked_for)
     # NFC, as the text that the model learnt from.
     stops = tuple(map(nfc, ask.stops))
-    return Order(tuple(ids), _build_sampler(ask), asked_for, stops, ask.top)
+    return GenerationJob(tuple(ids), _build_sampler(ask), asked_for, stops, ask.top)
 
 
-def _tokens_asked(ask: Ask) -> tuple[str, int | None]:
-    newer = ask.max_completion_tokens if isinstance(ask, ChatAsk) else None
+def _tokens_asked(ask: GenerationRequest) -> tuple[str, int | None]:
+    newer = ask.max_completion_tokens if isinstance(ask, ChatRequest) else None
     return ("max_tokens", ask.max_tokens) if newer is None else ("max_completion_tokens", newer)
 
 
-def _build_sampler(ask: Ask) -> Sampler:
+def _build_sampler(ask: GenerationRequest) -> Sampler:
     """Return OpenAI's sampler: nothing is filtered or penalised unless it is asked for."""
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
     asked = {name: value for name in plain if (value := getattr(ask, name)) is not None}
@@ -85,13 +85,13 @@ def _build_sampler(ask: Ask) -> Sampler:
     return Sampler(**(plain | asked), seed=seed)
 
 
-def _room(served: Served, limits: Limits, max_tokens: int, is_truncated: bool) -> int:
+def _room(served: ServedModel, limits: Limits, max_tokens: int, is_truncated: bool) -> int:
     """Return how many tokens a prompt may have; one that is cut anyway leaves room for the answer, half at most."""
     left_for_answer = min(max_tokens, served.max_context // 2) if is_truncated else 1
     return max(1, min(limits.prompt_tokens, served.max_context - left_for_answer))
 
 
-def _encode_prompt(ask: CompletionAsk, served: Served, limits: Limits, max_tokens: int) -> list[int]:
+def _encode_prompt(ask: CompletionRequest, served: ServedModel, limits: Limits, max_tokens: int) -> list[int]:
     """Return the ids of a text behind BOS, or the ids that were sent."""
     prompt, tokenizer = ask.prompt, served.tokenizer
     is_truncated = ask.truncation == "auto"
@@ -123,7 +123,7 @@ def _fit(ids: list[int], room: int, is_truncated: bool, first: int) -> list[int]
     return [first, *ids[len(ids) - room + 1 :]] if room > 1 else ids[-1:]
 
 
-def _encode_chat(ask: ChatAsk, served: Served, limits: Limits, max_tokens: int, go_on: GoOn) -> list[int]:
+def _encode_chat(ask: ChatRequest, served: ServedModel, limits: Limits, max_tokens: int, go_on: GoOn) -> list[int]:
     """Return the ids of a conversation, without its oldest turns where it is too long and may be cut."""
     encode = served.encode_chat
     if encode is None:
@@ -165,7 +165,12 @@ def _normalise(turns: Sequence[Turn], go_on: GoOn) -> list[Turn]:
 
 
 def _leave_hopeless(
-    starts: Sequence[int], kept: Sequence[Turn], others: Sequence[Turn], room: int, served: Served, composed: int = 1
+    starts: Sequence[int],
+    kept: Sequence[Turn],
+    others: Sequence[Turn],
+    room: int,
+    served: ServedModel,
+    composed: int = 1,
 ) -> list[int]:
     """Return the starts from which a conversation may fit by its bytes; raises RequestError where none is left.
 
@@ -184,7 +189,7 @@ def _count_bytes(turn: Turn) -> int:
     return len(turn[1].encode("utf-8"))
 
 
-def _refuse_hopeless(count_bytes: int, room: int, served: Served, param: str) -> None:
+def _refuse_hopeless(count_bytes: int, room: int, served: ServedModel, param: str) -> None:
     """Refuse at once what cannot fit, whatever its tokens are."""
     fewest = -(-count_bytes // served.longest_token_bytes)
     if fewest > room:

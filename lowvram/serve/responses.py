@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.serve.detokenizer import Said
-from lowvram.serve.prompt import Served
-from lowvram.serve.scheduler import Ended
+from lowvram.serve.detokenizer import TokenLogprob
+from lowvram.serve.prompt import ServedModel
+from lowvram.serve.scheduler import Finished
 
 Body = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -36,7 +36,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def count_usage(prompt_tokens: int, ended: Ended) -> Body:
+def count_usage(prompt_tokens: int, ended: Finished) -> Body:
     """Return the counts of one answer."""
     return {
         "prompt_tokens": prompt_tokens,
@@ -46,12 +46,12 @@ def count_usage(prompt_tokens: int, ended: Ended) -> Body:
     }
 
 
-class Reply:
+class ResponseBuilder:
     """One answer's bodies: either `whole`, or `opening`, then chunks, `closing` and `usage`."""
 
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, served: Served, prompt_tokens: int, wants_logprobs: bool, wants_usage: bool) -> None:
+    def __init__(self, served: ServedModel, prompt_tokens: int, wants_logprobs: bool, wants_usage: bool) -> None:
         self._tokenizer, self._prompt_tokens = served.tokenizer, prompt_tokens
         self._wants_logprobs, self._wants_usage = wants_logprobs, wants_usage
         self._head = {
@@ -65,20 +65,20 @@ class Reply:
         """Return what comes before the first piece."""
         return []
 
-    def chunk(self, text: str, said: Sequence[Said], reason: str | None = None) -> Body:
+    def chunk(self, text: str, said: Sequence[TokenLogprob], reason: str | None = None) -> Body:
         """Return one piece of the answer, or its end."""
         usage = {"usage": None} if self._wants_usage else {}
         choice = {"index": 0, **self._delta(text, reason), "logprobs": self._logprobs(said), "finish_reason": reason}
         return {**self._head, "object": self.chunk_object, "choices": [choice], **usage}
 
-    def usage(self, ended: Ended) -> list[Body]:
+    def usage(self, ended: Finished) -> list[Body]:
         """Return the last chunk, with the counts, where it was asked for."""
         if not self._wants_usage:
             return []
         usage = count_usage(self._prompt_tokens, ended)
         return [{**self._head, "object": self.chunk_object, "choices": [], "usage": usage}]
 
-    def whole(self, text: str, said: Sequence[Said], ended: Ended) -> Body:
+    def whole(self, text: str, said: Sequence[TokenLogprob], ended: Finished) -> Body:
         """Return the whole answer at once."""
         choice = {
             "index": 0,
@@ -95,13 +95,13 @@ class Reply:
     def _message(self, text: str) -> Body:
         return {"text": text}
 
-    def _logprobs(self, said: Sequence[Said]) -> Body | None:
+    def _logprobs(self, said: Sequence[TokenLogprob]) -> Body | None:
         if not self._wants_logprobs:
             return None
-        named = [[(self._name(id), _finite(value)) for id, value in one.chance.top] for one in said]
+        named = [[(self._name(id), _finite(value)) for id, value in one.logprobs.top] for one in said]
         return {
             "tokens": [self._name(one.id) for one in said],
-            "token_logprobs": [_finite(one.chance.logprob) for one in said],
+            "token_logprobs": [_finite(one.logprobs.logprob) for one in said],
             "top_logprobs": [dict(top) for top in named],
             "text_offset": [one.start for one in said],
         }
@@ -110,7 +110,7 @@ class Reply:
         return name_token(self._tokenizer, id)
 
 
-class ChatReply(Reply):
+class ChatResponseBuilder(ResponseBuilder):
     """The same of a conversation's answer."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -127,13 +127,13 @@ class ChatReply(Reply):
     def _message(self, text: str) -> Body:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _logprobs(self, said: Sequence[Said]) -> Body | None:
+    def _logprobs(self, said: Sequence[TokenLogprob]) -> Body | None:
         if not self._wants_logprobs:
             return None
         content = [
             {
-                **self._entry(one.id, one.chance.logprob),
-                "top_logprobs": [self._entry(id, value) for id, value in one.chance.top],
+                **self._entry(one.id, one.logprobs.logprob),
+                "top_logprobs": [self._entry(id, value) for id, value in one.logprobs.top],
             }
             for one in said
         ]

@@ -16,7 +16,7 @@ from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import LowvramError, NumbersError
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
-from lowvram.serve.detokenizer import Answer, Chance, Piece
+from lowvram.serve.detokenizer import Detokenizer, Logprobs, Piece
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.slots import Slots
 
@@ -35,7 +35,7 @@ class NotServingError(LowvramError):
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationJob:
     """What is to be written.  ids: the whole text, at least one.  top: how many chances a token; None: not its own."""
 
     ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finished:
     """An answer's end.  reused: prompt tokens that a slot still held.  written: tokens, without the one that ends."""
 
     reason: Literal["stop", "length"]
@@ -61,13 +61,13 @@ class Failed:
     error: LowvramError
 
 
-Event = Piece | Ended | Failed
+Event = Piece | Finished | Failed
 
 
-class Job:
+class ActiveJob:
     """One order on its way: waiting, then in a slot, then ended.  `deliver` is called by the batcher's thread."""
 
-    def __init__(self, order: Order, tokenizer: Tokenizer, deliver: Callable[[Event], None]) -> None:
+    def __init__(self, order: GenerationJob, tokenizer: Tokenizer, deliver: Callable[[Event], None]) -> None:
         self.order, self.deliver = order, deliver
         self.ids = list(order.ids)
         # For a penalty on tokens that are there already: read with each new token, so it grows in place.
@@ -75,7 +75,7 @@ class Job:
         if order.sampler.repetition_penalty != 1.0:
             self._seen = torch.empty(len(self.ids) + order.max_tokens, dtype=torch.int64)
             self._seen[: len(self.ids)] = torch.tensor(self.ids)
-        self.answer = Answer(tokenizer, order.stops)
+        self.answer = Detokenizer(tokenizer, order.stops)
         self.has_left = False
         self.reused = 0
         self.asked_at = time.monotonic()
@@ -97,7 +97,7 @@ class Job:
         self.ids.append(id)
 
 
-class Batcher:
+class Scheduler:
     """Takes jobs from any thread and writes up to `decoder.slots` of them at a time.
 
     Every round reads at most PIECE_TOKENS of new prompts and then writes one token of each running answer.
@@ -107,8 +107,8 @@ class Batcher:
         self.decoder, self.tokenizer, self.queue, self.metrics = decoder, tokenizer, queue, metrics
         self._ends = set(tokenizer.stop_ids)
         self._changed = threading.Condition()
-        self._waiting: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self._waiting: deque[ActiveJob] = deque()
+        self._running: dict[int, ActiveJob] = {}
         self._slots = Slots(decoder)
         self._failures, self._stop_at = 0, float("inf")
         self._is_stopping = False
@@ -163,9 +163,9 @@ class Batcher:
             "Ask again in a moment.",
         )
 
-    def submit(self, order: Order, deliver: Callable[[Event], None]) -> Job:
+    def submit(self, order: GenerationJob, deliver: Callable[[Event], None]) -> ActiveJob:
         """Put a job in the queue; raises QueueFullError or NotServingError."""
-        job = Job(order, self.tokenizer, deliver)
+        job = ActiveJob(order, self.tokenizer, deliver)
         with self._changed:
             # A broken model is tried again by whoever comes when nobody else is there: it may have recovered.
             absence = self.explain_absence()
@@ -177,7 +177,7 @@ class Batcher:
             self._changed.notify()
         return job
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: ActiveJob) -> None:
         """Give a job up: nothing more is delivered, and its slot is free before the next token."""
         with self._changed:
             job.has_left = True
@@ -224,7 +224,7 @@ class Batcher:
         if ready:
             self._write(ready)
 
-    def _unread(self, slot: int, job: Job) -> int:
+    def _unread(self, slot: int, job: ActiveJob) -> int:
         return len(job.ids) - self.decoder.length(slot)
 
     def _let_go(self) -> None:
@@ -245,7 +245,7 @@ class Batcher:
     def _free(self, slot: int) -> None:
         self._slots.give_back(slot, self._running.pop(slot).ids)
 
-    def _read(self, slot: int, job: Job, count: int) -> int:
+    def _read(self, slot: int, job: ActiveJob, count: int) -> int:
         """Read some of a prompt; where that was all of it, choose the first token.  Returns `count`."""
         start = self.decoder.length(slot)
         try:
@@ -282,23 +282,23 @@ class Batcher:
                 self.metrics.time("first_token_seconds", time.monotonic() - job.asked_at)
             if reason := self._append(job, id, logit_V):
                 self._deliver(job, job.answer.finish())
-                job.deliver(Ended(reason, job.reused, job.written))
+                job.deliver(Finished(reason, job.reused, job.written))
                 self._free(slot)
 
-    def _append(self, job: Job, id: int, logit_V: Tensor) -> Literal["stop", "length"] | None:
+    def _append(self, job: ActiveJob, id: int, logit_V: Tensor) -> Literal["stop", "length"] | None:
         """Add a token to the job's text; returns why it is the last, or None."""
         if id in self._ends:
             return "stop"
         job.append(id)
         self.metrics.count("tokens_written_total")
-        chance = None if job.order.top is None else chance_of(logit_V, id, job.order.top)
-        self._deliver(job, job.answer.push(id, chance))
+        logprobs = None if job.order.top is None else logprobs_of(logit_V, id, job.order.top)
+        self._deliver(job, job.answer.push(id, logprobs))
         if job.answer.is_stopped:
             return "stop"
         is_full = job.written >= job.order.max_tokens or len(job.ids) >= self.decoder.max_context
         return "length" if is_full else None
 
-    def _deliver(self, job: Job, piece: Piece) -> None:
+    def _deliver(self, job: ActiveJob, piece: Piece) -> None:
         # The first token is always told, if it is but half a character: from then on the answer is on its way.
         if piece.text or piece.said or job.written == 1:
             job.deliver(piece)
@@ -314,14 +314,14 @@ class Batcher:
             self._slots.forget(slot)
         self._fail(jobs, why)
 
-    def _fail(self, jobs: Sequence[Job], error: LowvramError | None) -> None:
+    def _fail(self, jobs: Sequence[ActiveJob], error: LowvramError | None) -> None:
         assert error is not None, "a stopping batcher says so"
         for job in jobs:
             job.deliver(Failed(error))
 
 
-def chance_of(logit_V: Tensor, id: int, top: int) -> Chance:
+def logprobs_of(logit_V: Tensor, id: int, top: int) -> Logprobs:
     """Return a token's log-probability and the `top` likeliest ones, greatest first.  logit_V: [V] fp32."""
     logprob_V = logit_V.log_softmax(-1)
     value, index = logprob_V.topk(min(top, len(logprob_V)))
-    return Chance(float(logprob_V[id]), tuple(zip(index.tolist(), value.tolist(), strict=True)))
+    return Logprobs(float(logprob_V[id]), tuple(zip(index.tolist(), value.tolist(), strict=True)))

@@ -88,7 +88,7 @@ class TextPart(_Closed):
     text: Text
 
 
-class Message(_Closed):
+class ChatMessage(_Closed):
     """One turn of a conversation.  The fields that are always None come back from clients that repeat an answer.
 
     content: null, as such clients send back an answer without text, is an empty text of an assistant's turn.
@@ -119,7 +119,7 @@ class StreamOptions(_Closed):
 Stop = Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
-class Ask(_Closed):
+class GenerationRequest(_Closed):
     """What both kinds of request may say; every default is OpenAI's."""
 
     model: str | None = None
@@ -152,10 +152,10 @@ class Ask(_Closed):
         raise NotImplementedError
 
 
-class ChatAsk(Ask):
+class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
@@ -181,7 +181,7 @@ def _check_prompt(value: Any) -> str | list[int]:
 Prompt = Annotated[Any, AfterValidator(_check_prompt)]
 
 
-class CompletionAsk(Ask):
+class CompletionRequest(GenerationRequest):
     """The body of /v1/completions.  prompt: one text, or the ids of one."""
 
     prompt: Prompt
@@ -193,10 +193,10 @@ class CompletionAsk(Ask):
         return self.logprobs
 
 
-AnyAsk = TypeVar("AnyAsk", bound=Ask)
+AnyRequest = TypeVar("AnyRequest", bound=GenerationRequest)
 
 
-def read_ask(kind: type[AnyAsk], body: bytes) -> AnyAsk:
+def read_request(kind: type[AnyRequest], body: bytes) -> AnyRequest:
     """Return the request that a body holds; raises RequestError naming the field that is wrong."""
     try:
         data = read_body_object(body)
@@ -214,9 +214,9 @@ def read_ask(kind: type[AnyAsk], body: bytes) -> AnyAsk:
         ask = kind.model_validate(data)
     except ValidationError as error:
         raise _explain(kind, data, error) from error
-    if isinstance(ask, ChatAsk):
+    if isinstance(ask, ChatRequest):
         _check_contents(ask)
-    if isinstance(ask, ChatAsk) and ask.top_logprobs is not None and not ask.logprobs:
+    if isinstance(ask, ChatRequest) and ask.top_logprobs is not None and not ask.logprobs:
         what = f"top_logprobs is {ask.top_logprobs} and logprobs is not true."
         raise RequestError(what, "The first only adds to the second.", "Send logprobs: true with it.", "top_logprobs")
     if ask.stream_options is not None and not ask.stream:
@@ -237,7 +237,7 @@ def _check_counts(kind: type[BaseModel], data: Mapping[str, Any]) -> None:
         raise RequestError(f"There are {len(messages):,} messages.", why, "Leave out the oldest.", "messages")
     parts = 0
     for number, message in enumerate(messages):
-        _refuse_unknown(Message, message, "messages", number)
+        _refuse_unknown(ChatMessage, message, "messages", number)
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, list):
             continue
@@ -262,7 +262,7 @@ def _unknown_field(kind: type[BaseModel], place: Sequence[int | str]) -> Request
     return RequestError(f"{param} is no field that is known here.", "It would be ignored in silence.", fix, param)
 
 
-def _check_contents(ask: ChatAsk) -> None:
+def _check_contents(ask: ChatRequest) -> None:
     for number, message in enumerate(ask.messages):
         if message.content is None and message.role != "assistant":
             param = f"messages.{number}.content"

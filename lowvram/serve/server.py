@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from lowvram.errors import MachineError
 from lowvram.serve.connection import Connection
 from lowvram.serve.limits import BACKLOG, OWN_FILES, SEND_BUFFER, Limits
-from lowvram.serve.scheduler import Batcher
+from lowvram.serve.scheduler import Scheduler
 
 try:
     import resource
@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
     One signal waits for the answers that run, a second cuts them.
     """
 
-    def __init__(self, app: ASGIApp, batcher: Batcher, limits: Limits, grace_s: float = _GRACE_S) -> None:
+    def __init__(self, app: ASGIApp, batcher: Scheduler, limits: Limits, grace_s: float = _GRACE_S) -> None:
         config = uvicorn.Config(
             app,
             http=Connection,

@@ -86,7 +86,7 @@ def try_compilation(trainer: Trainer, limit_bytes: int | None = None) -> tuple[P
     return both, f"Compiled blocks are {gain:.2f} times as fast: {times}."
 
 
-def settle_recording(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
+def settle_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
     """Let the trainer play a recording of its passes where that is faster and fits; yields why it came out so.
 
     For CUDA alone, and not where weights move during backward.  asked: True keeps it without a gain and raises

@@ -18,7 +18,7 @@ from lowvram.objective import Batch, Loss
 _WARM_UPS = 2
 
 
-class Recording:
+class RecordedPass:
     """The gradients of micro-batches of one shape, in place of `step.add_gradients`.
 
     add: passes a micro-batch through the model, its loss times a factor on the device.  It must not read anything back.

@@ -10,13 +10,13 @@ import torch
 KEY = "conditions"
 
 
-def conditions_here(device: torch.device) -> dict[str, Any]:
+def current_environment(device: torch.device) -> dict[str, Any]:
     """Return the conditions of this process as plain values."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}
 
 
-def compare_conditions(saved: object, here: dict[str, Any]) -> str | None:
+def compare_environments(saved: object, here: dict[str, Any]) -> str | None:
     """Return a sentence where a checkpoint was saved under other conditions; None where they are equal or unknown.
 
     saved: what `conditions_here` returned then.  Threads of the processor count only where it does the computing.

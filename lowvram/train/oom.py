@@ -121,7 +121,7 @@ def explain_out_of_memory_in_backward(
     )
 
 
-def explain_out_of_memory_in_look(step: int) -> TrainingError:
+def explain_out_of_memory_in_validation(step: int) -> TrainingError:
     """Return the error of a validation or a sample that ran out of memory."""
     return TrainingError(
         f"Memory ran out after step {step}, while the model was validated or wrote its samples.",

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lowvram_kernels.dispatch import empty_on_host, representative
-from lowvram_kernels.moe.idle import IdleStack, encode_, nbytes
+from lowvram_kernels.dispatch import bytes_of, empty_on_host, representative
+from lowvram_kernels.moe.idle import Stack, write_copy_
+from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 
 from lowvram.config.train import Rotation
@@ -84,7 +85,7 @@ class ExpertRotation:
             slot, place = self.slots[old], self.slots[new]
             for name, weight, idle in self._stacks():
                 self._send_home(name, weight, slot, old)
-                encode_(idle, place - self._config.window, weight[slot])
+                write_copy_(idle, place - self._config.window, weight[slot])
                 self._fetch(name, weight, slot, new)
             self.slots[old], self.slots[new] = place, slot
         self._settle()
@@ -135,7 +136,7 @@ class ExpertRotation:
         """Return what experts and their states take on the card and in the computer's memory."""
         weights = list(self._weights.values())
         states = [tensor for weight in weights for tensor in self._optimizer.state_of(weight).values()]
-        copies_bytes = sum(nbytes(idle) for _, _, idle in self._stacks())
+        copies_bytes = sum(bytes_of(*parts_of(idle)) for _, _, idle in self._stacks())
         host = [*self.masters.values(), *(tensor for state in self._states.values() for tensor in state.values())]
         (host if self._optimizer.is_on_host else weights).extend(states)
         return copies_bytes + sum(tensor.nbytes for tensor in weights), sum(tensor.nbytes for tensor in host)
@@ -152,19 +153,19 @@ class ExpertRotation:
             for layer in layers:
                 layer.read_masters = None
 
-    def _read_masters(self, names: tuple[str, str]) -> tuple[IdleStack, IdleStack]:
+    def _read_masters(self, names: tuple[str, str]) -> tuple[Stack, Stack]:
         idle = sorted(
             (expert for expert in range(self.experts) if self.slots[expert] >= self._config.window),
             key=lambda expert: self.slots[expert],
         )
-        gate_up, down = (IdleStack(self.masters[n][idle].to(self._weights[n].device), None) for n in names)
+        gate_up, down = (self.masters[n][idle].to(self._weights[n].device) for n in names)
         return gate_up, down
 
     def _names(self) -> list[tuple[str, str]]:
         names = list(self._weights)
         return [(gate_up, down) for gate_up, down in zip(names[::2], names[1::2], strict=True)]
 
-    def _stacks(self) -> Iterator[tuple[str, Tensor, IdleStack]]:
+    def _stacks(self) -> Iterator[tuple[str, Tensor, Stack]]:
         """Yield each stack's name, its weight and its copies."""
         layer: MoeFfn
         for layer, names in zip(self._model.moe_layers(), self._names(), strict=True):
@@ -202,7 +203,7 @@ class ExpertRotation:
                     self._fetch(name, weight, slot, expert)
                 else:
                     # On the card, as when it rotates: the same bits, and fast.
-                    encode_(idle, slot - self._config.window, self.masters[name][expert].to(weight.device))
+                    write_copy_(idle, slot - self._config.window, self.masters[name][expert].to(weight.device))
         self._settle()
 
     def _settle(self) -> None:

@@ -19,7 +19,7 @@ from lowvram.config.run import RunConfig
 from lowvram.config.run_file import from_portable
 from lowvram.config.train import TrainConfig
 from lowvram.errors import BusyError, CheckpointError, ConfigError
-from lowvram.generate.weights import CheckpointSource, refuse_other_tensors
+from lowvram.generate.weights import CheckpointReader, refuse_other_tensors
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.storage.disk import DISK, Disk
 from lowvram.storage.json_files import JsonError, read_object
@@ -138,7 +138,7 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
 
 def check_readable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError where a checkpoint's weights are not those of the model that it describes."""
-    refuse_other_tensors(CheckpointSource(checkpoint, saved_config(checkpoint).model))
+    refuse_other_tensors(CheckpointReader(checkpoint, saved_config(checkpoint).model))
 
 
 def refuse_changes(what: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:

@@ -22,7 +22,7 @@ from lowvram.objective import DTYPES, Batch, Loss, causal_loss
 from lowvram.train.optim import LeanOptimizer
 
 
-class Found(NamedTuple):
+class StepStats(NamedTuple):
     """stats: [mean loss, gradient norm, weights whose gradient is not finite], fp32 on the device.
 
     Of a whole step's gradients the third is 0, or 1 where loss or norm is not finite.  loads: [MoE layers, E] or None.
@@ -57,7 +57,7 @@ def gradients(
     loss_scale: float = 1.0,
     seed: int = 0,
     add: Add | None = None,
-) -> Found:
+) -> StepStats:
     """Accumulate the gradients of the mean loss over all micro-batches in `.grad`, times loss_scale.
 
     targets: predicted tokens of the whole step, by which every micro-batch's sum is divided.  seed: with a
@@ -76,7 +76,7 @@ def gradients(
     grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
     norm = total_norm(grads) / loss_scale
     mean = total / targets
-    return Found(torch.stack([mean, norm, (~(mean + norm).isfinite()).float()]), loads)
+    return StepStats(torch.stack([mean, norm, (~(mean + norm).isfinite()).float()]), loads)
 
 
 def add_gradients(
@@ -153,7 +153,7 @@ def learn_in_backward(
     learning_rate: float,
     clip: float,
     loss_scale: float = 1.0,
-) -> Found:
+) -> StepStats:
     """Step each weight as soon as backward has its gradient, which then goes: never do all gradients exist.
 
     clip: greatest norm of all gradients together, shared out evenly: each of the P weights may have clip / √P of it,
@@ -188,7 +188,7 @@ def learn_in_backward(
     mean = loss.total.detach() / targets
     # Where the loss is not finite no weight has moved, and nobody's load is known to be more or less than the mean.
     _balance(model, loss.loads * mean.isfinite() if loss.loads is not None else None)
-    return Found(torch.stack([mean, torch.stack(squares).sum().sqrt(), torch.stack(skipped).sum()]), loss.loads)
+    return StepStats(torch.stack([mean, torch.stack(squares).sum().sqrt(), torch.stack(skipped).sum()]), loss.loads)
 
 
 @torch.no_grad()

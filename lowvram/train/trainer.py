@@ -23,16 +23,16 @@ from lowvram.errors import DataError
 from lowvram.objective import Batch, count_targets
 from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.cuda_graph import Recording
+from lowvram.train.cuda_graph import RecordedPass
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
 from lowvram.train.environment import KEY as CONDITIONS
-from lowvram.train.environment import compare_conditions, conditions_here
+from lowvram.train.environment import compare_environments, current_environment
 from lowvram.train.events import Doing, Event, Halved, Rotated, Saved, Started, StepDone, Stopped
 from lowvram.train.oom import (
     explain_out_of_memory,
     explain_out_of_memory_in_backward,
-    explain_out_of_memory_in_look,
     explain_out_of_memory_in_update,
+    explain_out_of_memory_in_validation,
     free_memory,
     halve,
     is_out_of_memory,
@@ -41,7 +41,7 @@ from lowvram.train.oom import (
 from lowvram.train.optim import learning_rate
 from lowvram.train.start import RunLock, check_readable, refuse_changes, refuse_other_model
 from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
-from lowvram.train.step import Found, add_gradients, discard, gradients, learn_in_backward, loss_for, update
+from lowvram.train.step import StepStats, add_gradients, discard, gradients, learn_in_backward, loss_for, update
 from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
@@ -62,7 +62,7 @@ class Trainer:
     hashes: dict[str, str]
     valid: ShardSet | None = None
     lock: RunLock | None = None
-    recording: Recording | None = field(default=None, init=False)
+    recording: RecordedPass | None = field(default=None, init=False)
     doing: Doing = field(default="starting", init=False)
     micro_batches_begun: int = field(default=0, init=False)
     _stopping: bool = field(default=False, init=False)
@@ -123,11 +123,11 @@ class Trainer:
         return Started(self.state.step, self.what.train.steps, resumed_from, tuple(passed_over), began_from, notices)
 
     def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        other = compare_conditions(checkpoint.numbers().get(CONDITIONS), self._conditions())
+        other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
         return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
 
     def _conditions(self) -> dict[str, Any]:
-        return conditions_here(self.state.model.embedding.device)
+        return current_environment(self.state.model.embedding.device)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where it holds what no run saves."""
@@ -183,7 +183,7 @@ class Trainer:
         card, host = rotation.bytes_on()
         yield Rotated(self.state.step, tuple(sorted(rotation.window)), card, host, time.monotonic() - began)
 
-    def _learn(self, rate: float) -> Generator[Saved, None, Found]:
+    def _learn(self, rate: float) -> Generator[Saved, None, StepStats]:
         """Make a step whose weights move during backward; where memory runs out in it, nothing can be tried again."""
         train, state = self.what.train, self.state
         state.optimizer.has_stepped = False
@@ -221,7 +221,7 @@ class Trainer:
         self.state.restore(checkpoint)
         return checkpoint.step
 
-    def _try_gradients(self) -> Found | None:
+    def _try_gradients(self) -> StepStats | None:
         """Return None where memory ran out: the error, whose frames hold the failed try's tensors, ends in here."""
         try:
             return self.accumulate()
@@ -249,7 +249,7 @@ class Trainer:
         self.plan = smaller
         return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
 
-    def _update(self, found: Found, rate: float, factor: float) -> None:
+    def _update(self, found: StepStats, rate: float, factor: float) -> None:
         try:
             update(self.state.model, self.state.optimizer, found.loads, rate, factor)
         except RuntimeError as error:
@@ -257,7 +257,7 @@ class Trainer:
                 raise
             raise explain_out_of_memory_in_update(self.state.step, self.what.train) from error
 
-    def accumulate(self, numbers: Sequence[int] | None = None) -> Found:
+    def accumulate(self, numbers: Sequence[int] | None = None) -> StepStats:
         """Leave the gradients of the next step in `.grad`, or only those of its micro-batches of these numbers."""
         loss_of = loss_for(self.state.model, self.what.train, self.plan)
         batches = self.micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
@@ -279,7 +279,7 @@ class Trainer:
         (batch,) = self.micro_batches([0])
         add = functools.partial(add_gradients, state.model, loss_for(state.model, train, self.plan), train.seed)
         with compiled(state.model) if self.plan.compile else nullcontext():
-            self.recording = Recording(state.model, add, batch, self.plan.accumulate > 1)
+            self.recording = RecordedPass(state.model, add, batch, self.plan.accumulate > 1)
 
     def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
         """Return the next step's micro-batches of these numbers."""
@@ -319,7 +319,7 @@ class Trainer:
             self.recording = None
             free_memory(self.state.model.embedding.device)
         yield from self._rescue()
-        raise explain_out_of_memory_in_look(self.state.step)
+        raise explain_out_of_memory_in_validation(self.state.step)
 
     def _look(self) -> Iterator[Event]:
         run, step = self.what.run, self.state.step

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from lowvram.cli.ending import near
-from tests.flows.typed import Answer, fill_home, typed
+from tests.flows.typed import Output, fill_home, typed
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Answer]]:
+def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Output]]:
     """The commands behind `train`, in a folder whose name a shell would split."""
     home = tmp_path_factory.mktemp("ends") / "Türkçe Metinler"
     home.mkdir()
@@ -32,7 +32,7 @@ def next_of(text: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-def test_each_command_names_the_next_one_so_that_a_shell_takes_it(ends: tuple[Path, dict[str, Answer]]) -> None:
+def test_each_command_names_the_next_one_so_that_a_shell_takes_it(ends: tuple[Path, dict[str, Output]]) -> None:
     home, told = ends
     run = str(home / "run")
     for name in ("train", "again"):
@@ -47,7 +47,7 @@ def test_each_command_names_the_next_one_so_that_a_shell_takes_it(ends: tuple[Pa
     assert next_of(told["import"].out) == [["chat", str(home / "imported")]]
 
 
-def test_a_finished_run_and_evaluate_say_whether_it_beats_bigrams(ends: tuple[Path, dict[str, Answer]]) -> None:
+def test_a_finished_run_and_evaluate_say_whether_it_beats_bigrams(ends: tuple[Path, dict[str, Output]]) -> None:
     _, told = ends
     # Six steps teach nothing: worse than bigrams, by the same share in both.
     sentences = [re.findall(r"The model .*", text) for text in (told["train"].err, told["evaluate"].out)]

@@ -52,7 +52,7 @@ FORMS: dict[str, tuple[str, ModelConfig]] = {
 
 @dataclass
 class Held:
-    """Weights in memory: a `Source`."""
+    """Weights in memory: a `WeightReader`."""
 
     config: ModelConfig
     weights: dict[str, Tensor | QuantTensor]

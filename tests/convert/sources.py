@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
-from lowvram.convert.hf.writer import Wish, write_directory
+from lowvram.convert.hf.writer import ExportOptions, write_directory
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
@@ -48,5 +48,5 @@ def speak(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 def written(config: ModelConfig, tokenizer: Tokenizer, out: Path, **wish: object) -> tuple[Transformer, Path]:
     """Write a random model of this form to `out`; returns both."""
     model, source = held(config)
-    write_directory(source, tokenizer, out, Wish(max_positions=256, **wish), {})
+    write_directory(source, tokenizer, out, ExportOptions(max_positions=256, **wish), {})
     return model, out

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lowvram.config.architecture import Gqa, Mla, Moe, SwiGlu, Window
-from lowvram.convert.hf.config_in import read_form
-from lowvram.convert.hf.config_out import to_settings
+from lowvram.convert.hf.config_in import read_hf_config
+from lowvram.convert.hf.config_out import to_hf_config
 from lowvram.errors import ExportError
 from tests.convert.forms import FORMS
 
@@ -43,8 +43,8 @@ LATENT_YARN = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_written_is_read_as_the_same_form(name: str) -> None:
     config, _ = FORMS[name]
-    table = json.loads(json.dumps(to_settings(config, 512)))
-    form = read_form(table)
+    table = json.loads(json.dumps(to_hf_config(config, 512)))
+    form = read_hf_config(table)
     assert form.model == config
     assert form.trained_positions == 512
 
@@ -52,54 +52,54 @@ def test_what_is_written_is_read_as_the_same_form(name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_without_our_own_words_only_what_no_computation_needs_is_lost(name: str) -> None:
     config, _ = FORMS[name]
-    table = to_settings(config, 512)
+    table = to_hf_config(config, 512)
     del table["lowvram"]
-    assert read_form(table).model == config, "their values are the default ones here"
+    assert read_hf_config(table).model == config, "their values are the default ones here"
 
 
 def test_a_bare_llama_is_read_with_the_defaults_of_its_class() -> None:
-    model, longest, trained = read_form(LLAMA)
+    model, longest, trained = read_hf_config(LLAMA)
     assert model.attention == Gqa(heads=4, kv_heads=4, head_dim=12)
     assert model.ffn == SwiGlu(hidden=60)
     assert (model.tied, model.norm_eps, model.positions.theta, longest, trained) == (False, 1e-6, 1e4, 2048, 2048)
 
 
 def test_a_bare_qwen3_has_heads_of_128() -> None:
-    model = read_form(LLAMA | {"model_type": "qwen3"}).model
+    model = read_hf_config(LLAMA | {"model_type": "qwen3"}).model
     assert model.attention == Gqa(heads=4, kv_heads=4, head_dim=128, qk_norm=True)
     assert model.window is None
 
 
 def test_deepseek_is_read_with_its_experts() -> None:
-    model = read_form(DEEPSEEK).model
+    model = read_hf_config(DEEPSEEK).model
     assert model.attention == Mla(heads=4, kv_lora_rank=20, nope_dim=12, rope_dim=8, value_dim=12)
     assert model.ffn == Moe(hidden=60, dense_layers=1, experts=5, top_k=2, expert_hidden=20, route_scale=2.5)
 
 
 def test_deepseek_with_dense_layers_only_has_no_experts() -> None:
-    assert read_form(DEEPSEEK | {"first_k_dense_replace": 3}).model.ffn == SwiGlu(hidden=60)
+    assert read_hf_config(DEEPSEEK | {"first_k_dense_replace": 3}).model.ffn == SwiGlu(hidden=60)
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["rope_parameters", "rope_scaling"])
 def test_rope_is_read_in_both_forms(is_new: bool) -> None:
     said = {"rope_parameters": {**YARN, "rope_theta": 5e5}} if is_new else {"rope_scaling": YARN, "rope_theta": 5e5}
-    rope = read_form(LLAMA | said).model.positions
+    rope = read_hf_config(LLAMA | said).model.positions
     assert (rope.theta, rope.yarn.factor, rope.yarn.original_len, rope.yarn.mscale) == (5e5, 4.0, 16, 1.0)
 
 
 def test_the_type_of_rope_has_an_older_name() -> None:
     old = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-    assert read_form(LLAMA | {"rope_scaling": old}).model.positions.yarn is not None
+    assert read_hf_config(LLAMA | {"rope_scaling": old}).model.positions.yarn is not None
 
 
 def test_an_attention_factor_becomes_our_mscale() -> None:
-    yarn = read_form(LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.25}}).model.positions.yarn
+    yarn = read_hf_config(LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.25}}).model.positions.yarn
     assert yarn.magnitude == pytest.approx(1.25, rel=1e-12)
 
 
 def test_the_factor_of_yarn_may_follow_from_the_lengths() -> None:
     said = {"max_position_embeddings": 128, "rope_scaling": YARN | {"factor": None}}
-    assert read_form(LLAMA | said).model.positions.yarn.factor == 8.0
+    assert read_hf_config(LLAMA | said).model.positions.yarn.factor == 8.0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_the_factor_of_yarn_may_follow_from_the_lengths() -> None:
     ids=["mistral", "mistral-null", "mistral-9", "qwen3-off", "qwen3-on", "ministral", "llama"],
 )  # fmt: skip
 def test_windows_are_read_as_each_class_has_them(said: dict[str, Any], expected: Window | None) -> None:
-    assert read_form(LLAMA | said).model.window == expected
+    assert read_hf_config(LLAMA | said).model.window == expected
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
@@ -176,13 +176,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("table, words", REFUSALS.values(), ids=REFUSALS)
 def test_what_our_model_cannot_be_is_named_by_key_and_value(table: dict[str, Any], words: str) -> None:
     with pytest.raises(ExportError) as caught:
-        read_form(table)
+        read_hf_config(table)
     assert words in str(caught.value)
     assert all((caught.value.what, caught.value.why, caught.value.fix))
 
 
 def test_reading_leaves_the_table_alone() -> None:
-    table = to_settings(FORMS["mla-yarn-q_lora"][0], 64)
+    table = to_hf_config(FORMS["mla-yarn-q_lora"][0], 64)
     before = json.dumps(table)
-    read_form(table)
+    read_hf_config(table)
     assert json.dumps(table) == before

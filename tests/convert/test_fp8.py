@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lowvram.convert.fp8 import SCALE, Kept, is_divisible, quantise_piece
-from lowvram.convert.hf.reader import Outside, open_outside
+from lowvram.convert.fp8 import SCALE, UnquantisedModules, is_divisible, quantise_piece
+from lowvram.convert.hf.reader import HfReader, open_hf
 from lowvram.convert.hf.tensor_names import name_pieces
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.generate.weights import load_for_reading
+from lowvram.generate.weights import load_for_inference
 from lowvram.model.transformer import Transformer
 from tests.convert.forms import blocky
 from tests.convert.sources import written
@@ -34,7 +34,7 @@ def by_hand(tensors: dict[str, Tensor], name: str) -> Tensor:
     return code * scale[: code.shape[0], : code.shape[1]]
 
 
-def numbers_of(outside: Outside) -> dict[str, Tensor]:
+def numbers_of(outside: HfReader) -> dict[str, Tensor]:
     """Return all of our tensors as fp32 numbers."""
     found = {name: outside.read(name) for name in outside.names()}
     return {n: dequantise(t, torch.float32) if isinstance(t, QuantTensor) else t.float() for n, t in found.items()}
@@ -69,7 +69,7 @@ def test_numbers_read_here_are_those_of_the_file_by_hand(kind: str, small_tokeni
     config = blocky(kind)
     _, out = written(config, small_tokenizer, tmp_path / "out", numbers="fp8")
     tensors = load_file(out / "model.safetensors")
-    for name, tensor in numbers_of(open_outside(out)).items():
+    for name, tensor in numbers_of(open_hf(out)).items():
         pieces = [by_hand(tensors, piece) for piece in name_pieces(name, config)]
         assert torch.equal(torch.cat(pieces).reshape(tensor.shape), tensor), name
 
@@ -80,7 +80,7 @@ def test_transformers_finds_the_same_numbers_to_the_bit(kind: str, small_tokeniz
     config = blocky(kind)
     _, out = written(config, small_tokenizer, tmp_path / "out", numbers="fp8")
     model = Transformer(config, seed=None)
-    model.load_state_dict(numbers_of(open_outside(out)))
+    model.load_state_dict(numbers_of(open_hf(out)))
     twin = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     theirs = twin.state_dict()
     for name, tensor in outside_names(model).items():
@@ -93,7 +93,7 @@ def test_transformers_finds_the_same_numbers_to_the_bit(kind: str, small_tokeniz
 
 def test_codes_are_made_from_what_is_kept_and_not_from_bf16(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     model, out = written(blocky("gqa"), small_tokenizer, tmp_path / "out", numbers="fp8")
-    found = open_outside(out).read("blocks.0.attention.q_proj.weight")
+    found = open_hf(out).read("blocks.0.attention.q_proj.weight")
     weight = model.state_dict()["blocks.0.attention.q_proj.weight"]
     once, twice = quantise_weight(weight, "e4m3"), quantise_weight(weight.bfloat16(), "e4m3")
     assert isinstance(found, QuantTensor)
@@ -104,8 +104,8 @@ def test_codes_are_made_from_what_is_kept_and_not_from_bf16(small_tokenizer: Tok
 def test_codes_go_into_a_reading_model_as_they_lie_in_the_file(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = blocky("mla")
     _, out = written(config, small_tokenizer, tmp_path / "out", numbers="fp8")
-    outside = open_outside(out)
-    own = load_for_reading(outside, "fp8", flow=torch.float32).state_dict()
+    outside = open_hf(out)
+    own = load_for_inference(outside, "fp8", flow=torch.float32).state_dict()
     stored = {name: found for name in outside.names() if isinstance(found := outside.read(name), QuantTensor)}
     assert len(stored) > 5
     for name, scaled in stored.items():
@@ -121,7 +121,7 @@ def test_a_side_above_a_block_must_be_blocks(rows: int, columns: int, expected: 
 
 
 def test_what_is_kept_is_named_by_module_and_experts_by_their_stack() -> None:
-    kept = Kept()
+    kept = UnquantisedModules()
     for name in ("model.layers.1.self_attn.kv_a_proj_with_mqa.weight", "model.layers.2.mlp.experts.7.up_proj.weight"):
         ((found, tensor),) = quantise_piece(name, torch.ones(192, 128), kept)
         assert (found, tensor.dtype) == (name, torch.bfloat16)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lowvram.convert.hf.config_out import to_settings
-from lowvram.convert.hf.writer import Wish, estimate_bytes, write_directory
+from lowvram.convert.hf.config_out import to_hf_config
+from lowvram.convert.hf.writer import ExportOptions, estimate_bytes, write_directory
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError, DiskFullError, ExportError
@@ -148,7 +148,7 @@ def test_mixed_numbers_stay_as_they_are_kept(small_tokenizer: Tokenizer, tmp_pat
     for name, tensor in source.tensors.items():
         if tensor.dim() > 1:
             source.tensors[name] = tensor.to(torch.bfloat16)
-    write_directory(source, small_tokenizer, tmp_path / "out", Wish(max_positions=64), {})
+    write_directory(source, small_tokenizer, tmp_path / "out", ExportOptions(max_positions=64), {})
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert tensors["model.norm.weight"].dtype == torch.float32
     assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == torch.bfloat16
@@ -195,7 +195,7 @@ def test_whatever_happens_to_the_disk_the_directory_is_whole_or_not_there(
     fault: str, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     _, source = held(FORMS["gqa-rope"][0])
-    wish, more = Wish(max_positions=64, most_bytes=60_000), {"README.md": b"x"}
+    wish, more = ExportOptions(max_positions=64, most_bytes=60_000), {"README.md": b"x"}
     counting = FaultyDisk()
     write_directory(source, small_tokenizer, tmp_path / "whole", wish, more, disk=counting)
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -212,7 +212,7 @@ def test_progress_ends_with_all_tensors(small_tokenizer: Tokenizer, tmp_path: Pa
     _, source = held(FORMS["gqa-rope"][0])
     told: list[tuple[int, int]] = []
     write_directory(
-        source, small_tokenizer, tmp_path / "out", Wish(64), {}, lambda done, total: told.append((done, total))
+        source, small_tokenizer, tmp_path / "out", ExportOptions(64), {}, lambda done, total: told.append((done, total))
     )
     assert told == [(n + 1, len(source.tensors)) for n in range(len(source.tensors))]
 
@@ -226,7 +226,7 @@ def test_bytes_are_estimated_by_the_numbers(numbers: Any, each: int) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_both_forms_of_rope_are_written_and_agree(name: str) -> None:
-    settings = to_settings(FORMS[name][0], 256)
+    settings = to_hf_config(FORMS[name][0], 256)
     rope = settings["rope_parameters"]
     assert settings["rope_theta"] == rope["rope_theta"]
     if rope["rope_type"] == "default":
@@ -235,10 +235,10 @@ def test_both_forms_of_rope_are_written_and_agree(name: str) -> None:
         apart = {"rope_theta", "partial_rotary_factor"}
         assert settings["rope_scaling"] == {"type": "yarn"} | {k: v for k, v in rope.items() if k not in apart}
         assert settings["max_position_embeddings"] == 256
-        assert to_settings(FORMS[name][0], 32)["max_position_embeddings"] == 64, "as far as YaRN reaches"
+        assert to_hf_config(FORMS[name][0], 32)["max_position_embeddings"] == 64, "as far as YaRN reaches"
 
 
 def test_experts_are_one_group_and_no_further_tokens_are_predicted() -> None:
-    settings = to_settings(FORMS["mla-moe"][0], 256)
+    settings = to_hf_config(FORMS["mla-moe"][0], 256)
     assert (settings["n_group"], settings["topk_group"], settings["num_nextn_predict_layers"]) == (1, 1, 0)
     assert settings["max_position_embeddings"] == 256

@@ -10,8 +10,8 @@ from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from safetensors.torch import load_file, save_file
 
 from lowvram.config.run_file import from_portable
-from lowvram.convert.hf.importer import adopt
-from lowvram.convert.hf.reader import open_outside
+from lowvram.convert.hf.importer import import_weights
+from lowvram.convert.hf.reader import open_hf
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
 from lowvram.storage.checkpoint import find_checkpoint
@@ -23,7 +23,7 @@ from tests.convert.sources import written
 def test_export_and_import_are_a_round_trip_to_the_bit(name: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     config, _ = FORMS[name]
     model, out = written(config, small_tokenizer, tmp_path / "out")
-    adopt(open_outside(out), small_tokenizer, tmp_path / "run")
+    import_weights(open_hf(out), small_tokenizer, tmp_path / "run")
     checkpoint, _ = find_checkpoint(tmp_path / "run")
     what = from_portable(checkpoint.config(), checkpoint.directory.parent)
     assert what.model == config
@@ -38,8 +38,8 @@ def test_export_and_import_are_a_round_trip_to_the_bit(name: str, small_tokenize
 @pytest.mark.parametrize("kind", ["mla", "moe", "gqa"])
 def test_numbers_from_fp8_are_exact(kind: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, out = written(blocky(kind), small_tokenizer, tmp_path / "out", numbers="fp8")
-    outside = open_outside(out)
-    weights = adopt(outside, small_tokenizer, tmp_path / "run").weights()
+    outside = open_hf(out)
+    weights = import_weights(outside, small_tokenizer, tmp_path / "run").weights()
     coded = 0
     for name in outside.names():
         found = outside.read(name)
@@ -55,8 +55,8 @@ def test_scales_that_bf16_cannot_hold_give_fp32(small_tokenizer: Tokenizer, tmp_
     _, out = written(blocky("gqa"), small_tokenizer, tmp_path / "out", numbers="fp8")
     path, scale = out / "model.safetensors", "model.layers.0.self_attn.q_proj.weight_scale_inv"
     save_file(load_file(path) | {scale: torch.tensor([[0.0123]])}, path, {"format": "pt"})
-    outside = open_outside(out)
-    weight = adopt(outside, small_tokenizer, tmp_path / "run").weights()["blocks.0.attention.q_proj.weight"]
+    outside = open_hf(out)
+    weight = import_weights(outside, small_tokenizer, tmp_path / "run").weights()["blocks.0.attention.q_proj.weight"]
     found = outside.read("blocks.0.attention.q_proj.weight")
     assert weight.dtype == torch.float32
     assert isinstance(found, QuantTensor)
@@ -75,7 +75,7 @@ def test_narrow_numbers_stay_what_they_are(
     path = out / "model.safetensors"
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
-    checkpoint = adopt(open_outside(out), small_tokenizer, tmp_path / "run")
+    checkpoint = import_weights(open_hf(out), small_tokenizer, tmp_path / "run")
     embedding = checkpoint.weights()["embedding"]
     assert embedding.dtype == kept
     assert torch.equal(embedding.to(dtype), tensors["model.embed_tokens.weight"])
@@ -89,15 +89,15 @@ def test_a_tokenizer_of_another_size_is_refused_and_nothing_is_written(
     config = FORMS["gqa-rope"][0].model_copy(update={"vocabulary": 600})
     _, out = written(config, small_tokenizer, tmp_path / "out")
     with pytest.raises(CheckpointError, match="has 422 ids, and the model 600 rows"):
-        adopt(open_outside(out), small_tokenizer, tmp_path / "run")
+        import_weights(open_hf(out), small_tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_progress_ends_with_all_tensors(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
-    outside = open_outside(out)
+    outside = open_hf(out)
     told: list[tuple[int, int]] = []
-    adopt(outside, small_tokenizer, tmp_path / "run", lambda done, total: told.append((done, total)))
+    import_weights(outside, small_tokenizer, tmp_path / "run", lambda done, total: told.append((done, total)))
     assert told[-1] == (len(outside.names()), len(outside.names()))
 
 
@@ -111,5 +111,5 @@ def test_weights_that_are_no_numbers_are_refused_by_name(
     tensors[name].view(-1)[-1] = value
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"{name} holds no numbers\. 1 of [\d,]+ values are infinite or NaN"):
-        adopt(open_outside(out), small_tokenizer, tmp_path / "run")
+        import_weights(open_hf(out), small_tokenizer, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -24,10 +24,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lowvram.convert.hf.reader import is_outside, open_outside
+from lowvram.convert.hf.reader import is_hf_directory, open_hf
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError, ExportError, LowvramError
-from lowvram.generate.weights import load_for_reading
+from lowvram.generate.weights import load_for_inference
 from tests.convert.forms import FORMS, LATENT, SMALL, windowed
 from tests.convert.sources import written
 
@@ -55,7 +55,7 @@ FRESH: dict[str, tuple[Callable[[Any], Any], Any]] = {
 def test_weights_and_form_come_back_to_the_bit(name: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     config, _ = FORMS[name]
     model, out = written(config, small_tokenizer, tmp_path / "out", most_bytes=40_000)
-    outside = open_outside(out)
+    outside = open_hf(out)
     assert outside.config == config
     assert outside.form.trained_positions == 256
     own = model.state_dict()
@@ -68,7 +68,7 @@ def test_weights_and_form_come_back_to_the_bit(name: str, small_tokenizer: Token
 def test_a_window_comes_back_with_its_pattern(pattern: str, small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     config = windowed(pattern).model_copy(update={"vocabulary": small_tokenizer.size})
     _, out = written(config, small_tokenizer, tmp_path / "out")
-    assert open_outside(out).config == config
+    assert open_hf(out).config == config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -84,7 +84,7 @@ def test_what_transformers_wrote_gives_the_logits_of_transformers(
             tensor.add_(0.05 * torch.randn(tensor.shape).to(tensor.dtype) if "norm" not in key else 0)
     twin.save_pretrained(tmp_path / "out", max_shard_size="30KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    model = load_for_reading(open_outside(tmp_path / "out"), "fp32", flow=torch.float32)
+    model = load_for_inference(open_hf(tmp_path / "out"), "fp32", flow=torch.float32)
     # Opened anew: casting a model of transformers to bf16 has rounded its rotary table too.
     twin = kind.from_pretrained(tmp_path / "out", dtype=torch.float32)
     token_BT = torch.randint(0, 90, (1, 50), generator=torch.Generator().manual_seed(1))
@@ -104,7 +104,7 @@ def test_deepseeks_own_grid_is_read_where_128_does_not_divide_a_side(
     scale = torch.tensor([[0.013, 0.4]])
     change(out, lambda tensors: tensors | {name: code, f"{name}_scale_inv": scale})
     say(out, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
-    found = open_outside(out).read("blocks.0.attention.kv_a_proj.weight")
+    found = open_hf(out).read("blocks.0.attention.kv_a_proj.weight")
     assert isinstance(found, QuantTensor)
     expected = torch.cat([code[:, :128].float() * scale[0, 0], code[:, 128:].float() * scale[0, 1]], dim=1)
     assert torch.equal(dequantise(found, torch.float32), expected)
@@ -117,7 +117,7 @@ def test_scales_that_are_exponents_are_read_as_numbers(small_tokenizer: Tokenize
     scale = torch.full((1, 1), 0.25).to(torch.float8_e8m0fnu)
     change(out, lambda tensors: tensors | {name: code, f"{name}_scale_inv": scale})
     say(out, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"})
-    found = open_outside(out).read("blocks.0.attention.o_proj.weight")
+    found = open_hf(out).read("blocks.0.attention.o_proj.weight")
     assert isinstance(found, QuantTensor)
     assert torch.equal(dequantise(found, torch.float32), torch.full((36, 48), 0.25))
 
@@ -126,7 +126,7 @@ def test_layers_that_predict_further_tokens_are_left_aside_and_said(small_tokeni
     model, out = written(FORMS["mla-moe"][0], small_tokenizer, tmp_path / "out")
     extra = {"model.layers.2.eh_proj.weight": torch.ones(3, 3), "model.layers.2.enorm.weight": torch.ones(3)}
     change(out, lambda tensors: tensors | extra)
-    outside = open_outside(out)
+    outside = open_hf(out)
     assert outside.notices == ["2 tensors of layers that predict further tokens are left aside (MTP)."]
     assert torch.equal(outside.read("embedding"), model.embedding)
 
@@ -134,7 +134,7 @@ def test_layers_that_predict_further_tokens_are_left_aside_and_said(small_tokeni
 def test_tables_of_old_files_are_passed_over(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
     change(out, lambda tensors: tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
-    assert open_outside(out).notices == []
+    assert open_hf(out).notices == []
 
 
 def change(out: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -252,7 +252,7 @@ def test_damage_is_named(damage: Callable[[Path], Any], words: str, small_tokeni
     _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
     damage(out)
     with pytest.raises(LowvramError) as caught:
-        open_outside(out)
+        open_hf(out)
     assert isinstance(caught.value, CheckpointError | ExportError)
     assert words in str(caught.value)
     assert caught.value.fix
@@ -261,7 +261,7 @@ def test_damage_is_named(damage: Callable[[Path], Any], words: str, small_tokeni
 
 def test_a_checkpoint_of_ours_is_not_taken_for_one_from_outside(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
-    assert is_outside(out)
+    assert is_hf_directory(out)
     (out / "manifest.json").write_text("{}", encoding="utf-8")
-    assert not is_outside(out)
-    assert not is_outside(tmp_path)
+    assert not is_hf_directory(out)
+    assert not is_hf_directory(tmp_path)

@@ -18,7 +18,7 @@ from lowvram.data.shards import pack, pack_split
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
-from tests.flows.typed import Answer, typed
+from tests.flows.typed import Output, typed
 
 GOOD = [f"iyi belge {number}" for number in range(3)]
 
@@ -251,7 +251,7 @@ def test_the_command_line_stops_skips_and_reports(
         options = ["--tokenizer", "my tok", "--out", "my shards", "--processes", "1"]
     options += ["--replace"]
 
-    def run(action: str) -> Answer:
+    def run(action: str) -> Output:
         return typed(*command.split(), "in", "--on-bad-row", action, *options)
 
     stopped, skipped, reported = run("stop"), run("skip"), run("report")

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowvram.data.hf_tokenizer import MOST_ROWS, ROWS, OutsideTokenizer, load_tokenizer
+from lowvram.data.hf_tokenizer import MOST_ROWS, ROWS, HfTokenizer, load_tokenizer
 from lowvram.data.shards import pack
 from lowvram.data.tokenizer import Tokenizer, TokenStream
 from lowvram.errors import TokenizerError
@@ -105,7 +105,7 @@ def test_what_was_saved_is_loaded_with_its_rows_and_still_opens_in_transformers(
 ) -> None:
     tokenizer.save(tmp_path / "kept")
     again = load_tokenizer(tmp_path / "kept")
-    assert isinstance(again, OutsideTokenizer)
+    assert isinstance(again, HfTokenizer)
     assert (again, again.size) == (tokenizer, 450)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "kept")
     assert theirs(TURKISH[0], add_special_tokens=False).input_ids == again.encode(TURKISH[0])

@@ -19,7 +19,7 @@ from lowvram.fit import calibrate as under_test
 from lowvram.fit.calibrate import measure
 from lowvram.fit.memory_curve import Work
 from lowvram.fit.rehearse import rehearse
-from lowvram.fit.throughput import SPREAD_REPEATED, Measured, Rates, estimate, step_seconds, work_seconds
+from lowvram.fit.throughput import SPREAD_REPEATED, Calibration, Rates, estimate, step_seconds, work_seconds
 from lowvram.hardware.profile import load_profile
 from tests.kernels.measures import take_workspaces
 from tests.tiny import KINDS
@@ -50,7 +50,7 @@ class Ticks:
         return next(self._ticks) * self._tick_s
 
 
-def measure_tiny(kind: str = "gqa-rope", plan: Plan | None = None, **more: Any) -> Measured:
+def measure_tiny(kind: str = "gqa-rope", plan: Plan | None = None, **more: Any) -> Calibration:
     options = {name: more.pop(name) for name in ("micro_batch", "compiles", "clock") if name in more}
     plan = plan or Plan(micro_batch=2, accumulate=3)
     return measure("tiny", model_of(kind), train_of(**more), plan, HERE, CPU, **options)

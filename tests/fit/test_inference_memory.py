@@ -6,9 +6,9 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card
 
-from lowvram.fit.inference_memory import rehearse_reading
+from lowvram.fit.inference_memory import rehearse_inference
 from lowvram.generate.decoder import Decoder
-from lowvram.generate.weights import load_for_reading
+from lowvram.generate.weights import load_for_inference
 from lowvram.model.transformer import Transformer
 from tests.generate.test_weights import source_of
 from tests.kernels.measures import LiveBytes
@@ -18,7 +18,7 @@ every_kind = pytest.mark.parametrize("kind", ["gqa-rope", "gqa-alibi-window", "m
 
 
 def model_of(kind: str, precision: str) -> Transformer:
-    return load_for_reading(source_of(VARIANTS[kind]), precision, flow=torch.float32)
+    return load_for_inference(source_of(VARIANTS[kind]), precision, flow=torch.float32)
 
 
 @every_kind
@@ -30,16 +30,16 @@ def test_paper_tells_the_bytes_of_a_real_reading(kind: str, precision: str) -> N
         decoder = Decoder(model, length, slots, torch.float32)
         decoder.prefill(0, [0] * (length - 1))
         decoder.decode_one_token(range(slots), [0] * slots)
-    told = rehearse_reading(model, torch.float32, slots, length, Card("cpu"))
+    told = rehearse_inference(model, torch.float32, slots, length, Card("cpu"))
     assert told == pytest.approx(live.peak, rel=0.05)
 
 
 @every_kind
 def test_the_bytes_are_affine_in_the_context_and_grow_with_the_slots(kind: str) -> None:
     model = model_of(kind, "fp8")
-    one, two, four = (rehearse_reading(model, torch.float32, 1, n, Card("cpu")) for n in (1025, 2049, 4097))
+    one, two, four = (rehearse_inference(model, torch.float32, 1, n, Card("cpu")) for n in (1025, 2049, 4097))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
-    more = rehearse_reading(model, torch.float32, 5, 1025, Card("cpu"))
+    more = rehearse_inference(model, torch.float32, 5, 1025, Card("cpu"))
     held = Decoder(model, 1025, 1, torch.float32).cache_bytes
     assert held < one
     assert more >= one + 4 * held
@@ -48,5 +48,5 @@ def test_the_bytes_are_affine_in_the_context_and_grow_with_the_slots(kind: str) 
 def test_nothing_of_the_model_is_touched_or_counted() -> None:
     model = model_of("mla-moe", "fp8")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rehearse_reading(model, torch.float32, 1, 64, Card("cpu"))
+    rehearse_inference(model, torch.float32, 1, 64, Card("cpu"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

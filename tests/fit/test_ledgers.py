@@ -15,7 +15,7 @@ from lowvram.fit import ledgers
 from lowvram.fit.ledgers import (
     PATHS,
     CardPath,
-    find_sketch,
+    find_memory_curve,
     hash_of,
     name_plan,
     pack,
@@ -53,7 +53,7 @@ def test_the_file_knows_every_preset_as_it_is_on_every_path() -> None:
         model, train = load_preset(name)
         assert table[name]["hash"] == hash_of(model, train), f"run: python tools/write_ledgers.py {name}"
         for path in PATHS:
-            sketch = find_sketch(name, model, train, path)
+            sketch = find_memory_curve(name, model, train, path)
             for plan in plans_of(sketch, path):
                 side = sketch if plan.offload == "none" else sketch.offloaded()
                 assert side.exactly(plan.recompute, plan.micro_batch).ledger.peak_bytes > model.num_parameters()
@@ -109,7 +109,7 @@ def test_between_two_rehearsals_the_line_never_promises_too_much_room(
 ) -> None:
     model, train = load_preset(name)
     path = PATHS[0]
-    sketch = find_sketch(name, model, train, path)
+    sketch = find_memory_curve(name, model, train, path)
     line = sketch.at(recompute, micro_batch).ledger.peak_bytes
     plan = Plan(micro_batch=micro_batch, accumulate=train.batch_samples // micro_batch, recompute=recompute)
     truth = rehearse(model, train, plan, imagine(path)).ledger.peak_bytes
@@ -138,10 +138,10 @@ def test_what_changes_the_step_changes_the_hash_and_what_does_not_leaves_it() ->
 
 def test_a_changed_preset_or_an_unknown_path_is_not_answered_from_the_file() -> None:
     model, train = load_preset("tr-25m")
-    assert find_sketch("tr-25m", model, train, PATHS[0]) is not None
-    assert find_sketch("tr-25m", model.model_copy(update={"layers": 13}), train, PATHS[0]) is None
-    assert find_sketch("tr-26m", model, train, PATHS[0]) is None
-    assert find_sketch("tr-25m", model, train, PATHS[0]._replace(precision="fp32")) is None
+    assert find_memory_curve("tr-25m", model, train, PATHS[0]) is not None
+    assert find_memory_curve("tr-25m", model.model_copy(update={"layers": 13}), train, PATHS[0]) is None
+    assert find_memory_curve("tr-26m", model, train, PATHS[0]) is None
+    assert find_memory_curve("tr-25m", model, train, PATHS[0]._replace(precision="fp32")) is None
 
 
 def test_a_file_of_another_version_or_damage_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

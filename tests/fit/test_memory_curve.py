@@ -6,7 +6,7 @@ import pytest
 
 from lowvram.config.plan import Ledger, Plan
 from lowvram.config.train import divisors
-from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
 
 WORK = Work(1.0, 2.0, 3.0, 4.0)
 
@@ -50,12 +50,12 @@ def test_divisors_are_all_there_and_in_order(count: int, expected: list[int]) ->
     ids=str,
 )
 def test_anchors_are_where_the_line_may_bend(samples: int, seq_len: int, anchors: list[int]) -> None:
-    assert Sketch(divisors(samples), linear, seq_len).anchors() == anchors
+    assert MemoryCurve(divisors(samples), linear, seq_len).anchors() == anchors
 
 
 def test_a_plan_in_between_is_on_the_line_of_two_rehearsals_and_is_not_rehearsed() -> None:
     asked = Asked()
-    sketch = Sketch(divisors(12), asked, 2_000)
+    sketch = MemoryCurve(divisors(12), asked, 2_000)
     found = sketch.at("none", 3)
     assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 12), (6, 2)]
     assert found.ledger.peak_bytes == 1_300
@@ -67,14 +67,14 @@ def test_a_plan_in_between_is_on_the_line_of_two_rehearsals_and_is_not_rehearsed
 
 def test_the_whole_step_is_rehearsed_itself_since_it_accumulates_nothing() -> None:
     asked = Asked()
-    found = Sketch(divisors(12), asked, 2_000).at("block", 12)
+    found = MemoryCurve(divisors(12), asked, 2_000).at("block", 12)
     assert [(plan.micro_batch, plan.accumulate, plan.recompute) for plan in asked.plans] == [(12, 1, "block")]
     assert found.ledger.gradients == 0
 
 
 def test_a_rehearsal_is_made_once_and_then_taken_instead_of_the_line() -> None:
     asked = Asked()
-    sketch = Sketch(divisors(12), asked, 2_000)
+    sketch = MemoryCurve(divisors(12), asked, 2_000)
     first = sketch.exactly("attention", 4)
     assert sketch.exactly("attention", 4) is sketch.at("attention", 4) is first
     assert len(asked.plans) == 1
@@ -87,7 +87,7 @@ def test_lines_of_two_moments_add_up_to_the_peak_between_them() -> None:
     def rehearse(plan: Plan) -> Rehearsal:
         return Rehearsal(ledgers[plan.micro_batch], WORK, WORK)
 
-    ledger = Sketch(divisors(16), rehearse, 2_000).at("none", 4).ledger
+    ledger = MemoryCurve(divisors(16), rehearse, 2_000).at("none", 4).ledger
     between = 300 + (1008 - 300) * 3 / 7
     assert ledger.peak_bytes == pytest.approx(between, abs=3), "six lines are rounded"
     assert min(ledger.weights, ledger.optimizer, ledger.activations, ledger.loss, ledger.temporaries) > 0
@@ -95,5 +95,5 @@ def test_lines_of_two_moments_add_up_to_the_peak_between_them() -> None:
 
 def test_a_step_of_one_sequence_has_one_plan() -> None:
     asked = Asked()
-    assert Sketch(divisors(1), asked, 2_000).at("none", 1).ledger.peak_bytes == 800
+    assert MemoryCurve(divisors(1), asked, 2_000).at("none", 1).ledger.peak_bytes == 800
     assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 1)]

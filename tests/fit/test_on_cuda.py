@@ -12,7 +12,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
 from lowvram.config.run_file import load_preset, preset_names
 from lowvram.config.train import TrainConfig
-from lowvram.fit.memory_curve import Sketch
+from lowvram.fit.memory_curve import MemoryCurve
 from lowvram.fit.rehearse import rehearse
 from lowvram.fit.search import search
 from lowvram.fit.throughput import step_seconds
@@ -88,7 +88,7 @@ def test_a_plan_that_fits_trains_inside_that_memory(name: str, gigabytes: int) -
     model, train = load_preset(name)
     profile = generic_profile(gigabytes * GIB)
     card = card_of(torch.device("cuda"))
-    sketch = Sketch(train.micro_batches, lambda plan: rehearse(model, train, plan, card), train.seq_len)
+    sketch = MemoryCurve(train.micro_batches, lambda plan: rehearse(model, train, plan, card), train.seq_len)
     found = search(sketch, profile.limit_bytes(), lambda r, plan: step_seconds(r, plan, train, profile), exact=True)
     if not found.fits:
         pytest.skip(f"{name} does not fit {gigabytes} GB, as fit says")

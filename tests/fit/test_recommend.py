@@ -9,20 +9,24 @@ import pytest
 from lowvram.config.plan import Ledger
 from lowvram.config.run_file import load_preset
 from lowvram.fit.epochs import Part, RunText
-from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
 from lowvram.fit.recommend import TOO_SLOW_DAYS, explain_too_little, limit_tokens, recommend, recommend_first
-from lowvram.fit.report import Answer, Place, judge
+from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit
 from lowvram.hardware.profile import load_profile
 
 HOUR = 1 / 24
 MODEL, TRAIN = load_preset("tr-25m")
 REHEARSAL = Rehearsal(Ledger(1, 1, 1, 1, 1, 1, "backward"), Work(1e12, 1e9, 1000.0), Work(0.0, 5e8, 100.0))
-ANSWER = judge(
-    "tr-25m", MODEL, TRAIN, Sketch([64], lambda _: REHEARSAL, 1024), Place(load_profile("rtx5070"), 2**33, 2**33)
+ANSWER = evaluate_fit(
+    "tr-25m",
+    MODEL,
+    TRAIN,
+    MemoryCurve([64], lambda _: REHEARSAL, 1024),
+    MemoryBudget(load_profile("rtx5070"), 2**33, 2**33),
 )
 
 
-def invented(name: str, days: float | None, lacks: int = 0, fits: bool = True) -> Answer:
+def invented(name: str, days: float | None, lacks: int = 0, fits: bool = True) -> FitReport:
     """An answer about a preset that takes so many days."""
     model, train = load_preset(name)
     speed = None if days is None else ANSWER.speed._replace(tokens_per_second=train.tokens / days / 86_400)

@@ -8,8 +8,8 @@ import pytest
 
 from lowvram.config.plan import Ledger, Plan, Recompute
 from lowvram.config.train import divisors
-from lowvram.fit.memory_curve import Rehearsal, Sketch, Work
-from lowvram.fit.search import ANY, Found, Wish, search
+from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
+from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search
 
 # Bytes of a sequence: what is computed again need not be kept.
 KEPT = {"none": 400, "attention": 200, "block": 100}
@@ -23,7 +23,7 @@ class Model:
     """An invented model whose step has 16 sequences; remembers what was rehearsed."""
 
     def __init__(self, samples: int = 16, overhead: float = 1.0, accumulating: int = 0) -> None:
-        self.sketch = Sketch(divisors(samples), self._rehearse, 2_000)
+        self.sketch = MemoryCurve(divisors(samples), self._rehearse, 2_000)
         self.rehearsed: list[tuple[Recompute, int]] = []
         self._overhead, self._accumulating = overhead, accumulating
 
@@ -36,7 +36,7 @@ class Model:
     def seconds(self, _: Rehearsal, plan: Plan) -> float:
         return plan.accumulate * (self._overhead + plan.micro_batch * SLOWER[plan.recompute])
 
-    def search(self, limit_bytes: int, exact: bool = False, wish: Wish = ANY) -> Found:
+    def search(self, limit_bytes: int, exact: bool = False, wish: PlanConstraints = ANY) -> SearchResult:
         return search(self.sketch, limit_bytes, self.seconds, exact, wish)
 
 
@@ -116,7 +116,7 @@ def test_the_whole_step_is_tried_where_its_half_does_not_fit_since_it_accumulate
 
 @pytest.mark.parametrize("samples, expected", [(1, 1), (7, 1), (12, 3), (15, 3)], ids=str)
 def test_every_plan_keeps_the_tokens_of_a_step(samples: int, expected: int) -> None:
-    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, wish=Wish(recompute="none"))
+    found = Model(samples, overhead=1.0).search(FIXED + 3 * 400, wish=PlanConstraints(recompute="none"))
     assert found.plan.micro_batch == expected
     assert found.plan.micro_batch * found.plan.accumulate == samples
 
@@ -129,15 +129,15 @@ def test_what_is_said_to_fit_fits(limit_bytes: int) -> None:
 
 def test_what_a_person_insists_on_is_all_that_is_searched() -> None:
     model = Model(overhead=10.0)
-    asked = model.search(FIXED + 16 * 400, wish=Wish(micro_batch=4, recompute="block"))
+    asked = model.search(FIXED + 16 * 400, wish=PlanConstraints(micro_batch=4, recompute="block"))
     assert asked.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
     assert asked.reason == "you asked for it"
     assert {technique for technique, _ in model.rehearsed} == {"block"}
-    least_work = Model(overhead=1e6).search(FIXED + 16 * 400, wish=Wish(micro_batch=4))
+    least_work = Model(overhead=1e6).search(FIXED + 16 * 400, wish=PlanConstraints(micro_batch=4))
     assert least_work.plan.recompute == "none", "all are equally fast, and there is room"
-    kept = model.search(FIXED + 2 * 400, wish=Wish(micro_batch=4))
+    kept = model.search(FIXED + 2 * 400, wish=PlanConstraints(micro_batch=4))
     assert kept.plan == Plan(micro_batch=4, accumulate=4, recompute="attention")
-    least = model.search(FIXED + 3 * 100, wish=Wish(micro_batch=4))
+    least = model.search(FIXED + 3 * 100, wish=PlanConstraints(micro_batch=4))
     assert not least.fits
     assert least.plan == Plan(micro_batch=4, accumulate=4, recompute="block")
     assert "asked for" in least.reason
@@ -176,7 +176,9 @@ def test_a_plan_is_never_called_asked_for_where_nothing_was_asked() -> None:
     assert not nothing.fits
     assert not moved.fits
     assert "asked for" not in nothing.reason + moved.reason
-    asked = search(Model().sketch, FIXED + 99, Model().seconds, wish=Wish(micro_batch=2), may_move=lambda _: True)
+    asked = search(
+        Model().sketch, FIXED + 99, Model().seconds, wish=PlanConstraints(micro_batch=2), may_move=lambda _: True
+    )
     assert "asked for" in asked.reason
 
 
@@ -195,7 +197,7 @@ class Heavy(Model):
     def seconds(self, rehearsal: Rehearsal, plan: Plan) -> float:
         return super().seconds(rehearsal, plan) + (self.MOVING_S if plan.offload == "optimizer" else 0.0)
 
-    def move(self, limit_bytes: int, has_room: bool = True) -> Found:
+    def move(self, limit_bytes: int, has_room: bool = True) -> SearchResult:
         return search(self.sketch, limit_bytes, self.seconds, may_move=lambda _: has_room)
 
 

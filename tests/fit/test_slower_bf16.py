@@ -12,7 +12,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
 from lowvram.config.run_file import load_preset
 from lowvram.config.train import TrainConfig
-from lowvram.fit.calibration_store import compare_precisions, store_measured
+from lowvram.fit.calibration_store import compare_precisions, store_calibration
 from lowvram.fit.rehearse import imagine, rehearse
 from lowvram.fit.suggestions import LEAST_GAIN, Weighed, describe_slower, propose_fp32
 from lowvram.hardware.detect import TorchBuild
@@ -35,11 +35,11 @@ def test_one_precision_alone_says_nothing_and_a_card_is_not_asked(tmp_path: Path
     assert compare_precisions(CPU, tmp_path) is None
     for precision in ("bf16", "fp32"):
         home = tmp_path / precision
-        store_measured(measured_here(precision), home)
+        store_calibration(measured_here(precision), home)
         assert compare_precisions(CPU, home) is None
     for profile_id in ("rtx5070", "m3-max"):
         for precision in ("bf16", "fp32"):
-            store_measured(measured_here(precision, profile_id=profile_id), tmp_path)
+            store_calibration(measured_here(precision, profile_id=profile_id), tmp_path)
         assert compare_precisions(load_profile(profile_id), tmp_path) is None
 
 
@@ -56,7 +56,7 @@ def test_one_precision_alone_says_nothing_and_a_card_is_not_asked(tmp_path: Path
 )
 def test_measurements_under_other_conditions_are_not_compared(tmp_path: Path, other: dict[str, Any]) -> None:
     store_pair(2.0, tmp_path)
-    store_measured(measured_here("fp32", **other), tmp_path)
+    store_calibration(measured_here("fp32", **other), tmp_path)
     assert compare_precisions(CPU, tmp_path) is None
 
 

@@ -14,14 +14,14 @@ import pytest
 from lowvram.config.plan import Ledger, Plan
 from lowvram.config.train import TrainConfig
 from lowvram.errors import DiskFullError
-from lowvram.fit.calibration_store import load_measured, measurements, store_measured
+from lowvram.fit.calibration_store import load_calibration, measurements, store_calibration
 from lowvram.fit.memory_curve import Rehearsal, Work
 from lowvram.fit.throughput import (
     REST_OF_MACHINE_WATTS,
     SPREAD_MEASURED,
     SPREAD_REPEATED,
     SPREAD_UNMEASURED,
-    Measured,
+    Calibration,
     Rates,
     Speed,
     days,
@@ -50,13 +50,15 @@ def card(**more: Any) -> Profile:
     return Profile.model_validate({**given, "fp8": "storage", "attention": "flash", **speed, **more})
 
 
-def measured(**more: Any) -> Measured:
+def measured(**more: Any) -> Calibration:
     given = {"profile_id": "card", "precision": "bf16", "timed": "tr-25m", "micro": MICRO, "update": UPDATE}
     ratios = {"micro_ratio": 1.3, "update_ratio": 0.7, "ledger_bytes": 760, "torch": "2.13.0", "threads": 2}
-    return Measured.model_validate({**given, **RATES._asdict(), **ratios, "date": "2026-01-02T03:04:05+00:00", **more})
+    return Calibration.model_validate(
+        {**given, **RATES._asdict(), **ratios, "date": "2026-01-02T03:04:05+00:00", **more}
+    )
 
 
-def speed_of(plan: Plan = PLAN, profile: Profile | None = None, found: Measured | None = None) -> Speed:
+def speed_of(plan: Plan = PLAN, profile: Profile | None = None, found: Calibration | None = None) -> Speed:
     speed = estimate(REHEARSAL, plan, TRAIN, profile or card(), found)
     assert speed is not None
     return speed
@@ -216,22 +218,22 @@ def test_days_and_electricity_follow_from_tokens_and_watts() -> None:
 
 def test_a_measurement_comes_back_from_disk_as_it_was(tmp_path: Path) -> None:
     found = measured(compiled_ratio=0.61, peak_bytes=777, micro_ratio=1 / 3)
-    path = store_measured(found, tmp_path)
+    path = store_calibration(found, tmp_path)
     assert path == measurements(tmp_path) / "card-bf16.json"
-    assert load_measured("card", "bf16", tmp_path) == (found, "")
+    assert load_calibration("card", "bf16", tmp_path) == (found, "")
 
 
 def test_a_new_measurement_replaces_the_old_one_and_no_other(tmp_path: Path) -> None:
-    store_measured(measured(timed="old"), tmp_path)
-    store_measured(measured(precision="fp32", timed="other"), tmp_path)
-    store_measured(measured(timed="new"), tmp_path)
-    loaded = [load_measured("card", precision, tmp_path)[0] for precision in ("bf16", "fp32")]
+    store_calibration(measured(timed="old"), tmp_path)
+    store_calibration(measured(precision="fp32", timed="other"), tmp_path)
+    store_calibration(measured(timed="new"), tmp_path)
+    loaded = [load_calibration("card", precision, tmp_path)[0] for precision in ("bf16", "fp32")]
     assert [found.timed for found in loaded if found] == ["new", "other"]
     assert len(list(measurements(tmp_path).iterdir())) == 2
 
 
 def test_a_card_that_was_never_measured_is_no_news(tmp_path: Path) -> None:
-    assert load_measured("card", "bf16", tmp_path) == (None, "")
+    assert load_calibration("card", "bf16", tmp_path) == (None, "")
 
 
 def _tear(text: str) -> bytes:
@@ -267,20 +269,20 @@ def _bytes(name: str) -> Any:
     ids=["torn", "version-2", "field-missing", "other-card", "zero-rate", *NO_OBJECTS],
 )
 def test_a_file_that_cannot_be_meant_is_ignored_with_a_sentence(tmp_path: Path, change: Any) -> None:
-    path = store_measured(measured(), tmp_path)
+    path = store_calibration(measured(), tmp_path)
     path.write_bytes(change(path.read_text(encoding="utf-8")))
-    found, sentence = load_measured("card", "bf16", tmp_path)
+    found, sentence = load_calibration("card", "bf16", tmp_path)
     assert found is None
     assert str(path) in sentence
     assert "--measure" in sentence
 
 
 def test_a_full_disk_leaves_the_old_measurement(tmp_path: Path) -> None:
-    store_measured(measured(timed="old"), tmp_path)
+    store_calibration(measured(timed="old"), tmp_path)
     for at in range(2):
         with pytest.raises(DiskFullError):
-            store_measured(measured(timed="new"), tmp_path, FaultyDisk("full", at))
-        found, _ = load_measured("card", "bf16", tmp_path)
+            store_calibration(measured(timed="new"), tmp_path, FaultyDisk("full", at))
+        found, _ = load_calibration("card", "bf16", tmp_path)
         assert found is not None
         assert found.timed == "old"
 
@@ -290,7 +292,7 @@ def test_the_users_own_place_is_taken_where_no_home_is_named() -> None:
     assert measurements().parent.name == "lowvram"
 
 
-@pytest.mark.parametrize("module", ["speed", "measured"])
+@pytest.mark.parametrize("module", ["throughput", "calibration_store"])
 def test_an_answer_needs_no_torch(module: str) -> None:
     code = f"import sys, lowvram.fit.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,7 +15,7 @@ import torch
 from lowvram.storage.checkpoint import find_checkpoint, open_checkpoint
 from lowvram.storage.disk import Disk
 from tests.conftest import TURKISH
-from tests.flows.typed import RUN_FILE, Answer, fill_home, typed
+from tests.flows.typed import RUN_FILE, Output, fill_home, typed
 
 LATIN = "Şükrü Bey'in dükkânı".encode("windows-1254")
 
@@ -51,7 +51,7 @@ def seen(place: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def expect_error(answer: Answer, message: str, code: int = 1) -> None:
+def expect_error(answer: Output, message: str, code: int = 1) -> None:
     """One paragraph that begins with "Error: ", after which nothing comes; and no result."""
     assert answer.code == code, answer.err
     assert answer.out == ""

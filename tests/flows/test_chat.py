@@ -18,7 +18,7 @@ from lowvram.generate.conversation import Conversation
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
-from tests.flows.typed import Answer, typed
+from tests.flows.typed import Output, typed
 
 HOSTILE = {
     "colour": ("\x1b[31mkırmızı\x1b[0m", "[31mkırmızı[0m"),
@@ -37,7 +37,7 @@ HOSTILE = {
 
 def converse(
     monkeypatch: pytest.MonkeyPatch, run: Path, *turns: str | type[BaseException], options: tuple[str, ...] = ()
-) -> Answer:
+) -> Output:
     """Type each turn, or raise it, and then Ctrl-D."""
     pending = iter(turns)
 

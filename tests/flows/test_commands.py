@@ -20,11 +20,11 @@ from lowvram.config.run_file import load_run
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Stopped
-from tests.flows.typed import Answer, environment, fill_home, typed, write_home
+from tests.flows.typed import Output, environment, fill_home, typed, write_home
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Answer]]:
+def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Output]]:
     """Every command once or twice, in the order in which a user types them; and what each answered."""
     home = tmp_path_factory.mktemp("road")
     write_home(home)
@@ -48,11 +48,11 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Answ
     return home, told
 
 
-def test_every_command_ends_well(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_every_command_ends_well(road: tuple[Path, dict[str, Output]]) -> None:
     assert {name: answer.code for name, answer in road[1].items()} == dict.fromkeys(road[1], 0)
 
 
-def test_a_tokenizer_is_trained_and_the_next_command_named(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_a_tokenizer_is_trained_and_the_next_command_named(road: tuple[Path, dict[str, Output]]) -> None:
     home, told = road
     size = Tokenizer.load(home / "tok").size
     first, second = told["tokenizer"].out.splitlines()
@@ -68,7 +68,7 @@ def test_text_with_little_to_merge_is_said_to_have_given_a_smaller_vocabulary(tm
     assert "(the text has no more than that to merge; 9000 were asked for)" in answer.out
 
 
-def test_packing_says_what_came_out_and_the_same_the_second_time(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_packing_says_what_came_out_and_the_same_the_second_time(road: tuple[Path, dict[str, Output]]) -> None:
     _, told = road
     pattern = r"\S+/train: \d+\.\dk tokens of 96 documents, 1\d\.\d KiB of text \(\d\.\d\d bytes a token\)\n"
     following = r"Next: lowvram fit --data \S+/shards --out run\.toml  \(which model fits, and a run file for it\)\n"
@@ -110,7 +110,9 @@ def test_a_share_is_written_in_percent_since_a_bare_number_could_mean_either(sha
     assert "is no share" in answer.err or "invalid share" in answer.err
 
 
-def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(
+    road: tuple[Path, dict[str, Output]],
+) -> None:
     home, told = road
     start, resume, finished = (told[name] for name in ("start", "resume", "finished"))
     assert start.out == resume.out == finished.out == ""
@@ -128,17 +130,17 @@ def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(road: tuple
     assert find_checkpoint(home / "run")[0].step == 6
 
 
-def test_a_set_value_reaches_the_run(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_a_set_value_reaches_the_run(road: tuple[Path, dict[str, Output]]) -> None:
     assert find_checkpoint(road[0] / "run")[0].config()["train"]["optimizer"]["lr"] == 5e-3
 
 
-def test_the_log_holds_both_starts(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_the_log_holds_both_starts(road: tuple[Path, dict[str, Output]]) -> None:
     rows = [json.loads(line) for line in (road[0] / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if row["event"] == "StepDone"] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if row["event"] == "Started"] == [0, 4, 6]
 
 
-def test_evaluation_prints_the_model_beside_the_bigram_baseline(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_evaluation_prints_the_model_beside_the_bigram_baseline(road: tuple[Path, dict[str, Output]]) -> None:
     home, told = road
     values = json.loads(told["json"].out)
     where, model, bigram, _verdict, _next = told["evaluate"].out.splitlines()
@@ -152,7 +154,7 @@ def test_evaluation_prints_the_model_beside_the_bigram_baseline(road: tuple[Path
     assert bigram == f"  bigram model   {baseline:.4f}   (counted on {home / 'shards/train'})"
 
 
-def test_the_json_of_evaluate_has_exactly_these_keys(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_the_json_of_evaluate_has_exactly_these_keys(road: tuple[Path, dict[str, Output]]) -> None:
     home, told = road
     assert told["json"].out.count("\n") == 1
     values = json.loads(told["json"].out)
@@ -170,7 +172,7 @@ def test_the_json_of_evaluate_has_exactly_these_keys(road: tuple[Path, dict[str,
     assert (values["step"], values["data"]) == (6, str(home / "shards/valid"))
 
 
-def test_evaluation_finds_what_training_logged(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_evaluation_finds_what_training_logged(road: tuple[Path, dict[str, Output]]) -> None:
     home, told = road
     rows = [json.loads(line) for line in (home / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     logged = [row for row in rows if row["event"] == "Evaluated"][-1]
@@ -180,7 +182,7 @@ def test_evaluation_finds_what_training_logged(road: tuple[Path, dict[str, Answe
 
 
 @pytest.mark.parametrize("precision", ["fp8", "int8", "bf16"])
-def test_evaluation_measures_what_a_precision_loses(precision: str, road: tuple[Path, dict[str, Answer]]) -> None:
+def test_evaluation_measures_what_a_precision_loses(precision: str, road: tuple[Path, dict[str, Output]]) -> None:
     home, told = road
     exact = json.loads(told["json"].out)
     values = json.loads(typed("evaluate", home / "run", "--precision", precision, "--json").out)
@@ -190,7 +192,9 @@ def test_evaluation_measures_what_a_precision_loses(precision: str, road: tuple[
     assert values["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], rel=0.01)
 
 
-def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(
+    road: tuple[Path, dict[str, Output]],
+) -> None:
     home, _ = road
     words = ("evaluate", home / "run/step-00000004", "--data", home / "shards/train", "--tokens", 100, "--json")
     values = json.loads(typed(*words).out)
@@ -198,7 +202,7 @@ def test_evaluation_takes_one_checkpoint_other_shards_and_a_part_of_them(road: t
     assert 80 < values["targets"] <= 100
 
 
-def test_without_training_shards_there_is_no_baseline(tmp_path: Path, road: tuple[Path, dict[str, Answer]]) -> None:
+def test_without_training_shards_there_is_no_baseline(tmp_path: Path, road: tuple[Path, dict[str, Output]]) -> None:
     home, told = road
     shards = home / "shards/train"
     shards.rename(tmp_path / "away")
@@ -213,11 +217,13 @@ def test_without_training_shards_there_is_no_baseline(tmp_path: Path, road: tupl
     assert not any("bigram" in line for line in lines)
 
 
-def ask(home: Path, *words: object) -> Answer:
+def ask(home: Path, *words: object) -> Output:
     return typed("chat", home / "run", "--prompt", "Kış geldi", "--tokens", 20, *words)
 
 
-def test_the_same_seed_gives_the_same_text_and_another_seed_another(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(
+    road: tuple[Path, dict[str, Output]],
+) -> None:
     answers = [ask(road[0], "--seed", seed) for seed in (1, 1, 2)]
     assert [answer.code for answer in answers] == [0, 0, 0]
     first, again, other = (answer.out for answer in answers)
@@ -228,13 +234,13 @@ def test_the_same_seed_gives_the_same_text_and_another_seed_another(road: tuple[
     assert answers[0].err == ""
 
 
-def test_temperature_zero_does_not_know_the_seed(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_temperature_zero_does_not_know_the_seed(road: tuple[Path, dict[str, Output]]) -> None:
     first, other = (ask(road[0], "--temperature", 0, "--seed", seed) for seed in (1, 2))
     assert first.out == other.out
     assert first.out != ask(road[0], "--seed", 1).out
 
 
-def test_a_prompt_is_normalised_to_composed_letters(road: tuple[Path, dict[str, Answer]]) -> None:
+def test_a_prompt_is_normalised_to_composed_letters(road: tuple[Path, dict[str, Output]]) -> None:
     words = ("--temperature", 0, "--tokens", 8)
     composed = typed("chat", road[0] / "run", "--prompt", "g\u00fcl\u015f", *words)
     parted = typed("chat", road[0] / "run", "--prompt", "gu\u0308ls\u0327", *words)
@@ -252,7 +258,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_puts_signals_back(tmp_path: Pa
 
 
 def test_the_version_is_a_result() -> None:
-    assert typed("--version") == Answer(0, f"lowvram {lowvram.__version__}\n", "")
+    assert typed("--version") == Output(0, f"lowvram {lowvram.__version__}\n", "")
 
 
 def parsers() -> dict[tuple[str, ...], argparse.ArgumentParser]:
@@ -302,7 +308,7 @@ def test_ctrl_c_outside_of_training_ends_with_130(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lowvram.data.text_files.find_text_files", interrupt)
-    assert typed("tokenizer", "train", tmp_path) == Answer(130, "", "")
+    assert typed("tokenizer", "train", tmp_path) == Output(130, "", "")
 
 
 def test_help_and_version_answer_without_loading_torch() -> None:

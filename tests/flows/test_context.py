@@ -16,7 +16,7 @@ from lowvram.cli.load import Loaded
 from lowvram.config.model import ModelConfig
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError
-from lowvram.fit.report import Place
+from lowvram.fit.report import MemoryBudget
 from lowvram.hardware.profile import load_profile
 from lowvram.model.transformer import Transformer
 from tests.model.variants import VARIANTS
@@ -31,8 +31,8 @@ def loaded_of(kind: str, trained_len: int = 32) -> Loaded:
 
 def with_room(monkeypatch: pytest.MonkeyPatch, limit_bytes: int) -> None:
     class Card:
-        def place(self, precision: str) -> Place:
-            return Place(load_profile("cpu"), limit_bytes, limit_bytes, None)
+        def place(self, precision: str) -> MemoryBudget:
+            return MemoryBudget(load_profile("cpu"), limit_bytes, limit_bytes, None)
 
     monkeypatch.setattr(place, "find_card_of", lambda device: Card())
 

@@ -16,7 +16,7 @@ from lowvram.cli import demo
 from lowvram.cli.next_step import quote_command
 from lowvram.train.events import Stopped
 from tests.conftest import TURKISH
-from tests.flows.typed import Answer, environment, typed
+from tests.flows.typed import Output, environment, typed
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,7 +31,7 @@ def small() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def walked(small: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
+def walked(small: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Output]:
     """A finished demo in a folder whose name a shell would split, and what it said; no test changes it."""
     home = tmp_path_factory.mktemp("walked") / "my demo"
     return home, typed("demo", "--dir", home, "--device", "cpu")
@@ -49,7 +49,9 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(walked: tuple[Path, Answer]) -> None:
+def test_the_demo_walks_from_text_to_answers_and_names_the_command_of_each_step(
+    walked: tuple[Path, Output],
+) -> None:
     _, answer = walked
     assert answer.code == 0, answer.err
     titles = [line for line in answer.out.splitlines() if line[1:3] == "/8"]
@@ -115,7 +117,7 @@ def test_replace_does_not_delete_a_run_in_which_another_process_trains(tmp_path:
 
 
 def test_a_demo_that_was_interrupted_anywhere_goes_on_and_comes_to_the_same(
-    tmp_path: Path, walked: tuple[Path, Answer]
+    tmp_path: Path, walked: tuple[Path, Output]
 ) -> None:
     home, alone = tmp_path / "d", walked[0]
     shutil.copytree(alone, home)
@@ -133,7 +135,7 @@ def test_a_demo_that_was_interrupted_anywhere_goes_on_and_comes_to_the_same(
 
 
 def test_another_text_in_the_same_place_is_refused_and_replace_is_named(
-    tmp_path: Path, walked: tuple[Path, Answer]
+    tmp_path: Path, walked: tuple[Path, Output]
 ) -> None:
     home, _ = walked
     made = contents_of(home)
@@ -144,7 +146,7 @@ def test_another_text_in_the_same_place_is_refused_and_replace_is_named(
     assert contents_of(home) == made
 
 
-def test_the_end_shows_the_curve_and_says_how_to_talk_before_how_to_delete(walked: tuple[Path, Answer]) -> None:
+def test_the_end_shows_the_curve_and_says_how_to_talk_before_how_to_delete(walked: tuple[Path, Output]) -> None:
     home, answer = walked
     lines = answer.out.splitlines()
     talk, fit, delete = lines[-3:]

@@ -10,7 +10,7 @@ import pytest
 
 from lowvram.cli.load import load_model
 from lowvram.convert.gguf.verify import LINES, PROMPT, write_lines
-from tests.flows.typed import Answer, typed
+from tests.flows.typed import Output, typed
 
 pytest.importorskip("gguf")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="its programs are shell scripts")
@@ -27,7 +27,7 @@ def said(run: Path) -> tuple[list[int], bytes]:
     return tokenizer.encode(write_lines()), json.loads(answer.out)["text"].encode()
 
 
-def export(run: Path, folder: Path, ids: bytes, text: bytes, end: str = "exit 0", name: str = "completion") -> Answer:
+def export(run: Path, folder: Path, ids: bytes, text: bytes, end: str = "exit 0", name: str = "completion") -> Output:
     """Export with programs that print the ids and the text."""
     folder.mkdir(exist_ok=True)
     for program, shown in (("tokenize", ids), (name, text)):

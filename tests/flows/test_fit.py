@@ -19,7 +19,7 @@ from lowvram.config.run_file import load_preset, preset_names
 from lowvram.hardware.detect import Detected
 from lowvram.hardware.profile import load_profile
 from lowvram.units import show_bytes, show_duration_range, show_energy_range
-from tests.flows.typed import Answer, environment, typed
+from tests.flows.typed import Output, environment, typed
 
 GIB = 2**30
 COLUMNS = ["preset", "parameters", "fits", "peak", "time", "tokens/s", "energy", "plan", "technique", "tokens"]
@@ -32,7 +32,7 @@ def values(*words: object) -> dict[str, Any]:
     return json.loads(answer.out)
 
 
-def table(answer: Answer) -> dict[str, list[str]]:
+def table(answer: Output) -> dict[str, list[str]]:
     """The rows by their first word, cells split where there are two spaces."""
     assert answer.code == 0, answer.err
     lines = [line for line in answer.out.splitlines() if line.split("  ")[0].strip() in preset_names()]

@@ -11,8 +11,8 @@ import pytest
 from lowvram.cli import place as cli_place
 from lowvram.config.model import ModelConfig
 from lowvram.config.train import TrainConfig
-from lowvram.fit.ledgers import PATHS, find_sketch
-from lowvram.fit.report import Answer, Place, judge
+from lowvram.fit.ledgers import PATHS, find_memory_curve
+from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit
 from lowvram.fit.suggestions import LEAST_GAIN
 from tests.fit.pair import store_pair
 from tests.flows.typed import fill_home, typed
@@ -31,14 +31,16 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def rehearses_quickly(monkeypatch: pytest.MonkeyPatch, fits: bool) -> None:
     """Let a preset take in fp32 what it takes in bf16, which stands in a file, or more than there is."""
 
-    def judge_here(name: str, model: ModelConfig, train: TrainConfig, place: Place) -> Answer:
-        sketch = find_sketch(name, model, train, CPU_PATH)
+    def evaluate_fit_here(name: str, model: ModelConfig, train: TrainConfig, place: MemoryBudget) -> FitReport:
+        sketch = find_memory_curve(name, model, train, CPU_PATH)
         assert sketch is not None
         assert place.measured is not None
         assert place.measured.precision == train.precision == "fp32"
-        return judge(name, model, train, sketch, place if fits else place._replace(limit_bytes=1, headless_bytes=1))
+        return evaluate_fit(
+            name, model, train, sketch, place if fits else place._replace(limit_bytes=1, headless_bytes=1)
+        )
 
-    monkeypatch.setattr(cli_place, "judge_here", judge_here)
+    monkeypatch.setattr(cli_place, "evaluate_fit_here", evaluate_fit_here)
 
 
 @pytest.mark.parametrize("times", [1.62, 1.1])

@@ -14,7 +14,7 @@ from lowvram.cli.promise import Promise
 from lowvram.config.plan import Plan
 from lowvram.config.run import RunConfig
 from lowvram.errors import MachineError
-from lowvram.fit.search import Wish
+from lowvram.fit.search import PlanConstraints
 from lowvram.hardware.detect import Detected
 from lowvram.hardware.profile import load_profile
 from lowvram.train.events import StepDone
@@ -66,9 +66,9 @@ def test_less_room_makes_the_plan_smaller_and_none_at_all_is_an_error_with_a_way
 ) -> None:
     fixed = load_profile("cpu").host_process_bytes
     stand_on(monkeypatch, fixed + 2**29)
-    roomy = Promise(what, CPU).judge()
+    roomy = Promise(what, CPU).evaluate_fit()
     stand_on(monkeypatch, fixed + int(roomy.found.peak_bytes * 0.9))
-    tight = Promise(what, CPU).judge()
+    tight = Promise(what, CPU).evaluate_fit()
     assert roomy.found.fits
     assert tight.found.fits
     assert tight.found.peak_bytes < 0.9 * roomy.found.peak_bytes
@@ -166,7 +166,7 @@ def test_the_pace_after_the_first_steps_is_held_against_the_speed(
 def test_a_card_without_figures_promises_no_speed(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_on_card(monkeypatch, "AMD Radeon RX 7900 XT", 20, 19 * 2**30)
     promise = Promise(what, torch.device("cuda", 0))
-    answer = promise.judge()
+    answer = promise.evaluate_fit()
     assert promise.place.profile.name == "AMD Radeon RX 7900 XT", "and not the processor, which NVML leaves"
     assert answer.found.fits
     assert answer.speed is None
@@ -196,11 +196,11 @@ def test_on_windows_attention_is_that_of_a_torch_without_flash(monkeypatch: pyte
 
 def test_what_was_asked_for_is_planned_as_fit_would(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = load_profile("cpu").host_process_bytes
-    plain = Promise(what, CPU).judge(Wish(2, "none")).found.peak_bytes
+    plain = Promise(what, CPU).evaluate_fit(PlanConstraints(2, "none")).found.peak_bytes
     stand_on(monkeypatch, fixed + int(plain * 1.06 / 0.94))
     promise = Promise(what, CPU)
-    for wish in (Wish(2), Wish(None, "block"), Wish(2, "block")):
-        found = promise.judge(wish).found
+    for wish in (PlanConstraints(2), PlanConstraints(None, "block"), PlanConstraints(2, "block")):
+        found = promise.evaluate_fit(wish).found
         assert promise.choose(*wish) == (found.plan, "you asked for it")
         assert wish.micro_batch in (None, found.plan.micro_batch)
         assert wish.recompute in (None, found.plan.recompute)

@@ -37,7 +37,7 @@ prompts = ["Kış"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Output:
     """How a command ended, and what stood on its two outputs."""
 
     code: int
@@ -45,7 +45,7 @@ class Answer:
     err: str
 
 
-def typed(*words: object) -> Answer:
+def typed(*words: object) -> Output:
     """Type `lowvram` and these words; neither output is a terminal."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -53,7 +53,7 @@ def typed(*words: object) -> Answer:
             code = main([str(word) for word in words])
         except SystemExit as end:
             code = int(end.code or 0)
-    return Answer(code, out.getvalue(), err.getvalue())
+    return Output(code, out.getvalue(), err.getvalue())
 
 
 def write_home(home: Path) -> None:

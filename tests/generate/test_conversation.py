@@ -8,7 +8,7 @@ import pytest
 
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError, PromptTooLongError
-from lowvram.generate.chat_template import Message, load_template
+from lowvram.generate.chat_template import Message, load_chat_template
 from lowvram.generate.conversation import Conversation
 from lowvram.generate.engine import Counts
 from lowvram.generate.sampling import Sampler
@@ -48,7 +48,7 @@ def base(tokenizer: Tokenizer, max_context: int = 200) -> Conversation:
 
 def dialogue(tokenizer: Tokenizer, max_context: int = 200, system: str | None = None) -> Conversation:
     engine = Parrot(tokenizer, max_context)
-    return Conversation(engine, load_template(tokenizer), system)  # type: ignore[arg-type]
+    return Conversation(engine, load_chat_template(tokenizer), system)  # type: ignore[arg-type]
 
 
 def say(talk: Conversation, text: str, tokens: int = 99, **options: bool) -> str:
@@ -80,7 +80,7 @@ def test_a_dialogue_is_what_the_template_makes_of_it(small_tokenizer: Tokenizer)
     talk = dialogue(small_tokenizer, system="Kısa yanıt ver.")
     say(talk, "Merhaba")
     say(talk, "Peki?")
-    template = load_template(small_tokenizer)
+    template = load_chat_template(small_tokenizer)
     assert template is not None
     whole = [Message("system", "Kısa yanıt ver."), *talk.messages[:3]]
     assert talk.engine.given[1] == template.encode(small_tokenizer, whole)

@@ -15,7 +15,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.generate import decoder as of_decoder
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.graphs import Graphs, can_capture
-from lowvram.model.kv_cache import Cache
+from lowvram.model.kv_cache import KvCache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS, VOCABULARY
@@ -216,7 +216,7 @@ def test_only_a_step_that_asks_the_host_nothing_is_captured() -> None:
 def test_who_asks_for_no_graphs_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowvram.generate.graphs.can_capture", lambda _: True)
     model = Transformer(VARIANTS["gqa-rope"])
-    cache = Cache(model.config, 1, 300)
+    cache = KvCache(model.config, 1, 300)
     assert [Graphs(model, cache, captures).is_captured for captures in (True, False)] == [True, False]
 
 

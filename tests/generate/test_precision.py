@@ -6,7 +6,13 @@ import pytest
 from lowvram_kernels.dispatch import Card
 
 from lowvram.cli.app import build_parser
-from lowvram.generate.precision import PRECISIONS, Precision, Reading, choose_reading, read_as_trained
+from lowvram.generate.precision import (
+    PRECISIONS,
+    InferencePrecision,
+    Precision,
+    choose_inference_precision,
+    inference_precision_as_trained,
+)
 
 RTX_20, RTX_30, RTX_50 = (Card("cuda", capability) for capability in ((7, 5), (8, 6), (12, 0)))
 BARE_20, BARE_30 = (card._replace(has_triton=False) for card in (RTX_20, RTX_30))
@@ -26,7 +32,7 @@ BARE_20, BARE_30 = (card._replace(has_triton=False) for card in (RTX_20, RTX_30)
     ],
 )
 def test_the_card_chooses_and_says_why(card: Card, has_fast_bf16: bool, kept: str, flow: str, reason: str) -> None:
-    found = choose_reading(card, None, has_fast_bf16)
+    found = choose_inference_precision(card, None, has_fast_bf16)
     assert (found.kept, found.flow) == (kept, flow)
     assert reason in found.reason
 
@@ -34,7 +40,7 @@ def test_the_card_chooses_and_says_why(card: Card, has_fast_bf16: bool, kept: st
 @pytest.mark.parametrize("asked", PRECISIONS)
 @pytest.mark.parametrize("card", [RTX_50, RTX_20, Card("mps"), Card("cpu")], ids=lambda card: str(card[:2]))
 def test_what_is_asked_for_is_taken_on_every_card(card: Card, asked: Precision) -> None:
-    found = choose_reading(card, asked, has_fast_bf16=False)
+    found = choose_inference_precision(card, asked, has_fast_bf16=False)
     assert (found.kept, found.reason) == (asked, "as asked")
     eight_bits = {"cuda": "fp16" if card == RTX_20 else "bf16", "mps": "bf16", "cpu": "fp32"}[card.platform]
     assert found.flow == (eight_bits if asked in ("fp8", "int8") else asked)
@@ -44,7 +50,7 @@ def test_what_is_asked_for_is_taken_on_every_card(card: Card, asked: Precision) 
     "trained, expected", [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp8", "bf16"), ("int8", "bf16")]
 )
 def test_a_run_is_evaluated_in_what_it_validates_in(trained: str, expected: str) -> None:
-    assert read_as_trained(trained) == Reading(expected, expected, "as the run validates")  # type: ignore[arg-type]
+    assert inference_precision_as_trained(trained) == InferencePrecision(expected, expected, "as the run validates")  # type: ignore[arg-type]
 
 
 def test_the_command_line_offers_every_precision() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from lowvram.errors import LowvramError, PromptError, TokenizerError
 from lowvram.generate import template_budget
-from lowvram.generate.chat_template import Message, Template
+from lowvram.generate.chat_template import ChatTemplate, Message
 from lowvram.generate.template_budget import (
     MOST_CHARACTERS,
     MOST_INTEGER_BITS,
@@ -111,7 +111,7 @@ HOSTILE = {
 
 
 def render(source: str) -> str:
-    return Template(source + "{{ messages[0].content }}", {}).render([Message("user", "evet")]).removesuffix("evet")
+    return ChatTemplate(source + "{{ messages[0].content }}", {}).render([Message("user", "evet")]).removesuffix("evet")
 
 
 @pytest.mark.parametrize("source, said", HOSTILE.items(), ids=[f"{n}" for n in range(len(HOSTILE))])
@@ -146,13 +146,13 @@ def test_a_template_that_would_never_end_or_fill_the_memory_is_refused(
 )
 def test_a_template_that_cannot_be_compiled_is_an_error_of_one_paragraph(source: str) -> None:
     with pytest.raises(TokenizerError, match="chat template") as caught:
-        Template(source, {})
+        ChatTemplate(source, {})
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 800
 
 
 def test_limits_are_reached_before_they_are_passed() -> None:
-    assert len(Template("x" * MOST_SOURCE_CHARACTERS, {}).render([Message("user", "")])) == MOST_SOURCE_CHARACTERS
+    assert len(ChatTemplate("x" * MOST_SOURCE_CHARACTERS, {}).render([Message("user", "")])) == MOST_SOURCE_CHARACTERS
     assert len(render(f"{{{{ 'a' * {MOST_OF_ONE_VALUE} }}}}")) == MOST_OF_ONE_VALUE
     with pytest.raises(PromptError, match=VALUE):
         render(f"{{{{ 'a' * {MOST_OF_ONE_VALUE + 1} }}}}")
@@ -180,10 +180,10 @@ def test_a_budget_counts_to_its_last_step_and_its_last_character() -> None:
 
 def test_a_longer_conversation_may_take_more() -> None:
     source = "{% for m in messages %}{{ m.content }}{% for i in range(1500) %}{% endfor %}{% endfor %}"
-    template = Template(source, {})
+    template = ChatTemplate(source, {})
     with pytest.raises(PromptError, match="steps"):
         template.render([Message("user", "evet")] * 1000)
-    plain = Template("{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }}{% endfor %}", {})
+    plain = ChatTemplate("{% for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }}{% endfor %}", {})
     assert len(plain.render([Message("user", "evet")] * 20_000)) == 20_000 * len("<user>evet</>")
 
 

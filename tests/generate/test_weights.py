@@ -16,7 +16,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
-from lowvram.generate.weights import CheckpointSource, load_for_reading, weight_bytes
+from lowvram.generate.weights import CheckpointReader, load_for_inference, weight_bytes
 from lowvram.model.transformer import Transformer
 from lowvram.storage.checkpoint import Store, open_checkpoint
 from tests.kernels.measures import LiveBytes
@@ -86,7 +86,7 @@ def rounded(source: Given, precision: str) -> Transformer:
 @pytest.mark.parametrize("count", [1, 9], ids=["few-rows", "many-rows"])
 def test_reading_computes_what_the_rounded_weights_stand_for(config: ModelConfig, precision: str, count: int) -> None:
     source = source_of(config)
-    model = load_for_reading(source, precision, flow=torch.float32)
+    model = load_for_inference(source, precision, flow=torch.float32)
     with torch.no_grad():
         found = model.logits(tokens(config, count), torch.float32)
         truth = rounded(source, precision).logits(tokens(config, count))
@@ -101,7 +101,7 @@ def test_plain_precisions_answer_with_the_bits_of_the_masters(config: ModelConfi
     source = source_of(config)
     masters = Transformer(config, seed=None)
     masters.load_state_dict(source.tensors)  # type: ignore[arg-type]
-    read = load_for_reading(source, "bf16" if dtype == torch.bfloat16 else "fp32", flow=dtype)
+    read = load_for_inference(source, "bf16" if dtype == torch.bfloat16 else "fp32", flow=dtype)
     with torch.no_grad():
         assert torch.equal(read.logits(tokens(config), dtype), masters.logits(tokens(config), dtype))
     assert read.embedding.dtype == dtype
@@ -111,7 +111,7 @@ def test_plain_precisions_answer_with_the_bits_of_the_masters(config: ModelConfi
 def test_norms_and_routers_stay_exact_in_every_precision(config: ModelConfig) -> None:
     source = source_of(config)
     for precision in ("fp8", "int8", "bf16"):
-        state = load_for_reading(source, precision).state_dict()
+        state = load_for_inference(source, precision).state_dict()
         for name, tensor in source.tensors.items():
             assert isinstance(tensor, Tensor)
             if not is_matrix(name, tensor):
@@ -121,7 +121,7 @@ def test_norms_and_routers_stay_exact_in_every_precision(config: ModelConfig) ->
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 def test_whole_matrices_are_read_in_one_way(precision: str) -> None:
     source = source_of(VARIANTS["mla-moe"])
-    model, plain = load_for_reading(source, precision), rounded(source, precision)
+    model, plain = load_for_inference(source, precision), rounded(source, precision)
     attention, its = model.blocks[1].attention, plain.blocks[1].attention
     for layer, truth in ((attention.o_proj, its.o_proj), (attention.kv_b_proj, its.kv_b_proj)):
         assert torch.equal(layer.matrix(torch.float32), truth.weight)
@@ -140,7 +140,7 @@ def test_8_bits_that_a_source_has_are_taken_over_as_they_are() -> None:
         if isinstance(tensor, Tensor) and is_matrix(name, tensor)
     }
     source = Given(config, plain.tensors | codes)
-    model = load_for_reading(source, "fp8", flow=torch.float32)
+    model = load_for_inference(source, "fp8", flow=torch.float32)
     state = model.state_dict()
     for name, scaled in codes.items():
         assert isinstance(scaled, QuantTensor)
@@ -154,7 +154,7 @@ def test_8_bits_that_a_source_has_are_taken_over_as_they_are() -> None:
     others = {"fp32": truth, "int8": rounded(Given(config, dict(decoded)), "int8")}
     with torch.no_grad():
         for precision, expected in ({"fp8": truth} | others).items():
-            read = load_for_reading(source, precision, flow=torch.float32)
+            read = load_for_inference(source, precision, flow=torch.float32)
             found, wanted = (m.logits(tokens(config), torch.float32) for m in (read, expected))
             assert (found - wanted).norm() < 1e-5 * wanted.norm(), precision
 
@@ -164,17 +164,17 @@ def test_each_tensor_is_read_once_and_none_lives_beside_its_rounded_form() -> No
     source = source_of(config)
     sizes = [tensor.numel() * 4 for tensor in source.tensors.values() if isinstance(tensor, Tensor)]
     with RealBytes().ignore(*[t for t in source.tensors.values() if isinstance(t, Tensor)]) as live:
-        model = load_for_reading(source, "fp8", flow=torch.float32)
+        model = load_for_inference(source, "fp8", flow=torch.float32)
     assert sorted(source.reads) == sorted(source.names())
     # Of the largest tensor, what encodes it has 8 bytes for each number at work.
     assert live.peak <= weight_bytes(model) + 2 * max(sizes)
     assert weight_bytes(model) + 2 * max(sizes) < sum(sizes)
 
 
-def save(home: Path, config: ModelConfig, tokenizer: Tokenizer) -> CheckpointSource:
+def save(home: Path, config: ModelConfig, tokenizer: Tokenizer) -> CheckpointReader:
     weights = dict(randomise(Transformer(config)).state_dict())
     saved = Store(home).save(weights, {}, {"step": 1}, {}, tokenizer.directory, {})
-    return CheckpointSource(saved, config)
+    return CheckpointReader(saved, config)
 
 
 def test_on_a_processor_the_weights_are_the_files_own_bytes(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
@@ -182,7 +182,7 @@ def test_on_a_processor_the_weights_are_the_files_own_bytes(tmp_path: Path, smal
     source = save(tmp_path, config, small_tokenizer)
     matrices = sum(t.numel() * 4 for name, t in Transformer(config).state_dict().items() if is_matrix(name, t))
     with RealBytes() as live:
-        model = load_for_reading(source, "fp32", flow=torch.float32)
+        model = load_for_inference(source, "fp32", flow=torch.float32)
     in_memory = Transformer(config, seed=None)
     in_memory.load_state_dict({name: source.read(name) for name in source.names()})
     with torch.no_grad():
@@ -214,7 +214,7 @@ class Imagined:
 def test_fp8_takes_at_most_55_percent_of_bf16s_bytes(preset: str) -> None:
     config, _ = load_preset(preset)
     with simulate_card(Card("cuda", (8, 9))):
-        fp8, bf16 = (weight_bytes(load_for_reading(Imagined(config), kept, "meta")) for kept in ("fp8", "bf16"))
+        fp8, bf16 = (weight_bytes(load_for_inference(Imagined(config), kept, "meta")) for kept in ("fp8", "bf16"))
     assert bf16 >= 2 * config.num_parameters()
     assert fp8 <= 0.55 * bf16
 
@@ -234,7 +234,7 @@ def test_what_is_missing_strange_misshapen_or_no_number_is_named() -> None:
     ]
     for tensors, message in cases:
         with pytest.raises(CheckpointError, match=message) as caught:
-            load_for_reading(Given(config, tensors), "fp8")
+            load_for_inference(Given(config, tensors), "fp8")
         assert all((caught.value.what, caught.value.why, caught.value.fix))
 
 
@@ -264,7 +264,7 @@ def test_a_trained_model_loses_less_than_one_percent_in_8_bits(
         optimizer.step()
         optimizer.zero_grad()
     source = Given(config, dict(model.state_dict()))
-    bits = {kept: bits_per_token(load_for_reading(source, kept), token_BT) for kept in ("bf16", "fp8", "int8")}
+    bits = {kept: bits_per_token(load_for_inference(source, kept), token_BT) for kept in ("bf16", "fp8", "int8")}
     assert bits["bf16"] < 0.75 * untrained, "it has learnt something"
     assert bits["fp8"] <= 1.01 * bits["bf16"]
     assert bits["int8"] <= 1.01 * bits["bf16"]

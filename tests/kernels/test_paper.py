@@ -13,7 +13,7 @@ from lowvram_kernels.layers.swiglu import swiglu
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.matmul.linear import linear
 from lowvram_kernels.moe.experts import experts
-from lowvram_kernels.moe.idle import FORMATS, new_idle
+from lowvram_kernels.moe.idle import COPY_FORMATS, new_idle
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -42,7 +42,7 @@ OPS: dict[str, Callable[[torch.dtype], Tensor]] = {
     "experts": lambda dtype: experts(
         leaf(40, 24, dtype=dtype), leaf(4, 32, 24), leaf(4, 24, 16), leaf(40, 2), whole(40, 2)
     ),
-    **{f"experts-{form}": lambda dtype, form=form: with_idle(dtype, form) for form in FORMATS},
+    **{f"experts-{form}": lambda dtype, form=form: with_idle(dtype, form) for form in COPY_FORMATS},
     "dropout": lambda dtype: dropout(leaf(4, 10, 24, dtype=dtype), 0.1, hash_keys(1, whole(4)), 0),
 }
 

@@ -8,7 +8,7 @@ from lowvram_kernels.dispatch import Choice
 
 from lowvram.config.model import ModelConfig
 from lowvram.model.attention import attend
-from lowvram.model.kv_cache import Cache, SlotOfCache
+from lowvram.model.kv_cache import CacheSlot, KvCache
 from lowvram.model.transformer import Transformer
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS
@@ -71,7 +71,7 @@ def test_what_is_read_through_the_cache_equals_the_expanded_form(
         monkeypatch.setattr(layer, other, lambda *a, name=other, true=true: forms.append(name) or true(*a))
     with torch.no_grad():
         expanded = layer(x_BTD, model.table(0, 3 + count))
-        slot = SlotOfCache(Cache(config, 1, 40), 0)
+        slot = CacheSlot(KvCache(config, 1, 40), 0)
         first = layer(x_BTD[:, :3], model.table(0, 3), slot)
         slot.advance(3)
         rest = layer(x_BTD[:, 3:], model.table(3, count), slot)

@@ -11,10 +11,10 @@ from lowvram_kernels.dispatch import Card, override_card
 from lowvram.config.model import ModelConfig
 from lowvram.model import decode as one_token
 from lowvram.model import slot_attention as of_rows
-from lowvram.model.decode import read_one_token
-from lowvram.model.kv_cache import Cache, CacheForm
+from lowvram.model.decode import decode_one_token
+from lowvram.model.kv_cache import CacheForm, KvCache
 from lowvram.model.positions import rotate, rotate_one, turn_at
-from lowvram.model.slot_attention import AllTexts, EachText, Rows
+from lowvram.model.slot_attention import BatchedAttention, PerSlotAttention, SlotAttention
 from lowvram.model.transformer import Transformer, lay_by_columns
 from tests.kernels.measures import relative_error
 from tests.model.outside import randomise
@@ -24,16 +24,16 @@ LENGTH = 29
 ABSOLUTE = 2e-5
 
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-MakeRows = Callable[[Cache], Rows]
+MakeRows = Callable[[KvCache], SlotAttention]
 
 
-def each(cache: Cache) -> Rows:
-    return EachText(cache, range(cache.slots))
+def each(cache: KvCache) -> SlotAttention:
+    return PerSlotAttention(cache, range(cache.slots))
 
 
-def together(cache: Cache) -> Rows:
+def together(cache: KvCache) -> SlotAttention:
     lengths, starts = torch.tensor(cache.lengths), torch.tensor(cache.starts)
-    return AllTexts(cache, lengths, starts, torch.ones(cache.slots, dtype=torch.bool), max(cache.lengths) + 1)
+    return BatchedAttention(cache, lengths, starts, torch.ones(cache.slots, dtype=torch.bool), max(cache.lengths) + 1)
 
 
 both = pytest.mark.parametrize("make", [each, together], ids=["each text", "all texts"])
@@ -44,13 +44,13 @@ def tokens(texts: int = 2, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def decoded(model: Transformer, token_NT: torch.Tensor, cache: Cache, make: MakeRows) -> torch.Tensor:
+def decoded(model: Transformer, token_NT: torch.Tensor, cache: KvCache, make: MakeRows) -> torch.Tensor:
     """Logits behind every token, [N, T, V], read one by one."""
     steps = []
     for token_N in token_NT.T:
         for slot in range(cache.slots):
             cache.make_room(slot, 1)
-        steps.append(read_one_token(model, token_N, make(cache), cache.dtype))
+        steps.append(decode_one_token(model, token_N, make(cache), cache.dtype))
         cache.lengths[:] = [length + 1 for length in cache.lengths]
     return torch.stack(steps, dim=1)
 
@@ -61,15 +61,15 @@ def test_decoding_token_by_token_equals_the_full_forward_at_every_position(confi
     model = randomise(Transformer(config))
     with torch.no_grad():
         whole = model.logits(tokens())
-    found = decoded(model, tokens(), Cache(config, 2, LENGTH, chunk=4), make)
+    found = decoded(model, tokens(), KvCache(config, 2, LENGTH, chunk=4), make)
     torch.testing.assert_close(found, whole, atol=ABSOLUTE, rtol=0)
 
 
 @every_variant
 def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
     model = lay_by_columns(randomise(Transformer(config)))
-    alone = decoded(model, tokens()[:1], Cache(config, 1, LENGTH), each)
-    beside = decoded(model, tokens(), Cache(config, 2, LENGTH), each)
+    alone = decoded(model, tokens()[:1], KvCache(config, 1, LENGTH), each)
+    beside = decoded(model, tokens(), KvCache(config, 2, LENGTH), each)
     torch.testing.assert_close(beside[:1], alone, atol=ABSOLUTE, rtol=0)
 
 
@@ -79,7 +79,7 @@ def test_bf16_stays_near_fp32(config: ModelConfig, make: MakeRows) -> None:
     model = randomise(Transformer(config))
     with torch.no_grad():
         exact = model.logits(tokens())
-    found = decoded(model, tokens(), Cache(config, 2, LENGTH, torch.bfloat16), make)
+    found = decoded(model, tokens(), KvCache(config, 2, LENGTH, torch.bfloat16), make)
     assert found.dtype == torch.bfloat16
     assert (found.float() - exact).norm() < 0.06 * exact.norm()
 
@@ -91,20 +91,20 @@ def test_latents_in_8_bits_stay_near_and_both_ways_agree(name: str, make: MakeRo
     form: CacheForm = "e4m3"
     with torch.no_grad():
         exact = model.logits(tokens())
-    found = decoded(model, tokens(), Cache(model.config, 2, LENGTH, form=form, chunk=4), make)
+    found = decoded(model, tokens(), KvCache(model.config, 2, LENGTH, form=form, chunk=4), make)
     assert 0 < (found - exact).norm() < 0.06 * exact.norm()
-    other = decoded(model, tokens(), Cache(model.config, 2, LENGTH, form=form, chunk=4), each)
+    other = decoded(model, tokens(), KvCache(model.config, 2, LENGTH, form=form, chunk=4), each)
     torch.testing.assert_close(found, other, atol=ABSOLUTE, rtol=0)
 
 
 def test_a_row_that_stands_by_keeps_what_its_slot_holds() -> None:
     model = randomise(Transformer(VARIANTS["gqa-window"]))
-    cache = Cache(model.config, 2, LENGTH)
+    cache = KvCache(model.config, 2, LENGTH)
     decoded(model, tokens()[:, :9], cache, each)
     before = [part.clone() for parts in cache.layers for part in parts]
-    rows = AllTexts(cache, torch.tensor([9, 0]), torch.tensor([0, 0]), torch.tensor([True, False]), 10)
+    rows = BatchedAttention(cache, torch.tensor([9, 0]), torch.tensor([0, 0]), torch.tensor([True, False]), 10)
     with torch.no_grad():
-        read_one_token(model, torch.tensor([3, 4]), rows, torch.float32)
+        decode_one_token(model, torch.tensor([3, 4]), rows, torch.float32)
     after = [part for parts in cache.layers for part in parts]
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old[1], new[1])
@@ -114,11 +114,11 @@ def test_a_row_that_stands_by_keeps_what_its_slot_holds() -> None:
 @pytest.mark.parametrize("name", ["gqa-moe-untied", "mla-moe"])
 def test_one_row_looks_at_its_own_experts_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Transformer(VARIANTS[name]))
-    expected = decoded(model, tokens()[:1], Cache(model.config, 1, LENGTH), each)
+    expected = decoded(model, tokens()[:1], KvCache(model.config, 1, LENGTH), each)
     seen = []
     true = one_token.multiply
     monkeypatch.setattr(one_token, "multiply", lambda x, w: seen.append(w) or true(x, w))
-    found = decoded(model, tokens()[:1], Cache(model.config, 1, LENGTH), each)
+    found = decoded(model, tokens()[:1], KvCache(model.config, 1, LENGTH), each)
     assert torch.equal(found, expected)
     stack = model.blocks[1].ffn.gate_up_EHD
     assert sum(weight.untyped_storage().data_ptr() == stack.data_ptr() for weight in seen) == 2 * LENGTH, "top 2 of 5"
@@ -141,7 +141,7 @@ def test_one_token_turns_as_a_row_of_many_does(interleaved: bool) -> None:
 def test_latents_are_read_by_a_card_s_kernel_as_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cards = pytest.importorskip("tests.kernels.cards")
     model = randomise(Transformer(VARIANTS[name])).to(cards.DEVICE)
-    cache = Cache(model.config, 2, 40, torch.float16, cards.DEVICE)
+    cache = KvCache(model.config, 2, 40, torch.float16, cards.DEVICE)
     decoded(model, tokens()[:, :25].to(cards.DEVICE), cache, each)
     calls, true = [], of_rows.latent_attention
     monkeypatch.setattr(of_rows, "latent_attention", lambda *a, **b: calls.append(a) or true(*a, **b))
@@ -149,8 +149,12 @@ def test_latents_are_read_by_a_card_s_kernel_as_without_it(name: str, monkeypatc
     lengths, starts, active = torch.tensor([[25, 25], [0, 0], [1, 1]], device=cards.DEVICE)
     with torch.no_grad():
         with override_card(Card("cpu")):
-            plain = read_one_token(model, last, AllTexts(cache, lengths, starts, active.bool(), 32), torch.float16)
+            plain = decode_one_token(
+                model, last, BatchedAttention(cache, lengths, starts, active.bool(), 32), torch.float16
+            )
         with cards.running_on("sm86"):
-            kernel = read_one_token(model, last, AllTexts(cache, lengths, starts, active.bool(), 32), torch.float16)
+            kernel = decode_one_token(
+                model, last, BatchedAttention(cache, lengths, starts, active.bool(), 32), torch.float16
+            )
     assert len(calls) == 2 * model.config.layers
     assert relative_error(kernel, plain) < 5e-3  # two layers of scores, weights, sums and outputs rounded to fp16

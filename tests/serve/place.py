@@ -13,16 +13,16 @@ from openai import OpenAI
 from torch import Tensor
 
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.generate.chat_template import Message, load_template
+from lowvram.generate.chat_template import Message, load_chat_template
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.model.transformer import Transformer
-from lowvram.serve.app import Door, build_app
+from lowvram.serve.app import AccessPolicy, build_app
 from lowvram.serve.limits import Limits
 from lowvram.serve.metrics import Metrics
-from lowvram.serve.prompt import Served, Turn
-from lowvram.serve.scheduler import Batcher
+from lowvram.serve.prompt import ServedModel, Turn
+from lowvram.serve.scheduler import Scheduler
 from lowvram.serve.server import Server, open_socket
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS
@@ -43,7 +43,7 @@ def alone(model: Transformer, tokenizer: Tokenizer, ids: Sequence[int], max_toke
 
 def speak(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     """Return a conversation's ids, through the template that lies with the tokenizer."""
-    template = load_template(tokenizer)
+    template = load_chat_template(tokenizer)
     assert template is not None
     return template.encode(tokenizer, [Message(*turn) for turn in turns])
 
@@ -87,8 +87,8 @@ class Place:
     """A server that answers at `url`, and what is behind it."""
 
     url: str
-    served: Served
-    batcher: Batcher
+    served: ServedModel
+    batcher: Scheduler
     server: Server
     api_key: str | None
 
@@ -127,11 +127,11 @@ def served(
     torch.set_num_threads(1)
     decoder = decoder or Decoder(model or small_model(tokenizer), max_context, slots)
     encode = (encode_chat or (lambda turns: speak(tokenizer, turns))) if speaks else None
-    about = Served("small", "fp_test", tokenizer, max_context, encode)
+    about = ServedModel("small", "fp_test", tokenizer, max_context, encode)
     longest = {"prompt_tokens": max_context - 1, "output_tokens": max_context - 1}
     bounds = Limits(**({"slots": slots, "queue": queue} | longest | limits))
-    batcher = Batcher(decoder, tokenizer, queue, Metrics())
-    server = Server(build_app(about, batcher, bounds, Door(api_key, own_names_only)), batcher, bounds, grace_s)
+    batcher = Scheduler(decoder, tokenizer, queue, Metrics())
+    server = Server(build_app(about, batcher, bounds, AccessPolicy(api_key, own_names_only)), batcher, bounds, grace_s)
     listening = open_socket("127.0.0.1", 0)
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     thread = threading.Thread(target=server.serve_on, args=(listening,))

@@ -31,16 +31,16 @@ def model(small_tokenizer: Tokenizer) -> Transformer:
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[batch.Job]]:
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[batch.ActiveJob]]:
     """Weak references to every job that is made."""
-    found: list[weakref.ref[batch.Job]] = []
-    make = batch.Job.__init__
+    found: list[weakref.ref[batch.ActiveJob]] = []
+    make = batch.ActiveJob.__init__
 
-    def note(self: batch.Job, *words: Any) -> None:
+    def note(self: batch.ActiveJob, *words: Any) -> None:
         make(self, *words)
         found.append(weakref.ref(self))
 
-    monkeypatch.setattr(batch.Job, "__init__", note)
+    monkeypatch.setattr(batch.ActiveJob, "__init__", note)
     return found
 
 
@@ -77,7 +77,7 @@ async def ask_all(place: Place) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("queue", [300, 20], ids=["all fit", "most do not"])
 def test_two_hundred_clients_at_once_are_all_answered_and_nothing_is_mixed(
-    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[batch.Job]], queue: int
+    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[batch.ActiveJob]], queue: int
 ) -> None:
     with served(small_tokenizer, decoder=Decoder(model, 64, 16), max_context=64, queue=queue) as place:
         answers = asyncio.run(ask_all(place))
@@ -120,7 +120,7 @@ class Slow(Decoder):
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
 def test_a_client_that_goes_away_frees_its_slot(
-    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[batch.Job]], streams: bool
+    small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[batch.ActiveJob]], streams: bool
 ) -> None:
     decoder = Slow(model, 5000, 1)
     with served(small_tokenizer, decoder=decoder, max_context=5000) as place, place.http() as http:

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.serve.detokenizer import Answer, Chance
+from lowvram.serve.detokenizer import Detokenizer, Logprobs
 from lowvram.serve.limits import LONGEST_STOP, MOST_STOPS
 
-SURE = Chance(-0.5, ())
+SURE = Logprobs(-0.5, ())
 
 
 def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -19,9 +19,9 @@ def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return [one[bytes([byte])] for byte in text.encode()]
 
 
-def say(tokenizer: Tokenizer, text: str, *stops: str) -> tuple[list[str], str, Answer]:
+def say(tokenizer: Tokenizer, text: str, *stops: str) -> tuple[list[str], str, Detokenizer]:
     """Return the pieces of a text said byte by byte until it stops, what finish adds, and the answer."""
-    answer, pieces = Answer(tokenizer, stops), []
+    answer, pieces = Detokenizer(tokenizer, stops), []
     for id in byte_ids(tokenizer, text):
         pieces.append(answer.push(id).text)
         if answer.is_stopped:
@@ -66,7 +66,7 @@ def test_what_may_begin_a_stop_string_is_held_back_and_said_when_it_does_not(sma
 
 
 def test_half_a_character_at_the_end_is_a_replacement_character(small_tokenizer: Tokenizer) -> None:
-    answer = Answer(small_tokenizer)
+    answer = Detokenizer(small_tokenizer)
     assert answer.push(byte_ids(small_tokenizer, "ş")[0]).text == ""
     assert answer.finish().text == "�"
 
@@ -81,7 +81,7 @@ def test_any_text_is_cut_exactly_where_python_would(small_tokenizer: Tokenizer, 
 def test_of_several_stop_strings_the_one_that_begins_first_cuts(
     small_tokenizer: Tokenizer, text: str, stops: list[str]
 ) -> None:
-    answer, said = Answer(small_tokenizer, stops), ""
+    answer, said = Detokenizer(small_tokenizer, stops), ""
     for number, id in enumerate(byte_ids(small_tokenizer, text), 1):
         said += answer.push(id).text
         found = [text.find(stop) for stop in stops if stop in text[:number]]
@@ -105,7 +105,7 @@ class Counting(str):
 
 def test_long_stop_strings_cost_a_few_looks_a_character(small_tokenizer: Tokenizer) -> None:
     stops = [Counting("a" * (LONGEST_STOP - 1) + "b")] * MOST_STOPS
-    answer = Answer(small_tokenizer, stops)
+    answer = Detokenizer(small_tokenizer, stops)
     ids = byte_ids(small_tokenizer, "a" * 2000)
     Counting.looks = 0
     pieces = [answer.push(id).text for id in ids]
@@ -114,7 +114,7 @@ def test_long_stop_strings_cost_a_few_looks_a_character(small_tokenizer: Tokeniz
 
 
 def test_chances_come_with_the_text_of_their_tokens_and_not_with_a_stop_strings(small_tokenizer: Tokenizer) -> None:
-    answer = Answer(small_tokenizer, ["cd"])
+    answer = Detokenizer(small_tokenizer, ["cd"])
     found = [answer.push(id, SURE) for id in byte_ids(small_tokenizer, "aşcd")]
     assert [piece.text for piece in found] == ["a", "", "ş", "", ""]
     assert [[one.start for one in piece.said] for piece in found] == [[0], [], [1, 1], [], []]
@@ -122,6 +122,6 @@ def test_chances_come_with_the_text_of_their_tokens_and_not_with_a_stop_strings(
 
 
 def test_chances_of_tokens_without_text_are_told_at_the_end(small_tokenizer: Tokenizer) -> None:
-    answer = Answer(small_tokenizer)
+    answer = Detokenizer(small_tokenizer)
     assert answer.push(small_tokenizer.mask_id, SURE).said == ()
     assert [one.id for one in answer.finish().said] == [small_tokenizer.mask_id]

@@ -31,8 +31,8 @@ from lowvram.serve.limits import (
     PREPARED_AT_ONCE,
     Limits,
 )
-from lowvram.serve.prompt import MOST_COMPOSED, Served, Turn, make_order
-from lowvram.serve.schemas import ChatAsk, CompletionAsk, RequestError, read_ask
+from lowvram.serve.prompt import MOST_COMPOSED, ServedModel, Turn, make_job
+from lowvram.serve.schemas import ChatRequest, CompletionRequest, RequestError, read_request
 from lowvram.storage.json_files import JsonError
 from tests.serve.place import Place, served, speak
 from tests.serve.test_crowd import wait_until
@@ -41,12 +41,12 @@ LIMITS = Limits(prompt_tokens=63, output_tokens=63)
 CHAT = {"messages": [{"role": "user", "content": "Kış"}], "max_tokens": 2}
 
 
-def served_by(tokenizer: Tokenizer, encode: Callable[[Sequence[Turn]], list[int]] | None = None) -> Served:
-    return Served("small", "fp_test", tokenizer, 64, encode or (lambda turns: speak(tokenizer, turns)))
+def served_by(tokenizer: Tokenizer, encode: Callable[[Sequence[Turn]], list[int]] | None = None) -> ServedModel:
+    return ServedModel("small", "fp_test", tokenizer, 64, encode or (lambda turns: speak(tokenizer, turns)))
 
 
-def ask_chat(messages: list[dict[str, Any]], **added: Any) -> ChatAsk:
-    return read_ask(ChatAsk, json.dumps({"messages": messages, "max_tokens": 2, **added}).encode())
+def ask_chat(messages: list[dict[str, Any]], **added: Any) -> ChatRequest:
+    return read_request(ChatRequest, json.dumps({"messages": messages, "max_tokens": 2, **added}).encode())
 
 
 def turns(count: int, content: str = "") -> list[dict[str, Any]]:
@@ -72,9 +72,9 @@ def test_a_text_that_cannot_fit_is_refused_before_anything_is_normalised(
     served, room = served_by(small_tokenizer), LIMITS.prompt_tokens
     most = MOST_COMPOSED * room * longest(small_tokenizer)
     text = "\u0301" * (most * times + 1)
-    for ask in (CompletionAsk(prompt=text), ask_chat([{"role": "user", "content": text}])):
+    for ask in (CompletionRequest(prompt=text), ask_chat([{"role": "user", "content": text}])):
         with pytest.raises(RequestError, match="at least") as got:
-            make_order(ask, served, LIMITS)
+            make_job(ask, served, LIMITS)
         assert got.value.code == "context_length_exceeded"
     assert normalised == []
 
@@ -84,7 +84,7 @@ def test_a_text_at_the_limit_is_normalised_and_then_refused_by_its_bytes(
 ) -> None:
     text = "a\u0301" * (LIMITS.prompt_tokens * longest(small_tokenizer))
     with pytest.raises(RequestError, match="at least 126 tokens"):
-        make_order(CompletionAsk(prompt=text), served_by(small_tokenizer), LIMITS)
+        make_job(CompletionRequest(prompt=text), served_by(small_tokenizer), LIMITS)
     assert normalised == [text]
 
 
@@ -92,13 +92,13 @@ def test_of_a_text_that_may_be_cut_only_the_end_is_normalised(
     small_tokenizer: Tokenizer, normalised: list[str]
 ) -> None:
     served, content = served_by(small_tokenizer), "Kış geldi. "
-    order = make_order(CompletionAsk(prompt=content * 10**5, truncation="auto", max_tokens=2), served, LIMITS)
+    order = make_job(CompletionRequest(prompt=content * 10**5, truncation="auto", max_tokens=2), served, LIMITS)
     whole = small_tokenizer.encode(unicodedata.normalize("NFC", content * 10**3))
     assert list(order.ids) == [small_tokenizer.bos_id, *whole[-(len(order.ids) - 1) :]]
     assert sum(map(len, normalised)) <= MOST_COMPOSED * 64 * longest(small_tokenizer)
     normalised.clear()
     messages = [*turns(5000, "Kış geldi."), {"role": "user", "content": "Sonra?"}]
-    make_order(ask_chat(messages, truncation="auto"), served, LIMITS)
+    make_job(ask_chat(messages, truncation="auto"), served, LIMITS)
     assert sum(map(len, normalised)) <= MOST_COMPOSED * 64 * longest(small_tokenizer)
 
 
@@ -128,7 +128,7 @@ def test_a_long_conversation_is_rendered_few_times(small_tokenizer: Tokenizer, c
         rendered.append(len(turns))
         return [5] * len(turns)
 
-    order = make_order(ask_chat(turns(count), truncation="auto"), served_by(small_tokenizer, encode), LIMITS)
+    order = make_job(ask_chat(turns(count), truncation="auto"), served_by(small_tokenizer, encode), LIMITS)
     assert len(rendered) <= 2 + math.log2(count)
     # Turns go by twos, so that a user begins; two tokens are left for the answer.
     assert len(order.ids) == min(count, 62)
@@ -146,7 +146,7 @@ def test_work_on_a_conversation_ends_when_nobody_waits_for_it(small_tokenizer: T
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        make_order(ask_chat(turns(1000), truncation="auto"), served_by(small_tokenizer, encode), LIMITS, go_on)
+        make_job(ask_chat(turns(1000), truncation="auto"), served_by(small_tokenizer, encode), LIMITS, go_on)
     assert len(rendered) == 2
 
 
@@ -186,8 +186,8 @@ def test_a_field_at_its_limit_is_taken_and_beyond_it_named(
     small_tokenizer: Tokenizer, fields: Callable[[int], dict[str, Any]], most: int, param: str, times: int
 ) -> None:
     def make(count: int) -> None:
-        ask = read_ask(ChatAsk, json.dumps(CHAT | fields(count)).encode())
-        make_order(ask, served_by(small_tokenizer), LIMITS)
+        ask = read_request(ChatRequest, json.dumps(CHAT | fields(count)).encode())
+        make_job(ask, served_by(small_tokenizer), LIMITS)
 
     make(most)
     with pytest.raises(RequestError) as got:
@@ -229,9 +229,9 @@ def test_a_body_of_many_values_is_refused_before_it_is_parsed(values: str, word:
 def test_brackets_and_quotes_within_a_text_are_no_values() -> None:
     text = '[{":,,,,\\' * 300_000 + '"'
     check_shape(json.dumps({"prompt": text}).encode())
-    assert read_ask(CompletionAsk, json.dumps({"prompt": text}).encode()).prompt == text
+    assert read_request(CompletionRequest, json.dumps({"prompt": text}).encode()).prompt == text
     with pytest.raises(RequestError, match="strings"):
-        read_ask(CompletionAsk, b'""' * (2 * MOST_FIELDS + 1))
+        read_request(CompletionRequest, b'""' * (2 * MOST_FIELDS + 1))
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_brackets_and_quotes_within_a_text_are_no_values() -> None:
 def test_of_many_unknown_fields_one_is_named_and_no_other_is_looked_at(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ChatAsk, "model_validate", None)
+    monkeypatch.setattr(ChatRequest, "model_validate", None)
     with pytest.raises(RequestError, match=r"f0 is no field") as got:
-        read_ask(ChatAsk, json.dumps(CHAT | fields).encode())
+        read_request(ChatRequest, json.dumps(CHAT | fields).encode())
     assert got.value.param is not None
     assert got.value.param.endswith("f0")
 
@@ -266,7 +266,7 @@ def test_of_many_unknown_fields_one_is_named_and_no_other_is_looked_at(
 )
 def test_no_value_makes_an_error_long(small_tokenizer: Tokenizer, fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as got:
-        make_order(read_ask(ChatAsk, json.dumps(CHAT | fields).encode()), served_by(small_tokenizer), LIMITS)
+        make_job(read_request(ChatRequest, json.dumps(CHAT | fields).encode()), served_by(small_tokenizer), LIMITS)
     assert len(str(got.value)) < 400
 
 
@@ -274,7 +274,7 @@ def test_an_assistants_turn_may_be_null_and_no_other(small_tokenizer: Tokenizer)
     messages = [CHAT["messages"][0], {"role": "assistant", "content": None}, CHAT["messages"][0]]
     empty = [*messages[:1], {"role": "assistant", "content": ""}, *messages[2:]]
     served = served_by(small_tokenizer)
-    assert make_order(ask_chat(messages), served, LIMITS).ids == make_order(ask_chat(empty), served, LIMITS).ids
+    assert make_job(ask_chat(messages), served, LIMITS).ids == make_job(ask_chat(empty), served, LIMITS).ids
     for role in ("user", "system", "developer"):
         with pytest.raises(RequestError, match="null") as got:
             ask_chat([messages[0], {"role": role, "content": None}])
@@ -369,10 +369,10 @@ def test_a_mistake_in_the_work_is_a_500_and_the_next_is_answered(
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with served(small_tokenizer) as place, place.http() as http:
-        real = app.make_order
-        monkeypatch.setattr(app, "make_order", lambda *_: 1 / 0)
+        real = app.make_job
+        monkeypatch.setattr(app, "make_job", lambda *_: 1 / 0)
         for _ in range(PREPARED_AT_ONCE + 1):
             answer = http.post("/v1/chat/completions", json=CHAT)
             assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-        monkeypatch.setattr(app, "make_order", real)
+        monkeypatch.setattr(app, "make_job", real)
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200

@@ -23,7 +23,16 @@ from lowvram.model.transformer import Transformer
 from lowvram.serve import scheduler as batch
 from lowvram.serve.detokenizer import Piece
 from lowvram.serve.metrics import Metrics
-from lowvram.serve.scheduler import PIECE_TOKENS, Batcher, Ended, Event, Failed, NotServingError, Order, QueueFullError
+from lowvram.serve.scheduler import (
+    PIECE_TOKENS,
+    Event,
+    Failed,
+    Finished,
+    GenerationJob,
+    NotServingError,
+    QueueFullError,
+    Scheduler,
+)
 from tests.conftest import TURKISH
 from tests.model.variants import VARIANTS
 from tests.serve.place import GREEDY, alone, small_model
@@ -64,7 +73,7 @@ class Inbox:
     def __init__(self) -> None:
         self.events: queue.Queue[Event] = queue.Queue()
 
-    def take(self) -> tuple[str, Ended | Failed]:
+    def take(self) -> tuple[str, Finished | Failed]:
         """Return all of its text and how it ended."""
         text = ""
         while isinstance(event := self.events.get(timeout=30), Piece):
@@ -73,8 +82,8 @@ class Inbox:
 
 
 @contextmanager
-def batching(decoder: Decoder, tokenizer: Tokenizer, queue: int = 100) -> Iterator[Batcher]:
-    batcher = Batcher(decoder, tokenizer, queue, Metrics())
+def batching(decoder: Decoder, tokenizer: Tokenizer, queue: int = 100) -> Iterator[Scheduler]:
+    batcher = Scheduler(decoder, tokenizer, queue, Metrics())
     batcher.start()
     try:
         yield batcher
@@ -90,11 +99,11 @@ def model(small_tokenizer: Tokenizer) -> Transformer:
     return small_model(small_tokenizer)
 
 
-def order(tokenizer: Tokenizer, text: str, max_tokens: int = 8, sampler: Sampler = GREEDY) -> Order:
-    return Order((tokenizer.bos_id, *tokenizer.encode(text)), sampler, max_tokens)
+def order(tokenizer: Tokenizer, text: str, max_tokens: int = 8, sampler: Sampler = GREEDY) -> GenerationJob:
+    return GenerationJob((tokenizer.bos_id, *tokenizer.encode(text)), sampler, max_tokens)
 
 
-def ask(batcher: Batcher, tokenizer: Tokenizer, text: str, max_tokens: int = 8) -> Inbox:
+def ask(batcher: Scheduler, tokenizer: Tokenizer, text: str, max_tokens: int = 8) -> Inbox:
     inbox = Inbox()
     batcher.submit(order(tokenizer, text, max_tokens), inbox.events.put)
     return inbox
@@ -178,7 +187,7 @@ def test_a_long_prompt_is_read_in_pieces_while_others_write(small_tokenizer: Tok
     with batching(decoder, small_tokenizer) as batcher:
         short = ask(batcher, small_tokenizer, "Yağmur", 6)
         long = Inbox()
-        batcher.submit(Order((0,) * 1000, GREEDY, 2), long.events.put)
+        batcher.submit(GenerationJob((0,) * 1000, GREEDY, 2), long.events.put)
         decoder.gate.set()
         short.take()
         long.take()
@@ -198,11 +207,11 @@ def test_a_second_turn_reads_only_what_is_new(small_tokenizer: Tokenizer, model:
         inbox.take()
         ask(batcher, small_tokenizer, TURKISH[5][:20]).take()
         decoder.log.clear()
-        second = Order((*first.ids, 300, 301, 302), GREEDY, 4)
+        second = GenerationJob((*first.ids, 300, 301, 302), GREEDY, 4)
         inbox = Inbox()
         batcher.submit(second, inbox.events.put)
         text, ended = inbox.take()
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, Finished)
     assert ended.reused == len(first.ids)
     assert decoder.log[0] == ("prefill", (0,), 3)
     assert text == alone(model, small_tokenizer, second.ids, 4, CONTEXT)
@@ -245,7 +254,7 @@ def test_a_full_queue_says_so_and_nothing_else_happens(small_tokenizer: Tokenize
         with pytest.raises(QueueFullError, match="lets 1 wait"):
             ask(batcher, small_tokenizer, "dördüncü")
         decoder.gate.set()
-        assert [type(inbox.take()[1]) for inbox in inboxes] == [Ended] * 3
+        assert [type(inbox.take()[1]) for inbox in inboxes] == [Finished] * 3
 
 
 @pytest.mark.parametrize(
@@ -315,7 +324,7 @@ def test_stopping_lets_running_answers_end_and_refuses_the_rest(small_tokenizer:
         with pytest.raises(NotServingError, match="stopping"):
             ask(batcher, small_tokenizer, "Doktor")
         decoder.gate.set()
-        assert isinstance(running.take()[1], Ended)
+        assert isinstance(running.take()[1], Finished)
         assert isinstance(waiting.take()[1], Failed)
         batcher.join()
 

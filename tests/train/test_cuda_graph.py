@@ -20,8 +20,8 @@ from lowvram.train import autotune as trial
 from lowvram.train import cuda_graph as recording
 from lowvram.train import trainer as trainer_module
 from lowvram.train import validation as looks
-from lowvram.train.autotune import settle_recording
-from lowvram.train.cuda_graph import Recording
+from lowvram.train.autotune import settle_cuda_graphs
+from lowvram.train.cuda_graph import RecordedPass
 from lowvram.train.events import Event, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.step import add_gradients, gradients
@@ -101,7 +101,7 @@ def test_played_gradients_are_launched_ones_to_the_bit(
     tape.weights = list(model.parameters())
     loss_of = functools.partial(causal_loss, model, dtype=torch.bfloat16, dropout=0.1, seed=7)
     first, second = batches_of(2 * count, device)[:count], batches_of(2 * count, device)[count:]
-    played = Recording(model, functools.partial(add_gradients, model, loss_of, 7), first[0], count > 1)
+    played = RecordedPass(model, functools.partial(add_gradients, model, loss_of, 7), first[0], count > 1)
     assert all(weight.grad is None for weight in model.parameters())
     for batches in (second, first):  # the second step must know nothing of the first
         truth, expected = learn(model, batches, None, loss_of)
@@ -228,7 +228,7 @@ def test_a_recording_stays_where_it_is_faster_and_fits(
     trainer = trainer_of(run_of(home, "decides"))
     monkeypatch.setattr(Trainer, "record", lambda self: setattr(self, "recording", object()))
     Decision(trainer, monkeypatch, played_s, 200 * MIB)
-    (sentence,) = settle_recording(trainer, asked, limit)
+    (sentence,) = settle_cuda_graphs(trainer, asked, limit)
     assert sentence.startswith(said)
     assert (trainer.recording is not None) == sentence.startswith("Passes are played")
 
@@ -242,15 +242,15 @@ def test_what_cannot_be_recorded_is_launched_or_told_where_it_was_asked_for(
     trainer = trainer_of(run_of(home, "unrecorded"))
     monkeypatch.setattr(Trainer, "record", fail)
     Decision(trainer, monkeypatch, 0.1, 0)
-    (sentence,) = settle_recording(trainer, None)
+    (sentence,) = settle_cuda_graphs(trainer, None)
     assert sentence == "Passes are not played from CUDA graphs: operation not permitted when stream is capturing."
     with pytest.raises(MachineError, match=r"Operation not permitted.*Leave out --graphs on"):
-        list(settle_recording(trainer, True))
+        list(settle_cuda_graphs(trainer, True))
 
 
 def test_without_a_card_nothing_is_recorded_and_asking_for_it_is_answered(home: Path) -> None:
     trainer = trainer_of(run_of(home, "no-card"))
-    assert list(settle_recording(trainer, None)) == []
-    assert list(settle_recording(trainer, False)) == []
+    assert list(settle_cuda_graphs(trainer, None)) == []
+    assert list(settle_cuda_graphs(trainer, False)) == []
     with pytest.raises(MachineError, match="They need a CUDA card"):
-        list(settle_recording(trainer, True))
+        list(settle_cuda_graphs(trainer, True))

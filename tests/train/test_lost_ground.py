@@ -17,7 +17,7 @@ from filelock import FileLock
 from lowvram.config.run import RunConfig
 from lowvram.errors import BusyError, DataError
 from lowvram.storage.checkpoint import find_checkpoint
-from lowvram.train.environment import KEY, compare_conditions, conditions_here
+from lowvram.train.environment import KEY, compare_environments, current_environment
 from lowvram.train.events import Event, Saved, StepDone
 from lowvram.train.start import lock_run
 from lowvram.train.trainer import Trainer
@@ -197,7 +197,7 @@ def test_a_resume_under_other_conditions_says_which(what: RunConfig, monkeypatch
     trainer = trainer_of(what)
     events = disturb(trainer, trainer.stop)
     assert isinstance(events[-2], Saved)
-    assert find_checkpoint(what.run.dir)[0].numbers()[KEY] == conditions_here(torch.device("cpu"))
+    assert find_checkpoint(what.run.dir)[0].numbers()[KEY] == current_environment(torch.device("cpu"))
     assert next(iter(trainer_of(what).run())).notices == ()
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 2)
@@ -227,6 +227,6 @@ RTX: dict[str, Any] = CPU | {"device": "NVIDIA GeForce RTX 5070"}
     ids=["equal", "older", "list", "empty", "threads", "threads of a card's host", "device", "two"],
 )
 def test_conditions_are_compared_one_by_one(saved: object, here: dict[str, Any], named: list[str]) -> None:
-    found = compare_conditions(saved, here)
+    found = compare_environments(saved, here)
     assert (found is None) == (named == [])
     assert all(words in str(found) for words in named)

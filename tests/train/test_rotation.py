@@ -10,6 +10,7 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card
 from lowvram_kernels.moe.idle import reference
+from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 
 from lowvram.config.run import RunConfig
@@ -111,7 +112,7 @@ def test_everybody_takes_turns_and_nothing_changes_its_place_in_memory(home: Pat
         rotation.bring_home()
         for name, weight, idle in rotation._stacks():
             for expert, slot in enumerate(rotation.slots):
-                lies = weight[slot] if slot < window else idle.code[slot - window].float()
+                lies = weight[slot] if slot < window else parts_of(idle)[0][slot - window].float()
                 home_of = rotation.masters[name][expert]
                 assert torch.equal(lies, home_of if slot < window else home_of.bfloat16().float())
         states = [tensor for weight in model.parameters() for tensor in optimizer.state_of(weight).values()]

@@ -24,7 +24,7 @@ from lowvram.train.events import Event, Saved, StepDone, Stopped
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
 from lowvram.train.state import FIRST_LOSS_SCALE, QUIET_STEPS, TrainState
-from lowvram.train.step import gradients, update
+from lowvram.train.step import gradients, loss_for, update
 from lowvram.train.trainer import MOST_SKIPPED, Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
 
@@ -109,6 +109,14 @@ def test_the_loss_falls(home: Path, kind: str) -> None:
 
 def one_batch(trainer: Trainer) -> Batch:
     return Batch(trainer.loader.batch(0, 8), torch.arange(8))
+
+
+def test_a_runs_dropout_depends_on_its_seed_alone(home: Path) -> None:
+    trainer = trainer_of(tiny_run(home, dropout=0.2))
+    trains = [trainer.what.train.model_copy(update={"seed": seed}) for seed in (1, 2, 1)]
+    totals = [loss_for(trainer.state.model, train, trainer.plan)(one_batch(trainer)).total for train in trains]
+    assert totals[0] == totals[2]
+    assert totals[0] != totals[1]
 
 
 @every_kind
@@ -331,7 +339,7 @@ def test_runs_save_at_the_interval_asked_for_or_at_one_that_grows_with_their_siz
     assert saved_steps(with_run(what, dir=home / "least"), clock) == [6, 12, 18, 22], "never more often than 600 s"
     weights, memory = trainer_of(asked), find_checkpoint(home / "asked")[0]
     size = sum(t.numel() * t.element_size() for t in (*weights.state.tensors()[0].values(), *memory.state().values()))
-    monkeypatch.setattr("lowvram.config.WRITTEN_PER_DAY_BYTES", size * 86_400 / 980)
+    monkeypatch.setattr("lowvram.config.run.WRITTEN_PER_DAY_BYTES", size * 86_400 / 980)
     assert saved_steps(with_run(what, dir=home / "large"), clock)[-2:] == [20, 22]
 
 

@@ -29,17 +29,15 @@ I splits.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, quantise_rows
+from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, quantise_rows
 
-BLOCK = 128
 _MOST_CHANNELS, _MOST_ROTATED = 512, 128
 # Rows of the smallest product on tensor cores; of one tile's heads.  More heads are more tiles, which find the cache
 # in L2.
@@ -51,23 +49,15 @@ _LEAST_TILES = 2
 _JOINED_SPLITS, _JOINED_CHANNELS = 8, 128
 
 
-class Tile(NamedTuple):
-    """How a kernel cuts its work.  positions: of the cache at once.  is_turned: heads are columns of the products."""
-
-    positions: int
-    warps: int
-    stages: int
-    is_turned: bool
-
-
-_NARROW = Tile(64, 4, 3, is_turned=False)
-_WIDE = Tile(32, 8, 3, is_turned=False)
-_WIDE_SHALLOW = Tile(32, 8, 2, is_turned=False)
-# Turned, a warp holds fewer queries in registers.  Wide rows of bytes need that, since the next ones wait in registers
-# too.  Others gain on Hopper, where four warps then do and two programs share a multiprocessor; elsewhere Triton does
-# not pipeline the form.
-_TURNED = Tile(32, 4, 3, is_turned=True)
-_TURNED_CODED = Tile(32, 8, 3, is_turned=True)
+# A tile is heads × positions of the cache, or transposed; the depth of its first product is all the channels.
+_NARROW = Tile(_HEADS, 64, _MOST_CHANNELS, 4, 3)
+_WIDE = Tile(_HEADS, 32, _MOST_CHANNELS, 8, 3)
+_WIDE_SHALLOW = Tile(_HEADS, 32, _MOST_CHANNELS, 8, 2)
+# Transposed, a warp holds fewer queries in registers.  Wide rows of bytes need that, since the next ones wait in
+# registers too.  Others gain on Hopper, where four warps are then enough and two programs share a multiprocessor;
+# elsewhere Triton does not pipeline the form.
+_TRANSPOSED = Tile(32, _HEADS, _MOST_CHANNELS, 4, 3)
+_TRANSPOSED_CODED = Tile(32, _HEADS, _MOST_CHANNELS, 8, 3)
 
 
 def reference(
@@ -104,27 +94,37 @@ def has_kernel(q_latent: Tensor, rope: Tensor) -> bool:
     return is_half and is_narrow and choose("latent_attention", card_of(q_latent.device)).backend == "triton"
 
 
-def tiles(card: Card) -> list[Tile]:
-    """Return every tile that `choose_tile` may take on a card."""
-    hopper = [_TURNED] if card.capability == (9, 0) else []
-    return [_NARROW, _WIDE, _WIDE_SHALLOW, _TURNED_CODED, *hopper]
+def attention_tiles(card: Card) -> list[Tile]:
+    """Return every tile that `choose_attention_tile` may take on a card."""
+    hopper = [_TRANSPOSED] if card.capability == (9, 0) else []
+    return [_NARROW, _WIDE, _WIDE_SHALLOW, _TRANSPOSED_CODED, *hopper]
 
 
-def choose_tile(card: Card, channels: int, rotated: int, is_coded: bool) -> Tile:
+def choose_attention_tile(card: Card, channels: int, rotated: int, is_coded: bool) -> Tile:
     """Choose a tile for C and R; is_coded: the cache is bytes."""
     width = _padded(channels)
     if width <= 128:
         return _NARROW
     if width > 256 and (is_coded or card.capability == (9, 0)):
-        return _TURNED_CODED if is_coded else _TURNED
+        return _TRANSPOSED_CODED if is_coded else _TRANSPOSED
     return _WIDE if _shared_bytes(_WIDE, width, _padded(rotated), is_coded) <= card.shared_bytes else _WIDE_SHALLOW
 
 
 def count_splits(card: Card, batch: int, heads: int, positions: int, tile: Tile) -> int:
     """Return into how many splits the positions are cut: enough programs for the card, some tiles for each."""
     programs = batch * -(-heads // _HEADS)
-    most = -(-positions // (tile.positions * _LEAST_TILES))
+    most = -(-positions // (_positions_of(tile) * _LEAST_TILES))
     return min(max(1, _PROGRAMS * card.multiprocessors // programs), most)
+
+
+def _is_transposed(tile: Tile) -> bool:
+    """Say whether heads are the columns of a tile's products."""
+    return tile.rows != _HEADS
+
+
+def _positions_of(tile: Tile) -> int:
+    """Return how many positions of the cache a program reads at a time."""
+    return tile.rows if _is_transposed(tile) else tile.columns
 
 
 def _padded(width: int) -> int:
@@ -134,9 +134,10 @@ def _padded(width: int) -> int:
 
 def _shared_bytes(tile: Tile, width: int, rotated: int, is_coded: bool) -> int:
     """Return what a program keeps in shared memory, of 16-bit numbers: queries, the tiles under way, some scores."""
-    queries, tile_latent, tile_rope = _HEADS * (width + rotated), tile.positions * width, tile.positions * rotated
+    positions = _positions_of(tile)
+    queries, tile_latent, tile_rope = _HEADS * (width + rotated), positions * width, positions * rotated
     ahead = tile.stages - 1
-    scales = ahead * tile.positions * width // BLOCK * 4 if is_coded else 0
+    scales = ahead * positions * width // BLOCK * 4 if is_coded else 0
     return 2 * (queries + tile_latent * (1 if is_coded else ahead) + ahead * tile_rope) + scales + 1024
 
 
@@ -155,7 +156,7 @@ def _launch_both(
     window: int,
     tile: list[int],
 ) -> None:
-    positions, warps, stages, is_turned = tile
+    chosen = Tile(*tile)
     batch, heads, splits, channels = partial.shape
     rotated = rope.shape[2]
     tensors = (q_latent, q_rope, latent, rope)
@@ -163,7 +164,7 @@ def _launch_both(
     strides += latent_scale.stride()[:2] if latent_scale is not None else (0, 0)
     arguments = (*tensors, latent_scale, lengths, partial, largest, total, *strides, heads, latent.shape[1], splits)
     constants = {"C": channels, "CHANNELS": _padded(channels), "R": rotated, "ROTATED": _padded(rotated)}
-    constants |= {"HEADS": _HEADS, "POSITIONS": positions, "TURNED": bool(is_turned)}
+    constants |= {"HEADS": _HEADS, "POSITIONS": _positions_of(chosen), "TURNED": _is_transposed(chosen)}
     constants["NATIVE"] = converts_e4m3(out.device)
     what = Launch(
         "attention.latent_attention_triton",
@@ -171,8 +172,8 @@ def _launch_both(
         (-(-heads // _HEADS), splits, batch),
         (*arguments, window, scale * math.log2(math.e)),
         constants,
-        warps,
-        stages,
+        chosen.warps,
+        chosen.stages,
         {torch.bfloat16: "bf16", torch.float16: "f16"}.get(q_latent.dtype, ""),
     )
     seen = batch * min(window, latent.shape[1])
@@ -213,14 +214,15 @@ def on_card(
     batch, heads, channels = q_latent.shape
     capacity = latent.shape[1]
     window = capacity if window is None else min(window, capacity)
-    tile = tile or choose_tile(card, channels, rope.shape[2], latent_scale is not None)
+    tile = tile or choose_attention_tile(card, channels, rope.shape[2], latent_scale is not None)
     splits = splits or count_splits(card, batch, heads, window, tile)
     out = q_latent.new_empty(batch, heads, channels)
     partial = q_latent.new_empty(batch, heads, splits, channels, dtype=torch.float32)
     largest, total = (q_latent.new_empty(batch, heads, splits, dtype=torch.float32) for _ in range(2))
     q_latent, q_rope = (q if q.stride(2) == 1 else q.contiguous() for q in (q_latent, q_rope))
-    form = [tile.positions, tile.warps, tile.stages, int(tile.is_turned)]
-    _attend(q_latent, q_rope, latent, rope, latent_scale, lengths, out, partial, largest, total, scale, window, form)
+    _attend(
+        q_latent, q_rope, latent, rope, latent_scale, lengths, out, partial, largest, total, scale, window, list(tile)
+    )
     return out
 
 

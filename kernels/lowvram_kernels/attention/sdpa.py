@@ -1,8 +1,8 @@
-"""Fused softmax attention through torch's own kernels, with a paper form of each; knows no heads' meaning.
+"""Softmax attention by torch's own fused kernels, with a form of each for meta mode.
 
     out = softmax(q kᵀ · scale + mask) v        per head; query heads share key/value heads in equal groups
 
-The kernels are torch's: the work here is to take the fused one wherever a card has it, and to know what it allocates.
+The kernels are torch's: this module takes the fused one wherever a card has it, and knows what it allocates.
 Saved for backward: q, k, v, out and one fp32 per query and head; the math form keeps every probability.
 Source: Dao 2023 (FlashAttention 2); Rabe & Staats 2021 (memory-efficient).
 
@@ -40,7 +40,7 @@ def causal_flops(q: Tensor, k: Tensor) -> float:
 
 
 class _CudaOnMeta(torch.autograd.Function):
-    """What torch's CUDA kernels allocate, and nothing else: for meta tensors.
+    """The allocations of torch's CUDA kernels, for meta tensors.
 
     Flash backward adds up dq in fp32, and makes dk and dv for every query head before it sums the groups.  The
     memory-efficient one adds up dq, and at some widths dk and dv, in fp32: counted at all widths.
@@ -49,7 +49,7 @@ class _CudaOnMeta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, is_flash: bool) -> Tensor:
         batch, heads, rows, width = q_BHTK.shape
-        # Flash keeps the queries' strides, the other makes rows of all heads: who reads them copies the rest.
+        # Flash keeps the queries' strides; the other kernel lays a row's heads side by side, which later readers copy.
         out_BHTK = torch.empty_like(q_BHTK) if is_flash else q_BHTK.new_empty(batch, rows, heads, width).transpose(1, 2)
         lse_BHT = q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
         ctx.is_flash = is_flash
@@ -77,10 +77,10 @@ class _CudaOnMeta(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def _on_paper(
+def _run_simulated(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, path: tuple[str, str]
 ) -> Tensor:
-    """Take a card's path with tensors that lie nowhere, and so would find no kernel of their own."""
+    """Take a card's path with meta tensors, for which torch would choose a kernel of its own."""
     bias = mask.to(q.dtype) if mask is not None else None
     if path[0] == "cpu":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -124,6 +124,6 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, path: tuple[str, str]
 ) -> Tensor:
     if is_simulated():
-        return _on_paper(q, k, v, scale, causal, mask, path)
+        return _run_simulated(q, k, v, scale, causal, mask, path)
     is_grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=is_grouped)

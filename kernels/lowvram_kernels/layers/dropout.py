@@ -1,9 +1,9 @@
-"""Dropout whose mask is a function of names, not of a generator; knows keys and places, not seeds of a run.
+"""Dropout whose mask is a hash of a key and the position, so that it needs no generator.
 
     y = x · keep / (1 − p),        keep[b, t, d] = hash(keys[b], purpose, t, d) ≥ p·2³²
 
-No state is carried, so none can be lost on resume; a sample's mask depends on no other sample, so it is the same
-in every micro-batch, on every device and in the recomputed forward pass.
+There is no state that a resume could lose; a sample's mask depends on no other sample, so it is the same in every
+micro-batch, on every device and in a recomputed forward pass.
 Saved for backward: the keys; the mask is made again.
 Source: Srivastava et al. 2014.
 
@@ -35,7 +35,7 @@ def hash_keys(seed: int, samples: Tensor) -> Tensor:
 
 
 def _dropped(key: Tensor, purpose: int, positions: int, width: int, p: float) -> Tensor:
-    """Say which places of one sample are dropped: bool [T, D]."""
+    """Return the mask of the dropped elements of one sample: bool [T, D]."""
     place_T, place_D = (torch.arange(size, device=key.device) for size in (positions, width))
     row_T1 = chain(key.expand(positions), key, purpose, place_T)[:, None]
     column_D = chain(torch.zeros_like(place_D), place_D)
@@ -77,7 +77,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float, keys: Tensor, purpose: int) -> Tensor:
-    """Zero a share p of x's places and scale the others by 1/(1 − p).
+    """Zero a share p of x's elements and scale the others by 1/(1 − p).
 
     x: [B, T, D] floating.  keys: [B] int64, one per sample (see hash_keys).  purpose: which site of the model,
     any integer; sites with different purposes draw independent masks.  Returns x's shape and dtype.

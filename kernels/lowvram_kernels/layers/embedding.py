@@ -1,9 +1,9 @@
-"""Looking up rows of a table in 16 bits, whose gradient is summed in 32; knows ids, not what they stand for.
+"""Embedding lookup in a 16-bit table whose gradient is summed in fp32.
 
     y_n = table[ids_n]        dtable_v = Σ_{n: ids_n = v} dy_n
 
-A frequent id's row sums thousands of gradients: added one after the other in bf16 they stall as soon as the sum is 256
-times as large as each.  So the rows of equal ids are brought together, summed in fp32 and rounded once.
+The row of a frequent id sums thousands of gradients: added one after the other in bf16, the sum stalls when it is 256
+times as large as each term.  So the rows of equal ids are gathered, summed in fp32 and rounded once.
 Saved for backward: ids.  Alive in backward beside the table's gradient: 12 bytes for each of dy's N·D elements.
 A table in fp32 goes through torch's own lookup.
 Source: the chain rule.

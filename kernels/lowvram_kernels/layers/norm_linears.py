@@ -1,6 +1,6 @@
-"""Normalisation and the projections that read it as one op, so that the normalised rows are never kept.
+"""RMSNorm and the projections that read it as one op, so that the normalised rows are never stored.
 
-    n = rms_norm(x)        y_i = n @ W_iᵀ        in a form of `quant_linear.py`
+    n = rms_norm(x)        y_i = n @ W_iᵀ        in a format of `quant_linear.py`
     dn = Σ_i dy_i @ W_i    dW_i = dy_iᵀ @ n    dx, dweight as in rms_norm
 
 A norm costs a pass over memory; keeping its result costs 2 bytes × D a row and layer in bf16, a sixth of a dense

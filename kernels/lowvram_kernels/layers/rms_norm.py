@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation in plain PyTorch; knows rows and a weight, nothing of layers.
+"""Root-mean-square normalisation in plain PyTorch.
 
     y = x / sqrt(mean(x²) + eps) · weight
 

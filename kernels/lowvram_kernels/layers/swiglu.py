@@ -1,8 +1,8 @@
-"""The gated half of a feed-forward block, product and down projection as one op; knows no layer around it.
+"""SwiGLU and the down projection of a feed-forward block as one op.
 
     p = silu(gate) · up        y = p @ downᵀ        [gate | up] = gate_up, silu(z) = z·σ(z)
 
-The products come in a form of `quant_linear.py`.
+The products are made in a format of `quant_linear.py`.
 
     dp = dy @ down             ddown = dyᵀ @ p
     dup = dp · silu(gate)      dgate = dp · up · σ(gate)·(1 + gate·(1 − σ(gate)))

@@ -1,10 +1,10 @@
-"""The output projection and its cross-entropy as one op that never holds all logits; knows no model, no mean.
+"""The output projection and its cross-entropy as one op that never holds all logits.
 
     l = x @ Wᵀ        loss = Σ_n [log Σ_v exp(l_nv) − l_n,target]        dl = softmax(l) − onehot(target)
     dx = dl @ W       dW = dlᵀ @ x
 
-Rows go in chunks.  A chunk's gradients are made in the forward pass while its logits exist: three products in
-all instead of four, and nothing of [N, V] survives.
+Rows are processed in chunks.  A chunk's gradients are made in the forward pass while its logits exist: three products
+in all instead of four, and no tensor of [N, V] is ever allocated.
 Saved for backward: dx [N, D] in x.dtype and dW [V, D] (fp32; x.dtype where one chunk is all), which backward
 multiplies in place by the upstream scalar, so it runs once.  Without a gradient only the loss is computed.
 

@@ -16,38 +16,29 @@ Shapes: N rows, at most 16, O outputs, I inputs, S splits.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.matmul.scaled_matmul import BLOCK, rows_of_scale
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise
+from lowvram_kernels.matmul.scaled_matmul import rows_of_scale
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, dequantise
 
 MOST_ROWS = 16
 # Rows of a program without tensor cores.
 _MOST_FEW = 4
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Warps that a multiprocessor needs so that enough bytes are on their way; blocks of 128 inputs that a split is worth.
 _WARPS, _LEAST_BLOCKS = 8, 4
 _ADDED = 256  # elements that a program adds over the splits
 
 
-class Tile(NamedTuple):
-    """Outputs that one program computes, and by what."""
-
-    band: int
-    warps: int
-    stages: int
-
-
-# Largest first; a thread always reads 16 bytes of each block of 128 inputs.
+# Largest first; columns are outputs, a band of the weight.  A thread always reads 16 bytes of each block of 128 inputs.
 _TILES = {
-    "few_rows_kernel": (Tile(16, 4, 1), Tile(4, 1, 1)),
-    "sixteen_rows_kernel": (Tile(64, 4, 4), Tile(32, 2, 4)),
+    "few_rows_kernel": (Tile(_MOST_FEW, 16, BLOCK, 4, 1), Tile(_MOST_FEW, 4, BLOCK, 1, 1)),
+    "sixteen_rows_kernel": (Tile(MOST_ROWS, 64, BLOCK, 4, 4), Tile(MOST_ROWS, 32, BLOCK, 2, 4)),
 }
 
 
@@ -63,22 +54,22 @@ def kernel_of(card: Card, rows: int, dtype: torch.dtype) -> str:
     return "sixteen_rows_kernel" if rows > 1 and has_tensor_cores else "few_rows_kernel"
 
 
-def tiles(kernel: str) -> list[Tile]:
+def gemv_tiles(kernel: str) -> list[Tile]:
     """Return every tile that may be chosen for a kernel, largest first."""
     return list(_TILES[kernel])
 
 
-def choose_tile(card: Card, kernel: str, outputs: int) -> Tile:
+def choose_gemv_tile(card: Card, kernel: str, outputs: int) -> Tile:
     """Choose the largest tile whose programs keep every multiprocessor busy, else the smallest."""
     for tile in _TILES[kernel]:
-        if -(-outputs // tile.band) * tile.warps >= _WARPS * card.multiprocessors:
+        if -(-outputs // tile.columns) * tile.warps >= _WARPS * card.multiprocessors:
             return tile
     return _TILES[kernel][-1]
 
 
 def choose_splits(card: Card, tile: Tile, outputs: int, inputs: int) -> int:
     """Choose into how many parts the inputs are cut: no more than fill the card, nor shorter than is worth it."""
-    warps, blocks = -(-outputs // tile.band) * tile.warps, -(-inputs // BLOCK)
+    warps, blocks = -(-outputs // tile.columns) * tile.warps, -(-inputs // BLOCK)
     wanted = max(1, min(_WARPS * card.multiprocessors // warps, blocks // _LEAST_BLOCKS))
     return -(-blocks // -(-blocks // wanted))
 
@@ -92,7 +83,7 @@ def gemv(x: Tensor, weight: QuantTensor) -> Tensor:
     Source: the definition.
     """
     rows_of_scale(weight, "gemv: weight")
-    if x.dim() != 2 or x.shape[1] != weight.code.shape[1] or x.dtype not in _DTYPES or x.device != weight.code.device:
+    if x.dim() != 2 or x.shape[1] != weight.code.shape[1] or x.dtype not in FLOATING or x.device != weight.code.device:
         found = (
             f"x is {list(x.shape)} {x.dtype} on {x.device}, weight {list(weight.code.shape)} on {weight.code.device}"
         )
@@ -106,14 +97,14 @@ def gemv(x: Tensor, weight: QuantTensor) -> Tensor:
     if choose("small_matmul", card).backend == "reference":
         return reference(x, weight)
     kernel = kernel_of(card, x.shape[0], x.dtype)
-    tile = choose_tile(card, kernel, weight.code.shape[0])
+    tile = choose_gemv_tile(card, kernel, weight.code.shape[0])
     return multiply_bands(x, weight, kernel, tile, choose_splits(card, tile, *weight.code.shape))
 
 
 def multiply_bands(x: Tensor, weight: QuantTensor, kernel: str, tile: Tile, splits: int) -> Tensor:
     """Multiply by a kernel, band by band; arguments as `gemv` has found them right.
 
-    kernel: a key of `tiles`.  splits: parts of at least one block of 128 inputs, none empty; for the gate and the
+    kernel: a key of `gemv_tiles`.  splits: parts of at least one block of 128 inputs, none empty; for the gate and the
     tests, which force each one.
     """
     rows, outputs = x.shape[0], weight.code.shape[0]
@@ -132,7 +123,7 @@ def _launch_kernel(
     is_e4m3 = code_OI.dtype == torch.uint8
     constants: dict[str, Any] = {
         "SCALE_ROWS": rows_of_scale(QuantTensor(code_OI, scale), "weight"),
-        "BAND": chosen.band,
+        "BAND": chosen.columns,
     }
     constants |= {"IS_E4M3": is_e4m3, "NATIVE": is_e4m3 and converts_e4m3(x_NI.device)}
     groups, expected_mma = 1, "bf16" if x_NI.dtype == torch.bfloat16 else "f16"
@@ -141,7 +132,7 @@ def _launch_kernel(
         # As many blocks at once as registers can hold; rows of odd lengths are read byte by byte, which takes more.
         constants["UNROLL"] = 1 if I % 16 else min(4, 16 // (constants["ROWS"] * x_NI.element_size()))
         groups, expected_mma = -(-N // constants["ROWS"]), ""
-    grid = (-(-O // chosen.band), splits, groups)
+    grid = (-(-O // chosen.columns), splits, groups)
     blocks = -(-I // BLOCK)
     arguments = (x_NI, code_OI, scale, part, N, O, I, -(-blocks // splits))
     what = Launch("matmul.gemv_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, expected_mma)

@@ -1,9 +1,9 @@
-"""A matrix product whose weight is a master of another dtype, in a form of `quant_linear.py`; knows no layers.
+"""A linear layer whose weight is a master of another dtype, multiplied in a format of `quant_linear.py`.
 
     y = x @ Wᵀ        dx = dy @ W        dW = dyᵀ @ x
 
-The master is cast or quantised at each use and the copy dies at once: a run with fp32 masters and bf16
-products never holds a second set of weights.
+The master is cast or quantised at each use and the copy is freed at once: a run with fp32 masters and bf16 products
+never holds a second set of weights.
 Saved for backward: x and the master itself.
 Source: the chain rule; casting at use instead of keeping copies is this project's choice.
 

@@ -1,8 +1,8 @@
-"""A matrix product and its two gradients, in the numbers that a layer multiplies in; knows no layer and no graph.
+"""The three matrix products of a linear layer, plain or of quantised operands; no autograd.
 
     y = x @ Wᵀ        dx = dy @ W        dW = dyᵀ @ x
 
-    form        operands                                             sums
+    format      operands                                             sums
     "plain"     x's dtype; the master is cast at its use             by the library, in fp32
     "e4m3"      E4M3, scales for 1×128 of x and dy, 128×128 of W     fp32, scaled every 128 terms
     "int8"      INT8, one scale for each row or column               int32, scaled once
@@ -11,8 +11,8 @@ What is summed over lies along a row's 128 blocks in all three products: x and d
 and dx, along their columns for dW, always from the numbers themselves and never from codes; W's blocks are square, so
 that one set of codes serves both its uses in E4M3.  The operands of several products of the same rows are made once.
 
-Kept for backward by the ops that multiply: the same as in plain form, so a low precision saves no activation; codes
-live for one product.  Alive in a product: 1 byte for each number of both operands, and their scales.
+Saved for backward by the ops that multiply: the same as in the plain format, so low precision saves no activation
+memory; codes live for one product.  Alive in a product: 1 byte for each number of both operands, and their scales.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.2 (tiles, blocks, and backward in FP8); for INT8 with one scale a
 row, Dettmers et al. 2022 (LLM.int8()), section 2.2.
@@ -38,7 +38,7 @@ Operand = Tensor | QuantTensor
 
 
 def reference(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, dx and dW by the textbook; what every form should stay close to."""
+    """Return y, dx and dW by the textbook; what every format should stay close to."""
     return x @ weight.mT, dy @ weight, dy.mT @ x
 
 
@@ -73,12 +73,12 @@ def backward_weight(dy: Operand, x: Operand, dtype: torch.dtype) -> Tensor:
     """
     if isinstance(dy, QuantTensor) and isinstance(x, QuantTensor):
         return scaled_matmul(dy, x, dtype)
-    assert not isinstance(dy, QuantTensor), "both of one form"
-    assert not isinstance(x, QuantTensor), "both of one form"
+    assert not isinstance(dy, QuantTensor), "both of one format"
+    assert not isinstance(x, QuantTensor), "both of one format"
     return (dy.mT @ x).to(dtype)
 
 
 def check_matmul_format(matmul_format: str, what: str) -> None:
-    """Raise ShapeError, naming `what`, unless the form is one of `MATMUL_FORMATS`."""
+    """Raise ShapeError, naming `what`, unless it is one of `MATMUL_FORMATS`."""
     if matmul_format not in MATMUL_FORMATS:
         raise ShapeError(f"{what}: matmul_format is {matmul_format!r}; needs one of {', '.join(MATMUL_FORMATS)}.")

@@ -6,7 +6,7 @@
     INT8    y[m, n] = scale_a[m] · scale_b[n] · Σ_k code_a[m, k] · code_b[n, k]
 
 All three products of a layer have this form, with codes that lie contiguous along what is summed: y = x Wᵀ, dX = dY W
-(b is the transposed weight), dW = dYᵀ X (both are columns, turned).  Sums are fp32, INT8's int32.
+(b is the transposed weight), dW = dYᵀ X (both are columns, transposed).  Sums are fp32, INT8's int32.
 
     mxfp8     scales enter the instruction, as exponents of 1×32 groups: they must be powers of two
     tensor    each block's product is scaled in fp32 and added; so is the error of tensor cores that add in fewer bits
@@ -29,22 +29,18 @@ Shapes: M rows, N columns of y, K summed; R = 1 or 128 rows of one scale.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise, fill_lines
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, dequantise, fill_lines
 
-BLOCK = 128
 # Tiles of rows that run down before the next tile of columns begins, so that operands come from the L2 cache.
 _GROUP = 8
-# Sums of products of two numbers up to 127 in int32.
-_MOST_INT8 = (2**31 - 1) // 127**2
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _sums_int8_exactly() -> bool:
@@ -61,16 +57,6 @@ def _sums_int8_exactly() -> bool:
 
 # Found out once, at import: Dynamo cannot trace the question, and a rehearsal would count its tensors.
 _INT8_IS_EXACT: bool = _sums_int8_exactly()
-
-
-class Tile(NamedTuple):
-    """Part of y that one block of a launch computes, depth of K that it reads at a time, and by what."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 # Largest first.  Eight warps, because a tile has two accumulators: the sum and the block's product.
@@ -114,23 +100,23 @@ def rows_of_scale(scaled: QuantTensor, what: str) -> int:
     return found_rows
 
 
-def backend_of(form: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
+def backend_of(code_dtype: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
     """Return how codes of a dtype are multiplied: a key of the tables here, "decode" or "reference"."""
-    if form == torch.int8:
+    if code_dtype == torch.int8:
         backend = choose("int8_matmul", card).backend
         return "int8" if backend == "tensor" else backend
     backend = choose("fp8_matmul", card).backend
     return "tensor" if backend == "mxfp8" and has_fp32_scales else backend
 
 
-def tiles(card: Card, backend: str) -> list[Tile]:
+def matmul_tiles(card: Card, backend: str) -> list[Tile]:
     """Return every tile that may be chosen, largest first."""
     return [tile for tile in _TILES[backend] if _shared_bytes(tile, card) <= card.shared_bytes]
 
 
-def choose_tile(card: Card, backend: str, rows: int, columns: int) -> Tile:
+def choose_matmul_tile(card: Card, backend: str, rows: int, columns: int) -> Tile:
     """Choose the largest tile that gives every multiprocessor one, else the smallest."""
-    fitting = tiles(card, backend)
+    fitting = matmul_tiles(card, backend)
     for tile in fitting:
         if _count(tile, rows, columns) >= card.multiprocessors:
             return tile
@@ -161,10 +147,10 @@ def scaled_matmul(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_s
     if a.code.dtype != b.code.dtype or a.code.shape[1] != b.code.shape[1] or a.code.device != b.code.device:
         found = [f"{list(s.code.shape)} {s.code.dtype} on {s.code.device}" for s in (a, b)]
         raise ShapeError(f"scaled_matmul: codes are {found[0]} and {found[1]}; need one K, dtype and device.")
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ShapeError(f"scaled_matmul: dtype is {dtype}; needs bf16, fp16 or fp32.")
-    if a.code.dtype == torch.int8 and a.code.shape[1] > _MOST_INT8:
-        raise ShapeError(f"scaled_matmul: K is {a.code.shape[1]}; int32 holds INT8 sums over {_MOST_INT8} at most.")
+    if a.code.dtype == torch.int8 and a.code.shape[1] > MOST_INT8:
+        raise ShapeError(f"scaled_matmul: K is {a.code.shape[1]}; int32 holds INT8 sums over {MOST_INT8} at most.")
     card = card_of(a.code.device)
     if not (a.code.numel() and b.code.numel()):
         return torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
@@ -172,13 +158,13 @@ def scaled_matmul(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_s
     backend = backend_of(a.code.dtype, card, has_fp32_scales)
     if backend not in _TILES:
         return _multiply_decoded(a, b, dtype, card, has_fp32_scales)
-    return multiply_tiles(a, b, dtype, backend, choose_tile(card, backend, a.code.shape[0], b.code.shape[0]))
+    return multiply_tiles(a, b, dtype, backend, choose_matmul_tile(card, backend, a.code.shape[0], b.code.shape[0]))
 
 
 def multiply_tiles(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, backend: str, tile: Tile) -> Tensor:
     """Multiply by a kernel, tile by tile; arguments as `scaled_matmul` has found them right.
 
-    backend: a key of `tiles`, for the gate and the tests, which force each one.
+    backend: a key of `matmul_tiles`, for the gate and the tests, which force each one.
     """
     y_MN = torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
     _launch_tiles(fill_lines(a.code), a.scale, fill_lines(b.code), b.scale, y_MN, backend, list(tile))

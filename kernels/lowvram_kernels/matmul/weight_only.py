@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from lowvram_kernels.dispatch import card_of, choose
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.gemv import MOST_ROWS, gemv
-from lowvram_kernels.matmul.scaled_matmul import BLOCK, rows_of_scale
+from lowvram_kernels.matmul.scaled_matmul import rows_of_scale
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise
+from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, dequantise
 
 # Numbers of a weight at work on a processor at once; fewer cost more calls than they spare memory (AVX2, one thread).
 CHUNK = 2**20

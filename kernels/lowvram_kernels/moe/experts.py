@@ -37,8 +37,16 @@ from lowvram_kernels.layers.swiglu import gated_product, gated_product_backward
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
 from lowvram_kernels.moe.grouped_matmul import grouped_matmul
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
-from lowvram_kernels.moe.idle import IdleStack, check_stack, decode, needs_decoding
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.moe.idle import Stack, check_stack, needs_decoding, read_copy
+from lowvram_kernels.quant.quantise import (
+    QuantTensor,
+    dequantise,
+    join_parts,
+    parts_of,
+    quantise_columns,
+    quantise_rows,
+    quantise_weight,
+)
 
 
 def reference(
@@ -47,13 +55,13 @@ def reference(
     down: Tensor,
     weights: Tensor,
     ids: Tensor,
-    idle: tuple[IdleStack, IdleStack] | None = None,
+    idle: tuple[Stack, Stack] | None = None,
 ) -> Tensor:
     """Run every expert on every token and pick; autograd of it is the gradient's truth."""
     gate_up, down = gate_up.to(x.dtype), down.to(x.dtype)
     if idle is not None:
         gate_up, down = (
-            torch.stack([*master, *(decode(stack, index, x.dtype) for index in range(len(stack.code)))])
+            torch.stack([*master, *(read_copy(stack, index, x.dtype) for index in range(len(parts_of(stack)[0])))])
             for master, stack in zip((gate_up, down), idle, strict=True)
         )
     gate, up = torch.einsum("nd,eid->nei", x, gate_up).chunk(2, dim=-1)
@@ -74,11 +82,11 @@ def _multiply_slices(
     code: Tensor | None,
     scale: Tensor | None,
     scratch: Tensor | None,
-    is_turned: bool,
+    is_transposed: bool,
 ) -> Tensor:
     """Multiply the rows of each expert's slice by its matrix: [M, O].  No argument has a default: torch 2.11 trips.
 
-    code, scale: the idle stack of the slots from W on.  is_turned: its matrices are [O, I].  scratch: one of them
+    code, scale: the idle stack of the slots from W on.  is_transposed: its matrices are [O, I].  scratch: one of them
     in rows' dtype, needed where the code must be decoded; what is left in it means nothing.
     """
     out_MO = rows_MI.new_empty(rows_MI.shape[0], stack_WIO.shape[2])
@@ -87,8 +95,8 @@ def _multiply_slices(
         if expert < resident:
             torch.mm(rows_MI[start:end], stack_WIO[expert], out=out_MO[start:end])
         elif start < end and code is not None:
-            matrix = decode(IdleStack(code, scale), expert - resident, rows_MI.dtype, scratch)
-            torch.mm(rows_MI[start:end], matrix.mT if is_turned else matrix, out=out_MO[start:end])
+            matrix = read_copy(join_parts(code, scale), expert - resident, rows_MI.dtype, scratch)
+            torch.mm(rows_MI[start:end], matrix.mT if is_transposed else matrix, out=out_MO[start:end])
         start = end
     return out_MO
 
@@ -144,48 +152,48 @@ def _multiply(
     master: Tensor,
     idle: tuple[Tensor | None, Tensor | None],
     ends_E: Tensor,
-    is_turned: bool,
+    is_transposed: bool,
     matmul_format: MatmulFormat,
 ) -> Tensor:
-    """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_turned: matrices are [O, I].
+    """Multiply each slice by its expert's matrix, of both stacks: [M, O].  is_transposed: matrices are [O, I].
 
     Rows that idle copies read are never rounded: of a copy the weight is low already.
     """
     code, scale = idle
     if _is_one_launch(rows_MI.device):
         if master.shape[0]:
-            out_MO = _multiply_residents(rows_MI, master, ends_E, is_turned, matmul_format)
+            out_MO = _multiply_residents(rows_MI, master, ends_E, is_transposed, matmul_format)
         else:
-            out_MO = rows_MI.new_empty(rows_MI.shape[0], master.shape[1 if is_turned else 2])
+            out_MO = rows_MI.new_empty(rows_MI.shape[0], master.shape[1 if is_transposed else 2])
         if code is not None and code.shape[0]:
-            copies = IdleStack(code, scale)
-            if not is_turned:
-                copies = IdleStack(code.mT, None if scale is None else scale.mT)
+            copies = join_parts(code, scale)
+            if not is_transposed:
+                copies = join_parts(code.mT, None if scale is None else scale.mT)
             grouped_matmul(rows_MI, copies, ends_E, first=master.shape[0], out=out_MO)
         return out_MO
     if matmul_format == "plain":
         stack = master.to(rows_MI.dtype)
-        stack = stack.mT if is_turned else stack
+        stack = stack.mT if is_transposed else stack
     else:
-        stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_turned), rows_MI.dtype).mT
+        stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_transposed), rows_MI.dtype).mT
         rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], matmul_format)
     scratch = None
     if code is not None and needs_decoding(code, rows_MI.dtype):
         # Made here and not inside the op, which a rehearsal cannot look into.
         scratch = rows_MI.new_empty(code.shape[1:])
-    out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_turned)
+    out_MO = _multiply_slices(rows_MI, stack, ends_E, code, scale, scratch, is_transposed)
     if code is not None and scratch is not None and is_simulated():
-        _show_decoding(IdleStack(code, scale), scratch)
+        _show_decoding(join_parts(code, scale), scratch)
     return out_MO
 
 
 def _multiply_residents(
-    rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_turned: bool, matmul_format: MatmulFormat
+    rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_transposed: bool, matmul_format: MatmulFormat
 ) -> Tensor:
     if matmul_format == "plain":
         stack = master.to(rows_MI.dtype)
-        return grouped_matmul(rows_MI, stack if is_turned else stack.mT, ends_E)
-    weight = quantise_weight(master, matmul_format, transposed=not is_turned)
+        return grouped_matmul(rows_MI, stack if is_transposed else stack.mT, ends_E)
+    weight = quantise_weight(master, matmul_format, transposed=not is_transposed)
     return grouped_matmul(quantise_rows(rows_MI, matmul_format), weight, ends_E, dtype=rows_MI.dtype)
 
 
@@ -218,14 +226,15 @@ def _is_one_launch(device: torch.device) -> bool:
     return choose("grouped_matmul", card_of(device)).backend == "triton"
 
 
-def _show_decoding(copies: IdleStack, scratch: Tensor) -> None:
+def _show_decoding(copies: Stack, scratch: Tensor) -> None:
     """Show on paper what lives while a copy is decoded, beside the result, and tell what all of them move.
 
     That is besides the codes and one scratch, which a rehearsal sees: each scratch is written and read.
     """
     with uncounted():
-        decode(copies, 0, scratch.dtype, scratch)
-    count, passes = copies.code.shape[0], 2 if copies.scale is None else 4
+        read_copy(copies, 0, scratch.dtype, scratch)
+    code, scale = parts_of(copies)
+    count, passes = code.shape[0], 2 if scale is None else 4
     note_work(moved_bytes=(count * passes - 1) * bytes_of(scratch), ops=count * passes // 2)
 
 
@@ -305,7 +314,7 @@ def experts(
     down: Tensor,
     weights: Tensor,
     ids: Tensor,
-    idle: tuple[IdleStack, IdleStack] | None = None,
+    idle: tuple[Stack, Stack] | None = None,
     matmul_format: MatmulFormat = "plain",
 ) -> Tensor:
     """Send each token through its chosen experts and add the answers by routing weight.
@@ -333,14 +342,14 @@ def experts(
     check_matmul_format(matmul_format, "experts")
     if idle is not None:
         _check_idle(gate_up, down, *idle)
-    copies = (None, None, None, None) if idle is None else (*idle[0], *idle[1])
+    copies = (None, None, None, None) if idle is None else (*parts_of(idle[0]), *parts_of(idle[1]))
     return _Experts.apply(x, gate_up, down, weights, ids, *copies, matmul_format)  # type: ignore[no-untyped-call]
 
 
-def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: IdleStack, idle_down: IdleStack) -> None:
+def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: Stack, idle_down: Stack) -> None:
     check_stack(idle_gate_up, "experts: idle gate_up")
     check_stack(idle_down, "experts: idle down")
-    found = [list(stack.code.shape) for stack in (idle_gate_up, idle_down)]
+    found = [list(parts_of(stack)[0].shape) for stack in (idle_gate_up, idle_down)]
     needed = [[found[0][0], *master.shape[1:]] for master in (gate_up, down)]
     if found != needed:
         raise ShapeError(f"experts: idle copies are {found}; beside these masters they need to be {needed}.")

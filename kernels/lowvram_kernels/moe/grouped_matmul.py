@@ -2,14 +2,14 @@
 
     y[m] = stack[e] @ rows[m]        ends[e − 1] ≤ m < ends[e]
 
-It is what a dropless mixture of experts computes: y forward, and dx with the stack turned.  The slices' ends lie on the
-device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program finds
-out its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
+It is what a dropless mixture of experts computes: y forward, and dx with the stack transposed.  The slices' ends lie
+on the device and stay there: M // block + C rows of tiles are launched, as many as any loads can need, and each program
+finds its expert and its rows; those without rows end at once.  Sums are fp32 and in one fixed order.
 
 Rows and stack are of one dtype; or both are E4M3 or both int8 (`quantise.py`), whose sums are int32 and scaled once; or
 the stack is a low-precision copy (`idle.py`) that is decoded in registers and rounded to the rows' dtype, as
-`idle.decode` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3 must
-be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless it is told otherwise.
+`idle.read_copy` rounds: the numbers are those of a product with the decoded copy, which never exists.  Scales of E4M3
+must be powers of two where the card applies them itself ("mxfp8"), as `quantise.py` makes them unless told otherwise.
 
 Alive: the result alone; copies of codes on both sides where K is no multiple of 16.  Bytes moved: rows, stack and
 result, once.  Operations: 2·M·N·K.
@@ -20,23 +20,18 @@ Shapes: M rows, sorted by expert; E experts, C of them in the stack; N outputs, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.moe.idle import IdleStack
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, fill_lines, parts_of
 
-BLOCK = 128
 # Tiles down before one across, so that L2 has both the rows' and the matrices' tiles when they are wanted again.
 GROUP = 8
-# Products of two numbers up to 127 whose sum int32 holds.
-MOST_INT8 = (2**31 - 1) // 127**2
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 EXPECTED_MMA = {
     "mxfp8": "mxf8",
     "tensor": "e4m3",
@@ -45,16 +40,6 @@ EXPECTED_MMA = {
     torch.bfloat16: "bf16",
     torch.float16: "f16",
 }
-
-
-class Tile(NamedTuple):
-    """What a program computes: rows × columns numbers, `depth` terms at a time; its warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
 
 
 # For much work first, for little last: (of a slice's product, of an outer product).
@@ -91,7 +76,7 @@ def mask_M(ends_E: Tensor, count: int, expert: int) -> Tensor:
     return is_before_end if expert == 0 else is_before_end & (at_M >= ends_E[expert - 1])
 
 
-def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int) -> Tensor:
+def dequantise_operand(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int) -> Tensor:
     """Return the numbers of a code [..., R, K]; E4M3's scales are of blocks height × 128, int8's of rows or columns."""
     if scale is None:
         return code.to(dtype)
@@ -104,7 +89,7 @@ def decoded(code: Tensor, scale: Tensor | None, dtype: torch.dtype, height: int)
 
 def reference(
     rows: Tensor | QuantTensor,
-    stack: Tensor | QuantTensor | IdleStack,
+    stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -112,8 +97,8 @@ def reference(
     """Multiply all rows by every matrix and pick, zeros where it is another expert's row."""
     rows_MK, scale = parts_of(rows)
     if scale is not None:
-        rows_MK = decoded(rows_MK, scale, torch.float32, 1)
-    stack_CNK = decoded(*parts_of(stack), rows_MK.dtype, BLOCK)
+        rows_MK = dequantise_operand(rows_MK, scale, torch.float32, 1)
+    stack_CNK = dequantise_operand(*parts_of(stack), rows_MK.dtype, BLOCK)
     y_MN = rows_MK.new_zeros(rows_MK.shape[0], stack_CNK.shape[1])
     for index, matrix_NK in enumerate(stack_CNK):
         mask_M1 = mask_M(ends, len(rows_MK), first + index)[:, None]
@@ -121,16 +106,16 @@ def reference(
     return y_MN.to(dtype or rows_MK.dtype)
 
 
-def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
+def grouped_tiles(card: Card, kind: str, is_outer: bool = False) -> list[Tile]:
     """Return every tile that a product may take on a card.
 
-    way: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
+    kind: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
     sides), or for E4M3 on both sides "mxfp8", "tensor" or "storage".
     """
     is_hopper = card.capability is not None and card.capability[0] in (9, 10)
     # An int, because Dynamo of torch 2.11 takes no truth for an index.
-    found = (_HOPPER_TILES.get(way, _TILES[way]) if is_hopper else _TILES[way])[int(is_outer)]
-    bytes_of_both = {"half": 4, "decode": 4, "single": 8}.get(way, 2)
+    found = (_HOPPER_TILES.get(kind, _TILES[kind]) if is_hopper else _TILES[kind])[int(is_outer)]
+    bytes_of_both = {"half": 4, "decode": 4, "single": 8}.get(kind, 2)
     return [
         tile
         for tile in found
@@ -138,12 +123,12 @@ def tiles(card: Card, way: str, is_outer: bool = False) -> list[Tile]:
     ]
 
 
-def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
+def choose_grouped_tile(card: Card, kind: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
     """Choose the tile for `count` products of rows × columns numbers; rows: of one expert, in the mean.
 
     The largest that is no more than a third empty and gives each multiprocessor something to do.
     """
-    found = tiles(card, way, is_outer)
+    found = grouped_tiles(card, kind, is_outer)
     filled = [tile for tile in found if tile.rows <= 1.5 * rows] or found[-1:]
     for tile in filled:
         if count * -(-rows // tile.rows) * -(-columns // tile.columns) >= card.multiprocessors:
@@ -151,8 +136,8 @@ def choose_tile(card: Card, way: str, rows: float, columns: int, count: int, is_
     return filled[-1]
 
 
-def way_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
-    """Return how two operands are multiplied, in the words of `tiles`.  is_scaled: both are, with scales."""
+def kind_of(left: Tensor, right: Tensor, is_scaled: bool) -> str:
+    """Return how two operands are multiplied, in the words of `grouped_tiles`.  is_scaled: both are, with scales."""
     if left.dtype == torch.int8:
         return "int8"  # of "int8_matmul", which is "tensor" on every card that has these launches
     if is_scaled:
@@ -187,7 +172,7 @@ def _launch_multiply(
     (rows, inputs), (count, outputs, _), it = rows_MK.shape, code_CNK.shape, Tile(*tile)
     slots = rows // it.rows + count
     grid = (slots * -(-outputs // it.columns),)
-    way = way_of(rows_MK, code_CNK, rows_scale is not None)
+    kind = kind_of(rows_MK, code_CNK, rows_scale is not None)
     constants: dict[str, Any] = {
         "FIRST": first,
         "COUNT": count,
@@ -201,16 +186,16 @@ def _launch_multiply(
     sizes = (outputs, inputs, slots)
     arguments: tuple[Any, ...]
     if rows_scale is not None:
-        kernel = "multiply_int8_kernel" if way == "int8" else "multiply_fp8_kernel"
-        if way != "int8":
-            constants["WAY"] = way
+        kernel = "multiply_int8_kernel" if kind == "int8" else "multiply_fp8_kernel"
+        if kind != "int8":
+            constants["WAY"] = kind
         arguments = (rows_MK, rows_scale, code_CNK, scale, ends_E, out_MN, *sizes)
     else:
         kernel, (constants["SCALE"], scale_strides) = "multiply_kernel", _scale_strides(code_CNK, scale)
         constants["IS_TURNED"] = code_CNK.stride(1) == 1 and code_CNK.stride(2) != 1
         arguments = (rows_MK, code_CNK, scale, ends_E, out_MN, *sizes)
         arguments += (*rows_MK.stride(), *code_CNK.stride(), *scale_strides)
-    expected_mma = EXPECTED_MMA.get(way if rows_scale is not None else rows_MK.dtype, "")
+    expected_mma = EXPECTED_MMA.get(kind if rows_scale is not None else rows_MK.dtype, "")
     what = Launch("moe.grouped_matmul_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     # Which experts are chosen is not known on paper: all are taken to have as many rows.
     share = count / ends_E.shape[0]
@@ -229,7 +214,7 @@ def _(*arguments: Any) -> None:
 
 def grouped_matmul(
     rows: Tensor | QuantTensor,
-    stack: Tensor | QuantTensor | IdleStack,
+    stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -244,7 +229,7 @@ def grouped_matmul(
     rows an int8 stack with scales [C, N, 1], and both contiguous.
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  dtype: of the result; without it
     rows' dtype, bf16 for E4M3 and int8.  out: [M, N], contiguous: other experts' rows stay as they are there; in a
-    result made here they mean nothing.  tile: one of `tiles`, chosen without it.
+    result made here they mean nothing.  tile: one of `grouped_tiles`, chosen without it.
     Returns [M, N].  Has no gradient of its own.  Where there is no Triton it is `reference`, C times the work.
     Raises ShapeError if shapes, dtypes or devices do not fit together, or K is over 133,144 for int8 on both sides.
     """
@@ -257,7 +242,7 @@ def grouped_matmul(
         out = torch.empty(shape, dtype=dtype, device=rows_MK.device)
     if out.shape != shape or out.dtype != dtype or dtype not in FLOATING or not out.is_contiguous():
         raise ShapeError(
-            f"grouped_matmul: out is {form_of(out)}; needs {list(shape)} {dtype}, floating and contiguous."
+            f"grouped_matmul: out is {describe(out)}; needs {list(shape)} {dtype}, floating and contiguous."
         )
     card = card_of(rows_MK.device)
     if choose("grouped_matmul", card).backend != "triton":
@@ -266,20 +251,15 @@ def grouped_matmul(
             is_own_M |= mask_M(ends, shape[0], first + index)
         return out.copy_(torch.where(is_own_M[:, None], reference(rows, stack, ends, first, dtype), out))
     if tile is None:
-        way, rows_of_one = way_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
-        tile = choose_tile(card, way, rows_of_one, shape[1], code_CNK.shape[0])
+        kind, rows_of_one = kind_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
+        tile = choose_grouped_tile(card, kind, rows_of_one, shape[1], code_CNK.shape[0])
     if rows_scale is not None:
         rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
     _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))
     return out
 
 
-def parts_of(operand: Tensor | QuantTensor | IdleStack) -> tuple[Tensor, Tensor | None]:
-    """Return an operand's numbers and its scale, None for plain ones."""
-    return (operand, None) if isinstance(operand, Tensor) else (operand.code, operand.scale)
-
-
-def form_of(tensor: Tensor | None) -> str:
+def describe(tensor: Tensor | None) -> str:
     """Return shape and dtype, for errors."""
     return "None" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
 
@@ -287,14 +267,16 @@ def form_of(tensor: Tensor | None) -> str:
 def check_ends(what: str, ends: Tensor, last: int, device: torch.device) -> None:
     """Raise ShapeError, naming `what`, unless ends are of `last` experts or more and lie beside the rows."""
     if ends.dim() != 1 or ends.dtype not in (torch.int64, torch.int32) or ends.device != device or len(ends) < last:
-        raise ShapeError(f"{what}: ends is {form_of(ends)} on {ends.device}; needs [E ≥ {last}], integer, on {device}.")
+        raise ShapeError(
+            f"{what}: ends is {describe(ends)} on {ends.device}; needs [E ≥ {last}], integer, on {device}."
+        )
 
 
 def _check_multiply(
     rows: Tensor, rows_scale: Tensor | None, code: Tensor, scale: Tensor | None, ends: Tensor, first: int
 ) -> None:
-    what = f"grouped_matmul: rows are {form_of(rows)}, scale {form_of(rows_scale)}"
-    what += f"; stack {form_of(code)}, scale {form_of(scale)}"
+    what = f"grouped_matmul: rows are {describe(rows)}, scale {describe(rows_scale)}"
+    what += f"; stack {describe(code)}, scale {describe(scale)}"
     if rows.dim() != 2 or code.dim() != 3 or code.shape[2] != rows.shape[1] or 0 in code.shape or first < 0:
         raise ShapeError(f"{what}; needs [M, K] and [C, N, K], and first ≥ 0.")
     (count, outputs, inputs), blocks = code.shape, -(-rows.shape[1] // BLOCK)

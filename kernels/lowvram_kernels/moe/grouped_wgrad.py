@@ -23,25 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.grouped_matmul import (
-    BLOCK,
     EXPECTED_MMA,
-    FLOATING,
     GROUP,
-    Tile,
     check_ends,
-    choose_tile,
-    decoded,
-    form_of,
+    choose_grouped_tile,
+    dequantise_operand,
+    describe,
+    kind_of,
     mask_M,
-    parts_of,
-    way_of,
 )
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines, parts_of
 
-# Rows of int8 whose sums int32 holds, in whole tiles: at most grouped_matmul.MOST_INT8.
+# Rows of int8 whose sums int32 holds, in whole tiles: at most quantise.MOST_INT8.
 _TERMS = 2**17
 
 
@@ -50,7 +46,7 @@ def reference(
 ) -> Tensor:
     """Sum the outer products of each expert's rows, of all rows with the others' made zero."""
     left_MO, right_MI = (
-        side if isinstance(side, Tensor) else decoded(*side, torch.float32, 1).mT for side in (left, right)
+        side if isinstance(side, Tensor) else dequantise_operand(*side, torch.float32, 1).mT for side in (left, right)
     )
     sums = []
     for expert in range(resident):
@@ -71,21 +67,21 @@ def _launch_outer(
 ) -> None:
     (count, outputs, inputs), it = out_WOI.shape, Tile(*tile)
     grid = (count * -(-outputs // it.rows) * -(-inputs // it.columns),)
-    way = way_of(left, right, left_scale is not None)
+    kind = kind_of(left, right, left_scale is not None)
     constants: dict[str, Any] = {"BLOCK_O": it.rows, "BLOCK_I": it.columns, "BLOCK_M": it.depth, "GROUP": GROUP}
     arguments: tuple[Any, ...]
     if left_scale is not None:
         rows = left.shape[1]
-        if way == "int8":
+        if kind == "int8":
             kernel = "outer_int8_kernel"
             constants |= {"TERMS": _TERMS, "IS_LONG": rows > _TERMS}
         else:
-            kernel, constants["WAY"] = "outer_fp8_kernel", way
+            kernel, constants["WAY"] = "outer_fp8_kernel", kind
         arguments = (left, left_scale, right, right_scale, ends_E, out_WOI, rows, outputs, inputs)
     else:
         kernel, rows = "outer_kernel", left.shape[0]
         arguments = (left, right, ends_E, out_WOI, outputs, inputs, *left.stride(), *right.stride())
-    expected_mma = EXPECTED_MMA.get(way if left_scale is not None else left.dtype, "")
+    expected_mma = EXPECTED_MMA.get(kind if left_scale is not None else left.dtype, "")
     what = Launch("moe.grouped_wgrad_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     share = count / ends_E.shape[0]
     moved = share * bytes_of(left, left_scale, right, right_scale) + bytes_of(out_WOI)
@@ -114,7 +110,7 @@ def grouped_wgrad(
     left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or columns [O, M] and [I, M], both
     E4M3 in blocks of 1×128 or both int8 with scales [O, 1] and [I, 1].
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  resident: how many experts, from
-    the first.  dtype: of the result, rounded once from fp32.  tile: one of `tiles`, chosen without it.
+    the first.  dtype: of the result, rounded once from fp32.  tile: one of `grouped_tiles`, chosen without it.
     Returns [resident, O, I], zeros for an expert without rows.  Has no gradient of its own.
     Raises ShapeError if shapes, dtypes or devices do not fit together.
     """
@@ -127,8 +123,8 @@ def grouped_wgrad(
     outputs, inputs = left_code.shape[side], right_code.shape[side]
     out = torch.empty(resident, outputs, inputs, dtype=dtype, device=left_code.device)
     if tile is None:
-        way = way_of(left_code, right_code, left_scale is not None)
-        tile = choose_tile(card, way, outputs, inputs, resident, is_outer=True)
+        kind = kind_of(left_code, right_code, left_scale is not None)
+        tile = choose_grouped_tile(card, kind, outputs, inputs, resident, is_outer=True)
     if left_scale is not None:
         left_code, right_code = fill_lines(left_code), fill_lines(right_code)
     _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))
@@ -144,8 +140,8 @@ def _check_outer(
     resident: int,
     dtype: torch.dtype,
 ) -> None:
-    what = f"grouped_wgrad: left is {form_of(left)}, scale {form_of(left_scale)}"
-    what += f"; right {form_of(right)}, scale {form_of(right_scale)}"
+    what = f"grouped_wgrad: left is {describe(left)}, scale {describe(left_scale)}"
+    what += f"; right {describe(right)}, scale {describe(right_scale)}"
     side = 0 if left_scale is None else 1
     if left.dim() != 2 or right.dim() != 2 or left.shape[side] != right.shape[side] or left.dtype != right.dtype:
         raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or scaled [O, M] and [I, M].")

@@ -9,8 +9,8 @@ numbers, |w| < 2⁻⁶·scale).  A decoded number is rounded once, to the dtype 
 E4M3 lies in uint8, because float8 raises on MPS.  Blocks of 128×128 may be read transposed, as dx needs them.
 
 Bytes of an element: 2 (bf16); 1 and 4 a row (int8); 1 and 4 a block (e4m3).
-Alive inside: encode_ 13 bytes for each of the `CHUNK` elements at work.  decode makes its result; besides, where the
-device casts by a copy (all but CUDA), up to 12 bytes for each of `CHUNK` elements.
+Alive inside: write_copy_ 13 bytes for each of the `CHUNK` elements at work.  read_copy makes its result; besides, where
+the device casts by a copy (all but CUDA), up to 12 bytes for each of `CHUNK` elements.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3 (blocks of 128×128); Open Compute Project 2023, "Microscaling
 Formats (MX)", section 5 (E4M3 and E8M0, scales that are powers of two).
@@ -22,76 +22,51 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import bytes_of, card_of
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.quant import e4m3
+from lowvram_kernels.quant import blocks, e4m3, quantise
+from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, parts_of
 
-FORMATS = ("bf16", "int8", "e4m3")
-BLOCK = 128
+COPY_FORMATS = ("bf16", "int8", "e4m3")
 # Elements at work at once, in whole blocks of rows: temporaries are then some 13 MiB and not several matrices.
 CHUNK = 2**20
 _DTYPES = {"bf16": torch.bfloat16, "int8": torch.int8, "e4m3": torch.uint8}
-_INT8_MAX, _E4M3_MAX = 127.0, 448.0
 
 
-class IdleStack(NamedTuple):
-    """code: [I, O, N] bf16 | int8 | uint8 (the bytes of E4M3); fp32 where masters are read in place of their copies.
-
-    scale: None for bf16; fp32 [I, O, 1] for int8; fp32 [I, ⌈O/128⌉, ⌈N/128⌉], powers of two, for E4M3.
-    """
-
-    code: Tensor
-    scale: Tensor | None
+# Copies [I, O, N]: a plain tensor in bf16 (or fp32, where masters are read in place of their copies); in 8 bits, codes
+# and scales, [I, O, 1] for int8 and [I, ⌈O/128⌉, ⌈N/128⌉], powers of two, for E4M3.
+Stack = Tensor | QuantTensor
 
 
-def reference(master: Tensor, form: str) -> Tensor:
+def reference(master: Tensor, format: str) -> Tensor:
     """Return what a matrix is after its round trip, by the formulas above and without any 8-bit dtype: fp64 [O, N]."""
-    w_ON = master.double()
-    if form == "bf16":
+    if format == "bf16":
         return master.to(torch.bfloat16).double()
-    if form == "int8":
-        scale_O1 = w_ON.abs().amax(1, keepdim=True) / _INT8_MAX
-        return torch.where(scale_O1 > 0, (w_ON / scale_O1).round() * scale_O1, 0.0)
-    found_ON = torch.zeros_like(w_ON)
-    for row in range(0, w_ON.shape[0], BLOCK):
-        for column in range(0, w_ON.shape[1], BLOCK):
-            place = slice(row, row + BLOCK), slice(column, column + BLOCK)
-            if w_ON[place].any():
-                scale = torch.exp2((w_ON[place].abs().max() / _E4M3_MAX).log2().ceil())
-                # Three bits behind the leading one; numbers below 2⁻⁶ share its spacing.
-                spacing = scale * torch.exp2((w_ON[place] / scale).abs().log2().floor().clamp_min(-6.0) - 3.0)
-                found_ON[place] = (w_ON[place] / spacing).round() * spacing
-    return found_ON
+    return quantise.reference(master, format, (BLOCK, BLOCK))
 
 
-def new_idle(count: int, outputs: int, inputs: int, form: str, device: torch.device | str | None = None) -> IdleStack:
+def new_idle(count: int, outputs: int, inputs: int, format: str, device: torch.device | str | None = None) -> Stack:
     """Return `count` copies [outputs, inputs] that decode to zeros.
 
-    form: one of `FORMATS`.
+    format: one of `COPY_FORMATS`.
     Raises ShapeError if it is another.
     """
-    if form not in FORMATS:
-        raise ShapeError(f"new_idle: form is {form!r}; needs one of {', '.join(FORMATS)}.")
-    code = torch.zeros(count, outputs, inputs, dtype=_DTYPES[form], device=device)
-    if form == "bf16":
-        return IdleStack(code, None)
-    return IdleStack(code, torch.zeros(count, *_scale_shape(code), dtype=torch.float32, device=device))
+    if format not in COPY_FORMATS:
+        raise ShapeError(f"new_idle: format is {format!r}; needs one of {', '.join(COPY_FORMATS)}.")
+    code = torch.zeros(count, outputs, inputs, dtype=_DTYPES[format], device=device)
+    if format == "bf16":
+        return code
+    return QuantTensor(code, torch.zeros(count, *_scale_shape(code), dtype=torch.float32, device=device))
 
 
-def nbytes(stack: IdleStack) -> int:
-    """Return the bytes of all copies and their scales."""
-    return bytes_of(*stack)
-
-
-def check_stack(stack: IdleStack, what: str) -> None:
+def check_stack(stack: Stack, what: str) -> None:
     """Raise ShapeError, naming `what`, unless code and scale are those of one format."""
-    code, scale = stack
+    code, scale = parts_of(stack)
     if code.dim() != 3 or code.dtype not in (*_DTYPES.values(), torch.float32):
         raise ShapeError(f"{what}: code is {list(code.shape)} {code.dtype}; needs [I, O, N] bf16, int8 or uint8.")
     needed = None if code.dtype.is_floating_point else [code.shape[0], *_scale_shape(code)]
@@ -101,45 +76,47 @@ def check_stack(stack: IdleStack, what: str) -> None:
 
 
 @torch.no_grad()
-def encode_(stack: IdleStack, index: int, master: Tensor) -> None:
+def write_copy_(stack: Stack, index: int, master: Tensor) -> None:
     """Replace one copy by the master, rounded; the other copies do not change.
 
     master: [O, N], any floating dtype, on any device.  Its device computes, save that the CPU makes E4M3 for MPS.
     Numbers that are not finite are stored as some number, and spoil their row's or block's others.
     Raises ShapeError if the master is not of the copy's shape.
     """
-    code_ON = stack.code[index]
+    code, scale = parts_of(stack)
+    code_ON = code[index]
     if master.shape != code_ON.shape or not master.dtype.is_floating_point:
         shapes = f"master is {list(master.shape)} {master.dtype}, copy {list(code_ON.shape)}"
-        raise ShapeError(f"encode_: {shapes}; both need one shape, and the master a floating dtype.")
-    if stack.scale is None:
+        raise ShapeError(f"write_copy_: {shapes}; both need one shape, and the master a floating dtype.")
+    if scale is None:
         code_ON.copy_(master)
         return
     encode, step = (_encode_int8, 1) if code_ON.dtype == torch.int8 else (_encode_e4m3, BLOCK)
     if step == BLOCK and master.device.type == "mps":
         master = master.to("cpu")
     for start, end in _chunks(*master.shape):
-        code_RN, scale = encode(master[start:end].float())
+        code_RN, part = encode(master[start:end].float())
         code_ON[start:end].copy_(code_RN)
-        stack.scale[index, start // step : -(-end // step)].copy_(scale)
+        scale[index, start // step : -(-end // step)].copy_(part)
 
 
-def decode(stack: IdleStack, index: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def read_copy(stack: Stack, index: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Return one matrix in dtype: [O, N].
 
     out: [O, N] in dtype, to be overwritten and returned; without it bf16 copies asked for in bf16 come as a view.
     Raises ShapeError if out is of another shape or dtype.
     """
-    code_ON = stack.code[index]
-    if out is None and not needs_decoding(stack.code, dtype):
+    code, scales = parts_of(stack)
+    code_ON = code[index]
+    if out is None and not needs_decoding(code, dtype):
         return code_ON
     if out is None:
         out = torch.empty(code_ON.shape, dtype=dtype, device=code_ON.device)
     if out.shape != code_ON.shape or out.dtype != dtype:
-        raise ShapeError(f"decode: out is {list(out.shape)} {out.dtype}; needs {list(code_ON.shape)} {dtype}.")
-    if stack.scale is None:
+        raise ShapeError(f"read_copy: out is {list(out.shape)} {out.dtype}; needs {list(code_ON.shape)} {dtype}.")
+    if scales is None:
         return out.copy_(code_ON)
-    scale = stack.scale[index]
+    scale = scales[index]
     platform = card_of(code_ON.device).platform  # on paper that of the imagined card: its temporaries are to be seen
     # CUDA casts inside its kernels: no temporaries there that wanted cutting, only launches.
     for start, end in [(0, out.shape[0])] if out.is_cuda else _chunks(*out.shape):
@@ -178,7 +155,7 @@ def _encode_int8(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
     absmax_R1 = rows_RN.abs().amax(1, keepdim=True)
     # Never zero: a row of zeros divides by it, and a denormal scale has too few digits to be a row's unit.
     # Not a division, which CUDA makes a product with the reciprocal: a copy has the same bits wherever it is made.
-    scale_R1 = absmax_R1.mul_(1.0 / _INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
+    scale_R1 = absmax_R1.mul_(1.0 / blocks.INT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
     return (rows_RN / scale_R1).round_().to(torch.int8), scale_R1
 
 
@@ -186,19 +163,9 @@ def _encode_e4m3(rows_RN: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = rows_RN.shape
     padded_RN = F.pad(rows_RN, (0, -columns % BLOCK, 0, -rows % BLOCK))
     block_ARBN = padded_RN.view(padded_RN.shape[0] // BLOCK, BLOCK, -1, BLOCK)
-    scale_AB = _cover(block_ARBN.abs().amax((1, 3)))
+    scale_AB = blocks.power_of_two_scale(block_ARBN.abs().amax((1, 3)))
     block_ARBN.div_(scale_AB[:, None, :, None])
     return padded_RN[:rows, :columns].to(torch.float8_e4m3fn).view(torch.uint8), scale_AB
-
-
-def _cover(absmax: Tensor) -> Tensor:
-    """Return the least powers of two, of the normal ones, that absmax exceeds by no more than 448 times.
-
-    Integer arithmetic on the bits, because log2 and exp2 may be off by one rounding.  absmax is 2ᵉ·1.f; 448 is
-    2⁸·1.75, so the exponent is e − 8, or one more where 1.f is above 1.75: there the addition carries.
-    """
-    exponent = ((absmax.view(torch.int32) + 0x1FFFFF) >> 23) - 8
-    return (exponent.clamp_(1, 254) << 23).view(torch.float32)
 
 
 def _multiply_blocks_(rows_RN: Tensor, scale_AB: Tensor) -> None:

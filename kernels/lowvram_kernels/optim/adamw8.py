@@ -1,23 +1,23 @@
-"""AdamW with moments in 8 bits, or weights in 16; knows flat ranges of elements, not parameters, groups or schedules.
+"""AdamW with 8-bit moments, for fp32 or bf16 weights; works on flat ranges of elements, not on parameters or groups.
 
     m ← β₁·m + (1 − β₁)·g          v ← β₂·v + (1 − β₂)·g²          g = gradient · gradient_scale
     w ← (1 − lr·decay)·w − lr · [m / (1 − β₁ᵗ)] / [√v / √(1 − β₂ᵗ) + eps]
 
-Between steps a moment is value[code] · absmax: a code of 8 bits an element, one fp32 absmax for 256 elements.  The
-values are those of dynamic tree quantisation.  Seven decades, 10⁻⁶·[0.1, 1] to 10⁰·[0.1, 1], are each cut into
+Between steps a moment is stored as value[code] · absmax: an 8-bit code per element, one fp32 absmax per 256 elements.
+The values are those of dynamic tree quantisation.  Seven decades, 10⁻⁶·[0.1, 1] to 10⁰·[0.1, 1], are each cut into
 equal parts whose centres are the values, 2ⁱ parts in decade i of a signed map and 2ⁱ⁺¹ in an unsigned one, i = 0 … 6;
 a signed map has them negative too, and both have 0 and 1.  m takes the signed map, v the unsigned one.  The weight
-is moved by the moments in fp32, before they are rounded to codes.
+is updated from the moments in fp32, before they are rounded to codes.
 
-A bf16 weight is rounded at random with unbiased mean, by 16 bits that are a function of (seed, purpose, step,
-element's index): no generator state.  Its moments may also be kept exactly, in fp32: torch's own AdamW rounds the
-weight to nearest, where most steps are smaller than half of its last bit and so would be lost.
+A bf16 weight is rounded stochastically, by 16 bits that are a function of (seed, purpose, step, element's index): there
+is no generator state.  Its moments may also be stored exactly, in fp32: torch's own AdamW rounds the weight to nearest,
+which loses most steps, since they are smaller than half of its last bit.
 
-Kept for the next step: 2 + 2·4/256 = 2.03 bytes a parameter.
-A card with Triton makes a step in one launch.  It reads and writes the weight (2 + 2 bytes an element in bf16, 4 + 4 in
+Stored between steps: 2 + 2·4/256 = 2.03 bytes a parameter.
+On a card with Triton a step is one launch.  It reads and writes the weight (2 + 2 bytes an element in bf16, 4 + 4 in
 fp32) and the moments (2 + 2 and 16/256; exact ones 8 + 8), and reads the gradient (2 or 4): 10.06 bytes in all where
 weight and gradient are bf16.  Nothing else is alive inside it.
-Elsewhere plain PyTorch goes chunk by chunk.  Alive inside a step: 19 bytes for each of the `CHUNK` elements at work,
+Elsewhere plain PyTorch works in chunks.  Alive inside a step: 19 bytes for each of the `CHUNK` elements at work,
 for a bf16 weight 27; never a tensor of the weight's size.
 Deterministic: the same arguments give the same bits on the same device.  No sum runs over several elements, so
 neither chunks nor slices change a bit.  Both forms make the same moments, bit for bit where products and sums are fused
@@ -80,7 +80,7 @@ class Maps(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What is remembered of a weight: codes in its shape (uint8) and one fp32 absmax for each block of 256.
+    """The optimizer state of a weight: codes in its shape (uint8) and one fp32 absmax for each block of 256.
 
     Exact moments are fp32 in place of codes, and have no absmax ([0]).
     """
@@ -92,7 +92,7 @@ class Moments(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Say whether the moments are kept in fp32."""
+        """Say whether the moments are stored in fp32."""
         return self.code_m.dtype == torch.float32
 
     def part(self, first: int, end: int) -> Moments:
@@ -111,7 +111,7 @@ class Moments(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a step is made by: see `adamw8_`."""
+    """The hyperparameters of a step: see `adamw8_`."""
 
     learning_rate: Tensor | float
     betas: tuple[float, float]
@@ -141,7 +141,7 @@ def reference(
     eps: float = 1e-8,
     decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return weight, m and v after textbook AdamW with exact moments: what 8 bits should stay close to."""
+    """Return weight, m and v after textbook AdamW with exact moments: what the 8-bit form should stay close to."""
     m = betas[0] * m + (1 - betas[0]) * gradient
     v = betas[1] * v + (1 - betas[1]) * gradient**2
     m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
@@ -213,19 +213,19 @@ def _check(weight: Tensor, gradient: Tensor, moments: Moments) -> None:
 
 
 def store_(target: Tensor, new: Tensor, skip: Tensor | None) -> None:
-    """Copy new into target, but where skip (a scalar bool on the device) says so."""
+    """Copy new into target, unless skip (a scalar bool on the device) is true."""
     target.copy_(new if skip is None else torch.where(skip, target, new))
 
 
 def recall(code_N: Tensor, absmax_B: Tensor, codes: CodeMap) -> Tensor:
-    """Return a copy of a moment that is kept in codes, or in 16 or 32 bits: fp32 [B, K], [1, N] without codes."""
+    """Return a copy of a moment that is stored in codes, or in 16 or 32 bits: fp32 [B, K], [1, N] without codes."""
     if code_N.dtype == torch.uint8:
         return decode(code_N, absmax_B, codes)
     return code_N.to(torch.float32, copy=True).view(1, -1)
 
 
 def remember_(x_BK: Tensor, codes: CodeMap, code_N: Tensor, absmax_B: Tensor, skip: Tensor | None) -> None:
-    """Keep a moment as what is kept of it says; x is lost."""
+    """Store a moment in the form that its state has; x is overwritten."""
     if code_N.dtype != torch.uint8:
         store_(code_N, x_BK.view(-1), skip)
         return
@@ -235,14 +235,14 @@ def remember_(x_BK: Tensor, codes: CodeMap, code_N: Tensor, absmax_B: Tensor, sk
 
 
 def store_weight_(weight_N: Tensor, new_N: Tensor, skip: Tensor | None, noise: Noise | None, first: int) -> None:
-    """Store new weights, rounded at random where a key (int64 scalar) says how; first: the first element's number."""
+    """Store new weights, rounded stochastically if there is a key (int64 scalar); first: the first element's index."""
     if noise is not None:
         new_N = round_to_bf16(new_N, draw_bits(noise, first, new_N.numel()))
     store_(weight_N, new_N, skip)
 
 
 def rounding_noise(weight: Tensor, seed: int, purpose: int, step: Tensor) -> Noise | None:
-    """Return what decides how a bf16 weight is rounded in a step, int64 scalar; None for others, which are not."""
+    """Return the key of a bf16 weight's stochastic rounding in a step, an int64 scalar; None for other dtypes."""
     if weight.dtype != torch.bfloat16:
         return None
     return name_noise(chain(torch.zeros_like(step, dtype=torch.int64), seed, purpose, step.long()))
@@ -265,13 +265,13 @@ def adamw8_(
     purpose: int = 0,
     first: int = 0,
 ) -> None:
-    """Make one step in place: weight and moments change, nothing else, and the host reads nothing.
+    """Make one step in place: weight and moments change, and the host reads nothing back.
 
     weight: any shape, fp32|bf16, contiguous.  gradient: as many elements, floating.  moments: see `new_moments`; for
     a slice of a weight `Moments.part`.  maps: see `build_maps`.  step: scalar on the device, this update's number from
     1.  learning_rate, gradient_scale: numbers, or fp32 scalars on the device.  skip: scalar; where it is not zero,
-    not a bit changes.  seed, purpose (which weight), first (the slice's first element in it): name a bf16 weight's
-    rounding.
+    nothing changes.  seed, purpose (which weight), first (the slice's first element in it): the key of a bf16 weight's
+    stochastic rounding.
     Raises ShapeError if the tensors do not fit together.
     Sources: see the module.
     """
@@ -332,7 +332,7 @@ def _step_on_card(
     named: int,
     first: int,
 ) -> None:
-    """Let one launch do it all.  named: the hash of seed and purpose."""
+    """Make the step in one launch.  named: the hash of seed and purpose."""
     (rate, _), (scale, _) = split(rule.learning_rate), split(rule.gradient_scale)
     skip, step = None if skip is None else skip.reshape(()), step.reshape(())
     if any(scalar is not None and scalar.device != weight.device for scalar in (step, rate, scale, skip)):
@@ -360,7 +360,7 @@ def _launch_step(
     first: int,
     named: int,
 ) -> None:
-    """Launch the kernel; scalars are of one element, or None where the numbers say it."""
+    """Launch the kernel; scalars are tensors of one element, or None where they are plain numbers."""
     changing = (weight_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B)
     tensors = (
         bits_of(weight_N),

@@ -1,4 +1,4 @@
-"""Muon, which moves a matrix along its momentum with all singular values made equal; knows matrices, not parameters.
+"""Muon: a matrix moves along its momentum with all singular values made equal; works on matrices, not on parameters.
 
     m ← μ·m + (1 − μ)·g        u = (1 − μ)·g + μ·m        o = orthogonalise(u) ≈ U Vᵀ where u = U Σ Vᵀ
     w ← (1 − lr·decay)·w − lr · 0.2·√max(M, N) · o
@@ -9,8 +9,8 @@ that comes nearest to 1 on the interval where the steps before it have brought t
 is [`least`, 1] of the Frobenius norm.  0.2·√max(M, N) gives a step the size that AdamW's have, so that one learning
 rate and one decay serve both.
 
-The momentum is kept in bf16, or in 8 bits as in `adamw8` (signed codes, blocks of 256).
-Kept for the next step: 2 bytes a parameter, or 1.02.  Alive inside a step: at most 6 bytes for each element of the
+The momentum is stored in bf16, or in 8 bits as in `adamw8` (signed codes, blocks of 256).
+Stored between steps: 2 bytes a parameter, or 1.02.  Alive inside a step: at most 6 bytes for each element of the
 matrices at work, or 2 and one chunk's temporaries, if that is more: 14 bytes for each of its elements, for a bf16
 weight 16; on a processor 12 and 4 instead of 6 and 2.  At work are at least one matrix and up to `AT_ONCE` elements;
 with 8 bits all, where a matrix is no whole blocks.  A card with Triton has no chunks: one launch before the products
@@ -88,7 +88,7 @@ _STORE_WORK = {torch.float32: (50, 5), torch.bfloat16: (205, 66)}
 
 
 class Momentum(NamedTuple):
-    """What is remembered of a weight: bf16 in its shape and no absmax ([0]), or uint8 codes and one for each block."""
+    """The optimizer state of a weight: bf16 in its shape and no absmax ([0]), or uint8 codes and one for each block."""
 
     code: Tensor
     absmax: Tensor
@@ -122,7 +122,7 @@ def reference(matrix_MN: Tensor) -> Tensor:
 
 
 def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """Bring every singular value near 1, the singular vectors stay.
+    """Bring every singular value near 1 and leave the singular vectors as they are.
 
     u: [B, M, N] bf16, fp16 or fp32.  steps: 3, 4 or 5.  dtype: of the products, u's own if None.  Returns [B, M, N]
     in it.
@@ -148,7 +148,7 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
 
 def _dtype_of_products(device: torch.device) -> torch.dtype:
     card = card_of(device)
-    # On paper the imagined card counts, elsewhere who really multiplies, whatever a report imagines.
+    # In meta mode the simulated card counts, elsewhere the device that multiplies, whatever `override_card` says.
     if (card.platform if device.type == "meta" else device.type) == "cpu":
         return torch.float32
     # Cards before 8.0 multiply in fp16; u itself may be smaller than that can say.
@@ -157,7 +157,7 @@ def _dtype_of_products(device: torch.device) -> torch.dtype:
 
 
 def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int | None) -> tuple[int, int, int]:
-    """Return a matrix's rows, how many there are, and their columns."""
+    """Return the rows of one matrix, the number of matrices, and their columns."""
     if weight.dim() < 2 or not weight.numel():
         raise ShapeError(f"muon_: weight is {list(weight.shape)}, which is no matrix.")
     rows, columns = weight.shape[-2] if rows is None else rows, weight.shape[-1]
@@ -182,7 +182,7 @@ def _lead(
     gradient_scale: Tensor | float,
     skip: Tensor | None,
 ) -> Tensor:
-    """Move the momentum on and return u, bf16 [N]: where the momentum will be if this gradient goes on."""
+    """Update the momentum and return u, bf16 [N]: the momentum after one more such gradient (Nesterov)."""
     u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
     if has_kernels(u_N.device):
         scale_at, scale = split(gradient_scale)
@@ -219,7 +219,7 @@ def muon_(
     purpose: int = 0,
     first: int = 0,
 ) -> None:
-    """Make one step in place: weight and momentum change, nothing else, and the host reads nothing.
+    """Make one step in place: weight and momentum change, and the host reads nothing back.
 
     weight: [..., M, N], fp32|bf16, contiguous.  gradient: as many elements, floating.  rows: of one matrix, where the
     weight holds several above each other (gate and up); None takes M.  codes: `build_maps(...).first`.  step, skip,
@@ -278,7 +278,7 @@ def _move_on_card(
     first: int,
     named: int,
 ) -> None:
-    """Let one launch move a weight along o.  named: the hash of seed and purpose."""
+    """Update a weight along o in one launch.  named: the hash of seed and purpose."""
     (rate_at, rate), (kept_at, kept) = split(rate), split(kept)
     run = _move_as_op if torch.compiler.is_compiling() else _launch_move
     run(weight_N, o_N, step.reshape(()), rate_at, kept_at, skip, first, named, [rate, kept])

@@ -86,11 +86,18 @@ def _scale_of(absmax_AB: Tensor, is_int8: bool, fp32_scales: bool) -> Tensor:
     elif fp32_scales:
         scale_AB = (absmax_AB / torch.full_like(absmax_AB, e4m3.MAX)).clamp_min_(_TINY)
     else:
-        # Integer arithmetic, because log2 and exp2 may be off by one rounding.  absmax is 2ᵉ·1.f, 448 is 2⁸·1.75:
-        # the exponent is e − 8, or one more where 1.f is above 1.75, and there the addition carries.
-        exponent_AB = ((bits_AB + 0x1FFFFF) >> 23) - 8
-        scale_AB = (exponent_AB.clamp_(1, 254) << 23).view(torch.float32)
+        scale_AB = power_of_two_scale(absmax_AB)
     return torch.where(bits_AB < _INFINITY_BITS, scale_AB, torch.nan)
+
+
+def power_of_two_scale(absmax: Tensor) -> Tensor:
+    """Return the least normal powers of two with absmax ≤ 448 · scale.  absmax: fp32, any shape.
+
+    Integer arithmetic, because log2 and exp2 may be off by one rounding.  absmax is 2ᵉ·1.f, 448 is 2⁸·1.75: the
+    exponent is e − 8, or one more where 1.f is above 1.75, and there the addition carries.
+    """
+    exponent = ((absmax.view(torch.int32) + 0x1FFFFF) >> 23) - 8
+    return (exponent.clamp_(1, 254) << 23).view(torch.float32)
 
 
 def _parts(rows: int, width: int, block: tuple[int, int]) -> Iterator[tuple[_Slices, _Slices, tuple[int, int]]]:

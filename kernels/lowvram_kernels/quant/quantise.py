@@ -5,8 +5,8 @@
     int8    x ≈ code · scale     scale = absmax / 127 of each row; code = x / scale to the nearest, ties to even
 
 Every operand of a product comes contiguous along what is summed, so that one product serves all three of a layer:
-    y = x Wᵀ: rows of x, weight    dx = dy W: rows of dy, turned weight    dW = dyᵀ x: columns of dy, columns of x
-A block of 128 × 128 is the same block turned: dx sees the very weight that y saw.
+    y = x Wᵀ: rows of x, weight    dx = dy W: rows of dy, transposed weight    dW = dyᵀ x: columns of dy, columns of x
+A block of 128 × 128 is the same block transposed: dx sees the very weight that y saw.
 One round trip errs by at most 2⁻⁴·|x| (e4m3; 2⁻¹⁰·scale where |x| < 2⁻⁶·scale) or absmax / 254 (int8).
 NaN or infinity makes its block's scale NaN (int8: its row's), so all of it decodes to NaN; its codes mean nothing.
 A block of zeros has codes 0.  The two backends agree bit for bit.
@@ -14,7 +14,7 @@ A block of zeros has codes 0.  The two backends agree bit for bit.
 Moved on a card: x once, a byte for each number and 4 for each scale; x twice for int8 of columns and of rows that one
 program cannot hold.  No products, and some twenty integer operations for each number: memory is what bounds it.
 Alive inside: on a card the results, and for those int8 rows 4 bytes for each slice of 512 or 2,048 numbers; else the
-results, for turned ones a byte more for each number, and what `blocks.py` has at work.
+results, for transposed ones a byte more for each number, and what `blocks.py` has at work.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3; Open Compute Project 2023, "Microscaling Formats (MX)", section 5.
 
@@ -30,65 +30,75 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.quant import blocks, e4m3
 
 FORMATS = ("e4m3", "int8")
 BLOCK = 128
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# Products of two numbers up to 127 whose sum int32 holds.
+MOST_INT8 = (2**31 - 1) // 127**2
 
 
 class QuantTensor(NamedTuple):
-    """code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8, contiguous.  scale: fp32, contiguous.
+    """A matrix in 8 bits, or a stack of them: code · scale.
 
-    scale: [N, ⌈K/128⌉] (rows of E4M3), [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.
+    code: [N, K] or [E, N, K], uint8 (the bytes of E4M3) | int8.  scale: fp32, [N, ⌈K/128⌉] (rows of E4M3),
+    [⌈N/128⌉, ⌈K/128⌉] (weights of E4M3) or [N, 1] (int8), after E.  Both contiguous, save in views of a transposed
+    stack, which `grouped_matmul` takes.
     """
 
     code: Tensor
     scale: Tensor
 
 
-class Tile(NamedTuple):
-    """What one program does at a time: rows × columns, by so many warps, in so many turns along the columns."""
+def parts_of(operand: Tensor | QuantTensor) -> tuple[Tensor, Tensor | None]:
+    """Return the codes and scales of a quantised tensor; of a plain one itself and None."""
+    return (operand, None) if isinstance(operand, Tensor) else operand
 
-    rows: int
-    columns: int
-    warps: int
-    turns: int = 1
+
+def join_parts(code: Tensor, scale: Tensor | None) -> Tensor | QuantTensor:
+    """Return what `parts_of` takes apart."""
+    return code if scale is None else QuantTensor(code, scale)
 
 
 # Codes leave a program 16 bytes a thread; 4,096 numbers are 32 for each thread.
-_E4M3_ROWS = (Tile(8, 512, 4), Tile(32, 128, 4))
-_E4M3_COLUMNS = (Tile(64, 128, 8),)
-_INT8_ROWS = (Tile(4, 1024, 4), Tile(2, 2048, 4), Tile(1, 4096, 4), Tile(1, 8192, 8))
-# Rows too long for a program, and columns: 32 of them are 64 bytes of bf16.
-_INT8_SLICES = (Tile(8, 512, 4, 4), Tile(32, 128, 4, 4))
-_DEQUANTISE = Tile(32, 128, 4)
+_E4M3_ROWS = (Tile(8, 512, 512), Tile(32, 128, 128))
+_E4M3_COLUMNS = (Tile(64, 128, 128, warps=8),)
+_INT8_ROWS = (Tile(4, 1024, 1024), Tile(2, 2048, 2048), Tile(1, 4096, 4096), Tile(1, 8192, 8192, warps=8))
+# Rows too long for a program, and columns (32 of them are 64 bytes of bf16), in slices of four steps.
+_INT8_SLICES = (Tile(8, 2048, 512), Tile(32, 512, 128))
+_DEQUANTISE = Tile(32, 128, 128)
 
 
-def tiles(form: str, is_turned: bool) -> list[Tile]:
-    """Return every tile that may be chosen to quantise rows or, is_turned, columns: the same on every card."""
-    if form == "e4m3":
-        return list(_E4M3_COLUMNS if is_turned else _E4M3_ROWS)
-    return [_INT8_SLICES[1]] if is_turned else [*_INT8_ROWS, _INT8_SLICES[0]]
+def quantise_tiles(format: str, is_transposed: bool) -> list[Tile]:
+    """Return every tile that may be chosen to quantise rows or, is_transposed, columns: the same on every card."""
+    if format == "e4m3":
+        return list(_E4M3_COLUMNS if is_transposed else _E4M3_ROWS)
+    return [_INT8_SLICES[1]] if is_transposed else [*_INT8_ROWS, _INT8_SLICES[0]]
 
 
-def choose_tile(form: str, width: int, is_turned: bool) -> Tile:
-    """Choose the tile for rows of `width` numbers, or is_turned for columns."""
-    found = tiles(form, is_turned)
-    if form == "e4m3":
+def choose_quantise_tile(format: str, width: int, is_transposed: bool) -> Tile:
+    """Choose the tile for rows of `width` numbers, or is_transposed for columns."""
+    found = quantise_tiles(format, is_transposed)
+    if format == "e4m3":
         return found[0] if width >= found[0].columns else found[-1]
-    return next((tile for tile in found if tile.turns == 1 and width <= tile.columns), found[-1])
+    return next((tile for tile in found if not _is_slice(tile) and width <= tile.columns), found[-1])
 
 
-def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tensor:
+def _is_slice(tile: Tile) -> bool:
+    """Say whether rows are cut into slices, whose largest magnitudes another kernel finds first."""
+    return tile.depth < tile.columns
+
+
+def reference(x: Tensor, format: str, block: tuple[int, int] = (1, BLOCK)) -> Tensor:
     """Return what a matrix is after its round trip, by the formulas above and without any 8-bit dtype: fp64 [N, K].
 
     block: rows and columns that share a scale of E4M3.
     """
     x_NK, found_NK = x.double(), torch.zeros_like(x, dtype=torch.float64)
-    height, width = block if form == "e4m3" else (1, x.shape[1])
+    height, width = block if format == "e4m3" else (1, x.shape[1])
     for row in range(0, x.shape[0], height):
         for column in range(0, x.shape[1], width):
             place = slice(row, row + height), slice(column, column + width)
@@ -96,7 +106,7 @@ def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tens
             absmax = part.abs().max()
             if not absmax.isfinite():
                 found_NK[place] = torch.nan
-            elif form == "int8" and absmax > 0:
+            elif format == "int8" and absmax > 0:
                 found_NK[place] = (part / (absmax / blocks.INT8_MAX)).round() * (absmax / blocks.INT8_MAX)
             elif absmax > 0:
                 scale = torch.exp2((absmax / e4m3.MAX).log2().ceil())
@@ -106,61 +116,60 @@ def reference(x: Tensor, form: str, block: tuple[int, int] = (1, BLOCK)) -> Tens
     return found_NK
 
 
-def quantise_rows(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTensor:
+def quantise_rows(x: Tensor, format: str, fp32_scales: bool = False) -> QuantTensor:
     """Round a matrix that a product will sum along its rows.
 
-    x: [N, K] fp32|bf16|fp16, of any strides.  form: one of `FORMATS`.  fp32_scales: scale = absmax / 448 in fp32, as
+    x: [N, K] fp32|bf16|fp16, of any strides.  format: one of `FORMATS`.  fp32_scales: scale = absmax / 448 in fp32, as
     DeepSeek's older files have it.  Returns code [N, K]; scale [N, ⌈K/128⌉] (e4m3) or [N, 1] (int8).
-    Raises ShapeError if x, its dtype or the form is another.
+    Raises ShapeError if x, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    _check("quantise_rows", x, form, fp32_scales, (2,))
-    return _quantise_rows(x.detach(), form, fp32_scales)
+    _check("quantise_rows", x, format, fp32_scales, (2,))
+    return _quantise_rows(x.detach(), format, fp32_scales)
 
 
-def quantise_columns(x: Tensor, form: str, fp32_scales: bool = False) -> QuantTensor:
+def quantise_columns(x: Tensor, format: str, fp32_scales: bool = False) -> QuantTensor:
     """Round a matrix that a product will sum along its columns, and turn it: as `quantise_rows` of x transposed.
 
     x: [N, K] fp32|bf16|fp16, of any strides.  Returns code [K, N]; scale [K, ⌈N/128⌉] (e4m3) or [K, 1] (int8).
-    Raises ShapeError if x, its dtype or the form is another.
+    Raises ShapeError if x, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    _check("quantise_columns", x, form, fp32_scales, (2,))
-    return _quantise_rows(x.detach().mT, form, fp32_scales)
+    _check("quantise_columns", x, format, fp32_scales, (2,))
+    return _quantise_rows(x.detach().mT, format, fp32_scales)
 
 
-def quantise_weight(w: Tensor, form: str, transposed: bool = False, fp32_scales: bool = False) -> QuantTensor:
-    """Round a weight or a stack of them, as they lie or each one turned.
+def quantise_weight(w: Tensor, format: str, transposed: bool = False, fp32_scales: bool = False) -> QuantTensor:
+    """Round a weight or a stack of them, as they lie or each one transposed.
 
     w: [O, I] or [E, O, I] fp32|bf16|fp16, of any strides.  Returns code [O, I] or, transposed, [I, O], after E; scale
-    [⌈O/128⌉, ⌈I/128⌉] or turned (e4m3: the same numbers), [O, 1] or [I, 1] (int8: of the rows of what is returned).
-    Raises ShapeError if w, its dtype or the form is another.
+    [⌈O/128⌉, ⌈I/128⌉] or transposed (e4m3: the same numbers), [O, 1] or [I, 1] (int8: of the rows of what is returned).
+    Raises ShapeError if w, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    _check("quantise_weight", w, form, fp32_scales, (2, 3))
-    if form == "int8":
+    _check("quantise_weight", w, format, fp32_scales, (2, 3))
+    if format == "int8":
         w = w.detach()
-        return _quantise_rows(w.mT if transposed else w, form, False)
-    plain, turned = _quantise_blocks(w.detach(), fp32_scales, not transposed, transposed)
-    found = turned if transposed else plain
+        return _quantise_rows(w.mT if transposed else w, format, False)
+    found = _quantise_blocks(w.detach(), fp32_scales, not transposed, transposed)[int(transposed)]
     assert found is not None
     return found
 
 
-def quantise_weight_both(w: Tensor, form: str, fp32_scales: bool = False) -> tuple[QuantTensor, QuantTensor]:
-    """Round a weight or a stack of them and return it as it lies and turned; E4M3 reads it once for both.
+def quantise_weight_both(w: Tensor, format: str, fp32_scales: bool = False) -> tuple[QuantTensor, QuantTensor]:
+    """Round a weight or a stack of them and return it as it lies and transposed; E4M3 reads it once for both.
 
     w and what is returned: as in `quantise_weight`.
-    Raises ShapeError if w, its dtype or the form is another.
+    Raises ShapeError if w, its dtype or the format is another.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
     """
-    if form != "e4m3":
-        return quantise_weight(w, form), quantise_weight(w, form, transposed=True)
-    _check("quantise_weight_both", w, form, fp32_scales, (2, 3))
-    plain, turned = _quantise_blocks(w.detach(), fp32_scales, True, True)
+    if format != "e4m3":
+        return quantise_weight(w, format), quantise_weight(w, format, transposed=True)
+    _check("quantise_weight_both", w, format, fp32_scales, (2, 3))
+    plain, flipped = _quantise_blocks(w.detach(), fp32_scales, True, True)
     assert plain is not None
-    assert turned is not None
-    return plain, turned
+    assert flipped is not None
+    return plain, flipped
 
 
 def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -171,7 +180,7 @@ def dequantise(scaled: QuantTensor, dtype: torch.dtype) -> Tensor:
     """
     code, scale = scaled
     block = _block_of(code, scale)
-    if dtype not in _DTYPES:
+    if dtype not in FLOATING:
         raise ShapeError(f"dequantise: dtype is {dtype}; needs fp32, bf16 or fp16.")
     x = torch.empty(code.shape, dtype=dtype, device=code.device)
     if choose("quantise", card_of(code.device)).backend == "triton":
@@ -191,10 +200,10 @@ def fill_lines(code: Tensor) -> Tensor:
     return F.pad(code, (0, missing)) if missing else code
 
 
-def _check(what: str, x: Tensor, form: str, fp32_scales: bool, dimensions: tuple[int, ...]) -> None:
-    if form not in FORMATS or (fp32_scales and form != "e4m3"):
-        raise ShapeError(f"{what}: form is {form!r}; needs one of {', '.join(FORMATS)}, for fp32_scales e4m3.")
-    if x.dim() not in dimensions or x.numel() == 0 or x.dtype not in _DTYPES:
+def _check(what: str, x: Tensor, format: str, fp32_scales: bool, dimensions: tuple[int, ...]) -> None:
+    if format not in FORMATS or (fp32_scales and format != "e4m3"):
+        raise ShapeError(f"{what}: format is {format!r}; needs one of {', '.join(FORMATS)}, for fp32_scales e4m3.")
+    if x.dim() not in dimensions or x.numel() == 0 or x.dtype not in FLOATING:
         needed = " or ".join(("[N, K]", "[E, O, I]")[: len(dimensions)])
         raise ShapeError(f"{what}: got {list(x.shape)} {x.dtype}; needs {needed}, not empty, fp32, bf16 or fp16.")
 
@@ -204,41 +213,43 @@ def _block_of(code: Tensor, scale: Tensor) -> tuple[int, int]:
     if code.dim() not in (2, 3) or code.numel() == 0 or code.dtype not in (torch.uint8, torch.int8):
         raise ShapeError(f"dequantise: code is {list(code.shape)} {code.dtype}; needs [N, K], uint8 or int8.")
     rows, width = code.shape[-2:]
-    forms = [(1, BLOCK), (BLOCK, BLOCK)] if code.dtype == torch.uint8 else [(1, width)]
-    shapes = [[*code.shape[:-2], -(-rows // height), -(-width // columns)] for height, columns in forms]
+    blocks_of_code = [(1, BLOCK), (BLOCK, BLOCK)] if code.dtype == torch.uint8 else [(1, width)]
+    shapes = [[*code.shape[:-2], -(-rows // height), -(-width // columns)] for height, columns in blocks_of_code]
     if list(scale.shape) not in shapes or scale.dtype != torch.float32:
         needed = " or ".join(map(str, shapes))
         raise ShapeError(f"dequantise: scale is {list(scale.shape)} {scale.dtype}; this code needs {needed}, fp32.")
     if not (code.is_contiguous() and scale.is_contiguous()) or code.device != scale.device:
         raise ShapeError("dequantise: code and scale need to be contiguous, on one device.")
-    return forms[shapes.index(list(scale.shape))]
+    return blocks_of_code[shapes.index(list(scale.shape))]
 
 
-def _new(x: Tensor, form: str, block: tuple[int, int]) -> QuantTensor:
+def _new(x: Tensor, format: str, block: tuple[int, int]) -> QuantTensor:
     """Allocate what x will be."""
     *stack, rows, width = x.shape
-    code = torch.empty(*stack, rows, width, dtype=torch.uint8 if form == "e4m3" else torch.int8, device=x.device)
+    code = torch.empty(*stack, rows, width, dtype=torch.uint8 if format == "e4m3" else torch.int8, device=x.device)
     shape = (*stack, -(-rows // block[0]), -(-width // block[1]))
     return QuantTensor(code, torch.empty(shape, dtype=torch.float32, device=x.device))
 
 
-def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
+def _quantise_rows(x: Tensor, format: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
     """Round the rows of [N, K] or [E, N, K]."""
-    block = (1, BLOCK if form == "e4m3" else x.shape[-1])
+    block = (1, BLOCK if format == "e4m3" else x.shape[-1])
     # What is contiguous along N is read along N, whatever it is called.
-    is_turned = x.stride(-1) != 1 and x.stride(-2) == 1
+    is_transposed = x.stride(-1) != 1 and x.stride(-2) == 1
     if choose("quantise", card_of(x.device)).backend != "triton":
         return (
-            _turn(_encode(x.mT, form, fp32_scales, block[::-1])) if is_turned else _encode(x, form, fp32_scales, block)
+            _transpose(_encode(x.mT, format, fp32_scales, block[::-1]))
+            if is_transposed
+            else _encode(x, format, fp32_scales, block)
         )
-    tile = tile or choose_tile(form, x.shape[-1], is_turned)
-    result = _new(x, form, block)
-    if form == "e4m3":
+    tile = tile or choose_quantise_tile(format, x.shape[-1], is_transposed)
+    result = _new(x, format, block)
+    if format == "e4m3":
         _launch_e4m3_rows(x, *result, fp32_scales, [*tile])
-    elif tile.turns == 1:
+    elif not _is_slice(tile):
         _launch_int8_rows(x, *result, [*tile])
     else:
-        slices = -(-x.shape[-1] // (tile.columns * tile.turns))
+        slices = -(-x.shape[-1] // tile.columns)
         absmax = torch.empty(*x.shape[:-2], slices, x.shape[-2], dtype=torch.int32, device=x.device)
         _launch_absmax(x, absmax, [*tile])
         _launch_int8_slices(x, absmax, *result, [*tile])
@@ -246,26 +257,26 @@ def _quantise_rows(x: Tensor, form: str, fp32_scales: bool, tile: Tile | None = 
 
 
 def _quantise_blocks(
-    w: Tensor, fp32_scales: bool, plain: bool, turned: bool
+    w: Tensor, fp32_scales: bool, plain: bool, transposed: bool
 ) -> tuple[QuantTensor | None, QuantTensor | None]:
-    """Round the 128 × 128 blocks of [O, I] or [E, O, I], as it lies and turned."""
+    """Round the 128 × 128 blocks of [O, I] or [E, O, I], as it lies and transposed."""
     block = (BLOCK, BLOCK)
     if choose("quantise", card_of(w.device)).backend != "triton":
         found = _encode(w, "e4m3", fp32_scales, block)
-        return found, _turn(found) if turned else None
-    results = _new(w, "e4m3", block) if plain else None, _new(w.mT, "e4m3", block) if turned else None
+        return found, _transpose(found) if transposed else None
+    results = _new(w, "e4m3", block) if plain else None, _new(w.mT, "e4m3", block) if transposed else None
     _launch_e4m3_blocks(w, *(results[0] or (None, None)), *(results[1] or (None, None)), fp32_scales)
     return results
 
 
-def _encode(x: Tensor, form: str, fp32_scales: bool, block: tuple[int, int]) -> QuantTensor:
-    result = _new(x, form, block)
+def _encode(x: Tensor, format: str, fp32_scales: bool, block: tuple[int, int]) -> QuantTensor:
+    result = _new(x, format, block)
     for x_NK, code_NK, scale_AB in zip(*map(_matrices, (x, *result)), strict=True):
         blocks.encode_(code_NK, scale_AB, x_NK, block, fp32_scales)
     return result
 
 
-def _turn(scaled: QuantTensor) -> QuantTensor:
+def _transpose(scaled: QuantTensor) -> QuantTensor:
     return QuantTensor(scaled.code.mT.contiguous(), scaled.scale.mT.contiguous())
 
 
@@ -293,24 +304,24 @@ def _axes(x: Tensor) -> tuple[int, int, int, int, int, int]:
 @_opaque("quantise_e4m3_rows", "code", "scale")
 def _launch_e4m3_rows(x: Tensor, code: Tensor, scale: Tensor, fp32_scales: bool, tile: list[int]) -> None:
     count, *axes = _axes(x)
-    rows, columns, warps, _ = tile
+    rows, columns, _, warps, _ = tile
     constants = {"ROWS": rows, "COLUMNS": columns, "HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(x.device)}
     grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     what = Launch("quant.quantise_triton", "e4m3_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
     launch(what, moved_bytes=bytes_of(x, code, scale))
 
 
-@_opaque("quantise_e4m3_blocks", "code", "scale", "turned_code", "turned_scale")
+@_opaque("quantise_e4m3_blocks", "code", "scale", "transposed_code", "transposed_scale")
 def _launch_e4m3_blocks(
     w: Tensor,
     code: Tensor | None,
     scale: Tensor | None,
-    turned_code: Tensor | None,
-    turned_scale: Tensor | None,
+    transposed_code: Tensor | None,
+    transposed_scale: Tensor | None,
     fp32_scales: bool,
 ) -> None:
     count, *axes = _axes(w)
-    results = (code, scale, turned_code, turned_scale)
+    results = (code, scale, transposed_code, transposed_scale)
     constants = {"HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(w.device)}
     grid = (-(-axes[0] // BLOCK), -(-axes[1] // BLOCK), count)
     what = Launch("quant.quantise_triton", "e4m3_blocks_kernel", grid, (w, *results, *axes), constants, warps=16)
@@ -320,7 +331,7 @@ def _launch_e4m3_blocks(
 @_opaque("quantise_int8_rows", "code", "scale")
 def _launch_int8_rows(x: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -> None:
     count, *axes = _axes(x)
-    rows, columns, warps, _ = tile
+    rows, columns, _, warps, _ = tile
     constants = {"ROWS": rows, "COLUMNS": columns}
     grid = (-(-axes[0] // rows), 1, count)
     what = Launch("quant.quantise_triton", "int8_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
@@ -341,9 +352,9 @@ def _launch_int8_slices(x: Tensor, absmax: Tensor, code: Tensor, scale: Tensor, 
 
 def _sliced(kernel: str, x: Tensor, tensors: tuple[Tensor, ...], tile: list[int]) -> Launch:
     count, *axes = _axes(x)
-    rows, columns, warps, turns = tile
-    constants = {"ROWS": rows, "COLUMNS": columns, "TURNS": turns}
-    grid = (-(-axes[0] // rows), -(-axes[1] // (columns * turns)), count)
+    rows, columns, depth, warps, _ = tile
+    constants = {"ROWS": rows, "COLUMNS": depth, "TURNS": columns // depth}
+    grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     return Launch("quant.quantise_triton", kernel, grid, (*tensors, *axes), constants, warps)
 
 

@@ -1,4 +1,4 @@
-"""Numbers that look random and are a pure function of names; knows the mixer, not what its bits decide.
+"""Counter-based random bits: a pure function of a key and an element's index, without generator state.
 
 Source: the mixer's two multipliers are TheIronBorn's (hash-prospector, bias 0.107).
 """
@@ -48,7 +48,7 @@ def _mix_number(value: int) -> int:
 
 
 class Noise(NamedTuple):
-    """What names the random bits of a tensor's elements: 256 share a full hash, which each mixes with its own lane.
+    """The key of a tensor's random bits: 256 elements share a full hash, which each mixes with its own lane.
 
     key: int64 scalar, a hash.  lane_K: int32 [256], the same always.
     """
@@ -58,7 +58,7 @@ class Noise(NamedTuple):
 
 
 def name_noise(key: Tensor) -> Noise:
-    """Prepare what a key names; once for all ranges that are drawn."""
+    """Prepare the noise of a key, once for all ranges that are drawn."""
     lane_K = torch.arange(_SHARED, device=key.device)
     return Noise(key, (chain(torch.zeros_like(lane_K), lane_K) & _LOW_31).int())
 
@@ -66,7 +66,7 @@ def name_noise(key: Tensor) -> Noise:
 def draw_bits(noise: Noise, first: int, count: int) -> Tensor:
     """Return 16 bits for each of the elements first … first + count − 1: int32 [count].
 
-    An element's bits follow from its number alone, whatever range is drawn.  Products are of 16 by 15 bits, so that
+    An element's bits depend on its index alone, whatever range is drawn.  Products are of 16 by 15 bits, so that
     none overflows.
     """
     start, end = first // _SHARED, -(-(first + count) // _SHARED)

@@ -1,9 +1,10 @@
-"""Rounding fp32 to bf16 at random, with the right mean; knows what is rounded, not why.
+"""Stochastic rounding of fp32 to bf16.
 
-    bf16(x) = x cut off, or the next number away from zero with the probability that the part cut off has of it.
+    bf16(x) = x truncated, or the next number away from zero with probability (truncated part) / (last bit)
 
-The 16 bits that decide are a function of names and of the element's index: no generator state.  Rounding to nearest is
-nearer, by a factor of √2 in a sum of terms that vary; but steps and terms smaller than half of the last bit, it loses.
+The 16 bits that decide are a function of a key and of the element's index: there is no generator state.  Rounding to
+nearest has the smaller error, by a factor of √2 in a sum of varying terms, but loses every step and term that is
+smaller than half of the last bit.
 Source: Gupta et al. 2015, "Deep Learning with Limited Numerical Precision", section 3.
 """
 
@@ -29,7 +30,7 @@ ROWS = 4
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Say whether the optimizer's kernels run on a device: AdamW's, Muon's and the sum rounded at random are one op."""
+    """Say whether the Triton kernels of AdamW, Muon and the stochastically rounded sum run on a device."""
     return choose("adamw8", card_of(device)).backend == "triton"
 
 
@@ -39,7 +40,7 @@ def programs(count: int) -> tuple[int]:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """Return a view as kernels read and write it: bf16 as int16, truths as uint8, others as they are."""
+    """Return a view as kernels read and write it: bf16 as int16, bool as uint8, others as they are."""
     return tensor.view({torch.bfloat16: torch.int16, torch.bool: torch.uint8}.get(tensor.dtype, tensor.dtype))
 
 
@@ -51,8 +52,8 @@ def split(value: Tensor | float) -> tuple[Tensor | None, float]:
 def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:
     """Cut a weight's elements into chunks of whole blocks, and what is left over as one shorter block.
 
-    On paper the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
-    elements and is so many launches.  block: 1 where elements have nothing to do with each other, so that none is left.
+    In meta mode the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
+    elements and is so many launches.  block: 1 where elements are independent, so that nothing is left over.
     """
     count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
     whole = count // block * block
@@ -66,7 +67,7 @@ def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLO
 
 
 def reference(x: Tensor, uniform: Tensor) -> Tensor:
-    """Round by the formula, in fp64; uniform: numbers in [0, 1) of x's shape, the chance's outcome."""
+    """Round by the formula, in fp64; uniform: random numbers in [0, 1) of x's shape."""
     low = (x.float().view(torch.int32) & -0x10000).view(torch.float32)
     high = ((x.float().view(torch.int32) & -0x10000) + 0x10000).view(torch.float32)
     share = (x.double() - low.double()) / (high.double() - low.double())
@@ -84,10 +85,10 @@ def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: Tensor) -> None:
-    """Add term to total in fp32 and round the sum at random, in place.
+    """Add term to total in fp32 and round the sum stochastically, in place.
 
     total: bf16, contiguous.  term: as many elements, floating.  seed, purpose (which weight), sample (int64 scalar on
-    the device: which micro-batch): name the rounding.
+    the device: which micro-batch): the key of the rounding.
     Raises ShapeError if the two do not fit together.
     """
     if total.dtype != torch.bfloat16 or not total.is_contiguous() or term.numel() != total.numel():
@@ -110,7 +111,7 @@ def _add_on_card(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) ->
 
 
 def _launch_add(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
-    """Read both, write the sum, once each.  named: see `chain_numbers`."""
+    """Launch the kernel, which reads both and writes the sum once.  named: see `chain_numbers`."""
     count = total_N.numel()
     arguments = (bits_of(total_N), term_N, sample.reshape(()), count, named)
     what = Launch("random.stochastic_rounding_triton", "add_rounded_kernel", programs(count), arguments, {"ROWS": ROWS})

@@ -30,7 +30,7 @@ _LITE_LAYERS_AND_VOCABULARY = (48, 128_256)
 _SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 
 
-class Cut(NamedTuple):
+class TensorLayout(NamedTuple):
     """A tensor of llama.cpp's: its name, how it is cut out of one of ours, and whether it is fp32 in every file."""
 
     name: str
@@ -187,25 +187,28 @@ _GATE_AND_UP = {
 }
 
 
-def cuts_of(config: ModelConfig, name: str) -> list[Cut]:
+def layouts_of(config: ModelConfig, name: str) -> list[TensorLayout]:
     """Return the tensors of llama.cpp's that our tensor `name` becomes."""
     if name in _OUTSIDE_LAYERS:
-        return [Cut(_OUTSIDE_LAYERS[name], _whole)]
+        return [TensorLayout(_OUTSIDE_LAYERS[name], _whole)]
     _, layer, rest = name.split(".", 2)
     return [cut._replace(name=f"blk.{layer}.{cut.name}") for cut in _cuts_in_layer(config, rest)]
 
 
-def _cuts_in_layer(config: ModelConfig, rest: str) -> list[Cut]:
+def _cuts_in_layer(config: ModelConfig, rest: str) -> list[TensorLayout]:
     if rest in _GATE_AND_UP:
-        return [Cut(name, partial(_half, number=number)) for number, name in enumerate(_GATE_AND_UP[rest])]
+        return [TensorLayout(name, partial(_half, number=number)) for number, name in enumerate(_GATE_AND_UP[rest])]
     attention = config.attention
     if attention.kind == "mla" and rest == "attention.kv_b_proj.weight":
         cut = partial(_up, attention=attention)
-        return [Cut("attn_k_b.weight", partial(cut, of_keys=True)), Cut("attn_v_b.weight", partial(cut, of_keys=False))]
+        return [
+            TensorLayout("attn_k_b.weight", partial(cut, of_keys=True)),
+            TensorLayout("attn_v_b.weight", partial(cut, of_keys=False)),
+        ]
     is_rotated = rest in ("attention.q_proj.weight", "attention.k_proj.weight")
     if attention.kind == "gqa" and is_rotated and architecture_of(config) == "llama":
-        return [Cut(_WHOLE[rest], partial(_as_neighbours, head_dim=attention.head_dim))]
-    return [Cut(_WHOLE[rest], _whole, is_exact=rest.startswith("ffn.router."))]
+        return [TensorLayout(_WHOLE[rest], partial(_as_neighbours, head_dim=attention.head_dim))]
+    return [TensorLayout(_WHOLE[rest], _whole, is_exact=rest.startswith("ffn.router."))]
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -17,11 +17,11 @@ from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
-from lowvram.convert.gguf.llama_cpp import Cut, Value, architecture_of, cuts_of, keys_of
+from lowvram.convert.gguf.llama_cpp import TensorLayout, Value, architecture_of, keys_of, layouts_of
 from lowvram.data.tokenizer import SPECIALS, Tokenizer
 from lowvram.errors import ExportError, MachineError
 from lowvram.generate.chat_template import is_dialogue
-from lowvram.generate.weight_reader import Source
+from lowvram.generate.weight_reader import WeightReader
 from lowvram.model.transformer import Transformer
 from lowvram.storage.disk import DISK, Disk, explain_full_disk, name_beside
 
@@ -51,14 +51,14 @@ class _Entry(NamedTuple):
     """A tensor of the file: cut out of `ours`, kept in `kind`."""
 
     ours: str
-    cut: Cut
+    cut: TensorLayout
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
     size_bytes: int
 
 
 def write_gguf(
-    source: Source,
+    source: WeightReader,
     tokenizer: Tokenizer,
     out: Path,
     context_len: int,
@@ -131,7 +131,7 @@ def _entries(config: ModelConfig, numbers: Numbers) -> list[_Entry]:
     kinds = gguf.GGMLQuantizationType
     found = []
     for name, tensor in Transformer(config, seed=None, device="meta").state_dict().items():
-        for cut in cuts_of(config, name):
+        for cut in layouts_of(config, name):
             shape = tuple(cut.take(tensor).shape)
             kind = kinds.F32 if cut.is_exact or len(shape) == 1 else kinds[numbers.upper()]
             if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
@@ -193,7 +193,7 @@ def _write_head(writer: GGUFWriter, path: Path, needed: int, disk: Disk) -> None
     disk.preallocate(writer.fout[0], writer.fout[0].tell() + needed)
 
 
-def _arrays(source: Source, entries: list[_Entry]) -> Iterator[np.ndarray]:
+def _arrays(source: WeightReader, entries: list[_Entry]) -> Iterator[np.ndarray]:
     """Yield the entries' bytes; a tensor of ours is read once for all that are cut out of it."""
     from gguf.quants import quantize
 
@@ -206,7 +206,7 @@ def _arrays(source: Source, entries: list[_Entry]) -> Iterator[np.ndarray]:
         yield quantize(part.contiguous().numpy(), entry.kind)
 
 
-def _read(source: Source, name: str) -> Tensor:
+def _read(source: WeightReader, name: str) -> Tensor:
     found = source.read(name)
     return dequantise(found, torch.float32) if isinstance(found, QuantTensor) else found.detach().float()
 

@@ -104,7 +104,7 @@ class _Settings(_Table):
     lowvram: _Own = _Own()
 
 
-class Form(NamedTuple):
+class ImportedConfig(NamedTuple):
     """What a config.json describes.
 
     max_positions: how far it is said to reach.  trained_positions: the longest texts in training, where that is said.
@@ -115,7 +115,7 @@ class Form(NamedTuple):
     trained_positions: int
 
 
-def read_form(table: Mapping[str, Any]) -> Form:
+def read_hf_config(table: Mapping[str, Any]) -> ImportedConfig:
     """Return the model that the values of a config.json describe.
 
     Raises ExportError naming the key and the value that is missing, malformed, or that our model cannot be.
@@ -153,7 +153,7 @@ def read_form(table: Mapping[str, Any]) -> Form:
         why = f"the norms inside MLA have {MLA_NORM_EPS:g}, and ours are all alike"
         raise _cannot("rms_norm_eps", model.norm_eps, why)
     longest = settings.max_position_embeddings
-    return Form(model, longest, settings.lowvram.trained_positions or longest)
+    return ImportedConfig(model, longest, settings.lowvram.trained_positions or longest)
 
 
 def quote_value(value: Any) -> str:

@@ -67,14 +67,14 @@ def _no_class(what: str, why: str) -> ExportError:
     )
 
 
-def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
+def to_hf_config(model: ModelConfig, max_positions: int) -> dict[str, Any]:
     """Return the keys of config.json that describe a model; see `choose_family` for what is refused.
 
     max_positions: the longest text that it was trained on; where YaRN reaches further, that is written.
     """
     family = choose_family(model)
     attention, ffn = model.attention, model.ffn
-    rope = rope_settings(model)
+    rope = to_rope_config(model)
     if family == "glm4_moe":  # which otherwise turns half of each head
         rope["partial_rotary_factor"] = 1.0
     is_long = rope["rope_type"] == "yarn"
@@ -120,7 +120,7 @@ def to_settings(model: ModelConfig, max_positions: int) -> dict[str, Any]:
     return common
 
 
-def rope_settings(model: ModelConfig) -> dict[str, Any]:
+def to_rope_config(model: ModelConfig) -> dict[str, Any]:
     """Return `rope_parameters`."""
     rope = model.positions
     assert rope.kind == "rope", "choose_family has refused the others"

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowvram.config.run import Corpus, DataConfig, RunConfig, RunOptions
 from lowvram.config.run_file import to_portable
 from lowvram.config.train import TrainConfig
-from lowvram.convert.hf.reader import Outside
+from lowvram.convert.hf.reader import HfReader
 from lowvram.convert.hf.tensor_names import name_pieces
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
@@ -23,8 +23,8 @@ from lowvram.storage.disk import DISK, Disk
 _NO_DATA = "unknown"
 
 
-def adopt(
-    outside: Outside,
+def import_weights(
+    outside: HfReader,
     tokenizer: Tokenizer,
     run: Path,
     tell: Callable[[int, int], None] = lambda done, total: None,
@@ -63,7 +63,7 @@ def _keep(found: Tensor | QuantTensor) -> Tensor:
     return found.float() if found.dtype == torch.float16 else found
 
 
-def _check_finite(outside: Outside, name: str, weight: Tensor) -> None:
+def _check_finite(outside: HfReader, name: str, weight: Tensor) -> None:
     strange = weight.numel() - int(torch.isfinite(weight).sum())
     if strange:
         pieces = name_pieces(name, outside.config)
@@ -74,7 +74,7 @@ def _check_finite(outside: Outside, name: str, weight: Tensor) -> None:
         )
 
 
-def _describe(outside: Outside, dtype: torch.dtype, run: Path) -> RunConfig:
+def _describe(outside: HfReader, dtype: torch.dtype, run: Path) -> RunConfig:
     """Return a run whose model is this one; its recipe says no more than what can be read off."""
     length = outside.form.trained_positions
     numbers = "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowvram.config.model import ModelConfig
 from lowvram.convert.fp8 import SCALE
-from lowvram.convert.hf.config_in import Form, quote_value, read_form
+from lowvram.convert.hf.config_in import ImportedConfig, quote_value, read_hf_config
 from lowvram.convert.hf.tensor_names import EMBEDDING, HEAD, join, join_scaled, name_pieces, shapes_of
 from lowvram.errors import CheckpointError, ExportError
 from lowvram.storage.json_files import JsonError, read_object
@@ -34,12 +34,12 @@ _QUANTISED: dict[str, Any] = {
 }
 
 
-def is_outside(directory: Path) -> bool:
+def is_hf_directory(directory: Path) -> bool:
     """Say whether a directory is a model in transformers' layout, and no checkpoint of ours."""
     return (directory / "config.json").is_file() and not (directory / "manifest.json").is_file()
 
 
-def open_outside(directory: Path) -> Outside:
+def open_hf(directory: Path) -> HfReader:
     """Return the model in a directory as transformers lays it out: config.json and safetensors.
 
     Raises ExportError for a form that our model has not, CheckpointError for files that are missing, damaged or hold
@@ -50,19 +50,19 @@ def open_outside(directory: Path) -> Outside:
     if quantised is not None:
         _check_quantised(quantised)
     try:
-        form = read_form(table)
+        form = read_hf_config(table)
     except ExportError as error:
         raise ExportError(f"{directory / 'config.json'}: {error.what}", error.why, error.fix) from error
-    return Outside(directory, form, quantised is not None)
+    return HfReader(directory, form, quantised is not None)
 
 
-class Outside:
+class HfReader:
     """A Source whose tensors lie in another program's files.
 
     notices: what was left aside, for people.
     """
 
-    def __init__(self, directory: Path, form: Form, is_quantised: bool) -> None:
+    def __init__(self, directory: Path, form: ImportedConfig, is_quantised: bool) -> None:
         self.directory, self.form, self.config = directory, form, form.model
         self.notices: list[str] = []
         self._is_quantised = is_quantised

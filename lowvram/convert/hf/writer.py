@@ -20,15 +20,15 @@ import torch
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from torch import Tensor
 
-from lowvram.convert.fp8 import Kept, quantise_piece
-from lowvram.convert.hf.config_out import to_settings
+from lowvram.convert.fp8 import UnquantisedModules, quantise_piece
+from lowvram.convert.hf.config_out import to_hf_config
 from lowvram.convert.hf.tensor_names import EMBEDDING, HEAD, cut, name_pieces, shapes_of
-from lowvram.data.hf_tokenizer import OutsideTokenizer
+from lowvram.data.hf_tokenizer import HfTokenizer
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
 from lowvram.generate.chat_template import is_dialogue
 from lowvram.generate.sampling import Sampler
-from lowvram.generate.weight_reader import Source
+from lowvram.generate.weight_reader import WeightReader
 from lowvram.storage.checkpoint import write_tensors
 from lowvram.storage.disk import DISK, Disk, explain_full_disk, free_bytes, name_beside
 
@@ -39,7 +39,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExportOptions:
     """How a model is written.
 
     numbers: of its matrices; None: as they are kept.  Norms, routers and their biases stay as they are.
@@ -52,10 +52,10 @@ class Wish:
 
 
 def write_directory(
-    source: Source,
+    source: WeightReader,
     tokenizer: Tokenizer,
     out: Path,
-    wish: Wish,
+    wish: ExportOptions,
     more: Mapping[str, bytes],
     tell: Callable[[int, int], None] = lambda done, total: None,
     disk: Disk = DISK,
@@ -65,7 +65,7 @@ def write_directory(
     tell: is told how many of how many tensors are done.
     Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
     """
-    settings = to_settings(source.config, wish.max_positions)
+    settings = to_hf_config(source.config, wish.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = name_beside(out, "tmp")
@@ -75,7 +75,7 @@ def write_directory(
             if free_bytes(out.parent) < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(draft))
             draft.mkdir()
-            parts, kept = _Parts(draft, wish.most_bytes, disk), Kept()
+            parts, kept = _Parts(draft, wish.most_bytes, disk), UnquantisedModules()
             for name, tensor in _tensors(source, wish.numbers, kept, tell):
                 if name == EMBEDDING:
                     settings["dtype"] = settings["torch_dtype"] = _NAMES[tensor.dtype]
@@ -112,7 +112,7 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def estimate_bytes(source: Source, numbers: Numbers | None) -> int:
+def estimate_bytes(source: WeightReader, numbers: Numbers | None) -> int:
     """Return about how many bytes the weights will take: fp8 a little more than one a number."""
     count = sum(shape.numel() for shape in shapes_of(source.config).values())
     embedding = source.read("embedding")
@@ -122,7 +122,7 @@ def estimate_bytes(source: Source, numbers: Numbers | None) -> int:
 
 def _may_speak(tokenizer: Tokenizer) -> bool:
     """Say whether a chat template belongs to a model: another program's comes along, whatever the model has learnt."""
-    return is_dialogue(tokenizer) or isinstance(tokenizer, OutsideTokenizer)
+    return is_dialogue(tokenizer) or isinstance(tokenizer, HfTokenizer)
 
 
 def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _tensors(
-    source: Source, numbers: Numbers | None, kept: Kept, tell: Callable[[int, int], None]
+    source: WeightReader, numbers: Numbers | None, kept: UnquantisedModules, tell: Callable[[int, int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     """Return every tensor under transformers' name and in its layout."""
     config, shapes = source.config, shapes_of(source.config)

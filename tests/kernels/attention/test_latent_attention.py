@@ -27,8 +27,8 @@ TILES = {
     "narrow": op._NARROW,
     "wide": op._WIDE,
     "shallow": op._WIDE_SHALLOW,
-    "turned": op._TURNED,
-    "turned-coded": op._TURNED_CODED,
+    "turned": op._TRANSPOSED,
+    "turned-coded": op._TRANSPOSED_CODED,
 }
 
 
@@ -287,11 +287,11 @@ def test_what_no_kernel_takes_is_computed_plainly(card: str, dtype: torch.dtype,
 @pytest.mark.parametrize("channels, rotated", [(512, 64), (512, 128), (300, 128), (256, 32), (256, 128), (64, 16)])
 @pytest.mark.parametrize("card", ["sm80", "sm86", "sm89", "sm90", "sm120"])
 def test_the_chosen_tile_is_of_the_card_s_and_fits(card: str, channels: int, rotated: int, is_coded: bool) -> None:
-    tile = op.choose_tile(CARDS[card], channels, rotated, is_coded)
-    assert tile in op.tiles(CARDS[card])
+    tile = op.choose_attention_tile(CARDS[card], channels, rotated, is_coded)
+    assert tile in op.attention_tiles(CARDS[card])
     needed = op._shared_bytes(tile, op._padded(channels), op._padded(rotated), is_coded)
     assert needed <= CARDS[card].shared_bytes
-    assert tile.is_turned == (channels > 256 and (card == "sm90" or is_coded))
+    assert op._is_transposed(tile) == (channels > 256 and (card == "sm90" or is_coded))
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,16 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, Launch, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, Launch, Tile, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.gemv import (
-    Tile,
+    choose_gemv_tile,
     choose_splits,
-    choose_tile,
     gemv,
+    gemv_tiles,
     kernel_of,
     multiply_bands,
     reference,
-    tiles,
 )
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
 from torch import Tensor
@@ -102,14 +101,14 @@ def test_a_processor_decodes_and_multiplies(form: str, shape: tuple[int, int, in
 def test_scales_of_either_kind_of_block_are_taken(rows: int, kernel: str, by_rows: bool) -> None:
     x, weight = operands((rows, 150, 132), "e4m3", torch.float16, by_rows)
     with running_on("sm86"):
-        y = multiply_bands(x, weight, kernel, tiles(kernel)[0], 1)
+        y = multiply_bands(x, weight, kernel, gemv_tiles(kernel)[0], 1)
     assert_near(y, x, weight)
 
 
 FORCED = [
-    pytest.param(kernel, tile, splits, id=f"{kernel}-{tile.band}-{splits}")
+    pytest.param(kernel, tile, splits, id=f"{kernel}-{tile.columns}-{splits}")
     for kernel in (FEW, SIXTEEN)
-    for tile in tiles(kernel)
+    for tile in gemv_tiles(kernel)
     for splits in (1, 2, 3)
 ]
 
@@ -136,7 +135,7 @@ def test_what_is_not_finite_comes_out_as_nan(form: str, rows: int, splits: int) 
     x[1, 3] = torch.inf
     with running_on("sm86") as _:
         kernel = kernel_of(CARDS["sm86"], rows, x.dtype)
-        y = multiply_bands(x, weight, kernel, tiles(kernel)[-1], splits)
+        y = multiply_bands(x, weight, kernel, gemv_tiles(kernel)[-1], splits)
     assert y[:, 4].isnan().all()
     assert not y[1].isfinite().any()
     assert y[0, [0, 1, 2, 3, 5]].isfinite().all()
@@ -203,9 +202,9 @@ def test_a_card_that_is_full_splits_nothing() -> None:
 
 def test_bands_and_splits_fill_the_card() -> None:
     card = CARDS["sm86"]  # 48 multiprocessors, eight warps wanted on each
-    large, small = tiles(FEW)
-    assert choose_tile(card, FEW, 48 * 32) == large
-    assert choose_tile(card, FEW, 48 * 32 - 16) == small
+    large, small = gemv_tiles(FEW)
+    assert choose_gemv_tile(card, FEW, 48 * 32) == large
+    assert choose_gemv_tile(card, FEW, 48 * 32 - 16) == small
     assert choose_splits(card, small, 48 * 32, 10**5) == 1
     assert choose_splits(card, small, 48 * 8, 10**5) == 4
     # A split has four blocks of 128 at least, and none is empty.

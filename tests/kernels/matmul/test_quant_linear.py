@@ -142,5 +142,5 @@ def test_dynamo_goes_through_forward_and_backward(form: quant_linear.MatmulForma
 @pytest.mark.parametrize("name", ["linear", "norm_linears", "swiglu"])
 def test_an_unknown_form_is_named(name: str) -> None:
     op, given, _ = ops("fp4")[name]  # type: ignore[arg-type]
-    with pytest.raises(ShapeError, match=f"{name}: form is 'fp4'; needs one of plain, e4m3, int8"):
+    with pytest.raises(ShapeError, match=f"{name}: matmul_format is 'fp4'; needs one of plain, e4m3, int8"):
         op(*given)

@@ -9,17 +9,16 @@ from contextlib import AbstractContextManager
 import lowvram_kernels.matmul.scaled_matmul as product_of_codes
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import (
-    Tile,
     backend_of,
-    choose_tile,
+    choose_matmul_tile,
+    matmul_tiles,
     multiply_tiles,
     reference,
     rows_of_scale,
     scaled_matmul,
-    tiles,
 )
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns, quantise_rows, quantise_weight
 from torch import Tensor
@@ -130,7 +129,7 @@ def test_a_processor_multiplies_what_the_codes_stand_for(
 FORCED = [
     pytest.param(card, form, tile, id=f"{card}-{form}-{tile.rows}×{tile.columns}")
     for card, form in [("sm86", "e4m3"), ("sm89", "e4m3"), ("sm90", "e4m3"), ("sm120", "e4m3"), ("sm86", "int8")]
-    for tile in tiles(CARDS[card], backend_of(torch.uint8 if form == "e4m3" else torch.int8, CARDS[card]))
+    for tile in matmul_tiles(CARDS[card], backend_of(torch.uint8 if form == "e4m3" else torch.int8, CARDS[card]))
 ]
 
 
@@ -324,17 +323,17 @@ def test_an_a100_decodes_e4m3_in_registers_and_has_163_kib_of_shared_memory() ->
     assert backend_of(torch.uint8, card) == "storage"
     assert backend_of(torch.int8, card) == "int8"
     assert card.shared_bytes == 163 * 1024
-    assert tiles(card, "storage") == tiles(CARDS["sm86"], "storage")
-    assert set(tiles(CARDS["sm86"], "int8")) <= set(tiles(card, "int8"))
+    assert matmul_tiles(card, "storage") == matmul_tiles(CARDS["sm86"], "storage")
+    assert set(matmul_tiles(CARDS["sm86"], "int8")) <= set(matmul_tiles(card, "int8"))
 
 
 def test_tiles_fit_the_shared_memory_and_grow_with_the_work() -> None:
     card = CARDS["sm86"]
-    assert [tile.rows * tile.columns for tile in tiles(card, "storage")] == [128 * 128, 128 * 64, 64 * 64]
-    assert tiles(card._replace(capability=(7, 5)), "storage")[0].stages * 256 * 132 > 65_536
-    assert choose_tile(card, "storage", 8192, 1024) == tiles(card, "storage")[0]
-    assert choose_tile(card, "storage", 100, 1024) == tiles(card, "storage")[-1]
-    assert choose_tile(card._replace(multiprocessors=400), "int8", 2048, 2048) == tiles(card, "int8")[1]
+    assert [tile.rows * tile.columns for tile in matmul_tiles(card, "storage")] == [128 * 128, 128 * 64, 64 * 64]
+    assert matmul_tiles(card._replace(capability=(7, 5)), "storage")[0].stages * 256 * 132 > 65_536
+    assert choose_matmul_tile(card, "storage", 8192, 1024) == matmul_tiles(card, "storage")[0]
+    assert choose_matmul_tile(card, "storage", 100, 1024) == matmul_tiles(card, "storage")[-1]
+    assert choose_matmul_tile(card._replace(multiprocessors=400), "int8", 2048, 2048) == matmul_tiles(card, "int8")[1]
 
 
 @pytest.mark.parametrize("card", ["sm86", "sm75", None])

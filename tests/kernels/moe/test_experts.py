@@ -9,7 +9,8 @@ import torch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import experts as module
 from lowvram_kernels.moe.experts import experts, reference
-from lowvram_kernels.moe.idle import FORMATS, IdleStack, decode, encode_, new_idle
+from lowvram_kernels.moe.idle import COPY_FORMATS, Stack, new_idle, read_copy, write_copy_
+from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -38,30 +39,30 @@ def draw(
     return [t.requires_grad_() for t in (x, gate_up, down, weights)], ids
 
 
-def put_idle(leaves: list[Tensor], resident: int, form: str) -> tuple[list[Tensor], tuple[IdleStack, IdleStack]]:
+def put_idle(leaves: list[Tensor], resident: int, form: str) -> tuple[list[Tensor], tuple[Stack, Stack]]:
     """Leave the first experts resident and bring the others into low precision."""
     x, gate_up, down, weights = (t.detach() for t in leaves)
     stacks = []
     for master in (gate_up, down):
         stack = new_idle(master.shape[0] - resident, *master.shape[1:], form)
         for index, matrix in enumerate(master[resident:]):
-            encode_(stack, index, matrix)
+            write_copy_(stack, index, matrix)
         stacks.append(stack)
     mixed = [x.clone(), gate_up[:resident].clone(), down[:resident].clone(), weights.clone()]
     return [t.requires_grad_() for t in mixed], (stacks[0], stacks[1])
 
 
-def fill_up(mixed: list[Tensor], idle: tuple[IdleStack, IdleStack]) -> list[Tensor]:
+def fill_up(mixed: list[Tensor], idle: tuple[Stack, Stack]) -> list[Tensor]:
     """Full stacks in x's dtype whose idle experts are their decoded copies."""
     x, gate_up, down, weights = (t.detach().clone() for t in mixed)
     full = [
-        torch.stack([*master.to(x.dtype), *(decode(stack, i, x.dtype) for i in range(len(stack.code)))])
+        torch.stack([*master.to(x.dtype), *(read_copy(stack, i, x.dtype) for i in range(len(parts_of(stack)[0])))])
         for master, stack in zip((gate_up, down), idle, strict=True)
     ]
     return [t.requires_grad_() for t in (x, *full, weights)]
 
 
-def compare(leaves: list[Tensor], ids: Tensor, idle: tuple[IdleStack, IdleStack] | None = None) -> None:
+def compare(leaves: list[Tensor], ids: Tensor, idle: tuple[Stack, Stack] | None = None) -> None:
     dtype = leaves[0].dtype
     truths = [t.detach().double().requires_grad_() for t in leaves]
     y, truth = experts(*leaves, ids, idle), reference(*truths, ids, idle)
@@ -179,13 +180,13 @@ def test_the_private_ops_keep_torchs_rules() -> None:
     more = torch.randn(6, 5)
     for resident in (3, 2):
         torch.library.opcheck(module._sum_outer_slices, (rows, more, ends, torch.float32, resident), test_utils=rules)
-    for form in FORMATS:
+    for form in COPY_FORMATS:
         idle = new_idle(1, 5, 4, form)
-        mixed = (rows, stack[:2], ends, *idle, torch.zeros(5, 4), True)
+        mixed = (rows, stack[:2], ends, *parts_of(idle), torch.zeros(5, 4), True)
         torch.library.opcheck(module._multiply_slices, mixed, test_utils=rules)
 
 
-each_form = pytest.mark.parametrize("form", FORMATS)
+each_form = pytest.mark.parametrize("form", COPY_FORMATS)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 each_window = pytest.mark.parametrize("resident", [1, 2, 4])
 
@@ -213,13 +214,13 @@ def test_idle_experts_are_the_experts_that_their_copies_say(
 def test_idle_experts_learn_nothing_and_residents_that_nobody_chose_get_zeros(form: str) -> None:
     leaves, _ = draw(6, 2, 5, 12, 10, torch.bfloat16, torch.float32)
     mixed, idle = put_idle(leaves, 2, form)
-    for part in (*idle[0], *idle[1]):
+    for part in (*parts_of(idle[0]), *parts_of(idle[1])):
         if part is not None and part.dtype.is_floating_point:
             part.requires_grad_()
-    before = [part.detach().clone() for stack in idle for part in stack if part is not None]
+    before = [part.detach().clone() for stack in idle for part in parts_of(stack) if part is not None]
     experts(*mixed, torch.tensor([[2, 4]] * 6), idle).sum().backward()
-    assert all(part.grad is None for stack in idle for part in stack if part is not None)
-    after = [part for stack in idle for part in stack if part is not None]
+    assert all(part.grad is None for stack in idle for part in parts_of(stack) if part is not None)
+    after = [part for stack in idle for part in parts_of(stack) if part is not None]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     for master in mixed[1:3]:
         assert master.grad is not None
@@ -269,7 +270,7 @@ def test_idle_experts_take_one_scratch_for_all_which_a_rehearsal_sees(
     width, inner, count, resident = 256, 128, 16, 2
     leaves, ids = draw(4, 1, count, width, inner, dtype, torch.float32)
     mixed, idle = put_idle(leaves, resident, form)
-    parts = [part for stack in idle for part in stack if part is not None]
+    parts = [part for stack in idle for part in parts_of(stack) if part is not None]
     matrix = 2 * inner * width * torch.empty(0, dtype=dtype).element_size()
     casts = 0 if dtype == torch.float32 else resident * matrix
 
@@ -292,7 +293,7 @@ def test_idle_experts_take_one_scratch_for_all_which_a_rehearsal_sees(
 def test_idle_copies_are_saved_as_they_lie(form: str) -> None:
     leaves, ids = draw(10, 2, 5, 16, 24, torch.bfloat16, torch.float32)
     mixed, idle = put_idle(leaves, 2, form)
-    parts = [part for stack in idle for part in stack if part is not None]
+    parts = [part for stack in idle for part in parts_of(stack) if part is not None]
     kept = saved_bytes(lambda: experts(*mixed, ids, idle), [*mixed[1:3], *parts])
     assert kept == 10 * 16 * 2 + 20 * 4 + 20 * 8 + 5 * 8 + 20 * 48 * 2
 
@@ -318,13 +319,11 @@ def test_idle_experts_compile_into_one_graph(form: str, dtype: torch.dtype) -> N
     [
         pytest.param((new_idle(2, 8, 6, "int8"), new_idle(3, 6, 4, "int8")), "copies are", id="number"),
         pytest.param((new_idle(2, 8, 6, "int8"), new_idle(2, 4, 6, "int8")), "copies are", id="turned"),
-        pytest.param(
-            (IdleStack(new_idle(2, 8, 6, "int8").code, None), new_idle(2, 6, 4, "int8")), "gate_up", id="bare"
-        ),
-        pytest.param((new_idle(2, 8, 6, "int8"), IdleStack(torch.ones(2, 6, 4).half(), None)), "down", id="fp16"),
+        pytest.param((parts_of(new_idle(2, 8, 6, "int8"))[0], new_idle(2, 6, 4, "int8")), "gate_up", id="bare"),
+        pytest.param((new_idle(2, 8, 6, "int8"), torch.ones(2, 6, 4).half()), "down", id="fp16"),
     ],
 )
-def test_idle_copies_that_cannot_be_right_are_named(idle: tuple[IdleStack, IdleStack], what: str) -> None:
+def test_idle_copies_that_cannot_be_right_are_named(idle: tuple[Stack, Stack], what: str) -> None:
     x, gate_up, down, weights = torch.ones(3, 6), torch.ones(5, 8, 6), torch.ones(5, 6, 4), torch.ones(3, 2)
     with pytest.raises(ShapeError, match=f"experts: idle {what}"):
         experts(x, gate_up, down, weights, torch.zeros(3, 2, dtype=torch.int64), idle)

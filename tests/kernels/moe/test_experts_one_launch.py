@@ -10,7 +10,8 @@ from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, si
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.moe import experts as module
 from lowvram_kernels.moe.experts import experts, reference
-from lowvram_kernels.moe.idle import FORMATS, IdleStack, encode_, new_idle
+from lowvram_kernels.moe.idle import COPY_FORMATS, Stack, new_idle, write_copy_
+from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,9 +32,9 @@ SAME = {
     ("int8", torch.float16): 6e-3,
 }
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_form = pytest.mark.parametrize("form", [None, *FORMATS], ids=["all resident", *FORMATS])
+each_form = pytest.mark.parametrize("form", [None, *COPY_FORMATS], ids=["all resident", *COPY_FORMATS])
 each_low = pytest.mark.parametrize("form", ["e4m3", "int8"])
-Idle = tuple[IdleStack, IdleStack] | None
+Idle = tuple[Stack, Stack] | None
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def draw(dtype: torch.dtype, form: str | None, resident: int = 2) -> tuple[list[
         for master in (gate_up, down):
             stack = new_idle(count - resident, *master.shape[1:], form, DEVICE)
             for index, matrix in enumerate(master[resident:]):
-                encode_(stack, index, matrix)
+                write_copy_(stack, index, matrix)
             stacks.append(stack)
         idle = stacks[0], stacks[1]
         gate_up, down = gate_up[:resident].clone(), down[:resident].clone()
@@ -143,7 +144,7 @@ def test_it_repeats_itself_bit_for_bit_and_saves_what_the_loop_saves() -> None:
     leaves, ids, idle = draw(torch.float16, "int8")
     with running_on("sm86"):
         found = [torch.autograd.grad(experts(*leaves, ids, idle).float().square().sum(), leaves) for _ in range(2)]
-        parts = [part for stack in idle or () for part in stack if part is not None]
+        parts = [part for stack in idle or () for part in parts_of(stack) if part is not None]
         kept = saved_bytes(lambda: experts(*leaves, ids, idle), [*leaves[1:3], *parts])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert kept == 41 * 37 * 2 + 82 * 4 + 82 * 8 + 5 * 8 + 82 * 26 * 2
@@ -280,7 +281,7 @@ def on_paper_of(card: Card, form: str | None, tokens: int = 96) -> tuple[list[st
         dtypes = (torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32)
         leaves = [torch.ones(s, dtype=d).requires_grad_() for s, d in zip(shapes, dtypes, strict=True)]
         idle = None if form is None else (new_idle(6, 80, 64, form), new_idle(6, 64, 40, form))
-        parts = [part for stack in idle or () for part in stack if part is not None]
+        parts = [part for stack in idle or () for part in parts_of(stack) if part is not None]
         with LiveBytes().ignore(*leaves, *parts) as live:
             y = experts(*leaves, torch.zeros(tokens, 2, dtype=torch.int64), idle)
             torch.autograd.grad(y, leaves, torch.ones_like(y))

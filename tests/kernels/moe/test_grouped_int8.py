@@ -7,13 +7,19 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, choose, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, choose, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as outer_module
-from lowvram_kernels.moe.grouped_matmul import MOST_INT8, Tile, choose_tile, grouped_matmul, tiles
+from lowvram_kernels.moe.grouped_matmul import choose_grouped_tile, grouped_matmul, grouped_tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
-from lowvram_kernels.moe.idle import IdleStack
-from lowvram_kernels.quant.quantise import QuantTensor, fill_lines, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import (
+    MOST_INT8,
+    QuantTensor,
+    fill_lines,
+    quantise_columns,
+    quantise_rows,
+    quantise_weight,
+)
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on, unwritten
@@ -116,7 +122,7 @@ def test_any_loads_give_right_products_and_sums(loads: tuple[int, ...]) -> None:
 
 
 def each_tile(is_outer: bool) -> list:
-    found = {tile: name for name in NAMES for tile in tiles(CARDS[name], "int8", is_outer)}
+    found = {tile: name for name in NAMES for tile in grouped_tiles(CARDS[name], "int8", is_outer)}
     return [pytest.param(name, tile, id="x".join(map(str, tile))) for tile, name in found.items()]
 
 
@@ -175,7 +181,7 @@ def test_sums_are_exact_whole_numbers() -> None:
 def test_a_slice_too_long_for_int32_is_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outer_module._TERMS <= MOST_INT8
     left, right, loads = draw_columns(700, 20), draw_columns(700, 17, 1), (3, 600, 0, 97)
-    tile = tiles(CARDS["sm86"], "int8", is_outer=True)[-1]
+    tile = grouped_tiles(CARDS["sm86"], "int8", is_outer=True)[-1]
     assert outer_module._TERMS % tile.depth == 0
     with running_on("sm86"):
         whole = grouped_wgrad(left, right, ends_of(loads), 4, torch.float32, tile=tile)
@@ -226,10 +232,10 @@ def test_every_card_that_launches_has_int8_and_its_chosen_tiles_fit(name: str) -
     if name == "sm75":
         return
     for is_outer in (False, True):
-        found = tiles(card, "int8", is_outer)
+        found = grouped_tiles(card, "int8", is_outer)
         assert 2 <= len(found) <= 5
         assert all((t.rows + t.columns) * t.depth * t.stages <= card.shared_bytes for t in found)
-        chosen = {choose_tile(card, "int8", rows, 1376, 16, is_outer) for rows in (0.3, 5, 50, 200, 3000)}
+        chosen = {choose_grouped_tile(card, "int8", rows, 1376, 16, is_outer) for rows in (0.3, 5, 50, 200, 3000)}
         assert {found[0], found[-1]} <= chosen <= set(found)
 
 
@@ -308,7 +314,9 @@ TURNED = QuantTensor(meta(4, 6).code.T, CODES.scale)
         ),
         pytest.param(TURNED, STACK, "all contiguous", id="strides"),
         pytest.param(CODES.code, STACK, "rows without a scale", id="rows without scales"),
-        pytest.param(CODES, IdleStack(STACK.code.byte(), torch.empty(2, 1, 1, device="meta")), "int8", id="E4M3 stack"),
+        pytest.param(
+            CODES, QuantTensor(STACK.code.byte(), torch.empty(2, 1, 1, device="meta")), "int8", id="E4M3 stack"
+        ),
         pytest.param(meta(6, LONG), meta(2, 5, LONG), "at most", id="int32 overflows"),
     ],
 )

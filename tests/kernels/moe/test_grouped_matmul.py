@@ -6,13 +6,13 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_matmul as module
-from lowvram_kernels.moe.grouped_matmul import Tile, choose_tile, grouped_matmul, reference, tiles
-from lowvram_kernels.moe.idle import IdleStack, decode, encode_, new_idle
+from lowvram_kernels.moe.grouped_matmul import choose_grouped_tile, grouped_matmul, grouped_tiles, reference
+from lowvram_kernels.moe.idle import Stack, new_idle, read_copy, write_copy_
 from lowvram_kernels.quant import e4m3
-from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_rows, quantise_weight
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, join_parts, parts_of, quantise_rows, quantise_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -93,7 +93,7 @@ def test_every_row_finds_its_tile_whatever_the_loads() -> None:
         loads = tuple(torch.randint(0, limit, (1 + seed,), generator=generator).tolist())
         rows, stack = draw(sum(loads), 3, seed=seed), draw(len(loads), 2, 3)
         with running_on("sm86"):
-            few = tiles(CARDS["sm86"], "single")[-1]
+            few = grouped_tiles(CARDS["sm86"], "single")[-1]
             y = grouped_matmul(rows, stack, ends_of(loads), out=unwritten(sum(loads), 2, dtype=torch.float32), tile=few)
         assert relative_error(y, truth(rows, stack, ends_of(loads))) < TOLERANCE[torch.float32]
 
@@ -102,7 +102,7 @@ EVERY_TILE = [
     pytest.param(card, way, tile, id=f"{card}-{way}-{'x'.join(map(str, tile[:3]))}")
     for card in ("sm86", "sm90")
     for way in ("half", "decode", "single")
-    for tile in tiles(CARDS[card], way)
+    for tile in grouped_tiles(CARDS[card], way)
 ]
 
 
@@ -152,16 +152,16 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
     assert relative_error(y.nan_to_num(0, 0, 0), expected.nan_to_num(0, 0, 0)) < TOLERANCE[torch.float32]
 
 
-def copies_of(masters: Tensor, form: str, is_turned: bool) -> tuple[IdleStack, list[Tensor]]:
+def copies_of(masters: Tensor, form: str, is_turned: bool) -> tuple[Stack, list[Tensor]]:
     """Copies as `grouped_matmul` takes them, [C, N, K], and the numbers that they stand for."""
     stack = new_idle(*masters.shape, form, DEVICE)
     for index, master in enumerate(masters):
-        encode_(stack, index, master)
-    numbers = [decode(stack, index, torch.float32) for index in range(len(masters))]
+        write_copy_(stack, index, master)
+    numbers = [read_copy(stack, index, torch.float32) for index in range(len(masters))]
     if not is_turned:
         return stack, numbers
-    scale = None if stack.scale is None else stack.scale.mT
-    return IdleStack(stack.code.mT, scale), [number.mT for number in numbers]
+    code, scale = parts_of(stack)
+    return join_parts(code.mT, None if scale is None else scale.mT), [number.mT for number in numbers]
 
 
 @each_side
@@ -175,7 +175,9 @@ def test_idle_copies_are_decoded_to_the_numbers_that_they_stand_for(
     whole = torch.stack([number.to(dtype) for number in numbers])
     with running_on("sm86"):
         y = grouped_matmul(rows, stack, ends, first=1)[3:33]
-        same = grouped_matmul(rows, whole, ends, first=1, tile=choose_tile(CARDS["sm86"], "half", 10, 1, 1))[3:33]
+        same = grouped_matmul(rows, whole, ends, first=1, tile=choose_grouped_tile(CARDS["sm86"], "half", 10, 1, 1))[
+            3:33
+        ]
     assert relative_error(y, truth(rows, whole, ends, 1)[3:33]) < TOLERANCE[dtype]
     if DEVICE == "cuda":  # which adds up operands from registers and from shared memory in another order
         assert relative_error(y, same) < TOLERANCE[dtype]
@@ -204,7 +206,7 @@ def quantise_stack(stack: Tensor) -> QuantTensor:
 EVERY_FP8_TILE = [
     pytest.param(card, tile, id=f"{card}-{'x'.join(map(str, tile[:3]))}")
     for card, way in (("sm86", "storage"), ("sm89", "tensor"), ("sm90", "tensor"), ("sm120", "mxfp8"))
-    for tile in tiles(CARDS[card], way)
+    for tile in grouped_tiles(CARDS[card], way)
 ]
 
 
@@ -251,17 +253,17 @@ WAYS = {"sm86": "storage", "sm89": "tensor", "sm90": "tensor", "sm120": "mxfp8"}
 def test_the_chosen_tile_is_one_that_the_gate_compiles(name: str) -> None:
     card = CARDS[name]
     for way in ("half", "decode", "single", WAYS[name]):
-        found = tiles(card, way)
+        found = grouped_tiles(card, way)
         assert all(tile.depth <= 128 and 128 % min(tile.columns, 128) == 0 for tile in found)
-        chosen = {choose_tile(card, way, rows, 1376, 16) for rows in (0.3, 5, 50, 200, 3000)}
+        chosen = {choose_grouped_tile(card, way, rows, 1376, 16) for rows in (0.3, 5, 50, 200, 3000)}
         assert {found[0], found[-1]} <= chosen <= set(found)
-        assert choose_tile(card, way, 4096, 16, 1).rows < 4096, "few programs take small tiles"
+        assert choose_grouped_tile(card, way, 4096, 16, 1).rows < 4096, "few programs take small tiles"
 
 
 def test_only_plain_stacks_take_tiles_wider_than_a_block_of_scales() -> None:
-    assert max(tile.columns for tile in tiles(CARDS["sm90"], "half")) == 256
+    assert max(tile.columns for tile in grouped_tiles(CARDS["sm90"], "half")) == 256
     for way in ("decode", "tensor", "storage", "mxfp8"):
-        assert all(tile.columns <= module.BLOCK for card in CARDS.values() for tile in tiles(card, way))
+        assert all(tile.columns <= module.BLOCK for card in CARDS.values() for tile in grouped_tiles(card, way))
 
 
 def note(card: str, form: str | None, first: int = 0) -> tuple[Launch, HiddenWork, int]:
@@ -298,7 +300,7 @@ def test_nothing_reads_the_device_and_the_op_keeps_torchs_rules() -> None:
     with running_on("sm86"):
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert grouped_matmul(rows, stack, ends).shape == (6, 5)
-        out, tile = torch.zeros(6, 5, device=DEVICE), list(tiles(CARDS["sm86"], "single")[-1])
+        out, tile = torch.zeros(6, 5, device=DEVICE), list(grouped_tiles(CARDS["sm86"], "single")[-1])
         arguments = (rows, None, stack, None, ends, 0, out, tile)
         torch.library.opcheck(module._multiply_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -326,7 +328,9 @@ BYTE_STACK = QuantTensor(torch.zeros(2, 5, 4, dtype=torch.uint8), torch.ones(2, 
         pytest.param((ROWS.long(), STACK, ENDS), "rows without a scale", id="integer rows"),
         pytest.param((ROWS, STACK.double(), ENDS), "a stack is fp32", id="fp64 stack"),
         pytest.param((ROWS, BYTE_STACK.code, ENDS), r"scale needs \[2, 1, 1\]", id="bytes without scales"),
-        pytest.param((ROWS, IdleStack(STACK.char(), torch.ones(2, 4, 1)), ENDS), r"scale needs \[2, 5, 1\]", id="int8"),
+        pytest.param(
+            (ROWS, QuantTensor(STACK.char(), torch.ones(2, 4, 1)), ENDS), r"scale needs \[2, 5, 1\]", id="int8"
+        ),
         pytest.param((ROWS, QuantTensor(BYTE_STACK.code, torch.ones(2, 1, 1).half()), ENDS), "fp32", id="fp16 scales"),
         pytest.param((BYTES, STACK, ENDS), "an E4M3 stack", id="E4M3 by plain numbers"),
         pytest.param((QuantTensor(BYTES.code, torch.ones(6, 2)), BYTE_STACK, ENDS), r"scales \[M, 1\]", id="blocks"),
@@ -343,7 +347,7 @@ def test_arguments_that_cannot_be_right_are_named(arguments: tuple, what: str) -
 
 def test_the_reference_decodes_as_the_copies_do() -> None:
     stack, numbers = copies_of(draw(2, 140, 200), "e4m3", False)
-    found = module.decoded(*stack, torch.float32, module.BLOCK)
+    found = module.dequantise_operand(*stack, torch.float32, module.BLOCK)
     assert torch.equal(found, torch.stack(numbers))
     assert torch.equal(
         found[0, :128, :128], e4m3.decode(stack.code[0, :128, :128], torch.float32) * stack.scale[0, 0, 0]

@@ -6,10 +6,10 @@ from itertools import accumulate
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import Card, HiddenWork, Launch, override_card, simulate_card
+from lowvram_kernels.dispatch import Card, HiddenWork, Launch, Tile, override_card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe import grouped_wgrad as module
-from lowvram_kernels.moe.grouped_matmul import Tile, choose_tile, tiles
+from lowvram_kernels.moe.grouped_matmul import choose_grouped_tile, grouped_tiles
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad, reference
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns
 from torch import Tensor
@@ -92,7 +92,7 @@ EVERY_TILE = [
     pytest.param(card, way, tile, id=f"{card}-{way}-{'x'.join(map(str, tile[:3]))}")
     for card in ("sm86", "sm90")
     for way in ("half", "single")
-    for tile in tiles(CARDS[card], way, is_outer=True)
+    for tile in grouped_tiles(CARDS[card], way, is_outer=True)
 ]
 
 
@@ -126,7 +126,7 @@ def test_what_is_not_a_number_stays_in_its_expert(side: int) -> None:
 EVERY_FP8_TILE = [
     pytest.param(card, tile, id=f"{card}-{'x'.join(map(str, tile[:3]))}")
     for card, way in WAYS.items()
-    for tile in tiles(CARDS[card], way, is_outer=True)
+    for tile in grouped_tiles(CARDS[card], way, is_outer=True)
 ]
 
 
@@ -178,9 +178,9 @@ def test_where_there_is_no_triton_the_reference_answers(card: str | None) -> Non
 def test_the_chosen_tile_is_one_that_the_gate_compiles(name: str) -> None:
     card = CARDS[name]
     for way in ("half", "single", WAYS[name]):
-        found = tiles(card, way, is_outer=True)
+        found = grouped_tiles(card, way, is_outer=True)
         assert all(tile.depth <= 128 for tile in found)
-        chosen = {choose_tile(card, way, rows, 512, 16, is_outer=True) for rows in (8, 100, 512)}
+        chosen = {choose_grouped_tile(card, way, rows, 512, 16, is_outer=True) for rows in (8, 100, 512)}
         assert {found[0], found[-1]} <= chosen <= set(found)
 
 
@@ -205,7 +205,7 @@ def test_nothing_reads_the_device_and_the_op_keeps_torchs_rules() -> None:
     with running_on("sm86"):
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert grouped_wgrad(left, right, ends, 3, torch.float16).shape == (3, 4, 5)
-        out, tile = torch.zeros(3, 4, 5, device=DEVICE), list(tiles(CARDS["sm86"], "single", is_outer=True)[0])
+        out, tile = torch.zeros(3, 4, 5, device=DEVICE), list(grouped_tiles(CARDS["sm86"], "single", is_outer=True)[0])
         arguments = (left, None, right, None, ends, out, tile)
         torch.library.opcheck(module._outer_op, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -101,7 +101,7 @@ def test_cards_round_by_themselves_from_capability_8_9_on() -> None:
             name: Paper(card, lambda: quantise_rows(x, "e4m3")).launches[0].constants["NATIVE"]
             for name, card in CARDS.items()
         }
-    assert found == {"sm75": False, "sm86": False, "sm89": True, "sm90": True, "sm120": True}
+    assert found == {"sm75": False, "sm80": False, "sm86": False, "sm89": True, "sm90": True, "sm120": True}
 
 
 @pytest.mark.parametrize("platform", ["cpu", "mps"])
@@ -196,12 +196,12 @@ def test_kernels_write_all_of_their_results_and_nothing_else(shape: tuple[int, i
         row, row_end = guarded(rows, 1, dtype=torch.float32)
         absmax, absmax_end = guarded(1, rows, dtype=torch.int32)
         back, back_end = guarded(rows, width, dtype=torch.float32)
-        quantise._launch_e4m3_rows(x, code, scale, False, [*quantise.choose_tile("e4m3", width, False)])
+        quantise._launch_e4m3_rows(x, code, scale, False, [*quantise.choose_quantise_tile("e4m3", width, False)])
         quantise._launch_dequantise(code, scale, back, 1)
         quantise._launch_e4m3_blocks(x, code, block, turned, turned_block, False)
-        quantise._launch_absmax(x, absmax, [8, 512, 4, 4])
-        quantise._launch_int8_slices(x, absmax, int8, row, [8, 512, 4, 4])
-        quantise._launch_int8_rows(x, int8, row, [*quantise.choose_tile("int8", width, False)])
+        quantise._launch_absmax(x, absmax, [*quantise._INT8_SLICES[0]])
+        quantise._launch_int8_slices(x, absmax, int8, row, [*quantise._INT8_SLICES[0]])
+        quantise._launch_int8_rows(x, int8, row, [*quantise.choose_quantise_tile("int8", width, False)])
     ends = (code_end, turned_end, int8_end, scale_end, block_end, turned_block_end, row_end, absmax_end, back_end)
     for end in ends:
         assert torch.equal(end.nan_to_num(7.0), unwritten(GUARD, dtype=end.dtype).nan_to_num(7.0))
@@ -212,8 +212,8 @@ def test_kernels_write_all_of_their_results_and_nothing_else(shape: tuple[int, i
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "format": (lambda: quantise_rows(torch.ones(2, 2), "fp8"), "form is 'fp8'; needs one of e4m3, int8"),
-    "fp32 scales of int8": (lambda: quantise_columns(torch.ones(2, 2), "int8", True), "form is 'int8'"),
+    "format": (lambda: quantise_rows(torch.ones(2, 2), "fp8"), "format is 'fp8'; needs one of e4m3, int8"),
+    "fp32 scales of int8": (lambda: quantise_columns(torch.ones(2, 2), "int8", True), "format is 'int8'"),
     "one axis": (lambda: quantise_rows(torch.ones(2), "int8"), "[2] torch.float32; needs [N, K]"),
     "a stack of rows": (lambda: quantise_columns(torch.ones(2, 2, 2), "int8"), "[2, 2, 2]"),
     "four axes": (lambda: quantise_weight(torch.ones(2, 2, 2, 2), "e4m3"), "needs [N, K] or [E, O, I]"),
