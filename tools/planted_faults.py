@@ -327,7 +327,8 @@ def write_table(_: argparse.Namespace) -> None:
     lines = [
         "# Planted faults",
         "",
-        "Written by `python tools/planted_faults.py table`; `planted_faults.toml` has them.",
+        "Written by `python tools/planted_faults.py table`; the faults are in `planted_faults.toml`, the verdicts in",
+        "`planted_faults.json`.  A cell names the suite and test that found the fault; an empty one: no verdict yet.",
         "",
     ]
     for label in labels:
