@@ -25,7 +25,7 @@ from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
 from lowvram.train.state import FIRST_LOSS_SCALE, QUIET_STEPS, TrainState
-from lowvram.train.step import gradients, update
+from lowvram.train.step import gradients, loss_for, update
 from lowvram.train.trainer import MOST_SKIPPED, Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
 
@@ -110,6 +110,14 @@ def test_the_loss_falls(home: Path, kind: str) -> None:
 
 def one_batch(trainer: Trainer) -> Batch:
     return Batch(trainer.loader.batch(0, 8), torch.arange(8))
+
+
+def test_a_runs_dropout_depends_on_its_seed_alone(home: Path) -> None:
+    trainer = trainer_of(tiny_run(home, dropout=0.2))
+    trains = [trainer.what.train.model_copy(update={"seed": seed}) for seed in (1, 2, 1)]
+    totals = [loss_for(trainer.state.model, train, trainer.plan)(one_batch(trainer)).total for train in trains]
+    assert totals[0] == totals[2]
+    assert totals[0] != totals[1]
 
 
 @every_kind
