@@ -292,7 +292,7 @@ def test_the_users_own_place_is_taken_where_no_home_is_named() -> None:
     assert measurements().parent.name == "lowvram"
 
 
-@pytest.mark.parametrize("module", ["speed", "measured"])
+@pytest.mark.parametrize("module", ["throughput", "calibration_store"])
 def test_an_answer_needs_no_torch(module: str) -> None:
     code = f"import sys, lowvram.fit.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -370,9 +370,9 @@ def test_a_mistake_in_the_work_is_a_500_and_the_next_is_answered(
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with served(small_tokenizer) as place, place.http() as http:
         real = app.make_job
-        monkeypatch.setattr(app, "make_order", lambda *_: 1 / 0)
+        monkeypatch.setattr(app, "make_job", lambda *_: 1 / 0)
         for _ in range(PREPARED_AT_ONCE + 1):
             answer = http.post("/v1/chat/completions", json=CHAT)
             assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
-        monkeypatch.setattr(app, "make_order", real)
+        monkeypatch.setattr(app, "make_job", real)
         assert http.post("/v1/chat/completions", json=CHAT).status_code == 200
