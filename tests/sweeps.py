@@ -46,6 +46,8 @@ def mark_rest(items: Iterable[pytest.Item]) -> None:
     """
     sweeps: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if item.get_closest_marker("gpu") or item.get_closest_marker("heavy"):
+            continue  # these have a run of their own
         if named := item.get_closest_marker("default_cases"):
             if item.callspec.id not in named.args:
                 item.add_marker(pytest.mark.nightly)

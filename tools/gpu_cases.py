@@ -55,7 +55,7 @@ def _quantise(scene: Scene) -> Iterator[Kernel]:
     for index, (rows, width) in enumerate(shapes):
         for what, make in makers.items():
             for form in q8.FORMATS:
-                run = functools.partial(make, form=form)
+                run = functools.partial(make, format=form)
                 scales = {"rows": rows * -(-width // 128), "columns": width * -(-rows // 128)}
                 if form == "int8":
                     scales = {"rows": rows, "columns": width, "weight": rows}

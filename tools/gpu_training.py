@@ -69,7 +69,7 @@ class Training:
         """Choose the plan, rehearse it and time its steps."""
         model, train = load_preset(self.preset, (*(_TINY if scene.is_tiny else ()), *self.sets))
         limit_bytes = load_profile(self.gpu).limit_bytes()
-        report = self._evaluate(model, train, scene, limit_bytes)
+        report = self._judge(model, train, scene, limit_bytes)
         plan = report.found.plan
         rehearsal = rehearse(model, train, plan, card_of(scene.device))
         row: Row = {

@@ -113,7 +113,7 @@ COMMANDS = {
     ),
     "a file where a tokenizer should go": (
         "tokenizer train {home}/train.txt --vocab 300 --out {home}/bad/a-file",
-        r"a-file could not be read or written\. The system says: File exists\. Mend that",
+        r"a-file could not be read or written\. The system says: File exists\. Repair that",
     ),
     "a file where a run should go": (
         "train {home}/run.toml --set run.dir={home}/bad/a-file",
