@@ -196,7 +196,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a list": (lambda out: (out / "config.json").write_text("[1]"), "it holds a list, not an object"),
     "a deep config": (lambda out: (out / "config.json").write_text('{"a":' * 99_999), "it is nested deeper than 64"),
-    "an infinite theta": (lambda out: say(out, rope_parameters={"rope_theta": math.inf}), "Infinity is no number"),
+    "an infinite theta": (lambda out: say(out, rope_parameters={"rope_theta": math.inf}), "Infinity is not a number"),
     "a theta beyond floats": (
         lambda out: edit_text(out, '"rope_theta": 10000.0', '"rope_theta": 1e999'),
         "rope_theta is inf: input should be a finite number",

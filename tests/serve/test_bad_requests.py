@@ -127,7 +127,7 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "nested fields": (b'{"a":' * 39_000 + b"1" + b"}" * 39_000, "nested deeper than 16"),
     "nested without end": (b'{"prompt": ' + b"[" * 4_000_000, "4,000,001 lists and objects"),
     "an endless number": (b'{"seed": ' + b"9" * 10_000 + b"}", "not JSON"),
-    "not a number": (b'{"prompt": "a", "temperature": NaN}', "NaN is no number"),
+    "not a number": (b'{"prompt": "a", "temperature": NaN}', "NaN is not a number"),
     "infinity": (b'{"prompt": "a", "temperature": 1e999}', "finite number"),
 }
 

@@ -229,7 +229,7 @@ def test_where_all_are_being_answered_one_more_is_told_so(small_tokenizer: Token
             with connected(place) as third:
                 answer = read_all(third)
             assert status_of(answer) == 503
-            assert "as many connections" in error_of(answer)["message"]
+            assert "no room for another connection" in error_of(answer)["message"]
             decoder.may_write.set()
             assert [status_of(client.recv(65536)) for client in (first, second)] == [200, 200]
 
