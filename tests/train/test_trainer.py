@@ -114,7 +114,7 @@ def one_batch(trainer: Trainer) -> Batch:
 
 def test_a_runs_dropout_depends_on_its_seed_alone(home: Path) -> None:
     trainer = trainer_of(tiny_run(home, dropout=0.2))
-    trains = [trainer.what.train.model_copy(update={"seed": seed}) for seed in (1, 2, 1)]
+    trains = [trainer.config.train.model_copy(update={"seed": seed}) for seed in (1, 2, 1)]
     totals = [loss_for(trainer.state.model, train, trainer.plan)(one_batch(trainer)).total for train in trains]
     assert totals[0] == totals[2]
     assert totals[0] != totals[1]
