@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import pytest
+from _pytest.mark import ParameterSet
 
 # A product of parameters with no more cases than that runs whole.
 MOST_CASES = 4
@@ -23,6 +24,20 @@ def choose_cases(cases: Sequence[Mapping[Hashable, Hashable]]) -> set[int]:
         chosen.add(best)
         missing -= set(cases[best].items())
     return chosen
+
+
+def cover(cases: Iterable[tuple[Hashable, ...]]) -> list[ParameterSet]:
+    """Return a table of cases whose columns are a product; what the default run need not take is marked nightly.
+
+    The ids are the values, joined by hyphens.
+    """
+    table = list(cases)
+    chosen = choose_cases([dict(enumerate(case)) for case in table])
+    rest = {number: pytest.mark.nightly for number in range(len(table)) if number not in chosen}
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=rest.get(number, ()))
+        for number, case in enumerate(table)
+    ]
 
 
 def values_of(item: pytest.Item) -> dict[Hashable, Hashable]:

@@ -19,6 +19,7 @@ from lowvram.objective import Batch
 from lowvram.train.state import build_state
 from lowvram.train.step import gradients, learn_in_backward, loss_for, update
 from tests.kernels.measures import LiveBytes
+from tests.sweeps import cover
 
 CPU = Card("cpu")
 # What a ledger may differ from the allocator's own events: scratch that kernels take inside one op.
@@ -129,15 +130,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "rotation-muon": {"rotation": {"window": 3, "interval": 1, "idle": "e4m3"}, "weights": "bf16", "optimizer": MUON},
     "rotation-during": {"rotation": {"window": 1, "interval": 1}, "update_during_backward": True, "weights": "bf16"},
 }
-COMBINATIONS = [
-    pytest.param(recipe, ffn, recompute, accumulate, offload, id=f"{recipe}-{ffn}-{recompute}-{accumulate}-{offload}")
+COMBINATIONS = cover(
+    (recipe, ffn, recompute, accumulate, offload)
     for recipe, said in RECIPES.items()
     for ffn in FFNS
     for recompute in ("none", "block")
     for accumulate in (1, 4)
     for offload in ("none", "optimizer")
     if (ffn == "moe" or "rotation" not in said) and (accumulate == 1 or "update_during_backward" not in said)
-]
+)
 
 
 @pytest.mark.parametrize("recipe, ffn, recompute, accumulate, offload", COMBINATIONS)
@@ -156,10 +157,12 @@ def test_the_ledger_of_what_saves_more_is_what_the_allocator_gave_out(
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize(
     "attention, ffn, recipe",
-    [
-        *((attention, ffn, bits) for attention in ATTENTIONS for ffn in FFNS for bits in ("32-bit", "8-bit")),
-        *(("mla-rope", "moe", recipe) for recipe in RECIPES),
-    ],
+    cover(
+        [
+            *((attention, ffn, bits) for attention in ATTENTIONS for ffn in FFNS for bits in ("32-bit", "8-bit")),
+            *(("mla-rope", "moe", recipe) for recipe in RECIPES),
+        ]
+    ),
 )
 def test_in_bf16_the_ledger_is_what_real_tensors_take(attention: str, ffn: str, recipe: str, recompute: Any) -> None:
     """Its counter is another than the rehearsal's own; oneDNN's scratch is no tensor, hence not the profiler."""

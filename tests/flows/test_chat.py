@@ -63,7 +63,7 @@ def test_each_turn_joins_the_text_so_far(monkeypatch: pytest.MonkeyPatch, run: P
     answer = converse(monkeypatch, run, "Kış", "  Evet ", "çay")
     assert (answer.code, answer.out) == (0, expected)
     assert "Context of 32 tokens, the length that it was trained on." in answer.err
-    assert "Weights in fp32: " in answer.err
+    assert f"Weights in {loaded.precision}: " in answer.err
     assert "The model continues a text." in answer.err
     assert "/help lists what can be typed; Ctrl-D ends." in answer.err
 

@@ -41,7 +41,8 @@ def test_the_precision_asked_for_is_what_the_matrices_are_in(
     assert loaded.trained_len == exact.trained_len == 32
 
 
-def test_without_a_precision_the_machine_chooses_and_says_why(run: Path) -> None:
+def test_without_a_precision_the_machine_chooses_and_says_why(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowvram.api.loading.multiplies_bf16", lambda: False)
     loaded, chosen = load_model(run, "cpu"), choose_reading_on(CPU, None)
     assert (loaded.precision, loaded.reason) == (chosen.weight_precision, chosen.reason)
     assert "instructions" in loaded.reason

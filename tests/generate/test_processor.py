@@ -39,7 +39,7 @@ def _be_small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_faster_numbers_are_found_once_and_kept(tmp_path: Path, fp32_s: float, bf16_s: float) -> None:
     found, is_new = find_pace(tmp_path, Clock(fp32_s, bf16_s))
     assert is_new
-    exchange = 1 + under_test._WRITTEN
+    exchange = 1 + under_test._NEW_TOKENS
     assert (found.fp32_s, found.bf16_s) == (exchange * fp32_s, exchange * bf16_s)
     assert found.is_bf16_faster == (bf16_s < fp32_s)
     assert f"bf16 takes {bf16_s / fp32_s:.2f} times as long as fp32" in found.reason

@@ -105,6 +105,7 @@ def test_steps_below_half_a_digit_are_not_lost(home: Path) -> None:
     assert float(along) == pytest.approx(1.0, rel=0.2)
 
 
+@pytest.mark.default_cases("8-bit", "muon")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_halved_micro_batch_gives_the_bits_of_a_run_that_began_smaller(
     home: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str

@@ -73,6 +73,7 @@ def everything(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in (weights | memory | held).items()}
 
 
+@pytest.mark.default_cases("int8, 8-bit", "all together")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_goes_on_to_the_same_bits_wherever_it_was_stopped(home: Path, recipe: str) -> None:
     whole = trainer_of(run_of(home, f"whole-{recipe}", **RECIPES[recipe]))
