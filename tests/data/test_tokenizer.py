@@ -77,6 +77,7 @@ def test_hard_text_is_lossless_and_agrees(small_tokenizer: Tokenizer, text: str)
     assert all(len(SPECIALS) <= id < small_tokenizer.size for id in ids)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("unit", ["a", "ş", " ", "\n", " \n", "\t", "^", "\u3000", "<|bos|>"], ids=ascii)
 def test_a_million_repeats_are_encoded(small_tokenizer: Tokenizer, unit: str) -> None:
     text = "x" + unit * (1_200_000 // len(unit)) + "y"

@@ -32,6 +32,7 @@ def smallest(model: ModelConfig, accumulate: int = 32, **said: Any) -> Ledger:
     return rehearse(model, train, Plan(micro_batch=1, accumulate=accumulate, recompute="block"), imagine(SMALL)).ledger
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize(
     "model, least, card, during",

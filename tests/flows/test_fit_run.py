@@ -249,6 +249,7 @@ def measures_on(monkeypatch: pytest.MonkeyPatch, profile_id: str, home: Path) ->
     monkeypatch.setattr("lowvram.api.device.choose_device", lambda _: ChosenDevice(torch.device("cpu")))
 
 
+@pytest.mark.nightly
 def test_what_was_measured_here_is_said_from_then_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measures_on(monkeypatch, "cpu", tmp_path)
     monkeypatch.setattr("lowvram.fit.calibrate._BUDGET_S", 0.01)

@@ -75,6 +75,7 @@ async def ask_all(place: Place) -> list[tuple[int, str]]:
         return await asyncio.gather(*(ask(client, number) for number in range(CLIENTS)))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("queue", [300, 20], ids=["all fit", "most do not"])
 def test_two_hundred_clients_at_once_are_all_answered_and_nothing_is_mixed(
     small_tokenizer: Tokenizer, model: Transformer, jobs: list[weakref.ref[scheduler_module.ActiveJob]], queue: int

@@ -108,7 +108,7 @@ def test_a_compiled_block_of_every_kind_is_one_graph_with_the_eager_gradients(na
         assert (ours[weight] - gradient).norm() <= RELATIVE * gradient.norm(), weight
 
 
-@pytest.mark.default_cases("gqa-rope-1")
+@pytest.mark.nightly
 @pytest.mark.parametrize("name, kinds", [("gqa-rope", 1), ("mla-moe", 2)])
 def test_blocks_that_are_alike_share_one_compilation_and_keep_it(name: str, kinds: int) -> None:
     model = Transformer(VARIANTS[name].model_copy(update={"layers": 11}))

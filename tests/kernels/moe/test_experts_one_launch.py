@@ -164,6 +164,7 @@ def test_nothing_reads_the_device(form: str | None) -> None:
     assert [g.shape for g in gradients] == [t.shape for t in leaves]
 
 
+@pytest.mark.nightly
 @each_form
 def test_it_compiles_into_one_graph(form: str | None) -> None:
     torch.use_deterministic_algorithms(False)
