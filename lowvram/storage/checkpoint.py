@@ -47,6 +47,7 @@ from lowvram.storage.manifest import (
     read_manifest,
     seal,
 )
+from lowvram.storage.missing_run import explain_no_checkpoint, explain_no_directory
 
 _NAME = "step-{:08d}"
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
@@ -181,13 +182,12 @@ def find_checkpoint(
     Raises CheckpointError if none is whole, or the newest is of a later lowvram.
     """
     if not path.is_dir():
-        fix = "Name a run directory or one of its step-… folders."
-        raise CheckpointError(f"There is no directory {path}.", fix=fix)
+        raise explain_no_directory(path)
     directories = _newest_first(path)
     if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and not directories):
         return _open_checked(path, needs_state, check), []
     if not directories:
-        raise CheckpointError(f"There is no checkpoint in {path}.", "The run has saved nothing yet.", "Train it first.")
+        raise explain_no_checkpoint(path, sorted({found.parent for found in path.glob("*/step-????????")}))
     checkpoint, skipped = _open_newest(directories, needs_state, check)
     return checkpoint, list(skipped.values())
 

@@ -162,6 +162,21 @@ def test_no_checkpoint_is_an_error_that_says_what_is_missing(tmp_path: Path, tok
     with pytest.raises(CheckpointError, match="has saved nothing yet"):
         find_checkpoint(tokenizer)
     assert Store(tmp_path / "nowhere").latest() == (None, [])
+    for name, message in (
+        ("run.toml", "is a run file"),
+        ("m.gguf", "llama.cpp reads it"),
+        ("a.txt", r"a\.txt is a file"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=message):
+            find_checkpoint(tmp_path / name)
+
+
+def test_a_folder_of_runs_is_answered_with_their_names(tmp_path: Path, tokenizer: Path) -> None:
+    for name in ("second", "first"):
+        save(tmp_path / "runs" / name, tokenizer, 1)
+    with pytest.raises(CheckpointError, match=r"Name one: \S+first, \S+second\."):
+        find_checkpoint(tmp_path / "runs")
 
 
 def test_if_none_is_whole_training_does_not_silently_start_again(tmp_path: Path, tokenizer: Path) -> None:
