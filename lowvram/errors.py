@@ -103,3 +103,10 @@ def name_nearest(word: str, known: Iterable[str]) -> str:
     if near:
         return f"Did you mean {' or '.join(near)}?"
     return f"Known: {', '.join(choices)}."
+
+
+def refuse_unknown(name: str, value: object, known: Iterable[str]) -> None:
+    """Raise ConfigError where an argument that may be left out has a value that is not known."""
+    words = list(known)
+    if value is not None and value not in words:
+        raise ConfigError(f"{name} is {value!r}.", fix=f"There are {', '.join(words)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from lowvram.api.fit_result import FitOptions, FitResult
 from lowvram.api.tasks import Notice, Progress, Task, finish
@@ -53,7 +53,10 @@ def fit(
     """
     from lowvram.api.overrides import assignments
     from lowvram.api.progress import with_bar
+    from lowvram.errors import refuse_unknown
+    from lowvram.hardware.profile import Desktop
 
+    refuse_unknown("desktop", desktop, get_args(Desktop))
     options = FitOptions(
         run_file=Path(run) if run is not None else None,
         gpu=gpu,

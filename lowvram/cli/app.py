@@ -78,6 +78,9 @@ def _run(arguments: argparse.Namespace) -> int:
         show_error(str(_explain_refusal(error)))
         return 1
     except KeyboardInterrupt:
+        from lowvram.cli.console import notice
+
+        notice("Interrupted; what was finished before is kept.")
         return 130
 
 

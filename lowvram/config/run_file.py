@@ -173,7 +173,7 @@ def _read_toml(path: Path) -> Table:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        fix = "Check the name, or copy the example of the README."
+        fix = "Check the name, or write one: lowvram fit --data shards --out run.toml."
         raise ConfigError(f"There is no run file {path}.", fix=fix) from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a directory.", "A run is described by a TOML file.", "Name that file.") from error

@@ -72,6 +72,7 @@ def test_what_is_recommended_is_written_as_the_command_writes_it(tmp_path: Path)
         ({"gpu": "rtx9999"}, "rtx9999"),
         ({"preset": "tr-9b"}, "tr-9b"),
         ({"memory": "much"}, "memory is 'much'"),
+        ({"gpu": "rtx5070", "desktop": "abc"}, "desktop is 'abc'"),
         ({"overrides": ["layers=2"]}, "--set changes one run"),
         ({"gpu": "rtx5070", "measure": True}, "--measure times this machine"),
         ({"data": "nowhere"}, "nowhere"),

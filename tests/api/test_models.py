@@ -75,6 +75,8 @@ def test_what_is_wrong_is_an_error_in_three_parts_and_nothing_is_printed(
         model.generate("uzun " * 50)
     with pytest.raises(PromptError, match="The last message is not the user's"):
         model.chat([{"role": "assistant", "content": "Merhaba"}])
+    with pytest.raises(ConfigError, match=r"precision is 'zz'\. There are fp8, int8, bf16, fp32\."):
+        load(home / "run", precision="zz", device="cpu")
     with pytest.raises(ConfigError, match="Only MLA"):
         load(home / "run", device="cpu", cache="fp8")
     with pytest.raises(CheckpointError):
