@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lowvram.hardware.detect import find_card
 from tests.sweeps import mark_rest
@@ -24,6 +25,10 @@ else:
 # A shell that starts tests in the background has them ignore Ctrl-C, and every process that they start with them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A commit has one verdict: what is generated follows from the test, not from the moment.
+settings.register_profile("one verdict", derandomize=True)
+settings.load_profile("one verdict")
 
 TURKISH = (
     "Ankara'da sabah erkenden yola çıktık; hava serindi, gökyüzü ise bulutsuzdu.",

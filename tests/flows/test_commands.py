@@ -308,7 +308,7 @@ def test_ctrl_c_outside_of_training_ends_with_130(monkeypatch: pytest.MonkeyPatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lowvram.data.text_files.find_text_files", interrupt)
-    assert typed("tokenizer", "train", tmp_path) == Output(130, "", "")
+    assert typed("tokenizer", "train", tmp_path) == Output(130, "", "Interrupted; what was finished before is kept.\n")
 
 
 def test_help_and_version_answer_without_loading_torch() -> None:

@@ -355,14 +355,3 @@ def test_what_people_type_is_understood_or_answered(words: tuple[str, ...], said
     answer = typed("fit", *words, "--model", "tr-25m")
     assert said in answer.err
     assert answer.code == (2 if "6144" in words else 0)
-
-
-def test_ctrl_c_ends_a_command_with_its_own_code_and_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("lowvram.hardware.profile.find_profile", interrupt)
-    monkeypatch.setattr("lowvram.api.target.find_profile", interrupt)
-    answer = typed("fit", "--gpu", "rtx4060")
-    assert (answer.code, answer.out) == (130, "")
-    assert answer.err == "Interrupted; what was finished before is kept.\n"
