@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from lowvram.api.tasks import count_progress, finish
 from lowvram.config.model import ModelConfig
-from lowvram.convert.hf.writer import ExportOptions, write_directory
+from lowvram.convert.hf.writer import ExportOptions, write_each_tensor
 from lowvram.data.tokenizer import Tokenizer
+from lowvram.generate.weight_reader import WeightReader
 from lowvram.model.transformer import Transformer
+from lowvram.storage.disk import DISK, Disk
 from tests.model.outside import randomise
 
 
@@ -43,6 +47,18 @@ def speak(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(tokenizer.settings | {"lowvram_dialogue": True}, indent=2), "utf-8")
     return Tokenizer.load(folder)
+
+
+def write_directory(
+    source: WeightReader,
+    tokenizer: Tokenizer,
+    out: Path,
+    options: ExportOptions,
+    more: Mapping[str, bytes],
+    disk: Disk = DISK,
+) -> int:
+    """Write every tensor; returns the bytes of the weights."""
+    return finish(count_progress(write_each_tensor(source, tokenizer, out, options, more, disk), "Writing"))[0]
 
 
 def written(config: ModelConfig, tokenizer: Tokenizer, out: Path, **wish: object) -> tuple[Transformer, Path]:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowvram.convert.hf.config_out import to_hf_config
-from lowvram.convert.hf.writer import ExportOptions, estimate_bytes, write_directory, write_each_tensor
+from lowvram.convert.hf.writer import ExportOptions, estimate_bytes, write_each_tensor
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError, DiskFullError, ExportError
 from tests.convert.forms import FORMS, REFUSED
-from tests.convert.sources import held, speak, written
+from tests.convert.sources import held, speak, write_directory, written
 from tests.faults import FaultyDisk, PowerCut
 
 ABSOLUTE = 1e-4

@@ -51,26 +51,6 @@ class ExportOptions:
     most_bytes: int = MOST_BYTES
 
 
-def write_directory(
-    source: WeightReader,
-    tokenizer: Tokenizer,
-    out: Path,
-    options: ExportOptions,
-    more: Mapping[str, bytes],
-    disk: Disk = DISK,
-) -> int:
-    """Write a model, its tokenizer and `more` files by name; returns the bytes of its weights.
-
-    Raises ExportError where transformers has no such class, CheckpointError where `out` exists, DiskFullError.
-    """
-    writing = write_each_tensor(source, tokenizer, out, options, more, disk)
-    while True:
-        try:
-            next(writing)
-        except StopIteration as end:
-            return end.value
-
-
 def write_each_tensor(
     source: WeightReader,
     tokenizer: Tokenizer,
@@ -79,7 +59,11 @@ def write_each_tensor(
     more: Mapping[str, bytes],
     disk: Disk = DISK,
 ) -> Generator[tuple[int, int], None, int]:
-    """Do what `write_directory` does, and yield the number of the tensor that begins, and of how many."""
+    """Write a model, its tokenizer and `more` files by name; yields which tensor of how many begins.
+
+    Returns the bytes of its weights.  Raises ExportError where transformers has no such class, CheckpointError where
+    `out` exists, DiskFullError.
+    """
     settings = to_hf_config(source.config, options.max_positions)
     refuse_existing(out)
     out.parent.mkdir(parents=True, exist_ok=True)
