@@ -8,7 +8,7 @@ fragmentation) is missing here; it is in the card's profile.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, ValuesView
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from lowvram.config.plan import LEDGER_LINES, Ledger, Plan
 from lowvram.config.train import TrainConfig
 from lowvram.fit.ledgers import CardPath
 from lowvram.fit.memory_curve import Rehearsal, Work
+from lowvram.fit.op_work import attention_flops, bytes_moved, is_free, products_of, tensors_in
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, Loss, count_targets
@@ -53,9 +54,6 @@ _SLOW_ON_META = frozenset(
 )
 # In-place ops on integers: on meta tensors they do nothing.
 _WITHOUT_EFFECT_ON_META = frozenset((torch.ops.aten.bitwise_xor_.Tensor, torch.ops.aten.bitwise_and_.Scalar))
-# Keys that torch's CPU attention takes at a time; it skips blocks of keys that the causal mask excludes completely
-# (aten/native/cpu/FlashAttentionKernel.cpp).
-_CPU_KEY_BLOCK = 512
 
 
 class _Lifetime:
@@ -94,9 +92,9 @@ class LiveStorage(TorchDispatchMode):
             result = self._call_cached(func, args, kwargs)
         else:
             result = func(*args, **(kwargs or {}))
-        outputs = list(_tensors(result))
+        outputs = list(tensors_in(result))
         if self._reported == reported:  # otherwise the op launched a kernel of ours and reported its work itself
-            self._add_work(func, [*_tensors(args), *_tensors(kwargs.values() if kwargs else ())], outputs)
+            self._add_work(func, args, kwargs, outputs)
         for tensor in outputs:
             self._track(tensor.untyped_storage())
         return result
@@ -165,18 +163,17 @@ class LiveStorage(TorchDispatchMode):
         self.moment += 1
         return self.moment - 1
 
-    def _add_work(self, func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        own = {tensor.untyped_storage()._cdata for tensor in inputs}
-        is_view = not func._schema.is_mutable and all(t.untyped_storage()._cdata in own for t in outputs)
-        if is_view or "empty" in func._schema.name:
+    def _add_work(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+        inputs = [*tensors_in(args), *tensors_in(kwargs.values() if kwargs else ())]
+        if is_free(func, inputs, outputs):
             return
         name = func._schema.name.partition("::")[2]
-        flops, launches = _products_of(name, inputs, outputs)
-        moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*inputs, *outputs))
+        flops, launches = products_of(name, inputs, outputs)
+        moved = bytes_moved(func, args, kwargs, outputs)
         if any(self._lies_on_host(tensor) for tensor in inputs):
             self._add(Work(0.0, 0.0, launches, host_bytes=moved / 2))  # read on one side, written on the other
             return
-        self._add(Work(flops, moved, launches, _attention_of(name, inputs)))
+        self._add(Work(flops, moved, launches, attention_flops(name, inputs)))
 
     def _lies_on_host(self, tensor: Tensor) -> bool:
         entry = self._alive.get(tensor.untyped_storage()._cdata)
@@ -191,47 +188,6 @@ class LiveStorage(TorchDispatchMode):
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))
         times = work_multiplier()
         self.work[self.phase] = [old + times * new for old, new in zip(total, part, strict=True)]
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in an op's arguments or results, which nest in tuples and lists at most."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list | ValuesView):
-        for part in value:
-            yield from _tensors(part)
-
-
-def _products_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float, int]:
-    """Return the FLOPs of an op's matrix products, 0 if it has none, and its launches.
-
-    Meta tensors do not say which experts are chosen: all are assumed to have the same number of rows.
-    """
-    if name in ("mm", "bmm"):
-        return 2.0 * inputs[0].numel() * inputs[1].shape[-1], 1
-    if name in ("addmm", "addmm_", "baddbmm"):
-        return 2.0 * inputs[1].numel() * inputs[2].shape[-1], 1
-    if name == "multiply_slices":
-        return 2.0 * inputs[0].numel() * inputs[1].shape[2], inputs[2].shape[0]
-    if name == "sum_outer_slices":
-        learning, experts = outputs[0].shape[0], inputs[2].shape[0]
-        return 2.0 * inputs[0].numel() * inputs[1].shape[1] * learning / experts, learning
-    return 0.0, 1
-
-
-def _attention_of(name: str, inputs: list[Tensor]) -> float:
-    """Return the FLOPs that torch's fused attention really does on a CPU, 0 for every other op."""
-    forward = "_scaled_dot_product_flash_attention_for_cpu"
-    if name not in (forward, f"{forward}_backward"):
-        return 0.0
-    # Backward has the result's gradient before q and k, and five products instead of two.  A mask is the last input.
-    (q, k), products = (inputs[:2], 2.0) if name == forward else (inputs[1:3], 5.0)
-    rows, keys = q.shape[2], k.shape[2]
-    seen = rows * keys
-    if len(inputs) == (3 if name == forward else 6):
-        ends = range(_CPU_KEY_BLOCK, rows + _CPU_KEY_BLOCK, _CPU_KEY_BLOCK)
-        seen = sum((min(end, rows) - (end - _CPU_KEY_BLOCK)) * min(end, keys) for end in ends)
-    return products * 2.0 * q.shape[0] * q.shape[1] * q.shape[3] * seen
 
 
 def imagine(where: Profile | CardPath) -> Card:
