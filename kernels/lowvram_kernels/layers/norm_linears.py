@@ -43,11 +43,12 @@ class _NormLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, eps: float, matmul_format: MatmulFormat, *projections: Tensor
     ) -> tuple[Tensor, ...]:
-        rstd_N1 = norm.row_scales(x, eps)
+        normed, rstd_N1 = norm.normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd_N1, *projections)
         ctx.matmul_format = matmul_format
-        normed = along_rows(norm.apply_scales(x, rstd_N1, weight).reshape(-1, x.shape[-1]), matmul_format)
-        return tuple(forward(normed, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections)
+        operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
+        del normed
+        return tuple(forward(operand, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections)
 
     @staticmethod
     @once_differentiable
@@ -57,11 +58,13 @@ class _NormLinears(torch.autograd.Function):
         dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
         d_projections: list[Tensor | None] = [None] * len(projections)
         if any(needs_projections):
-            normed = along_columns(norm.apply_scales(x, rstd_N1, weight).reshape(-1, x.shape[-1]), matmul_format)
+            normed, _ = norm.normalise(x, weight, 0.0, rstd_N1)
+            operand = along_columns(normed.reshape(-1, x.shape[-1]), matmul_format)
+            del normed
             for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
                 if needs_projections[i]:
-                    d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), normed, projection.dtype)
-            del normed
+                    d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), operand, projection.dtype)
+            del operand
         if not (needs_dx or needs_dweight):
             return None, None, None, None, *d_projections
         dn_ND = torch.zeros((), dtype=x.dtype, device=x.device)

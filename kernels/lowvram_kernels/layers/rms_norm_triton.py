@@ -1,0 +1,97 @@
+"""Triton kernels of RMSNorm: a program holds whole rows, so each number is read once and written once.
+
+bf16 is read and written natively where a pointer is of that type, and as its bits where it is int16: Triton's
+interpreter casts to bf16 wrongly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lowvram_kernels.random.stochastic_rounding_triton import from_bf16, nearest_bf16
+
+
+@triton.jit
+def load_fp32(ptr, inside):
+    """Return numbers in fp32, 0 where the mask is false."""
+    value = tl.load(ptr, mask=inside, other=0)
+    return from_bf16(value) if ptr.dtype.element_ty == tl.int16 else value.to(tl.float32)
+
+
+@triton.jit
+def store_nearest(ptr, value, inside):
+    """Round fp32 to the pointer's type and store it."""
+    if ptr.dtype.element_ty == tl.int16:
+        tl.store(ptr, nearest_bf16(value), mask=inside)
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    y_ptr,
+    N,
+    D,
+    stride,
+    eps,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KNOWS_RSTD: tl.constexpr,
+):
+    """y = x · r · weight; r [N] is read where it is known, else computed and written.  stride: of x's rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    inside = (row < N)[:, None] & (column < D)[None, :]
+    x = load_fp32(x_ptr + row[:, None] * stride + column[None, :], inside)
+    if KNOWS_RSTD:
+        rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
+    else:
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+        tl.store(rstd_ptr + row, rstd, mask=row < N)
+    weight = load_fp32(weight_ptr + column, column < D)
+    store_nearest(y_ptr + row[:, None] * D + column[None, :], x * rstd[:, None] * weight[None, :], inside)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    N,
+    D,
+    stride_dy,
+    stride_x,
+    share,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx, and each program's sum over its `share` of the rows for dweight: [programs, D].  None: it is not wanted."""
+    first = tl.program_id(0).to(tl.int64) * share
+    last = tl.minimum(first + share, N)
+    column = tl.arange(0, COLUMNS)
+    is_column = column < D
+    weight = load_fp32(weight_ptr + column, is_column)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < last)[:, None] & is_column[None, :]
+        x = load_fp32(x_ptr + row[:, None] * stride_x + column[None, :], inside)
+        dy = load_fp32(dy_ptr + row[:, None] * stride_dy + column[None, :], inside)
+        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
+        normed = x * rstd
+        if partial_ptr is not None:
+            total += tl.sum(dy * normed, 0)
+        if dx_ptr is not None:
+            slope = dy * weight[None, :]
+            mean = tl.sum(slope * normed, 1)[:, None] / D
+            dx = (slope - normed * mean) * rstd
+            store_nearest(dx_ptr + row[:, None] * D + column[None, :], dx, inside)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, mask=is_column)
