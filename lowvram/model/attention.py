@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.layers.rotary import rotate
 from torch import Tensor, nn
 
 from lowvram.config.architecture import Gqa, Mla
@@ -16,7 +17,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.model.fp32_buffers import Fp32Buffers
 from lowvram.model.kv_cache import CacheSlot
 from lowvram.model.linear import Linear, ParamOptions, RmsNorm, project
-from lowvram.model.positions import add_alibi_columns, rotate, slopes
+from lowvram.model.positions import add_alibi_columns, slopes
 
 Table = tuple[Tensor, Tensor] | None
 
@@ -108,10 +109,7 @@ class GqaAttention(Fp32Buffers):
         q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
         k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
-        if table is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, table, interleaved=False), rotate(k_BTGK, table, interleaved=False)
+        q_BTHK, k_BTGK = self._position(q_BTHK, self.q_norm, table), self._position(k_BTGK, self.k_norm, table)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if cache is not None:
             k_BGSK, v_BGSK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
@@ -119,6 +117,13 @@ class GqaAttention(Fp32Buffers):
             q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, self.slope_H, self.scale)
         out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
         return self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
+
+    def _position(self, x_BTHK: Tensor, norm: RmsNorm | None, table: Table) -> Tensor:
+        """Normalise the values of each head and rotate them, each where the model has it."""
+        if table is None:
+            return x_BTHK if norm is None else norm(x_BTHK)
+        weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return rotate(x_BTHK, table, False, weight, eps)
 
 
 class MlaAttention(nn.Module):

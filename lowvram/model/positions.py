@@ -6,11 +6,10 @@ Legend: B batch, T queries, S keys, H heads, G key/value heads, K width of a hea
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lowvram.config.architecture import Rope, Yarn
 from lowvram.model.fp32_buffers import Fp32Buffers
@@ -60,49 +59,6 @@ def _interpolation_ramp(yarn: Yarn, theta: float, rope_dim: int) -> Tensor:
     return ramp_R.clamp(0, 1)
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotates the last 2R values of each head by the table's angles; saves only the tables for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
-        ctx.save_for_backward(cos_TR, sin_TR)
-        ctx.interleaved = interleaved
-        return _rotate_pairs(x, cos_TR, sin_TR, interleaved)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        cos_TR, sin_TR = ctx.saved_tensors
-        return _rotate_pairs(gradients[0], cos_TR, -sin_TR, ctx.interleaved), None, None, None
-
-
-def _rotate_pairs(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> Tensor:
-    pairs = cos_TR.shape[-1]
-    y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
-    unrotated = x_BTHK.shape[-1] - 2 * pairs
-    if unrotated:
-        y_BTHK[..., :unrotated] = x_BTHK[..., :unrotated]
-    cos, sin = cos_TR[:, None], sin_TR[:, None]
-    first, second = (
-        (slice(unrotated, None, 2), slice(unrotated + 1, None, 2))
-        if interleaved
-        else (slice(unrotated, unrotated + pairs), slice(unrotated + pairs, None))
-    )
-    a, b = x_BTHK[..., first], x_BTHK[..., second]
-    y_BTHK[..., first] = a * cos - b * sin
-    y_BTHK[..., second] = b * cos + a * sin
-    return y_BTHK
-
-
-def rotate(x_BTHK: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
-    """Rotate the last 2R values of each head by the angles of its position; the values before them are unchanged.
-
-    x: [B, T, H, K].  table: cosines and sines, each [T, R] fp32.  Pairs are neighbours where `interleaved` (as in
-    DeepSeek-V3), else (i, i + R) (as in Llama).  The products are taken in fp32.  Saved for backward: the tables.
-    """
-    return _Rotate.apply(x_BTHK, *table, interleaved)
-
-
 def slopes(heads: int) -> Tensor:
     """Return ALiBi's slope of every head, [H] fp32.
 
@@ -150,7 +106,7 @@ class Turn(NamedTuple):
 
 
 def turn_at(table: RotaryTable, position_N: Tensor, interleaved: bool) -> Turn:
-    """Return the rotation of one token at each position.  position: [N] integers.  interleaved: see `rotate`."""
+    """Return the rotation of one token at each position.  position: [N] integers.  interleaved: as of `rotate`."""
     angle_NR = position_N[:, None].float() * table.frequency_R
     cos_NR, sin_NR = angle_NR.cos(), angle_NR.sin()
     order_K, pairs = torch.arange(2 * cos_NR.shape[1], device=position_N.device), cos_NR.shape[1]

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from lowvram_kernels.dispatch import Card, override_card
+from lowvram_kernels.layers.rotary import rotate
 
 from lowvram.config.model import ModelConfig
 from lowvram.model import decode as one_token
 from lowvram.model import slot_attention as of_rows
 from lowvram.model.decode import decode_one_token
 from lowvram.model.kv_cache import CacheForm, KvCache
-from lowvram.model.positions import rotate, rotate_one, turn_at
+from lowvram.model.positions import rotate_one, turn_at
 from lowvram.model.slot_attention import BatchedAttention, PerSlotAttention, SlotAttention
 from lowvram.model.transformer import Transformer, lay_by_columns
 from tests.kernels.measures import relative_error

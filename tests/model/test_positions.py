@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+from lowvram_kernels.layers.rotary import rotate
 from safetensors.torch import load, save
 
 from lowvram.config.architecture import Rope, Yarn
 from lowvram.model.attention import attend
-from lowvram.model.positions import RotaryTable, add_alibi_columns, frequencies, rotate, slopes
+from lowvram.model.positions import RotaryTable, add_alibi_columns, frequencies, slopes
 from lowvram.model.transformer import Transformer
 from tests.model.variants import VARIANTS
 

@@ -103,14 +103,19 @@ def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor |
     return y, rstd_N1
 
 
+def shares(count: int, tile: Tile, device: torch.device) -> tuple[int, int]:
+    """Return the programs of a backward pass over so many rows, and the rows of each."""
+    programs = min(-(-count // tile.rows), card_of(device).multiprocessors * _PROGRAMS)
+    share = -(-count // (programs * tile.rows)) * tile.rows
+    return -(-count // share), share
+
+
 def _gradients_on_card(
     dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     x_ND, dy_ND, (count, width) = rows_of(x), rows_of(dy), (rstd_N1.shape[0], x.shape[-1])
     tile = norm_tile(width, is_backward=True)
-    programs = min(-(-count // tile.rows), card_of(x.device).multiprocessors * _PROGRAMS)
-    share = -(-count // (programs * tile.rows)) * tile.rows
-    programs = -(-count // share)
+    programs, share = shares(count, tile, x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     partial_PD = x.new_empty(programs, width, dtype=torch.float32) if needs[1] else None
     tensors = (as_read(dy_ND), as_read(x_ND), as_read(weight), rstd_N1, None if dx is None else as_read(dx), partial_PD)
