@@ -301,6 +301,7 @@ _TRITON_FROM = {
     "quantise": FIRST_WITH_TRITON,
     "adamw8": FIRST_WITH_TRITON,
     "rms_norm": FIRST_WITH_TRITON,
+    "swiglu": FIRST_WITH_TRITON,
     "grouped_matmul": FIRST_WITH_TRITON_DOT,
     "small_matmul": FIRST_WITH_TRITON,
     "latent_attention": FIRST_WITH_TRITON_DOT,
@@ -308,7 +309,7 @@ _TRITON_FROM = {
     "int8_matmul": FIRST_WITH_TRITON_DOT,
 }
 # Ops that run their plain PyTorch form, which torch.compile fuses.
-_REFERENCE_ONLY = ("swiglu", "linear_cross_entropy")
+_REFERENCE_ONLY = ("linear_cross_entropy",)
 OPS = (*_TRITON_FROM, *_REFERENCE_ONLY)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from lowvram_kernels.dispatch import HiddenWork, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.swiglu import gated_product, gated_product_backward, reference, swiglu
 
-from tests.kernels.measures import relative_error, saved_bytes
+from tests.kernels.cards import CARDS, DEVICE, running_on
+from tests.kernels.measures import LiveBytes, relative_error, saved_bytes
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.2e-3}
 
@@ -98,3 +102,44 @@ def test_a_gate_that_does_not_fit_down_is_named(width: int) -> None:
 def test_integers_are_refused() -> None:
     with pytest.raises(ShapeError, match="floating"):
         swiglu(torch.ones(2, 8, dtype=torch.int64), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 74), (2, 5, 1376), (3, 2048)], ids=str)
+def test_the_kernels_are_the_textbook(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    gate_up = (torch.randn(*shape, generator=generator) * 2).to(dtype).to(DEVICE)
+    d_product = torch.randn(*shape[:-1], shape[-1] // 2, generator=generator).to(dtype).to(DEVICE)
+    leaf = gate_up.double().requires_grad_()
+    gate, up = leaf.chunk(2, -1)
+    truth = gate * torch.sigmoid(gate) * up
+    (d_truth,) = torch.autograd.grad(truth, leaf, d_product.double())
+    with running_on("sm86"):
+        product, (d_gate_up, again) = gated_product(gate_up), gated_product_backward(d_product, gate_up)
+        parts = gate_up.repeat_interleave(2, -1)[..., ::2]  # as other strides
+        assert torch.equal(gated_product(parts), product)
+    assert torch.equal(again, product)
+    assert product.dtype == d_gate_up.dtype == dtype
+    assert relative_error(product, truth) < 0.5 * TOLERANCE[dtype]
+    assert relative_error(d_gate_up, d_truth) < 0.5 * TOLERANCE[dtype]
+
+
+def test_gates_far_from_zero_neither_overflow_nor_turn_into_nan() -> None:
+    gate_up = torch.tensor([[-200.0, -30.0, 0.0, 30.0, 200.0] + [2.0] * 5], device=DEVICE)
+    with running_on("sm86"):
+        product = gated_product(gate_up)
+        d_gate_up, _ = gated_product_backward(torch.ones_like(product), gate_up)
+    assert product.flatten().tolist() == pytest.approx([0.0, -60 * math.exp(-30), 0.0, 60.0, 400.0], abs=1e-9)
+    assert d_gate_up[0, :5].tolist() == pytest.approx([0.0, -58 * math.exp(-30), 1.0, 2.0, 2.0], abs=1e-9)
+
+
+def test_on_a_card_each_pass_is_one_launch_of_the_least_bytes() -> None:
+    works: list[HiddenWork] = []
+    with torch.device("meta"), simulate_card(CARDS["sm120"], works.append):
+        gate_up, d_product = torch.empty(512, 1376, dtype=torch.bfloat16), torch.empty(512, 688, dtype=torch.bfloat16)
+        with LiveBytes().ignore(gate_up, d_product) as live:
+            gated_product(gate_up)
+            assert live.peak == d_product.nbytes
+            d_gate_up, product = gated_product_backward(d_product, gate_up)
+            assert live.peak == d_gate_up.nbytes + product.nbytes
+    assert [work.moved_bytes for work in works] == [3 * d_product.nbytes, 6 * d_product.nbytes]
