@@ -302,15 +302,14 @@ _TRITON_FROM = {
     "adamw8": FIRST_WITH_TRITON,
     "rms_norm": FIRST_WITH_TRITON,
     "swiglu": FIRST_WITH_TRITON,
+    "linear_cross_entropy": FIRST_WITH_TRITON,
     "grouped_matmul": FIRST_WITH_TRITON_DOT,
     "small_matmul": FIRST_WITH_TRITON,
     "latent_attention": FIRST_WITH_TRITON_DOT,
     "fp8_matmul": FIRST_WITH_TRITON_DOT,
     "int8_matmul": FIRST_WITH_TRITON_DOT,
 }
-# Ops that run their plain PyTorch form, which torch.compile fuses.
-_REFERENCE_ONLY = ("linear_cross_entropy",)
-OPS = (*_TRITON_FROM, *_REFERENCE_ONLY)
+OPS = tuple(_TRITON_FROM)
 
 
 def choose(op: str, card: Card) -> Choice:
@@ -320,8 +319,6 @@ def choose(op: str, card: Card) -> Choice:
     cores), "tensor" (FP8 tensor cores), "storage" (bytes decoded in registers) or "decode" (bytes decoded, then
     cuBLAS), of which int8_matmul has "tensor" and "decode".
     """
-    if op in _REFERENCE_ONLY:
-        return Choice("reference", "torch.compile fuses the plain form; no Triton form has been measured to beat it")
     if card.platform != "cuda" or card.capability is None:
         return Choice("reference", "Triton compiles for NVIDIA cards only" if card.platform == "cpu" else _ON_MPS)
     if not card.has_triton:

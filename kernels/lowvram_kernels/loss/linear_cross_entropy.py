@@ -19,9 +19,12 @@ row's true gradient is
 and s multiplies rows of [N, D] instead of [N, V]; it is 0 where the target is ignored.
 fp16 cannot hold small p: there p is computed in fp32 and cast for the products.
 
+On a card one kernel takes a chunk's logits to dl in their own memory.  It sums over all but the target, so r = 1, and
+multiplies by s itself (in fp16, where s may be small, s multiplies rows as above).  The library adds a chunk's dW to
+the fp32 sum in the product.  Four launches a chunk: the logits, the kernel, dx, dW.  A target outside [0, V) makes the
+loss NaN there, where elsewhere it raises.
+
 Source: the gradient is textbook; making it in the forward pass follows Hsu et al. 2024 (Liger Kernel).
-No Triton form: three products of the library are most of its time, and on no card has another been measured to be
-faster (`tools/gpu/report.py` times it).
 
 Shapes: N rows, D width, V vocabulary, C rows of a chunk.
 """
@@ -35,8 +38,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import card_of
+from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, launch
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers.rms_norm import as_read
+from lowvram_kernels.matmul.fp32_sums import add_product_
 
 # Each chunk adds a whole dW to its accumulator, some 10·V·D bytes of traffic: from about 1,024 rows on that
 # is small beside the chunk's 6·C·V·D operations; more rows gained nothing (CPU, bf16, V = 16,384 and 32,768).
@@ -125,12 +130,70 @@ def _forward(
     return loss, dx, dweight
 
 
+# Logits, and numbers of x and W, that a program has at work; its warps.
+_COLUMNS, _DEPTH, _WARPS = 4096, 1024, 8
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and choose("linear_cross_entropy", card_of(x.device)).backend == "triton"
+
+
+def _launch_loss(
+    logits_CV: Tensor,
+    x_CD: Tensor,
+    weight_VD: Tensor,
+    by_row: tuple[Tensor, Tensor, Tensor | None],
+    ignore: int,
+    writes: bool,
+) -> None:
+    """Launch the kernel over a chunk.
+
+    by_row: targets, where losses go, and where factors go, if anywhere.  writes: the logits become their gradient.
+    """
+    target_C, loss_C, slope_C = by_row
+    tensors = (as_read(logits_CV), as_read(x_CD), as_read(weight_VD), target_C, loss_C, slope_C)
+    arguments = (*tensors, weight_VD.shape[0], x_CD.shape[1], x_CD.stride(0), ignore)
+    constants = {"DEPTH": _DEPTH, "COLUMNS": _COLUMNS, "WRITES": writes}
+    grid = (x_CD.shape[0],)
+    what = Launch("loss.linear_cross_entropy_triton", "loss_kernel", grid, arguments, constants, _WARPS)
+    moved = bytes_of(logits_CV) * (3 if writes else 1) + 2 * bytes_of(x_CD) + bytes_of(target_C, loss_C, slope_C)
+    launch(what, moved_bytes=moved)
+
+
+def _forward_on_card(
+    x_ND: Tensor, master_VD: Tensor, target_N: Tensor, rows: int, ignore: int, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Do as `_forward` does, by the kernel."""
+    (needs_dx, needs_dweight), count = needs, x_ND.shape[0]
+    x_ND, weight_VD = x_ND.contiguous(), master_VD.to(x_ND.dtype).contiguous()
+    loss_N = x_ND.new_empty(count, dtype=torch.float32)
+    slope_N = torch.empty_like(loss_N) if x_ND.dtype == torch.float16 and any(needs) else None
+    logits = x_ND.new_empty(min(rows, count), weight_VD.shape[0])
+    dx = torch.empty_like(x_ND) if needs_dx else None
+    is_single = rows >= count
+    dweight = torch.empty_like(weight_VD, dtype=x_ND.dtype if is_single else torch.float32) if needs_dweight else None
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        x_CD, slope_C = x_ND[part], None if slope_N is None else slope_N[part]
+        logits_CV = torch.mm(x_CD, weight_VD.mT, out=logits[: x_CD.shape[0]])
+        _launch_loss(logits_CV, x_CD, weight_VD, (target_N[part], loss_N[part], slope_C), ignore, any(needs))
+        if dx is not None:
+            dx_CD = torch.mm(logits_CV, weight_VD, out=dx[part])
+            if slope_C is not None:
+                dx_CD.mul_(slope_C[:, None])
+        if dweight is not None:
+            scaled_CD = x_CD if slope_C is None else (x_CD * slope_C[:, None]).to(x_CD.dtype)
+            add_product_(dweight, logits_CV.mT, scaled_CD, is_first=start == 0)
+    return loss_N.sum(), dx, dweight
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, ignore: int, needs: tuple[bool, bool]
     ) -> Tensor:
-        loss, dx, dweight = _forward(x, weight, targets, rows, ignore, needs)
+        is_on_card = x.shape[0] > 0 and _has_kernel(x)
+        loss, dx, dweight = (_forward_on_card if is_on_card else _forward)(x, weight, targets, rows, ignore, needs)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(dx, dweight)
         return loss
@@ -154,8 +217,8 @@ def linear_cross_entropy(
     int64.  chunk: rows whose logits exist at once; None chooses up to 1,024 and 32 MiB.  Returns an fp32
     scalar, the sum: the caller divides.  Gradients come in x's and weight's dtype; backward runs once.
     Saved for backward: dx [N, D] in x's dtype, dW [V, D] in fp32 (x's dtype where one chunk is all).
-    Raises ShapeError if the three do not fit together or chunk is not positive; IndexError (a device assertion
-    on CUDA) for a target outside [0, V) that is not ignored.
+    Raises ShapeError if the three do not fit together or chunk is not positive; IndexError for a target outside
+    [0, V) that is not ignored: on CUDA the loss is NaN where the kernel runs, else the device fails.
     """
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         shapes = f"x is {list(x.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from lowvram_kernels.dispatch import HiddenWork, Launch, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.loss.linear_cross_entropy import chunk_rows, linear_cross_entropy, reference
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernels.cards import CARDS, DEVICE, running_on
 from tests.kernels.measures import LiveBytes, relative_error, saved_bytes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -16,8 +20,21 @@ LOSS_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-def compare(x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, upstream: float = 1.0) -> None:
+@pytest.fixture(params=["plain", "kernel"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Take the plain form on a processor, or the kernel's path; gives the device for tensors."""
+    if request.param == "plain":
+        yield "cpu"
+        return
+    with running_on("sm86") as device:
+        yield device
+
+
+def compare(
+    device: str, x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, upstream: float = 1.0
+) -> None:
     """Hold the loss and both gradients against fp64 on the numbers that the op multiplies."""
+    x, weight, targets = x.to(device), weight.to(device), targets.to(device)
     dtype, used = x.dtype, weight.to(x.dtype)
     mine = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     truths = [x.double().requires_grad_(), used.double().requires_grad_()]
@@ -49,17 +66,17 @@ def compare(x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
     ],
 )
 def test_loss_and_both_gradients_are_the_textbooks(
-    rows: int, width: int, vocabulary: int, chunk: int | None, dtype: torch.dtype, master: torch.dtype
+    device: str, rows: int, width: int, vocabulary: int, chunk: int | None, dtype: torch.dtype, master: torch.dtype
 ) -> None:
     torch.manual_seed(1)
     x, weight = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(master) / width**0.5
     targets = torch.randint(0, vocabulary, (rows,)).masked_fill_(torch.rand(rows) < 0.2, -100)
-    compare(x, weight, targets, chunk, upstream=0.37)
+    compare(device, x, weight, targets, chunk, upstream=0.37)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["untrained", "spread", "confident", "from-unsure-to-confident", "confidently-wrong"])
-def test_a_large_vocabulary_keeps_its_precision(kind: str, dtype: torch.dtype) -> None:
+def test_a_large_vocabulary_keeps_its_precision(device: str, kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     rows, width, vocabulary = 150, 64, 32_768
     targets = torch.randint(0, vocabulary, (rows,))
@@ -70,14 +87,14 @@ def test_a_large_vocabulary_keeps_its_precision(kind: str, dtype: torch.dtype) -
         weight = F.normalize(weight)
         height = torch.linspace(0, 20, rows)[:, None] if kind == "from-unsure-to-confident" else 20.0
         x = weight[targets if kind != "confidently-wrong" else (targets + 1) % vocabulary] * height
-    compare(x.to(dtype), weight.to(dtype).float(), targets)
+    compare(device, x.to(dtype), weight.to(dtype).float(), targets)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_of_thousands_give_a_finite_loss_and_gradient(dtype: torch.dtype) -> None:
+def test_logits_of_thousands_give_a_finite_loss_and_gradient(device: str, dtype: torch.dtype) -> None:
     x = torch.tensor([[1000.0], [-1000.0], [0.0], [30.0]]).to(dtype)
     weight = torch.linspace(-8, 8, 17)[:, None].contiguous()
-    compare(x, weight, torch.tensor([0, 0, 3, 16]))
+    compare(device, x, weight, torch.tensor([0, 0, 3, 16]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,16 +116,16 @@ def test_when_every_target_is_ignored_loss_and_gradients_are_zero(dtype: torch.d
 
 
 @pytest.mark.parametrize("rows", [0, 1], ids=["no-row", "one-row"])
-def test_few_rows_are_a_batch_too(rows: int) -> None:
+def test_few_rows_are_a_batch_too(device: str, rows: int) -> None:
     x, targets = torch.randn(rows, 5).bfloat16(), torch.zeros(rows, dtype=torch.int64)
-    compare(x, torch.randn(11, 5).bfloat16().float(), targets)
+    compare(device, x, torch.randn(11, 5).bfloat16().float(), targets)
 
 
-def test_strides_do_not_matter() -> None:
+def test_strides_do_not_matter(device: str) -> None:
     torch.manual_seed(3)
     x, weight, targets = torch.randn(6, 20).mT, torch.randn(5, 6, 2)[:, :, 0], torch.arange(40)[::2] % 5
-    compare(x, weight, targets, 7)
-    compare(x, torch.randn(6, 5).mT, targets, 7)
+    compare(device, x, weight, targets, 7)
+    compare(device, x, torch.randn(6, 5).mT, targets, 7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -204,3 +221,38 @@ def test_arguments_that_cannot_be_right_are_named(change: dict[str, object], nam
     right = {"x": torch.ones(3, 4), "weight": torch.ones(5, 4), "targets": torch.zeros(3, dtype=torch.int64)}
     with pytest.raises(ShapeError, match=named):
         linear_cross_entropy(**{**right, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", [-1, 9], ids=["negative", "beyond-the-vocabulary"])
+def test_a_target_outside_the_vocabulary_makes_the_kernels_loss_nan_and_reads_nothing_else(target: int) -> None:
+    x, weight = torch.ones(2, 4, device=DEVICE).requires_grad_(), torch.ones(9, 4, device=DEVICE)
+    with running_on("sm86"):
+        loss = linear_cross_entropy(x, weight, torch.tensor([3, target], device=DEVICE))
+        (dx,) = torch.autograd.grad(loss, x)
+    assert loss.isnan()
+    assert dx[0].isfinite().all()
+    assert dx[1].isnan().all()
+
+
+def test_what_is_not_a_number_is_in_the_kernels_loss() -> None:
+    for place in ((0, 1), (1, 1)):  # in a row of x, and in a weight that is no target's
+        x, weight = torch.ones(2, 4, device=DEVICE), torch.ones(9, 4, device=DEVICE)
+        (x if place[0] else weight)[place] = torch.nan
+        with running_on("sm86"):
+            assert linear_cross_entropy(x, weight, torch.tensor([3, 4], device=DEVICE)).isnan()
+
+
+@pytest.mark.parametrize("rows", [64, 512], ids=["chunks", "one-chunk"])
+def test_on_a_card_a_chunk_is_four_launches_and_holds_its_logits_once(rows: int) -> None:
+    works: list[HiddenWork] = []
+    launches: list[Launch] = []
+    with torch.device("meta"), simulate_card(CARDS["sm120"], works.append, note_launch=launches.append):
+        x, weight = torch.empty(512, 8, dtype=torch.bfloat16).requires_grad_(), torch.empty(4096, 8).requires_grad_()
+        targets = torch.empty(512, dtype=torch.int64)
+        with LiveBytes().ignore(x, weight, targets) as live:
+            loss = linear_cross_entropy(x, weight, targets, rows)
+            sums = 2 if rows == 512 else 4
+            assert live.peak == rows * 4096 * 2 + 4096 * 8 * (2 + sums) + x.nbytes + 512 * 4 + 4
+            loss.backward()
+    assert len(launches) == 512 // rows
+    assert works[0].moved_bytes == 3 * rows * 4096 * 2 + 2 * rows * 8 * 2 + rows * (8 + 4)
