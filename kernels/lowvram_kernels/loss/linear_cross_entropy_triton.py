@@ -58,9 +58,11 @@ def loss_kernel(
     total = tl.maximum(total, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL)
 
     odds = tl.log(total) + greatest - z
-    # softplus, which neither overflows nor loses small losses: log1p(e) is e − e²/2 where e is small.
+    # softplus without overflow; log1p(e) = log(u)·e/(u − 1) with the rounded u = 1 + e keeps small losses' precision
+    # (Goldberg 1991, theorem 4).
     small = tl.exp(-tl.abs(odds))
-    tail = tl.where(small < 1e-4, small - 0.5 * small * small, tl.log(1.0 + small))
+    above = 1.0 + small
+    tail = tl.where(above == 1.0, small, tl.log(above) * small / tl.where(above == 1.0, 1.0, above - 1.0))
     loss = tl.maximum(odds, 0.0, propagate_nan=tl.PropagateNan.ALL) + tail
     loss = tl.where(is_known, loss, float("nan"))
     tl.store(loss_ptr + row, tl.where(is_kept, loss, 0.0))
