@@ -14,6 +14,8 @@ from torch import Tensor
 # Keys that torch's CPU attention takes at a time; it skips blocks of keys that the causal mask excludes completely
 # (aten/native/cpu/FlashAttentionKernel.cpp).
 _CPU_KEY_BLOCK = 512
+# What a launch of an op over a list of tensors takes at most: tensors, and blocks of so many elements of one tensor.
+_MOST_TENSORS, _MOST_BLOCKS, _ELEMENTS_OF_A_BLOCK = 110, 320, 65_536
 # Ops that overwrite their first argument without reading it.
 _OVERWRITES = frozenset(("copy_", "fill_", "zero_", "normal_", "uniform_", "resize_"))
 # Ops whose tensor arguments give a shape or a dtype only.
@@ -80,10 +82,18 @@ def products_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple
         return 2.0 * inputs[1].numel() * inputs[2].shape[-1], 1
     if name == "multiply_slices":
         return 2.0 * inputs[0].numel() * inputs[1].shape[2], inputs[2].shape[0]
+    if name.startswith("_foreach_"):
+        return 0.0, _launches_of_many(inputs)
     if name == "sum_outer_slices":
         learning, experts = outputs[0].shape[0], inputs[2].shape[0]
         return 2.0 * inputs[0].numel() * inputs[1].shape[1] * learning / experts, learning
     return 0.0, 1
+
+
+def _launches_of_many(tensors: list[Tensor]) -> int:
+    """Return the launches of an op over a list of tensors on CUDA (aten/native/cuda/MultiTensorApply.cuh)."""
+    blocks = sum(-(-tensor.numel() // _ELEMENTS_OF_A_BLOCK) for tensor in tensors)
+    return max(-(-blocks // _MOST_BLOCKS), -(-len(tensors) // _MOST_TENSORS))
 
 
 def attention_flops(name: str, inputs: list[Tensor]) -> float:

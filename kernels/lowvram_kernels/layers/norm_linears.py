@@ -67,13 +67,12 @@ class _NormLinears(torch.autograd.Function):
             del operand
         if not (needs_dx or needs_dweight):
             return None, None, None, None, *d_projections
-        dn_ND = torch.zeros((), dtype=x.dtype, device=x.device)
-        for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
-            if i and matmul_format == "plain":
+        dn_ND = backward_input(along_rows(dys[0], matmul_format), projections[0], matmul_format, x.dtype)
+        for dy_NO, projection in zip(dys[1:], projections[1:], strict=True):
+            if matmul_format == "plain":
                 dn_ND = torch.addmm(dn_ND, dy_NO, projection.to(x.dtype))
-                continue
-            own_ND = backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, x.dtype)
-            dn_ND = dn_ND.add_(own_ND) if i else own_ND
+            else:
+                dn_ND.add_(backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, x.dtype))
         dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, (needs_dx, needs_dweight))
         return dx, dweight, None, None, *d_projections
 
