@@ -114,6 +114,7 @@ def _forget(work: HiddenWork | Tensor | Launch) -> None:
 # Facts of the installation, asked once: Dynamo cannot trace the question.
 _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 _HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 # Module globals, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
 _overriding_card: Card | None = None
 _is_simulated = False
@@ -255,6 +256,8 @@ def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
         kind = "low_flops" if what.expected_mma in _LOW else "product_flops"
         _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, **{kind: flops}))
         return
+    if torch._C._get_dispatch_mode(_FAKE) is not None:
+        return  # fake tensors have no values that a kernel could read or write
     kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
     kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)
 

@@ -103,9 +103,12 @@ class GqaAttention(Fp32Buffers):
         for layer, part in zip(layers, self.qkv.split([layer.weight.shape[0] for layer in layers]), strict=True):
             layer.weight.data = part
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> Tensor:
-        """Attend causally over norm(x), and over the cache if there is one.  x: [B, T, D].  Returns [B, T, D]."""
-        q, k, v = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
+    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> tuple[Tensor, Tensor]:
+        """Attend causally over norm(x), and over the cache if there is one.
+
+        x: [B, T, D].  Returns x, with which the residual stream goes on, and attention's output, both [B, T, D].
+        """
+        x_BTD, (q, k, v) = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
         q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
         k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -116,7 +119,7 @@ class GqaAttention(Fp32Buffers):
         if self.slope_H is not None:
             q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, self.slope_H, self.scale)
         out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
-        return self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
+        return x_BTD, self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
 
     def _position(self, x_BTHK: Tensor, norm: RmsNorm | None, table: Table) -> Tensor:
         """Normalise the values of each head and rotate them, each where the model has it."""
@@ -147,10 +150,13 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), options)
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, options)
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> Tensor:
-        """Attend causally over norm(x), and over the cache if there is one.  x: [B, T, D].  Returns [B, T, D]."""
+    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> tuple[Tensor, Tensor]:
+        """Attend causally over norm(x), and over the cache if there is one.
+
+        x: [B, T, D].  Returns x, with which the residual stream goes on, and attention's output, both [B, T, D].
+        """
         assert table is not None, "MLA needs RoPE"
-        q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)
+        x_BTD, q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)
         q_BTHK = rotate(q_BTHK, table, interleaved=True)
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
         if cache is None:
@@ -160,22 +166,22 @@ class MlaAttention(nn.Module):
             cached_BSL = cache.store_latent(self.layer, new_BTL)
             attend_cache = self._absorbed if x_BTD.shape[1] < self._min_expanded_queries else self._expanded_cache
             out_BTHV = attend_cache(q_BTHK, cached_BSL)
-        return self.o_proj(out_BTHV.flatten(2))
+        return x_BTD, self.o_proj(out_BTHV.flatten(2))
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [B, T, H, K], the latent before its norm [B, T, C], and the rotated part's keys [B, T, 2R]."""
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return x, queries [B, T, H, K], the latent before its norm [B, T, C], keys of the rotated part [B, T, 2R]."""
         config = self.config
         if config.q_lora_rank is None:
-            q, latent = project(self.norm, x_BTD, self.q_proj, self.kv_a_proj)
+            x_BTD, (q, latent) = project(self.norm, x_BTD, self.q_proj, self.kv_a_proj)
         else:
-            q_latent, latent = project(self.norm, x_BTD, self.q_a_proj, self.kv_a_proj)
-            (q,) = project(self.q_a_norm, q_latent, self.q_b_proj)
+            x_BTD, (q_latent, latent) = project(self.norm, x_BTD, self.q_a_proj, self.kv_a_proj)
+            _, (q,) = project(self.q_a_norm, q_latent, self.q_b_proj)
         latent_BTC, k_rope = latent.split([config.kv_lora_rank, config.rope_dim], dim=-1)
-        return q.unflatten(-1, (config.heads, config.query_dim)), latent_BTC, k_rope
+        return x_BTD, q.unflatten(-1, (config.heads, config.query_dim)), latent_BTC, k_rope
 
     def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor) -> Tensor:
         """Attend with k = [W_uk c | k_rope], v = W_uv c and c = norm(latent), so every head has keys and values."""
-        (kv,) = project(self.kv_a_norm, latent_BTC, self.kv_b_proj)
+        _, (kv,) = project(self.kv_a_norm, latent_BTC, self.kv_b_proj)
         return self._attend_expanded(q_BTHK, kv, k_rope_BTR)
 
     def _expanded_cache(self, q_BTHK: Tensor, cached_BSL: Tensor) -> Tensor:

@@ -30,10 +30,10 @@ class SwiGluFfn(nn.Module):
         self.gate_up_proj = Linear(dim, 2 * hidden, options)
         self.down_proj = Linear(hidden, dim, options)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D].  Returns SwiGLU of norm(x), [..., D]."""
-        (gate_up,) = project(self.norm, x, self.gate_up_proj)
-        return _gate_and_project(gate_up, self.down_proj)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x, added: [..., D].  Returns x + added, with which the residual stream goes on, and SwiGLU of its norm."""
+        stream, (gate_up,) = project(self.norm, x, self.gate_up_proj, added=added)
+        return stream, _gate_and_project(gate_up, self.down_proj)
 
 
 def _gate_and_project(gate_up: Tensor, down_proj: Linear) -> Tensor:
@@ -146,9 +146,10 @@ class MoeFfn(Fp32Buffers):
             for part, tensor in zip(("code", "scale"), parts_of(stack), strict=True):
                 self.register_buffer(f"idle_{name}_{part}", tensor, persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: [B, T, D].  Returns the experts' output for norm(x), [B, T, D], and their loads [E]."""
-        x_ND = self.norm(x).flatten(0, 1)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x, added: [B, T, D].  Returns x + added, the experts' output for its norm, [B, T, D], and their loads [E]."""
+        stream, normed = self.norm.add(x, added)
+        x_ND = normed.flatten(0, 1)
         weight_NK, id_NK, load_E = self.router(x_ND)
         slot_NK, idle = id_NK, None
         if self.slot_E is not None:
@@ -160,7 +161,7 @@ class MoeFfn(Fp32Buffers):
             idle = QuantTensor(gate_up, self.gate_up_EHD_scale), QuantTensor(down, self.down_EDI_scale)
             gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))
         routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.matmul_format)
-        return (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
+        return stream, (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
 
     def idle(self) -> tuple[Stack, Stack]:
         """Return the copies of the frozen experts: gate and up, and down."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.layers.norm_linears import norm_linears
-from lowvram_kernels.layers.rms_norm import rms_norm
+from lowvram_kernels.layers.rms_norm import add_rms_norm, rms_norm
 from lowvram_kernels.matmul.linear import linear
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.matmul.weight_only import decoded, weight_only_linear
@@ -80,6 +80,10 @@ class RmsNorm(nn.Module):
         """x: [..., dim].  Returns x's shape and dtype."""
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + added, or x where there is nothing to add, and its norm."""
+        return (x, self(x)) if added is None else add_rms_norm(x, added, self.weight, self.eps)
+
 
 def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """Return x Wᵀ in x's dtype without gradients: the same as `linear`, by the fastest way for this number of rows.
@@ -101,12 +105,14 @@ def is_slow_in_half(x: Tensor) -> bool:
     return card_of(x.device).platform == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and has_none
 
 
-def project(norm: RmsNorm, x: Tensor, *layers: Linear) -> list[Tensor]:
-    """Return the output of each layer for norm(x); the normalised rows are not saved for backward.
+def project(norm: RmsNorm, x: Tensor, *layers: Linear, added: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    """Return the stream, x or x + added, and the output of each layer for its norm, which is not saved for backward.
 
-    layers: all of the same matmul_format.  x: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
+    layers: all of the same matmul_format.  x, added: [..., dim].  Returns [..., outputs] in x's dtype, one per layer.
+    A residual connection goes on with the stream that is returned, not with x: see `norm_linears`.
     """
     if any(layer.weight_scale is not None for layer in layers):
-        normed = norm(x)
-        return [layer(normed) for layer in layers]
-    return norm_linears(x, norm.weight, [layer.weight for layer in layers], norm.eps, layers[0].matmul_format)
+        stream, normed = norm.add(x, added)
+        return stream, [layer(normed) for layer in layers]
+    weights = [layer.weight for layer in layers]
+    return norm_linears(x, norm.weight, weights, norm.eps, layers[0].matmul_format, added)

@@ -69,12 +69,12 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream [B, T, D] and, in a MoE layer, the experts' loads [E]."""
         attention = _recomputed(self.attention) if recompute == "attention" else self.attention
-        x_BTD = x_BTD + self._dropped(attention(x_BTD, table, cache), drop, site=0)
-        load_E = None
+        x_BTD, out_BTD = attention(x_BTD, table, cache)
+        added_BTD, load_E = self._dropped(out_BTD, drop, site=0), None
         if isinstance(self.ffn, MoeFfn):
-            out_BTD, load_E = self.ffn(x_BTD)
+            x_BTD, out_BTD, load_E = self.ffn(x_BTD, added_BTD)
         else:
-            out_BTD = self.ffn(x_BTD)
+            x_BTD, out_BTD = self.ffn(x_BTD, added_BTD)
         return x_BTD + self._dropped(out_BTD, drop, site=1), load_E
 
     def _dropped(self, out_BTD: Tensor, drop: Dropout | None, site: int) -> Tensor:

@@ -41,24 +41,38 @@ def reference(x: Tensor, weight: Tensor, projections: list[Tensor], eps: float =
 class _NormLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, matmul_format: MatmulFormat, *projections: Tensor
+        ctx: Any,
+        x: Tensor,
+        added: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        matmul_format: MatmulFormat,
+        *projections: Tensor,
     ) -> tuple[Tensor, ...]:
-        normed, rstd_N1 = norm.normalise(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd_N1, *projections)
+        normed, rstd_N1, stream = norm.normalise(x, weight, eps, added=added)
+        ctx.save_for_backward(stream, weight, rstd_N1, *projections)
         ctx.matmul_format = matmul_format
+        ctx.set_materialize_grads(False)
         operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
         del normed
-        return tuple(forward(operand, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections)
+        ys = [forward(operand, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections]
+        return stream, *ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_stream: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         (x, weight, rstd_N1, *projections), matmul_format = ctx.saved_tensors, ctx.matmul_format
-        needs_dx, needs_dweight, _, _, *needs_projections = ctx.needs_input_grad
-        dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
+        needs_x, needs_added, needs_dweight, _, _, *needs_projections = ctx.needs_input_grad
+        needs_dx = needs_x or needs_added
+        if all(dy is None for dy in given):
+            return d_stream, d_stream if needs_added else None, *(None for _ in ctx.needs_input_grad[2:])
+        dys = [
+            x.new_zeros(rstd_N1.shape[0], projection.shape[0]) if dy is None else dy.reshape(-1, dy.shape[-1])
+            for dy, projection in zip(given, projections, strict=True)
+        ]
         d_projections: list[Tensor | None] = [None] * len(projections)
         if any(needs_projections):
-            normed, _ = norm.normalise(x, weight, 0.0, rstd_N1)
+            normed = norm.normalise(x, weight, 0.0, rstd_N1).y
             operand = along_columns(normed.reshape(-1, x.shape[-1]), matmul_format)
             del normed
             for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
@@ -66,33 +80,42 @@ class _NormLinears(torch.autograd.Function):
                     d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), operand, projection.dtype)
             del operand
         if not (needs_dx or needs_dweight):
-            return None, None, None, None, *d_projections
+            return None, None, None, None, None, *d_projections
         dn_ND = backward_input(along_rows(dys[0], matmul_format), projections[0], matmul_format, x.dtype)
         for dy_NO, projection in zip(dys[1:], projections[1:], strict=True):
             if matmul_format == "plain":
                 dn_ND = torch.addmm(dn_ND, dy_NO, projection.to(x.dtype))
             else:
                 dn_ND.add_(backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, x.dtype))
-        dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, (needs_dx, needs_dweight))
-        return dx, dweight, None, None, *d_projections
+        dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, (needs_dx, needs_dweight), d_stream)
+        return dx if needs_x else None, dx if needs_added else None, dweight, None, None, *d_projections
 
 
 def norm_linears(
-    x: Tensor, weight: Tensor, projections: list[Tensor], eps: float = 1e-6, matmul_format: MatmulFormat = "plain"
-) -> list[Tensor]:
-    """Normalise the rows of x as rms_norm does and multiply them by each transposed projection.
+    x: Tensor,
+    weight: Tensor,
+    projections: list[Tensor],
+    eps: float = 1e-6,
+    matmul_format: MatmulFormat = "plain",
+    added: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Normalise the rows of x, or of x + added, as rms_norm does and multiply them by each transposed projection.
 
     x: [..., D] fp32|bf16|fp16.  weight: [D].  projections: [O_i, D] each, masters of any floating dtype, cast or
-    quantised at use.  matmul_format: the numbers that are multiplied, see `quant_linear.py`.  Returns one [..., O_i] in
-    x's dtype per projection.  Gradients come in their arguments' dtypes.
-    Saved for backward: x, one fp32 per row, the masters; the normalised rows are computed again.
+    quantised at use.  matmul_format: the numbers that are multiplied, see `quant_linear.py`.  added: of x's shape and
+    dtype.  Returns the stream, x or x + added, and one [..., O_i] in x's dtype per projection.  Who goes on with the
+    stream that is returned has its gradient added in the norm's own pass.  Gradients come in their arguments' dtypes.
+    Saved for backward: the stream, one fp32 per row, the masters; the normalised rows are computed again.
     Raises ShapeError if weight is not [D], a projection is not [O, D], there is none, or a dtype does not fit.
     Source: Zhang & Sennrich 2019, eq. 4.
     """
     norm.check(x, weight)
+    if added is not None:
+        norm.check_added(x, added)
     check_matmul_format(matmul_format, "norm_linears")
     wrong = [p for p in projections if p.dim() != 2 or p.shape[1] != x.shape[-1] or not p.dtype.is_floating_point]
     if wrong or not projections:
         shapes = [f"{list(p.shape)} {p.dtype}" for p in projections]
         raise ShapeError(f"norm_linears: projections are {shapes}; x {list(x.shape)} needs floating [O, D].")
-    return list(_NormLinears.apply(x, weight, eps, matmul_format, *projections))  # type: ignore[no-untyped-call]
+    stream, *ys = _NormLinears.apply(x, added, weight, eps, matmul_format, *projections)  # type: ignore[no-untyped-call]
+    return stream, ys

@@ -17,7 +17,7 @@ Shapes: N rows, D width, P programs.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,15 +61,26 @@ def norm_tile(width: int, is_backward: bool) -> Tile:
     return Tile(max(1, held // columns), columns, columns, warps=max(1, columns // held))
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float, rstd_N1: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return rms_norm(x) and 1 / sqrt(mean(x²) + eps) of every row, [N, 1] fp32.
+class Normed(NamedTuple):
+    """y: the normalised rows.  rstd_N1: 1 / sqrt(mean(x²) + eps) of every row, fp32.  stream: what was normalised."""
 
-    rstd_N1: that result, where it is known from an earlier call.
+    y: Tensor
+    rstd_N1: Tensor
+    stream: Tensor
+
+
+def normalise(
+    x: Tensor, weight: Tensor, eps: float, rstd_N1: Tensor | None = None, added: Tensor | None = None
+) -> Normed:
+    """Normalise x, or x + added, rounded to x's dtype.
+
+    rstd_N1: the rows' scales, where they are known from an earlier call.  added: of x's shape and dtype.
     """
     if has_kernels(x):
-        return _normalise_on_card(x, weight, eps, rstd_N1)
-    rstd_N1 = row_scales(x, eps) if rstd_N1 is None else rstd_N1
-    return apply_scales(x, rstd_N1, weight), rstd_N1
+        return _normalise_on_card(x, weight, eps, rstd_N1, added)
+    stream = x if added is None else x + added
+    rstd_N1 = row_scales(stream, eps) if rstd_N1 is None else rstd_N1
+    return Normed(apply_scales(stream, rstd_N1, weight), rstd_N1, stream)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -89,18 +100,22 @@ def as_read(x: Tensor) -> Tensor:
     return x.view(torch.int16) if is_interpreted() and x.dtype == torch.bfloat16 else x
 
 
-def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor | None, added: Tensor | None) -> Normed:
     x_ND, (count, width) = rows_of(x), (x.numel() // x.shape[-1], x.shape[-1])
+    added_ND = None if added is None else rows_of(added)
+    stream = None if added is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd_N1 = x.new_empty(count, 1, dtype=torch.float32) if known_N1 is None else known_N1
     tile = norm_tile(width, is_backward=False)
-    tensors = (as_read(x_ND), as_read(weight), rstd_N1, as_read(y))
+    sums = [None if part is None else as_read(part) for part in (added_ND, stream)]
+    tensors = (as_read(x_ND), sums[0], as_read(weight), rstd_N1, sums[1], as_read(y))
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "KNOWS_RSTD": known_N1 is not None}
-    arguments = (*tensors, count, width, x_ND.stride(0), eps)
+    strides = (x_ND.stride(0), 0 if added_ND is None else added_ND.stride(0))
+    arguments = (*tensors, count, width, *strides, eps)
     grid = (-(-count // tile.rows),)
     what = Launch("layers.rms_norm_triton", "rms_norm_kernel", grid, arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(x, weight, rstd_N1, y))
-    return y, rstd_N1
+    launch(what, moved_bytes=bytes_of(x, added, weight, rstd_N1, stream, y))
+    return Normed(y, rstd_N1, x if stream is None else stream)
 
 
 def shares(count: int, tile: Tile, device: torch.device) -> tuple[int, int]:
@@ -111,27 +126,33 @@ def shares(count: int, tile: Tile, device: torch.device) -> tuple[int, int]:
 
 
 def _gradients_on_card(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool]
+    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool], d_stream: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
+    d_stream_ND = rows_of(d_stream) if d_stream is not None and needs[0] else None
     x_ND, dy_ND, (count, width) = rows_of(x), rows_of(dy), (rstd_N1.shape[0], x.shape[-1])
     tile = norm_tile(width, is_backward=True)
     programs, share = shares(count, tile, x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     partial_PD = x.new_empty(programs, width, dtype=torch.float32) if needs[1] else None
-    tensors = (as_read(dy_ND), as_read(x_ND), as_read(weight), rstd_N1, None if dx is None else as_read(dx), partial_PD)
-    arguments = (*tensors, count, width, dy_ND.stride(0), x_ND.stride(0), share)
+    beside = [None if part is None else as_read(part) for part in (d_stream_ND, dx)]
+    tensors = (as_read(dy_ND), as_read(x_ND), as_read(weight), rstd_N1, *beside, partial_PD)
+    strides = (dy_ND.stride(0), x_ND.stride(0), 0 if d_stream_ND is None else d_stream_ND.stride(0))
+    arguments = (*tensors, count, width, *strides, share)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     what = Launch("layers.rms_norm_triton", "rms_norm_backward_kernel", (programs,), arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(dy, x, weight, rstd_N1, dx, partial_PD))
+    launch(what, moved_bytes=bytes_of(dy, x, weight, rstd_N1, d_stream_ND, dx, partial_PD))
     return dx, None if partial_PD is None else partial_PD.sum(0).to(weight.dtype)
 
 
 def gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool]
+    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool], d_stream: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dx and dweight in their arguments' dtypes; what `needs` denies is None."""
+    """Return dx and dweight in their arguments' dtypes; what `needs` denies is None.
+
+    d_stream: the gradient of x from where it goes on beside the norm, which is added to dx.
+    """
     if has_kernels(x) and any(needs):
-        return _gradients_on_card(dy, x, weight, rstd_N1, needs)
+        return _gradients_on_card(dy, x, weight, rstd_N1, needs, d_stream)
     x_ND = x.reshape(-1, x.shape[-1]).float()
     dy_ND = dy.reshape(-1, x.shape[-1]).float()
     weight_D = weight.float()
@@ -142,13 +163,14 @@ def gradients(
         return None, dweight
     slope_N1 = (buffer_ND @ weight_D).div_(x.shape[-1])[:, None] * rstd_N1 * rstd_N1 * rstd_N1
     torch.mul(dy_ND, weight_D, out=buffer_ND).mul_(rstd_N1).addcmul_(x_ND, slope_N1, value=-1.0)
-    return buffer_ND.to(x.dtype).view(x.shape), dweight
+    dx = buffer_ND.to(x.dtype).view(x.shape)
+    return dx if d_stream is None else dx.add_(d_stream), dweight
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd_N1 = normalise(x, weight, eps)
+        y, rstd_N1, _ = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd_N1)
         return y
 
@@ -157,6 +179,25 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd_N1 = ctx.saved_tensors
         return *gradients(dy, x, weight, rstd_N1, ctx.needs_input_grad[:2]), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, rstd_N1, stream = normalise(x, weight, eps, added=added)
+        ctx.save_for_backward(stream, weight, rstd_N1)
+        ctx.set_materialize_grads(False)
+        return stream, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_stream: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return d_stream, d_stream, None, None
+        stream, weight, rstd_N1 = ctx.saved_tensors
+        needs_x, needs_added, needs_weight, _ = ctx.needs_input_grad
+        dx, dweight = gradients(dy, stream, weight, rstd_N1, (needs_x or needs_added, needs_weight), d_stream)
+        return dx if needs_x else None, dx if needs_added else None, dweight, None
 
 
 def check(x: Tensor, weight: Tensor) -> None:
@@ -178,3 +219,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     check(x, weight)
     return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+
+
+def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Return the stream x + added, and rms_norm of it: on a card in one pass.
+
+    x, added: [..., D] of one dtype, fp32|bf16|fp16.  weight: [D].  Returns x's shape and dtype, twice.
+    Saved for backward: the stream and one fp32 per row.
+    Raises ShapeError as rms_norm does, or if added is not like x.
+    """
+    check(x, weight)
+    check_added(x, added)
+    return _AddRMSNorm.apply(x, added, weight, eps)  # type: ignore[no-untyped-call]
+
+
+def check_added(x: Tensor, added: Tensor) -> None:
+    """Raise ShapeError if added is not of x's shape and dtype."""
+    if added.shape != x.shape or added.dtype != x.dtype:
+        shapes = f"x is {list(x.shape)} {x.dtype}, added {list(added.shape)} {added.dtype}"
+        raise ShapeError(f"rms_norm: {shapes}; both need one shape and dtype.")

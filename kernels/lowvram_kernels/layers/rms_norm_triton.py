@@ -29,24 +29,44 @@ def store_nearest(ptr, value, inside):
 
 
 @triton.jit
+def rounded_as(ptr, value):
+    """Round fp32 as `store_nearest` does, in fp32."""
+    if ptr.dtype.element_ty == tl.int16:
+        return from_bf16(nearest_bf16(value))
+    return value.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr,
+    added_ptr,
     weight_ptr,
     rstd_ptr,
+    stream_ptr,
     y_ptr,
     N,
     D,
     stride,
+    stride_added,
     eps,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KNOWS_RSTD: tl.constexpr,
 ):
-    """y = x · r · weight; r [N] is read where it is known, else computed and written.  stride: of x's rows."""
+    """y = x · r · weight; r [N] is read where it is known, else computed and written.
+
+    stride, stride_added: of the rows of x and added.  Unless added_ptr is None, x + added is rounded to stream's type,
+    stored there, and normalised in the place of x.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < N)[:, None] & (column < D)[None, :]
     x = load_fp32(x_ptr + row[:, None] * stride + column[None, :], inside)
+    if added_ptr is not None:
+        x += load_fp32(added_ptr + row[:, None] * stride_added + column[None, :], inside)
+        stream_at = stream_ptr + row[:, None] * D + column[None, :]
+        store_nearest(stream_at, x, inside)
+        x = rounded_as(stream_ptr, x)
     if KNOWS_RSTD:
         rstd = tl.load(rstd_ptr + row, mask=row < N, other=0.0)
     else:
@@ -62,17 +82,22 @@ def rms_norm_backward_kernel(
     x_ptr,
     weight_ptr,
     rstd_ptr,
+    d_stream_ptr,
     dx_ptr,
     partial_ptr,
     N,
     D,
     stride_dy,
     stride_x,
+    stride_d_stream,
     share,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx, and each program's sum over its `share` of the rows for dweight: [programs, D].  None: it is not wanted."""
+    """dx, and each program's sum over its `share` of the rows for dweight: [programs, D].  None: it is not wanted.
+
+    Unless d_stream_ptr is None, dx is that gradient too: x goes on beside the norm.
+    """
     first = tl.program_id(0).to(tl.int64) * share
     last = tl.minimum(first + share, N)
     column = tl.arange(0, COLUMNS)
@@ -92,6 +117,8 @@ def rms_norm_backward_kernel(
             slope = dy * weight[None, :]
             mean = tl.sum(slope * normed, 1)[:, None] / D
             dx = (slope - normed * mean) * rstd
+            if d_stream_ptr is not None:
+                dx += load_fp32(d_stream_ptr + row[:, None] * stride_d_stream + column[None, :], inside)
             store_nearest(dx_ptr + row[:, None] * D + column[None, :], dx, inside)
     if partial_ptr is not None:
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, mask=is_column)

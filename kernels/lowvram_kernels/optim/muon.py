@@ -83,8 +83,8 @@ RMS_OF_ADAMW = 0.2
 AT_ONCE = 2**22
 # As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
 # the weight is.
-_LEAD_WORK = {torch.bfloat16: (95, 10), torch.uint8: (160, 24)}
-_STORE_WORK = {torch.float32: (50, 5), torch.bfloat16: (205, 66)}
+_LEAD_WORK = {torch.bfloat16: (88, 10), torch.uint8: (162, 24)}
+_STORE_WORK = {torch.float32: (42, 5), torch.bfloat16: (205, 66)}
 
 
 class Momentum(NamedTuple):

@@ -50,8 +50,8 @@ def test_values_and_both_gradients_are_the_textbooks(
 def test_a_known_scale_gives_the_same_bits_and_one_gradient_those_of_both(dtype: torch.dtype) -> None:
     x, dy, weight = draw(37, 300, dtype=dtype), draw(37, 300, dtype=dtype, seed=1), draw(300, seed=2)
     with running_on("sm86"):
-        y, rstd = normalise(x, weight, EPS)
-        again, same = normalise(x, weight, 0.0, rstd)
+        y, rstd, _ = normalise(x, weight, EPS)
+        again, same, _ = normalise(x, weight, 0.0, rstd)
         dx, dweight = gradients(dy, x, weight, rstd, (True, True))
         alone = gradients(dy, x, weight, rstd, (True, False)), gradients(dy, x, weight, rstd, (False, True))
     assert same is rstd
@@ -68,9 +68,9 @@ def test_strides_do_not_matter(transform: str) -> None:
     x = {"transposed": draw(6, 16, 20).mT, "sliced": draw(6, 20, 40)[..., 3:19], "expanded": base[:1].expand(6, -1, -1)}
     weight = draw(16, seed=2)
     with running_on("sm86"):
-        y, rstd = normalise(x[transform], weight, EPS)
+        y, rstd, _ = normalise(x[transform], weight, EPS)
         found = gradients(dy, x[transform], weight, rstd, (True, True))
-        plain, same = normalise(x[transform].contiguous(), weight, EPS)
+        plain, same, _ = normalise(x[transform].contiguous(), weight, EPS)
         expected = gradients(dy.contiguous(), x[transform].contiguous(), weight, same, (True, True))
     assert torch.equal(y, plain)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -80,7 +80,7 @@ def test_what_is_not_a_number_stays_in_its_row() -> None:
     x, weight = draw(40, 50), draw(50, seed=2)
     x[3, 7], x[20, 0] = torch.nan, torch.inf
     with running_on("sm86"):
-        y, rstd = normalise(x, weight, EPS)
+        y, rstd, _ = normalise(x, weight, EPS)
         dx, dweight = gradients(draw(40, 50, seed=1), x, weight, rstd, (True, True))
     assert torch.equal(y.isnan().any(1).nonzero().flatten().cpu(), torch.tensor([3, 20]))
     assert torch.equal(dx.isnan().any(1).nonzero().flatten().cpu(), torch.tensor([3, 20]))
@@ -93,7 +93,7 @@ def test_every_share_of_the_rows_gives_the_same_sums(monkeypatch: pytest.MonkeyP
     for programs in (1, 7, 203):
         monkeypatch.setattr(op, "_PROGRAMS", programs)
         with running_on("sm86"):
-            _, rstd = normalise(x, weight, EPS)
+            _, rstd, _ = normalise(x, weight, EPS)
             _, dweight = gradients(dy, x, weight, rstd, (False, True))
         assert relative_error(dweight, expected) < TOLERANCE[torch.float32]
 
@@ -114,7 +114,7 @@ def test_on_a_card_it_is_one_launch_forward_and_one_and_a_sum_backward_and_alloc
     with torch.device("meta"), simulate_card(CARDS["sm120"], works.append, note_launch=launches.append):
         x, weight = torch.empty(4096, 768, dtype=torch.bfloat16), torch.empty(768)
         with LiveBytes().ignore(x, weight) as live:
-            y, rstd = normalise(x, weight, EPS)
+            y, rstd, _ = normalise(x, weight, EPS)
             forward_bytes = live.peak
             dx, dweight = gradients(y, x, weight, rstd, (True, True))
     programs = launches[1].grid[0]
@@ -136,10 +136,10 @@ def test_a_norm_and_its_projections_are_the_plain_forms() -> None:
     for card in ("sm86", None):
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, *projections)]
         if card is None:
-            ys = norm_linears(leaves[0], leaves[1], leaves[2:], EPS)
+            ys = norm_linears(leaves[0], leaves[1], leaves[2:], EPS)[1]
         else:
             with running_on(card):
-                ys = norm_linears(leaves[0], leaves[1], leaves[2:], EPS)
+                ys = norm_linears(leaves[0], leaves[1], leaves[2:], EPS)[1]
         with running_on(card) if card else torch.enable_grad():
             results.append([*ys, *torch.autograd.grad(ys, leaves, dys)])
     assert all(relative_error(one, other) < 2e-6 for one, other in zip(*results, strict=True))

@@ -68,7 +68,7 @@ def ops(
         return torch.cat(of(x, gain, [near, far]), dim=-1)
 
     def joined(*given: Tensor) -> Tensor:
-        return both(*given, of=lambda x, w, p: norm_linears.norm_linears(x, w, p, matmul_format=form))
+        return both(*given, of=lambda x, w, p: norm_linears.norm_linears(x, w, p, matmul_format=form)[1])
 
     def joined_truth(*given: Tensor) -> Tensor:
         return both(*given, of=norm_linears.reference)
