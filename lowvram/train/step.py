@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from lowvram_kernels.matmul.fp32_sums import adding_to_grads
 from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def add_gradients(
 ) -> Loss:
     """Add the gradients of one micro-batch's summed loss, times factor, to `.grad`; returns the loss and the loads."""
     loss = loss_of(batch)
-    with _adding_rounded(model, seed, batch.sample_B[0]):
+    with _adding_rounded(model, seed, batch.sample_B[0]), adding_to_grads():
         (loss.total * factor).backward()
     return Loss(loss.total.detach(), loss.loads)
 

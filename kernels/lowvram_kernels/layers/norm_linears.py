@@ -77,7 +77,7 @@ class _NormLinears(torch.autograd.Function):
             del normed
             for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
                 if needs_projections[i]:
-                    d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), operand, projection.dtype)
+                    d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), operand, projection)
             del operand
         if not (needs_dx or needs_dweight):
             return None, None, None, None, None, *d_projections

@@ -122,9 +122,7 @@ class _SwiGLU(torch.autograd.Function):
         if not needs_down:
             return d_gate_up, None, None
         product_NI = product.reshape(-1, down_DI.shape[1])
-        ddown = backward_weight(
-            along_columns(dy_ND, matmul_format), along_columns(product_NI, matmul_format), down_DI.dtype
-        )
+        ddown = backward_weight(along_columns(dy_ND, matmul_format), along_columns(product_NI, matmul_format), down_DI)
         return d_gate_up, ddown, None
 
 

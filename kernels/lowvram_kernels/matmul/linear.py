@@ -57,7 +57,7 @@ class _CastLinear(torch.autograd.Function):
             dx = backward_input(along_rows(dy_NO, matmul_format), weight_OI, matmul_format, dy.dtype).view(x.shape)
         if needs_dweight:
             dweight = backward_weight(
-                along_columns(dy_NO, matmul_format), along_columns(x_NI, matmul_format), weight_OI.dtype
+                along_columns(dy_NO, matmul_format), along_columns(x_NI, matmul_format), weight_OI
             )
         return dx, dweight, None
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.matmul.fp32_sums import product_for
 from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
 from lowvram_kernels.quant.quantise import QuantTensor, quantise_columns, quantise_rows, quantise_weight
 
@@ -66,16 +67,16 @@ def backward_input(dy: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, 
     return dy @ weight_OI.to(dtype)
 
 
-def backward_weight(dy: Operand, x: Operand, dtype: torch.dtype) -> Tensor:
-    """Return dW = dyᵀ @ x: [O, I] in dtype, which in low forms the sums are rounded to once.
+def backward_weight(dy: Operand, x: Operand, weight_OI: Tensor) -> Tensor | None:
+    """Return dW = dyᵀ @ x: [O, I] in the master's dtype, which in low forms the sums are rounded to once.
 
-    dy, x: what `along_columns` made.
+    None where it has been added to the master's `.grad`: see `fp32_sums.py`.  dy, x: what `along_columns` made.
     """
     if isinstance(dy, QuantTensor) and isinstance(x, QuantTensor):
-        return scaled_matmul(dy, x, dtype)
+        return scaled_matmul(dy, x, weight_OI.dtype)
     assert not isinstance(dy, QuantTensor), "both of one format"
     assert not isinstance(x, QuantTensor), "both of one format"
-    return (dy.mT @ x).to(dtype)
+    return product_for(weight_OI, dy.mT, x)
 
 
 def check_matmul_format(matmul_format: str, what: str) -> None:
