@@ -24,7 +24,8 @@ class Plan(FrozenConfig):
 
     recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.
     2016).  loss_chunk: rows of logits that exist at a time (None: the op chooses).  offload: what is kept in host
-    memory and copied to the card for the update.  compile: whether blocks go through torch.compile.
+    memory and copied to the card for the update.  compile: whether blocks go through torch.compile.  keep_casts:
+    whether 16-bit copies of fp32 weights are kept for all micro-batches of a step, instead of being made at each use.
     """
 
     micro_batch: PositiveInt
@@ -33,6 +34,7 @@ class Plan(FrozenConfig):
     loss_chunk: PositiveInt | None = None
     offload: Offload = "none"
     compile: bool = False
+    keep_casts: bool = False
 
 
 class Ledger(NamedTuple):

@@ -53,9 +53,9 @@ class Rehearsal(NamedTuple):
 class MemoryCurve:
     """The rehearsals of one model on one card's path, made on demand and cached.
 
-    rehearse: makes one for a plan.  sizes: the micro-batches that a step can have, in order; the last is the whole
-    step.  seq_len: tokens per sequence.  offload: what these plans keep in host memory.  can_offload: whether plans
-    with the optimizer's states in host memory may be tried too.
+    rehearse: makes one for a plan, and is kept as `of`.  sizes: the micro-batches that a step can have, in order; the
+    last is the whole step.  seq_len: tokens per sequence.  offload: what these plans keep in host memory.
+    can_offload: whether plans with the optimizer's states in host memory may be tried too.
     """
 
     def __init__(
@@ -66,20 +66,20 @@ class MemoryCurve:
         offload: Offload = "none",
         can_offload: bool = True,
     ) -> None:
-        self.sizes, self.samples, self._rehearse, self._seq_len = sizes, sizes[-1], rehearse, seq_len
+        self.sizes, self.samples, self.of, self.seq_len = sizes, sizes[-1], rehearse, seq_len
         self.offload: Offload = offload
         self.can_offload = can_offload
         self._rehearsals: dict[tuple[Recompute, int], Rehearsal] = {}
 
     def offloaded(self) -> MemoryCurve:
         """Return the same model's curve with the optimizer's states in host memory."""
-        return MemoryCurve(self.sizes, self._rehearse, self._seq_len, "optimizer")
+        return MemoryCurve(self.sizes, self.of, self.seq_len, "optimizer")
 
     def exactly(self, recompute: Recompute, micro_batch: int) -> Rehearsal:
         """Return the rehearsal of one plan, never an interpolation."""
         key = (recompute, micro_batch)
         if key not in self._rehearsals:
-            self._rehearsals[key] = self._rehearse(self.plan(recompute, micro_batch))
+            self._rehearsals[key] = self.of(self.plan(recompute, micro_batch))
         return self._rehearsals[key]
 
     def has(self, recompute: Recompute, micro_batch: int) -> bool:
@@ -109,9 +109,9 @@ class MemoryCurve:
         These are all whose loss fits into one chunk, the next larger one, two in the middle, and the largest.
         """
         below = [n for n in self.sizes if n < self.samples]
-        small = [n for n in below if n * self._seq_len <= _ONE_CHUNK_TOKENS]
+        small = [n for n in below if n * self.seq_len <= _ONE_CHUNK_TOKENS]
         next_ones = [n for n in below if n not in small]
-        middle = [n for tokens in _MIDDLE_TOKENS for n in [m for m in below if m * self._seq_len >= tokens][:1]]
+        middle = [n for tokens in _MIDDLE_TOKENS for n in [m for m in below if m * self.seq_len >= tokens][:1]]
         return sorted({*small, *next_ones[:1], *middle, below[-1]}) if below else [self.samples]
 
 

@@ -10,7 +10,7 @@ from lowvram.config.plan import Ledger, Plan
 from lowvram.config.run import RunOptions
 from lowvram.config.train import TrainConfig
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
-from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search
+from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search, spend_the_rest
 from lowvram.fit.throughput import Calibration, Speed, days, estimate, kwh, step_seconds
 from lowvram.hardware.profile import Profile
 
@@ -114,6 +114,8 @@ def evaluate_fit(
 
     may_offload = None if budget.profile.unified else has_room
     result = search(curve, budget.limit_bytes, seconds, exact, wish, may_offload)
+    if exact and result.fits and budget.profile.platform == "cuda":
+        result = spend_the_rest(result, curve, budget.limit_bytes, seconds)
     fits_headless = result.fits
     if not result.fits and result.peak_bytes <= budget.headless_bytes:
         result = search(curve, budget.headless_bytes, seconds, exact, wish, may_offload)._replace(fits=False)

@@ -18,6 +18,10 @@ from lowvram.units import count_of
 RECOMPUTING_COSTS = 0.05
 # Plans whose times differ by a smaller share count as equally fast; the one that takes less memory is chosen.
 EQUALLY_FAST = 0.02
+# Rows of logits that exist at a time, in the order in which they are tried.
+LOSS_CHUNKS = (512, 1024, 2048)
+# By what share a step must be faster for memory that is left over to be spent on it.
+WORTH_ITS_MEMORY = 0.01
 _SMALLEST = "this is the smallest plan: one sequence at a time, every block computed again in backward"
 _NONE_ASKED_FOR = "no plan of the kind that you asked for fits; this one comes nearest"
 
@@ -86,6 +90,27 @@ def search(
         slower = seconds / moved_seconds
         times = f"a step would take {slower:.2f} times as long" if slower > 1.005 else "a step would be no faster"
         return moved._replace(reason=f"{states}, which makes room for {sequences}; with them on the card {times}")
+    return result
+
+
+def spend_the_rest(
+    result: SearchResult, curve: MemoryCurve, limit_bytes: int, step_seconds: Callable[[Rehearsal, Plan], float]
+) -> SearchResult:
+    """Return the plan with what else makes its step faster and fits beside it, each try rehearsed.
+
+    Each chunk of the loss adds a whole gradient of the output matrix to its sum, so longer chunks are faster; by
+    default bytes bound them, which for large vocabularies means few rows.  Kept casts save two casts of each weight and
+    micro-batch.
+    """
+    rows = [{"loss_chunk": count} for count in LOSS_CHUNKS if count < result.plan.micro_batch * curve.seq_len]
+    for changes in (rows, [{"keep_casts": True}]):
+        for change in changes:
+            plan = result.plan.model_copy(update=change)
+            rehearsal = curve.of(plan)
+            if rehearsal.ledger.peak_bytes > limit_bytes:
+                break
+            if step_seconds(rehearsal, plan) * (1 + WORTH_ITS_MEMORY) < step_seconds(result.rehearsal, result.plan):
+                result = result._replace(plan=plan, rehearsal=rehearsal)
     return result
 
 

@@ -118,7 +118,7 @@ def _moe_ffn(layer: MoeFfn, x_ND: Tensor) -> Tensor:
     stacks = layer.gate_up_EHD, layer.down_EDI
     is_plain = layer.matmul_format == "plain" and layer.slot_E is None and stacks[0].dtype.is_floating_point
     if not is_plain or x_ND.dim() > 1:
-        return layer(x_ND.view(1, -1, x_ND.shape[-1]))[0].view(x_ND.shape)
+        return layer(x_ND.view(1, -1, x_ND.shape[-1]))[1].view(x_ND.shape)
     # For one row on a CPU, only the few chosen experts are multiplied, as ordinary matrices.
     y_ND = _normed(layer.norm, x_ND)
     out_ND = _swiglu(layer.shared, y_ND)

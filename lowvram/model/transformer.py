@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from lowvram_kernels.layers.dropout import dropout
 from lowvram_kernels.layers.embedding import embedding
+from lowvram_kernels.matmul.kept_casts import KeptCasts
 from lowvram_kernels.matmul.linear import linear
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.matmul.weight_only import decoded, look_up, weight_only_linear
@@ -106,6 +107,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, options = config, ParamOptions(device, dtype, rotation, matmul_format, is_hollow)
+        self.matmul_format = matmul_format
         self.embedding = options.matrix(config.vocabulary, config.dim)
         self.register_buffer("embedding_scale", None)
         self.register_buffer("head_scale", None)
@@ -116,8 +118,18 @@ class Transformer(nn.Module):
         self.table = None
         if config.positions.kind == "rope":
             self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
+        # 16-bit copies of the weights, where the plan keeps them; only gradients are computed with them.
+        self.kept_casts: KeptCasts | None = None
         if seed is not None:
             initialise(self, seed)
+
+    def keep_casts(self, dtype: torch.dtype) -> None:
+        """Make the copies in dtype of the matrices that are multiplied in it; `kept_casts.refresh` fills them."""
+        multiplied = {self.head_VD}
+        if self.matmul_format == "plain":
+            skipped = {self.embedding, *(layer.router.weight for layer in self.moe_layers())}
+            multiplied |= {weight for weight in self.parameters() if weight.dim() > 1 and weight not in skipped}
+        self.kept_casts = KeptCasts([weight for weight in self.parameters() if weight in multiplied], dtype)
 
     @property
     def head_VD(self) -> Tensor:

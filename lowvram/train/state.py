@@ -149,6 +149,8 @@ def build_state(
 ) -> TrainState:
     """Return the state of a run before its first step.  seed: None leaves the weights uninitialised."""
     network = Transformer(model, seed, device, DTYPES[train.weights], train.rotation, MATMUL_FORMATS[train.precision])
+    if plan.keep_casts:
+        network.keep_casts(DTYPES[train.precision])
     optimizer = build_optimizer(network, train.optimizer, train.seed, on_host=plan.offload == "optimizer")
     rotation = ExpertRotation(network, optimizer, train.rotation, seed) if train.rotation is not None else None
     return TrainState(network, optimizer, rotation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -67,6 +67,8 @@ def gradients(
     `add_gradients`, with the same loss and seed.
     """
     add = add or functools.partial(add_gradients, model, loss_of, seed)
+    if model.kept_casts is not None:
+        model.kept_casts.refresh()
     total: Tensor | None = None
     loads: Tensor | None = None
     for batch in micro_batches:
@@ -85,9 +87,10 @@ def add_gradients(
     model: Transformer, loss_of: Callable[[Batch], Loss], seed: int, batch: Batch, factor: float | Tensor
 ) -> Loss:
     """Add the gradients of one micro-batch's summed loss, times factor, to `.grad`; returns the loss and the loads."""
-    loss = loss_of(batch)
-    with _adding_rounded(model, seed, batch.sample_B[0]), adding_to_grads():
-        (loss.total * factor).backward()
+    with model.kept_casts.in_use() if model.kept_casts is not None else nullcontext():
+        loss = loss_of(batch)
+        with _adding_rounded(model, seed, batch.sample_B[0]), adding_to_grads():
+            (loss.total * factor).backward()
     return Loss(loss.total.detach(), loss.loads)
 
 

@@ -70,11 +70,11 @@ def test_what_is_read_through_the_cache_equals_the_expanded_form(
         true = getattr(layer, other)
         monkeypatch.setattr(layer, other, lambda *a, name=other, true=true: forms.append(name) or true(*a))
     with torch.no_grad():
-        expanded = layer(x_BTD, model.table(0, 3 + count))
+        expanded = layer(x_BTD, model.table(0, 3 + count))[1]
         slot = CacheSlot(KvCache(config, 1, 40), 0)
-        first = layer(x_BTD[:, :3], model.table(0, 3), slot)
+        first = layer(x_BTD[:, :3], model.table(0, 3), slot)[1]
         slot.advance(3)
-        rest = layer(x_BTD[:, 3:], model.table(3, count), slot)
+        rest = layer(x_BTD[:, 3:], model.table(3, count), slot)[1]
     assert forms == ["_absorbed", form]
     torch.testing.assert_close(torch.cat([first, rest], dim=1), expanded, atol=1e-5, rtol=0)
 

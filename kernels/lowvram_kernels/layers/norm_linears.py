@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
+from lowvram_kernels.matmul.kept_casts import cast
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
     along_columns,
@@ -84,7 +85,7 @@ class _NormLinears(torch.autograd.Function):
         dn_ND = backward_input(along_rows(dys[0], matmul_format), projections[0], matmul_format, x.dtype)
         for dy_NO, projection in zip(dys[1:], projections[1:], strict=True):
             if matmul_format == "plain":
-                dn_ND = torch.addmm(dn_ND, dy_NO, projection.to(x.dtype))
+                dn_ND = torch.addmm(dn_ND, dy_NO, cast(projection, x.dtype))
             else:
                 dn_ND.add_(backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, x.dtype))
         dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, (needs_dx, needs_dweight), d_stream)

@@ -42,6 +42,7 @@ from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.rms_norm import as_read
 from lowvram_kernels.matmul.fp32_sums import add_product_
+from lowvram_kernels.matmul.kept_casts import cast
 
 # Each chunk adds a whole dW to its accumulator, some 10·V·D bytes of traffic: from about 1,024 rows on that
 # is small beside the chunk's 6·C·V·D operations; more rows gained nothing (CPU, bf16, V = 16,384 and 32,768).
@@ -100,7 +101,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the summed loss, dx and dW for an upstream gradient of one; what `needs` denies is None."""
     needs_dx, needs_dweight = needs
-    weight_VD = master_VD.to(x_ND.dtype)
+    weight_VD = cast(master_VD, x_ND.dtype)
     one_chunk, in_fp32 = rows >= x_ND.shape[0], x_ND.dtype == torch.float32
     loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
     logits = x_ND.new_empty(min(rows, x_ND.shape[0]), weight_VD.shape[0])
@@ -165,7 +166,7 @@ def _forward_on_card(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Do as `_forward` does, by the kernel."""
     (needs_dx, needs_dweight), count = needs, x_ND.shape[0]
-    x_ND, weight_VD = x_ND.contiguous(), master_VD.to(x_ND.dtype).contiguous()
+    x_ND, weight_VD = x_ND.contiguous(), cast(master_VD, x_ND.dtype).contiguous()
     loss_N = x_ND.new_empty(count, dtype=torch.float32)
     slope_N = torch.empty_like(loss_N) if x_ND.dtype == torch.float16 and any(needs) else None
     logits = x_ND.new_empty(min(rows, count), weight_VD.shape[0])

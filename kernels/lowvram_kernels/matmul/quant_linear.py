@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import product_for
+from lowvram_kernels.matmul.kept_casts import cast
 from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
 from lowvram_kernels.quant.quantise import QuantTensor, quantise_columns, quantise_rows, quantise_weight
 
@@ -57,14 +58,14 @@ def forward(x: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: t
     """Return y = x @ Wᵀ: [N, O] in dtype.  x: what `along_rows` made.  weight_OI: a master of any floating dtype."""
     if isinstance(x, QuantTensor):
         return scaled_matmul(x, quantise_weight(weight_OI, matmul_format), dtype)
-    return F.linear(x, weight_OI.to(dtype))
+    return F.linear(x, cast(weight_OI, dtype))
 
 
 def backward_input(dy: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: torch.dtype) -> Tensor:
     """Return dx = dy @ W: [N, I] in dtype.  dy: what `along_rows` made."""
     if isinstance(dy, QuantTensor):
         return scaled_matmul(dy, quantise_weight(weight_OI, matmul_format, transposed=True), dtype)
-    return dy @ weight_OI.to(dtype)
+    return dy @ cast(weight_OI, dtype)
 
 
 def backward_weight(dy: Operand, x: Operand, weight_OI: Tensor) -> Tensor | None:

@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_simulated, note_work, uncounted
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.swiglu import gated_product, gated_product_backward
+from lowvram_kernels.matmul.kept_casts import cast
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
 from lowvram_kernels.moe.grouped_matmul import grouped_matmul
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
@@ -173,7 +174,7 @@ def _multiply(
             grouped_matmul(rows_MI, copies, ends_E, first=master.shape[0], out=out_MO)
         return out_MO
     if matmul_format == "plain":
-        stack = master.to(rows_MI.dtype)
+        stack = cast(master, rows_MI.dtype)
         stack = stack.mT if is_transposed else stack
     else:
         stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_transposed), rows_MI.dtype).mT
@@ -192,7 +193,7 @@ def _multiply_residents(
     rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_transposed: bool, matmul_format: MatmulFormat
 ) -> Tensor:
     if matmul_format == "plain":
-        stack = master.to(rows_MI.dtype)
+        stack = cast(master, rows_MI.dtype)
         return grouped_matmul(rows_MI, stack if is_transposed else stack.mT, ends_E)
     weight = quantise_weight(master, matmul_format, transposed=not is_transposed)
     return grouped_matmul(quantise_rows(rows_MI, matmul_format), weight, ends_E, dtype=rows_MI.dtype)

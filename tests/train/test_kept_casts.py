@@ -1,0 +1,61 @@
+"""Kept casts give the bits of casts at use, and only where they are in use and fresh."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lowvram_kernels.matmul.kept_casts import KeptCasts, cast, kept
+
+from lowvram.config.plan import Plan
+from lowvram.config.train import TrainConfig
+from lowvram.objective import Batch, count_targets
+from lowvram.train.state import TrainState, build_state
+from lowvram.train.step import gradients, loss_for, update
+from tests.model.variants import VARIANTS
+
+
+def test_a_copy_is_read_where_it_is_in_use_and_of_the_dtype() -> None:
+    weight, other, low = torch.randn(3, 4), torch.randn(3, 4), torch.randn(3, 4).bfloat16()
+    casts = KeptCasts([weight, low], torch.bfloat16)
+    casts.refresh()
+    assert kept(weight, torch.bfloat16) is None
+    with casts.in_use():
+        copy = cast(weight, torch.bfloat16)
+        assert copy is cast(weight, torch.bfloat16)
+        assert torch.equal(copy, weight.bfloat16())
+        assert kept(weight, torch.float16) is None
+        assert kept(other, torch.bfloat16) is None
+        assert cast(low, torch.bfloat16) is low
+        weight += 1.0
+        assert not torch.equal(cast(weight, torch.bfloat16), weight.bfloat16()), "nobody has copied it again"
+        casts.refresh()
+        assert torch.equal(cast(weight, torch.bfloat16), weight.bfloat16())
+        assert cast(weight, torch.bfloat16) is copy
+    assert kept(weight, torch.bfloat16) is None
+
+
+def learn(name: str, precision: str, keep_casts: bool) -> TrainState:
+    """Make three steps of two micro-batches."""
+    given = {"tokens": 4 * 16 * 3, "seq_len": 16, "batch_tokens": 64, "precision": precision}
+    train = TrainConfig.model_validate(given)
+    plan = Plan(micro_batch=2, accumulate=2, keep_casts=keep_casts)
+    state = build_state(VARIANTS[name], train, plan, torch.device("cpu"), 1)
+    generator = torch.Generator().manual_seed(3)
+    for step in range(3):
+        token_BT = torch.randint(0, VARIANTS[name].vocabulary, (4, 17), generator=generator)
+        batches = [Batch(token_BT[i : i + 2], torch.arange(i, i + 2)) for i in (0, 2)]
+        targets = sum(count_targets(batch) for batch in batches)
+        gradients(state.model, loss_for(state.model, train, plan), batches, targets, seed=step)
+        update(state.model, state.optimizer, None, 1e-2, 1.0)
+    return state
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("name", ["gqa-qk_norm", "gqa-moe-untied", "mla-moe"])
+def test_a_run_that_keeps_casts_learns_the_same_to_the_bit(name: str, precision: str) -> None:
+    own, plain = (learn(name, precision, keep_casts) for keep_casts in (True, False))
+    assert own.model.kept_casts is not None
+    assert plain.model.kept_casts is None
+    for key, tensor in own.model.state_dict().items():
+        assert torch.equal(tensor, plain.model.state_dict()[key]), key
+    assert own.model.state_dict().keys() == plain.model.state_dict().keys(), "copies are not saved"
