@@ -114,5 +114,5 @@ def project(norm: RmsNorm, x: Tensor, *layers: Linear, added: Tensor | None = No
     if any(layer.weight_scale is not None for layer in layers):
         stream, normed = norm.add(x, added)
         return stream, [layer(normed) for layer in layers]
-    weights = [layer.weight for layer in layers]
+    weights: list[Tensor] = [layer.weight for layer in layers]
     return norm_linears(x, norm.weight, weights, norm.eps, layers[0].matmul_format, added)
