@@ -1,11 +1,12 @@
 """Compiles every Triton kernel for every kind of card, without a card.
 
-python tools/compile_gate.py [--write]
+python tools/compile_gate.py [--write] [--changed]
 
 Every launch that the ops make for the shapes and tiles of gate_cases.py, and that the presets' steps make, is compiled
 for compute capability 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0.  It fails if a card does not support a type, if a block needs
 more shared memory than the card has, if registers are spilled to memory, or if an expected tensor-core instruction is
-missing.  --write puts the table into kernels/README.md.
+missing.  --write puts the table into kernels/README.md.  --changed compiles only those rows of the table whose digest
+is not the written one, and keeps the others.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -240,28 +241,35 @@ def _row_of(job: Job) -> tuple[str, str]:
     return job.name, "{}.{}".format(*job.card.capability)
 
 
-def table(jobs: Sequence[Job], results: Sequence[tuple[Compiled | None, list[str]]]) -> str:
-    """Return a Markdown table with a row per kernel and card: the ranges over its tiles and types."""
+def table(
+    jobs: Sequence[Job],
+    results: Sequence[tuple[Compiled | None, list[str]]],
+    kept: Mapping[tuple[str, str], Sequence[str]] | None = None,
+) -> str:
+    """Return a Markdown table with a row per kernel and card: the ranges over its tiles and types.
+
+    kept: the cells of rows that were compiled earlier, without kernel and card.
+    """
     compiled_of: dict[tuple[str, str], list[Compiled]] = {}
     for job, (compiled, _) in zip(jobs, results, strict=True):
         if compiled is not None:
             compiled_of.setdefault(_row_of(job), []).append(compiled)
     titles = "kernel", "card", "variants", "registers", "shared memory", "tensor-core instructions", "digest"
-    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    cells_of = dict(kept or {})
     digest_of = digests(jobs)
-    for (name, card), rows in sorted(compiled_of.items(), key=lambda pair: (pair[0][0], float(pair[0][1]))):
+    for (name, card), rows in compiled_of.items():
         registers, shared = ([getattr(row, what) for row in rows] for what in ("registers", "shared_bytes"))
         instructions = sorted({_shorten(row.instruction) for row in rows} - {""})
-        cells = [
-            name,
-            card,
+        cells_of[name, card] = [
             str(len(rows)),
             _range(registers),
             _range(shared),
             ", ".join(f"`{one}`" for one in instructions) or "–",
             digest_of[name, card],
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    for (name, card), cells in sorted(cells_of.items(), key=lambda pair: (pair[0][0], float(pair[0][1]))):
+        lines.append(f"| {' | '.join((name, card, *cells))} |")
     return "\n".join(lines)
 
 
@@ -305,6 +313,7 @@ def main() -> None:
     """Compile everything, print what is wrong, print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
+    parser.add_argument("--changed", action="store_true", help="compile only rows whose digest is not the written one")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--card", action="append", metavar="M.N", help="only this capability (again for more)")
     options = parser.parse_args()
@@ -312,13 +321,19 @@ def main() -> None:
     began = time.perf_counter()
     jobs = collect([(major, minor) for major, minor in chosen])
     print(f"{len(jobs)} different kernels, found in {time.perf_counter() - began:.0f} s", flush=True)
+    written, known = written_rows() if options.changed else {}, set(map(_row_of, jobs))
+    if options.changed:
+        jobs = changed(jobs)
+        print(f"{len(jobs)} of them are in rows that have changed since they were written", flush=True)
     results = compile_all(jobs, options.processes)
     wrong = [(job, text) for job, (_, texts) in zip(jobs, results, strict=True) for text in texts]
     for job, text in wrong:
         what = job.launch
         print(f"WRONG {job.name} on {job.card.capability}: {text}\n  {dict(what.constants)} {what.warps} warps, ")
         print(f"  {what.stages} stages, arguments {[_describe(value) for value in what.arguments]}")
-    text = f"{table(jobs, results)}\n\n{len(jobs)} variants, Triton {triton.__version__}"
+    kept = {row: cells for row, cells in written.items() if row in known and row not in map(_row_of, jobs)}
+    variants = len(jobs) + sum(int(cells[0]) for cells in kept.values())
+    text = f"{table(jobs, results, kept)}\n\n{variants} variants, Triton {triton.__version__}"
     print(text)
     print(f"{len(jobs)} compiled, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
     if options.write and not wrong and not options.card:

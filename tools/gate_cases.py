@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from lowvram_kernels.attention import latent_attention
 from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
+from lowvram_kernels.layers import rms_norm, rotary, swiglu
+from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.matmul import gemv, scaled_matmul
 from lowvram_kernels.moe import grouped_matmul, grouped_wgrad
 from lowvram_kernels.optim import adamw8
@@ -79,6 +81,45 @@ def cases(card: Card) -> Iterator[Call]:
     yield from grouped_cases(card)
     yield from latent_attention_cases(card)
     yield from optimizer_cases()
+    yield from layer_cases()
+    yield from loss_cases()
+
+
+def layer_cases() -> Iterator[Call]:
+    """Yield norms of all widths that a model may have, with and without a sum, rotations, and SwiGLU."""
+    for dtype in (BF16, FP16, FP32):
+        weight_dtypes = (FP32, BF16) if dtype == BF16 else (FP32,)
+        for width in (64, 256, 768, 1000, 2048, 8192) if dtype == BF16 else (768,):
+            for weight_dtype in weight_dtypes:
+                x, rstd = meta(512, width, dtype=dtype), meta(512, 1, dtype=FP32)
+                weight = meta(width, dtype=weight_dtype)
+                yield partial(rms_norm.normalise, x, weight, 1e-6)
+                yield partial(rms_norm.normalise, x, weight, 1e-6, None, x)
+                yield partial(rms_norm.normalise, x, weight, 1e-6, rstd)
+                for needs in ((True, True), (False, True), (True, False)):
+                    yield partial(rms_norm.gradients, x, x, weight, rstd, needs)
+                yield partial(rms_norm.gradients, x, x, weight, rstd, (True, True), x)
+        for width, pairs in ((64, 32), (96, 16), (128, 64)):
+            table = (meta(128, pairs, dtype=FP32), meta(128, pairs, dtype=FP32))
+            for weight_K in (None, meta(width, dtype=FP32)):
+                for interleaved in (False, True):
+                    yield partial(_rotate_and_back, meta(4, 128, 12, width, dtype=dtype), table, interleaved, weight_K)
+        gate_up = meta(512, 1376, dtype=dtype)
+        yield partial(swiglu.gated_product, gate_up)
+        yield partial(swiglu.gated_product_backward, meta(512, 688, dtype=dtype), gate_up)
+
+
+def _rotate_and_back(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool, weight: Tensor | None) -> None:
+    leaves = [tensor.requires_grad_() for tensor in (x, weight) if tensor is not None]
+    torch.autograd.grad(rotary.rotate(x, table, interleaved, weight), leaves, x.detach())
+
+
+def loss_cases() -> Iterator[Call]:
+    """Yield the loss with its gradients and without them."""
+    for dtype in (BF16, FP16, FP32):
+        for learns in (True, False):
+            x, weight = meta(64, 256, dtype=dtype), meta(1000, 256, dtype=dtype)
+            yield partial(linear_cross_entropy, x.requires_grad_(learns), weight, meta(64, dtype=torch.int64))
 
 
 def e4m3_cases(card: Card) -> Iterator[Call]:

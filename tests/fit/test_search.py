@@ -9,7 +9,7 @@ import pytest
 from lowvram.config.plan import Ledger, Plan, Recompute
 from lowvram.config.train import divisors
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
-from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search
+from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search, spend_the_rest
 
 # Bytes of a sequence: what is computed again need not be kept.
 KEPT = {"none": 400, "attention": 200, "block": 100}
@@ -228,3 +228,38 @@ def test_more_memory_never_makes_a_step_slower(overhead: float) -> None:
             assert seconds <= before, limit
             before = seconds
         assert found.fits == (limit >= FIXED + 100)
+
+
+@pytest.mark.parametrize(
+    ("room", "faster", "chunk", "keeps"),
+    [
+        pytest.param(10_000, 0.1, 2048, True, id="room-for-all"),
+        pytest.param(2_000, 0.1, 1024, True, id="room-for-a-shorter-chunk-and-the-casts"),
+        pytest.param(1_100, 0.1, 1024, False, id="room-for-a-shorter-chunk"),
+        pytest.param(0, 0.1, None, False, id="no-room"),
+        pytest.param(10_000, 0.004, None, False, id="no-gain"),
+    ],
+)
+def test_memory_that_is_left_goes_to_longer_chunks_of_the_loss_and_then_to_kept_casts(
+    room: int, faster: float, chunk: int | None, keeps: bool
+) -> None:
+    def rehearse(plan: Plan) -> Rehearsal:
+        spent = (plan.loss_chunk or 0) + 900 * plan.keep_casts
+        return Rehearsal(Ledger(FIXED, 0, 0, spent, 0, 0, "loss"), NOTHING, NOTHING)
+
+    def seconds(_: Rehearsal, plan: Plan) -> float:
+        return 1.0 - faster * ((plan.loss_chunk or 0) / 512 + plan.keep_casts) / 4
+
+    curve = MemoryCurve(divisors(4), rehearse, 4_000)
+    found = search(curve, FIXED + room, seconds, exact=True)
+    spent = spend_the_rest(found, curve, FIXED + room, seconds)
+    assert (spent.plan.loss_chunk, spent.plan.keep_casts) == (chunk, keeps)
+    assert spent.peak_bytes <= FIXED + room
+    assert spent.plan.micro_batch == found.plan.micro_batch
+
+
+def test_no_chunk_is_longer_than_a_micro_batch() -> None:
+    curve = MemoryCurve(divisors(2), Model(samples=2)._rehearse, 600)
+    found = search(curve, FIXED + 10_000, lambda _, plan: 1.0, exact=True, constraints=PlanConstraints(micro_batch=1))
+    spent = spend_the_rest(found, curve, FIXED + 10_000, lambda _, plan: 1.0 / (plan.loss_chunk or 1))
+    assert spent.plan.loss_chunk == 512

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tools.gpu.kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, error_of, plainly
+from tools.gpu.layers import layers
 from tools.gpu.products import products
 from tools.gpu.timing import distance
 
@@ -41,7 +42,7 @@ _ROUNDED = 4e-3  # one rounding to 16 bits: 2⁻⁸ at most
 
 def kernels(scene: Scene) -> list[Kernel]:
     """Return all cases, those of rank 0 first."""
-    makers = (_latent_attention, _quantise, _adamw8, _add_rounded, _muon, _attention, _loss)
+    makers = (layers, _latent_attention, _quantise, _adamw8, _add_rounded, _muon, _attention, _loss)
     cases = [*products(scene), *(kernel for maker in makers for kernel in maker(scene))]
     return sorted(cases, key=lambda kernel: kernel.rank)
 

@@ -1,0 +1,112 @@
+"""The GPU report's passes over activations: norms, rotary positions and SwiGLU, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lowvram_kernels.layers import rms_norm, rotary, swiglu
+from torch import Tensor
+
+from tools.gpu.kernel import Aim, Inputs, Kernel, Scene, plainly
+from tools.gpu.timing import distance
+
+# Results are rounded to 16 bits once by a kernel, several times by the plain form.
+_ROUNDED = 1e-2
+
+
+def layers(scene: Scene) -> Iterator[Kernel]:
+    """Yield all cases; the shapes are those of tr-125m, 8 × 1024 tokens."""
+    rows, width, inner = (40, 40, 24) if scene.is_tiny else (8_192, 768, 2_048)
+    heads = (2, 8, 3, 16) if scene.is_tiny else (8, 1_024, 12, 64)
+    yield from _norms(scene, rows, width)
+    yield from _rotations(scene, heads)
+    yield from _gates(scene, rows, inner)
+
+
+def _case(
+    op: str, shape: str, inputs: Callable[[], Inputs], run: Callable[..., tuple[Tensor, ...]], numbers: float
+) -> Kernel:
+    """Return a case.  numbers: how many in 16 bits are read and written, each once; the others are few."""
+
+    def error(*values: Any) -> float:
+        return max(distance(own, plain) for own, plain in zip(run(*values), plainly(run)(*values), strict=True))
+
+    return Kernel(
+        op=op,
+        shape=shape,
+        inputs=inputs,
+        run=run,
+        error=error,
+        tolerance=_ROUNDED,
+        moved_bytes=2.0 * numbers,
+        aims=(Aim("copy", 0.8),),
+        rank=0,
+    )
+
+
+def _norms(scene: Scene, rows: int, width: int) -> Iterator[Kernel]:
+    def given() -> Inputs:
+        return scene.randn(rows, width), scene.randn(rows, width), scene.randn(width, dtype=torch.float32)
+
+    def forward(x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return rms_norm.normalise(x, weight, 1e-6, added=added)
+
+    def with_scales() -> Inputs:
+        dy, x, weight = given()
+        scale_N1 = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return dy, x, weight, scale_N1, scene.randn(rows, width)
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, scale_N1: Tensor, d_stream: Tensor) -> tuple[Tensor, ...]:
+        dx, dweight = rms_norm.gradients(dy, x, weight, scale_N1, (True, True), d_stream)
+        assert dx is not None, "it is asked for"
+        assert dweight is not None, "it is asked for"
+        return dx, dweight
+
+    shape = f"{rows} × {width}"
+    yield _case("rms_norm", f"of a sum {shape}", given, forward, 4 * rows * width)
+    yield _case("rms_norm_backward", shape, with_scales, backward, 4 * rows * width)
+
+
+def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kernel]:
+    tokens, width = heads[1], heads[3]
+    angle_TR = torch.arange(tokens, device=scene.device)[:, None] * torch.logspace(0, -3, width // 2).to(scene.device)
+    shape = " × ".join(map(str, heads))
+
+    def given() -> Inputs:
+        return scene.randn(*heads), scene.randn(width, dtype=torch.float32), angle_TR.cos(), angle_TR.sin()
+
+    for interleaved in (False, True):
+
+        def run(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, pairs: bool = interleaved) -> tuple[Tensor, ...]:
+            return (rotary.rotate(x, (cos, sin), pairs, weight),)
+
+        yield _case("rotate", f"normed {shape}{', interleaved' * interleaved}", given, run, 2 * math.prod(heads))
+
+    def with_gradient() -> Inputs:
+        return scene.randn(*heads), *given()
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+        with torch.enable_grad():
+            y = rotary.rotate(leaves[0], (cos, sin), False, leaves[1])
+        return torch.autograd.grad(y, leaves, dy)
+
+    yield _case("rotate_and_back", f"normed {shape}", with_gradient, backward, 5 * math.prod(heads))
+
+
+def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
+    def given() -> Inputs:
+        return (scene.randn(rows, 2 * inner),)
+
+    def forward(gate_up: Tensor) -> tuple[Tensor, ...]:
+        return (swiglu.gated_product(gate_up),)
+
+    def with_gradient() -> Inputs:
+        return scene.randn(rows, inner), *given()
+
+    shape = f"{rows} × 2 · {inner}"
+    yield _case("swiglu", shape, given, forward, 3 * rows * inner)
+    yield _case("swiglu_backward", shape, with_gradient, swiglu.gated_product_backward, 6 * rows * inner)
