@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from lowvram_kernels.dispatch import empty_on_host, representative, to_host
 from lowvram_kernels.optim.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
-from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
+from lowvram_kernels.optim.muon import Momentum, MuonPart, muon_, muon_together_, new_momentum
+from lowvram_kernels.random.stochastic_rounding import has_kernels
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -77,8 +78,45 @@ class LeanOptimizer(torch.optim.Optimizer):
             if together and not self.is_on_host:
                 self._step_fused(group, together, [self.state_of(weight) for weight in together])
                 weights = [weight for weight in weights if not self._is_fused(group, weight) or weight in self.experts]
+            if group["rule"] == "muon" and not self.is_on_host:
+                weights = self._step_muon_together(group, weights)
             for weight in weights:
                 self.step_one(weight)
+
+    def _step_muon_together(self, group: dict[str, Any], weights: list[Tensor]) -> list[Tensor]:
+        """Update weights of equal shapes together on a card; returns the others."""
+        by_kind: dict[tuple[Any, ...], list[Tensor]] = {}
+        for weight in weights:
+            if weight not in self.experts and has_kernels(weight.device):
+                by_kind.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
+        for alike in by_kind.values():
+            states = [self.state_of(weight) for weight in alike]
+            torch._foreach_add_([state["step"] for state in states], self._stepped())
+            parts = [
+                MuonPart(weight, weight.grad, _momentum_of(state), state["step"], self._purpose_of[weight])
+                for weight, state in zip(alike, states, strict=True)
+                if weight.grad is not None
+            ]
+            maps, config = self._maps_on(alike[0].device), self._config
+            assert isinstance(config, Muon), "only groups of a Muon optimizer have the rule"
+            muon_together_(
+                parts,
+                maps.first,
+                group["lr"] * group["share"],
+                rows=group["rows"] or None,
+                beta=config.momentum,
+                decay=group["weight_decay"],
+                steps=config.iterations,
+                gradient_scale=self.gradient_scale,
+                skip=self.found_inf,
+                seed=self._seed,
+            )
+        done = {weight for alike in by_kind.values() for weight in alike}
+        return [weight for weight in weights if weight not in done]
+
+    def _stepped(self) -> Tensor | float:
+        """Return 1, or 0 on the device where nothing changes: what a step adds to the counts of steps."""
+        return 1.0 if self.found_inf is None else 1.0 - self.found_inf
 
     @torch.no_grad()
     def step_one(self, weight: Tensor) -> None:
@@ -152,14 +190,14 @@ class LeanOptimizer(torch.optim.Optimizer):
             self._step_fused(group, [part], [state], [gradient])
             return
         maps = self._maps_on(weight.device)
-        state["step"] += 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        state["step"] += self._stepped()
         config, step, rate = self._config, state["step"], group["lr"] * group["share"]
         if group["rule"] == "muon":
             assert isinstance(config, Muon), "only groups of a Muon optimizer have the rule"
             muon_(
                 part,
                 gradient,
-                Momentum(state["code_m"], state["absmax_m"]),
+                _momentum_of(state),
                 maps.first,
                 step,
                 rate,
@@ -216,6 +254,10 @@ class LeanOptimizer(torch.optim.Optimizer):
             eps=self._config.eps,
             maximize=False,
         )
+
+
+def _momentum_of(state: State) -> Momentum:
+    return Momentum(state["code_m"], state["absmax_m"])
 
 
 def _new_state(group: dict[str, Any], weight: Tensor) -> State:

@@ -81,6 +81,8 @@ _ROOM = 1.01
 RMS_OF_ADAMW = 0.2
 # Elements of the matrices that are orthogonalised at once: enough to fill a card with small ones.
 AT_ONCE = 2**22
+# Those of several weights that step together on a card: fewer launches for more memory.
+TOGETHER = 2**24
 # As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
 # the weight is.
 _LEAD_WORK = {torch.bfloat16: (88, 10), torch.uint8: (162, 24)}
@@ -181,9 +183,11 @@ def _lead(
     beta: float,
     gradient_scale: Tensor | float,
     skip: Tensor | None,
+    u_N: Tensor | None = None,
 ) -> Tensor:
     """Update the momentum and return u, bf16 [N]: the momentum after one more such gradient (Nesterov)."""
-    u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
+    if u_N is None:
+        u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
     if has_kernels(u_N.device):
         scale_at, scale = split(gradient_scale)
         run = _lead_as_op if torch.compiler.is_compiling() else _launch_lead
@@ -250,6 +254,57 @@ def muon_(
         else:
             _move_in_chunks(w_N, o_N, rate, kept, noise, skip, first + start)
         del o_N
+
+
+class MuonPart(NamedTuple):
+    """A weight that steps with others of its shape: see `muon_` for the fields."""
+
+    weight: Tensor
+    gradient: Tensor
+    momentum: Momentum
+    step: Tensor
+    purpose: int
+
+
+@torch.no_grad()
+def muon_together_(
+    parts: Sequence[MuonPart],
+    codes: CodeMap,
+    learning_rate: Tensor | float,
+    rows: int | None = None,
+    beta: float = 0.95,
+    decay: float = 0.0,
+    steps: int = 5,
+    gradient_scale: Tensor | float = 1.0,
+    skip: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """Make a step of weights of one shape and dtype on a card: `muon_` of each, with one iteration for many matrices.
+
+    At work are the matrices of one weight and up to `TOGETHER` elements.  The arguments are those of `muon_`; results
+    differ from it by how the library multiplies a batch.
+    Raises ShapeError as `muon_` does.
+    """
+    sizes = {_check(part.weight, part.gradient, part.momentum, rows) for part in parts}
+    assert len(sizes) == 1, "weights of one shape step together"
+    ((rows, count, columns),) = sizes
+    skip = None if skip is None else skip.reshape(()) != 0
+    rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
+    kept, size, device = 1.0 - learning_rate * decay, rows * count * columns, parts[0].weight.device
+    at_once = max(1, TOGETHER // size)
+    for first in range(0, len(parts), at_once):
+        batch = parts[first : first + at_once]
+        u_N = torch.empty(len(batch) * size, dtype=torch.bfloat16, device=device)
+        for part, own_N in zip(batch, u_N.split(size), strict=True):
+            _lead(part.gradient.view(-1), part.momentum, codes, beta, gradient_scale, skip, own_N)
+        u_BMN = u_N.view(-1, rows, columns)
+        del u_N, own_N
+        o_N = orthogonalise(u_BMN, steps, _dtype_of_products(device)).reshape(-1)
+        del u_BMN
+        for part, own_N in zip(batch, o_N.split(size), strict=True):
+            named = chain_numbers(seed, part.purpose)
+            _move_on_card(part.weight.view(-1), own_N, rate, kept, part.step, skip, 0, named)
+        del o_N, own_N
 
 
 def _move_in_chunks(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card, HiddenWork, Launch, is_interpreted, override_card, simulate_card
 from lowvram_kernels.optim.adamw8 import build_maps
-from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
+from lowvram_kernels.optim.muon import Momentum, MuonPart, muon_, muon_together_, new_momentum
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on
@@ -190,3 +190,45 @@ def test_under_compile_each_pass_is_one_op_of_the_graph() -> None:
     assert_same(weight_of((32, 48), torch.bfloat16), *results)
     called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert sum("lowvram_kernels" in name for name in called) == 2
+
+
+@BITS
+@DTYPES
+@pytest.mark.parametrize(("shape", "rows"), [((16, 48), None), ((32, 48), 16)], ids=["one-matrix", "two-in-a-weight"])
+def test_weights_that_step_together_step_as_each_alone(
+    shape: tuple[int, ...], rows: int | None, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "TOGETHER", 2 * shape[0] * shape[1])  # two batches: of two weights, and of one
+    starts = [weight_of(shape, dtype) * (1 + number) for number in range(3)]
+    steps = [torch.tensor(2.0 + number, device=DEVICE) for number in range(3)]
+    settings = {"rows": rows, "decay": 0.1, "seed": 5, "gradient_scale": 0.5}
+    results = []
+    with running_on("sm86"):
+        for together in (True, False):
+            weights = [start.clone() for start in starts]
+            momenta = [new_momentum(weight, bits) for weight in weights]
+            gradients = [gradient_of(shape, number) for number in range(3)]
+            if together:
+                values = zip(weights, gradients, momenta, steps, range(7, 10), strict=True)
+                parts = [MuonPart(*each) for each in values]
+                muon_together_(parts, CODES, 2e-3, **settings)
+            else:
+                for i, each in enumerate(zip(weights, gradients, momenta, strict=True)):
+                    muon_(*each, CODES, steps[i], 2e-3, purpose=7 + i, **settings)
+            results.append([*weights, *(part for momentum in momenta for part in momentum)])
+    for own, alone, start in zip(*results, [*starts, *[None] * 6], strict=True):
+        if start is None:
+            assert torch.equal(own, alone), "momenta have the same bits"
+        else:
+            assert relative_error(own - start, alone - start) < (2e-3 if dtype == torch.float32 else 0.05)
+
+
+def test_a_step_of_many_weights_is_two_launches_a_weight_and_few_for_all() -> None:
+    launches: list[Launch] = []
+    with torch.device("meta"), simulate_card(CARDS["sm120"], note_launch=launches.append):
+        weights = [torch.empty(64, 96) for _ in range(40)]
+        parts = [MuonPart(w, torch.empty(64, 96), new_momentum(w, 8), torch.empty(()), 0) for w in weights]
+        with LiveBytes().ignore(*[tensor for part in parts for tensor in (part.weight, part.gradient)]) as live:
+            muon_together_(parts, build_maps("meta").first, torch.empty(()), skip=torch.empty(()))
+    assert len(launches) == 80
+    assert live.largest <= 40 * 64 * 96 * 2
