@@ -105,12 +105,15 @@ class GqaAttention(Fp32Buffers):
         for layer, part in zip(layers, self.qkv.split([layer.weight.shape[0] for layer in layers]), strict=True):
             layer.weight.data = part
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> tuple[Tensor, Tensor]:
-        """Attend causally over norm(x), and over the cache if there is one.
+    def forward(
+        self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None, added_BTD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend causally over the norm of x + added, and over the cache if there is one.
 
-        x: [B, T, D].  Returns x, with which the residual stream goes on, and attention's output, both [B, T, D].
+        x, added: [B, T, D].  Returns x + added, with which the residual stream goes on, and attention's output.
         """
-        x_BTD, (q, k, v) = project(self.norm, x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        x_BTD, (q, k, v) = project(self.norm, x_BTD, *layers, added=added_BTD)
         q_BTHK = q.unflatten(-1, (self.heads, self.head_dim))
         k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
@@ -152,13 +155,15 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), options)
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, options)
 
-    def forward(self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None) -> tuple[Tensor, Tensor]:
-        """Attend causally over norm(x), and over the cache if there is one.
+    def forward(
+        self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None, added_BTD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend causally over the norm of x + added, and over the cache if there is one.
 
-        x: [B, T, D].  Returns x, with which the residual stream goes on, and attention's output, both [B, T, D].
+        x, added: [B, T, D].  Returns x + added, with which the residual stream goes on, and attention's output.
         """
         assert table is not None, "MLA needs RoPE"
-        x_BTD, q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD)
+        x_BTD, q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD, added_BTD)
         q_BTHK = rotate(q_BTHK, table, interleaved=True)
         k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
         if cache is None:
@@ -170,13 +175,13 @@ class MlaAttention(nn.Module):
             out_BTHV = attend_cache(q_BTHK, cached_BSL)
         return x_BTD, self.o_proj(out_BTHV.flatten(2))
 
-    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return x, queries [B, T, H, K], the latent before its norm [B, T, C], keys of the rotated part [B, T, 2R]."""
+    def _project(self, x_BTD: Tensor, added_BTD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return x + added, queries [B, T, H, K], latents before their norm [B, T, C], rotated keys [B, T, 2R]."""
         config = self.config
         if config.q_lora_rank is None:
-            x_BTD, (q, latent) = project(self.norm, x_BTD, self.q_proj, self.kv_a_proj)
+            x_BTD, (q, latent) = project(self.norm, x_BTD, self.q_proj, self.kv_a_proj, added=added_BTD)
         else:
-            x_BTD, (q_latent, latent) = project(self.norm, x_BTD, self.q_a_proj, self.kv_a_proj)
+            x_BTD, (q_latent, latent) = project(self.norm, x_BTD, self.q_a_proj, self.kv_a_proj, added=added_BTD)
             _, (q,) = project(self.q_a_norm, q_latent, self.q_b_proj)
         latent_BTC, k_rope = latent.split([config.kv_lora_rank, config.rope_dim], dim=-1)
         return x_BTD, q.unflatten(-1, (config.heads, config.query_dim)), latent_BTC, k_rope

@@ -67,16 +67,25 @@ class Block(nn.Module):
         drop: Dropout | None,
         cache: CacheSlot | None,
         recompute: Recompute = "none",
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the residual stream [B, T, D] and, in a MoE layer, the experts' loads [E]."""
+        added_BTD: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the residual stream, what is to be added to it, both [B, T, D], and a MoE layer's loads [E] or None.
+
+        added: what is to be added to x.  The next norm adds it in its own pass.
+        """
         attention = _recomputed(self.attention) if recompute == "attention" else self.attention
-        x_BTD, out_BTD = attention(x_BTD, table, cache)
+        x_BTD, out_BTD = attention(x_BTD, table, cache, added_BTD)
         added_BTD, load_E = self._dropped(out_BTD, drop, site=0), None
         if isinstance(self.ffn, MoeFfn):
             x_BTD, out_BTD, load_E = self.ffn(x_BTD, added_BTD)
         else:
             x_BTD, out_BTD = self.ffn(x_BTD, added_BTD)
-        return x_BTD + self._dropped(out_BTD, drop, site=1), load_E
+        return x_BTD, self._dropped(out_BTD, drop, site=1), load_E
+
+    def whole(self, *given: Any) -> tuple[Tensor, Tensor | None]:
+        """Return `forward`'s stream with all that is to be added to it, and the loads."""
+        x_BTD, added_BTD, load_E = self(*given)
+        return x_BTD + added_BTD, load_E
 
     def _dropped(self, out_BTD: Tensor, drop: Dropout | None, site: int) -> Tensor:
         if drop is None or drop.rate == 0.0:
@@ -175,14 +184,21 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         table = self.table(start, token_BT.shape[1]) if self.table is not None else None
         loads = []
+        # What a block adds is passed on to the next norm, except where that would have to be kept for recomputation.
+        added_BTD: Tensor | None = None
         for block in self.blocks:
-            run = _recomputed(block) if recompute == "block" else block
-            x_BTD, load_E = run(x_BTD, table, drop, cache, recompute)
+            assert isinstance(block, Block), "the list holds nothing else"
+            if recompute == "none":
+                x_BTD, added_BTD, load_E = block(x_BTD, table, drop, cache, recompute, added_BTD)
+            else:
+                run = _recomputed(block.whole) if recompute == "block" else block.whole
+                x_BTD, load_E = run(x_BTD, table, drop, cache, recompute)
             if load_E is not None:
                 loads.append(load_E)
         if cache is not None:
             cache.advance(token_BT.shape[1])
-        return self.norm(x_BTD), torch.stack(loads) if loads else None
+        _, normed_BTD = self.norm.add(x_BTD, added_BTD)
+        return normed_BTD, torch.stack(loads) if loads else None
 
     def logits(self, token_BT: Tensor, dtype: torch.dtype | None = None, cache: CacheSlot | None = None) -> Tensor:
         """Return the logits of every position, [B, T, V] in `dtype`; for a loss use `linear_cross_entropy`."""
@@ -194,7 +210,7 @@ class Transformer(nn.Module):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoeFfn)]
 
 
-def _recomputed(layer: nn.Module) -> Callable[..., Any]:
+def _recomputed(layer: Callable[..., Any]) -> Callable[..., Any]:
     """Save only the layer's inputs, and compute the layer again in backward (Chen et al. 2016).
 
     No RNG state is saved: dropout is keyed, and nothing that routing depends on changes within a step.

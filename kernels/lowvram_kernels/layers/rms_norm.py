@@ -25,16 +25,20 @@ from torch.autograd.function import once_differentiable
 
 from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.matmul.fp32_sums import sum_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Numbers of a row that one warp holds.  Backward holds a row of x, of dy, the weight, and the sums for dweight.
+# Numbers of a row that one warp holds: as many as leave registers for all that is done with them, fewer where several
+# warps share a row.  Backward holds a row of x, of dy, the weight, and the sums for dweight.
 _FORWARD_WIDTH, _BACKWARD_WIDTH = 1024, 512
-_MOST_WARPS = 16
-# The widest row that a program of backward can hold.
-WIDEST = _BACKWARD_WIDTH * _MOST_WARPS
+_SHARED_WIDTH = 256
+# The widest row that a program can hold.
+WIDEST = 8192
 # Programs of backward on each multiprocessor: enough to hide the latency of memory, few enough for little P·D.
 _PROGRAMS = 8
+# Of the sum of their parts: a quarter of a warp's width, so that even narrow rows occupy several multiprocessors.
+_PARTS = Tile(32, 32, 32)
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -58,7 +62,8 @@ def apply_scales(x: Tensor, rstd_N1: Tensor, weight: Tensor) -> Tensor:
 def norm_tile(width: int, is_backward: bool) -> Tile:
     """Return the rows that a program takes at a time, rounded columns, and warps.  width: at most `WIDEST`."""
     columns, held = 1 << max(width - 1, 1).bit_length(), _BACKWARD_WIDTH if is_backward else _FORWARD_WIDTH
-    return Tile(max(1, held // columns), columns, columns, warps=max(1, columns // held))
+    warps = 1 if columns <= held else columns // (_SHARED_WIDTH if is_backward else 2 * _SHARED_WIDTH)
+    return Tile(max(1, held // columns), columns, columns, warps=warps)
 
 
 class Normed(NamedTuple):
@@ -118,6 +123,19 @@ def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor |
     return Normed(y, rstd_N1, x if stream is None else stream)
 
 
+def sum_parts(part_PD: Tensor, weight: Tensor) -> Tensor | None:
+    """Return the weight's gradient, the sum of its parts; None where it has been added to `.grad` (`fp32_sums.py`)."""
+    total = sum_of(weight)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format) if total is None else total
+    tile = _PARTS
+    constants = {"ADDS": total is not None, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    grid = (-(-part_PD.shape[1] // tile.columns),)
+    arguments = (part_PD, as_read(result), *part_PD.shape)
+    what = Launch("layers.rms_norm_triton", "sum_parts_kernel", grid, arguments, constants, tile.warps)
+    launch(what, moved_bytes=bytes_of(part_PD, result, total))
+    return result if total is None else None
+
+
 def shares(count: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     """Return the programs of a backward pass over so many rows, and the rows of each."""
     programs = min(-(-count // tile.rows), card_of(device).multiprocessors * _PROGRAMS)
@@ -141,13 +159,13 @@ def _gradients_on_card(
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     what = Launch("layers.rms_norm_triton", "rms_norm_backward_kernel", (programs,), arguments, constants, tile.warps)
     launch(what, moved_bytes=bytes_of(dy, x, weight, rstd_N1, d_stream_ND, dx, partial_PD))
-    return dx, None if partial_PD is None else partial_PD.sum(0).to(weight.dtype)
+    return dx, None if partial_PD is None else sum_parts(partial_PD, weight)
 
 
 def gradients(
     dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool], d_stream: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dx and dweight in their arguments' dtypes; what `needs` denies is None.
+    """Return dx and dweight in their arguments' dtypes; None is what `needs` denies, or is in `.grad` already.
 
     d_stream: the gradient of x from where it goes on beside the norm, which is added to dx.
     """

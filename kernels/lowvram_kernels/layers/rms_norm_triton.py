@@ -122,3 +122,19 @@ def rms_norm_backward_kernel(
             store_nearest(dx_ptr + row[:, None] * D + column[None, :], dx, inside)
     if partial_ptr is not None:
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + column, total, mask=is_column)
+
+
+@triton.jit
+def sum_parts_kernel(part_ptr, total_ptr, P, D, ADDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum the parts [P, D] over P, in their order; ADDS: to what total [D] holds."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < D
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, P, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = (row < P)[:, None] & is_column[None, :]
+        total += tl.load(part_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0)
+    result = tl.sum(total, 0)
+    if ADDS:
+        result += tl.load(total_ptr + column, mask=is_column, other=0.0)
+    store_nearest(total_ptr + column, result, is_column)

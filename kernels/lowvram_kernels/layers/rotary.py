@@ -121,7 +121,7 @@ def _launch_forward(
 
 def _launch_backward(
     dy_BTHK: Tensor, x_BTHK: Tensor, weight: Tensor, table: Table, rstd_N: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     dy_NHK, x_NHK, (tokens, width) = _heads_of(dy_BTHK), _heads_of(x_BTHK), (x_BTHK.shape[1], x_BTHK.shape[3])
     heads, rows = x_NHK.shape[1], rstd_N.shape[0]
     tile = norm.norm_tile(width, is_backward=True)
@@ -135,7 +135,7 @@ def _launch_backward(
     kernel = "rotary_norm_backward_kernel"
     what = Launch("layers.rotary_triton", kernel, (programs,), arguments, constants, tile.warps)
     launch(what, moved_bytes=bytes_of(dy_BTHK, x_BTHK, weight, *table, rstd_N, dx, partial_PK))
-    return dx, partial_PK.sum(0).to(weight.dtype)
+    return dx, norm.sum_parts(partial_PK, weight)
 
 
 def rotate(x: Tensor, table: Table, interleaved: bool, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:

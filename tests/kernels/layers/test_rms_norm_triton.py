@@ -124,6 +124,7 @@ def test_on_a_card_it_is_one_launch_forward_and_one_and_a_sum_backward_and_alloc
     assert [work.moved_bytes for work in works] == [
         2 * x.nbytes + 4 * 768 + 4 * 4096,
         3 * x.nbytes + 4 * 768 + 4 * 4096 + 4 * 768 * programs,
+        4 * 768 * (programs + 1),
     ]
     assert dx is not None
     assert dweight is not None
