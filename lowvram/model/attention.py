@@ -17,9 +17,10 @@ from lowvram.config.model import ModelConfig
 from lowvram.model.fp32_buffers import Fp32Buffers
 from lowvram.model.kv_cache import CacheSlot
 from lowvram.model.linear import Linear, ParamOptions, RmsNorm, project
-from lowvram.model.positions import add_alibi_columns, slopes
+from lowvram.model.positions import AlibiColumns, add_alibi_columns, alibi_columns, slopes
 
-Table = tuple[Tensor, Tensor] | None
+# Cosines and sines of the positions, or ALiBi's columns; None where a model has neither or a layer makes its own.
+Table = tuple[Tensor, Tensor] | AlibiColumns | None
 
 
 def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSV: Tensor, scale: float, window: int | None = None) -> Tensor:
@@ -122,13 +123,19 @@ class GqaAttention(Fp32Buffers):
         if cache is not None:
             k_BGSK, v_BGSK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
         if self.slope_H is not None:
-            q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, self.slope_H, self.scale)
+            columns = table if isinstance(table, AlibiColumns) else self.alibi_columns(k_BGSK.shape[2], k_BGSK.dtype)
+            q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, columns)
         out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
         return x_BTD, self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
 
+    def alibi_columns(self, keys: int, dtype: torch.dtype) -> AlibiColumns:
+        """Return ALiBi's columns for so many keys, which are the same in every layer."""
+        assert self.slope_H is not None, "only models with ALiBi have slopes"
+        return alibi_columns(self.slope_H, self.scale, keys, self.head_dim, dtype)
+
     def _position(self, x_BTHK: Tensor, norm: RmsNorm | None, table: Table) -> Tensor:
         """Normalise the values of each head and rotate them, each where the model has it."""
-        if table is None:
+        if table is None or isinstance(table, AlibiColumns):
             return x_BTHK if norm is None else norm(x_BTHK)
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return rotate(x_BTHK, table, False, weight, eps)

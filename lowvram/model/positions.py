@@ -72,29 +72,37 @@ def slopes(heads: int) -> Tensor:
     return torch.tensor(first + between, dtype=torch.float32)
 
 
-def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, slope_H: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Widen queries and keys so that plain causal attention subtracts slope · distance from its scores.
+class AlibiColumns(NamedTuple):
+    """What widens queries and keys: q_HC [H, C] for every query of a head, k_SC [S, C] for every head of a key."""
+
+    q_HC: Tensor
+    k_SC: Tensor
+
+
+def alibi_columns(slope_H: Tensor, scale: float, keys: int, width: int, dtype: torch.dtype) -> AlibiColumns:
+    """Return the columns with which plain causal attention subtracts slope · distance from its scores.
 
     softmax ignores what is equal for all keys of a query, so it is enough to add slope · key position.  In bf16 neither
     factor is exact; each is split in two (slope, and position as 256 · high + low) so that the four products are exact.
     Positions are centred in fp32 to keep the sums small.  Columns of zeros make the width a multiple of 8.
-    Returns [B, H, T, K + 8] and [B, G, S, K + 8] (more where K is no multiple of 8).
+    keys: S.  width: K of a head.  dtype: of queries and keys.  C is 8, more where K is no multiple of 8.
     """
-    keys, width = k_BGSK.shape[2], k_BGSK.shape[3]
     slope_H1 = (slope_H / scale)[:, None]
-    coarse_H1 = slope_H1.to(q_BHTK.dtype)
-    fine_H1 = (slope_H1 - coarse_H1.float()).to(q_BHTK.dtype)
-    position_S1 = torch.arange(keys, device=k_BGSK.device, dtype=torch.float32)[:, None] - keys // 2
+    coarse_H1 = slope_H1.to(dtype)
+    fine_H1 = (slope_H1 - coarse_H1.float()).to(dtype)
+    position_S1 = torch.arange(keys, device=slope_H.device, dtype=torch.float32)[:, None] - keys // 2
     high_S1 = (position_S1 / 256).floor() * 256
     padding = -(width + ALIBI_COLUMNS) % WIDTH_STEP
-    q_extra_HC = torch.cat([coarse_H1, coarse_H1, fine_H1, fine_H1], dim=1)
-    k_extra_SC = torch.cat([high_S1, position_S1 - high_S1] * 2, dim=1).to(k_BGSK.dtype)
-    q_extra = torch.nn.functional.pad(q_extra_HC, (0, padding))[None, :, None]
-    k_extra = torch.nn.functional.pad(k_extra_SC, (0, padding))
-    return (
-        torch.cat([q_BHTK, q_extra.expand(*q_BHTK.shape[:3], -1)], dim=-1),
-        torch.cat([k_BGSK, k_extra.expand(*k_BGSK.shape[:2], -1, -1)], dim=-1),
-    )
+    q_HC = torch.cat([coarse_H1, coarse_H1, fine_H1, fine_H1], dim=1)
+    k_SC = torch.cat([high_S1, position_S1 - high_S1] * 2, dim=1).to(dtype)
+    return AlibiColumns(*(torch.nn.functional.pad(columns, (0, padding)) for columns in (q_HC, k_SC)))
+
+
+def add_alibi_columns(q_BHTK: Tensor, k_BGSK: Tensor, columns: AlibiColumns) -> tuple[Tensor, Tensor]:
+    """Widen queries and keys by their columns: [B, H, T, K + C] and [B, G, S, K + C]."""
+    q_BHTC = columns.q_HC[None, :, None].expand(*q_BHTK.shape[:3], -1)
+    k_BGSC = columns.k_SC.expand(*k_BGSK.shape[:2], -1, -1)
+    return torch.cat([q_BHTK, q_BHTC], dim=-1), torch.cat([k_BGSK, k_BGSC], dim=-1)
 
 
 class Turn(NamedTuple):

@@ -182,7 +182,10 @@ class Transformer(nn.Module):
         if drop is not None and drop.rate > 0.0:
             x_BTD = dropout(x_BTD, drop.rate, drop.key_B, 0)
         start = cache.length if cache is not None else 0
-        table = self.table(start, token_BT.shape[1]) if self.table is not None else None
+        table: Table = self.table(start, token_BT.shape[1]) if self.table is not None else None
+        first = self.blocks[0].attention
+        if cache is None and isinstance(first, GqaAttention) and first.slope_H is not None:
+            table = first.alibi_columns(token_BT.shape[1], x_BTD.dtype)
         loads = []
         # What a block adds is passed on to the next norm, except where that would have to be kept for recomputation.
         added_BTD: Tensor | None = None

@@ -11,11 +11,15 @@ from safetensors.torch import load, save
 
 from lowvram.config.architecture import Rope, Yarn
 from lowvram.model.attention import attend
-from lowvram.model.positions import RotaryTable, add_alibi_columns, frequencies, slopes
+from lowvram.model.positions import RotaryTable, add_alibi_columns, alibi_columns, frequencies, slopes
 from lowvram.model.transformer import Transformer
 from tests.model.variants import VARIANTS
 
 HEADS = [1, 2, 4, 6, 8, 12]
+
+
+def widen(q: torch.Tensor, k: torch.Tensor, slope_H: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return add_alibi_columns(q, k, alibi_columns(slope_H, scale, k.shape[2], k.shape[3], k.dtype))
 
 
 def scores_at_lag(table: RotaryTable, lag: int, interleaved: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -92,7 +96,7 @@ def brute_force(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
 def test_alibi_columns_equal_the_brute_force_formula(heads: int, queries: int, keys: int) -> None:
     generator = torch.Generator().manual_seed(heads)
     q, k, v = (torch.randn(2, h, t, 20, generator=generator) for h, t in ((heads, queries), (2, keys), (2, keys)))
-    wide_q, wide_k = add_alibi_columns(q, k, slopes(heads), 20**-0.5)
+    wide_q, wide_k = widen(q, k, slopes(heads), 20**-0.5)
     found = attend(wide_q, wide_k, v, 20**-0.5)
     torch.testing.assert_close(found.double(), brute_force(q, k, v, 20**-0.5), atol=2e-5, rtol=0)
 
@@ -101,7 +105,7 @@ def test_alibi_in_bf16_is_as_near_as_bf16_attention_itself() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 8, 1500, 32, generator=generator).bfloat16() for _ in range(3))
     exact = brute_force(q, k, v, 32**-0.5)
-    found = attend(*add_alibi_columns(q, k, slopes(8), 32**-0.5), v, 32**-0.5)
+    found = attend(*widen(q, k, slopes(8), 32**-0.5), v, 32**-0.5)
     assert (found.double() - exact).norm() < 0.01 * exact.norm()
 
 
@@ -127,7 +131,7 @@ def test_slopes_are_positive_distinct_and_at_most_one_half_or_its_root(heads: in
 
 def test_alibi_columns_keep_widths_that_fused_kernels_take() -> None:
     for width in (8, 20, 32, 60, 64):
-        q, k = add_alibi_columns(torch.zeros(1, 2, 3, width), torch.zeros(1, 1, 3, width), slopes(2), 1.0)
+        q, k = widen(torch.zeros(1, 2, 3, width), torch.zeros(1, 1, 3, width), slopes(2), 1.0)
         assert q.shape[-1] == k.shape[-1]
         assert q.shape[-1] % 8 == 0
         assert q.shape[-1] - width in range(4, 12)
@@ -136,5 +140,5 @@ def test_alibi_columns_keep_widths_that_fused_kernels_take() -> None:
 def test_with_equal_content_nearer_tokens_weigh_more() -> None:
     q = torch.zeros(1, 2, 6, 8)
     v = torch.eye(6)[None, None].expand(1, 2, 6, 6)
-    weight = attend(*add_alibi_columns(q, q, slopes(2), 1.0), v, 1.0)[0, :, -1]
+    weight = attend(*widen(q, q, slopes(2), 1.0), v, 1.0)[0, :, -1]
     assert (weight[:, 1:] > weight[:, :-1]).all()
