@@ -158,6 +158,11 @@ def _dtype_of_products(device: torch.device) -> torch.dtype:
     return torch.float16 if is_before_bf16 else torch.bfloat16
 
 
+def _rate_of(learning_rate: Tensor | float, rows: int, columns: int) -> Tensor | float:
+    """Return the factor on an orthogonal matrix whose step is as large as AdamW's."""
+    return learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
+
+
 def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int | None) -> tuple[int, int, int]:
     """Return the rows of one matrix, the number of matrices, and their columns."""
     if weight.dim() < 2 or not weight.numel():
@@ -233,7 +238,7 @@ def muon_(
     """
     rows, count, columns = _check(weight, gradient, momentum, rows)
     skip = None if skip is None else skip.reshape(()) != 0
-    rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
+    rate = _rate_of(learning_rate, rows, columns)
     kept, on_card = 1.0 - learning_rate * decay, has_kernels(weight.device)
     noise = None if on_card else rounding_noise(weight, seed, purpose, step)
     size, dtype = rows * columns, _dtype_of_products(weight.device)
@@ -289,7 +294,7 @@ def muon_together_(
     assert len(sizes) == 1, "weights of one shape step together"
     ((rows, count, columns),) = sizes
     skip = None if skip is None else skip.reshape(()) != 0
-    rate = learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
+    rate = _rate_of(learning_rate, rows, columns)
     kept, size, device = 1.0 - learning_rate * decay, rows * count * columns, parts[0].weight.device
     at_once = max(1, TOGETHER // size)
     for first in range(0, len(parts), at_once):
