@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
-from lowvram_kernels.matmul.kept_casts import cast
+from lowvram_kernels.matmul.kept_casts import cast, joined
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
     along_columns,
@@ -56,6 +57,11 @@ class _NormLinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
         del normed
+        whole = joined(projections, x.dtype) if matmul_format == "plain" else None
+        if whole is not None:
+            assert isinstance(operand, Tensor), "of the plain format"
+            ys = F.linear(operand, whole).view(*x.shape[:-1], -1).split([p.shape[0] for p in projections], -1)
+            return stream, *ys
         ys = [forward(operand, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections]
         return stream, *ys
 
@@ -104,8 +110,9 @@ def norm_linears(
 
     x: [..., D] fp32|bf16|fp16.  weight: [D].  projections: [O_i, D] each, masters of any floating dtype, cast or
     quantised at use.  matmul_format: the numbers that are multiplied, see `quant_linear.py`.  added: of x's shape and
-    dtype.  Returns the stream, x or x + added, and one [..., O_i] in x's dtype per projection.  Who goes on with the
-    stream that is returned has its gradient added in the norm's own pass.  Gradients come in their arguments' dtypes.
+    dtype.  Returns the stream, x or x + added, and one [..., O_i] in x's dtype per projection; these are views of one
+    tensor where the kept casts of the projections are joined.  Who goes on with the stream that is returned has its
+    gradient added in the norm's own pass.  Gradients come in their arguments' dtypes.
     Saved for backward: the stream, one fp32 per row, the masters; the normalised rows are computed again.
     Raises ShapeError if weight is not [D], a projection is not [O, D], there is none, or a dtype does not fit.
     Source: Zhang & Sennrich 2019, eq. 4.

@@ -1,29 +1,43 @@
 """Copies of weights in the dtype of the products, made once for all micro-batches of a step.
 
 Without them each use of an fp32 master casts it anew: twice for each weight and micro-batch.  They cost 2 bytes for
-each number of the weights that have one, and never differ from a cast at use, so no result changes.
+each number of the weights that have one, and never differ from a cast at use, so no result changes; where projections
+of the same rows are joined, one product makes all of them, up to rounding the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 _copies: dict[Tensor, Tensor] = {}
+_joined: dict[tuple[Tensor, ...], Tensor] = {}
 
 
 class KeptCasts:
-    """The copies of some weights.  weights: masters; those that have the dtype already get no copy."""
+    """The copies of some weights.
 
-    def __init__(self, weights: Iterable[Tensor], dtype: torch.dtype) -> None:
-        self._copy_of = {
-            weight: torch.empty_like(weight, dtype=dtype, requires_grad=False)
-            for weight in weights
-            if weight.dtype != dtype
-        }
+    weights: masters; those that have the dtype already get no copy.  joined: groups of them that multiply the same
+    rows, whose copies lie below each other as one matrix.
+    """
+
+    def __init__(
+        self, weights: Iterable[Tensor], dtype: torch.dtype, joined: Iterable[tuple[Tensor, ...]] = ()
+    ) -> None:
+        self._copy_of: dict[Tensor, Tensor] = {}
+        self._joined: dict[tuple[Tensor, ...], Tensor] = {}
+        for group in joined:
+            if all(weight.dtype != dtype for weight in group):
+                outputs = [weight.shape[0] for weight in group]
+                whole = torch.empty(sum(outputs), group[0].shape[1], dtype=dtype, device=group[0].device)
+                self._joined[group] = whole
+                self._copy_of |= dict(zip(group, whole.split(outputs), strict=True))
+        for weight in weights:
+            if weight.dtype != dtype and weight not in self._copy_of:
+                self._copy_of[weight] = torch.empty_like(weight, dtype=dtype, requires_grad=False)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -34,12 +48,13 @@ class KeptCasts:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Let ops inside read the copies."""
-        global _copies
-        before, _copies = _copies, self._copy_of
+        global _copies, _joined
+        before = _copies, _joined
+        _copies, _joined = self._copy_of, self._joined
         try:
             yield
         finally:
-            _copies = before
+            _copies, _joined = before
 
 
 def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -54,3 +69,11 @@ def kept(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     copy = _copies.get(weight)
     return copy if copy is not None and copy.dtype == dtype else None
+
+
+def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Return the copies in use of several weights as one matrix, [sum of outputs, I]; None where there is none."""
+    if not _joined or torch.compiler.is_compiling():
+        return None
+    whole = _joined.get(tuple(weights))
+    return whole if whole is not None and whole.dtype == dtype else None
