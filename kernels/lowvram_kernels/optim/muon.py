@@ -82,7 +82,7 @@ RMS_OF_ADAMW = 0.2
 # Elements of the matrices that are orthogonalised at once: enough to fill a card with small ones.
 AT_ONCE = 2**22
 # Those of several weights that step together on a card: fewer launches for more memory.
-TOGETHER = 2**24
+TOGETHER = 3 * 2**22
 # As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
 # the weight is.
 _LEAD_WORK = {torch.bfloat16: (88, 10), torch.uint8: (162, 24)}
