@@ -21,7 +21,7 @@ EQUALLY_FAST = 0.02
 # Rows of logits that exist at a time, in the order in which they are tried.
 LOSS_CHUNKS = (512, 1024, 2048)
 # By what share a step must be faster for memory that is left over to be spent on it.
-WORTH_ITS_MEMORY = 0.01
+WORTH_ITS_MEMORY = 0.003
 _SMALLEST = "this is the smallest plan: one sequence at a time, every block computed again in backward"
 _NONE_ASKED_FOR = "no plan of the kind that you asked for fits; this one comes nearest"
 

@@ -237,7 +237,7 @@ def test_more_memory_never_makes_a_step_slower(overhead: float) -> None:
         pytest.param(2_000, 0.1, 1024, True, id="room-for-a-shorter-chunk-and-the-casts"),
         pytest.param(1_100, 0.1, 1024, False, id="room-for-a-shorter-chunk"),
         pytest.param(0, 0.1, None, False, id="no-room"),
-        pytest.param(10_000, 0.004, None, False, id="no-gain"),
+        pytest.param(10_000, 0.0004, None, False, id="no-gain"),
     ],
 )
 def test_memory_that_is_left_goes_to_longer_chunks_of_the_loss_and_then_to_kept_casts(
