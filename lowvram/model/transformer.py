@@ -127,6 +127,7 @@ class Transformer(nn.Module):
         self.table = None
         if config.positions.kind == "rope":
             self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
+        self.is_compiled = False  # whether the blocks go through torch.compile now
         # 16-bit copies of the weights, where the plan keeps them; only gradients are computed with them.
         self.kept_casts: KeptCasts | None = None
         if seed is not None:
@@ -194,11 +195,12 @@ class Transformer(nn.Module):
         if cache is None and isinstance(first, GqaAttention) and first.slope_H is not None:
             table = first.alibi_columns(token_BT.shape[1], x_BTD.dtype)
         loads = []
-        # What a block adds is passed on to the next norm, except where that would have to be kept for recomputation.
+        # What a block adds is passed on to the next norm, except where that would have to be kept for recomputation, and
+        # where blocks are compiled: the first one, to which nothing is added, would be a graph of its own.
         added_BTD: Tensor | None = None
         for block in self.blocks:
             assert isinstance(block, Block), "the list holds nothing else"
-            if recompute == "none":
+            if recompute == "none" and not self.is_compiled:
                 x_BTD, added_BTD, load_E = block(x_BTD, table, drop, cache, recompute, added_BTD)
             else:
                 run = _recomputed(block.whole) if recompute == "block" else block.whole

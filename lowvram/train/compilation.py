@@ -30,6 +30,7 @@ def compiled(model: Transformer) -> Iterator[None]:
             for block in model.blocks:
                 # A graph break would be a silent fallback.
                 block.compile(backend=BACKEND, fullgraph=True)
+            model.is_compiled = True
             yield
     except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         if is_out_of_memory(error):
@@ -40,6 +41,7 @@ def compiled(model: Transformer) -> Iterator[None]:
             "Type the same command with --compile off: the run learns the same.",
         ) from error
     finally:
+        model.is_compiled = False
         for block in model.blocks:
             block.compile(disable=True)
 

@@ -224,6 +224,7 @@ PLAN_KEYS = {
     "accumulate": int,
     "recompute": str,
     "loss_chunk": type(None),
+    "keep_casts": bool,
     "offload": str,
     "compile": bool,
 }
@@ -337,7 +338,11 @@ def test_a_presets_values_can_be_set_its_precision_too() -> None:
     plain = values("--gpu", "rtx5070", "--model", "tr-25m", "--micro-batch", "2", "--recompute", "none")["models"][0]
     exact = ("--set", "precision=fp32", "--micro-batch", "2", "--recompute", "none")
     exact = values("--gpu", "rtx5070", "--model", "tr-25m", *exact)["models"][0]
-    assert exact["plan"] == plain["plan"]
+    # A preset's plan comes from the file, in which nothing is spent on longer chunks and kept casts.
+    spent = {"loss_chunk", "keep_casts"}
+    assert {k: v for k, v in exact["plan"].items() if k not in spent} == {
+        k: v for k, v in plain["plan"].items() if k not in spent
+    }
     assert exact["peak_bytes"] > plain["peak_bytes"]
     assert exact["tokens_per_second"] < plain["tokens_per_second"]
 
