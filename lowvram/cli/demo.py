@@ -112,7 +112,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:
     """Make text, tokenizer and shards, or find them made."""
-    from lowvram.cli.data import pack_with_progress
+    from lowvram.api.packing import pack_task
+    from lowvram.api.texts import TextOptions
+    from lowvram.cli.tasks import run_task
     from lowvram.units import count_of, show_bytes
 
     train_file, valid_file = home / "text/train.txt", home / "text/valid.txt"
@@ -130,14 +132,16 @@ def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:
 
     _say(3, "Shards", "data", "pack", "FOLDER", "--tokenizer", "tok", "--out", "shards/train")
     for name, file in (("train", train_file), ("valid", valid_file)):
-        shards = pack_with_progress([file], tokenizer, home / "shards" / name)
+        [shards] = run_task(pack_task(TextOptions((file,)), home / "tok", home / "shards" / name)).shards
         _tell(f"{name}: {count_of(shards.tokens, 'token')} of {count_of(shards.documents, 'document')}")
     return tokenizer
 
 
 def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
     """Train the tokenizer, or load the one that is there and whole."""
-    from lowvram.cli.tokenizer import train_with_progress
+    from lowvram.api.texts import TextOptions
+    from lowvram.api.tokenizer_training import train_tokenizer_task
+    from lowvram.cli.tasks import run_task
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.errors import TokenizerError
     from lowvram.storage.disk import DISK
@@ -147,7 +151,7 @@ def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
             return Tokenizer.load(directory)
         except TokenizerError:
             DISK.delete(directory)  # an interruption left half of it
-    return train_with_progress([train_file], VOCABULARY, directory)
+    return run_task(train_tokenizer_task(TextOptions((train_file,)), directory, VOCABULARY)).tokenizer
 
 
 def _read_run_file(home: Path, tokenizer: Tokenizer) -> RunConfig:

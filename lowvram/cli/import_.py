@@ -5,10 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lowvram.data.tokenizer import Tokenizer
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,43 +24,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read, check, write, and say what came out."""
-    from lowvram.cli.console import bar, literal, notice, result
+    """Import it, and say what came out and what comes next."""
+    from lowvram.api.importing import import_task
+    from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.convert.hf.importer import import_weights
-    from lowvram.convert.hf.reader import open_hf
-    from lowvram.convert.hf.writer import refuse_existing
-    from lowvram.data.hf_tokenizer import HfTokenizer, load_tokenizer
+    from lowvram.cli.tasks import run_task
 
-    refuse_existing(arguments.out)
-    outside = open_hf(arguments.directory)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.directory, outside.config.vocabulary)
-    for said in outside.notices:
-        notice(said, "yellow")
-    with bar("Reading") as line:
-        checkpoint = import_weights(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
-    count = outside.config.num_parameters()
-    result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
-    # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
-    has_template = isinstance(tokenizer, HfTokenizer) and _has_template(tokenizer)
-    literal(
-        next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
-    )
-    place = json.dumps(arguments.out.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
+    imported = run_task(import_task(arguments.directory, arguments.out, arguments.tokenizer))
+    count, kind = imported.model.num_parameters(), imported.model.attention.kind
+    result(f"{imported.checkpoint}: {count:,} parameters, {kind.upper()}")
+    why = "--as dialogue: in turns, it has a chat template" if imported.has_foreign_template else ""
+    literal(next_step("chat", imported.path, why=why))
+    place = json.dumps(imported.path.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
     result(f"To train it further, write start_from = {place} below [train] in a run file.")
-
-
-def _has_template(tokenizer: Tokenizer) -> bool:
-    """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
-    from lowvram.cli.console import notice
-    from lowvram.errors import LowvramError
-    from lowvram.generate.chat_template import Message, load_chat_template
-
-    try:
-        template = load_chat_template(tokenizer)
-        if template is not None:
-            template.render([Message("user", "Merhaba")])
-    except LowvramError as error:
-        notice(f"The model is imported; its chat template cannot be used: {error}", "yellow")
-        return False
-    return template is not None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lowvram.units import parse_bytes, parse_count, parse_memory, show_bytes
+from lowvram.units import parse_bytes, parse_count, parse_memory, parse_share, show_bytes
 
 # Ten times what home-made models are trained on; more takes minutes to find out that it does not fit.
 MOST_CONTEXT = 2**20
@@ -33,11 +33,11 @@ def count(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """Read a share as a percentage, above 0 % and below 100 %; the sign is required, since 0.5 could mean either."""
-    number = float(text.removesuffix("%").replace(",", ".")) if text.endswith("%") else math.nan
-    if not 0.0 < number < 100.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of the documents; write it like 0.5%")
-    return number / 100
+    """Read a share as a percentage; an error becomes a usage message."""
+    try:
+        return parse_share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def count_up_to(most: int) -> Callable[[str], int]:

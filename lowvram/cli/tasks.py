@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from lowvram.api.tasks import Level, Notice, Progress, Result, Task
 from lowvram.cli.console import ProgressLine, bar, notice
@@ -17,7 +17,7 @@ def tell(said: Notice) -> None:
 
 def run_task(task: Task[Result]) -> Result:
     """Run a task, show what it yields, and return its result."""
-    with ExitStack() as shown:
+    with closing(task), ExitStack() as shown:
         line: ProgressLine | None = None
         what = ""
         while True:

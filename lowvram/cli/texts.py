@@ -1,4 +1,4 @@
-"""What `tokenizer train` and `data pack` share: the files they read, what was passed over, rows that are no text."""
+"""What `tokenizer train` and `data pack` share: the files they read, rows that are no text, words for the next step."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING
 from lowvram.cli.options import add_texts
 
 if TYPE_CHECKING:
-    from lowvram.data.bad_rows import BadRow, BadRows
-
-_SHOWN = 5
-_HINT = "--on-bad-row skip leaves such rows out, and --on-bad-row report lists them all."
-_FILE_HINT = "--on-bad-row skip leaves out single rows, never the rest of a file; report lists all such files."
+    from lowvram.api.texts import TextOptions
+    from lowvram.data.bad_rows import BadRow
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -30,40 +27,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that are meant, and say what was passed over."""
-    from lowvram.cli.console import notice
-    from lowvram.data.text_files import find_text_files
+def read_options(arguments: argparse.Namespace) -> TextOptions:
+    """Return which texts are read, and how; not where --on-bad-row is report, which makes nothing of them."""
+    from lowvram.api.texts import TextOptions
 
-    found = find_text_files(paths)
-    for line in found.describe():
-        notice(line)
-    return found.files
-
-
-def start_reading(arguments: argparse.Namespace) -> BadRows:
-    """Return what --on-bad-row asks for; the first rows that are skipped are shown."""
-    from lowvram.cli.console import notice
-    from lowvram.data.bad_rows import BadRows
-
-    shown = 0
-
-    def tell(row: BadRow) -> None:
-        nonlocal shown
-        shown += 1
-        if shown <= _SHOWN:
-            notice(f"Skipped: {row.what}")
-
-    return BadRows(arguments.on_bad_row, tell, _HINT, _FILE_HINT)
-
-
-def say_skipped(bad_rows: BadRows) -> None:
-    """Say how many rows were skipped, if any."""
-    from lowvram.cli.console import notice
-    from lowvram.units import count_of
-
-    if bad_rows.count:
-        notice(f"Skipped {bad_rows.count:,} of {count_of(bad_rows.rows, 'row')}: {bad_rows.describe()}.")
+    return TextOptions(tuple(arguments.text), arguments.field, arguments.on_bad_row, arguments.holdout)
 
 
 def report(arguments: argparse.Namespace, command: Sequence[str], options: Sequence[str | Path]) -> int:
@@ -72,31 +40,25 @@ def report(arguments: argparse.Namespace, command: Sequence[str], options: Seque
     command: the words of the command that was typed.  options: those that it was typed with and that say what is made
     of the texts, so that the next step makes the same of them.
     """
-    from lowvram.cli.console import bar, literal, result
+    from lowvram.api.texts import TextOptions, check_texts_task
+    from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.data.bad_rows import BadRows
-    from lowvram.data.text import documents_of
+    from lowvram.cli.tasks import run_task
     from lowvram.units import count_of
 
     def tell(row: BadRow) -> None:
         result(f"{row.what} {row.why}" if row.ends_file else row.what)
 
-    bad_rows = BadRows("report", tell)
-    files = find(arguments.text)
-    with bar("Reading") as line:
-        for _ in documents_of(files, arguments.field, line.tell, bad_rows):
-            pass
-    if not bad_rows.count:
-        rows = "The only row" if bad_rows.rows == 1 else f"All {bad_rows.rows:,} rows"
-        are = "is" if bad_rows.rows == 1 else "are"
-        result(f"{rows} of {count_of(len(files), 'file')} {are} text.")
+    found = run_task(check_texts_task(TextOptions(tuple(arguments.text), arguments.field), tell))
+    if not found.bad:
+        rows = "The only row" if found.rows == 1 else f"All {found.rows:,} rows"
+        are = "is" if found.rows == 1 else "are"
+        result(f"{rows} of {count_of(found.files, 'file')} {are} text.")
         literal(next_step(*command, *reading_words(arguments, "stop"), *options))
         return 0
-    are = "is" if bad_rows.count == 1 else "are"
-    result(f"{bad_rows.count:,} of {count_of(bad_rows.rows, 'row')} {are} bad: {bad_rows.describe()}.")
-    action, why = (
-        ("skip", "or mend them") if bad_rows.can_be_skipped else ("report", "when these are mended or left out")
-    )
+    are = "is" if found.bad == 1 else "are"
+    result(f"{found.bad:,} of {count_of(found.rows, 'row')} {are} bad: {found.summary}.")
+    action, why = ("skip", "or mend them") if found.can_be_skipped else ("report", "when these are mended or left out")
     literal(next_step(*command, *reading_words(arguments, action), *options, why=why))
     return 1
 

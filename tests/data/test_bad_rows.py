@@ -14,10 +14,11 @@ import pytest
 from lowvram.data.bad_rows import MOST_LOST, MOST_SKIPPED, BadRow, BadRows
 from lowvram.data.encoding import explain_not_utf8
 from lowvram.data.holdout import Holdout
-from lowvram.data.shards import pack, pack_split
+from lowvram.data.shards import pack, pack_each_shard
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
+from tests.data.conftest import follow
 from tests.flows.typed import Output, typed
 
 GOOD = [f"iyi belge {number}" for number in range(3)]
@@ -139,9 +140,8 @@ def test_what_is_skipped_and_what_is_left_does_not_depend_on_processes_or_a_resu
         counts.add((bad_rows.rows, *sorted(bad_rows.kinds.items())))
     assert counts == {(601, ("not JSON", 2), ("not UTF-8", 1))}
     assert len(hashes) == 1
-    sides = pack_split(
-        [place], small_tokenizer, tmp_path / "split", Holdout(0.3), processes=1, bad_rows=BadRows("skip")
-    )
+    options = {"holdout": Holdout(0.3), "processes": 1, "bad_rows": BadRows("skip")}
+    sides = follow(pack_each_shard([place], small_tokenizer, tmp_path / "split", **options))[0]
     assert sum(side.documents for side in sides) == 598
 
 
