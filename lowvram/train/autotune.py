@@ -31,7 +31,7 @@ class _Timing(NamedTuple):
     peak_bytes: int
 
 
-def settle_compilation(
+def autotune_compilation(
     trainer: Trainer, asked: bool | None, is_new: bool, limit_bytes: int | None = None
 ) -> Iterator[str]:
     """Decide on `trainer.plan.compile` before the run begins; yields what is being done, and the reason for the result.
@@ -86,7 +86,7 @@ def try_compilation(trainer: Trainer, limit_bytes: int | None = None) -> tuple[P
     return both, f"Compiled blocks are {gain:.2f} times as fast: {times}."
 
 
-def settle_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
+def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
     """Let the trainer replay its passes from a CUDA graph where that is faster and fits; yields the reason.
 
     This needs CUDA, and is not possible where weights move during backward.  asked: True uses the graph even without a

@@ -153,7 +153,7 @@ def refuse_other_model(config: RunConfig, hashes: dict[str, str], origin: Checkp
         )
 
 
-class Settled(NamedTuple):
+class ResolvedPlan(NamedTuple):
     """A plan and the reason for it.  is_kept: it is the run's plan so far, except for what the user requested."""
 
     plan: Plan
@@ -161,14 +161,14 @@ class Settled(NamedTuple):
     is_kept: bool
 
 
-def settle_plan(
+def resolve_plan(
     directory: Path,
     train: TrainConfig,
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
     compiled: bool | None = None,
     choose: Callable[[int | None, Recompute | None], tuple[Plan, str]] | None = None,
-) -> Settled:
+) -> ResolvedPlan:
     """Return the run's plan: its existing one or a new one, changed by the requested values (those that are not None).
 
     choose: makes the plan of a new run for the requested micro-batch and recomputation (default: `choose_plan`).
@@ -188,7 +188,7 @@ def settle_plan(
     if kept is None and is_torn:
         reason += f"; {_PLAN} cannot be read, so it is chosen anew"
     plan = plan.model_copy(update={name: value for name, value in requested.items() if value is not None})
-    return Settled(plan, reason, kept is not None)
+    return ResolvedPlan(plan, reason, kept is not None)
 
 
 def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool]:

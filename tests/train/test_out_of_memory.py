@@ -18,7 +18,7 @@ from lowvram.errors import TrainingError
 from lowvram.objective import Batch, Loss, causal_loss
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Halved, Saved, StepDone
-from lowvram.train.start import settle_plan
+from lowvram.train.start import resolve_plan
 from tests.tiny import prepare_home, tensors_of, tiny_run, trainer_of, unequal
 
 NO_MEMORY = torch.OutOfMemoryError
@@ -215,10 +215,10 @@ def test_a_halved_micro_batch_is_saved_with_the_checkpoint_and_found_where_the_p
 ) -> None:
     fail_at(monkeypatch, "forward", lambda batch: len(batch.sample_B) == 4)
     what = run_of(home, "saved")
-    assert settle_plan(what.run.dir, what.train).plan.micro_batch == 8
+    assert resolve_plan(what.run.dir, what.train).plan.micro_batch == 8
     trainer = trainer_of(what, 4)
     assert any(isinstance(event, Saved) for event in trainer.run())
-    plan, reason, is_kept = settle_plan(what.run.dir, what.train)
+    plan, reason, is_kept = resolve_plan(what.run.dir, what.train)
     assert (plan, reason, is_kept) == (trainer.plan, "this run's plan so far", True)
     assert plan == Plan(micro_batch=2, accumulate=4)
     assert not hasattr(trainer_of(what, 2).state, "plan")
