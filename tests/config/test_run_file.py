@@ -206,6 +206,7 @@ def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assig
             '"tr-130m-moe"\nattention = { value_dim = 97 }',
             r"value_dim is 97; it must not exceed nope_dim \+ rope_dim \(64 \+ 32\)",
         ),
+        ('"tr-60m"', '"tr-60m"\nlayers = 1025', r"layers is 1025: input should be less than or equal to 1024"),
         ("[data]", "[data", r"is not TOML"),
     ],
 )

@@ -24,9 +24,9 @@ from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
 from torch.nn import functional as F
 
-from tools.gpu_kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, error_of, plainly
-from tools.gpu_products import products
-from tools.gpu_timing import distance
+from tools.gpu.kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, error_of, plainly
+from tools.gpu.products import products
+from tools.gpu.timing import distance
 
 # The two backends agree bit for bit, except where a card's division decides a tie differently.
 _SAME = 1e-4

@@ -1,6 +1,6 @@
 """Measures tokens per CPU-second of this project's decoder and of transformers' generate() with the same weights.
 
-python tools/bench_decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
+python tools/bench/decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
                              [--rounds 5] [--cache plain] [--tiny]
 
 Weights are random: speed does not depend on them.  Both models have the same weights in the same dtype and compute with
@@ -28,7 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset
@@ -38,7 +38,7 @@ from lowvram.model.kv_cache import CacheForm
 from lowvram.model.transformer import Transformer
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
-from tools.bench_model import lay_for_reading
+from tools.bench.reading_model import lay_for_reading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
