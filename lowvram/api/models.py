@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowvram.generate.engine import Counts, Engine
     from lowvram.generate.precision import Precision
     from lowvram.generate.sampling import Sampler
-    from lowvram.model.kv_cache import CacheForm
+    from lowvram.model.kv_cache import CacheFormat
 
 # As `lowvram chat --tokens` has it.
 DEFAULT_TOKENS = 128
@@ -41,15 +41,15 @@ def load(
     from lowvram.api.loading import load_model
 
     loaded, notices = finish(load_model(Path(path), device, precision))
-    form = choose_cache(loaded, cache)
-    context, more = finish(find_max_context(loaded, 1, max_context, form))
+    cache_format = choose_cache(loaded, cache)
+    context, more = finish(find_max_context(loaded, 1, max_context, cache_format))
     if context.warning:
         more = (*more, Notice(context.warning, "warning"))
-    return Model(loaded, context.max_context, form, notices + more)
+    return Model(loaded, context.max_context, cache_format, notices + more)
 
 
-def choose_cache(loaded: LoadedModel, asked: str) -> CacheForm:
-    """Return the form in which a model remembers a text; raises ConfigError where its attention has no such form."""
+def choose_cache(loaded: LoadedModel, asked: str) -> CacheFormat:
+    """Return the format of a model's cache; raises ConfigError where its attention has no such format."""
     from lowvram.errors import ConfigError
 
     if asked == "fp8" and loaded.config.attention.kind != "mla":
@@ -69,7 +69,7 @@ class Model:
     """
 
     def __init__(
-        self, loaded: LoadedModel, max_context: int, cache: CacheForm = "plain", notices: tuple[Notice, ...] = ()
+        self, loaded: LoadedModel, max_context: int, cache: CacheFormat = "plain", notices: tuple[Notice, ...] = ()
     ) -> None:
         self.loaded, self.max_context, self.notices = loaded, max_context, notices
         self._cache = cache

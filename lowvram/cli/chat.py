@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
-    from lowvram.model.kv_cache import CacheForm
+    from lowvram.model.kv_cache import CacheFormat
 
 _DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other continues the
 text so far, to which each line that you type is added.  Ctrl-C stops an answer, Ctrl-D ends."""
@@ -105,7 +105,7 @@ def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
 
 
 def open_conversation(
-    loaded: LoadedModel, max_context: int, arguments: argparse.Namespace, cache: CacheForm
+    loaded: LoadedModel, max_context: int, arguments: argparse.Namespace, cache: CacheFormat
 ) -> Conversation:
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
     from lowvram.api.typed_text import read_typed
