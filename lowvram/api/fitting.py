@@ -277,11 +277,12 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
         known = yield from _evaluate_known_presets(result.target)
         instead = recommend(known, options.days)
     return dataclasses.replace(
-        result, changes=changes, faster=faster, remarks=tuple(_remark(result.text, answer)), instead=instead
+        result, changes=changes, faster=faster, remarks=tuple(remarks_about(result.text, answer)), instead=instead
     )
 
 
-def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
+def remarks_about(text: RunText | None, answer: FitReport) -> list[Remark]:
+    """Return what is said about the text of a run: how often it is read, and what to do if that is too often."""
     from lowvram.errors import DataError
     from lowvram.fit.epochs import Remark, remark_on
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,20 +11,19 @@ from lowvram.api.tasks import Notice, Progress, Task, finish
 
 if TYPE_CHECKING:
     from lowvram.api.fit_result import FitResult
-    from lowvram.api.target import Target
     from lowvram.fit.recommend import Advice
+    from lowvram.fit.report import MemoryBudget
 
 
-class WrittenRun(NamedTuple):
-    """A run file that was written.  advice: the preset and its tokens.  reason: for its precision, "" for none.
+class ChosenRun(NamedTuple):
+    """A run that a run file can be written for.  advice: the preset and its tokens.  reason: for its precision, or "".
 
-    has_folders: it names the user's folders; else it has gaps, which `train` names.
+    result: of a single model the evaluation of this run, whose tokens and precision may differ from the preset's.
     """
 
-    path: Path
+    result: FitResult
     advice: Advice
     reason: str
-    has_folders: bool
 
 
 def write_run_file(result: FitResult, out: str | Path) -> Path:
@@ -31,21 +31,30 @@ def write_run_file(result: FitResult, out: str | Path) -> Path:
 
     Raises ConfigError where `out` exists, where nothing fits, or where result's `data` has no shards or no tokenizer.
     """
-    return finish(write_run_task(result, Path(out)))[0].path
+    chosen, _ = finish(choose_run_task(result))
+    write_chosen_run(chosen, Path(out))
+    return Path(out)
 
 
-def write_run_task(result: FitResult, out: Path) -> Task[WrittenRun]:
-    """Do what `write_run_file` does, and yield its notices and its progress."""
-    from lowvram.fit.run_file_writer import write_run
+def choose_run_task(result: FitResult) -> Task[ChosenRun]:
+    """Return the run that `write_run_file` writes, and yield notices and progress; raises what it raises of presets."""
+    from lowvram.api.fitting import remarks_about
 
     advice = yield from _choose_preset(result)
-    advice, reason = yield from _prefer_fp32(advice, result.target)
-    train, model = advice.answer.train, advice.answer.model
-    if advice.tokens is not None:
-        train = train.model_copy(update={"tokens": advice.tokens})
-    folders = choose_folders(result.options.data) if result.options.data is not None else None
-    write_run(out, advice.answer.name, model, train, folders)
-    return WrittenRun(out, advice, reason, folders is not None)
+    advice, reason, budget = yield from _prefer_fp32(advice, result)
+    answer = advice.answer if advice.tokens is None else advice.answer.with_tokens(advice.tokens)
+    if result.options.is_alone:
+        remarks = tuple(remarks_about(result.text, answer))
+        result = dataclasses.replace(result, models=(answer,), budget=budget, remarks=remarks)
+    return ChosenRun(result, advice._replace(answer=answer, tokens=None), reason)
+
+
+def write_chosen_run(chosen: ChosenRun, out: Path) -> None:
+    """Write a run's file, with gaps, which `train` names, where `fit` was given no `data`."""
+    from lowvram.fit.run_file_writer import write_run
+
+    answer, data = chosen.advice.answer, chosen.result.options.data
+    write_run(out, answer.name, answer.model, answer.train, choose_folders(data) if data is not None else None)
 
 
 def choose_folders(data: Path) -> dict[str, str]:
@@ -92,20 +101,24 @@ def _choose_preset(result: FitResult) -> Task[Advice]:
     return advice
 
 
-def _prefer_fp32(advice: Advice, target: Target) -> Task[tuple[Advice, str]]:
-    """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is."""
+def _prefer_fp32(advice: Advice, result: FitResult) -> Task[tuple[Advice, str, MemoryBudget]]:
+    """Return a preset in fp32 where this processor was measured to be slower in bf16, and why; else as it is.
+
+    The memory budget is that of the precision.
+    """
     from lowvram.api import rehearsals
     from lowvram.api.target import notices_of
     from lowvram.fit.calibration_store import compare_precisions
     from lowvram.fit.suggestions import describe_slower, is_slower
 
-    answer, times = advice.answer, compare_precisions(target.profile)
+    answer, times = advice.answer, compare_precisions(result.target.profile)
     if answer.train.precision != "bf16" or not is_slower(times):
-        return advice, ""
-    train, budget = answer.train.model_copy(update={"precision": "fp32"}), target.budget("fp32")
+        return advice, "", result.budget
+    train, budget = answer.train.model_copy(update={"precision": "fp32"}), result.target.budget("fp32")
     yield from notices_of(budget)
     yield Progress(f"Rehearsing {answer.name} on paper")
     wide = rehearsals.rehearse_fit(answer.name, answer.model, train, budget)
     if not wide.fits:
-        return advice, f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'
-    return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}'
+        reason = f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'
+        return advice, reason, result.budget
+    return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}', budget
