@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lowvram.api.shell import quote_command
 from lowvram.api.tasks import Notice, Progress, Task, finish
+from lowvram.shell import quote_command
 
 if TYPE_CHECKING:
     from lowvram.api.fit_result import FitResult
@@ -59,12 +59,16 @@ def write_chosen_run(chosen: ChosenRun, out: Path) -> None:
 
 def choose_folders(data: Path) -> dict[str, str]:
     """Return the folders that a run file names, or raise ConfigError with what makes the one that is missing."""
+    from lowvram.data.shard_set import INDEX
+    from lowvram.data.unpacked import explain_unpacked
     from lowvram.errors import ConfigError
     from lowvram.fit.folders import find_folders
 
     found = find_folders(data)
     if found.is_packed and found.tokenizer is not None:
         return found.as_words()
+    if not found.is_packed and (unpacked := explain_unpacked(data, INDEX)):
+        raise unpacked
     tok = found.tokenizer or found.home / "tok"
     make = quote_command("lowvram", "tokenizer", "train", "TEXTS", "--out", tok)
     pack = quote_command("lowvram", "data", "pack", "TEXTS", "--tokenizer", tok, "--out", found.train)

@@ -150,7 +150,7 @@ def _say_slower(found: FitResult, is_json: bool) -> None:
 
 def _repeat(options: FitOptions) -> str:
     """Return this command with what it says about the machine and the text, as a shell takes it."""
-    from lowvram.api.shell import quote_command
+    from lowvram.shell import quote_command
 
     said: dict[str, object] = {"--gpu": options.gpu, "--memory": options.memory_bytes, "--ram": options.ram_bytes}
     said |= {"--desktop": options.desktop, "--data": options.data}
@@ -167,9 +167,9 @@ def _type_again(value: object) -> str:
 def _write(chosen: ChosenRun, out: Path) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
     from lowvram.api.run_file import write_chosen_run
-    from lowvram.api.shell import quote_command
     from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
+    from lowvram.shell import quote_command
 
     write_chosen_run(chosen, out)
     answer = chosen.advice.answer

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text as Cell
 
-from lowvram.api.shell import quote_command
 from lowvram.cli.console import lay_out, literal, out, result, table_width
 from lowvram.cli.fit_report import describe_technique
 from lowvram.errors import DataError
@@ -18,6 +17,7 @@ from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice, explain_too_little, limit_tokens
 from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.hardware.profile import measured_ids
+from lowvram.shell import quote_command
 from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
 
 # Cells of the bar, the widest first; a window that is too narrow for any of them gets none.

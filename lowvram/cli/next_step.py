@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowvram.api.shell import quote_command
+from lowvram.shell import quote_command
 
 
 def next_step(*words: str | Path, why: str = "") -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.api.shell import quote_command
 from lowvram.cli.ending import say_next
 from lowvram.cli.next_step import next_step
+from lowvram.shell import quote_command
 from lowvram.train.events import Stopped
 
 HARD = [
