@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_holdout, process_count
-from lowvram.cli.texts import add_reading, find, option_words, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, find, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
     from lowvram.data.shards import PackProgress, ShardSet
     from lowvram.data.tokenizer import Tokenizer
 
 TOKENIZER, OUT = Path("tok"), Path("shards")
-_DEFAULTS = {"tokenizer": TOKENIZER, "out": OUT, "holdout": None, "replace": False, "processes": None}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,7 +46,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from lowvram.data.shards import pack, pack_split
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("data", "pack"), option_words(arguments, _DEFAULTS))
+        return report(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
     out, bad_rows, files = arguments.out, start_reading(arguments), find(arguments.text)
 

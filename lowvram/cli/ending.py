@@ -47,11 +47,7 @@ def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> 
     from lowvram.cli.console import copyable
 
     if not ended.is_finished:
-        sets = [word for assignment in arguments.set for word in ("--set", assignment)]
-        device = [] if arguments.device == "auto" else ["--device", arguments.device]
-        # Unlike the other choices of a plan, this one is not kept in the run's folder.
-        graphs = [] if arguments.graphs == "auto" else ["--graphs", arguments.graphs]
-        copyable(next_step("train", arguments.run_file, *sets, *graphs, *device, why="goes on from here"))
+        copyable(next_step(*arguments.typed, why="goes on from here"))
         return
     run = near(what.run.dir)
     copyable(next_step("chat", run, why="talk to it"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,14 +66,13 @@ def say_skipped(bad_rows: BadRows) -> None:
         notice(f"Skipped {bad_rows.count:,} of {count_of(bad_rows.rows, 'row')}: {bad_rows.describe()}.")
 
 
-def report(arguments: argparse.Namespace, command: Sequence[str], options: Sequence[str | Path]) -> int:
+def report(arguments: argparse.Namespace) -> int:
     """Read everything, list every bad row and name the next step; return 1 if there are any.
 
-    command: the words of the command that was typed.  options: those that it was typed with and that say what is made
-    of the texts, so that the next step makes the same of them.
+    The next step is the command that was typed, with another value of --on-bad-row.
     """
     from lowvram.cli.console import bar, literal, result
-    from lowvram.cli.next_step import next_step
+    from lowvram.cli.next_step import next_step, with_value
     from lowvram.data.bad_rows import BadRows
     from lowvram.data.text import documents_of
     from lowvram.units import count_of
@@ -90,36 +89,19 @@ def report(arguments: argparse.Namespace, command: Sequence[str], options: Seque
         rows = "The only row" if bad_rows.rows == 1 else f"All {bad_rows.rows:,} rows"
         are = "is" if bad_rows.rows == 1 else "are"
         result(f"{rows} of {count_of(len(files), 'file')} {are} text.")
-        literal(next_step(*command, *reading_words(arguments, "stop"), *options))
+        literal(next_step(*with_value(arguments.typed, "--on-bad-row", "stop")))
         return 0
     are = "is" if bad_rows.count == 1 else "are"
     result(f"{bad_rows.count:,} of {count_of(bad_rows.rows, 'row')} {are} bad: {bad_rows.describe()}.")
     action, why = (
         ("skip", "or mend them") if bad_rows.can_be_skipped else ("report", "when these are mended or left out")
     )
-    literal(next_step(*command, *reading_words(arguments, action), *options, why=why))
+    literal(next_step(*with_value(arguments.typed, "--on-bad-row", action), why=why))
     return 1
 
 
-def reading_words(arguments: argparse.Namespace, on_bad_row: str) -> list[str | Path]:
-    """Return the words of the command line that say which texts are read, and how."""
+def reading_words(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return the words of another command that reads the same texts in the same way."""
     words: list[str | Path] = [*arguments.text]
     words += [] if arguments.field == "text" else ["--field", arguments.field]
-    return words + ([] if on_bad_row == "stop" else ["--on-bad-row", on_bad_row])
-
-
-def option_words(arguments: argparse.Namespace, defaults: Mapping[str, object]) -> list[str | Path]:
-    """Return the options of these names as they were typed, without those that have their default."""
-    from lowvram.data.holdout import show_share
-
-    words: list[str | Path] = []
-    for name, default in defaults.items():
-        value = getattr(arguments, name)
-        if value in (default, None):
-            continue
-        words.append(f"--{name}")
-        if name == "holdout":
-            words.append(show_share(value))
-        elif value is not True:
-            words.append(value if isinstance(value, Path) else str(value))
-    return words
+    return words + ([] if arguments.on_bad_row == "stop" else ["--on-bad-row", arguments.on_bad_row])

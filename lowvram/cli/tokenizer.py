@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_holdout, count
-from lowvram.cli.texts import add_reading, find, option_words, reading_words, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, find, reading_words, report, say_skipped, start_reading
 
 if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRows
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # The share that the next step names where the user named none.
 SHARE = 0.005
 VOCABULARY, OUT = 32768, Path("tok")
-_DEFAULTS = {"vocab": VOCABULARY, "out": OUT, "holdout": None, "replace": False}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,7 +47,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     from lowvram.data.holdout import Holdout, show_share
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("tokenizer", "train"), option_words(arguments, _DEFAULTS))
+        return report(arguments)
     holdout = Holdout(arguments.holdout) if arguments.holdout else None
     bad_rows, files = start_reading(arguments), find(arguments.text)
     if not arguments.replace and (arguments.out / "tokenizer.json").exists():
@@ -60,7 +59,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     result(f"{arguments.out}: {tokenizer.size} ids" + _explain_size(tokenizer.size, arguments.vocab))
     if holdout is None:
         notice("All of the text was read. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")
-    words = reading_words(arguments, arguments.on_bad_row)
+    words = reading_words(arguments)
     split = ("--holdout", show_share(holdout.share if holdout else SHARE))
     literal(next_step("data", "pack", *words, *split, "--tokenizer", arguments.out, "--out", "shards"))
     return 0
