@@ -31,6 +31,11 @@ def write_run_file(result: FitResult, out: str | Path) -> Path:
 
     Raises ConfigError where `out` exists, where nothing fits, or where result's `data` has no shards or no tokenizer.
     """
+    from lowvram.api.arguments import PATH, refuse_missing
+    from lowvram.api.fit_result import FitResult
+
+    refuse_missing("result", result, FitResult)
+    refuse_missing("out", out, *PATH)
     chosen, _ = finish(choose_run_task(result))
     write_chosen_run(chosen, Path(out))
     return Path(out)
@@ -61,7 +66,7 @@ def choose_folders(data: Path) -> dict[str, str]:
     """Return the folders that a run file names, or raise ConfigError with what makes the one that is missing."""
     from lowvram.data.shard_set import INDEX
     from lowvram.data.unpacked import explain_unpacked
-    from lowvram.errors import ConfigError
+    from lowvram.errors import ConfigError, argument
     from lowvram.fit.folders import find_folders
 
     found = find_folders(data)
@@ -79,7 +84,7 @@ def choose_folders(data: Path) -> dict[str, str]:
         fix = f"Put the tokenizer there with which the shards were packed, as {tok}; another one does not fit them."
     else:
         lacks, fix = "no folder tok, in it or beside it, and no shards", f"Make both: {make}, then {pack}"
-    raise ConfigError(f"--data {data} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
+    raise ConfigError(f"{argument('data', data)} has {lacks}.", "A run needs its shards and their tokenizer.", fix)
 
 
 def _choose_preset(result: FitResult) -> Task[Advice]:
@@ -89,7 +94,7 @@ def _choose_preset(result: FitResult) -> Task[Advice]:
 
     answers, text, advice = result.models, result.text, result.recommended
     if result.options.run_file is not None:
-        what = f"--out has nothing to write: {result.options.run_file} is a run file."
+        what = f"There is nothing to write: {result.options.run_file} is a run file."
         raise ConfigError(what, fix="Leave it out.")
     if result.options.is_alone:
         tokens = limit_tokens(answers[0], text)
@@ -98,10 +103,10 @@ def _choose_preset(result: FitResult) -> Task[Advice]:
         return Advice(answers[0], "", tokens or None)
     if advice is None and text is not None and any(answer.fits for answer in answers):
         what, why, fix = explain_too_little(answers, text)
-        raise ConfigError(f"--out has nothing to write. {what}", why, f"{fix} Or name a preset with --model.")
+        raise ConfigError(f"There is nothing to write. {what}", why, f"{fix} Or name a preset with `preset`.")
     if advice is None:
-        fix = "Name one with --model to write it all the same."
-        raise ConfigError("--out has nothing to write: no preset fits.", fix=fix)
+        fix = "Name one with `preset` to write it all the same."
+        raise ConfigError("There is nothing to write: no preset fits.", fix=fix)
     return advice
 
 

@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _has_template(tokenizer: Tokenizer) -> bool:
     """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
     from lowvram.cli.console import notice
+    from lowvram.cli.spelling import as_options
     from lowvram.errors import LowvramError
     from lowvram.generate.chat_template import Message, load_chat_template
 
@@ -65,6 +66,6 @@ def _has_template(tokenizer: Tokenizer) -> bool:
         if template is not None:
             template.render([Message("user", "Merhaba")])
     except LowvramError as error:
-        notice(f"The model is imported; its chat template cannot be used: {error}", "yellow")
+        notice(as_options(f"The model is imported; its chat template cannot be used: {error}"), "yellow")
         return False
     return template is not None

@@ -107,7 +107,7 @@ class ShardSet:
         if not index.exists() and (unpacked := explain_unpacked(Path(directory), INDEX)):
             raise unpacked
         if not Path(directory).is_dir():
-            fix = "Name the folder that was the --out of `lowvram data pack`."
+            fix = "Name the folder that `lowvram data pack` wrote."
             raise DataError(f"The folder {directory} does not exist.", "Shards were to be read from it.", fix)
         if not index.exists():
             inside = [

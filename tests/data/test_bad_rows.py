@@ -168,7 +168,7 @@ def test_skipping_ends_at_its_limits_and_reporting_never(good: int, bad: int, st
     assert reported.can_be_skipped != stops
     if stops:
         with pytest.raises(
-            DataError, match=r"rows so far are bad.*not JSON.*The first: a\.jsonl:0 .*--on-bad-row report"
+            DataError, match=r"rows so far are bad.*not JSON.*The first: a\.jsonl:0 .*`on_bad_row=.report.` lists"
         ):
             take_all(BadRows("skip"))
     else:

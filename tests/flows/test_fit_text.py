@@ -155,7 +155,7 @@ def test_of_a_text_too_little_for_one_step_no_run_file_is_written_unasked(tmp_pa
     words = ("fit", "--gpu", "rtx5070", "--data", tmp_path / "shards", "--out", tmp_path / "run.toml")
     answer = typed(*words)
     assert answer.code == 1
-    assert f"--out has nothing to write. This text of {tokens:,} tokens is too little for tr-25m." in answer.err
+    assert f"There is nothing to write. This text of {tokens:,} tokens is too little for tr-25m." in answer.err
     assert answer.err.splitlines()[-1].endswith("Or name a preset with --model.")
     assert not (tmp_path / "run.toml").exists()
     found = values("--gpu", "rtx5070", "--data", tmp_path / "shards")
