@@ -29,14 +29,14 @@ def calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target)
     device, notices = choose_device("auto")
     yield from notices
     if device.type != target.profile.platform:
-        fix = "Install a torch for it, or leave --measure out."
+        fix = "Install a torch for it, or leave `measure` out."
         raise MachineError(f"{target.profile.name} cannot be timed.", f"torch trains on {device} here.", fix)
     if train.update_during_backward:
         fix = "Measure a preset of about that size: what is found holds for the card, whatever is trained on it."
-        raise ConfigError(f"{name} updates during backward.", "--measure times gradients and updates apart.", fix)
+        raise ConfigError(f"{name} updates during backward.", "`measure` times gradients and updates apart.", fix)
     if not (yield from _calibrate(name, model, train, target, device)):
         raise MachineError(
-            f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller preset: --model."
+            f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller one, with `preset`."
         )
     if device.type != "cpu" or train.precision not in _COMPARED:
         return

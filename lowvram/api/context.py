@@ -100,11 +100,15 @@ def _warn(loaded: LoadedModel, max_context: int) -> str:
 
 
 def _too_long(wanted: int, slots: int, needed: int, limit_bytes: int, fitting: int) -> Exception:
-    from lowvram.errors import MachineError
+    from lowvram.errors import MachineError, argument
     from lowvram.units import show_bytes
 
     texts = f"{slots} texts of {wanted:,} tokens need" if slots > 1 else f"A text of {wanted:,} tokens needs"
-    fix = f"Give --context {fitting}, or fewer texts at once." if fitting > 1 else "End what else runs on the card."
+    fix = (
+        f"Give {argument('max_context', fitting)}, or fewer texts at once."
+        if fitting > 1
+        else "End what else runs on the card."
+    )
     return MachineError(
         f"{texts} {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from lowvram.api.fit_result import FitOptions, FitResult
-from lowvram.api.tasks import Notice, Progress, Task, finish
+from lowvram.api.tasks import Notice, Progress, Task
 
 if TYPE_CHECKING:
     from lowvram.api.target import Target
@@ -51,12 +51,22 @@ def fit(
     Raises ConfigError for options that say nothing together, or naming the nearest cards, presets or keys; DataError
     for shards that cannot be read; MachineError where nothing can be measured here.
     """
+    from lowvram.api.arguments import PATH, refuse_count, refuse_type
     from lowvram.api.overrides import assignments
-    from lowvram.api.progress import with_bar
+    from lowvram.api.progress import carry_out
+    from lowvram.config.plan import TECHNIQUES
     from lowvram.errors import refuse_unknown
     from lowvram.hardware.profile import Desktop
 
+    refuse_type("run", run, *PATH)
+    refuse_type("gpu", gpu, str)
     refuse_unknown("desktop", desktop, get_args(Desktop))
+    refuse_type("preset", preset, str)
+    refuse_count("micro_batch", micro_batch)
+    refuse_unknown("recompute", recompute, TECHNIQUES)
+    refuse_type("days", days, int, float)
+    refuse_type("measure", measure, bool)
+    refuse_type("data", data, *PATH)
     options = FitOptions(
         run_file=Path(run) if run is not None else None,
         gpu=gpu,
@@ -73,20 +83,23 @@ def fit(
     if days is not None:
         options = dataclasses.replace(options, days=days)
     task = fit_task(options)
-    found, notices = finish(with_bar(task) if progress else task)
+    found, notices = carry_out(task, progress)
     return dataclasses.replace(found, notices=notices)
 
 
 def _read_size(name: str, value: str | int | None) -> int | None:
-    from lowvram.errors import ConfigError
+    from lowvram.api.arguments import refuse_count, refuse_type
+    from lowvram.errors import ConfigError, argument
     from lowvram.units import parse_memory
 
+    refuse_type(name, value, int, str)
     if value is None or isinstance(value, int):
+        refuse_count(name, value)
         return value
     try:
         return parse_memory(value)
     except ValueError as error:
-        raise ConfigError(f"{name} is {value!r}.", f"{error}.", f'Write {name}="8GB".') from error
+        raise ConfigError(f"{argument(name)} is {value!r}.", f"{error}.", f"Write {argument(name, '8GB')}.") from error
 
 
 def fit_task(options: FitOptions) -> Task[FitResult]:
@@ -125,19 +138,20 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
 
 def refuse_contradictions(options: FitOptions) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
-    from lowvram.errors import ConfigError
+    from lowvram.errors import ConfigError, argument
 
     run_file, is_alone = options.run_file, options.is_alone
     if run_file is not None and options.gpu and not run_file.exists() and run_file.suffix != ".toml":
         words = f"{options.gpu} {run_file}"
-        raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
+        raise ConfigError(f"There is no run file {run_file}.", fix=f"Two words go in quotes: {argument('gpu', words)}.")
+    name_one = "Name it: a run file, or a preset (`preset`)."
     for is_wrong, what, fix in (
-        (run_file and options.preset, "A run file and --model were both given.", "Leave one of them out."),
-        (options.overrides and not is_alone, "--set changes one run.", "Name it: RUN.toml, or --model PRESET."),
-        (options.micro_batch and not is_alone, "--micro-batch is for one run.", "Name RUN.toml, or --model PRESET."),
-        (run_file and options.data, f"--data and {run_file} both name the text.", "Leave --data out."),
-        (options.desktop and options.is_here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
-        (options.measure and not options.is_here, "--measure times this machine.", "Leave --gpu and --memory out."),
+        (run_file and options.preset, "A run file and `preset` were both given.", "Leave one of them out."),
+        (options.overrides and not is_alone, "Values are overridden (`overrides`) of one run only.", name_one),
+        (options.micro_batch and not is_alone, "A plan (`micro_batch`) is of one run only.", name_one),
+        (run_file and options.data, f"`data` and {run_file} both name the text.", "Leave `data` out."),
+        (options.desktop and options.is_here, "`desktop` is for a card elsewhere.", "Here, what is free now counts."),
+        (options.measure and not options.is_here, "`measure` times this machine.", "Leave `gpu` and `memory` out."),
     ):
         if is_wrong:
             raise ConfigError(what, fix=fix)
@@ -277,11 +291,12 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
         known = yield from _evaluate_known_presets(result.target)
         instead = recommend(known, options.days)
     return dataclasses.replace(
-        result, changes=changes, faster=faster, remarks=tuple(_remark(result.text, answer)), instead=instead
+        result, changes=changes, faster=faster, remarks=tuple(remarks_about(result.text, answer)), instead=instead
     )
 
 
-def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
+def remarks_about(text: RunText | None, answer: FitReport) -> list[Remark]:
+    """Return what is said about the text of a run: how often it is read, and what to do if that is too often."""
     from lowvram.errors import DataError
     from lowvram.fit.epochs import Remark, remark_on
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.arguments import carry_out, read_path
+from lowvram.api.arguments import PATH, refuse_missing, refuse_type
+from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Task, count_progress
 
 if TYPE_CHECKING:
@@ -43,11 +44,10 @@ def import_model(
     Raises CheckpointError where `out` exists, a weight holds no numbers or the tokenizer is not the model's;
     ExportError for a model that lowvram cannot compute; TokenizerError; DiskFullError.
     """
-    task = import_task(
-        read_path("directory", directory),
-        read_path("out", out),
-        read_path("tokenizer", tokenizer) if tokenizer is not None else None,
-    )
+    refuse_missing("directory", directory, *PATH)
+    refuse_missing("out", out, *PATH)
+    refuse_type("tokenizer", tokenizer, *PATH)
+    task = import_task(Path(directory), Path(out), Path(tokenizer) if tokenizer is not None else None)
     found, notices = carry_out(task, progress)
     return dataclasses.replace(found, notices=notices)
 

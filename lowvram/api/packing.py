@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.arguments import carry_out, read_count, read_flag, read_path
+from lowvram.api.arguments import PATH, refuse_count, refuse_missing
+from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
@@ -72,14 +73,13 @@ def pack(
     Raises ConfigError for an argument that cannot be meant, TokenizerError where there is no tokenizer, DataError for
     text that cannot be read or where `out` holds something else, BusyError, DiskFullError.
     """
-    task = pack_task(
-        read_text_options(texts, field, on_bad_row, holdout),
-        read_path("tokenizer", tokenizer),
-        read_path("out", out),
-        read_flag("replace", replace),
-        read_count("processes", processes, "4"),
-    )
-    found, notices = carry_out(task, progress)
+    options = read_text_options(texts, field, on_bad_row, holdout)
+    refuse_missing("out", out, *PATH)
+    refuse_missing("tokenizer", tokenizer, *PATH)
+    refuse_missing("replace", replace, bool)
+    refuse_missing("processes", processes, int)
+    refuse_count("processes", processes)
+    found, notices = carry_out(pack_task(options, Path(tokenizer), Path(out), replace, processes), progress)
     return dataclasses.replace(found, notices=notices)
 
 

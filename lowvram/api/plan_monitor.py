@@ -10,7 +10,7 @@ import torch
 from lowvram.api.rehearsals import rehearse_on, suggest_changes
 from lowvram.api.target import detect_target_of
 from lowvram.config.plan import Ledger, Plan, Recompute
-from lowvram.errors import MachineError, MemoryRanOutError
+from lowvram.errors import MachineError, MemoryRanOutError, argument
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.fit.report import FitReport, evaluate_fit
 from lowvram.fit.search import ANY, PlanConstraints
@@ -84,7 +84,7 @@ class PlanMonitor:
         return MachineError(
             f"This run does not fit on {budget.profile.name} now.",
             f"Its smallest plan takes {show_bytes(least)}, and tensors have {has} there.",
-            f"{fix[0].upper()}{fix[1:]}  --micro-batch 1 --recompute block tries it all the same.",
+            f'{fix[0].upper()}{fix[1:]}  `micro_batch=1` with `recompute="block"` tries it all the same.',
         )
 
     def adapt(self, plan: Plan) -> Plan:
@@ -106,7 +106,7 @@ class PlanMonitor:
         found = suggest_changes(config.model, config.train, self.budget._replace(limit_bytes=room))
         if not found:
             return error
-        sets = [" ".join(f"--set {assignment}" for assignment in change.sets) for change in found]
+        sets = [argument("overrides", list(change.sets)) for change in found]
         rows = (f"{words} ({change.says}; {change.costs})" for words, change in zip(sets, found, strict=True))
         return MemoryRanOutError(
             error.what, error.why, f"{error.fix}  In a new run.dir would fit: {'; or '.join(rows)}."

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lowvram.api.arguments import carry_out, read_name, read_paths, read_share
+from lowvram.api.arguments import read_paths, read_share, refuse_missing
+from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Result, Task
 from lowvram.errors import refuse_unknown
 
@@ -21,8 +22,8 @@ Texts = str | Path | Sequence[str | Path]
 OnBadRow = Literal["stop", "skip"]
 # As many rows that are skipped are shown.
 _SHOWN = 5
-_HINT = "--on-bad-row skip leaves such rows out, and --on-bad-row report lists them all."
-_FILE_HINT = "--on-bad-row skip leaves out single rows, never the rest of a file; report lists all such files."
+_HINT = '`on_bad_row="skip"` leaves such rows out, and `check_texts` lists them all.'
+_FILE_HINT = '`on_bad_row="skip"` leaves out single rows, never the rest of a file; `check_texts` lists all such files.'
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ def read_text_options(
     texts: Texts, field: str, on_bad_row: OnBadRow = "stop", holdout: float | str | None = None
 ) -> TextOptions:
     """Return the options of a caller in Python; raises ConfigError naming the argument that cannot be meant."""
+    refuse_missing("field", field, str)
+    refuse_missing("on_bad_row", on_bad_row, str)
     refuse_unknown("on_bad_row", on_bad_row, get_args(OnBadRow))
-    return TextOptions(
-        read_paths("texts", texts), read_name("field", field), on_bad_row, read_share("holdout", holdout)
-    )
+    return TextOptions(read_paths("texts", texts), field, on_bad_row, read_share("holdout", holdout))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.arguments import carry_out, read_count, read_flag, read_path
+from lowvram.api.arguments import PATH, read_count, refuse_missing
+from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
@@ -57,13 +58,10 @@ def train_tokenizer(
     Raises ConfigError for an argument that cannot be meant, DataError for text that cannot be read, TokenizerError for
     a vocabulary out of range or where `out` holds another tokenizer.
     """
-    task = train_tokenizer_task(
-        read_text_options(texts, field, on_bad_row, holdout),
-        read_path("out", out),
-        read_count("vocabulary", vocabulary),
-        read_flag("replace", replace),
-    )
-    found, notices = carry_out(task, progress)
+    options, size = read_text_options(texts, field, on_bad_row, holdout), read_count("vocabulary", vocabulary)
+    refuse_missing("out", out, *PATH)
+    refuse_missing("replace", replace, bool)
+    found, notices = carry_out(train_tokenizer_task(options, Path(out), size, replace), progress)
     return dataclasses.replace(found, notices=notices)
 
 
@@ -76,7 +74,7 @@ def train_tokenizer_task(
 
     files = yield from find_texts(options)
     if not replace and (out / "tokenizer.json").exists():
-        yield Notice(f"{out} holds a tokenizer; another one is written there only with --replace.")
+        yield Notice(f"{out} holds a tokenizer; another one is written there only with `replace=True`.")
     skipped = SkippedRows(options.on_bad_row)
     learning = _learn(files, options, out, vocabulary, replace, skipped.bad_rows)
     tokenizer, left_out_bytes = yield from skipped.tell_beside(learning)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.progress import with_bar, with_step_bar
-from lowvram.api.tasks import Notice, Progress, Task, finish
+from lowvram.api.progress import carry_out, with_step_bar
+from lowvram.api.tasks import Notice, Progress, Task
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -120,9 +120,20 @@ def train(
     MachineError where the device is not here or nothing fits, BusyError where another process trains in the run's
     directory, TrainingError where training cannot go on.
     """
+    from lowvram.api.arguments import PATH, refuse_count, refuse_missing, refuse_type
+    from lowvram.config.plan import TECHNIQUES
+    from lowvram.config.run import RunConfig
+    from lowvram.errors import refuse_unknown
+
+    refuse_missing("run", run, *PATH, RunConfig)
+    refuse_missing("device", device, str)
+    refuse_count("micro_batch", micro_batch)
+    refuse_unknown("recompute", recompute, TECHNIQUES)
+    refuse_type("compile", compile, bool)
+    refuse_type("graphs", graphs, bool)
     config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides)
     task = prepare_run(config, device, PlanOptions(micro_batch, recompute, compile, graphs))
-    prepared, notices = finish(with_bar(task) if progress else task)
+    prepared, notices = carry_out(task, progress)
     return TrainingRun(prepared, notices, progress)
 
 

@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in CPU_MANNERS.items():
         os.environ.setdefault(name, value)
     with lasting_stderr():
-        arguments = build_parser().parse_args(argv)
+        typed = list(sys.argv[1:] if argv is None else argv)
+        # What a command proposes to type next may be what was typed, but for one word.
+        arguments = build_parser().parse_args(typed, argparse.Namespace(typed=typed))
         if not had_output:
             sys.stderr.write("Standard output is closed: results are shown nowhere.\n")
         return _run(arguments)

@@ -16,6 +16,7 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
+from lowvram.cli.spelling import as_options
 from lowvram.cli.wrapping import WordWrap, wrap_words
 from lowvram.units import show_duration
 
@@ -45,8 +46,8 @@ def quote(value: object) -> str:
 
 
 def show_error(text: str) -> None:
-    """Print an error as one paragraph."""
-    words = Text(_wrap(f"Error: {clean(text)}", err))
+    """Print an error as one paragraph, with options where it names arguments."""
+    words = Text(_wrap(f"Error: {clean(as_options(text))}", err))
     words.stylize("bold red", 0, len("Error:"))
     err.print(words)
 

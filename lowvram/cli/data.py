@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.packing import DEFAULT_OUT, DEFAULT_TOKENIZER
 from lowvram.cli.options import add_holdout, process_count
-from lowvram.cli.texts import add_reading, option_words, read_options, report
+from lowvram.cli.texts import add_reading, read_options, report
 
 if TYPE_CHECKING:
     from lowvram.api.packing import PackedShards
-
-_DEFAULTS = {"tokenizer": DEFAULT_TOKENIZER, "out": DEFAULT_OUT, "holdout": None, "replace": False, "processes": None}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,7 +43,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from lowvram.cli.tasks import run_task
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("data", "pack"), option_words(arguments, _DEFAULTS))
+        return report(arguments)
     options = read_options(arguments)
     given = (arguments.tokenizer, arguments.out, arguments.replace, arguments.processes)
     packed = run_task(pack_task(options, *given))

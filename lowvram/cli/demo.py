@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.shell import quote_command
-from lowvram.cli.options import add_device
+from lowvram.cli.options import add_device, device_words
+from lowvram.shell import quote_command
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -94,8 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not _train(what, arguments):
         again = ["--text", arguments.text] if arguments.text else []
-        device = [] if arguments.device == "auto" else ["--device", arguments.device]
-        _tell_command("You stopped it.  Go on with:", "demo", *again, "--dir", arguments.dir, *device)
+        _tell_command("You stopped it.  Go on with:", "demo", *again, "--dir", arguments.dir, *device_words(arguments))
         return STOPPED
 
     _say(7, "Bits per byte of held-out text", "evaluate", arguments.dir / "run")

@@ -195,11 +195,12 @@ def _tabulate(groups: Sequence[Sequence[str]], ops: dict[str, Choice]) -> Table:
 def _show_findings(findings: Sequence[Finding]) -> None:
     from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
+    from lowvram.cli.spelling import as_options
 
     for finding in findings:
         result()
         result(f"{'Fatal' if finding.is_fatal else 'Note'}: {finding.value}")
-        result(f"  what follows  {finding.consequence}")
+        result(f"  what follows  {as_options(finding.consequence)}")
         if finding.command:
             literal(f"  to mend it    {finding.command}")
     result()
@@ -219,13 +220,14 @@ def _show_json(
 ) -> None:
     """Print one JSON object; its schema is kept by a test.  device: None where torch does not import."""
     from lowvram.cli.console import literal
+    from lowvram.cli.spelling import as_options
 
     values = {
         "gpu": gpu,
         "device": device,
         "machine": machine,
         "ops": [{"op": op, **choice._asdict()} for op, choice in ops.items()],
-        "findings": [finding._asdict() for finding in findings],
+        "findings": [{**finding._asdict(), "consequence": as_options(finding.consequence)} for finding in findings],
         "can_train": not any(finding.is_fatal for finding in findings),
     }
     literal(json.dumps(values, ensure_ascii=False))

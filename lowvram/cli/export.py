@@ -66,11 +66,11 @@ def _show_directory(exported: Exported) -> None:
 
 def _show_file(exported: Exported) -> None:
     from lowvram.api.exporting import compare_with_llama_cpp
-    from lowvram.api.shell import quote_command
     from lowvram.cli.console import literal, result
     from lowvram.cli.tasks import run_task
     from lowvram.convert.gguf.writer import LEAST_BUILD, LEAST_PYTHON
     from lowvram.generate.chat_template import is_dialogue
+    from lowvram.shell import quote_command
     from lowvram.units import show_bytes
 
     result(f"{exported.path}: {exported.tensors} tensors, {show_bytes(exported.size_bytes)}")

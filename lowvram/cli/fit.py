@@ -11,6 +11,7 @@ from lowvram.cli.options import count, days, memory
 
 if TYPE_CHECKING:
     from lowvram.api.fit_result import FitOptions, FitResult
+    from lowvram.api.run_file import ChosenRun
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,6 +60,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(arguments: argparse.Namespace) -> None:
     """Judge and print."""
     from lowvram.api.fitting import fit_task
+    from lowvram.api.run_file import choose_run_task
     from lowvram.cli.console import literal, notice, result
     from lowvram.cli.fit_report import explain, show_one
     from lowvram.cli.tasks import run_task
@@ -66,18 +68,23 @@ def run(arguments: argparse.Namespace) -> None:
     options = _read_options(arguments)
     _refuse_contradictions(options, arguments.out)
     found = run_task(fit_task(options))
+    chosen = None
+    if arguments.out is not None and options.is_alone:
+        # The file may hold fewer tokens than the preset, or another precision: what is shown is what is written.
+        chosen = run_task(choose_run_task(found))
+        found = chosen.result
     if arguments.json:
         literal(json.dumps(found.as_dict(), ensure_ascii=False))
     elif options.is_alone:
         show_one(found)
     else:
-        _show_table(found)
+        _show_table(found, arguments.out)
     if options.run_file is None:
         _say_slower(found, arguments.json)
     for line in explain(found) if arguments.explain else ():
         (notice if arguments.json else result)(line)
     if arguments.out is not None:
-        _write(found, arguments.out)
+        _write(chosen or run_task(choose_run_task(found)), arguments.out)
 
 
 def _read_options(arguments: argparse.Namespace) -> FitOptions:
@@ -122,10 +129,10 @@ def _refuse_contradictions(options: FitOptions, out: Path | None) -> None:
         choose_folders(options.data)
 
 
-def _show_table(found: FitResult) -> None:
+def _show_table(found: FitResult, out: Path | None) -> None:
     from lowvram.cli.fit_table import Advised, show_table
 
-    advised = Advised(found.first_run, found.recommended, _repeat(found.options))
+    advised = Advised(found.first_run, found.recommended, _repeat(found.options), out)
     show_table(found.models, found.budget, advised, found.text)
 
 
@@ -143,7 +150,7 @@ def _say_slower(found: FitResult, is_json: bool) -> None:
 
 def _repeat(options: FitOptions) -> str:
     """Return this command with what it says about the machine and the text, as a shell takes it."""
-    from lowvram.api.shell import quote_command
+    from lowvram.shell import quote_command
 
     said: dict[str, object] = {"--gpu": options.gpu, "--memory": options.memory_bytes, "--ram": options.ram_bytes}
     said |= {"--desktop": options.desktop, "--data": options.data}
@@ -157,17 +164,16 @@ def _type_again(value: object) -> str:
     return f"{value // 2**30}GB" if value % 2**30 == 0 else f"{value // 2**20}MiB"
 
 
-def _write(found: FitResult, out: Path) -> None:
+def _write(chosen: ChosenRun, out: Path) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
-    from lowvram.api.run_file import write_run_task
-    from lowvram.api.shell import quote_command
+    from lowvram.api.run_file import write_chosen_run
     from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
-    from lowvram.cli.tasks import run_task
+    from lowvram.shell import quote_command
 
-    advice, reason, has_folders = run_task(write_run_task(found, out))[1:]
-    begin = "" if has_folders else "put your folders into it, then "
-    lasts = f", {describe_time(advice)}" if advice.answer.days_range is not None else ""
-    command = quote_command("lowvram", "train", out)
-    because = f"; {reason}" if reason else ""
-    notice(f"Wrote {out} ({advice.answer.name}{lasts}{because}): {begin}{command}", "green")
+    write_chosen_run(chosen, out)
+    answer = chosen.advice.answer
+    begin = "" if chosen.result.options.data is not None else "put your folders into it, then "
+    lasts = f", {describe_time(chosen.advice)}" if answer.days_range is not None else ""
+    because = f"; {chosen.reason}" if chosen.reason else ""
+    notice(f"Wrote {out} ({answer.name}{lasts}{because}): {begin}{quote_command('lowvram', 'train', out)}", "green")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -13,9 +14,10 @@ from lowvram.cli.fit_report import describe_technique
 from lowvram.errors import DataError
 from lowvram.fit.epochs import ENOUGH_PASSES, RunText, round_down
 from lowvram.fit.evidence import describe_evidence
-from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice, explain_too_little
+from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice, explain_too_little, limit_tokens
 from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.hardware.profile import measured_ids
+from lowvram.shell import quote_command
 from lowvram.units import show_bytes, show_count, show_duration_range, show_energy_range
 
 # Cells of the bar, the widest first; a window that is too narrow for any of them gets none.
@@ -26,11 +28,15 @@ _LEFT = {"preset", "fits", "peak", "technique"}
 
 
 class Advised(NamedTuple):
-    """What is recommended.  first, long: None where nothing is.  command: `lowvram fit` with the card's options."""
+    """What is recommended.  first, long: None where nothing is.  command: `lowvram fit` with the card's options.
+
+    written: the file that this command writes for the long run, None for none.
+    """
 
     first: Advice | None
     long: Advice | None
     command: str
+    written: Path | None = None
 
 
 def show_table(answers: Sequence[FitReport], budget: MemoryBudget, advised: Advised, text: RunText | None) -> None:
@@ -81,25 +87,29 @@ def _show_advice(answers: Sequence[FitReport], budget: MemoryBudget, advised: Ad
         says = f"An hour on {budget.profile.name} is too short for every preset"
         result(f"{says}: `lowvram demo` trains a smaller model in minutes.")
     elif not is_one_run:
-        _show_run("A first run", advised.first, advised.command)
+        _show_run("A first run", advised.first, advised, text)
     # A first run of the same preset has written the file, and the long one goes on with it.
-    command = "" if is_one_preset and not is_one_run else advised.command
-    _show_run("A run" if is_one_run else "A long run", advised.long, command)
+    has_file = is_one_preset and not is_one_run
+    _show_run("A run" if is_one_run else "A long run", advised.long, advised, text, has_file)
     if any(not answer.is_dense and answer.fits for answer in answers) and advised.long.answer.is_dense:
         result(DENSE_FIRST)
 
 
-def _show_run(what: str, advice: Advice, command: str) -> None:
-    """Print a run and what to type.  command: see `Advised`; "" where its run file is written already."""
+def _show_run(what: str, advice: Advice, advised: Advised, text: RunText | None, has_file: bool = False) -> None:
+    """Print a run and what to type.  has_file: the commands that were printed before have written its run file."""
     name = advice.answer.name
     says = [f"{what}: {name}"]
     says += [describe_time(advice)] if advice.days is not None else []
     result(f"{', '.join(says)}: {advice.reason}.")
-    if command:
-        literal(f"  {command} --model {name} --out {name}.toml")
-    sets = f" --set train.tokens={round_down(advice.tokens)}" if advice.tokens is not None else ""
-    if sets or not command:
-        literal(f"  lowvram train {name}.toml{sets}")
+    file = Path(f"{name}.toml")
+    if advised.written is not None and advised.long is not None and advised.long.answer.name == name:
+        file = advised.written
+    elif not has_file:
+        literal(f"  {advised.command} --model {name} --out {file}")
+    # The file holds as many tokens as the text is enough for; what an hour allows is typed behind it.
+    is_in_file = advice.tokens is None or advice.tokens == limit_tokens(advice.answer, text)
+    sets = () if is_in_file else ("--set", f"train.tokens={round_down(advice.tokens or 0)}")
+    literal(f"  {quote_command('lowvram', 'train', file, *sets)}")
 
 
 def describe_time(advice: Advice) -> str:

@@ -95,6 +95,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def device_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the words with which another command computes where this one did."""
+    return [] if arguments.device == "auto" else ["--device", arguments.device]
+
+
 def add_precision(parser: argparse.ArgumentParser, default: str = "by the card") -> None:
     """Add --precision.  default: what holds without it, in words."""
     parser.add_argument(

@@ -48,6 +48,7 @@ class TrainingScreen:
         )
         self._task = self._progress.add_task("", total=self._steps)
         self._last: StepDone | None = None
+        self._was_finished = False
 
     def __enter__(self) -> TrainingScreen:
         self._progress.start()
@@ -91,7 +92,10 @@ class TrainingScreen:
                 notice(sentence)
             if event.began_from:
                 notice(f"Beginning with the weights of {event.began_from}.")
-            if event.resumed_from:
+            self._was_finished = event.step >= event.steps
+            if self._was_finished:
+                notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
+            elif event.resumed_from:
                 notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
@@ -131,6 +135,8 @@ class TrainingScreen:
         self._progress.update(self._task, visible=False)
         if self._last is not None:
             notice(join_fitting(self._parts(self._last)))
+        if self._was_finished:
+            return
         if event.is_finished:
             notice("All tokens were seen.", "green")
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,15 +33,14 @@ def read_options(arguments: argparse.Namespace) -> TextOptions:
     return TextOptions(tuple(arguments.text), arguments.field, arguments.on_bad_row, arguments.holdout)
 
 
-def report(arguments: argparse.Namespace, command: Sequence[str], options: Sequence[str | Path]) -> int:
+def report(arguments: argparse.Namespace) -> int:
     """Read everything, list every bad row and name the next step; return 1 if there are any.
 
-    command: the words of the command that was typed.  options: those that it was typed with and that say what is made
-    of the texts, so that the next step makes the same of them.
+    The next step is the command that was typed, with another value of --on-bad-row.
     """
     from lowvram.api.texts import TextOptions, check_texts_task
     from lowvram.cli.console import literal, result
-    from lowvram.cli.next_step import next_step
+    from lowvram.cli.next_step import next_step, with_value
     from lowvram.cli.tasks import run_task
     from lowvram.units import count_of
 
@@ -54,34 +52,17 @@ def report(arguments: argparse.Namespace, command: Sequence[str], options: Seque
         rows = "The only row" if found.rows == 1 else f"All {found.rows:,} rows"
         are = "is" if found.rows == 1 else "are"
         result(f"{rows} of {count_of(found.files, 'file')} {are} text.")
-        literal(next_step(*command, *reading_words(arguments, "stop"), *options))
+        literal(next_step(*with_value(arguments.typed, "--on-bad-row", "stop")))
         return 0
     are = "is" if found.bad == 1 else "are"
     result(f"{found.bad:,} of {count_of(found.rows, 'row')} {are} bad: {found.summary}.")
     action, why = ("skip", "or mend them") if found.can_be_skipped else ("report", "when these are mended or left out")
-    literal(next_step(*command, *reading_words(arguments, action), *options, why=why))
+    literal(next_step(*with_value(arguments.typed, "--on-bad-row", action), why=why))
     return 1
 
 
-def reading_words(arguments: argparse.Namespace, on_bad_row: str) -> list[str | Path]:
-    """Return the words of the command line that say which texts are read, and how."""
+def reading_words(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return the words of another command that reads the same texts in the same way."""
     words: list[str | Path] = [*arguments.text]
     words += [] if arguments.field == "text" else ["--field", arguments.field]
-    return words + ([] if on_bad_row == "stop" else ["--on-bad-row", on_bad_row])
-
-
-def option_words(arguments: argparse.Namespace, defaults: Mapping[str, object]) -> list[str | Path]:
-    """Return the options of these names as they were typed, without those that have their default."""
-    from lowvram.data.holdout import show_share
-
-    words: list[str | Path] = []
-    for name, default in defaults.items():
-        value = getattr(arguments, name)
-        if value in (default, None):
-            continue
-        words.append(f"--{name}")
-        if name == "holdout":
-            words.append(show_share(value))
-        elif value is not True:
-            words.append(value if isinstance(value, Path) else str(value))
-    return words
+    return words + ([] if arguments.on_bad_row == "stop" else ["--on-bad-row", arguments.on_bad_row])

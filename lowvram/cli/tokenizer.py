@@ -7,11 +7,10 @@ from pathlib import Path
 
 from lowvram.api.tokenizer_training import DEFAULT_OUT, DEFAULT_VOCABULARY
 from lowvram.cli.options import add_holdout, count
-from lowvram.cli.texts import add_reading, option_words, read_options, reading_words, report
+from lowvram.cli.texts import add_reading, read_options, reading_words, report
 
 # The share that the next step names where the user named none.
 SHARE = 0.005
-_DEFAULTS = {"vocab": DEFAULT_VOCABULARY, "out": DEFAULT_OUT, "holdout": None, "replace": False}
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,13 +44,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     from lowvram.data.holdout import show_share
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("tokenizer", "train"), option_words(arguments, _DEFAULTS))
+        return report(arguments)
     options = read_options(arguments)
     trained = run_task(train_tokenizer_task(options, arguments.out, arguments.vocab, arguments.replace))
     result(f"{trained.path}: {trained.size} ids" + _explain_size(trained.size, arguments.vocab))
     if options.holdout is None:
         notice("All of the text was read. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")
-    words = reading_words(arguments, arguments.on_bad_row)
+    words = reading_words(arguments)
     split = ("--holdout", show_share(options.holdout or SHARE))
     literal(next_step("data", "pack", *words, *split, "--tokenizer", trained.path, "--out", "shards"))
     return 0

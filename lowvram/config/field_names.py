@@ -18,7 +18,8 @@ class Meant(NamedTuple):
 _TOKENS = "It counts tokens: steps × train.batch_tokens."
 _EPOCHS = "It counts tokens: epochs × the tokens of the text."
 _BATCH = (
-    "It counts tokens, not sequences: sequences × train.seq_len.  How many run at a time is --micro-batch of train."
+    "It counts tokens, not sequences: sequences × train.seq_len.  "
+    "How many run at a time is an option: `lowvram train --micro-batch`."
 )
 _EVERY = "It counts steps."
 _WHERE = "It is no part of what is learnt: `lowvram fit --gpu CARD` and `lowvram train --device` take it."

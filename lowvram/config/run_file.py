@@ -17,7 +17,7 @@ from lowvram.config.field_names import answer_key
 from lowvram.config.model import ModelConfig
 from lowvram.config.run import RunConfig, check_vocabulary
 from lowvram.config.train import TrainConfig, check_rotation
-from lowvram.errors import ConfigError, name_nearest
+from lowvram.errors import ConfigError, argument, name_nearest
 
 # What `fit --out` writes where no folder was given.
 PLACEHOLDER = "PUT A FOLDER HERE"
@@ -61,7 +61,7 @@ def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, Train
     unknown = sorted(set(tables) - {"model", "train"})
     if unknown:
         raise ConfigError(
-            f"--set names {unknown[0]}, which a preset does not have.", fix="Set values of model and train."
+            f"`overrides` name {unknown[0]}, which a preset does not have.", fix="Set values of model and train."
         )
     where = f"preset {name}"
     _check_tables(tables, where)
@@ -186,7 +186,9 @@ def _assign(tables: Table, assignment: str) -> None:
     name, equals, text = assignment.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {assignment} is not an assignment.", fix="Write --set optimizer.lr=3e-4.")
+        raise ConfigError(
+            f"{argument('overrides', [assignment])} is not an assignment.", fix="Write optimizer.lr=3e-4."
+        )
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -197,13 +199,13 @@ def _assign(tables: Table, assignment: str) -> None:
         parts = [part for part, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
         if len(parts) != 1:
             fix = answer_key(keys[0], full_names(), full_names())
-            raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=fix)
+            raise ConfigError(f"{argument('overrides', [assignment])}: there is no key {keys[0]}.", fix=fix)
         keys.insert(0, parts[0])
     table = tables
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {assignment}: {key} is a value, not a table.")
+            raise ConfigError(f"{argument('overrides', [assignment])}: {key} is a value, not a table.")
     table[keys[-1]] = value
 
 

@@ -109,8 +109,8 @@ def pack_each_shard(
     if holdout is None:
         _refuse_split(out)
     elif holds_shards(out):
-        why = f"They were packed without --holdout; beside {out / SIDES[0]} nobody could tell which of them are meant."
-        raise DataError(f"{out} itself holds shards.", why, f"Name another --out, or delete the shards in {out} first.")
+        why = f"They were packed without `holdout`; beside {out / SIDES[0]} nobody could tell which of them are meant."
+        raise DataError(f"{out} itself holds shards.", why, f"Name another `out`, or delete the shards in {out} first.")
     outs = [out] if holdout is None else [out / name for name in SIDES]
     folders = [ShardFolder(folder, tokenizer.hash, _dtype_name(tokenizer), disk, replace) for folder in outs]
     files = find_files(paths)
@@ -142,7 +142,7 @@ def _refuse_split(out: Path) -> None:
         what = f"{' and '.join(map(str, inside))} {'holds' if len(inside) == 1 else 'hold'} shards already."
         why = f"Beside shards in {out} itself nobody could tell which of them are meant."
         raise DataError(
-            what, why, f"Name another --out, add --holdout, or delete {' and '.join(map(str, inside))} first."
+            what, why, f"Name another `out`, add `holdout`, or delete {' and '.join(map(str, inside))} first."
         )
 
 
@@ -152,7 +152,7 @@ def _refuse_text_inside(out: Path, files: Sequence[Path]) -> None:
         parent = file.parent.resolve()
         if folder == parent or folder in parent.parents:
             why = f"{file} lies in it, and packing deletes what it finds left over there."
-            raise DataError(f"{out} holds text that is to be packed.", why, "Name a folder of its own as --out.")
+            raise DataError(f"{out} holds text that is to be packed.", why, "Name a folder of its own as `out`.")
 
 
 class _Collector:

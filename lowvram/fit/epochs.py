@@ -29,7 +29,7 @@ _MEMORISES = (
 )
 _HELD_OUT = (
     "Nothing is held out: data.valid is not set, so overfitting cannot be seen. "
-    "`lowvram data pack` with --holdout 0.5% keeps a part of the text for that."
+    "`lowvram data pack --holdout 0.5%` keeps a part of the text for that."
 )
 
 

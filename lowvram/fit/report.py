@@ -90,6 +90,16 @@ class FitReport(NamedTuple):
         pace = self.speed.tokens_per_second
         return self.kwh * pace / self.speed.high, self.kwh * pace / self.speed.low
 
+    def with_tokens(self, tokens: int) -> FitReport:
+        """Return the evaluation of the same run on another number of tokens, which changes no step of it."""
+        share = tokens / self.train.tokens
+        return self._replace(
+            train=self.train.model_copy(update={"tokens": tokens}),
+            days=None if self.days is None else self.days * share,
+            kwh=None if self.kwh is None else self.kwh * share,
+            disk_bytes=self.disk_bytes + (tokens - self.train.tokens) * _TOKEN_BYTES,
+        )
+
 
 def evaluate_fit(
     name: str,

@@ -52,7 +52,7 @@ def write_run(
 def refuse_overwriting(path: Path) -> None:
     """Raise ConfigError if a file with the run file's name exists already."""
     if path.exists():
-        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give `out` another name, or delete it.")
 
 
 def _table_over(base: Table, whole: Table) -> Table:

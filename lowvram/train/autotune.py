@@ -50,7 +50,7 @@ def autotune_compilation(
     elif is_new and trainer.state.model.embedding.device.type == "cuda":
         if trainer.config.train.update_during_backward:
             # A trial must not change weights, and without updates it would hold gradients that this run never holds.
-            yield "Blocks are not compiled where weights move during backward; --compile on compiles without a trial."
+            yield "Blocks are not compiled where weights move during backward; `compile=True` compiles without a trial."
             return
         yield "Measuring whether compiled blocks are faster; compiling takes a minute or so the first time."
         trainer.plan, reason = try_compilation(trainer, limit_bytes)
@@ -100,7 +100,7 @@ def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int 
             why = (
                 "They need a CUDA card." if device.type != "cuda" else "Weights that move during backward need Python."
             )
-            raise MachineError(f"This run cannot use {kind}.", why, "Leave out --graphs on.")
+            raise MachineError(f"This run cannot use {kind}.", why, "Leave `graphs` out.")
         return
     eager, problem = _measure(trainer, trainer.plan), ""
     free_memory(device)
@@ -124,7 +124,7 @@ def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int 
     trainer.captured_pass = None
     free_memory(device)
     if asked:
-        raise MachineError(f"This run cannot use {kind}.", problem[0].upper() + problem[1:], "Leave out --graphs on.")
+        raise MachineError(f"This run cannot use {kind}.", problem[0].upper() + problem[1:], "Leave `graphs` out.")
     yield f"Passes are not replayed from {kind}: {problem}"
 
 

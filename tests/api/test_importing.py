@@ -52,12 +52,12 @@ def test_errors_name_the_arguments(small_tokenizer: Tokenizer, tmp_path: Path) -
     _, theirs = written(
         FORMS["gqa-rope"][0].model_copy(update={"vocabulary": 600}), small_tokenizer, tmp_path / "theirs"
     )
-    with pytest.raises(LowvramError, match=r"Name the model's own tokenizer with tokenizer\.$"):
+    with pytest.raises(LowvramError, match=r"Name the model's own tokenizer with `tokenizer`\.$"):
         import_model(theirs, tmp_path / "run")
-    with pytest.raises(LowvramError, match=r"exists already\. It is not overwritten\. Give out another name"):
+    with pytest.raises(LowvramError, match=r"exists already\. It is not overwritten\. Give `out` another name"):
         import_model(theirs, theirs)
-    with pytest.raises(LowvramError, match=r"^directory is None\."):
+    with pytest.raises(LowvramError, match=r"^`directory` is None\."):
         import_model(None, tmp_path / "run")  # type: ignore[arg-type]
-    with pytest.raises(LowvramError, match=r"^tokenizer is 3\."):
+    with pytest.raises(LowvramError, match=r"^`tokenizer` is 3\."):
         import_model(theirs, tmp_path / "run", tokenizer=3)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()

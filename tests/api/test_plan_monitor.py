@@ -78,7 +78,7 @@ def test_less_room_makes_the_plan_smaller_and_none_at_all_is_an_error_with_a_way
     with pytest.raises(MachineError, match="does not fit") as refused:
         PlanMonitor(what, CPU).choose()
     assert "lowvram fit" in str(refused.value)
-    assert "--micro-batch 1" in str(refused.value)
+    assert '`micro_batch=1` with `recompute="block"`' in str(refused.value)
 
 
 def test_the_processor_is_judged_where_it_was_asked_for_whatever_card_there_is(

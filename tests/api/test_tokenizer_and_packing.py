@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from lowvram.api import LowvramError, Notice, check_texts, fit, pack, train_tokenizer, write_run_file
-from lowvram.api.arguments import name_arguments
 from lowvram.api.tasks import Progress
 from lowvram.api.texts import TextOptions
 from lowvram.api.tokenizer_training import train_tokenizer_task
@@ -78,7 +77,7 @@ def test_rows_that_are_no_text_stop_are_skipped_or_are_listed(home: Path, tmp_pa
     ):
         with pytest.raises(LowvramError, match=r"^\S+rows\.jsonl:4 is not JSON") as caught:
             read("stop")
-        hint = 'on_bad_row="skip" leaves such rows out, and check_texts lists them all. Mend or delete it.'
+        hint = '`on_bad_row="skip"` leaves such rows out, and `check_texts` lists them all. Mend or delete it.'
         assert caught.value.fix == hint
         said = [notice.text for notice in read("skip").notices]
         assert said[0].startswith(passed_over)
@@ -96,43 +95,37 @@ def test_a_folder_that_holds_another_tokenizer_or_text_is_named_with_the_argumen
         lambda **more: train_tokenizer(home / "valid.txt", home / "tok", vocabulary=400, **more),
         lambda **more: pack(home / "valid.txt", home / "shards/train", tokenizer=home / "tok", **more),
     ):
-        with pytest.raises(LowvramError, match="Name another out, or add replace=True") as caught:
+        with pytest.raises(LowvramError, match="Name another `out`, or add `replace=True`") as caught:
             write()
         assert "--" not in str(caught.value)
-        assert not isinstance(caught.value.__cause__, LowvramError), "the error is not shown twice"
-    with pytest.raises(LowvramError, match=r"^holdout 1e-05% holds out none of 16.*or leave holdout out\.$"):
+    with pytest.raises(LowvramError, match=r"^`holdout=.1e-05%.` holds out none of 16.*or leave `holdout` out\.$"):
         pack(home / "valid.txt", home / "none", tokenizer=home / "tok", holdout=1e-7)
 
 
 @pytest.mark.parametrize(
     "call, says",
     [
-        (lambda: pack([]), 'texts is []. Write texts="a/folder", or a list of files and folders.'),
-        (lambda: pack([3]), 'texts is 3. Write texts="a/folder", or a pathlib.Path.'),
-        (lambda: pack("a", out=""), "out is ''. Write out=\"a/folder\", or a pathlib.Path."),
-        (lambda: pack("a", tokenizer=None), 'tokenizer is None. Write tokenizer="a/folder", or a pathlib.Path.'),
-        (lambda: pack("a", holdout=0.0), 'holdout is 0.0. Write holdout=0.005 or "0.5%".'),
-        (lambda: pack("a", holdout=5), 'holdout is 5. Write holdout=0.005 or "0.5%".'),
-        (lambda: pack("a", holdout="0.5"), "holdout is '0.5'. Write holdout=0.005 or \"0.5%\"."),
-        (lambda: pack("a", on_bad_row="ignore"), "on_bad_row is 'ignore'. There are stop, skip."),
-        (lambda: pack("a", processes=0), "processes is 0. Write processes=4."),
-        (lambda: pack("a", field=""), "field is ''. Write field=\"text\"."),
-        (lambda: pack("a", replace="yes"), "replace is 'yes'. Write replace=True or replace=False."),
-        (lambda: train_tokenizer("a", vocabulary="many"), "vocabulary is 'many'. Write vocabulary=32768 or \"32k\"."),
-        (lambda: train_tokenizer("a", vocabulary=True), 'vocabulary is True. Write vocabulary=32768 or "32k".'),
+        (lambda: pack([]), "`texts` is empty. There is nothing to read. Name files or folders."),
+        (lambda: pack([3]), "`texts` is 3. That is of type int. Give a text (str) or a Path."),
+        (lambda: pack("a", out=None), "`out` is None. It may not be left out. Give a text (str) or a Path."),
+        (lambda: pack("a", tokenizer=3), "`tokenizer` is 3. That is of type int. Give a text (str) or a Path."),
+        (lambda: pack("a", holdout=0.0), "`holdout` is 0.0. It is a share of the documents. Write `holdout=0.005` or"),
+        (lambda: pack("a", holdout=5), "`holdout` is 5. That is of type int. Give a number (float) or a text (str)."),
+        (lambda: pack("a", holdout="0.5"), "`holdout` is '0.5'. '0.5' is no share of the documents; write it like"),
+        (lambda: pack("a", on_bad_row="ignore"), "`on_bad_row` is 'ignore'. Known: stop, skip."),
+        (lambda: pack("a", on_bad_row=None), "`on_bad_row` is None. It may not be left out. Give a text (str)."),
+        (lambda: pack("a", processes=0), "`processes` is 0. It is a number of things. Give 1 or more."),
+        (lambda: pack("a", field=None), "`field` is None. It may not be left out. Give a text (str)."),
+        (lambda: pack("a", replace="yes"), "`replace` is 'yes'. That is of type str. Give True or False."),
+        (lambda: train_tokenizer("a", vocabulary="many"), "`vocabulary` is 'many'. 'many' is not a count; write it"),
+        (lambda: train_tokenizer("a", vocabulary=True), "`vocabulary` is True. That is of type bool. Give a whole"),
+        (lambda: check_texts(None), "`texts` is None. It may not be left out."),
     ],
 )
 def test_an_argument_that_cannot_be_meant_is_refused_by_name(call: Callable[[], object], says: str) -> None:
     with pytest.raises(LowvramError) as caught:
         call()
-    assert str(caught.value) == says
-
-
-def test_options_in_a_message_become_arguments_and_paths_stay() -> None:
-    assert name_arguments("Add --replace; /tmp/a--out and --on-bad-row skip") == (
-        'Add replace=True; /tmp/a--out and on_bad_row="skip"'
-    )
-    assert name_arguments("--max-context 5, --out") == "max_context 5, out"
+    assert str(caught.value).startswith(says)
 
 
 def test_a_training_that_nobody_waits_for_any_more_writes_no_tokenizer(
@@ -162,5 +155,5 @@ def test_the_command_prints_the_notices_that_the_value_holds(home: Path, tmp_pat
     assert (
         train_tokenizer(tmp_path / "long.txt", tmp_path / "tok", vocabulary=300)
         .notices[0]
-        .text.endswith("another one is written there only with replace=True.")
+        .text.endswith("another one is written there only with `replace=True`.")
     )

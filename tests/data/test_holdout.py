@@ -112,7 +112,7 @@ def test_the_share_is_kept_and_a_larger_one_holds_out_all_of_a_smaller_one() -> 
 def test_a_share_that_holds_out_nothing_is_said_with_one_that_does(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"--holdout 0\.001% holds out none of 60 documents") as caught:
+    with pytest.raises(DataError, match=r"`holdout=.0\.001%.` holds out none of 60 documents") as caught:
         pack_sides([folder], small_tokenizer, tmp_path / "out", 1e-5)
     assert not list(tmp_path.glob("out/*/shards.json"))
     share = float(caught.value.fix.split("out is ")[1].split("%")[0]) / 100
@@ -136,9 +136,9 @@ def test_a_split_and_shards_of_all_of_a_text_never_lie_beside_each_other(
     pack_sides([folder], small_tokenizer, both, processes=1)
     pack([folder], small_tokenizer, alone / "valid", processes=1)
     for replace in (False, True):
-        with pytest.raises(DataError, match=f"^{flat} itself holds shards.*another --out, or delete the shards in"):
+        with pytest.raises(DataError, match=f"^{flat} itself holds shards.*another `out`, or delete the shards in"):
             pack_sides([folder], small_tokenizer, flat, processes=1, replace=replace)
-        with pytest.raises(DataError, match=f"^{both}/train and {both}/valid hold shards already.*add --holdout"):
+        with pytest.raises(DataError, match=f"^{both}/train and {both}/valid hold shards already.*add `holdout`"):
             pack([folder], small_tokenizer, both, processes=1, replace=replace)
         with pytest.raises(DataError, match=f"^{alone}/valid holds shards already"):
             pack([folder], small_tokenizer, alone, processes=1, replace=replace)
@@ -189,7 +189,7 @@ def test_shards_of_another_text_are_replaced_only_when_that_is_asked_for(
         DataError, match=r"out holds another text.*60 documents from a\.txt, b\.txt, packed 2\d"
     ) as caught:
         pack([folder], small_tokenizer, packed.directory, processes=processes)
-    assert "another --out, or add --replace" in caught.value.fix
+    assert "another `out`, or add `replace=True`" in caught.value.fix
     assert bytes_of(packed.directory) == before
     replaced = pack([folder], small_tokenizer, packed.directory, processes=1, replace=True)
     assert replaced.hash != packed.hash
@@ -223,6 +223,6 @@ def test_shards_of_another_tokenizer_are_replaced_when_that_is_asked_for(
     packed: ShardSet, folder: Path, turkish: tuple[str, ...], tmp_path: Path
 ) -> None:
     other = train_tokenizer(iter(turkish), 300, tmp_path / "other")
-    with pytest.raises(DataError, match=r"another tokenizer.*another --out, or add --replace"):
+    with pytest.raises(DataError, match=r"another tokenizer.*another `out`, or add `replace=True`"):
         pack([folder], other, packed.directory, processes=1)
     assert pack([folder], other, packed.directory, processes=1, replace=True).tokenizer_hash == other.hash

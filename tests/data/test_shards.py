@@ -213,7 +213,7 @@ def test_a_file_of_somebody_else_is_not_overwritten(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b'{"text": "x"}')
-    with pytest.raises(DataError, match=rf"{name} is in the way.*--out, or move"):
+    with pytest.raises(DataError, match=rf"{name} is in the way.*`out`, or move"):
         pack([folder], small_tokenizer, tmp_path / "out", processes=processes)
     assert (tmp_path / "out" / name).read_bytes() == b'{"text": "x"}'
     (tmp_path / "out" / name).unlink()
@@ -240,7 +240,7 @@ def test_text_is_not_packed_into_the_folder_that_holds_it(
     text.write_text('{"text": "bir iki"}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for out in (tmp_path / "out", Path("out")):
-        with pytest.raises(DataError, match=r"out holds text that is to be packed.*20240115\.jsonl lies in it.*--out"):
+        with pytest.raises(DataError, match=r"out holds text that is to be packed.*20240115\.jsonl lies in it.*`out`"):
             pack([text], small_tokenizer, out)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [text]
     assert pack([text], small_tokenizer, text.parent / "shards").documents == 1
@@ -282,7 +282,7 @@ def test_a_full_disk_is_said_leaves_nothing_torn_and_can_be_resumed(
 def test_a_worker_that_the_system_ended_is_explained(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None
 ) -> None:
-    with pytest.raises(MachineError, match=r"packing process died.*fewer --processes"):
+    with pytest.raises(MachineError, match=r"packing process died.*fewer `processes`"):
         pack([folder], small_tokenizer, tmp_path / "out", processes=2, disk=FatalDisk())
 
 
@@ -306,7 +306,7 @@ def test_shards_of_another_tokenizer_are_not_overwritten(
 ) -> None:
     other = train_tokenizer(iter(turkish), 300, tmp_path / "other")
     before = bytes_of(packed.directory)
-    with pytest.raises(DataError, match=r"holds shards of another tokenizer.*another --out"):
+    with pytest.raises(DataError, match=r"holds shards of another tokenizer.*another `out`"):
         pack([folder], other, packed.directory)
     (packed.directory / "shards.json").unlink()
     with pytest.raises(DataError, match="holds shards of another tokenizer"):

@@ -124,7 +124,7 @@ def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(
     assert "Plan: 2 sequences × 4 a step (this run's plan so far)" in resume.err
     assert re.search(r"step +6  valid \d\.\d{4} bits/byte", resume.err)
     assert "Kış│" in resume.err
-    assert "All tokens were seen." in finished.err
+    assert "This run was finished before: all of its tokens were seen by step 6." in finished.err
     assert "step 6/6" in resume.err
     assert "step 6/6" not in finished.err
     assert find_checkpoint(home / "run")[0].step == 6

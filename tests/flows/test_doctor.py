@@ -245,7 +245,7 @@ def test_a_card_that_is_too_old_for_torch_ends_a_run_before_its_first_launch(
     assert "too old for Triton, and torch 2.13.0+cu129 has no code for it" in caught.value.why
     assert "on Kaggle and Colab the T4" in caught.value.why
     assert "/cu126" in caught.value.fix
-    assert "--device cpu" in caught.value.fix
+    assert '`device="cpu"`' in caught.value.fix
     assert module.choose_device("cpu") == (torch.device("cpu"), ())
 
 

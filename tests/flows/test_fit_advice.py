@@ -30,13 +30,14 @@ def test_a_long_run_is_recommended_with_the_reason_and_days_move_it() -> None:
 
 def test_a_first_run_of_an_hour_or_two_and_a_long_one_are_named_with_their_commands() -> None:
     out = typed("fit", "--gpu", "RTX 5070", "--desktop", "linux").out
-    one, first, other, long = re.search(
-        r"A first run: (\S+), \S+ h, .*\n  (.+)\nA long run: (\S+), .*days.*\n  (.+)\n", out
+    one, first, begins, other, long, trains = re.search(
+        r"A first run: (\S+), \S+ h, .*\n  (.+)\n  (.+)\nA long run: (\S+), .*days.*\n  (.+)\n  (.+)\n", out
     ).groups()
     assert one != other
     for name, command in ((one, first), (other, long)):
         said = f"lowvram fit --gpu 'RTX 5070' --desktop linux --model {name} --out {name}.toml"
         assert command == said, "each has a file of its own: nothing is written over"
+    assert (begins, trains) == (f"lowvram train {one}.toml", f"lowvram train {other}.toml")
     found = values("--gpu", "RTX 5070", "--desktop", "linux")
     assert f"--model {found['first_run']} " in first
     assert f"--model {found['recommended']} " in long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import shutil
 from collections.abc import Callable, Iterator
@@ -194,7 +195,7 @@ def test_a_compiler_that_fails_ends_a_run_that_asked_for_it_with_a_way_out(
     monkeypatch.setattr("lowvram.train.compilation.BACKEND", refuse)
     trainer = trainer_of(run_of(home, "asked"))
     assert list(autotune_compilation(trainer, asked=True, is_new=True)) == []
-    with pytest.raises(MachineError, match=r"could not be compiled\. .*no C\+\+ compiler here.*--compile off"):
+    with pytest.raises(MachineError, match=r"could not be compiled\. .*no C\+\+ compiler here.*`compile=False`"):
         list(trainer.run())
 
 
@@ -345,6 +346,7 @@ def test_the_option_means_what_it_says(monkeypatch: pytest.MonkeyPatch, word: st
     monkeypatch.setattr("lowvram.config.run_file.load_run", lambda *_: "what")
     monkeypatch.setattr("lowvram.cli.train.train", train_nothing)
     options = ["--compile", word, "--recompute", "block", "--graphs", "off"]
-    arguments = build_parser().parse_args(["train", "run.toml", *options])
+    words = ["train", "run.toml", *options]
+    arguments = build_parser().parse_args(words, argparse.Namespace(typed=words))
     arguments.run(arguments)
     assert given == ["what", None, "auto", None, "block", expected, False]

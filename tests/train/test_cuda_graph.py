@@ -245,7 +245,7 @@ def test_what_cannot_be_recorded_is_launched_or_told_where_it_was_asked_for(
     Decision(trainer, monkeypatch, 0.1, 0)
     (sentence,) = autotune_cuda_graphs(trainer, None)
     assert sentence == "Passes are not replayed from CUDA graphs: operation not permitted when stream is capturing."
-    with pytest.raises(MachineError, match=r"Operation not permitted.*Leave out --graphs on"):
+    with pytest.raises(MachineError, match=r"Operation not permitted.*Leave `graphs` out"):
         list(autotune_cuda_graphs(trainer, True))
 
 

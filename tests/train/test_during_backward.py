@@ -271,7 +271,7 @@ def test_memory_that_ends_before_a_weight_moved_costs_nothing(
     trainer = trainer_of(what)
     run_out(monkeypatch, trainer, 4, moved)
     events = ends_without_memory(
-        trainer, r"in step 4, which .* cannot be cut\. No weight had moved\. .*what was learnt is saved\. Type .*block"
+        trainer, r"in step 4, which .* cannot be cut\. No weight had moved\. .*what was learnt is saved\. Start .*block"
     )
     assert isinstance(events[-1], Saved)
     assert not any(isinstance(event, Halved) for event in events)
@@ -297,8 +297,8 @@ def test_memory_that_ends_between_two_weights_brings_the_last_checkpoint_back(
     trainer = trainer_of(what)
     run_out(monkeypatch, trainer, 5, moved=4)
     message = (
-        r"in step 5, .*others not, so the checkpoint of step 3 is loaded again\. Type the same command with "
-        r"--recompute block, or .*batch_tokens \(now 256\).*train\.update_during_backward = false"
+        r"in step 5, .*others not, so the checkpoint of step 3 is loaded again\. Start the run again with "
+        r"`recompute=.block.`, or .*batch_tokens \(now 256\).*train\.update_during_backward = false"
     )
     events = ends_without_memory(trainer, message)
     assert not any(isinstance(event, Saved) for event in events), "what is broken must not be saved"
@@ -336,7 +336,7 @@ def test_a_step_has_one_micro_batch_and_no_other_is_taken(tmp_path: Path) -> Non
     assert resolve_plan(tmp_path, TRAIN).plan == whole
     assert resolve_plan(tmp_path, TRAIN, 24).plan == whole
     message = (
-        r"--micro-batch is 2\. update_during_backward excludes accumulation: .* 24 sequences go at once\. .*: 24\."
+        r"`micro_batch` is 2\. update_during_backward excludes accumulation: .* 24 sequences go at once\. .*: 24\."
     )
     with pytest.raises(ConfigError, match=message):
         resolve_plan(tmp_path, TRAIN, 2)

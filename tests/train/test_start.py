@@ -267,7 +267,7 @@ def test_a_new_run_is_planned_by_whom_it_is_told_around_what_was_asked_for(tmp_p
     keep_plan(tmp_path, again)
     assert resolve_plan(tmp_path, RECIPE, choose=choose).plan == again
     assert len(asked) == 4, "a run that has a plan needs no other"
-    with pytest.raises(ConfigError, match="--micro-batch is 7"):
+    with pytest.raises(ConfigError, match="`micro_batch` is 7"):
         resolve_plan(tmp_path / "new", RECIPE, 7, choose=choose)
 
 

@@ -37,7 +37,7 @@ def import_each_tensor(
         raise CheckpointError(
             f"The tokenizer has {tokenizer.size} ids, and the model {config.vocabulary} rows for them (vocab_size).",
             "Every id needs its row, and every row that is drawn an id.",
-            "Name the model's own tokenizer with --tokenizer.",
+            "Name the model's own tokenizer with `tokenizer`.",
         )
     weights = {}
     for done, name in enumerate(outside.names(), 1):
