@@ -23,6 +23,8 @@ from lowvram.errors import ConfigError, argument, name_nearest
 PLACEHOLDER = "PUT A FOLDER HERE"
 # The keys that name which member of a tagged union a table is.
 TAGS = ("kind", "name")
+# The vocabulary with which a run's values are checked before its tokenizer is opened.
+_STANDS_IN = 32_768
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
 # What a value must be, for pydantic's types of errors.
@@ -75,29 +77,37 @@ def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, Train
 
 
 def load_run(
-    path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], int], with_gaps: bool = False
+    path: Path,
+    sets: Sequence[str],
+    vocabulary_of: Callable[[Path], int],
+    with_gaps: bool = False,
+    check: Callable[[RunConfig], None] = lambda config: None,
 ) -> RunConfig:
     """Read a run file, lay it over its preset, apply `--set a.b=c`, and check every value.
 
     Paths in it are relative to the file.  vocabulary_of: maps the tokenizer's directory to its number of ids.
-    with_gaps: accept the placeholders that `write_run` writes for unknown folders.
+    with_gaps: accept the placeholders that `write_run` writes for unknown folders.  check: called when all values are
+    known to be right, and before any folder is opened; its configuration may have another vocabulary.
     Raises ConfigError that names file, key and value, and for an unknown key the nearest known ones.
     """
     tables, assigned = _read_tables(path, sets)
-    if not with_gaps:
-        _refuse_gaps(path, tables)
     _check_tables(tables, str(path))
     model = tables.get("model", {})
     stated = model.get("vocabulary")
     _lay_over_preset(model.pop("preset", None), tables)
+    gaps = _find_gaps(tables)
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
     if not isinstance(tokenizer, str):
         fix = 'Write [data] tokenizer = "tok".'
         raise ConfigError(f"{path} names no tokenizer.", "The vocabulary comes from it.", fix)
+    tables.setdefault("model", {}).setdefault("vocabulary", _STANDS_IN)
+    check(_check(RunConfig, tables, str(path), assigned))
+    if gaps and not with_gaps:
+        raise _explain_gaps(path, gaps)
     size = vocabulary_of(Path(tokenizer))
     check_vocabulary(stated, size, Path(tokenizer))
-    tables.setdefault("model", {})["vocabulary"] = size
+    tables["model"]["vocabulary"] = size
     return _check(RunConfig, tables, str(path), assigned)
 
 
@@ -133,15 +143,17 @@ def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
-def _refuse_gaps(path: Path, tables: Table) -> None:
-    data = tables.get("data", {})
-    gaps = [f"data.{key}" for key, value in data.items() if value == PLACEHOLDER] if isinstance(data, dict) else []
-    if gaps:
-        raise ConfigError(
-            f"{path} leaves {', '.join(gaps)} open.",
-            "A run needs packed shards and the tokenizer that packed them.",
-            "Write their folders there: lowvram tokenizer train and lowvram data pack make them.",
-        )
+def _find_gaps(tables: Table) -> list[str]:
+    """Return the keys whose folder is still to be written into the file."""
+    return [f"data.{key}" for key, value in tables.get("data", {}).items() if value == PLACEHOLDER]
+
+
+def _explain_gaps(path: Path, gaps: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{path} leaves {', '.join(gaps)} open.",
+        "A run needs packed shards and the tokenizer that packed them.",
+        "Write their folders there: lowvram tokenizer train and lowvram data pack make them.",
+    )
 
 
 def overlay(base: Table, top: Mapping[str, Any]) -> Table:
