@@ -115,7 +115,9 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
     yield Notice(target.sentence)
     run = None
     if options.run_file is not None:
-        run = yield from _read_run(options.run_file, options.overrides)
+        run = yield from _read_run(options, options.run_file)
+    elif options.preset is not None:  # one that does not exist is refused before anything is measured or opened
+        _wish(options, _load_preset(options.preset, options, target)[1])
     if options.measure:
         yield from _calibrate(options, target, run)
     text = yield from _read_text(options, run)
@@ -157,8 +159,11 @@ def refuse_contradictions(options: FitOptions) -> None:
             raise ConfigError(what, fix=fix)
 
 
-def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
-    """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
+def _read_run(options: FitOptions, run_file: Path) -> Task[RunConfig]:
+    """Read the run file, and refuse a plan that it cannot have.
+
+    Before there is a tokenizer, the vocabulary is the one that the file or its preset names.
+    """
     from lowvram.config.run_file import load_run, name_vocabulary
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.errors import LowvramError
@@ -166,7 +171,7 @@ def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
     notices: list[Notice] = []
 
     def count_ids(directory: Path) -> int:
-        named = None if directory.exists() else name_vocabulary(run_file, overrides)
+        named = None if directory.exists() else name_vocabulary(run_file, options.overrides)
         if named is None:
             return load_tokenizer(directory).size
         says = f"There is no tokenizer yet: {named:,} ids are taken, as the run file or its preset says."
@@ -174,7 +179,7 @@ def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
         return named
 
     try:
-        run = load_run(run_file, overrides, count_ids, with_gaps=True)
+        run = load_run(run_file, options.overrides, count_ids, True, lambda run: _refuse_plan(options, run.train))
     except LowvramError:
         yield from notices
         raise
@@ -262,12 +267,18 @@ def evaluate_fit_from_ledgers(
     return None if curve is None else evaluate_fit(name, model, train, curve, budget, wish=wish)
 
 
-def _wish(options: FitOptions, train: TrainConfig) -> PlanConstraints:
+def _refuse_plan(options: FitOptions, train: TrainConfig) -> None:
+    """Raise ConfigError where the micro-batch that was asked for does not divide the step."""
     from lowvram.config.plan import choose_plan
-    from lowvram.fit.search import PlanConstraints
 
     if options.micro_batch is not None:
-        choose_plan(train, options.micro_batch)  # refuses what does not divide the step
+        choose_plan(train, options.micro_batch)
+
+
+def _wish(options: FitOptions, train: TrainConfig) -> PlanConstraints:
+    from lowvram.fit.search import PlanConstraints
+
+    _refuse_plan(options, train)
     return PlanConstraints(options.micro_batch, options.recompute)
 
 

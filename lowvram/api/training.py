@@ -131,22 +131,30 @@ def train(
     refuse_unknown("recompute", recompute, TECHNIQUES)
     refuse_type("compile", compile, bool)
     refuse_type("graphs", graphs, bool)
-    config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides)
-    task = prepare_run(config, device, PlanOptions(micro_batch, recompute, compile, graphs))
+    asked = PlanOptions(micro_batch, recompute, compile, graphs)
+    config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides, asked)
+    task = prepare_run(config, device, asked)
     prepared, notices = carry_out(task, progress)
     return TrainingRun(prepared, notices, progress)
 
 
-def read_run_file(path: Path, overrides: Mapping[str, object] | Sequence[str] = ()) -> RunConfig:
+def read_run_file(
+    path: Path, overrides: Mapping[str, object] | Sequence[str] = (), asked: PlanOptions | None = None
+) -> RunConfig:
     """Return a run file's configuration, with the vocabulary of the tokenizer that it names.
 
+    asked: refused, where the run cannot have such a plan, before the tokenizer is looked for.
     Raises ConfigError naming the key, TokenizerError where the tokenizer cannot be read.
     """
     from lowvram.api.overrides import assignments
+    from lowvram.config.plan import choose_plan
     from lowvram.config.run_file import load_run
     from lowvram.data.hf_tokenizer import load_tokenizer
 
-    return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size)
+    def check(config: RunConfig) -> None:
+        choose_plan(config.train, asked.micro_batch if asked is not None else None)
+
+    return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size, check=check)
 
 
 def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | None = None) -> Task[PreparedRun]:
@@ -155,12 +163,15 @@ def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | No
     Takes the lock of the run's directory, which the PreparedRun's resources give back.
     """
     from lowvram.api.device import choose_device
+    from lowvram.train.autotune import refuse_cuda_graphs
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run
 
     asked = asked or PlanOptions()
     chosen = choose_device(device)
+    if asked.graphs:
+        refuse_cuda_graphs(chosen.device, config.train)
     yield from chosen.notices
     with ExitStack() as stack:
         lock = stack.enter_context(lock_run(config.run.dir))

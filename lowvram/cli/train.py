@@ -66,11 +66,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the run file and train; 0 where all tokens were seen, 3 where the run was stopped before that and saved."""
-    from lowvram.api.training import read_run_file
+    from lowvram.api.training import PlanOptions, read_run_file
     from lowvram.cli.ending import say_next
 
-    what = read_run_file(arguments.run_file, arguments.set)
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
+    asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
+    what = read_run_file(arguments.run_file, arguments.set, asked)
     ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
     say_next(arguments, what, ended)
     return exit_code(ended)

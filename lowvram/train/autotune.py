@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lowvram.config.plan import Plan
+from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
 from lowvram.train.oom import free_memory, is_out_of_memory
 from lowvram.train.step import discard, loss_for
@@ -86,6 +87,14 @@ def try_compilation(trainer: Trainer, limit_bytes: int | None = None) -> tuple[P
     return both, f"Compiled blocks are {gain:.2f} times as fast: {times}."
 
 
+def refuse_cuda_graphs(device: torch.device, train: TrainConfig) -> None:
+    """Raise MachineError where a run cannot replay its passes from CUDA graphs."""
+    if device.type == "cuda" and not train.update_during_backward:
+        return
+    why = "They need a CUDA card." if device.type != "cuda" else "Weights that move during backward need Python."
+    raise MachineError("This run cannot use CUDA graphs.", why, "Leave `graphs` out.")
+
+
 def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
     """Let the trainer replay its passes from a CUDA graph where that is faster and fits; yields the reason.
 
@@ -95,12 +104,9 @@ def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int 
     device, kind = trainer.state.model.embedding.device, "CUDA graphs"
     if asked is False:
         return
+    if asked:
+        refuse_cuda_graphs(device, trainer.config.train)
     if device.type != "cuda" or trainer.config.train.update_during_backward:
-        if asked:
-            why = (
-                "They need a CUDA card." if device.type != "cuda" else "Weights that move during backward need Python."
-            )
-            raise MachineError(f"This run cannot use {kind}.", why, "Leave `graphs` out.")
         return
     eager, problem = _measure(trainer, trainer.plan), ""
     free_memory(device)

@@ -169,11 +169,29 @@ def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assig
     assert found(load(tmp_path, RUN, assignment))
 
 
+def test_an_assignment_that_is_wrong_is_blamed_and_not_the_file(tmp_path: Path) -> None:
+    for assignment, says in (
+        ("tokens=abc", "'abc' is not a count"),
+        ("optimizer.lr=abc", "train.optimizer.lr is 'abc'"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load(tmp_path, RUN, assignment)
+        assert str(refused.value).startswith(f'`overrides=["{assignment}"]`: {says}')
+        with pytest.raises(ConfigError) as refused:
+            load_preset("tr-25m", [assignment])
+        assert str(refused.value).startswith(f'`overrides=["{assignment}"]`: {says}')
+    with pytest.raises(ConfigError, match=r"`: train\.seq_len is 'x'.*run\.toml: train\.optimizer\.lr is 'y'") as both:
+        load(tmp_path, RUN.replace("[train]", "[train]\noptimizer = { lr = 'y' }"), "seq_len=x")
+    assert str(both.value).startswith('`overrides=["seq_len=x"]`')
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
         ('"tr-60m"', '"tr-60"', r'model.preset is "tr-60".*Did you mean.*tr-60m'),
         ("[train]", "[trian]", r"no key trian. Did you mean train"),
+        ("[run]", "[runn]", r"\.toml: there is no key runn\. Did you mean run\?$"),
+        ("[run]\n", "[runn]\nx = 1\n[rum]\n", r"there is no key runn\. Did you mean run\? There is no key rum\. "),
         ("tokens =", "token =", r"no key train.token. Did you mean.*tokens"),
         ('"1.2e9"', '"lots"', r"'lots' is not a count"),
         ('"1.2e9"', "0", r"train.tokens is 0"),

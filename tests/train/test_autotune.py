@@ -343,7 +343,7 @@ def test_the_option_means_what_it_says(monkeypatch: pytest.MonkeyPatch, word: st
         given.extend(words)
         return Stopped(1, is_finished=False)
 
-    monkeypatch.setattr("lowvram.config.run_file.load_run", lambda *_: "what")
+    monkeypatch.setattr("lowvram.config.run_file.load_run", lambda *_, **__: "what")
     monkeypatch.setattr("lowvram.cli.train.train", train_nothing)
     options = ["--compile", word, "--recompute", "block", "--graphs", "off"]
     words = ["train", "run.toml", *options]
