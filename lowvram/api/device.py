@@ -98,13 +98,14 @@ def _new_launch_notices() -> tuple[Notice, ...]:
 @functools.cache
 def _find_launch_notices() -> tuple[Notice, ...]:
     """Return what will make kernels slower or fail; raises MachineError where the card is too old for torch."""
-    from lowvram.hardware.card_names import LEAST_CAPABILITY
+    from lowvram_kernels.capabilities import FIRST_IN_TORCH_WHEELS
+
     from lowvram.hardware.doctor import LAUNCH_CHECKS, check_architecture, find_all
     from lowvram.hardware.inspect import gather
 
     facts = gather(ask_torch())
     too_old = (
-        check_architecture(facts) if facts.capability is not None and facts.capability < LEAST_CAPABILITY else None
+        check_architecture(facts) if facts.capability is not None and facts.capability < FIRST_IN_TORCH_WHEELS else None
     )
     if too_old is not None and too_old.is_fatal:
         what, why = (f"{text[0].upper()}{text[1:]}." for text in (too_old.value, too_old.consequence))

@@ -11,8 +11,6 @@ _RUNS_ON = "lowvram trains on NVIDIA cards from RTX 20 on, on Apple chips from M
 _WITHOUT_A_NAME = 'Without a name, `memory="8GB"` works for any NVIDIA card.'
 
 # What to use if a card is too old: one that is free of charge.
-# The least compute capability that torch's wheels for CUDA 12.8 and newer hold code for (RTX 20).
-LEAST_CAPABILITY = (7, 5)
 TAKE_ANOTHER = "choose another card: on Kaggle and Colab the T4"
 
 

@@ -28,8 +28,6 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # The settings that may differ when a run resumes: paths (train.start_from is not needed any more), what is saved and
 # reported, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
-# pydantic's error types for a key, a kind or a choice that this version does not know.
-_UNKNOWN_TO_US = ("extra_forbidden", "union_tag_invalid", "literal_error")
 # A network or USB drive may be unavailable for a moment.
 _RETRY_AFTER_S = 2.0
 
