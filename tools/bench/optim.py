@@ -98,8 +98,8 @@ def measure(name: str, batch: int, seq_len: int, step_tokens: int, repeats: int)
         for u_BMN in u_of:
             orthogonalise(u_BMN, steps)
 
-    runs = [micro_batch_of(model, batch, seq_len), *(functools.partial(iterate, steps) for steps in QUINTICS)]
-    micro_s, *iteration_s = alternate(runs, repeats)
+    iterations = [functools.partial(iterate, steps) for steps in QUINTICS]
+    micro_s, *iteration_s = alternate([micro_batch_of(model, batch, seq_len), *iterations], repeats)
     flops = micro_batch_flops(config, batch, seq_len)
     print(f"{name}: forward and backward of {step_tokens:,} tokens {micro_s * times:.2f} s, {flops * times:.3g} FLOPs")
     print(f"  timed for {batch * seq_len:,} tokens ({micro_s:.2f} s), scaled linearly by {times:g}")

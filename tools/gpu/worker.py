@@ -113,7 +113,8 @@ def find_cases(scene: Scene, only: list[str]) -> list[Case]:
     for numbers in ("bf16", "fp8", "int8") if scene.is_card else ("bf16",):
         rates.append(Case(f"rate {numbers}", functools.partial(product_rate, numbers=numbers), 2.0, 60.0))
     every, steps, cases = kernels(scene), trainings(scene), list[Case]()
-    for rank in range(1 + max(one.rank for one in (*every, *steps))):
+    ranks = [*(one.rank for one in every), *(one.rank for one in steps)]
+    for rank in range(1 + max(ranks)):
         cases += [Case(one.name, one.measure, 2.0, 60.0) for one in every if one.rank == rank]
         if rank == 0:
             cases.append(Case(TESTS, None, 20.0, 1e9))
@@ -140,7 +141,7 @@ def tell(event: str, **values: Any) -> None:
 def measure(case: Case, scene: Scene) -> Row:
     """Measure one case, or return why it failed; raises the error if the card was lost."""
     assert case.measure is not None, "tests are not measured here"
-    refusals = (*Refusal, LowvramError, *_triton_errors())
+    refusals: tuple[type[Exception], ...] = (*Refusal, LowvramError, *_triton_errors())
     own = contextlib.nullcontext() if case.name.startswith("train") else interpreting(scene)
     try:
         with own:
