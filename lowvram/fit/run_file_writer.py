@@ -42,7 +42,7 @@ def write_run(
         for key, value in values.items():
             table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
         if name == "data" and has_gaps:
-            table.add(tomlkit.comment("valid may go: then nothing is held out"))
+            table.add(tomlkit.comment("the key valid can be left out: then nothing is held out for validation"))
         if values:
             written.append(name, table)
     path.parent.mkdir(parents=True, exist_ok=True)

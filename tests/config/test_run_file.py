@@ -327,7 +327,9 @@ def test_a_written_run_file_is_toml_and_learns_what_was_weighed(
 
 def test_a_run_file_with_gaps_names_them_and_keeps_its_comment(tmp_path: Path) -> None:
     write_run(tmp_path / "run.toml", "tr-60m", *load_preset("tr-60m"), None)
-    assert "# valid may go: then nothing is held out" in (tmp_path / "run.toml").read_text(encoding="utf-8")
+    assert "# the key valid can be left out: then nothing is held out" in (tmp_path / "run.toml").read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match=r"leaves data\.train, data\.valid, data\.tokenizer open"):
         load_run(tmp_path / "run.toml", [], lambda _: 1)
     with pytest.raises(ConfigError, match="exists already"):
