@@ -44,6 +44,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.data.holdout import Holdout
     from lowvram.data.shards import pack, pack_split
+    from lowvram.evaluate.verdict import warn_of_few_tokens
 
     if arguments.on_bad_row == "report":
         return report(arguments)
@@ -62,6 +63,8 @@ def run_pack(arguments: argparse.Namespace) -> int:
     say_skipped(bad_rows)
     for folder, shards in packed.items():
         result(_describe(folder, shards))
+    if arguments.holdout is not None and (warning := warn_of_few_tokens(packed[out / "valid"].tokens)):
+        notice(f"{warning}  Give --holdout a larger share, or pack more text.", "yellow")
     if arguments.holdout is None and out.name != "valid" and not (out.parent / "valid").is_dir():
         notice("Nothing is held out for validation. --holdout 0.5% packs that share of the documents apart.")
     is_side = arguments.holdout is None and out.name in ("train", "valid")
