@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.convert.hf.reader import open_hf
     from lowvram.convert.hf.writer import refuse_existing
     from lowvram.data.hf_tokenizer import HfTokenizer, load_tokenizer
+    from lowvram.fit.run_file_writer import tables_to_go_on
+    from lowvram.shell import quote_command
 
     refuse_existing(arguments.out)
     outside = open_hf(arguments.directory)
@@ -50,8 +51,10 @@ def run(arguments: argparse.Namespace) -> None:
     literal(
         next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
     )
-    place = json.dumps(arguments.out.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
-    result(f"To train it further, write start_from = {place} below [train] in a run file.")
+    pack = quote_command("lowvram", "data", "pack", "TEXTS", "--tokenizer", arguments.out / "tokenizer")
+    result(f"To train it further, pack text with its tokenizer ({pack}), and write a run file with these tables:")
+    literal("")
+    literal(tables_to_go_on(outside.config, arguments.out))
 
 
 def _has_template(tokenizer: Tokenizer) -> bool:
