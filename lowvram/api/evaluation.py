@@ -94,6 +94,7 @@ def evaluate_task(
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score_windows
+    from lowvram.evaluate.verdict import warn_of_few_tokens
 
     loaded = yield from load_model(path, device, precision, as_trained=True)
     shards_path = data or (loaded.run.data.valid if loaded.run is not None else None)
@@ -105,6 +106,8 @@ def evaluate_task(
         loaded.model, shards, tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype, tokens
     )
     found = yield from count_progress(scoring, "Reading held-out text")
+    if warning := warn_of_few_tokens(found.targets):
+        yield Notice(warning, "warning")
     baseline = None
     if loaded.run is not None:
         baseline = yield from score_bigrams(loaded.run, tokenizer, shards, tokens)

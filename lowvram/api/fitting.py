@@ -222,7 +222,7 @@ def _evaluate_run(options: FitOptions, target: Target, run: RunConfig) -> Task[t
     name, budget = options.run_file.stem, target.budget(run.train.precision)
     yield from notices_of(budget)
     wish = _wish(options, run.train)
-    yield Progress(f"Rehearsing {name} on paper")
+    yield Progress(f"Replaying a step of {name} on meta tensors")
     return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, wish)], budget
 
 
@@ -240,7 +240,7 @@ def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[Fi
         wish = _wish(options, train)
         answer = evaluate_fit_from_ledgers(name, model, train, budget, wish) if wish.micro_batch is None else None
         if answer is None:
-            yield Progress(f"Rehearsing {name} on paper")
+            yield Progress(f"Replaying a step of {name} on meta tensors")
             answer = rehearsals.rehearse_fit(name, model, train, budget, wish=wish)
         answers.append(answer)
     return sorted(answers, key=lambda answer: answer.model.num_parameters()), budget

@@ -93,6 +93,7 @@ def pack_task(
     """Do what `pack` does, and yield its notices and its progress.  processes: None for one per core."""
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.data.shards import pack_each_shard
+    from lowvram.evaluate.verdict import warn_of_few_tokens
 
     loaded = load_tokenizer(tokenizer)
     files = yield from find_texts(options)
@@ -102,8 +103,11 @@ def pack_task(
     )
     sides = yield from skipped.tell_beside(_show_progress(packing))
     yield from skipped.summarise()
-    has_validation = len(sides) == 2 or out.name == "valid" or (out.parent / "valid").is_dir()
-    home = out.parent if len(sides) == 1 and out.name in ("train", "valid") else out
+    is_split = holdout is not None
+    if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
+        yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
+    has_validation = is_split or out.name == "valid" or (out.parent / "valid").is_dir()
+    home = out.parent if not is_split and out.name in ("train", "valid") else out
     return Packed(tuple(map(_describe, sides)), has_validation, _find_data(home, tokenizer))
 
 

@@ -125,7 +125,7 @@ def _prefer_fp32(advice: Advice, result: FitResult) -> Task[tuple[Advice, str, M
         return advice, "", result.budget
     train, budget = answer.train.model_copy(update={"precision": "fp32"}), result.target.budget("fp32")
     yield from notices_of(budget)
-    yield Progress(f"Rehearsing {answer.name} on paper")
+    yield Progress(f"Replaying a step of {answer.name} on meta tensors")
     wide = rehearsals.rehearse_fit(answer.name, answer.model, train, budget)
     if not wide.fits:
         reason = f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'

@@ -52,7 +52,8 @@ def show_one(seen: FitResult) -> None:
         result(f"  {name:<12} {show_bytes(size):>10}  {'█' * cells}".rstrip())
     result(f"  {'peak':<12} {show_bytes(ledger.peak_bytes):>10}  during {ledger.moment}")
     if not found.is_rehearsed:
-        result("               these lines lie between two rehearsals; a run file is rehearsed itself")
+        says = "these lines are interpolated between two rehearsed plans; a run file is rehearsed with its own plan"
+        result(f"{'':<15}{says}")
     result(f"  {'limit':<12} {show_bytes(budget.limit_bytes):>10}  {_headless(budget)}")
     ram = "" if budget.ram_bytes is None else f", which has {show_bytes(budget.ram_bytes)}"
     kept = f", {show_bytes(ledger.kept_on_host)} of it for experts and states that wait" if ledger.kept_on_host else ""

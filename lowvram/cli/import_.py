@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -29,11 +28,15 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
     from lowvram.cli.tasks import run_task
+    from lowvram.fit.run_file_writer import tables_to_go_on
+    from lowvram.shell import quote_command
 
     imported = run_task(import_task(arguments.directory, arguments.out, arguments.tokenizer))
     count, kind = imported.model.num_parameters(), imported.model.attention.kind
     result(f"{imported.checkpoint}: {count:,} parameters, {kind.upper()}")
     why = "--as dialogue: in turns, it has a chat template" if imported.has_foreign_template else ""
     literal(next_step("chat", imported.path, why=why))
-    place = json.dumps(imported.path.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
-    result(f"To train it further, write start_from = {place} below [train] in a run file.")
+    pack = quote_command("lowvram", "data", "pack", "TEXTS", "--tokenizer", imported.path / "tokenizer")
+    result(f"To train it further, pack text with its tokenizer ({pack}), and write a run file with these tables:")
+    literal("")
+    literal(tables_to_go_on(imported.model, imported.path))

@@ -100,6 +100,7 @@ def test_evaluation_finds_what_the_command_finds(home: Path, capsys: pytest.Capt
     found = evaluate(home / "run", device="cpu")
     assert found.as_dict() == json.loads(typed("evaluate", home / "run", "--device", "cpu", "--json").out)
     assert found.bits_per_byte > 0
+    assert any("tokens of held-out text are few" in notice.text for notice in found.notices)
     assert (found.step, found.seq_len, found.bigrams_of) == (6, 32, str(home / "shards/train"))
     part = evaluate(home / "run", data=home / "shards/train", tokens=100, precision="bf16", device="cpu", progress=True)
     words = ("--data", home / "shards/train", "--tokens", 100, "--precision", "bf16", "--device", "cpu", "--json")

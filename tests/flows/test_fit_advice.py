@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +97,11 @@ def test_sizes_are_of_one_kind_and_no_energy_is_none() -> None:
             out = typed("fit", "--gpu", card, *words).out
             assert not re.search(r"\d [MGT]B\b", out)
             assert not re.search(r"(?<![\d.–])0(\.0)? k?Wh", out)
+
+
+def test_the_micro_batches_that_explain_the_readmes_table_are_those_of_its_cards() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    one, others = re.search(r"RTX 4060 computes (\d+) sequences of `tr-25m` at once, the others (\d+)", readme).groups()
+    for card, size in (("rtx4060", one), ("rtx3060-12gb", others), ("rtx5060", others), ("rtx5070", others)):
+        [model] = values("--gpu", card, "--desktop", "linux", "--model", "tr-25m")["models"]
+        assert model["plan"]["micro_batch"] == int(size), card

@@ -74,7 +74,7 @@ def test_a_card_that_is_too_old_is_told_for_what_and_what_to_take(name: str, whe
     assert "too old for torch's wheels and for Triton" in said
     assert f"{wheels} code for its compute capability ({capability})" in said
     assert "on Kaggle and Colab the T4" in said
-    assert ("plain PyTorch would compute" in said) == ("none of" not in wheels)
+    assert ("With the CUDA 12.6 wheels plain PyTorch would compute" in said) == ("none of" not in wheels)
 
 
 @pytest.mark.parametrize(
