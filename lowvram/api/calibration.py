@@ -60,13 +60,13 @@ def _calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target
 
     budget = target.budget(train.precision)
     yield from notices_of(budget)
-    answer = rehearse_fit(name, model, train, budget)
-    if not answer.found.fits:
+    report = rehearse_fit(name, model, train, budget)
+    if not report.search_result.fits:
         return False
     yield Notice(f"Timing {name} in {train.precision} on {device}: half a minute or so …")
     # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
     cap_memory(device, target.profile.allocator_bytes(budget.limit_bytes))
-    measured = measure(name, model, train, answer.found.plan, device, target.profile)
+    measured = measure(name, model, train, report.search_result.plan, device, target.profile)
     path = store_calibration(measured)
     yield Notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
     return True

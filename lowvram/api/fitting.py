@@ -117,21 +117,21 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
     if options.run_file is not None:
         run = yield from _read_run(options, options.run_file)
     elif options.preset is not None:  # one that does not exist is refused before anything is measured or opened
-        _wish(options, _load_preset(options.preset, options, target)[1])
+        _read_constraints(options, _load_preset(options.preset, options, target)[1])
     if options.measure:
         yield from _calibrate(options, target, run)
     text = yield from _read_text(options, run)
     if run is not None:
-        answers, budget = yield from _evaluate_run(options, target, run)
+        reports, budget = yield from _evaluate_run(options, target, run)
     else:
-        answers, budget = yield from _evaluate_presets(options, target)
+        reports, budget = yield from _evaluate_presets(options, target)
     result = FitResult(
         options=options,
         target=target,
         budget=budget,
-        models=tuple(answers),
-        first_run=recommend_first(answers, text),
-        recommended=recommend(answers, options.days, text),
+        models=tuple(reports),
+        first_run=recommend_first(reports, text),
+        recommended=recommend(reports, options.days, text),
         text=text,
         changes=None if options.has_plan else (),
     )
@@ -221,9 +221,9 @@ def _evaluate_run(options: FitOptions, target: Target, run: RunConfig) -> Task[t
         yield Notice(warning, "warning")
     name, budget = options.run_file.stem, target.budget(run.train.precision)
     yield from notices_of(budget)
-    wish = _wish(options, run.train)
+    constraints = _read_constraints(options, run.train)
     yield Progress(f"Replaying a step of {name} on meta tensors")
-    return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, wish)], budget
+    return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, constraints)], budget
 
 
 def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitReport], MemoryBudget]]:
@@ -234,16 +234,18 @@ def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[Fi
 
     budget = target.budget(_load_preset(options.preset or _SMALLEST, options, target)[1].precision)
     yield from notices_of(budget)
-    answers = []
+    reports = []
     for name in [options.preset] if options.preset else preset_names():
         model, train = _load_preset(name, options, target)
-        wish = _wish(options, train)
-        answer = evaluate_fit_from_ledgers(name, model, train, budget, wish) if wish.micro_batch is None else None
-        if answer is None:
+        constraints = _read_constraints(options, train)
+        report = None
+        if constraints.micro_batch is None:
+            report = evaluate_fit_from_ledgers(name, model, train, budget, constraints)
+        if report is None:
             yield Progress(f"Replaying a step of {name} on meta tensors")
-            answer = rehearsals.rehearse_fit(name, model, train, budget, wish=wish)
-        answers.append(answer)
-    return sorted(answers, key=lambda answer: answer.model.num_parameters()), budget
+            report = rehearsals.rehearse_fit(name, model, train, budget, constraints=constraints)
+        reports.append(report)
+    return sorted(reports, key=lambda report: report.model.num_parameters()), budget
 
 
 def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelConfig, TrainConfig]:
@@ -257,14 +259,14 @@ def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelC
 
 
 def evaluate_fit_from_ledgers(
-    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: PlanConstraints
+    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, constraints: PlanConstraints
 ) -> FitReport | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
     from lowvram.fit.ledgers import find_memory_curve, path_of
     from lowvram.fit.report import evaluate_fit
 
     curve = find_memory_curve(name, model, train, path_of(budget.profile, train))
-    return None if curve is None else evaluate_fit(name, model, train, curve, budget, wish=wish)
+    return None if curve is None else evaluate_fit(name, model, train, curve, budget, constraints=constraints)
 
 
 def _refuse_plan(options: FitOptions, train: TrainConfig) -> None:
@@ -275,7 +277,7 @@ def _refuse_plan(options: FitOptions, train: TrainConfig) -> None:
         choose_plan(train, options.micro_batch)
 
 
-def _wish(options: FitOptions, train: TrainConfig) -> PlanConstraints:
+def _read_constraints(options: FitOptions, train: TrainConfig) -> PlanConstraints:
     from lowvram.fit.search import PlanConstraints
 
     _refuse_plan(options, train)
@@ -287,32 +289,32 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
     from lowvram.api.rehearsals import suggest_changes, suggest_precisions
     from lowvram.fit.recommend import TOO_SLOW_DAYS, recommend
 
-    options, answer = result.options, result.models[0]
+    options, report = result.options, result.models[0]
     changes = result.changes
-    if not options.has_plan and not (answer.fits_headless and answer.fits_host):
+    if not options.has_plan and not (report.fits_headless and report.fits_host):
         yield Progress("Looking for changes that would fit")
-        changes = tuple(suggest_changes(answer.model, answer.train, result.budget))
+        changes = tuple(suggest_changes(report.model, report.train, result.budget))
     faster: tuple[Change, ...] = ()
-    if options.run_file is not None and answer.fits_headless and not options.has_plan:
+    if options.run_file is not None and report.fits_headless and not options.has_plan:
         yield Progress("Looking for a faster precision")
-        faster = tuple((yield from suggest_precisions(answer, result.target)))
-    is_too_slow = answer.days is not None and answer.days > TOO_SLOW_DAYS
+        faster = tuple((yield from suggest_precisions(report, result.target)))
+    is_too_slow = report.days is not None and report.days > TOO_SLOW_DAYS
     instead = None
     if is_too_slow:
         known = yield from _evaluate_known_presets(result.target)
         instead = recommend(known, options.days)
     return dataclasses.replace(
-        result, changes=changes, faster=faster, remarks=tuple(remarks_about(result.text, answer)), instead=instead
+        result, changes=changes, faster=faster, remarks=tuple(remarks_about(result.text, report)), instead=instead
     )
 
 
-def remarks_about(text: RunText | None, answer: FitReport) -> list[Remark]:
+def remarks_about(text: RunText | None, report: FitReport) -> list[Remark]:
     """Return what is said about the text of a run: how often it is read, and what to do if that is too often."""
     from lowvram.errors import DataError
     from lowvram.fit.epochs import Remark, remark_on
 
     try:
-        return list(remark_on(text, answer.model, answer.train)) if text is not None else []
+        return list(remark_on(text, report.model, report.train)) if text is not None else []
     except DataError as error:
         return [Remark(str(error), True)]
 
@@ -325,9 +327,9 @@ def _evaluate_known_presets(target: Target) -> Task[list[FitReport]]:
 
     budget = target.budget(target.profile.dtype)
     yield from notices_of(budget)
-    answers = []
+    reports = []
     for name in preset_names():
         model, train = load_preset(name)
         train = train.model_copy(update={"precision": target.profile.dtype})
-        answers.append(evaluate_fit_from_ledgers(name, model, train, budget, ANY))
-    return [answer for answer in answers if answer is not None]
+        reports.append(evaluate_fit_from_ledgers(name, model, train, budget, ANY))
+    return [report for report in reports if report is not None]

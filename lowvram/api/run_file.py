@@ -47,19 +47,19 @@ def choose_run_task(result: FitResult) -> Task[ChosenRun]:
 
     advice = yield from _choose_preset(result)
     advice, reason, budget = yield from _prefer_fp32(advice, result)
-    answer = advice.answer if advice.tokens is None else advice.answer.with_tokens(advice.tokens)
+    report = advice.report if advice.tokens is None else advice.report.with_tokens(advice.tokens)
     if result.options.is_alone:
-        remarks = tuple(remarks_about(result.text, answer))
-        result = dataclasses.replace(result, models=(answer,), budget=budget, remarks=remarks)
-    return ChosenRun(result, advice._replace(answer=answer, tokens=None), reason)
+        remarks = tuple(remarks_about(result.text, report))
+        result = dataclasses.replace(result, models=(report,), budget=budget, remarks=remarks)
+    return ChosenRun(result, advice._replace(report=report, tokens=None), reason)
 
 
 def write_chosen_run(chosen: ChosenRun, out: Path) -> None:
     """Write a run's file, with gaps, which `train` names, where `fit` was given no `data`."""
     from lowvram.fit.run_file_writer import write_run
 
-    answer, data = chosen.advice.answer, chosen.result.options.data
-    write_run(out, answer.name, answer.model, answer.train, choose_folders(data) if data is not None else None)
+    report, data = chosen.advice.report, chosen.result.options.data
+    write_run(out, report.name, report.model, report.train, choose_folders(data) if data is not None else None)
 
 
 def choose_folders(data: Path) -> dict[str, str]:
@@ -92,17 +92,17 @@ def _choose_preset(result: FitResult) -> Task[Advice]:
     from lowvram.errors import ConfigError
     from lowvram.fit.recommend import Advice, explain_too_little, limit_tokens
 
-    answers, text, advice = result.models, result.text, result.recommended
+    reports, text, advice = result.models, result.text, result.recommended
     if result.options.run_file is not None:
         what = f"There is nothing to write: {result.options.run_file} is a run file."
         raise ConfigError(what, fix="Leave it out.")
     if result.options.is_alone:
-        tokens = limit_tokens(answers[0], text)
+        tokens = limit_tokens(reports[0], text)
         if text is not None and tokens == 0:  # one's own choice: smaller steps and windows can be set in the file
-            yield Notice(" ".join(explain_too_little(answers, text)), "warning")
-        return Advice(answers[0], "", tokens or None)
-    if advice is None and text is not None and any(answer.fits for answer in answers):
-        what, why, fix = explain_too_little(answers, text)
+            yield Notice(" ".join(explain_too_little(reports, text)), "warning")
+        return Advice(reports[0], "", tokens or None)
+    if advice is None and text is not None and any(report.fits for report in reports):
+        what, why, fix = explain_too_little(reports, text)
         raise ConfigError(f"There is nothing to write. {what}", why, f"{fix} Or name a preset with `preset`.")
     if advice is None:
         fix = "Name one with `preset` to write it all the same."
@@ -120,14 +120,14 @@ def _prefer_fp32(advice: Advice, result: FitResult) -> Task[tuple[Advice, str, M
     from lowvram.fit.calibration_store import compare_precisions
     from lowvram.fit.suggestions import describe_slower, is_slower
 
-    answer, times = advice.answer, compare_precisions(result.target.profile)
-    if answer.train.precision != "bf16" or not is_slower(times):
+    report, times = advice.report, compare_precisions(result.target.profile)
+    if report.train.precision != "bf16" or not is_slower(times):
         return advice, "", result.budget
-    train, budget = answer.train.model_copy(update={"precision": "fp32"}), result.target.budget("fp32")
+    train, budget = report.train.model_copy(update={"precision": "fp32"}), result.target.budget("fp32")
     yield from notices_of(budget)
-    yield Progress(f"Replaying a step of {answer.name} on meta tensors")
-    wide = rehearsals.rehearse_fit(answer.name, answer.model, train, budget)
+    yield Progress(f"Replaying a step of {report.name} on meta tensors")
+    wide = rehearsals.rehearse_fit(report.name, report.model, train, budget)
     if not wide.fits:
         reason = f'precision = "bf16", since it does not fit in fp32, although {describe_slower(times)}'
         return advice, reason, result.budget
-    return advice._replace(answer=wide), f'precision = "fp32", since {describe_slower(times)}', budget
+    return advice._replace(report=wide), f'precision = "fp32", since {describe_slower(times)}', budget

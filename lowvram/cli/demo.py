@@ -236,12 +236,12 @@ def _describe_fit(what: RunConfig, device: str) -> str:
     monitor = PlanMonitor(what, chosen.device)
     for said in (*chosen.notices, *notices_of(monitor.budget)):
         tell(said)
-    answer = monitor.rehearse_fit()
-    plan, limit = answer.found.plan, show_bytes(monitor.budget.limit_bytes)
-    lasts = answer.days_range
+    report = monitor.rehearse_fit()
+    plan, limit = report.search_result.plan, show_bytes(monitor.budget.limit_bytes)
+    lasts = report.days_range
     days = f", about {show_duration_range(*(days * 86_400 for days in lasts))}" if lasts is not None else ""
     cut = f"{plan.micro_batch} × {plan.accumulate} sequences a step"
-    return f"{cut}: tensors take {show_bytes(answer.found.peak_bytes)} of {limit}{days}"
+    return f"{cut}: tensors take {show_bytes(report.search_result.peak_bytes)} of {limit}{days}"
 
 
 def _say(number: int, what: str, *command: str | Path) -> None:

@@ -172,8 +172,8 @@ def _write(chosen: ChosenRun, out: Path) -> None:
     from lowvram.shell import quote_command
 
     write_chosen_run(chosen, out)
-    answer = chosen.advice.answer
+    report = chosen.advice.report
     begin = "" if chosen.result.options.data is not None else "put your folders into it, then "
-    lasts = f", {describe_time(chosen.advice)}" if answer.days_range is not None else ""
+    lasts = f", {describe_time(chosen.advice)}" if report.days_range is not None else ""
     because = f"; {chosen.reason}" if chosen.reason else ""
-    notice(f"Wrote {out} ({answer.name}{lasts}{because}): {begin}{quote_command('lowvram', 'train', out)}", "green")
+    notice(f"Wrote {out} ({report.name}{lasts}{because}): {begin}{quote_command('lowvram', 'train', out)}", "green")

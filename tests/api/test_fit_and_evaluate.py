@@ -51,7 +51,7 @@ def test_a_run_file_is_judged_as_the_command_judges_it(home: Path, capsys: pytes
     found = fit(home / "run.toml", overrides={"optimizer.bits": 8}, micro_batch=2, **NAMED)  # type: ignore[arg-type]
     words = ("--set", "optimizer.bits=8", "--micro-batch", 2, *NAMED_WORDS)
     assert json.loads(json.dumps(found.as_dict())) == of_command(home / "run.toml", *words)
-    assert found.models[0].found.plan.micro_batch == 2
+    assert found.models[0].search_result.plan.micro_batch == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -61,7 +61,7 @@ def test_what_is_recommended_is_written_as_the_command_writes_it(tmp_path: Path)
     assert typed("fit", *NAMED_WORDS, "--out", tmp_path / "command.toml").code == 0
     assert path.read_bytes() == (tmp_path / "command.toml").read_bytes()
     assert found.recommended is not None
-    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"]["preset"] == found.recommended.answer.name
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"]["preset"] == found.recommended.report.name
     with pytest.raises(ConfigError, match="exists"):
         write_run_file(found, path)
 
