@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_holdout, process_count
-from lowvram.cli.texts import add_reading, find, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, find, report, show_skipped, start_reading
 
 if TYPE_CHECKING:
     from lowvram.data.shards import PackProgress, ShardSet
@@ -39,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
-    """Pack and say what came out, and what comes next."""
+    """Pack, and show what was written and what comes next."""
     from lowvram.cli.console import literal, notice, result
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.data.holdout import Holdout
@@ -60,7 +60,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
         return {out / "train": train, out / "valid": valid}
 
     packed = _with_progress(work)
-    say_skipped(bad_rows)
+    show_skipped(bad_rows)
     for folder, shards in packed.items():
         result(_describe(folder, shards))
     if arguments.holdout is not None and (warning := warn_of_few_tokens(packed[out / "valid"].tokens)):
@@ -84,7 +84,7 @@ def _describe(folder: Path, shards: ShardSet) -> str:
 
 
 def _name_next(home: Path, tokenizer: Path) -> str:
-    """Return the next step: a run file over the packed folders, where they lie as `fit --data` finds them."""
+    """Return the next step: a run file for the packed folders, with --data where `fit` finds them by it."""
     from lowvram.cli.next_step import next_step
     from lowvram.data.shard_set import INDEX
 

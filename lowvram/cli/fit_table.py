@@ -1,4 +1,4 @@
-"""How answers about many models look: a table as wide as the window allows, and what to begin with; decides nothing."""
+"""Shows the evaluations of many models as a table that fits the window, and what to begin with; decides nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lowvram import`: another program's model as a checkpoint to start from or to talk to."""
+"""`lowvram import`: another program's model as a checkpoint, to train further or to talk to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read, check, write, and say what came out."""
+    """Read, check and write the model, and show what was written."""
     from lowvram.cli.console import bar, literal, notice, result
     from lowvram.cli.next_step import next_step
     from lowvram.convert.hf.importer import import_weights
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint = import_weights(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
     count = outside.config.num_parameters()
     result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
-    # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
+    # No file says whether another program's model was trained on dialogues; a template may lie beside any model.
     has_template = isinstance(tokenizer, HfTokenizer) and _has_template(tokenizer)
     literal(
         next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _has_template(tokenizer: Tokenizer) -> bool:
-    """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
+    """Say whether a model can be prompted in turns; a notice says so once if its template cannot be used."""
     from lowvram.cli.console import notice
     from lowvram.cli.spelling import as_options
     from lowvram.errors import LowvramError

@@ -1,4 +1,4 @@
-"""What `tokenizer train` and `data pack` share: the files they read, what was passed over, rows that are no text."""
+"""What `tokenizer train` and `data pack` share: which files are read, what is passed over, rows that are not text."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def find(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that are meant, and say what was passed over."""
+    """Return the files that the paths name, and show what was passed over."""
     from lowvram.cli.console import notice
     from lowvram.data.text_files import find_text_files
 
@@ -57,8 +57,8 @@ def start_reading(arguments: argparse.Namespace) -> BadRows:
     return BadRows(arguments.on_bad_row, tell, _HINT, _FILE_HINT)
 
 
-def say_skipped(bad_rows: BadRows) -> None:
-    """Say how many rows were skipped, if any."""
+def show_skipped(bad_rows: BadRows) -> None:
+    """Show how many rows were skipped, if any."""
     from lowvram.cli.console import notice
     from lowvram.units import count_of
 
@@ -94,7 +94,7 @@ def report(arguments: argparse.Namespace) -> int:
     are = "is" if bad_rows.count == 1 else "are"
     result(f"{bad_rows.count:,} of {count_of(bad_rows.rows, 'row')} {are} bad: {bad_rows.describe()}.")
     action, why = (
-        ("skip", "or mend them") if bad_rows.can_be_skipped else ("report", "when these are mended or left out")
+        ("skip", "or repair them") if bad_rows.can_be_skipped else ("report", "when these are repaired or left out")
     )
     literal(next_step(*with_value(arguments.typed, "--on-bad-row", action), why=why))
     return 1

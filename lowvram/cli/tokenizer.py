@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_holdout, count
-from lowvram.cli.texts import add_reading, find, reading_words, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, find, reading_words, report, show_skipped, start_reading
 
 if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRows
@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train and say what came out, and what comes next."""
+    """Train, and show what was written and what comes next."""
     from lowvram.cli.console import literal, notice, result
     from lowvram.cli.next_step import next_step
     from lowvram.data.holdout import Holdout, show_share
@@ -55,7 +55,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     tokenizer = train_with_progress(
         files, arguments.vocab, arguments.out, arguments.field, holdout, bad_rows, arguments.replace
     )
-    say_skipped(bad_rows)
+    show_skipped(bad_rows)
     result(f"{arguments.out}: {tokenizer.size} ids" + _explain_size(tokenizer.size, arguments.vocab))
     if holdout is None:
         notice("All of the text was read. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")
@@ -105,10 +105,10 @@ def train_with_progress(
     for size in left_out:
         notice(
             f"{show_bytes(size)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or of as many "
-            "other signs, are no words, and merges are learnt from words."
+            "other signs, are not words, and merges are learnt from words."
         )
     return tokenizer
 
 
 def _explain_size(size: int, asked: int) -> str:
-    return f" (the text has no more than that to merge; {asked} were asked for)" if size < asked else ""
+    return f" (the text has no more pairs to merge; {asked} ids were asked for)" if size < asked else ""
