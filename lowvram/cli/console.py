@@ -53,7 +53,7 @@ def show_error(text: str) -> None:
 
 
 def notice(text: str, style: str = "") -> None:
-    """Print a line about what is going on; a terminal breaks it between words."""
+    """Print a notice; a terminal breaks it between words."""
     err.print(Text(_wrap(clean(text), err), style))
 
 

@@ -221,7 +221,7 @@ def _show_end(home: Path, directory: Path) -> None:
 
 
 def _describe_fit(what: RunConfig, device: str) -> str:
-    """Say what the run's plan takes of this machine, and how long it will take."""
+    """Return the run's plan, its memory on this machine and its duration."""
     from lowvram.api.device import choose_device
     from lowvram.api.plan_monitor import PlanMonitor
     from lowvram.api.target import notices_of
@@ -275,7 +275,7 @@ def _claim(home: Path, folder: Path | None, replace: bool) -> Path:
         find_files([folder])
         if home in (folder.resolve(), *folder.resolve().parents) or folder.resolve() in home.parents:
             what = f"--text {folder} and --dir {home} lie in one another."
-            raise ConfigError(what, "The demo would read what it writes.", "Name another --dir.")
+            raise ConfigError(what, "The demo would read the files that it writes.", "Name another --dir.")
     if home.exists() and any(home.iterdir()) and not (home / _MARKER).exists():
         raise ConfigError(
             f"--dir {home} is not empty.", "No earlier demo made it, so nothing is deleted.", "Name another --dir."

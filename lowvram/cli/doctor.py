@@ -22,7 +22,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "doctor",
         help="what this machine is, which backend computes each op, what to repair",
-        description="Say what this machine is, which backend computes each op on it and why, and what keeps it from "
+        description="Show what this machine is, which backend computes each op on it and why, and what keeps it from "
         "training or makes it slower, each with the command that repairs it.  Nothing is trained, installed or "
         "changed.  The exit code is 1 if training would fail, and 0 if it works or is only slower.",
     )
@@ -166,7 +166,7 @@ def _describe(facts: Facts) -> dict[str, Any]:
 
 
 def _show_ops(ops: dict[str, Choice]) -> None:
-    """Print a row for each op; where a window is too narrow for that, neighbours share what is the same of them."""
+    """Print a row for each op; in a narrow window neighbours with the same values share a row."""
     from lowvram.cli.console import lay_out, out, table_width
 
     table = _tabulate([[op] for op in ops], ops)

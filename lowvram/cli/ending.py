@@ -59,7 +59,7 @@ def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopp
 
 
 def near(path: Path | str) -> Path:
-    """Return a path as it is shortest to type from here: relative where it lies in the working directory."""
+    """Return the shortest path to type here: a relative one inside the working directory."""
     path, here = Path(path), Path.cwd()
     inside = path.is_absolute() and path != here and here in path.parents
     return Path(os.path.relpath(path, here)) if inside else path

@@ -29,9 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=("fp32", "bf16", "f16", "q8_0"),
         help="of the matrices: fp32 or bf16 for hf (default: as they are kept); any for gguf (default: bf16)",
     )
-    parser.add_argument(
-        "--license", metavar="ID", help='for the card, such as "apache-2.0" (default: said to be unknown)'
-    )
+    parser.add_argument("--license", metavar="ID", help='for the card, such as "apache-2.0" (default: unknown)')
     parser.add_argument("--language", metavar="TAGS", default="tr", help="for the card (default: %(default)s)")
     parser.add_argument(
         "--verify",

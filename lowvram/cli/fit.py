@@ -19,7 +19,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "fit",
         help="what fits on a card, how fast it trains, what it costs",
-        description="Say which presets a card can pretrain, with which plan and in how many days, or what one run "
+        description="Show which presets a card can pretrain, with which plan and in how many days, or what one run "
         "needs, line by line.  The memory comes from a rehearsal: a training step is replayed on meta tensors, which "
         "have a shape and no contents, and every allocation is added up.  Nothing is trained, and the card need not be "
         "here: without --gpu and --memory this machine is meant.  Every key of RUN.toml: docs/run-file.md.",
@@ -47,13 +47,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="time real steps here first, on a processor in bf16 and in fp32, and remember the result",
     )
-    parser.add_argument("--explain", action="store_true", help="say why each choice was made")
+    parser.add_argument("--explain", action="store_true", help="show why each choice was made")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
     parser.add_argument(
         "--data",
         type=Path,
         metavar="SHARDS",
-        help="packed text, or the folder of train, valid and tok: say which presets it is enough for",
+        help="packed text, or the folder of train, valid and tok: show which presets it is enough for",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

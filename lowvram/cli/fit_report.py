@@ -14,12 +14,12 @@ from lowvram.fit.suggestions import Change
 from lowvram.hardware.profile import measured_ids
 from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
 
-# Cells of the longest bar, and those that stand before it in its row.
+# Cells of the longest bar, and the cells before it in its row.
 _BAR_CELLS, _BEFORE_THE_BAR = 40, 27
 
 
 def describe_technique(answer: FitReport) -> str:
-    """Say what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
+    """Return what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
     plan, train, ffn = answer.found.plan, answer.train, answer.model.ffn
     words = [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
     words += ["bf16 weights"] if train.weights == "bf16" else []
@@ -147,7 +147,7 @@ _PRECISION = {
 
 
 def explain(seen: FitResult) -> Iterator[str]:
-    """Yield why each choice was made: first what is the card's, then model by model."""
+    """Yield why each choice was made: first those of the card, then those of each model."""
     answers, budget = seen.models, seen.budget
     profile, train = budget.profile, answers[0].train
     yield ""

@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("directory", type=Path, metavar="DIR", help="a directory with config.json and safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory to write; must not exist")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="where tokenizer.json lies (default: in the directory itself)"
+        "--tokenizer", type=Path, metavar="DIR", help="the folder of tokenizer.json (default: the model's)"
     )
     parser.set_defaults(run=run)
 

@@ -21,7 +21,7 @@ class LastingStream:
         self._is_lost = False
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it where nobody can get it."""
+        """Write the text, or drop it if it cannot be written."""
         if not self._is_lost:
             try:
                 return self._stream.write(text)
@@ -30,7 +30,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless nobody can get it."""
+        """Flush, unless the stream is lost."""
         if not self._is_lost:
             try:
                 self._stream.flush()
@@ -54,7 +54,7 @@ class LastingStream:
 def lasting_stderr() -> Iterator[None]:
     """Let no command end because stderr cannot be written; a stdout that cannot be written is still an error."""
     before = sys.stderr
-    if before is None:  # closed by whoever started this process
+    if before is None:  # closed by the process that started this one
         yield
         return
     sys.stderr = LastingStream(before)

@@ -49,7 +49,7 @@ def count_up_to(most: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{number} is more than {most}, the most that can be asked for")
         return number
 
-    read.__name__ = count.__name__  # argparse names what it could not read by it
+    read.__name__ = count.__name__  # argparse's error shows this name
     return read
 
 
@@ -78,7 +78,7 @@ def memory(text: str) -> int:
 
 
 def size_of_file(text: str) -> int:
-    """Read a size of what is no memory: a bare number is bytes, KiB and MiB are powers of two, kB and MB of ten."""
+    """Read a size that is not of memory: a bare number is bytes, KiB and MiB are powers of two, kB and MB of ten."""
     try:
         size = parse_bytes(text)
     except ValueError as error:

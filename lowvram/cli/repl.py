@@ -30,7 +30,7 @@ _HELP = '''/help               this list
 /save FILE          write the conversation, as .md or .json
 /stats              tokens, speed and memory so far
 /quit               end, as Ctrl-D, /exit and /q do
-"""                 begins a text of several lines and ends it; a line that ends in \\ goes on in the next'''
+"""                 begins a text of several lines and ends it; a line that ends in \\ continues in the next'''
 # The names that other programs have for these commands.
 _OTHER_NAMES = {"exit": "quit", "q": "quit", "bye": "quit", "çık": "quit", "h": "help", "?": "help", "yardım": "help"}
 _MOST_LINES = 1_000  # of history
@@ -218,7 +218,7 @@ class Repl:
     def _save(self, text: str) -> None:
         from lowvram.storage.disk import DISK
 
-        path = Path(os.path.expanduser(text))  # leaves a ~ that is nobody's as it is
+        path = Path(os.path.expanduser(text))  # a ~ of an unknown user stays as it is
         if path.suffix not in (".md", ".json"):
             raise PromptError(
                 f"/save needs a file that ends in .md or .json, not {text or 'nothing'}.", "", "/save talk.md"
@@ -268,7 +268,7 @@ class Repl:
 
 def _name_nearest_command(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"Did you mean /{_OTHER_NAMES.get(near[0], near[0])}?" if near else "/help says what each does."
+    return f"Did you mean /{_OTHER_NAMES.get(near[0], near[0])}?" if near else "/help explains each."
 
 
 def _explain(error: RuntimeError) -> MachineError:

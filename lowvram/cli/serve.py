@@ -184,7 +184,7 @@ def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
 
 
 def _describe(arguments: argparse.Namespace, loaded: LoadedModel, max_context: int) -> ServedModel:
-    """Return what is served, by the name that clients will use."""
+    """Return the served model under the name that clients use."""
     from lowvram.serve.prompt import ServedModel
 
     name = arguments.name or arguments.checkpoint.resolve().name
@@ -193,7 +193,7 @@ def _describe(arguments: argparse.Namespace, loaded: LoadedModel, max_context: i
 
 
 def _fingerprint(loaded: LoadedModel, directory: Path) -> str:
-    """Return a short name of everything on which an answer depends beside the request."""
+    """Return a short hash of everything that an answer depends on, besides the request."""
     import torch
 
     import lowvram

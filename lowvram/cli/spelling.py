@@ -17,7 +17,7 @@ _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}
 # Arguments that are on, off or left to lowvram, and not merely given or not.
 _SWITCHES = {"compile", "graphs"}
-# What is a method in Python and a value of an option here.
+# Methods of the Python interface, and the option that does the same.
 _METHODS = {"generate": "--as base"}
 _ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
 

@@ -184,7 +184,7 @@ def test_reset_forgets_all(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         ("/rety", "Did you mean /retry?"),
         ("/exti now", "Did you mean /quit?"),
         ("/xyzzy", "There is no command /xyzzy. The commands are /help, "),
-        ("/xyzzy", "/help says what each does."),
+        ("/xyzzy", "/help explains each."),
         ("/?", "/save FILE          write the conversation"),
         ("/HELP", "/save FILE          write the conversation"),
         ("/set heat 1", "Error: There is no setting heat. The settings are temperature, top_k"),
