@@ -60,7 +60,7 @@ class FaultyDisk(Disk):
             raise
         super().write_with(path, write)
 
-    def write_handle(self, file: IO[bytes], data: bytes) -> None:
+    def write_handle(self, file: IO[bytes], data: bytes | memoryview) -> None:
         try:
             self._happens("write_handle", Path(file.name))
         except (OSError, PowerCut):

@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
@@ -108,25 +108,37 @@ def configure(home: Path, model: str, settings: Sequence[str], seed: int, run: s
     return load_run(run_file, [*settings, f"train.seed={seed}", f"run.dir={home / run}"], lambda _: VOCABULARY)
 
 
+class Forward(Protocol):
+    """`forward` of a MoeFfn: returns the experts' output, and their loads."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def learning(layer: MoeFfn) -> Tensor:
+    """Say of each expert whether it is in the window, [E] bool."""
+    assert layer.slot_E is not None, "only where experts rotate"
+    return layer.slot_E < layer.window
+
+
 def make_rival(model: Transformer, kind: str) -> None:
     """Change how a model's layers use frozen experts in training; evaluation still uses all experts."""
 
-    def silent(layer: MoeFfn, forward: Any, x: Tensor) -> Any:
-        router = layer.router.forward
+    def silent(layer: MoeFfn, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
+        router, learns_E = layer.router.forward, learning(layer)
 
-        def only_window(x_ND: Tensor) -> Any:
+        def only_window(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             weight_NK, id_NK, load_E = router(x_ND)
-            return weight_NK * (layer.slot_E[id_NK] < layer.window), id_NK, load_E
+            return weight_NK * learns_E[id_NK], id_NK, load_E
 
-        layer.router.forward = only_window
+        layer.router.forward = only_window  # type: ignore[method-assign]  # of this router, until `forward` returns
         try:
             return forward(x)
         finally:
-            layer.router.forward = router
+            layer.router.forward = router  # type: ignore[method-assign]  # as before
 
-    def masked(layer: MoeFfn, forward: Any, x: Tensor) -> Any:
+    def masked(layer: MoeFfn, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
         router, bias_E, top_k = layer.router, layer.router.bias_E, layer.router.top_k
-        learns_E = layer.slot_E < layer.window
+        learns_E = learning(layer)
         router.bias_E = torch.where(learns_E, bias_E, -1e9)
         router.top_k = min(top_k, layer.window)
         try:
@@ -135,12 +147,12 @@ def make_rival(model: Transformer, kind: str) -> None:
             router.bias_E, router.top_k = bias_E, top_k
         return out, torch.where(learns_E, load_E, load_E[learns_E].mean())  # balance only those that may be chosen
 
-    def treat(layer: MoeFfn) -> Any:
+    def treat(layer: MoeFfn) -> Forward:
         forward, scheme = layer.forward, {"silent": silent, "masked": masked}[kind]
         return lambda x: scheme(layer, forward, x) if torch.is_grad_enabled() else forward(x)
 
     for layer in model.moe_layers():
-        layer.forward = treat(layer)
+        layer.forward = treat(layer)  # type: ignore[method-assign]  # of this layer
 
 
 def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:

@@ -14,8 +14,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import coverage
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +106,7 @@ class Recorder:
         path.write_text(json.dumps(found), encoding="utf-8")
         self.test_file = ""
 
-    def read_children(self) -> Iterator:
+    def read_children(self) -> Iterator[coverage.CoverageData]:
         """Read what the processes that the tests started have left."""
         import coverage
 

@@ -6,6 +6,7 @@ python tools/write_help.py [--check]
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -130,6 +131,11 @@ def describe_feed_forward(model: ModelConfig, train: TrainConfig) -> str:
     return f"MoE, {ffn.top_k} of {ffn.experts} experts + {ffn.shared} shared{learning}"
 
 
+def put_between(block: str, markers: re.Match[str]) -> str:
+    """Return a block between the two markers that were found, in place of what stood there."""
+    return f"{markers[1]}{block}{markers[2]}"
+
+
 def main() -> None:
     """Write or check."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -140,7 +146,7 @@ def main() -> None:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             sys.exit(f"{document} has no markers for {name}")
-        written = pattern.sub(lambda match, block=block: f"{match[1]}{block}{match[2]}", text)
+        written = pattern.sub(functools.partial(put_between, block), text)
         if not check:
             (ROOT / document).write_text(written, encoding="utf-8")
         elif written != text:

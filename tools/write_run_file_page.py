@@ -47,17 +47,17 @@ without one the keys marked *required* must be there. Counts may be written `"50
 _PRESET = "| `preset` | text | none | Name of a preset, from which every key that the file leaves out is taken. |"
 
 # Values that `load_run` fills in although the configuration itself has no default.
-_FOLLOWS = {(ModelConfig, "vocabulary"): "the tokenizer's"}
+_FOLLOWS: dict[tuple[type[BaseModel], str], str] = {(ModelConfig, "vocabulary"): "the tokenizer's"}
 
 
 def docs_of(config: type[BaseModel]) -> dict[str, str]:
     """Return the meaning of each field: the docstring below it in the source."""
     tree = classes_of(config.__module__)[config.__name__]
     meanings = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-            meanings[field.target.id] = " ".join(str(below.value.value).split())
+    for field_and_below in zip(tree.body, tree.body[1:], strict=False):
+        match field_and_below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                meanings[name] = " ".join(str(text).split())
     return meanings
 
 
@@ -126,7 +126,7 @@ def sections(config: type[BaseModel], title: str) -> Iterator[str]:
 
 def type_of(field: FieldInfo) -> str:
     """Return a field's type; a number that may have a unit is recognised by its validator."""
-    names = {getattr(item, "func", None).__name__ for item in field.metadata if getattr(item, "func", None)}
+    names = {item.func.__name__ for item in field.metadata if getattr(item, "func", None)}
     if names & {"round_count", "parse_bytes"}:
         return "count" if "round_count" in names else "size"
     return name_type(field.annotation)

@@ -120,7 +120,7 @@ def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
             # A model predicts the bytes of the text that the ids stand for, which is in NFC.
             text_bytes += count_bytes(composed)
     joined = np.concatenate(ids)
-    data = memoryview(joined).cast("B")
+    data = joined.data.cast("B")
     # The name contains the thread's id: a thread that Ctrl-C left running may still write its own file.
     beside = task.target.with_name(f"{task.target.name}.{threading.get_native_id()}.tmp")
     with explain_full_disk(task.target.parent, data.nbytes), open(beside, "wb") as file:

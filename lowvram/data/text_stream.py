@@ -56,7 +56,8 @@ def open_text(file: Path) -> Iterator[TextStream]:
         raise DataError(f"{file} does not exist.", "", "Name a file that exists.")
     try:
         is_file = file != STANDARD_INPUT
-        with io.BufferedReader(io.FileIO(file if is_file else 0, closefd=is_file), _BUFFER_BYTES) as raw:
+        raw: io.BufferedReader = io.BufferedReader(io.FileIO(file if is_file else 0, closefd=is_file), _BUFFER_BYTES)
+        with raw:
             stream = _unpack(file, raw)
             head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
             kind = kind or (".jsonl" if _JSON.match(head) else ".txt")

@@ -76,7 +76,7 @@ class LiveStorage(TorchDispatchMode):
     """
 
     def __init__(self, block_bytes: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.phase, self._block_bytes = "weights", block_bytes
         self.moment = 0
         self.phase_of_moment: list[str] = []
@@ -253,8 +253,11 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     """
     counter = LiveStorage(BLOCK_BYTES[card.platform])
     # On Apple chips and processors card and host share one memory, so offloading would move nothing.
-    host_hook = {"note_host": counter.mark_host} if card.platform == "cuda" else {}
-    with simulate_card(card, counter.add_hidden, **host_hook), counter:
+    if card.platform == "cuda":
+        simulated = simulate_card(card, counter.add_hidden, counter.mark_host)
+    else:
+        simulated = simulate_card(card, counter.add_hidden)
+    with simulated, counter:
         state = build_state(model, train, plan, _META, None)
         network, optimizer = state.model, state.optimizer
         counter.phase = "optimizer"
@@ -322,7 +325,7 @@ def _mark_updates(optimizer: LeanOptimizer, counter: LiveStorage, grads: set[int
         step_one(weight)
         counter.phase = before
 
-    optimizer.step_one = marked  # type: ignore[method-assign]
+    optimizer.step_one = marked  # type: ignore[method-assign]  # until the block ends
     try:
         yield
     finally:

@@ -27,7 +27,13 @@ class Counts(NamedTuple):
 
     def add(self, other: Counts) -> Counts:
         """Return what both cost together."""
-        return Counts(*map(sum, zip(self, other, strict=True)))
+        return Counts(
+            self.reused + other.reused,
+            self.read + other.read,
+            self.written + other.written,
+            self.read_s + other.read_s,
+            self.written_s + other.written_s,
+        )
 
 
 class Engine:

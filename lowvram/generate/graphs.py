@@ -42,7 +42,7 @@ class Graphs:
         self.model, self.cache, self.captured = model, cache, dict[tuple[int, int], Captured]()
         # Token, position, start and whether it is active, of each slot: one copy to the card for each step.
         self._input_4B = torch.zeros(4, cache.slots, dtype=torch.int64, device=model.embedding.device)
-        self._pool: tuple[int, int] | None = None
+        self._pool: torch.cuda._POOL_HANDLE | None = None
         self.is_captured = captures and can_capture(model)
 
     def read(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:

@@ -72,6 +72,8 @@ def _sliding_window(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, scale: float
 class GqaAttention(Fp32Buffers):
     """Grouped-query attention with RoPE or ALiBi."""
 
+    slope_H: Tensor | None
+
     def __init__(self, model: ModelConfig, config: Gqa, layer: int, options: ParamOptions) -> None:
         super().__init__()
         self.layer, self.window = layer, model.window_of(layer)

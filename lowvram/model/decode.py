@@ -19,7 +19,7 @@ from lowvram.model.ffn import MoeFfn, SharedExpert, SwiGluFfn
 from lowvram.model.linear import Linear, RmsNorm, multiply
 from lowvram.model.positions import Turn, rotate_one, turn_at
 from lowvram.model.slot_attention import SlotAttention
-from lowvram.model.transformer import Transformer
+from lowvram.model.transformer import Block, Transformer
 
 
 def decode_one_token(model: Transformer, token_N: Tensor, rows: SlotAttention, dtype: torch.dtype) -> Tensor:
@@ -34,10 +34,13 @@ def decode_one_token(model: Transformer, token_N: Tensor, rows: SlotAttention, d
     is_mla = model.config.attention.kind == "mla"
     turn = None if model.table is None else turn_at(model.table, rows.position_N, interleaved=is_mla)
     for block in model.blocks:
-        attend = _attend_latent if is_mla else _attend
-        x_ND = x_ND + attend(block.attention, x_ND, turn, rows)  # type: ignore[operator]
-        ffn = _moe_ffn if isinstance(block.ffn, MoeFfn) else _dense_ffn
-        x_ND = x_ND + ffn(block.ffn, x_ND)  # type: ignore[operator]
+        assert isinstance(block, Block), "a Transformer has no other blocks"
+        attention, ffn = block.attention, block.ffn
+        if isinstance(attention, MlaAttention):
+            x_ND = x_ND + _attend_latent(attention, x_ND, turn, rows)
+        else:
+            x_ND = x_ND + _attend(attention, x_ND, turn, rows)
+        x_ND = x_ND + (_moe_ffn(ffn, x_ND) if isinstance(ffn, MoeFfn) else _dense_ffn(ffn, x_ND))
     logit_NV = read_out(model, _normed(model.norm, x_ND))
     return logit_NV[None] if is_vector else logit_NV
 

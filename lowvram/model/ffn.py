@@ -96,7 +96,8 @@ class Router(Fp32Buffers):
     def choose(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights [N, K] fp32 and expert ids [N, K]."""
         if torch.is_grad_enabled():
-            score_NE = _Fp32Linear.apply(x_ND, self.weight).sigmoid()
+            score_NE = _Fp32Linear.apply(x_ND, self.weight)  # type: ignore[no-untyped-call]  # untyped in torch
+            score_NE = score_NE.sigmoid()
         else:
             score_NE = (x_ND.float() @ self.weight.float().T).sigmoid()
         id_NK = (score_NE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
@@ -121,6 +122,11 @@ class MoeFfn(Fp32Buffers):
     slot_E: Tensor | None
     gate_up_EHD_scale: Tensor | None
     down_EDI_scale: Tensor | None
+    # Only with expert rotation; copies in bf16 have no scales.
+    idle_gate_up_code: Tensor
+    idle_gate_up_scale: Tensor | None
+    idle_down_code: Tensor
+    idle_down_scale: Tensor | None
 
     def __init__(self, dim: int, config: Moe, eps: float, options: ParamOptions = DEFAULT_OPTIONS) -> None:
         super().__init__()
@@ -155,7 +161,7 @@ class MoeFfn(Fp32Buffers):
             slot_NK = self.slot_E[id_NK]
             idle = self.idle() if self.read_masters is None else self.read_masters()
         gate_up, down = self.gate_up_EHD, self.down_EDI
-        if self.gate_up_EHD_scale is not None:
+        if self.gate_up_EHD_scale is not None and self.down_EDI_scale is not None:
             # All experts are frozen copies, so none is resident.
             idle = QuantTensor(gate_up, self.gate_up_EHD_scale), QuantTensor(down, self.down_EDI_scale)
             gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))

@@ -15,7 +15,7 @@ class Fp32Buffers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp32Buffers:
         original = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for name, buffer in original.items():
             moved = self._buffers[name]
             if buffer is not None and moved is not None:

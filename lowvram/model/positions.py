@@ -100,7 +100,7 @@ def rotate(x_BTHK: Tensor, table: tuple[Tensor, Tensor], interleaved: bool) -> T
     x: [B, T, H, K].  table: cosines and sines, each [T, R] fp32.  Pairs are neighbours where `interleaved` (as in
     DeepSeek-V3), else (i, i + R) (as in Llama).  The products are taken in fp32.  Saved for backward: the tables.
     """
-    return _Rotate.apply(x_BTHK, *table, interleaved)
+    return _Rotate.apply(x_BTHK, *table, interleaved)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def slopes(heads: int) -> Tensor:

@@ -83,7 +83,7 @@ class Disk:
         write(path)
         self.sync_file(path)
 
-    def write_handle(self, file: IO[bytes], data: bytes) -> None:
+    def write_handle(self, file: IO[bytes], data: bytes | memoryview) -> None:
         """Write bytes to an open file, not through a mapping, so that a full disk raises an error and no signal."""
         file.write(data)
 

@@ -79,7 +79,9 @@ def _warm_up(run: Callable[[], Loss]) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
 
-def _capture(run: Callable[[], Loss], pool: tuple[int, int] | None) -> tuple[Callable[[], None], Loss, tuple[int, int]]:
+def _capture(
+    run: Callable[[], Loss], pool: torch.cuda._POOL_HANDLE | None
+) -> tuple[Callable[[], None], Loss, torch.cuda._POOL_HANDLE]:
     """Return the function that replays `run`, the loss that it writes, and the graph's memory pool."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

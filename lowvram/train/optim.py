@@ -84,16 +84,18 @@ class LeanOptimizer(torch.optim.Optimizer):
     def step_one(self, weight: Tensor) -> None:
         """Update one weight, which has a gradient."""
         self.has_stepped = True
+        gradient = weight.grad
+        assert gradient is not None, "only weights with gradients are updated"
         with self._on_device(self.state_of(weight), weight.device) as state:
             if weight not in self.experts:
-                self._step(weight, weight, weight.grad, state)
+                self._step(weight, weight, gradient, state)
                 return
             size, experts = weight[0].numel(), self.experts[weight]
             for slot in representative(len(experts)):
                 expert = experts[slot]
                 # The rounding of an expert is keyed by the expert's number, so that it does not depend on its slot.
                 own = part_of(state, slot, size)
-                self._step(weight, weight[slot], weight.grad[slot], own, expert * size)
+                self._step(weight, weight[slot], gradient[slot], own, expert * size)
 
     def _is_fused(self, group: dict[str, Any], weight: Tensor) -> bool:
         """Say whether torch's fused AdamW updates a weight; it rounds bf16 to nearest, which loses small updates."""
@@ -143,29 +145,51 @@ class LeanOptimizer(torch.optim.Optimizer):
         for name, tensor in borrowed.items():
             state[name].copy_(tensor)
 
-    def _step(self, weight: Tensor, part: Tensor, gradient: Tensor | None, state: State, first: int = 0) -> None:
+    def _step(self, weight: Tensor, part: Tensor, gradient: Tensor, state: State, first: int = 0) -> None:
         """Update a weight, or the part of it that begins at element number `first` of all its experts."""
         group = self._group_of[weight]
-        assert gradient is not None, "only weights with gradients are updated"
         if self._is_fused(group, weight):
             self._step_fused(group, [part], [state], [gradient])
             return
         maps = self._maps_on(weight.device)
         state["step"] += 1.0 if self.found_inf is None else 1.0 - self.found_inf
-        rounding = {"skip": self.found_inf, "seed": self._seed, "purpose": self._purpose_of[weight], "first": first}
-        common = (state["step"], group["lr"] * group["share"])
+        config, step, rate = self._config, state["step"], group["lr"] * group["share"]
         if group["rule"] == "muon":
-            momentum = Momentum(state["code_m"], state["absmax_m"])
-            muon = self._config
-            assert isinstance(muon, Muon), "only groups of a Muon optimizer have the rule"
-            options = {"rows": group["rows"] or None, "beta": muon.momentum, "steps": muon.iterations}
-            options |= {"decay": group["weight_decay"], "gradient_scale": self.gradient_scale, **rounding}
-            muon_(part, gradient, momentum, maps.first, *common, **options)
+            assert isinstance(config, Muon), "only groups of a Muon optimizer have the rule"
+            muon_(
+                part,
+                gradient,
+                Momentum(state["code_m"], state["absmax_m"]),
+                maps.first,
+                step,
+                rate,
+                rows=group["rows"] or None,
+                beta=config.momentum,
+                decay=group["weight_decay"],
+                steps=config.iterations,
+                gradient_scale=self.gradient_scale,
+                skip=self.found_inf,
+                seed=self._seed,
+                purpose=self._purpose_of[weight],
+                first=first,
+            )
             return
-        betas, eps = (self._config.beta1, self._config.beta2), self._config.eps
-        moments = Moments(*(state[name] for name in Moments._fields))
-        scale = self.gradient_scale
-        adamw8_(part, gradient, moments, maps, *common, betas, eps, group["weight_decay"], scale, **rounding)
+        adamw8_(
+            part,
+            gradient,
+            Moments(*(state[name] for name in Moments._fields)),
+            maps,
+            step,
+            rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            decay=group["weight_decay"],
+            gradient_scale=self.gradient_scale,
+            skip=self.found_inf,
+            seed=self._seed,
+            purpose=self._purpose_of[weight],
+            first=first,
+        )
 
     def _step_fused(
         self, group: dict[str, Any], weights: list[Tensor], states: list[State], gradients: list[Tensor] | None = None
@@ -178,7 +202,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         adamw(
             weights,
             gradients,
-            *([state[moment] for state in states] for moment in ("exp_avg", "exp_avg_sq")),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
             fused=True,

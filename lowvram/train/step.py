@@ -97,11 +97,13 @@ def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[N
     Autograd's own sums round to nearest, which loses many small terms: after a first term 20 times as large, the sum of
     255 equal ones is 7 % too small.
     """
-    sums = {w: w.grad for w in model.parameters() if w.dtype == torch.bfloat16 and w.grad is not None}
+    sums: dict[Tensor, Tensor] = {
+        w: w.grad for w in model.parameters() if w.dtype == torch.bfloat16 and w.grad is not None
+    }
     if not sums:
         yield
         return
-    purpose_of = {weight: number for number, weight in enumerate(model.parameters())}
+    purpose_of: dict[Tensor, int] = {weight: number for number, weight in enumerate(model.parameters())}
 
     def add(weight: Tensor) -> None:
         assert weight.grad is not None, "the hook runs after the gradient is set"

@@ -224,6 +224,7 @@ def test_an_assignment_that_is_wrong_is_blamed_and_not_the_file(tmp_path: Path) 
             '"tr-130m-moe"\nattention = { value_dim = 97 }',
             r"value_dim is 97; it must not exceed nope_dim \+ rope_dim \(64 \+ 32\)",
         ),
+        ('"tr-60m"', '"tr-60m"\nlayers = 1025', r"layers is 1025: input should be less than or equal to 1024"),
         ("[data]", "[data", r"is not TOML"),
     ],
 )

@@ -152,7 +152,7 @@ def test_packing_killed_from_outside_ends_its_workers_and_resumes_to_the_same_by
     out = tmp_path / "killed"
     process = run_script(tmp_path, folder, small_tokenizer.directory, out, 2, 0)
     give_up = time.monotonic() + 60
-    while not (out / "00002.json").exists():
+    while not (out / "00002.bin").exists():  # a shard is renamed after its sidecar is written
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < give_up, "it packed nothing"
         time.sleep(0.005)
@@ -163,7 +163,7 @@ def test_packing_killed_from_outside_ends_its_workers_and_resumes_to_the_same_by
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     with pytest.raises(DataError, match="interrupted"):
         ShardSet.open(out)
-    done = len(list(out.glob("*.json")))
+    done = len(list(out.glob("*.bin")))
     seen: list[PackProgress] = []
     pack([folder], small_tokenizer, out, processes=1, progress=seen.append)
     assert 3 <= done <= seen[-1].reused < seen[-1].shards

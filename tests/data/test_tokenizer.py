@@ -293,7 +293,7 @@ def test_a_saved_copy_is_the_same_tokenizer_even_when_the_first_is_gone(
 
 def test_a_full_disk_leaves_no_half_tokenizer(tmp_path: Path, small_tokenizer: Tokenizer) -> None:
     class FullDisk(Disk):
-        def write_handle(self, file, data: bytes) -> None:
+        def write_handle(self, file, data: bytes | memoryview) -> None:
             super().write_handle(file, data[:100])
             raise OSError(28, "No space left on device")
 

@@ -67,7 +67,7 @@ def test_what_was_measured_elsewhere_or_is_damaged_is_measured_again(tmp_path: P
 
 def test_a_cache_that_cannot_be_written_costs_a_measurement_and_no_error(tmp_path: Path) -> None:
     class FullDisk(Disk):
-        def write_handle(self, file: IO[bytes], data: bytes) -> None:
+        def write_handle(self, file: IO[bytes], data: bytes | memoryview) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     (tmp_path / "file").write_text("in the way")

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from tests.kernels.measures import LiveBytes
-from tools.gpu_cases import kernels
-from tools.gpu_kernel import Kernel, Scene
+from tools.gpu.cases import kernels
+from tools.gpu.kernel import Kernel, Scene
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda", 0)

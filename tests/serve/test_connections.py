@@ -283,22 +283,23 @@ def test_beyond_the_systems_limit_of_files_the_server_goes_on_and_logs_nothing(
 def test_a_system_that_lets_accept_nothing_hinders_no_open_connection_and_no_end(
     small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    tries = 0
+    waits: list[float] = []
 
     def fail(_: socket.socket) -> Any:
-        nonlocal tries
-        tries += 1
         raise OSError(number, "refused")
 
     with served(small_tokenizer) as place, place.http() as http:
         assert http.get("/health").status_code == 200
+        find_wait_s = place.server._find_wait_s
+        monkeypatch.setattr(place.server, "_find_wait_s", lambda error: waits.append(find_wait_s(error)) or waits[-1])
         monkeypatch.setattr(socket.socket, "accept", fail)
         port = int(place.url.rsplit(":", 1)[1])
         with socket.create_connection(("127.0.0.1", port)):
-            wait_until(lambda: tries > 0)
+            wait_until(lambda: len(waits) > 1)
             if number != errno.EMFILE:  # which closes the connection that has no request
                 assert http.get("/health").status_code == 200
     # `served` has seen that the server ended.
+    assert number == errno.ECONNABORTED or min(waits) > 0.0, "a pause before each other try"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows limits no process's files")

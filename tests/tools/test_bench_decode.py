@@ -10,8 +10,8 @@ import torch
 from lowvram.generate.decoder import Decoder
 from lowvram.model.transformer import Transformer
 from tests.model.outside import outside_twin, randomise
-from tools import bench_decode
-from tools.bench_decode import TINY, measure, show, their_bytes_per_token, write
+from tools.bench import decode
+from tools.bench.decode import TINY, measure, show, their_bytes_per_token, write
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -44,8 +44,8 @@ def test_the_tool_says_where_its_figures_are_from(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     options = ["--tiny", "--context", "9", "--tokens", "2", "--rounds", "1", "--dtype", "fp32"]
-    monkeypatch.setattr(sys, "argv", ["bench_decode.py", *options])
-    bench_decode.main()
+    monkeypatch.setattr(sys, "argv", ["decode.py", *options])
+    decode.main()
     first, *lines = capsys.readouterr().out.splitlines()
     assert "1 thread" in first
     assert f"torch {torch.__version__}" in first

@@ -10,8 +10,8 @@ from lowvram_kernels.optim.muon import orthogonalise
 from lowvram.fit.rehearse import LiveStorage
 from lowvram.model.transformer import Transformer
 from tests.model.variants import VARIANTS
-from tools import bench_optim
-from tools.bench_optim import alternate, iteration_flops, matrices_of, micro_batch_flops
+from tools.bench import optim
+from tools.bench.optim import alternate, iteration_flops, matrices_of, micro_batch_flops
 
 
 def test_every_matrix_of_the_blocks_is_there_and_gate_and_up_are_two() -> None:
@@ -51,8 +51,8 @@ def test_runs_alternate_and_the_first_round_does_not_count() -> None:
 def test_the_tool_prints_the_share_of_each_number_of_iterations(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_optim, "load_preset", lambda name: (VARIANTS["gqa-rope"], None))
-    bench_optim.measure("small", 1, 16, 64, 1)
+    monkeypatch.setattr(optim, "load_preset", lambda name: (VARIANTS["gqa-rope"], None))
+    optim.measure("small", 1, 16, 64, 1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("small: forward and backward of 64 tokens")
     assert "scaled linearly by 4" in lines[1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tools.bench_serve import bodies_of, difference, tokenizer_of
+from tools.bench.serve import bodies_of, difference, tokenizer_of
 
 
 def answer(tokens: list[str], logprobs: list[float]) -> dict[str, Any]:

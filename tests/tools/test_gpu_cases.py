@@ -21,12 +21,14 @@ from lowvram.fit.memory_curve import Rehearsal, Work
 from lowvram.hardware.profile import load_profile
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from tools import gpu_timing, gpu_training, gpu_worker
-from tools.gpu_cases import kernels
-from tools.gpu_kernel import Kernel, Rival, Scene, change_error, error_of, first_line
-from tools.gpu_timing import count_sets, distance, time_runs
-from tools.gpu_training import Training, trainings
-from tools.gpu_worker import INTERPRETED, find_cases, interpreting, measure
+from tools.gpu import timing as gpu_timing
+from tools.gpu import training as gpu_training
+from tools.gpu import worker as gpu_worker
+from tools.gpu.cases import kernels
+from tools.gpu.kernel import Kernel, Rival, Scene, change_error, error_of, first_line
+from tools.gpu.timing import count_sets, distance, time_runs
+from tools.gpu.training import Training, trainings
+from tools.gpu.worker import INTERPRETED, find_cases, interpreting, measure
 
 PACKAGE = Path(__file__).parents[2] / "kernels/lowvram_kernels"
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from tools import gpu_report
-from tools.gpu_report import Report, Supervisor, refuse_without_card, run_tests, split_tests
-from tools.gpu_table import Roofs, figures_of, judge_aims, page, roofs_of
+from tools.gpu import report as gpu_report
+from tools.gpu.report import Report, Supervisor, refuse_without_card, run_tests, split_tests
+from tools.gpu.table import Roofs, figures_of, judge_aims, page, roofs_of
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"device": "cuda", "card": "NVIDIA H200", "capability": [9, 0], "cuda": "13.0"}
@@ -41,7 +41,7 @@ def training(**others: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
-    made = Report(tmp_path / "measured", "python tools/gpu_report.py")
+    made = Report(tmp_path / "measured", "python tools/gpu/report.py")
     made.learn_facts(FACTS)
     return made
 
@@ -53,7 +53,7 @@ def options(minutes: float = 5.0, **others: Any) -> argparse.Namespace:
 @pytest.mark.nightly
 def test_the_whole_command_runs_every_case_where_there_is_no_card(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, str(ROOT / "tools/gpu_report.py"), "--tiny", "--minutes", "8", "--out", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "tools/gpu/report.py"), "--tiny", "--minutes", "8", "--out", str(tmp_path)]
     found = subprocess.run(
         command, check=False, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -234,7 +234,7 @@ def test_an_aim_is_met_missed_or_not_known(aim: dict[str, Any], row: dict[str, A
 
 
 def test_the_page_names_card_driver_versions_command_and_date() -> None:
-    facts = FACTS | {"command": "python tools/gpu_report.py", "date": "2026-01-02T03:04:05+00:00", "took_s": 123.4}
+    facts = FACTS | {"command": "python tools/gpu/report.py", "date": "2026-01-02T03:04:05+00:00", "took_s": 123.4}
     facts |= {"driver": "580.1", "commit": "abc1234"}
     rivals = [{"name": "cuBLAS", "seconds": 5e-4}, {"name": "other", "note": "RuntimeError: a | b"}]
     rows = [COPY, BF16, kernel(rivals=rivals), training(), kernel(name="bad", status="wrong", note="not timed")]
@@ -244,7 +244,7 @@ def test_the_page_names_card_driver_versions_command_and_date() -> None:
         "580.1",
         "2.13",
         "3.7",
-        "`python tools/gpu_report.py`",
+        "`python tools/gpu/report.py`",
         "2026-01-02",
         "abc1234",
         "123 s",

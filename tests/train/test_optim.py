@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowvram.config.run_file import load_preset, preset_names
-from lowvram.config.train import AdamW, TrainConfig
+from lowvram.config.train import AdamW, Muon, TrainConfig
 from lowvram.model.transformer import Transformer
 from lowvram.train.optim import (
     LEAST_8BIT,
@@ -185,6 +185,23 @@ def test_an_optimizer_that_was_put_back_goes_on_bit_for_bit(bits: int) -> None:
     truth, found = remembered(whole, first_half), remembered(second, second_half)
     assert truth.keys() == found.keys()
     assert all(torch.equal(truth[name], found[name]) for name in truth)
+
+
+@pytest.mark.parametrize("config", [AdamW(bits=8), Muon()], ids=["adamw", "muon"])
+def test_an_experts_rounding_is_the_same_in_every_slot(config: AdamW | Muon) -> None:
+    def step(experts: list[int]) -> torch.Tensor:
+        """Update equal weights of two rotating experts by equal gradients; returns them by the expert's number."""
+        weight = torch.nn.Parameter(torch.full((2, 64, 64), 0.3, dtype=torch.bfloat16))
+        group = {"params": [weight], "rule": config.name, "bits": 8, "rows": 64 if config.name == "muon" else 0}
+        optimizer = LeanOptimizer([group], config, seed=5)
+        optimizer.experts[weight] = experts
+        weight.grad = torch.linspace(-1, 1, 64 * 64).view(64, 64).expand(2, -1, -1).to(weight.dtype)
+        optimizer.step()
+        return weight.detach()[torch.tensor(experts).argsort()]
+
+    ordered = step([4, 7])
+    assert torch.equal(ordered, step([7, 4]))
+    assert not torch.equal(ordered[0], ordered[1]), "each expert has random bits of its own"
 
 
 @pytest.mark.parametrize("bits", [32, 8])

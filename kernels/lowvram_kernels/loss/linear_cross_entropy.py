@@ -21,7 +21,7 @@ fp16 cannot hold small p: there p is computed in fp32 and cast for the products.
 
 Source: the gradient is textbook; making it in the forward pass follows Hsu et al. 2024 (Liger Kernel).
 No Triton form: three products of the library are most of its time, and on no card has another been measured to be
-faster (`tools/gpu_report.py` times it).
+faster (`tools/gpu/report.py` times it).
 
 Shapes: N rows, D width, V vocabulary, C rows of a chunk.
 """

@@ -68,9 +68,10 @@ def block_scaled_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Numbers about 1 whose size changes by block of 128, so that scales differ."""
+    """Numbers about 1 of another size in each block of 128 rows and columns, so that neighbours have unequal scales."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return x * torch.exp2(torch.arange(shape[1]) // 128 % 3 * 3.0 - 4.0)
+    rows, columns = (torch.arange(size) // 128 % 3 for size in shape)
+    return x * torch.exp2(rows[:, None] * 2.0 + columns * 3.0 - 4.0)
 
 
 def operands(shape: tuple[int, int, int], form: str, b_is_weight: bool = True) -> tuple[QuantTensor, QuantTensor]:

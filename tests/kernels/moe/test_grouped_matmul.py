@@ -52,6 +52,12 @@ def draw_stack(count: int, outputs: int, inputs: int, dtype: torch.dtype, is_tur
     return draw(count, outputs, inputs, dtype=dtype, seed=1)
 
 
+def draw_blocks(count: int, outputs: int, inputs: int) -> Tensor:
+    """Matrices whose size changes by block of 128 outputs and inputs, so that no two neighbours' scales are equal."""
+    blocks = torch.arange(outputs)[:, None] // 128 * 2.0 - torch.arange(inputs) // 128 * 3.0
+    return draw(count, outputs, inputs, seed=1) * torch.exp2(blocks).to(DEVICE)
+
+
 def truth(rows: Tensor, stack: Tensor, ends: Tensor, first: int = 0) -> Tensor:
     return reference(rows.double(), stack.double(), ends, first)
 
@@ -171,7 +177,7 @@ def test_idle_copies_are_decoded_to_the_numbers_that_they_stand_for(
     form: str, dtype: torch.dtype, is_turned: bool
 ) -> None:
     rows, ends = draw(40, 140 if is_turned else 200, dtype=dtype), ends_of((3, 30, 0, 7))
-    stack, numbers = copies_of(draw(2, 140, 200) * 0.02, form, is_turned)
+    stack, numbers = copies_of(draw_blocks(2, 140, 200) * 0.02, form, is_turned)
     whole = torch.stack([number.to(dtype) for number in numbers])
     with running_on("sm86"):
         y = grouped_matmul(rows, stack, ends, first=1)[3:33]
@@ -213,7 +219,7 @@ EVERY_FP8_TILE = [
 @pytest.mark.parametrize(("card", "tile"), EVERY_FP8_TILE)
 def test_e4m3_products_are_those_of_the_numbers_they_stand_for(card: str, tile: Tile) -> None:
     rows = quantise_rows(draw(50, 200) * torch.logspace(-3, 3, 50, device=DEVICE)[:, None], "e4m3")
-    stack, ends = quantise_stack(draw(3, 140, 200, seed=1)), ends_of((20, 0, 30))
+    stack, ends = quantise_stack(draw_blocks(3, 140, 200)), ends_of((20, 0, 30))
     with running_on(card):
         y = grouped_matmul(rows, stack, ends, out=unwritten(50, 140, dtype=torch.float32), tile=tile)
     numbers = torch.stack([dequantise(QuantTensor(*pair), torch.float32) for pair in zip(*stack, strict=True)])

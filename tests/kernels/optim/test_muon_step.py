@@ -242,6 +242,16 @@ def test_cards_that_multiply_in_fp16_take_gradients_that_fp16_cannot_say() -> No
         assert relative_error(weight.double() - start.double(), exact - start.double()) < ONE_STEP
 
 
+def test_a_processor_multiplies_in_fp32_whatever_card_is_set() -> None:
+    start, gradient = weight_of((40, 32)), gradient_of((40, 32), 1)
+    own = start.clone()
+    take(own, gradient, new_momentum(own, 16), 1)
+    with override_card(Card("cuda", (8, 6), has_triton=False)):
+        weight = start.clone()
+        take(weight, gradient, new_momentum(weight, 16), 1)
+    assert torch.equal(weight, own)
+
+
 @BITS
 def test_a_weight_whose_gradients_have_long_been_zero_stays_finite(bits: int) -> None:
     weight, momentum = run(weight_of((24, 32)), bits, 1)

@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from lowvram_kernels.attention.latent_attention import encode_latent, latent_attention
@@ -20,13 +21,13 @@ from lowvram_kernels.loss.linear_cross_entropy import reference as cross_entropy
 from lowvram_kernels.optim import adamw8, muon
 from lowvram_kernels.quant import quantise as q8
 from lowvram_kernels.quant.quantise import QuantTensor
-from lowvram_kernels.random.stochastic_rounding import add_rounded_
+from lowvram_kernels.random.stochastic_rounding import BLOCK, add_rounded_
 from torch import Tensor
 from torch.nn import functional as F
 
-from tools.gpu_kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, error_of, plainly
-from tools.gpu_products import products
-from tools.gpu_timing import distance
+from tools.gpu.kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, error_of, plainly
+from tools.gpu.products import products
+from tools.gpu.timing import distance
 
 # The two backends agree bit for bit, except where a card's division decides a tie differently.
 _SAME = 1e-4
@@ -45,9 +46,15 @@ def kernels(scene: Scene) -> list[Kernel]:
     return sorted(cases, key=lambda kernel: kernel.rank)
 
 
+class _Quantise(Protocol):
+    """A function of `quantise.py` from a matrix to its 8-bit form."""
+
+    def __call__(self, x: Tensor, /, format: str) -> QuantTensor: ...
+
+
 def _quantise(scene: Scene) -> Iterator[Kernel]:
     shapes = [(40, 200)] if scene.is_tiny else [(16_384, 4_096), (16_384, 688)]
-    makers: dict[str, Callable[[Tensor, str], QuantTensor]] = {
+    makers: dict[str, _Quantise] = {
         "rows": q8.quantise_rows,
         "columns": q8.quantise_columns,
         "weight": q8.quantise_weight,
@@ -92,7 +99,7 @@ def _adamw8(scene: Scene) -> Iterator[Kernel]:
         return [weight, first, adamw8.recall(moments.code_v, moments.absmax_v, maps.second)]
 
     for dtype in (torch.bfloat16, torch.float32):
-        states = 2.0 * (2 * count + 2 * 4 * count // adamw8.BLOCK)  # read and written
+        states = 2.0 * (2 * count + 2 * 4 * count // BLOCK)  # read and written
         yield Kernel(
             op="adamw8_",
             shape=f"{_short(dtype)} {count:,}",
@@ -253,8 +260,9 @@ def _attention(scene: Scene) -> Iterator[Kernel]:
         return attention(q, k, v, scale, causal=True)
 
     def error(q: Tensor, k: Tensor, v: Tensor) -> float:
-        first = [x[:1, :2] for x in (q, k, v)]  # a part: the reference computes in fp64 and writes out every score
-        return distance(run(q, k, v)[:1, :2], attention_reference(*(x.float() for x in first), scale, causal=True))
+        # A part: the reference computes in fp64 and writes out every score.
+        first_q, first_k, first_v = (x[:1, :2].float() for x in (q, k, v))
+        return distance(run(q, k, v)[:1, :2], attention_reference(first_q, first_k, first_v, scale, causal=True))
 
     elements = batch * heads * tokens * width
     yield Kernel(

@@ -1,6 +1,6 @@
 """Compares a training step with one of transformers' class of the same configuration: time and peak bytes of tensors.
 
-python tools/bench_train.py [--preset tr-25m ismail-512] [--batch 4] [--seq-len 512] [--repeats 5]
+python tools/bench/train.py [--preset tr-25m ismail-512] [--batch 4] [--seq-len 512] [--repeats 5]
 
 Both use the same dtype of weights, the same tokens, one thread, AdamW (fused), clipping to 1 and no recomputation.
 Steps alternate, so that a busy machine slows both.  `bf16`: weights and gradients in bf16; theirs keep AdamW's moments
@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset

@@ -1,6 +1,6 @@
 """Measures the cases of the GPU report one after the other and prints each result as a line of JSON; stores nothing.
 
-gpu_report.py starts it, and starts another one if a kernel crashes the process, loses the card or does not return.
+report.py starts it, and starts another one if a kernel crashes the process, loses the card or does not return.
 Lines on stdout that belong to the report are JSON objects with an "event"; it ignores other lines.
 """
 
@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 from lowvram_kernels.dispatch import Card, is_interpreted, override_card
 
 from lowvram.errors import LowvramError
-from tools.gpu_cases import kernels
-from tools.gpu_kernel import Refusal, Row, Scene, first_line, is_lost
-from tools.gpu_timing import time_runs
-from tools.gpu_training import trainings
+from tools.gpu.cases import kernels
+from tools.gpu.kernel import Refusal, Row, Scene, first_line, is_lost
+from tools.gpu.timing import time_runs
+from tools.gpu.training import trainings
 
 TESTS = "tests"
 # The card whose kernels run in Triton's interpreter.
@@ -113,7 +113,8 @@ def find_cases(scene: Scene, only: list[str]) -> list[Case]:
     for numbers in ("bf16", "fp8", "int8") if scene.is_card else ("bf16",):
         rates.append(Case(f"rate {numbers}", functools.partial(product_rate, numbers=numbers), 2.0, 60.0))
     every, steps, cases = kernels(scene), trainings(scene), list[Case]()
-    for rank in range(1 + max(one.rank for one in (*every, *steps))):
+    ranks = [*(one.rank for one in every), *(one.rank for one in steps)]
+    for rank in range(1 + max(ranks)):
         cases += [Case(one.name, one.measure, 2.0, 60.0) for one in every if one.rank == rank]
         if rank == 0:
             cases.append(Case(TESTS, None, 20.0, 1e9))
@@ -127,7 +128,7 @@ def interpreting(scene: Scene) -> Iterator[None]:
     if scene.is_card:
         yield
         return
-    assert is_interpreted(), "gpu_report.py turns it on before Triton is imported"
+    assert is_interpreted(), "report.py turns it on before Triton is imported"
     with override_card(INTERPRETED):
         yield
 
@@ -140,7 +141,7 @@ def tell(event: str, **values: Any) -> None:
 def measure(case: Case, scene: Scene) -> Row:
     """Measure one case, or return why it failed; raises the error if the card was lost."""
     assert case.measure is not None, "tests are not measured here"
-    refusals = (*Refusal, LowvramError, *_triton_errors())
+    refusals: tuple[type[Exception], ...] = (*Refusal, LowvramError, *_triton_errors())
     own = contextlib.nullcontext() if case.name.startswith("train") else interpreting(scene)
     try:
         with own:
@@ -182,7 +183,7 @@ def main() -> None:
             tell("row", name=case.name, status="left out", note="no time was left")
         elif case.measure is None:
             tell("tests")
-            sys.stdin.readline()  # wait until gpu_report.py has run the tests, which use the card
+            sys.stdin.readline()  # wait until report.py has run the tests, which use the card
         else:
             tell("begin", name=case.name, limit_s=case.limit_s)
             if scene.is_card:

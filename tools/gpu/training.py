@@ -33,7 +33,7 @@ from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.oom import cap_memory, free_memory
 from lowvram.train.state import build_state
 from lowvram.train.step import Add, add_gradients, discard, gradients, loss_for, update
-from tools.gpu_kernel import Aim, Row, Scene, first_line
+from tools.gpu.kernel import Aim, Row, Scene, first_line
 
 LEAST_REPEATS, MOST_REPEATS = 3, 7
 BUDGET_S = 3.0  # for the timed steps of one mode

@@ -1,6 +1,6 @@
 """Measures the share of Muon's iteration in a training step, in CPU seconds and in FLOPs, beside forward and backward.
 
-python tools/bench_optim.py [--preset tr-25m ismail-512] [--batch 1] [--seq-len 512] [--step-tokens 8192] [--repeats 3]
+python tools/bench/optim.py [--preset tr-25m ismail-512] [--batch 1] [--seq-len 512] [--step-tokens 8192] [--repeats 3]
 
 One micro-batch of batch x seq-len tokens is timed, and its time is multiplied so that it covers the step's tokens.  The
 iteration (orthogonalise, for every matrix that Muon updates) runs once a step.  Both are in bf16 on one thread and
@@ -27,7 +27,7 @@ import torch
 from lowvram_kernels.dispatch import Card
 from lowvram_kernels.optim.muon import QUINTICS, orthogonalise
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
@@ -98,8 +98,8 @@ def measure(name: str, batch: int, seq_len: int, step_tokens: int, repeats: int)
         for u_BMN in u_of:
             orthogonalise(u_BMN, steps)
 
-    runs = [micro_batch_of(model, batch, seq_len), *(functools.partial(iterate, steps) for steps in QUINTICS)]
-    micro_s, *iteration_s = alternate(runs, repeats)
+    iterations = [functools.partial(iterate, steps) for steps in QUINTICS]
+    micro_s, *iteration_s = alternate([micro_batch_of(model, batch, seq_len), *iterations], repeats)
     flops = micro_batch_flops(config, batch, seq_len)
     print(f"{name}: forward and backward of {step_tokens:,} tokens {micro_s * times:.2f} s, {flops * times:.3g} FLOPs")
     print(f"  timed for {batch * seq_len:,} tokens ({micro_s:.2f} s), scaled linearly by {times:g}")

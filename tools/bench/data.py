@@ -1,6 +1,6 @@
 """Measures packing's encoder against `tokenizers`, and the loader against memmap batches; knows no model.
 
-python tools/bench_data.py --text FILE [--tokenizer DIR] [--shards DIR]
+python tools/bench/data.py --text FILE [--tokenizer DIR] [--shards DIR]
 """
 
 from __future__ import annotations

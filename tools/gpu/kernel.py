@@ -12,7 +12,7 @@ from lowvram_kernels.dispatch import Card, override_card
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tools.gpu_timing import Timing, count_sets, distance, time_runs
+from tools.gpu.timing import Timing, count_sets, distance, time_runs
 
 Inputs = tuple[Any, ...]
 Row = dict[str, Any]

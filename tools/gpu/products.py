@@ -18,7 +18,8 @@ from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from tools.gpu_kernel import Aim, Inputs, Kernel, Rival, Scene, distance, error_of
+from tools.gpu.kernel import Aim, Inputs, Kernel, Rival, Scene, error_of
+from tools.gpu.timing import distance
 
 # The result is rounded to 16 bits once; tensor cores accumulate E4M3 in 14 bits (DeepSeek-AI 2024, section 3.3.2).
 _ROUNDED = 5e-3

@@ -1,6 +1,6 @@
 """Measures a server's tokens per second for many clients at once, and for the same clients one after the other.
 
-python tools/bench_serve.py [--preset tr-60m] [--clients 16] [--prompt 32] [--tokens 64] [--repeats 3] [--dtype fp32]
+python tools/bench/serve.py [--preset tr-60m] [--clients 16] [--prompt 32] [--tokens 64] [--repeats 3] [--dtype fp32]
 
 A real server runs on this machine's loopback interface with random weights, one thread and greedy decoding; one HTTP
 client opens as many connections as it needs.  The two ways alternate in one process, so that a busy machine slows both;
@@ -32,7 +32,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 import httpx
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "kernels")]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "kernels")]
 
 from lowvram.config.run_file import load_preset
 from lowvram.data.sample import sample_documents
@@ -45,7 +45,7 @@ from lowvram.serve.metrics import Metrics
 from lowvram.serve.prompt import ServedModel
 from lowvram.serve.scheduler import Scheduler
 from lowvram.serve.server import Server, open_socket
-from tools.bench_model import lay_for_reading
+from tools.bench.reading_model import lay_for_reading
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FIRST_ID = 300  # the lowest of the prompts' random ids: after special tokens and bytes

@@ -1,8 +1,8 @@
 """Checks and times every kernel and whole training steps on this machine's CUDA card, and writes a report.
 
-python tools/gpu_report.py [--minutes 9]
-python tools/gpu_report.py --only NAME … [--out FOLDER]     cases with one of these in their name, such as "train tr-1b"
-python tools/gpu_report.py --tiny [--out FOLDER]            smallest shapes, on a processor too, to see that all runs
+python tools/gpu/report.py [--minutes 9]
+python tools/gpu/report.py --only NAME … [--out FOLDER]     cases with one of these in their name, such as "train tr-1b"
+python tools/gpu/report.py --tiny [--out FOLDER]            smallest shapes, on a processor too, to see that all runs
 
 Writes profiles/measured/CARD.json and CARD.md after every case, so that an interrupted run keeps its results.  Each
 kernel is compared with its reference before it is timed; one with a wrong result is reported as wrong, without a time.
@@ -28,14 +28,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from lowvram.errors import ConfigError
 from lowvram.hardware.detect import explain_mismatch, find_card, find_driver, find_torch
 from lowvram.hardware.profile import Profile, find_profile
 from lowvram.storage.disk import DISK
-from tools.gpu_table import Roofs, Row, figures_of, is_ok, judge_aims, page, roofs_of
+from tools.gpu.table import Roofs, Row, figures_of, is_ok, judge_aims, page, roofs_of
 
 MEASURED = ROOT / "profiles" / "measured"
 # The share of the total time that the tests may take.
@@ -44,7 +44,7 @@ _TESTS_SHARE = 0.25
 _MOST_SHARDS = 4
 _STARTING_S = 120.0
 _GRACE_S = 10.0
-WORKER = (sys.executable, str(ROOT / "tools" / "gpu_worker.py"))
+WORKER = (sys.executable, str(ROOT / "tools" / "gpu" / "worker.py"))
 _TINY_TESTS = ("tests/test_units.py",)
 
 
@@ -334,7 +334,7 @@ def refuse_without_card() -> None:
         raise SystemExit(f"{why}  To see that every case runs, at its smallest and untimed, type: {_TINY_COMMAND}")
 
 
-_TINY_COMMAND = "python tools/gpu_report.py --tiny"
+_TINY_COMMAND = "python tools/gpu/report.py --tiny"
 
 
 def main() -> None:
@@ -351,7 +351,7 @@ def main() -> None:
         refuse_without_card()
     is_part = options.tiny or options.only
     folder = options.out or (Path(tempfile.mkdtemp(prefix="lowvram-report-")) if is_part else MEASURED)
-    report = Report(folder, shlex.join(["python", "tools/gpu_report.py", *sys.argv[1:]]))
+    report = Report(folder, shlex.join(["python", "tools/gpu/report.py", *sys.argv[1:]]))
     try:
         Supervisor(report, options).run()
     finally:

@@ -70,7 +70,7 @@ def _judge(aim: Row, row: Row, roofs: Roofs) -> Row:
     elif is_ok(row) and aim["of"] == "tokens_per_second":
         reached = row["tokens_per_second"]
     elif is_ok(row):
-        rival = next((rival for rival in row["rivals"] if rival["name"] == aim["of"]), {})
+        rival: Row = next((rival for rival in row["rivals"] if rival["name"] == aim["of"]), {})
         reached = rival["seconds"] / row["seconds"] if "seconds" in rival else None
     return {"reached": reached, "is_met": None if reached is None else reached >= aim["least"]}
 

@@ -1,6 +1,6 @@
 """Measures tokens per CPU-second of this project's decoder and of transformers' generate() with the same weights.
 
-python tools/bench_decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
+python tools/bench/decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
                              [--rounds 5] [--cache plain] [--tiny]
 
 Weights are random: speed does not depend on them.  Both models have the same weights in the same dtype and compute with
@@ -13,6 +13,7 @@ with one forward pass of this model without a cache.  Cache bytes are counted; t
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import statistics
@@ -28,7 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset
@@ -38,7 +39,7 @@ from lowvram.model.kv_cache import CacheForm
 from lowvram.model.transformer import Transformer
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
-from tools.bench_model import lay_for_reading
+from tools.bench.reading_model import lay_for_reading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
@@ -69,7 +70,7 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 def write(decoder: Decoder, logit_V: torch.Tensor, count: int) -> list[int]:
     """Decode `count` tokens greedily after slot 0's context, as the engine does; returns the ids."""
-    ids = []
+    ids: list[int] = []
     for _ in range(count):
         ids.append(sample(logit_V, GREEDY, NOTHING, len(ids)))
         logit_V = decoder.decode_one_token([0], ids[-1:])[0]
@@ -93,13 +94,14 @@ def measure(
     """Let both decode `tokens` tokens after the same prompt, alternately; a first round is not counted."""
     model = Transformer(config)
     twin = outside_twin(model).to(dtype)
+    assert isinstance(twin, transformers.GenerationMixin), "it has generate()"
     model = lay_for_reading(model, dtype)
     # No zeros, which generate() treats as padding.
     prompt_BT = torch.randint(1, config.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, context + tokens + 1, dtype=dtype, cache=cache)
     settings = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
 
-    def generate(count: int) -> torch.Tensor:
+    def generate(count: int) -> object:
         return twin.generate(prompt_BT, max_new_tokens=count, min_new_tokens=count, **settings)
 
     taken: list[list[float]] = []
@@ -108,13 +110,13 @@ def measure(
         forward_s = seconds_of(lambda: model(prompt_BT, dtype))
         first_s = seconds_of(lambda: decoder.prefill(0, prompt_BT[0].tolist()))
         logit_V = torch.zeros(config.vocabulary, dtype=dtype)
-        ours_s = seconds_of(lambda logit_V=logit_V: write(decoder, logit_V, tokens)) / tokens
-        one_s, all_s = (seconds_of(lambda count=count: generate(count)) for count in (1, 1 + tokens))
+        ours_s = seconds_of(functools.partial(write, decoder, logit_V, tokens)) / tokens
+        one_s, all_s = (seconds_of(functools.partial(generate, count)) for count in (1, 1 + tokens))
         theirs_s = (all_s - one_s) / tokens
         taken.append([ours_s, theirs_s, first_s, forward_s, theirs_s / ours_s])
-    *seconds, ratio = (statistics.median(column) for column in zip(*taken[1:], strict=True))
-    per_token = decoder.cache.bytes_per_token(), their_bytes_per_token(config, dtype)
-    return Figures(*seconds, *per_token, ratio)
+    ours_s, theirs_s, first_s, forward_s, ratio = (statistics.median(column) for column in zip(*taken[1:], strict=True))
+    bytes_per_token, theirs_bytes_per_token = decoder.cache.bytes_per_token(), their_bytes_per_token(config, dtype)
+    return Figures(ours_s, theirs_s, first_s, forward_s, bytes_per_token, theirs_bytes_per_token, ratio)
 
 
 def describe_machine() -> str:
