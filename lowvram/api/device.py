@@ -110,6 +110,6 @@ def _find_launch_notices() -> tuple[Notice, ...]:
     if too_old is not None and too_old.is_fatal:
         what, why = (f"{text[0].upper()}{text[1:]}." for text in (too_old.value, too_old.consequence))
         raise MachineError(
-            what, why, f"To mend it: {too_old.command}. Or compute on the processor: {argument('device', 'cpu')}."
+            what, why, f"To repair it: {too_old.command}. Or compute on the processor: {argument('device', 'cpu')}."
         )
     return tuple(Notice(f"Note: {finding.sentence}", "warning") for finding in find_all(facts, LAUNCH_CHECKS))

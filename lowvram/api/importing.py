@@ -65,7 +65,7 @@ def import_task(directory: Path, out: Path, tokenizer: Path | None = None) -> Ta
     for problem in outside.notices:
         yield Notice(problem, "warning")
     checkpoint = yield from count_progress(import_each_tensor(outside, loaded, out), "Reading")
-    # Of a model that lowvram trained its own files say whether it speaks in turns.
+    # No file says whether another program's model was trained on dialogues; a template may lie beside any model.
     has_template = isinstance(loaded, HfTokenizer) and (yield from _has_template(loaded))
     return Imported(out, checkpoint.directory, outside.config, has_template)
 

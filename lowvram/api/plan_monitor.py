@@ -169,4 +169,5 @@ def _explain_host(ledger: Ledger) -> str:
     saved = show_bytes(ledger.host_bytes - ledger.kept_on_host)
     if not ledger.kept_on_host:
         return f"A save brings {saved} there from the card."
-    return f"Experts and states that wait take {show_bytes(ledger.kept_on_host)} there, and a save brings {saved} more."
+    kept = show_bytes(ledger.kept_on_host)
+    return f"Frozen experts and offloaded states take {kept} there, and a save brings {saved} more."

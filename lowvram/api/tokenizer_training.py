@@ -81,7 +81,7 @@ def train_tokenizer_task(
     if left_out_bytes:
         yield Notice(
             f"{show_bytes(left_out_bytes)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or "
-            "of as many other signs, are no words, and merges are learnt from words."
+            "of as many other signs, are not words, and merges are learnt from words."
         )
     yield from skipped.summarise()
     return TrainedTokenizer(out, tokenizer.size, tokenizer)

@@ -1,4 +1,4 @@
-"""How things look in a terminal: results to stdout, progress and notices to stderr, nothing that could harm either."""
+"""Output in the terminal: results to stdout, progress and notices to stderr, without characters that could harm it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lowvram.units import show_duration
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 _BOUNDLESS = 1_000
-# How often work that no terminal shows says how far it is; short work says nothing.
+# How often progress is printed where no terminal shows a bar; short work prints none.
 PLAIN_EVERY_S = 15.0
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -53,7 +53,7 @@ def show_error(text: str) -> None:
 
 
 def notice(text: str, style: str = "") -> None:
-    """Print a line about what is going on; a terminal breaks it between words."""
+    """Print a notice; a terminal breaks it between words."""
     err.print(Text(_wrap(clean(text), err), style))
 
 
@@ -116,7 +116,7 @@ class AnswerStream:
 
 @contextmanager
 def bar(what: str) -> Iterator[ProgressLine]:
-    """Show progress of long work while the block runs; where no terminal is, as a plain line from time to time."""
+    """Show the progress of long work while the block runs; without a terminal, as a plain line from time to time."""
     if not err.is_terminal:
         with _plain_lines(what) as line:
             yield line
@@ -133,7 +133,7 @@ def bar(what: str) -> Iterator[ProgressLine]:
 
 @contextmanager
 def _plain_lines(what: str) -> Iterator[ProgressLine]:
-    """Print how far the work is now and then, from a thread, since much of it is native code that calls nobody."""
+    """Print the progress now and then, from a thread, because native code does not call back while it works."""
     started, finished = time.monotonic(), threading.Event()
     state: tuple[float, float | None, str] = (0.0, None, "")
 
@@ -158,7 +158,7 @@ def _plain_lines(what: str) -> Iterator[ProgressLine]:
 
 
 class ProgressLine:
-    """One bar that is told how far the work is."""
+    """One progress bar."""
 
     def __init__(self, show: Callable[[float, float | None, str], None]) -> None:
         self._show = show

@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
-    """Pack and say what came out, and what comes next."""
+    """Pack, and show what was written and what comes next."""
     from lowvram.api.packing import pack_task
     from lowvram.cli.console import literal, notice, result
     from lowvram.cli.next_step import next_step

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lowvram.train.events import Evaluated, Stopped
 
 
-def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
+def show_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
     """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
     from lowvram.api.evaluation import score_bigrams
     from lowvram.cli.console import notice
@@ -26,7 +26,7 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
     from lowvram.evaluate.verdict import compare_with_bigrams, is_worse_than_bigrams
 
     if valid is None:
-        notice("Nothing was held out (data.valid), so nobody knows how well the model knows other text.", "yellow")
+        notice("Nothing was held out (data.valid), so the model's quality on other text is not known.", "yellow")
     if valid is None or evaluated is None:
         return
     try:
@@ -41,12 +41,12 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
     notice(compare_with_bigrams(found, bigrams), "yellow" if is_worse else "green")
 
 
-def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
-    """Name the command that goes on: with the run if it was stopped, else with what it has learnt."""
+def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
+    """Show what to type next: the command that resumes a stopped run, or those that use a finished one."""
     from lowvram.cli.console import copyable
 
     if not ended.is_finished:
-        copyable(next_step(*arguments.typed, why="goes on from here"))
+        copyable(next_step(*arguments.typed, why="resumes the run"))
         return
     run, device = near(what.run.dir), device_words(arguments)
     copyable(next_step("chat", run, *device, why="talk to it"))
@@ -59,7 +59,7 @@ def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> 
 
 
 def near(path: Path | str) -> Path:
-    """Return a path as it is shortest to type from here: relative where it lies in the working directory."""
+    """Return the shortest path to type here: a relative one inside the working directory."""
     path, here = Path(path), Path.cwd()
     inside = path.is_absolute() and path != here and here in path.parents
     return Path(os.path.relpath(path, here)) if inside else path

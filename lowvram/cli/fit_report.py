@@ -1,4 +1,4 @@
-"""How the report about one model looks: a ledger line by line, reasons, a JSON object; decides nothing."""
+"""Shows the evaluation of one model: its ledger line by line, and the reasons; decides nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lowvram.fit.suggestions import Change
 from lowvram.hardware.profile import measured_ids
 from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
 
-# Cells of the longest bar, and those that stand before it in its row.
+# Cells of the longest bar, and the cells before it in its row.
 _BAR_CELLS, _BEFORE_THE_BAR = 40, 27
 
 
 def describe_technique(report: FitReport) -> str:
-    """Say what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
+    """Return what makes the step smaller: recomputation, lower precision, rotation; a dash where nothing does."""
     plan, train, ffn = report.search_result.plan, report.train, report.model.ffn
     words = [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
     words += ["bf16 weights"] if train.weights == "bf16" else []
@@ -43,7 +43,7 @@ def show_one(seen: FitResult) -> None:
     found, ledger, plan = report.search_result, report.search_result.rehearsal.ledger, report.search_result.plan
     cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
-    result(f"{report.name} {_verdict(report, budget)}: {cut}{again}.")
+    result(f"{report.name} {_describe_fit(report, budget)}: {cut}{again}.")
     result(f"  {found.reason[:1].upper()}{found.reason[1:]}.")
     result()
     widest = min(_BAR_CELLS, max(0, out.width - _BEFORE_THE_BAR)) if out.is_terminal else _BAR_CELLS
@@ -54,9 +54,13 @@ def show_one(seen: FitResult) -> None:
     if not found.is_rehearsed:
         says = "these lines are interpolated between two rehearsed plans; a run file is rehearsed with its own plan"
         result(f"{'':<15}{says}")
-    result(f"  {'limit':<12} {show_bytes(budget.limit_bytes):>10}  {_headless(budget)}")
+    result(f"  {'limit':<12} {show_bytes(budget.limit_bytes):>10}  {_describe_limit(budget)}")
     ram = "" if budget.ram_bytes is None else f", which has {show_bytes(budget.ram_bytes)}"
-    kept = f", {show_bytes(ledger.kept_on_host)} of it for experts and states that wait" if ledger.kept_on_host else ""
+    kept = (
+        f", {show_bytes(ledger.kept_on_host)} of it for frozen experts and offloaded states"
+        if ledger.kept_on_host
+        else ""
+    )
     result(f"  {'host':<12} {show_bytes(report.host_bytes):>10}  in the computer's memory{ram}{kept}")
     result()
     if report.lacks_host_bytes:
@@ -74,10 +78,10 @@ def show_one(seen: FitResult) -> None:
 
 
 def _show_time(report: FitReport, budget: MemoryBudget, instead: Advice | None) -> None:
-    """Say how fast the model is trained, how long that takes, and what to do where it takes years."""
+    """Print how fast the model is trained, how long that takes, and what to do where it takes years."""
     if report.speed is None or report.days_range is None or report.days is None:
         if report.fits_headless:
-            result(f"  How fast {budget.profile.name} is, is not known.")
+            result(f"  The speed of {budget.profile.name} is not known.")
         return
     speed = report.speed
     pace = f"{show_count(speed.low)}–{show_count(speed.high)} tokens/s"
@@ -86,10 +90,10 @@ def _show_time(report: FitReport, budget: MemoryBudget, instead: Advice | None) 
     lasts = show_duration_range(*(days * 86_400 for days in report.days_range))
     result(f"  {show_count(report.train.tokens)} tokens in {lasts}{energy}.")
     if report.days > TOO_SLOW_DAYS:
-        result(f"  {budget.profile.name} is too slow for {report.name}.  {_say_instead(instead)}", "yellow")
+        result(f"  {budget.profile.name} is too slow for {report.name}.  {_suggest_instead(instead)}", "yellow")
 
 
-def _say_instead(instead: Advice | None) -> str:
+def _suggest_instead(instead: Advice | None) -> str:
     demo = "`lowvram demo` trains a small model in minutes."
     if instead is None or instead.report.days_range is None:
         return f"What it can do: {demo}"
@@ -98,7 +102,7 @@ def _say_instead(instead: Advice | None) -> str:
     return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
 
 
-def _verdict(report: FitReport, budget: MemoryBudget) -> str:
+def _describe_fit(report: FitReport, budget: MemoryBudget) -> str:
     if report.fits:
         return "fits"
     if report.search_result.fits:
@@ -106,7 +110,7 @@ def _verdict(report: FitReport, budget: MemoryBudget) -> str:
     return f"fits only without {budget.beside}" if report.fits_headless else "does not fit"
 
 
-def _headless(budget: MemoryBudget) -> str:
+def _describe_limit(budget: MemoryBudget) -> str:
     if budget.limit_bytes == budget.headless_bytes:
         return "for tensors"
     return f"for tensors beside {budget.beside}, {show_bytes(budget.headless_bytes)} without"
@@ -120,8 +124,8 @@ def _show_changes(report: FitReport, changes: Sequence[Change] | None, is_preset
         result("  Another plan may fit: leave --micro-batch and --recompute out.")
         return
     if not changes:
-        tried = "a lighter recipe, experts that take turns, a shorter context, fewer layers"
-        result(f"  None of these would do: {tried}.  Take a smaller preset.")
+        tried = "a lighter recipe, rotation of experts, a shorter context, fewer layers"
+        result(f"  None of these would make it fit: {tried}.  Take a smaller preset.")
         return
     where = "as a run (--out run.toml) " if is_preset else ""
     result(f"  What would fit, {where}with other results:")
@@ -132,9 +136,9 @@ def _show_changes(report: FitReport, changes: Sequence[Change] | None, is_preset
 
 
 _ATTENTION = {
-    "flash": "a fused kernel (FlashAttention), so that scores never stand in memory",
+    "flash": "a fused kernel (FlashAttention), so that the scores are never stored",
     "efficient": "a fused kernel (memory-efficient attention); FlashAttention needs an RTX 30 or later",
-    "math": "written out, every score in memory: Metal has no fused kernel for training",
+    "math": "computed with all scores in memory: Metal has no fused kernel for training",
 }
 _PRECISION = {
     "bf16": "half the memory of fp32, and no loss scaling",
@@ -143,7 +147,7 @@ _PRECISION = {
 
 
 def explain(seen: FitResult) -> Iterator[str]:
-    """Yield why each choice was made: first what is the card's, then model by model."""
+    """Yield why each choice was made: first those of the card, then those of each model."""
     reports, budget = seen.models, seen.budget
     profile, train = budget.profile, reports[0].train
     yield ""

@@ -1,4 +1,4 @@
-"""How reports about many models look: a table as wide as the window allows, and what to begin with; decides nothing."""
+"""Shows the evaluations of many models as a table that fits the window, and what to begin with; decides nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _show_advice(reports: Sequence[FitReport], budget: MemoryBudget, advised: Ad
         result(f"{says}: `lowvram demo` trains a smaller model in minutes.")
     elif not is_one_run:
         _show_run("A first run", advised.first, advised, text)
-    # A first run of the same preset has written the file, and the long one goes on with it.
+    # A first run of the same preset has written the file, and the long run resumes it.
     has_file = is_one_preset and not is_one_run
     _show_run("A run" if is_one_run else "A long run", advised.long, advised, text, has_file)
     if any(not report.is_dense and report.fits for report in reports) and advised.long.report.is_dense:
@@ -106,7 +106,7 @@ def _show_run(what: str, advice: Advice, advised: Advised, text: RunText | None,
         file = advised.written
     elif not has_file:
         literal(f"  {advised.command} --model {name} --out {file}")
-    # The file holds as many tokens as the text is enough for; what an hour allows is typed behind it.
+    # The file holds the tokens that the text is enough for; a limit of one hour is set on the command line.
     is_in_file = advice.tokens is None or advice.tokens == limit_tokens(advice.report, text)
     sets = () if is_in_file else ("--set", f"train.tokens={round_down(advice.tokens or 0)}")
     literal(f"  {quote_command('lowvram', 'train', file, *sets)}")
@@ -215,7 +215,7 @@ def _round(count: float) -> str:
 
 
 def _bar(peak_bytes: int, budget: MemoryBudget, width: int) -> Cell:
-    """Draw the peak over the whole limit; a mark stands where a desktop begins."""
+    """Draw the peak over the whole limit; a mark shows where a desktop's memory begins."""
     whole = max(1, budget.headless_bytes)
     filled = min(width, max(1, round(peak_bytes / whole * width)))
     desktop = min(width - 1, int(budget.limit_bytes / whole * width))

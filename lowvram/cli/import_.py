@@ -1,4 +1,4 @@
-"""`lowvram import`: another program's model as a checkpoint to start from or to talk to."""
+"""`lowvram import`: another program's model as a checkpoint, to train further or to talk to."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("directory", type=Path, metavar="DIR", help="a directory with config.json and safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory to write; must not exist")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="where tokenizer.json lies (default: in the directory itself)"
+        "--tokenizer", type=Path, metavar="DIR", help="the folder of tokenizer.json (default: the model's)"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Import it, and say what came out and what comes next."""
+    """Import the model, and show what was written and what comes next."""
     from lowvram.api.importing import import_task
     from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step

@@ -99,7 +99,7 @@ class TrainingScreen:
                 notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
-            notice(f"step {event.step + 1:>6}  memory ran out: tried again, and on from here, with {now}", "yellow")
+            notice(f"step {event.step + 1:>6}  memory ran out: tried again, and continued, with {now}", "yellow")
         elif isinstance(event, Evaluated):
             self.evaluated = event
             how = ", experts read from their masters" if event.reads_masters else ""
@@ -140,11 +140,11 @@ class TrainingScreen:
         if event.is_finished:
             notice("All tokens were seen.", "green")
         else:
-            notice(f"Stopped after step {event.step}; the same command goes on from here.", "green")
+            notice(f"Stopped after step {event.step}; the same command resumes the run.", "green")
 
 
 def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, str]]:
-    """Return what is told of a step, each part with its rank: a narrow line leaves out those of the highest ranks.
+    """Return the parts of a step's line, each with its rank: a narrow line leaves out those of the highest ranks.
 
     memory_of: whose memory the step's figure is: the card's peak, or all that this process holds.
     """
@@ -158,7 +158,7 @@ def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, s
 
 
 def join_fitting(parts: list[tuple[int, str]], width: int | None = None) -> str:
-    """Return parts in one line, without those of the highest ranks where the line would be wider than `width`."""
+    """Return the parts in one line; if it would be wider than `width`, those of the highest ranks are left out."""
     kept = list(parts)
     while True:
         line = "  ".join(text for _, text in kept)

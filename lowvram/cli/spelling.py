@@ -17,7 +17,7 @@ _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}
 # Arguments that are on, off or left to lowvram, and not merely given or not.
 _SWITCHES = {"compile", "graphs"}
-# What is a function in Python and a value of an option here.
+# Functions of the Python interface, and the option that does the same.
 _FUNCTIONS = {"generate": "--as base", "check_texts": "--on-bad-row report"}
 _ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")
 

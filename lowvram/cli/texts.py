@@ -1,4 +1,4 @@
-"""What `tokenizer train` and `data pack` share: the files they read, rows that are no text, words for the next step."""
+"""What `tokenizer train` and `data pack` share: which texts, rows that are not text, words for the next step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def report(arguments: argparse.Namespace) -> int:
         return 0
     are = "is" if found.bad == 1 else "are"
     result(f"{found.bad:,} of {count_of(found.rows, 'row')} {are} bad: {found.summary}.")
-    action, why = ("skip", "or mend them") if found.can_be_skipped else ("report", "when these are mended or left out")
+    action, why = (
+        ("skip", "or repair them") if found.can_be_skipped else ("report", "when these are repaired or left out")
+    )
     literal(next_step(*with_value(arguments.typed, "--on-bad-row", action), why=why))
     return 1
 

@@ -36,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_train(arguments: argparse.Namespace) -> int:
-    """Train and say what came out, and what comes next."""
+    """Train, and show what was written and what comes next."""
     from lowvram.api.tokenizer_training import train_tokenizer_task
     from lowvram.cli.console import literal, notice, result
     from lowvram.cli.next_step import next_step
@@ -57,4 +57,4 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def _explain_size(size: int, asked: int) -> str:
-    return f" (the text has no more than that to merge; {asked} were asked for)" if size < asked else ""
+    return f" (the text has no more pairs to merge; {asked} ids were asked for)" if size < asked else ""

@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     @property
     def sentence(self) -> str:
         """The whole finding in one sentence."""
-        return f"{self.value}: {self.consequence}" + (f"; to mend it: {self.command}" if self.command else "") + "."
+        return f"{self.value}: {self.consequence}" + (f"; to repair it: {self.command}" if self.command else "") + "."
 
 
 def check_torch(facts: Facts) -> Finding | None:

@@ -271,7 +271,7 @@ def test_the_command_line_stops_skips_and_reports(
     lines = reported.out.splitlines()
     assert [line.split(": ")[0] for line in lines[:7]] == [f"in/a.jsonl:{number}" for number in range(2, 9)]
     assert lines[7] == "7 of 10 rows are bad: 7 not text."
-    assert typed_words(lines[8]) == [*typed_as("skip"), "(or", "mend", "them)"]
+    assert typed_words(lines[8]) == [*typed_as("skip"), "(or", "repair", "them)"]
     (place / "a.jsonl").write_bytes(jsonl())
     options += ["--holdout", "12.5%"]
     whole = run("report")

@@ -65,7 +65,7 @@ def test_a_tokenizer_is_trained_and_the_next_command_named(road: tuple[Path, dic
 def test_text_with_little_to_merge_is_said_to_have_given_a_smaller_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abab abab", encoding="utf-8")
     answer = typed("tokenizer", "train", tmp_path / "text.txt", "--vocab", 9000, "--out", tmp_path / "tok")
-    assert "(the text has no more than that to merge; 9000 were asked for)" in answer.out
+    assert "(the text has no more pairs to merge; 9000 ids were asked for)" in answer.out
 
 
 def test_packing_says_what_came_out_and_the_same_the_second_time(road: tuple[Path, dict[str, Output]]) -> None:
@@ -108,7 +108,7 @@ def test_the_steps_from_text_to_a_run_file_follow_from_one_another(
 def test_a_share_is_written_in_percent_since_a_bare_number_could_mean_either(share: str) -> None:
     answer = typed("data", "pack", "a.txt", f"--holdout={share}")
     assert answer.code == 2
-    assert "is no share" in answer.err or "invalid share" in answer.err
+    assert "is not a share" in answer.err or "invalid share" in answer.err
 
 
 def test_training_speaks_on_stderr_only_and_goes_on_where_it_stopped(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.cli.ending import say_next
+from lowvram.cli.ending import show_next_steps
 from lowvram.cli.next_step import next_step, with_value
 from lowvram.shell import quote_command
 from lowvram.train.events import Stopped
@@ -78,8 +78,8 @@ def test_a_stopped_run_goes_on_with_what_was_typed(monkeypatch: pytest.MonkeyPat
     said: list[str] = []
     monkeypatch.setattr("lowvram.cli.console.copyable", said.append)
     typed = ["train", "my run.toml", "--set", "lr=1e-3", "--graphs=off", "--device", "cpu"]
-    say_next(argparse.Namespace(typed=typed), None, Stopped(5, is_finished=False))  # type: ignore[arg-type]
-    assert said == [next_step(*typed, why="goes on from here")]
+    show_next_steps(argparse.Namespace(typed=typed), None, Stopped(5, is_finished=False))  # type: ignore[arg-type]
+    assert said == [next_step(*typed, why="resumes the run")]
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_the_command_says_so_writes_it_down_and_goes_on_with_it(
     what = run_of(home, "typed")
     train(what, micro_batch=4, device="cpu", stop_at=3)
     told = " ".join(capsys.readouterr().err.split())
-    assert "step 2 memory ran out: tried again, and on from here, with 2 sequences × 4 a step" in told
+    assert "step 2 memory ran out: tried again, and continued, with 2 sequences × 4 a step" in told
     kept = json.loads((what.run.dir / "plan.json").read_bytes())
     assert (kept["micro_batch"], kept["accumulate"]) == (2, 4)
     rows = [json.loads(line) for line in (what.run.dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]
