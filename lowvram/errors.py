@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 
 from lowvram_kernels.errors import ShapeError
@@ -24,6 +25,7 @@ __all__ = [
     "ShapeError",
     "TokenizerError",
     "TrainingError",
+    "argument",
     "name_nearest",
 ]
 
@@ -96,6 +98,19 @@ class MemoryRanOutError(TrainingError):
     """A training step does not fit the memory and cannot be split further; another training configuration may fit."""
 
 
+def argument(name: str, value: object = None) -> str:
+    """Return an argument of the Python interface as a part of a message, in backquotes: `out`, `device="cpu"`.
+
+    The command line, which has an option for each, writes the option there: see `lowvram.cli.spelling`.
+    """
+    if value is None:
+        return f"`{name}`"
+    if isinstance(value, bool):
+        return f"`{name}={value}`"
+    is_plain = isinstance(value, int | float | list)
+    return f"`{name}={json.dumps(value if is_plain else str(value), ensure_ascii=False)}`"
+
+
 def name_nearest(word: str, known: Iterable[str]) -> str:
     """Return a sentence with the known words nearest to `word`, or with all of them where none is near."""
     choices = sorted(known)
@@ -109,4 +124,4 @@ def refuse_unknown(name: str, value: object, known: Iterable[str]) -> None:
     """Raise ConfigError where an argument that may be left out has a value that is not known."""
     words = list(known)
     if value is not None and value not in words:
-        raise ConfigError(f"{name} is {value!r}.", fix=f"There are {', '.join(words)}.")
+        raise ConfigError(f"{argument(name)} is {value!r}.", fix=f"Known: {', '.join(words)}.")

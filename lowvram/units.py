@@ -68,6 +68,15 @@ def parse_memory(text: str | int | float) -> int:
     return size
 
 
+def parse_share(text: str) -> float:
+    """Return a share as a fraction, from `"0.5%"`; the sign is required, since 0.5 could mean either."""
+    digits = text.strip().removesuffix("%").replace(",", ".")
+    share = float(digits) / 100 if text.strip().endswith("%") and _NUMBER.fullmatch(digits) else math.nan
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"{text!r} is not a share of the documents; write it like 0.5%")
+    return share
+
+
 def show_bytes(count: int | float) -> str:
     """Return bytes in binary multiples: `1.5 GiB`."""
     value = float(count)

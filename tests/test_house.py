@@ -33,7 +33,7 @@ LADDER = [
     ["model", "data"],
     ["storage"],
     ["config", "hardware"],
-    ["errors", "units"],
+    ["errors", "units", "shell"],
     ["lowvram_kernels", "lowvram"],
 ]
 
@@ -151,7 +151,7 @@ def test_imports_have_no_circles_not_even_lazy_ones() -> None:
 
 
 def test_the_words_and_the_help_never_import_torch() -> None:
-    rooms = ("lowvram.config.", "lowvram.hardware.", "lowvram.errors", "lowvram.units")
+    rooms = ("lowvram.config.", "lowvram.hardware.", "lowvram.errors", "lowvram.units", "lowvram.shell")
     modules = ", ".join(module for module in map(module_of, CODE) if module.startswith(rooms))
     script = (
         f"import sys, lowvram, {modules}; from lowvram.cli.app import build_parser; build_parser().format_help(); "

@@ -27,7 +27,10 @@ from typing import Literal, NamedTuple
 ComputeCapability = tuple[int, int]
 Fp8Path = Literal["mxfp8", "tensor", "storage"]
 
-# The first capability that Triton compiles our kernels for.
+# The first capability that torch's wheels for CUDA 12.8 and newer hold code for (RTX 20).
+# Source: torch 2.13, torch/cuda/__init__.py (PYTORCH_RELEASES_CODE_CC).
+FIRST_IN_TORCH_WHEELS: ComputeCapability = (7, 5)
+# The first that Triton compiles our kernels for.
 FIRST_WITH_TRITON: ComputeCapability = (7, 5)
 # The first whose tensor cores Triton's `tl.dot` reaches, and the first with bf16 and FlashAttention 2.
 FIRST_WITH_TRITON_DOT: ComputeCapability = (8, 0)

@@ -1,4 +1,4 @@
-"""The public Python interface: `from lowvram.api import fit, train, load, evaluate`; nothing in it prints.
+"""The public Python interface: `from lowvram.api import fit, train, load, …`; nothing in it prints.
 
 Each function returns a frozen value, a model, or a run to iterate over; each error is a `LowvramError`, which says what
 happened, why, and what to do.  What the commands print as notices are values here (`.notices`), or events of a run.
@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from lowvram.api.fit_result import FitOptions as FitOptions
     from lowvram.api.fit_result import FitResult as FitResult
     from lowvram.api.fitting import fit as fit
+    from lowvram.api.importing import Imported as Imported
+    from lowvram.api.importing import import_model as import_model
     from lowvram.api.models import Model as Model
     from lowvram.api.models import load as load
+    from lowvram.api.packing import Packed as Packed
+    from lowvram.api.packing import PackedShards as PackedShards
+    from lowvram.api.packing import pack as pack
     from lowvram.api.run_file import write_run_file as write_run_file
     from lowvram.api.target import Target as Target
     from lowvram.api.tasks import Notice as Notice
+    from lowvram.api.texts import TextCheck as TextCheck
+    from lowvram.api.texts import check_texts as check_texts
+    from lowvram.api.tokenizer_training import TrainedTokenizer as TrainedTokenizer
+    from lowvram.api.tokenizer_training import train_tokenizer as train_tokenizer
     from lowvram.api.training import TrainingRun as TrainingRun
     from lowvram.api.training import train as train
     from lowvram.errors import LowvramError as LowvramError
@@ -43,10 +52,13 @@ _HOMES = {
     "FitOptions": "lowvram.api.fit_result",
     "FitResult": "lowvram.api.fit_result",
     "Halved": "lowvram.train.events",
+    "Imported": "lowvram.api.importing",
     "LowvramError": "lowvram.errors",
     "MemoryBudget": "lowvram.fit.report",
     "Model": "lowvram.api.models",
     "Notice": "lowvram.api.tasks",
+    "Packed": "lowvram.api.packing",
+    "PackedShards": "lowvram.api.packing",
     "Rotated": "lowvram.train.events",
     "RunSettings": "lowvram.train.settings",
     "Sampled": "lowvram.train.events",
@@ -55,11 +67,17 @@ _HOMES = {
     "StepDone": "lowvram.train.events",
     "Stopped": "lowvram.train.events",
     "Target": "lowvram.api.target",
+    "TextCheck": "lowvram.api.texts",
+    "TrainedTokenizer": "lowvram.api.tokenizer_training",
     "TrainingRun": "lowvram.api.training",
+    "check_texts": "lowvram.api.texts",
     "evaluate": "lowvram.api.evaluation",
     "fit": "lowvram.api.fitting",
+    "import_model": "lowvram.api.importing",
     "load": "lowvram.api.models",
+    "pack": "lowvram.api.packing",
     "train": "lowvram.api.training",
+    "train_tokenizer": "lowvram.api.tokenizer_training",
     "write_run_file": "lowvram.api.run_file",
 }
 __all__ = [
@@ -69,10 +87,13 @@ __all__ = [
     "FitOptions",
     "FitResult",
     "Halved",
+    "Imported",
     "LowvramError",
     "MemoryBudget",
     "Model",
     "Notice",
+    "Packed",
+    "PackedShards",
     "Rotated",
     "RunSettings",
     "Sampled",
@@ -81,11 +102,17 @@ __all__ = [
     "StepDone",
     "Stopped",
     "Target",
+    "TextCheck",
+    "TrainedTokenizer",
     "TrainingRun",
+    "check_texts",
     "evaluate",
     "fit",
+    "import_model",
     "load",
+    "pack",
     "train",
+    "train_tokenizer",
     "write_run_file",
 ]
 

@@ -29,14 +29,14 @@ def calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target)
     device, notices = choose_device("auto")
     yield from notices
     if device.type != target.profile.platform:
-        fix = "Install a torch for it, or leave --measure out."
+        fix = "Install a torch for it, or leave `measure` out."
         raise MachineError(f"{target.profile.name} cannot be timed.", f"torch trains on {device} here.", fix)
     if train.update_during_backward:
         fix = "Measure a preset of about that size: what is found holds for the card, whatever is trained on it."
-        raise ConfigError(f"{name} updates during backward.", "--measure times gradients and updates apart.", fix)
+        raise ConfigError(f"{name} updates during backward.", "`measure` times gradients and updates apart.", fix)
     if not (yield from _calibrate(name, model, train, target, device)):
         raise MachineError(
-            f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller preset: --model."
+            f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller one, with `preset`."
         )
     if device.type != "cpu" or train.precision not in _COMPARED:
         return
@@ -60,13 +60,13 @@ def _calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target
 
     budget = target.budget(train.precision)
     yield from notices_of(budget)
-    answer = rehearse_fit(name, model, train, budget)
-    if not answer.found.fits:
+    report = rehearse_fit(name, model, train, budget)
+    if not report.search_result.fits:
         return False
     yield Notice(f"Timing {name} in {train.precision} on {device}: half a minute or so …")
     # A plan near the limit must raise here, and not spill into host memory and be remembered as slow.
     cap_memory(device, target.profile.allocator_bytes(budget.limit_bytes))
-    measured = measure(name, model, train, answer.found.plan, device, target.profile)
+    measured = measure(name, model, train, report.search_result.plan, device, target.profile)
     path = store_calibration(measured)
     yield Notice(f"Measured: {measured.product_flops_per_s / 1e12:.2f} TFLOP/s in products, kept in {path}.")
     return True

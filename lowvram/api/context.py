@@ -9,7 +9,7 @@ from lowvram.api.tasks import Task
 if TYPE_CHECKING:
     from lowvram.api.loading import LoadedModel
     from lowvram.config.model import ModelConfig
-    from lowvram.model.kv_cache import CacheForm
+    from lowvram.model.kv_cache import CacheFormat
 
 # Two contexts that a line is drawn through, each read in whole chunks, before the token that is decoded: there a
 # reading needs the most, between them less.
@@ -26,7 +26,7 @@ class Context(NamedTuple):
 
 
 def find_max_context(
-    loaded: LoadedModel, slots: int = 1, asked: int | None = None, cache: CacheForm = "plain"
+    loaded: LoadedModel, slots: int = 1, asked: int | None = None, cache: CacheFormat = "plain"
 ) -> Task[Context]:
     """Return the longest text that each of `slots` may hold.
 
@@ -61,7 +61,7 @@ def reach(config: ModelConfig, trained_len: int) -> int:
     return max(trained_len, int(min(trained_len, yarn.original_len) * yarn.factor))
 
 
-def _needed(loaded: LoadedModel, slots: int, max_context: int, cache: CacheForm = "plain") -> int:
+def _needed(loaded: LoadedModel, slots: int, max_context: int, cache: CacheFormat = "plain") -> int:
     from lowvram_kernels.dispatch import card_of
 
     from lowvram.fit.inference_memory import rehearse_inference
@@ -70,7 +70,7 @@ def _needed(loaded: LoadedModel, slots: int, max_context: int, cache: CacheForm 
     return rehearse_inference(loaded.model, loaded.dtype, slots, max_context, card, cache)
 
 
-def _solve(loaded: LoadedModel, slots: int, limit_bytes: int, cache: CacheForm) -> int:
+def _solve(loaded: LoadedModel, slots: int, limit_bytes: int, cache: CacheFormat) -> int:
     few, many = (_needed(loaded, slots, length, cache) for length in _SAMPLES)
     per_token = (many - few) / (_SAMPLES[1] - _SAMPLES[0])
     return max(1, int(_SAMPLES[0] + (limit_bytes - few) / per_token))
@@ -100,11 +100,15 @@ def _warn(loaded: LoadedModel, max_context: int) -> str:
 
 
 def _too_long(wanted: int, slots: int, needed: int, limit_bytes: int, fitting: int) -> Exception:
-    from lowvram.errors import MachineError
+    from lowvram.errors import MachineError, argument
     from lowvram.units import show_bytes
 
     texts = f"{slots} texts of {wanted:,} tokens need" if slots > 1 else f"A text of {wanted:,} tokens needs"
-    fix = f"Give --context {fitting}, or fewer texts at once." if fitting > 1 else "End what else runs on the card."
+    fix = (
+        f"Give {argument('max_context', fitting)}, or fewer texts at once."
+        if fitting > 1
+        else "End what else runs on the card."
+    )
     return MachineError(
         f"{texts} {show_bytes(needed)} beside the weights.", f"{show_bytes(limit_bytes)} are free.", fix
     )

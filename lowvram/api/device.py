@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lowvram.api.tasks import Notice
-from lowvram.errors import MachineError
+from lowvram.errors import MachineError, argument
 from lowvram.hardware.detect import explain_mismatch, find_card, find_driver, find_torch, first_line
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def choose_device(asked: str = "auto") -> ChosenDevice:
         return ChosenDevice(chosen.device, notes + chosen.notices)
     known = next((name for name in has if name == asked), None)
     if known is None:
-        raise MachineError(f"device is {asked!r}.", fix=f"Known: auto, {', '.join(has)}.")
+        raise MachineError(f"{argument('device')} is {asked!r}.", fix=f"Known: auto, {', '.join(has)}.")
     if not has[known]:
         why = f"{mismatch}." if mismatch else f"torch {torch.__version__} sees none here."
-        raise MachineError(f"--device is {asked}.", why, "Leave --device out to train on what is here.")
+        raise MachineError(f"{argument('device')} is {asked}.", why, "Leave `device` out to compute on what is here.")
     return _open(known)
 
 
@@ -98,15 +98,18 @@ def _new_launch_notices() -> tuple[Notice, ...]:
 @functools.cache
 def _find_launch_notices() -> tuple[Notice, ...]:
     """Return what will make kernels slower or fail; raises MachineError where the card is too old for torch."""
-    from lowvram.hardware.card_names import LEAST_CAPABILITY
+    from lowvram_kernels.capabilities import FIRST_IN_TORCH_WHEELS
+
     from lowvram.hardware.doctor import LAUNCH_CHECKS, check_architecture, find_all
     from lowvram.hardware.inspect import gather
 
     facts = gather(ask_torch())
     too_old = (
-        check_architecture(facts) if facts.capability is not None and facts.capability < LEAST_CAPABILITY else None
+        check_architecture(facts) if facts.capability is not None and facts.capability < FIRST_IN_TORCH_WHEELS else None
     )
     if too_old is not None and too_old.is_fatal:
         what, why = (f"{text[0].upper()}{text[1:]}." for text in (too_old.value, too_old.consequence))
-        raise MachineError(what, why, f"To mend it: {too_old.command}. Or compute on the processor: --device cpu.")
+        raise MachineError(
+            what, why, f"To repair it: {too_old.command}. Or compute on the processor: {argument('device', 'cpu')}."
+        )
     return tuple(Notice(f"Note: {finding.sentence}", "warning") for finding in find_all(facts, LAUNCH_CHECKS))

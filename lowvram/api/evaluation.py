@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram.api.tasks import Notice, Progress, Task, count_progress, finish
+from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -70,10 +70,15 @@ def evaluate(
     weights, None: what the run validates in.  progress: show a progress bar, in a terminal or a notebook.
     Raises CheckpointError, DataError where there is no held-out text, MachineError where the device is not here.
     """
-    from lowvram.api.progress import with_bar
+    from lowvram.api.arguments import PATH, refuse_count, refuse_missing, refuse_type
+    from lowvram.api.progress import carry_out
 
+    refuse_missing("checkpoint", checkpoint, *PATH)
+    refuse_type("data", data, *PATH)
+    refuse_count("tokens", tokens)
+    refuse_missing("device", device, str)
     task = evaluate_task(Path(checkpoint), Path(data) if data is not None else None, tokens, precision, device)
-    found, notices = finish(with_bar(task) if progress else task)
+    found, notices = carry_out(task, progress)
     return dataclasses.replace(found, notices=notices)
 
 
@@ -89,17 +94,20 @@ def evaluate_task(
     from lowvram.data.shards import ShardSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import score_windows
+    from lowvram.evaluate.verdict import warn_of_few_tokens
 
     loaded = yield from load_model(path, device, precision, as_trained=True)
     shards_path = data or (loaded.run.data.valid if loaded.run is not None else None)
     if shards_path is None:
-        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Give --data SHARDS.")
+        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Name shards with `data`.")
     tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
     shards = ShardSet.open(shards_path, tokenizer.hash, tokenizer.size)
     scoring = score_windows(
         loaded.model, shards, tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype, tokens
     )
     found = yield from count_progress(scoring, "Reading held-out text")
+    if warning := warn_of_few_tokens(found.targets):
+        yield Notice(warning, "warning")
     baseline = None
     if loaded.run is not None:
         baseline = yield from score_bigrams(loaded.run, tokenizer, shards, tokens)

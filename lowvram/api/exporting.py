@@ -97,23 +97,31 @@ def export_task(path: Path, out: Path, options: ExportSettings) -> Task[Exported
 
 
 def _check_options(options: ExportSettings) -> None:
-    from lowvram.errors import ConfigError
+    from lowvram.errors import ConfigError, argument
 
     if options.to not in DTYPES:
-        raise ConfigError(f"--to is {options.to}.", fix=f"Known: {', '.join(DTYPES)}.")
+        raise ConfigError(f"{argument('to')} is {options.to}.", fix=f"Known: {', '.join(DTYPES)}.")
     known = DTYPES[options.to]
     if options.dtype is not None and options.dtype not in known:
-        fix = f"Take one of {', '.join(known)}, or leave --dtype out." if known else "Leave --dtype out."
-        raise ConfigError(f"--dtype {options.dtype} does not go with --to {options.to}.", "", fix)
+        fix = f"Take one of {', '.join(known)}, or leave `dtype` out." if known else "Leave `dtype` out."
+        raise ConfigError(f"{argument('dtype', options.dtype)} does not go with {argument('to', options.to)}.", "", fix)
     if options.verify is not None and options.to != "gguf":
-        raise ConfigError("--verify is given without --to gguf.", "It asks llama.cpp.", "Leave it out, or add that.")
+        raise ConfigError(
+            f"{argument('verify')} is given without {argument('to', 'gguf')}.",
+            "It asks llama.cpp.",
+            "Leave it out, or add that.",
+        )
     # They stand in the card's YAML: what could end a line there has no place in them.
     if options.license is not None and not re.fullmatch(r"[A-Za-z0-9.+-]+", options.license):
         why = "The card names a licence by its identifier: letters, digits, dots and hyphens."
-        raise ConfigError(f"--license {options.license} is no identifier.", why, "Write --license apache-2.0.")
+        raise ConfigError(
+            f"{argument('license', options.license)} is no identifier.", why, 'Write `license="apache-2.0"`.'
+        )
     if not re.fullmatch(r"([A-Za-z-]{2,12}(,[A-Za-z-]{2,12})*)?", options.language):
         why = "The card lists tags such as tr, en or tr,en."
-        raise ConfigError(f"--language {options.language} names no languages.", why, "Write --language tr.")
+        raise ConfigError(
+            f"{argument('language', options.language)} names no languages.", why, 'Write `language="tr"`.'
+        )
 
 
 def _write_directory(
@@ -177,7 +185,7 @@ def _write_gguf(
 
     if isinstance(tokenizer, HfTokenizer):
         why = "llama.cpp knows pre-tokenizers by name, and lowvram knows the name of its own only."
-        raise TokenizerError("This model's tokenizer is another program's.", why, "Export it with --to hf.")
+        raise TokenizerError("This model's tokenizer is another program's.", why, 'Export it with `to="hf"`.')
     # Before anything is written: a wrong folder is said at once.
     programs = None if options.verify is None else find_programs(options.verify)
     by_dtype: dict[Dtype | None, Numbers] = {None: "bf16", "bf16": "bf16", "fp32": "f32", "f16": "f16", "q8_0": "q8_0"}
@@ -213,6 +221,6 @@ def compare_with_llama_cpp(asked: Comparison) -> Task[Agreement]:
         raise ExportError(
             f"llama.cpp writes another text after {found.tokens} of {found.of} greedy tokens.",
             f"There our logits differ by {found.gap:.3f}, which rounding to {asked.numbers} does not explain.",
-            "Export with --dtype fp32 and verify again; if it differs there, too, please report it.",
+            'Export with `dtype="fp32"` and verify again; if it differs there, too, please report it.',
         )
     return found

@@ -64,7 +64,7 @@ class FitOptions:
 class FitResult:
     """Which models a card can pretrain and how, or what one run needs.
 
-    target, budget: the card, and the memory that tensors may take on it.  models: an answer for each model, the
+    target, budget: the card, and the memory that tensors may take on it.  models: a report for each model, the
     smallest first.  first_run, recommended: what to begin with, and the long run; None where nothing fits.  text: what
     there is to read, None where nobody said.
 
@@ -87,25 +87,25 @@ class FitResult:
     notices: tuple[Notice, ...] = ()
 
     def __iter__(self) -> Iterator[FitReport]:
-        """Iterate over the answers, one for each model."""
+        """Iterate over the reports, one for each model."""
         return iter(self.models)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values that `lowvram fit --json` prints."""
         first, long, profile = self.first_run, self.recommended, self.budget.profile
-        is_measured = any(answer.speed and answer.speed.is_measured for answer in self.models)
+        is_measured = any(report.speed and report.speed.is_measured for report in self.models)
         evidence = describe_evidence(profile, measured_ids(), is_measured)
         return {
             "gpu": profile.id,
             "gpu_name": profile.name,
             "limit_bytes": self.budget.limit_bytes,
             "limit_bytes_without_desktop": self.budget.headless_bytes,
-            "recommended": long.answer.name if long else None,
-            "first_run": first.answer.name if first else None,
-            "first_run_tokens": (first.tokens or first.answer.train.tokens) if first else None,
-            "evidence": evidence if any(answer.speed for answer in self.models) else None,
+            "recommended": long.report.name if long else None,
+            "first_run": first.report.name if first else None,
+            "first_run_tokens": (first.tokens or first.report.train.tokens) if first else None,
+            "evidence": evidence if any(report.speed for report in self.models) else None,
             "text": _text_values(self.text),
-            "models": [_values(answer, self.text) for answer in self.models],
+            "models": [_values(report, self.text) for report in self.models],
             "changes": [change._asdict() for change in self.changes or ()],
             "faster": [change._asdict() for change in self.faster],
         }
@@ -123,38 +123,38 @@ def _text_values(text: RunText | None) -> dict[str, Any] | None:
     }
 
 
-def _passes(answer: FitReport, text: RunText | None) -> float | None:
+def _passes(report: FitReport, text: RunText | None) -> float | None:
     """Return how often the part that is read most often is read; None where that is not known, or it is too short."""
     try:
-        return round(max(text.passes(answer.train)), 3) if text is not None else None
+        return round(max(text.passes(report.train)), 3) if text is not None else None
     except DataError:
         return None
 
 
-def _values(answer: FitReport, text: RunText | None) -> dict[str, Any]:
-    found, speed = answer.found, answer.speed
+def _values(report: FitReport, text: RunText | None) -> dict[str, Any]:
+    found, speed = report.search_result, report.speed
     return {
-        "name": answer.name,
-        "parameters": answer.model.num_parameters(),
-        "active_parameters": answer.model.active_parameters(),
-        "fits": answer.fits,
-        "fits_without_desktop": answer.fits_headless and not answer.lacks_host_bytes,
+        "name": report.name,
+        "parameters": report.model.num_parameters(),
+        "active_parameters": report.model.active_parameters(),
+        "fits": report.fits,
+        "fits_without_desktop": report.fits_headless and not report.lacks_host_bytes,
         "plan": found.plan.model_dump(),
         "reason": found.reason,
         "peak_bytes": found.peak_bytes,
-        "host_bytes": answer.host_bytes,
+        "host_bytes": report.host_bytes,
         "kept_on_host_bytes": found.rehearsal.ledger.kept_on_host,
-        "lacks_host_bytes": answer.lacks_host_bytes,
+        "lacks_host_bytes": report.lacks_host_bytes,
         "ledger": found.rehearsal.ledger.lines() | {"moment": found.rehearsal.ledger.moment},
         "tokens_per_second": round(speed.tokens_per_second, 1) if speed else None,
         "tokens_per_second_range": [round(speed.low, 1), round(speed.high, 1)] if speed else None,
         "is_measured": speed.is_measured if speed else None,
-        "days": round(answer.days, 3) if answer.days is not None else None,
-        "days_range": [round(days, 3) for days in answer.days_range] if answer.days_range is not None else None,
-        "kwh": round(answer.kwh, 2) if answer.kwh is not None else None,
-        "kwh_range": [round(kwh, 3) for kwh in answer.kwh_range] if answer.kwh_range is not None else None,
-        "passes": _passes(answer, text),
-        "checkpoint_bytes": answer.state_bytes,
-        "written_bytes_per_day": answer.written_bytes_per_day,
-        "disk_bytes": answer.disk_bytes,
+        "days": round(report.days, 3) if report.days is not None else None,
+        "days_range": [round(days, 3) for days in report.days_range] if report.days_range is not None else None,
+        "kwh": round(report.kwh, 2) if report.kwh is not None else None,
+        "kwh_range": [round(kwh, 3) for kwh in report.kwh_range] if report.kwh_range is not None else None,
+        "passes": _passes(report, text),
+        "checkpoint_bytes": report.state_bytes,
+        "written_bytes_per_day": report.written_bytes_per_day,
+        "disk_bytes": report.disk_bytes,
     }

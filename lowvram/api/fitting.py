@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from lowvram.api.fit_result import FitOptions, FitResult
-from lowvram.api.tasks import Notice, Progress, Task, finish
+from lowvram.api.tasks import Notice, Progress, Task
 
 if TYPE_CHECKING:
     from lowvram.api.target import Target
@@ -51,12 +51,22 @@ def fit(
     Raises ConfigError for options that say nothing together, or naming the nearest cards, presets or keys; DataError
     for shards that cannot be read; MachineError where nothing can be measured here.
     """
+    from lowvram.api.arguments import PATH, refuse_count, refuse_type
     from lowvram.api.overrides import assignments
-    from lowvram.api.progress import with_bar
+    from lowvram.api.progress import carry_out
+    from lowvram.config.plan import TECHNIQUES
     from lowvram.errors import refuse_unknown
     from lowvram.hardware.profile import Desktop
 
+    refuse_type("run", run, *PATH)
+    refuse_type("gpu", gpu, str)
     refuse_unknown("desktop", desktop, get_args(Desktop))
+    refuse_type("preset", preset, str)
+    refuse_count("micro_batch", micro_batch)
+    refuse_unknown("recompute", recompute, TECHNIQUES)
+    refuse_type("days", days, int, float)
+    refuse_type("measure", measure, bool)
+    refuse_type("data", data, *PATH)
     options = FitOptions(
         run_file=Path(run) if run is not None else None,
         gpu=gpu,
@@ -73,20 +83,23 @@ def fit(
     if days is not None:
         options = dataclasses.replace(options, days=days)
     task = fit_task(options)
-    found, notices = finish(with_bar(task) if progress else task)
+    found, notices = carry_out(task, progress)
     return dataclasses.replace(found, notices=notices)
 
 
 def _read_size(name: str, value: str | int | None) -> int | None:
-    from lowvram.errors import ConfigError
+    from lowvram.api.arguments import refuse_count, refuse_type
+    from lowvram.errors import ConfigError, argument
     from lowvram.units import parse_memory
 
+    refuse_type(name, value, int, str)
     if value is None or isinstance(value, int):
+        refuse_count(name, value)
         return value
     try:
         return parse_memory(value)
     except ValueError as error:
-        raise ConfigError(f"{name} is {value!r}.", f"{error}.", f'Write {name}="8GB".') from error
+        raise ConfigError(f"{argument(name)} is {value!r}.", f"{error}.", f"Write {argument(name, '8GB')}.") from error
 
 
 def fit_task(options: FitOptions) -> Task[FitResult]:
@@ -102,21 +115,23 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
     yield Notice(target.sentence)
     run = None
     if options.run_file is not None:
-        run = yield from _read_run(options.run_file, options.overrides)
+        run = yield from _read_run(options, options.run_file)
+    elif options.preset is not None:  # one that does not exist is refused before anything is measured or opened
+        _read_constraints(options, _load_preset(options.preset, options, target)[1])
     if options.measure:
         yield from _calibrate(options, target, run)
     text = yield from _read_text(options, run)
     if run is not None:
-        answers, budget = yield from _evaluate_run(options, target, run)
+        reports, budget = yield from _evaluate_run(options, target, run)
     else:
-        answers, budget = yield from _evaluate_presets(options, target)
+        reports, budget = yield from _evaluate_presets(options, target)
     result = FitResult(
         options=options,
         target=target,
         budget=budget,
-        models=tuple(answers),
-        first_run=recommend_first(answers, text),
-        recommended=recommend(answers, options.days, text),
+        models=tuple(reports),
+        first_run=recommend_first(reports, text),
+        recommended=recommend(reports, options.days, text),
         text=text,
         changes=None if options.has_plan else (),
     )
@@ -125,26 +140,30 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
 
 def refuse_contradictions(options: FitOptions) -> None:
     """Raise ConfigError where options say nothing together, before anything takes time."""
-    from lowvram.errors import ConfigError
+    from lowvram.errors import ConfigError, argument
 
     run_file, is_alone = options.run_file, options.is_alone
     if run_file is not None and options.gpu and not run_file.exists() and run_file.suffix != ".toml":
         words = f"{options.gpu} {run_file}"
-        raise ConfigError(f"There is no run file {run_file}.", fix=f'Two words go in quotes: --gpu "{words}".')
+        raise ConfigError(f"There is no run file {run_file}.", fix=f"Two words go in quotes: {argument('gpu', words)}.")
+    name_one = "Name it: a run file, or a preset (`preset`)."
     for is_wrong, what, fix in (
-        (run_file and options.preset, "A run file and --model were both given.", "Leave one of them out."),
-        (options.overrides and not is_alone, "--set changes one run.", "Name it: RUN.toml, or --model PRESET."),
-        (options.micro_batch and not is_alone, "--micro-batch is for one run.", "Name RUN.toml, or --model PRESET."),
-        (run_file and options.data, f"--data and {run_file} both name the text.", "Leave --data out."),
-        (options.desktop and options.is_here, "--desktop is for a card elsewhere.", "Here, what is free now counts."),
-        (options.measure and not options.is_here, "--measure times this machine.", "Leave --gpu and --memory out."),
+        (run_file and options.preset, "A run file and `preset` were both given.", "Leave one of them out."),
+        (options.overrides and not is_alone, "Values are overridden (`overrides`) of one run only.", name_one),
+        (options.micro_batch and not is_alone, "A plan (`micro_batch`) is of one run only.", name_one),
+        (run_file and options.data, f"`data` and {run_file} both name the text.", "Leave `data` out."),
+        (options.desktop and options.is_here, "`desktop` is for a card elsewhere.", "Here, what is free now counts."),
+        (options.measure and not options.is_here, "`measure` times this machine.", "Leave `gpu` and `memory` out."),
     ):
         if is_wrong:
             raise ConfigError(what, fix=fix)
 
 
-def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
-    """Read the run file; before there is a tokenizer, the vocabulary is the one that file or preset names."""
+def _read_run(options: FitOptions, run_file: Path) -> Task[RunConfig]:
+    """Read the run file, and refuse a plan that it cannot have.
+
+    Before there is a tokenizer, the vocabulary is the one that the file or its preset names.
+    """
     from lowvram.config.run_file import load_run, name_vocabulary
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.errors import LowvramError
@@ -152,7 +171,7 @@ def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
     notices: list[Notice] = []
 
     def count_ids(directory: Path) -> int:
-        named = None if directory.exists() else name_vocabulary(run_file, overrides)
+        named = None if directory.exists() else name_vocabulary(run_file, options.overrides)
         if named is None:
             return load_tokenizer(directory).size
         says = f"There is no tokenizer yet: {named:,} ids are taken, as the run file or its preset says."
@@ -160,7 +179,7 @@ def _read_run(run_file: Path, overrides: Sequence[str]) -> Task[RunConfig]:
         return named
 
     try:
-        run = load_run(run_file, overrides, count_ids, with_gaps=True)
+        run = load_run(run_file, options.overrides, count_ids, True, lambda run: _refuse_plan(options, run.train))
     except LowvramError:
         yield from notices
         raise
@@ -202,9 +221,9 @@ def _evaluate_run(options: FitOptions, target: Target, run: RunConfig) -> Task[t
         yield Notice(warning, "warning")
     name, budget = options.run_file.stem, target.budget(run.train.precision)
     yield from notices_of(budget)
-    wish = _wish(options, run.train)
-    yield Progress(f"Rehearsing {name} on paper")
-    return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, wish)], budget
+    constraints = _read_constraints(options, run.train)
+    yield Progress(f"Replaying a step of {name} on meta tensors")
+    return [rehearsals.rehearse_fit(name, run.model, run.train, budget, run.run, constraints)], budget
 
 
 def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[FitReport], MemoryBudget]]:
@@ -215,16 +234,18 @@ def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[Fi
 
     budget = target.budget(_load_preset(options.preset or _SMALLEST, options, target)[1].precision)
     yield from notices_of(budget)
-    answers = []
+    reports = []
     for name in [options.preset] if options.preset else preset_names():
         model, train = _load_preset(name, options, target)
-        wish = _wish(options, train)
-        answer = evaluate_fit_from_ledgers(name, model, train, budget, wish) if wish.micro_batch is None else None
-        if answer is None:
-            yield Progress(f"Rehearsing {name} on paper")
-            answer = rehearsals.rehearse_fit(name, model, train, budget, wish=wish)
-        answers.append(answer)
-    return sorted(answers, key=lambda answer: answer.model.num_parameters()), budget
+        constraints = _read_constraints(options, train)
+        report = None
+        if constraints.micro_batch is None:
+            report = evaluate_fit_from_ledgers(name, model, train, budget, constraints)
+        if report is None:
+            yield Progress(f"Replaying a step of {name} on meta tensors")
+            report = rehearsals.rehearse_fit(name, model, train, budget, constraints=constraints)
+        reports.append(report)
+    return sorted(reports, key=lambda report: report.model.num_parameters()), budget
 
 
 def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelConfig, TrainConfig]:
@@ -238,22 +259,28 @@ def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelC
 
 
 def evaluate_fit_from_ledgers(
-    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, wish: PlanConstraints
+    name: str, model: ModelConfig, train: TrainConfig, budget: MemoryBudget, constraints: PlanConstraints
 ) -> FitReport | None:
     """Judge a preset by its stored rehearsals; None where there are none for such a card."""
     from lowvram.fit.ledgers import find_memory_curve, path_of
     from lowvram.fit.report import evaluate_fit
 
     curve = find_memory_curve(name, model, train, path_of(budget.profile, train))
-    return None if curve is None else evaluate_fit(name, model, train, curve, budget, wish=wish)
+    return None if curve is None else evaluate_fit(name, model, train, curve, budget, constraints=constraints)
 
 
-def _wish(options: FitOptions, train: TrainConfig) -> PlanConstraints:
+def _refuse_plan(options: FitOptions, train: TrainConfig) -> None:
+    """Raise ConfigError where the micro-batch that was asked for does not divide the step."""
     from lowvram.config.plan import choose_plan
-    from lowvram.fit.search import PlanConstraints
 
     if options.micro_batch is not None:
-        choose_plan(train, options.micro_batch)  # refuses what does not divide the step
+        choose_plan(train, options.micro_batch)
+
+
+def _read_constraints(options: FitOptions, train: TrainConfig) -> PlanConstraints:
+    from lowvram.fit.search import PlanConstraints
+
+    _refuse_plan(options, train)
     return PlanConstraints(options.micro_batch, options.recompute)
 
 
@@ -262,31 +289,32 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
     from lowvram.api.rehearsals import suggest_changes, suggest_precisions
     from lowvram.fit.recommend import TOO_SLOW_DAYS, recommend
 
-    options, answer = result.options, result.models[0]
+    options, report = result.options, result.models[0]
     changes = result.changes
-    if not options.has_plan and not (answer.fits_headless and answer.fits_host):
+    if not options.has_plan and not (report.fits_headless and report.fits_host):
         yield Progress("Looking for changes that would fit")
-        changes = tuple(suggest_changes(answer.model, answer.train, result.budget))
+        changes = tuple(suggest_changes(report.model, report.train, result.budget))
     faster: tuple[Change, ...] = ()
-    if options.run_file is not None and answer.fits_headless and not options.has_plan:
+    if options.run_file is not None and report.fits_headless and not options.has_plan:
         yield Progress("Looking for a faster precision")
-        faster = tuple((yield from suggest_precisions(answer, result.target)))
-    is_too_slow = answer.days is not None and answer.days > TOO_SLOW_DAYS
+        faster = tuple((yield from suggest_precisions(report, result.target)))
+    is_too_slow = report.days is not None and report.days > TOO_SLOW_DAYS
     instead = None
     if is_too_slow:
         known = yield from _evaluate_known_presets(result.target)
         instead = recommend(known, options.days)
     return dataclasses.replace(
-        result, changes=changes, faster=faster, remarks=tuple(_remark(result.text, answer)), instead=instead
+        result, changes=changes, faster=faster, remarks=tuple(remarks_about(result.text, report)), instead=instead
     )
 
 
-def _remark(text: RunText | None, answer: FitReport) -> list[Remark]:
+def remarks_about(text: RunText | None, report: FitReport) -> list[Remark]:
+    """Return what is said about the text of a run: how often it is read, and what to do if that is too often."""
     from lowvram.errors import DataError
     from lowvram.fit.epochs import Remark, remark_on
 
     try:
-        return list(remark_on(text, answer.model, answer.train)) if text is not None else []
+        return list(remark_on(text, report.model, report.train)) if text is not None else []
     except DataError as error:
         return [Remark(str(error), True)]
 
@@ -299,9 +327,9 @@ def _evaluate_known_presets(target: Target) -> Task[list[FitReport]]:
 
     budget = target.budget(target.profile.dtype)
     yield from notices_of(budget)
-    answers = []
+    reports = []
     for name in preset_names():
         model, train = load_preset(name)
         train = train.model_copy(update={"precision": target.profile.dtype})
-        answers.append(evaluate_fit_from_ledgers(name, model, train, budget, ANY))
-    return [answer for answer in answers if answer is not None]
+        reports.append(evaluate_fit_from_ledgers(name, model, train, budget, ANY))
+    return [report for report in reports if report is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from lowvram.api.tasks import Notice, Task
 
@@ -119,10 +119,10 @@ def choose_reading_on(device: torch.device, precision: Precision | None) -> Task
     from lowvram_kernels.dispatch import card_of
 
     from lowvram.errors import refuse_unknown
-    from lowvram.generate.precision import Precision, choose_inference_precision
+    from lowvram.generate.precision import PRECISIONS, choose_inference_precision
     from lowvram.generate.processor import find_pace, pace_path
 
-    refuse_unknown("precision", precision, get_args(Precision))
+    refuse_unknown("precision", precision, PRECISIONS)
     card, has_bf16 = card_of(device), multiplies_bf16()
     if device.type != "cpu" or not has_bf16 or precision in ("bf16", "fp32"):
         return choose_inference_precision(card, precision, has_bf16)

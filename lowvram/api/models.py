@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowvram.generate.engine import Counts, Engine
     from lowvram.generate.precision import Precision
     from lowvram.generate.sampling import Sampler
-    from lowvram.model.kv_cache import CacheForm
+    from lowvram.model.kv_cache import CacheFormat
 
 # As `lowvram chat --tokens` has it.
 DEFAULT_TOKENS = 128
@@ -37,24 +37,30 @@ def load(
     Raises CheckpointError where there is no checkpoint that can be read, ConfigError for a cache that this attention
     does not have, MachineError where the device is not here or so long a text does not fit.
     """
+    from lowvram.api.arguments import PATH, refuse_count, refuse_missing
     from lowvram.api.context import find_max_context
     from lowvram.api.loading import load_model
+    from lowvram.errors import refuse_unknown
 
+    refuse_missing("path", path, *PATH)
+    refuse_missing("device", device, str)
+    refuse_count("max_context", max_context)
+    refuse_unknown("cache", cache, ("plain", "fp8"))
     loaded, notices = finish(load_model(Path(path), device, precision))
-    form = choose_cache(loaded, cache)
-    context, more = finish(find_max_context(loaded, 1, max_context, form))
+    cache_format = choose_cache(loaded, cache)
+    context, more = finish(find_max_context(loaded, 1, max_context, cache_format))
     if context.warning:
         more = (*more, Notice(context.warning, "warning"))
-    return Model(loaded, context.max_context, form, notices + more)
+    return Model(loaded, context.max_context, cache_format, notices + more)
 
 
-def choose_cache(loaded: LoadedModel, asked: str) -> CacheForm:
-    """Return the form in which a model remembers a text; raises ConfigError where its attention has no such form."""
+def choose_cache(loaded: LoadedModel, asked: str) -> CacheFormat:
+    """Return the format of a model's cache; raises ConfigError where its attention has no such format."""
     from lowvram.errors import ConfigError
 
     if asked == "fp8" and loaded.config.attention.kind != "mla":
         raise ConfigError(
-            "--cache fp8 is given, and this model's attention is GQA.",
+            '`cache="fp8"` is given, and this model\'s attention is GQA.',
             "Only MLA's latents are kept in 8 bits.",
             "Leave it out.",
         )
@@ -69,7 +75,7 @@ class Model:
     """
 
     def __init__(
-        self, loaded: LoadedModel, max_context: int, cache: CacheForm = "plain", notices: tuple[Notice, ...] = ()
+        self, loaded: LoadedModel, max_context: int, cache: CacheFormat = "plain", notices: tuple[Notice, ...] = ()
     ) -> None:
         self.loaded, self.max_context, self.notices = loaded, max_context, notices
         self._cache = cache
@@ -97,29 +103,40 @@ class Model:
 
     @overload
     def generate(
-        self, prompt: str, *, max_tokens: int = ..., stream: Literal[False] = ..., **sampling: float
+        self, prompt: str, *, max_tokens: int = ..., newest: bool = ..., stream: Literal[False] = ..., **sampling: float
     ) -> str: ...
 
     @overload
     def generate(
-        self, prompt: str, *, max_tokens: int = ..., stream: Literal[True], **sampling: float
+        self, prompt: str, *, max_tokens: int = ..., newest: bool = ..., stream: Literal[True], **sampling: float
     ) -> Iterator[str]: ...
 
     def generate(
-        self, prompt: str, *, max_tokens: int = DEFAULT_TOKENS, stream: bool = False, **sampling: float
+        self,
+        prompt: str,
+        *,
+        max_tokens: int = DEFAULT_TOKENS,
+        newest: bool = False,
+        stream: bool = False,
+        **sampling: float,
     ) -> str | Iterator[str]:
         """Return what the model writes behind a prompt; with `stream`, its pieces as it writes them.
 
-        sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `Sampler`.  The same seed gives the
+        newest: of a prompt that is too long, read the newest part that fits.  sampling: temperature, top_k, top_p,
+        min_p, repetition_penalty, seed; see `Sampler`.  The same seed gives the
         same text, which is the one that `lowvram chat --prompt` prints.
         Raises PromptTooLongError where the prompt leaves no room for an answer, PromptError where it is not UTF-8,
         ConfigError for a sampler that is out of range.
         """
+        from lowvram.api.arguments import refuse_count, refuse_missing, refuse_type
         from lowvram.api.typed_text import read_typed
         from lowvram.generate.conversation import Conversation
 
-        sampler = build_sampler(sampling)
-        pieces = Conversation(self._engine()).ask(read_typed(prompt), sampler, max_tokens)
+        refuse_missing("prompt", prompt, str)
+        refuse_count("max_tokens", max_tokens)
+        refuse_type("stream", stream, bool)
+        sampler = build_sampler(sampling, also=("max_tokens", "newest", "stream"))
+        pieces = Conversation(self._engine()).ask(read_typed(prompt), sampler, max_tokens, newest)
         return pieces if stream else "".join(pieces)
 
     @overload
@@ -129,6 +146,7 @@ class Model:
         *,
         system: str | None = ...,
         max_tokens: int = ...,
+        newest: bool = ...,
         stream: Literal[False] = ...,
         **sampling: float,
     ) -> str: ...
@@ -140,6 +158,7 @@ class Model:
         *,
         system: str | None = ...,
         max_tokens: int = ...,
+        newest: bool = ...,
         stream: Literal[True],
         **sampling: float,
     ) -> Iterator[str]: ...
@@ -150,24 +169,29 @@ class Model:
         *,
         system: str | None = None,
         max_tokens: int = DEFAULT_TOKENS,
+        newest: bool = False,
         stream: bool = False,
         **sampling: float,
     ) -> str | Iterator[str]:
         """Return the model's answer in a conversation; with `stream`, its pieces as it writes them.
 
         messages: what the user says, or all turns so far as {"role": "user" | "assistant", "content": …}, the user's
-        last.  system: what the model is told first.  sampling: as for `generate`.  A model of plain text has not learnt
-        to answer in turns: `generate` suits it.
+        last.  system: what the model is told first.  newest, sampling: as for `generate`.  A model of plain
+        text has not learnt to answer in turns: `generate` suits it.
         Raises TokenizerError where the model has no chat template, PromptError where the last message is not the user's
         or what the system says leaves no room, PromptTooLongError where the user's message leaves none.
         """
+        from lowvram.api.arguments import refuse_count, refuse_type
         from lowvram.api.typed_text import read_typed
         from lowvram.errors import PromptError
         from lowvram.generate.chat_template import Message, choose_template
         from lowvram.generate.conversation import Conversation
 
-        sampler = build_sampler(sampling)
-        turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        refuse_type("system", system, str)
+        refuse_count("max_tokens", max_tokens)
+        refuse_type("stream", stream, bool)
+        sampler = build_sampler(sampling, also=("max_tokens", "newest", "stream", "system"))
+        turns = _read_turns(messages)
         if not turns or turns[-1].get("role") != "user":
             raise PromptError("The last message is not the user's.", "The model answers what a user says.", "Add that.")
         *before, last = [Message(turn["role"], read_typed(turn["content"])) for turn in turns]
@@ -179,7 +203,7 @@ class Model:
             read_typed(system) if system else None,
             before,
         )
-        pieces = conversation.ask(last.content, sampler, max_tokens)
+        pieces = conversation.ask(last.content, sampler, max_tokens, newest)
         return pieces if stream else "".join(pieces)
 
     def export(
@@ -198,8 +222,15 @@ class Model:
         Raises ConfigError for options that do not go together, CheckpointError where `out` exists or another program
         wrote this model, ExportError where the other program cannot compute it.
         """
+        from lowvram.api.arguments import PATH, refuse_missing, refuse_type
         from lowvram.api.exporting import ExportSettings, compare_with_llama_cpp, export_task
 
+        refuse_missing("out", out, *PATH)
+        refuse_missing("to", to, str)
+        refuse_type("dtype", dtype, str)
+        refuse_type("license", license, str)
+        refuse_missing("language", language, str)
+        refuse_type("verify", verify, *PATH)
         options = ExportSettings(to, dtype, license, language, Path(verify) if verify is not None else None)
         exported, _ = finish(export_task(self.loaded.path, Path(out), options))
         if exported.comparison is not None:
@@ -217,10 +248,28 @@ class Model:
         return self._opened
 
 
-def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = str) -> Sampler:
+def _read_turns(messages: object) -> list[Mapping[str, str]]:
+    """Return the turns of a conversation; raises ConfigError where they are not what `Model.chat` takes."""
+    from lowvram.api.arguments import refuse_missing
+    from lowvram.errors import ConfigError, argument
+
+    refuse_missing("messages", messages, str, list, tuple)
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    assert isinstance(messages, list | tuple), "else it was refused"
+    for number, turn in enumerate(messages):
+        values = [turn.get("role"), turn.get("content")] if isinstance(turn, Mapping) else [None]
+        if not all(isinstance(value, str) for value in values):
+            what = f"Turn {number} of {argument('messages')} has no text as role and as content."
+            raise ConfigError(what, fix='Write each as {"role": "user", "content": "Merhaba"}.')
+    return list(messages)
+
+
+def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = str, also: Sequence[str] = ()) -> Sampler:
     """Return the sampler of these values.
 
-    spell: returns how the user writes a name.  Raises ConfigError naming the value that is not known or out of range.
+    spell: returns how the user writes a name.  also: other names that the user can give beside them.  Raises
+    ConfigError naming the value that is not known or out of range.
     """
     from pydantic import ValidationError
 
@@ -229,7 +278,7 @@ def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = st
 
     for name in values:
         if name not in Sampler.model_fields:
-            raise ConfigError(f"There is no {spell(name)}.", fix=name_nearest(name, Sampler.model_fields))
+            raise ConfigError(f"There is no {spell(name)}.", fix=name_nearest(name, [*Sampler.model_fields, *also]))
 
     try:
         return Sampler.model_validate(dict(values))

@@ -6,10 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lowvram.api.arguments import refuse_missing
+
 
 def assignments(overrides: Mapping[str, object] | Sequence[str]) -> list[str]:
     """Return overrides as `key=value`, the value as TOML; {"optimizer.lr": 3e-4} is ["optimizer.lr=0.0003"]."""
+    refuse_missing("overrides", overrides, Mapping, list, tuple)
     if not isinstance(overrides, Mapping):
+        for assignment in overrides:
+            refuse_missing("overrides", assignment, str)
         return list(overrides)
     return [f"{key}={_as_toml(value)}" for key, value in overrides.items()]
 

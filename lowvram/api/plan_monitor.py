@@ -10,7 +10,7 @@ import torch
 from lowvram.api.rehearsals import rehearse_on, suggest_changes
 from lowvram.api.target import detect_target_of
 from lowvram.config.plan import Ledger, Plan, Recompute
-from lowvram.errors import MachineError, MemoryRanOutError
+from lowvram.errors import MachineError, MemoryRanOutError, argument
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.fit.report import FitReport, evaluate_fit
 from lowvram.fit.search import ANY, PlanConstraints
@@ -46,45 +46,46 @@ class PlanMonitor:
         self._is_compiled = self._is_recorded = False
         self._clock = (0.0, 0)
 
-    def rehearse_fit(self, wish: PlanConstraints = ANY) -> FitReport:
+    def rehearse_fit(self, constraints: PlanConstraints = ANY) -> FitReport:
         """Rehearse the run and return whether and how it fits here."""
         config, train = self._config, self._config.train
         curve = MemoryCurve(train.micro_batches, self._rehearse, train.seq_len)
-        return evaluate_fit(config.run.dir.name, config.model, train, curve, self.budget, exact=True, wish=wish)
+        name = config.run.dir.name
+        return evaluate_fit(name, config.model, train, curve, self.budget, exact=True, constraints=constraints)
 
     def choose(self, micro_batch: int | None = None, recompute: Recompute | None = None) -> tuple[Plan, str]:
         """Return the plan that fits, and why, around what was asked for.
 
         What was asked for is tried even where it is not expected to fit; else MachineError says how to learn more.
         """
-        wish = PlanConstraints(micro_batch, recompute)
-        answer = self.rehearse_fit(wish)
-        found = answer.found
-        if wish != ANY:
+        constraints = PlanConstraints(micro_batch, recompute)
+        report = self.rehearse_fit(constraints)
+        found = report.search_result
+        if constraints != ANY:
             return found.plan, "you asked for it" if found.fits else "you asked for it; it is not expected to fit"
-        if answer.lacks_host_bytes and found.fits:
+        if report.lacks_host_bytes and found.fits:
             raise MachineError(
-                f"This run needs {show_bytes(answer.lacks_host_bytes)} more of the computer's memory than there is.",
+                f"This run needs {show_bytes(report.lacks_host_bytes)} more of the computer's memory than there is.",
                 _explain_host(found.rehearsal.ledger),
                 "Ask lowvram fit with the same run file what would make it fit.",
             )
         if not found.fits:
-            raise self._explain(answer)
+            raise self._explain(report)
         return found.plan, found.reason
 
-    def _explain(self, answer: FitReport) -> MachineError:
+    def _explain(self, report: FitReport) -> MachineError:
         has, budget = show_bytes(self.budget.limit_bytes), self.budget
         least = (
-            self.rehearse_fit(PlanConstraints(self._config.train.micro_batches[0], "block")).found.peak_bytes
-            if answer.fits_headless
-            else answer.found.peak_bytes
+            self.rehearse_fit(PlanConstraints(self._config.train.micro_batches[0], "block")).search_result.peak_bytes
+            if report.fits_headless
+            else report.search_result.peak_bytes
         )
-        close = f"Without {budget.beside} it would fit: close that, or " if answer.fits_headless else ""
+        close = f"Without {budget.beside} it would fit: close that, or " if report.fits_headless else ""
         fix = f"{close}ask lowvram fit with the same run file what would make it fit."
         return MachineError(
             f"This run does not fit on {budget.profile.name} now.",
             f"Its smallest plan takes {show_bytes(least)}, and tensors have {has} there.",
-            f"{fix[0].upper()}{fix[1:]}  --micro-batch 1 --recompute block tries it all the same.",
+            f'{fix[0].upper()}{fix[1:]}  `micro_batch=1` with `recompute="block"` tries it all the same.',
         )
 
     def adapt(self, plan: Plan) -> Plan:
@@ -106,7 +107,7 @@ class PlanMonitor:
         found = suggest_changes(config.model, config.train, self.budget._replace(limit_bytes=room))
         if not found:
             return error
-        sets = [" ".join(f"--set {assignment}" for assignment in change.sets) for change in found]
+        sets = [argument("overrides", list(change.sets)) for change in found]
         rows = (f"{words} ({change.says}; {change.costs})" for words, change in zip(sets, found, strict=True))
         return MemoryRanOutError(
             error.what, error.why, f"{error.fix}  In a new run.dir would fit: {'; or '.join(rows)}."
@@ -168,4 +169,5 @@ def _explain_host(ledger: Ledger) -> str:
     saved = show_bytes(ledger.host_bytes - ledger.kept_on_host)
     if not ledger.kept_on_host:
         return f"A save brings {saved} there from the card."
-    return f"Experts and states that wait take {show_bytes(ledger.kept_on_host)} there, and a save brings {saved} more."
+    kept = show_bytes(ledger.kept_on_host)
+    return f"Frozen experts and offloaded states take {kept} there, and a save brings {saved} more."

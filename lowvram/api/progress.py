@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from lowvram.api.tasks import Notice, Result, Task
+from lowvram.api.tasks import Notice, Result, Task, finish
 from lowvram.api.tasks import Progress as Work
 
 if TYPE_CHECKING:
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from lowvram.train.events import Event
+
+
+def carry_out(task: Task[Result], progress: bool) -> tuple[Result, tuple[Notice, ...]]:
+    """Run a task to its end; return its result and its notices.  progress: whether to show a progress bar."""
+    return finish(with_bar(task) if progress else task)
 
 
 def with_bar(task: Task[Result]) -> Task[Result]:

@@ -46,22 +46,25 @@ def rehearse_fit(
     train: TrainConfig,
     budget: MemoryBudget,
     options: RunOptions | None = None,
-    wish: PlanConstraints = ANY,
+    constraints: PlanConstraints = ANY,
 ) -> FitReport:
-    """Rehearse a run on a card and return whether and how it fits.  options, wish: see `fit.report.evaluate_fit`."""
+    """Rehearse a run on a card and return whether and how it fits.
+
+    options, constraints: see `fit.report.evaluate_fit`.
+    """
     return evaluate_fit(
-        name, model, train, memory_curve_of_run(model, train, budget.profile), budget, True, options, wish
+        name, model, train, memory_curve_of_run(model, train, budget.profile), budget, True, options, constraints
     )
 
 
-def suggest_precisions(answer: FitReport, target: Target) -> Generator[Notice, None, list[Change]]:
+def suggest_precisions(report: FitReport, target: Target) -> Generator[Notice, None, list[Change]]:
     """Return the precisions of 8 bits, and on a processor fp32, in which a run's plan would be faster on a card.
 
     Either both precisions were measured there, or both are estimated from published figures.  Only NVIDIA cards have
     kernels for products in 8 bits, so elsewhere an estimate would promise what plain PyTorch does not keep.  For fp32
     only a measurement of both counts.
     """
-    profile, plan, train = target.profile, answer.found.plan, answer.train
+    profile, plan, train = target.profile, report.search_result.plan, report.train
     others = ("fp8", "int8", *(["fp32"] if profile.platform == "cpu" else []))
     budgets = {name: target.budget(name) for name in (train.precision, *others)}
     for budget in budgets.values():
@@ -78,8 +81,8 @@ def suggest_precisions(answer: FitReport, target: Target) -> Generator[Notice, N
         return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 
     limit_bytes = budgets[train.precision].headless_bytes
-    in_fp32 = propose_fp32(answer.model, train, limit_bytes, weigh, compare_precisions(profile))
-    return [*in_fp32, *propose_faster(answer.model, train, limit_bytes, weigh)]
+    in_fp32 = propose_fp32(report.model, train, limit_bytes, weigh, compare_precisions(profile))
+    return [*in_fp32, *propose_faster(report.model, train, limit_bytes, weigh)]
 
 
 def suggest_changes(model: ModelConfig, train: TrainConfig, budget: MemoryBudget) -> list[Change]:

@@ -1,4 +1,4 @@
-"""A training run from its run file to its events: settled in one place, then iterated; prints nothing."""
+"""A training run from its run file to its events: configured in one place, then iterated; prints nothing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.progress import with_bar, with_step_bar
-from lowvram.api.tasks import Notice, Progress, Task, finish
+from lowvram.api.progress import carry_out, with_step_bar
+from lowvram.api.tasks import Notice, Progress, Task
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -43,7 +43,7 @@ class PlanOptions:
 class TrainingRun:
     """A run that is about to begin or to go on: iterate over it to train.
 
-    settings: what was settled before the first step.  budget: the memory of the device.  notices: what was said
+    settings: what was chosen before the first step.  budget: the memory of the device.  notices: what was said
     meanwhile.  It holds the lock of the run directory until it is exhausted or closed: use it in a `with` block where
     the loop may be left early.  Where the loop is left without `stop()`, what was learnt after the last checkpoint is
     lost.
@@ -110,7 +110,7 @@ def train(
     graphs: bool | None = None,
     progress: bool = False,
 ) -> TrainingRun:
-    """Settle a run and return it; iterating over what is returned trains, and yields events as they happen.
+    """Configure a run and return it; iterating over what is returned trains, and yields events as they happen.
 
     run: a run file, or a configuration.  Starting and resuming are the same call.  overrides: values laid over a run
     file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs: see
@@ -120,45 +120,67 @@ def train(
     MachineError where the device is not here or nothing fits, BusyError where another process trains in the run's
     directory, TrainingError where training cannot go on.
     """
-    config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides)
-    task = prepare_run(config, device, PlanOptions(micro_batch, recompute, compile, graphs))
-    prepared, notices = finish(with_bar(task) if progress else task)
+    from lowvram.api.arguments import PATH, refuse_count, refuse_missing, refuse_type
+    from lowvram.config.plan import TECHNIQUES
+    from lowvram.config.run import RunConfig
+    from lowvram.errors import refuse_unknown
+
+    refuse_missing("run", run, *PATH, RunConfig)
+    refuse_missing("device", device, str)
+    refuse_count("micro_batch", micro_batch)
+    refuse_unknown("recompute", recompute, TECHNIQUES)
+    refuse_type("compile", compile, bool)
+    refuse_type("graphs", graphs, bool)
+    asked = PlanOptions(micro_batch, recompute, compile, graphs)
+    config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides, asked)
+    task = prepare_run(config, device, asked)
+    prepared, notices = carry_out(task, progress)
     return TrainingRun(prepared, notices, progress)
 
 
-def read_run_file(path: Path, overrides: Mapping[str, object] | Sequence[str] = ()) -> RunConfig:
+def read_run_file(
+    path: Path, overrides: Mapping[str, object] | Sequence[str] = (), asked: PlanOptions | None = None
+) -> RunConfig:
     """Return a run file's configuration, with the vocabulary of the tokenizer that it names.
 
+    asked: refused, where the run cannot have such a plan, before the tokenizer is looked for.
     Raises ConfigError naming the key, TokenizerError where the tokenizer cannot be read.
     """
     from lowvram.api.overrides import assignments
+    from lowvram.config.plan import choose_plan
     from lowvram.config.run_file import load_run
     from lowvram.data.hf_tokenizer import load_tokenizer
 
-    return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size)
+    def check(config: RunConfig) -> None:
+        choose_plan(config.train, asked.micro_batch if asked is not None else None)
+
+    return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size, check=check)
 
 
 def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | None = None) -> Task[PreparedRun]:
-    """Settle device, memory budget, plan, compilation and CUDA graphs, and build the trainer; yields why.
+    """Choose device, memory budget, plan, compilation and CUDA graphs, and build the trainer; yields why.
 
     Takes the lock of the run's directory, which the PreparedRun's resources give back.
     """
     from lowvram.api.device import choose_device
+    from lowvram.train.autotune import refuse_cuda_graphs
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run
 
     asked = asked or PlanOptions()
     chosen = choose_device(device)
+    if asked.graphs:
+        refuse_cuda_graphs(chosen.device, config.train)
     yield from chosen.notices
     with ExitStack() as stack:
         lock = stack.enter_context(lock_run(config.run.dir))
-        settings, monitor = yield from _settle_plan(config, chosen.device, asked)
+        settings, monitor = yield from _resolve_plan(config, chosen.device, asked)
         yield Progress("Checking the shards and building the model")
         trainer = prepare(settings, lock)
         yield from _describe_text(config)
         monitor.enforce(settings.plan)
-        yield from _settle_trials(trainer, monitor, asked, not settings.is_kept)
+        yield from _autotune(trainer, monitor, asked, not settings.is_kept)
         logs = tuple(open_logs(config.run.dir, config.run.log))
         for log in logs:
             stack.callback(log.close)
@@ -167,16 +189,16 @@ def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | No
     raise AssertionError("lock_run lets every error through")
 
 
-def _settle_plan(config: RunConfig, device: torch.device, asked: PlanOptions) -> Task[tuple[RunSettings, PlanMonitor]]:
+def _resolve_plan(config: RunConfig, device: torch.device, asked: PlanOptions) -> Task[tuple[RunSettings, PlanMonitor]]:
     from lowvram.api.plan_monitor import PlanMonitor
     from lowvram.api.target import notices_of, warn_of_precision
     from lowvram.train.settings import RunSettings
-    from lowvram.train.start import settle_plan
+    from lowvram.train.start import resolve_plan
 
     monitor = PlanMonitor(config, device)
     yield from notices_of(monitor.budget)
     yield Progress("Looking for the plan that fits")
-    plan, reason, is_kept = settle_plan(
+    plan, reason, is_kept = resolve_plan(
         config.run.dir, config.train, asked.micro_batch, asked.recompute, asked.compile, monitor.choose
     )
     limit_bytes = monitor.budget.limit_bytes
@@ -190,15 +212,15 @@ def _settle_plan(config: RunConfig, device: torch.device, asked: PlanOptions) ->
     return settings, monitor
 
 
-def _settle_trials(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, is_new: bool) -> Task[None]:
+def _autotune(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, is_new: bool) -> Task[None]:
     """Try what may be faster on this machine: compiled blocks, then CUDA graphs."""
-    from lowvram.train.autotune import settle_compilation, settle_cuda_graphs
+    from lowvram.train.autotune import autotune_compilation, autotune_cuda_graphs
 
     room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
-    for sentence in settle_compilation(trainer, asked.compile, is_new, room):
+    for sentence in autotune_compilation(trainer, asked.compile, is_new, room):
         yield Notice(sentence)
     room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
-    for sentence in settle_cuda_graphs(trainer, asked.graphs, room):
+    for sentence in autotune_cuda_graphs(trainer, asked.graphs, room):
         yield Notice(sentence)
 
 

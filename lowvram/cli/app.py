@@ -1,4 +1,4 @@
-"""`lowvram`: which command was meant, and what a failure looks like; every command's work is in its own file."""
+"""`lowvram`: parses the command line, runs the command and shows its errors; each command has a file of its own."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lowvram.cli.usage import Parser
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
 COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "serve", "export", "import")
-# Read by torch's CPU libraries when they are first loaded; whoever sets them otherwise is obeyed.
-CPU_MANNERS = {
-    # Threads that wait sleep.  By default they spin, and one other busy program makes a step 15 times slower.
+# Environment variables that torch's CPU libraries read when they are loaded; values that the user has set are kept.
+CPU_ENVIRONMENT = {
+    # Waiting threads sleep.  By default they spin, and one other busy program makes a step 15 times slower.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # Experts see another number of rows at every step, and oneDNN keeps code for 1,024 shapes: half a gigabyte.
+    # An expert has another number of rows at every step, and oneDNN caches code for 1,024 shapes: half a gigabyte.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
 }
 _DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
@@ -44,17 +44,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 finished, 1 an error that the user can mend, 2 wrong usage, 3 stopped by request and saved, 75 ended by a fault
-    that the same command mends, 130 interrupted with nothing saved.
+    0 finished, 1 an error that the user can repair, 2 wrong usage, 3 stopped by request and saved, 75 ended by a fault
+    after which the same command resumes, 130 interrupted with nothing saved.
     """
     had_output = _open_closed_streams()
-    _speak_utf8()
-    for name, value in CPU_MANNERS.items():
+    _use_utf8()
+    for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with lasting_stderr():
-        arguments = build_parser().parse_args(argv)
+        typed = list(sys.argv[1:] if argv is None else argv)
+        # What a command proposes to type next may be what was typed, but for one word.
+        arguments = build_parser().parse_args(typed, argparse.Namespace(typed=typed))
         if not had_output:
-            sys.stderr.write("Standard output is closed: results are shown nowhere.\n")
+            sys.stderr.write("Standard output is closed, so results are not shown.\n")
         return _run(arguments)
 
 
@@ -85,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _explain_refusal(error: OSError) -> MachineError:
-    """Say what the system refused: no permission, no space, a file where a folder has to be."""
+    """Return the error for what the system refused: no permission, no space, a file in the place of a folder."""
     return MachineError(
         f"{error.filename or 'A file'} could not be read or written.",
         f"The system says: {error.strerror}.",
@@ -94,7 +96,7 @@ def _explain_refusal(error: OSError) -> MachineError:
 
 
 def _open_closed_streams() -> bool:
-    """Lead streams that were closed from the start (`>&-`, a Windows program without a console) to the null device.
+    """Connect streams that were closed from the start (`>&-`, a Windows program without a console) to the null device.
 
     Python has None in their place, and the next file that is opened would get their descriptors and their output.
     Returns whether standard output was open.
@@ -108,8 +110,11 @@ def _open_closed_streams() -> bool:
     return had_output
 
 
-def _speak_utf8() -> None:
-    """A Turkish Windows console would use cp1254 or cp857; input that is not UTF-8 is refused where it is encoded."""
+def _use_utf8() -> None:
+    """Use UTF-8 for every stream, where a Turkish Windows console would use cp1254 or cp857.
+
+    Input that is not UTF-8 is refused later, where it is encoded.
+    """
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors=errors)

@@ -1,4 +1,4 @@
-"""`lowvram chat`: talk to a trained model, or let it go on with a text."""
+"""`lowvram chat`: talk to a trained model, or let it continue a text."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.generate.conversation import Conversation
     from lowvram.generate.sampling import Sampler
-    from lowvram.model.kv_cache import CacheForm
+    from lowvram.model.kv_cache import CacheFormat
 
 _DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other continues the
 text so far, to which each line that you type is added.  Ctrl-C stops an answer, Ctrl-D ends."""
 _EXAMPLES = """examples:
-  lowvram chat runs/first                                talk; /help lists what can be typed
-  lowvram chat runs/first --prompt "Ankara'nın en"       continue this once
+  lowvram chat runs/first                                a conversation; /help lists the commands
+  lowvram chat runs/first --prompt "Ankara'nın en"       continue this text once, then exit
   lowvram chat runs/first --prompt - < soru.txt          read the prompt from a file
-  lowvram chat runs/first --temperature 0 --tokens 400   the likeliest text, and more of it
-  lowvram chat runs/first --precision bf16               without rounding weights to 8 bits
+  lowvram chat runs/first --temperature 0 --tokens 400   always the most likely token, and a longer answer
+  lowvram chat runs/first --precision bf16               without rounding the weights to 8 bits
 """
 
 
@@ -43,18 +43,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="with --prompt: one object, for programs")
     parser.add_argument("--system", metavar="TEXT", help="instruction for a dialogue model")
     parser.add_argument(
-        "--as", choices=("base", "dialogue"), dest="form", help="how to talk (default: as it was trained)"
+        "--as",
+        choices=("base", "dialogue"),
+        dest="form",
+        help="dialogue: answer in turns; base: continue a text (default: as trained)",
     )
-    parser.add_argument("--newest", action="store_true", help="read the newest part of a prompt that is too long")
     parser.add_argument(
-        "--context", type=context_length, metavar="N", help="tokens of context (default: what was trained)"
+        "--newest", action="store_true", help="of a prompt that is too long, read only the newest part that fits"
     )
     parser.add_argument(
-        "--cache", choices=("plain", "fp8"), default="plain", help="fp8: MLA's cache in 8 bits, half the bytes"
+        "--context",
+        type=context_length,
+        metavar="N",
+        help="tokens of context (default: the length that it was trained on)",
+    )
+    parser.add_argument(
+        "--cache", choices=("plain", "fp8"), default="plain", help="fp8: keep MLA's cache in 8 bits, in half the memory"
     )
     parser.add_argument("--no-history", action="store_true", help="do not keep the lines that you type")
     parser.add_argument(
-        "--tokens", type=count, default=128, metavar="N", help="most tokens of an answer (default: %(default)s)"
+        "--tokens", type=count, default=128, metavar="N", help="maximum tokens of an answer (default: %(default)s)"
     )
     add_sampler(parser)
     add_precision(parser)
@@ -73,7 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     sampler = sampler_of(arguments)
     if arguments.json and arguments.prompt is None:
-        raise ConfigError("--json is given without --prompt.", "A conversation is no object.", "Add --prompt TEXT.")
+        raise ConfigError(
+            "--json is given without --prompt.",
+            "It prints one object, which a conversation is not.",
+            "Add --prompt TEXT.",
+        )
     text = _read_prompt(arguments.prompt)
     loaded = run_task(load_model(arguments.checkpoint, arguments.device, arguments.precision))
     cache = choose_cache(loaded, arguments.cache)
@@ -84,28 +96,28 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     notes = [
         f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
-        _describe_manner(loaded.tokenizer, speaks=conversation.template is not None),
+        _describe_form(loaded.tokenizer, in_turns=conversation.template is not None),
     ]
-    talk = Repl(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
-    return talk.run(keeps_history=not arguments.no_history)
+    repl = Repl(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)
+    return repl.run(keeps_history=not arguments.no_history)
 
 
-def _describe_manner(tokenizer: Tokenizer, speaks: bool) -> str:
-    """Say how the model is asked, and where that is not how it was trained."""
+def _describe_form(tokenizer: Tokenizer, in_turns: bool) -> str:
+    """Return how the model is prompted, and whether it was trained like that."""
     from lowvram.data.hf_tokenizer import HfTokenizer
     from lowvram.generate.chat_template import is_dialogue
 
-    if speaks and not is_dialogue(tokenizer):
+    if in_turns and not is_dialogue(tokenizer):
         if isinstance(tokenizer, HfTokenizer):
-            return "The model is asked in turns, by its chat template; whether it has learnt to speak, no file says."
-        return "The model was trained on plain text and is asked in turns (--as dialogue), which it has not learnt."
-    if not speaks and is_dialogue(tokenizer):
-        return "The model was trained to speak in turns and is asked to go on with a text (--as base)."
-    return "The model answers in turns." if speaks else "The model continues a text."
+            return "The model is prompted in turns, with its chat template; no file says if it was trained so."
+        return "The model was trained on plain text and is prompted in turns (--as dialogue), which it has not learnt."
+    if not in_turns and is_dialogue(tokenizer):
+        return "The model was trained to answer in turns and is used to continue a text (--as base)."
+    return "The model answers in turns." if in_turns else "The model continues a text."
 
 
 def open_conversation(
-    loaded: LoadedModel, max_context: int, arguments: argparse.Namespace, cache: CacheForm
+    loaded: LoadedModel, max_context: int, arguments: argparse.Namespace, cache: CacheFormat
 ) -> Conversation:
     """Return a conversation with the model, in turns or as one text; raises where the options and it disagree."""
     from lowvram.api.typed_text import read_typed
@@ -119,7 +131,7 @@ def open_conversation(
     if arguments.system and template is None:
         raise ConfigError(
             "--system is given, and this model continues a text.",
-            "A plain text has no speakers, so there is nobody to instruct.",
+            "A plain text has no turns, so it has no place for a system message.",
             "Leave it out, or try --as dialogue.",
         )
     decoder = Decoder(loaded.model, max_context, dtype=loaded.dtype, cache=cache)
@@ -136,7 +148,7 @@ def _read_prompt(given: str | None) -> str | None:
 
 
 def _answer_once(conversation: Conversation, text: str, sampler: Sampler, arguments: argparse.Namespace) -> None:
-    """Stream the answer to one prompt, of a base model behind the prompt itself; Ctrl-C ends it early."""
+    """Stream the answer to one prompt (of a base model, after the prompt itself); Ctrl-C ends it early."""
     from lowvram.cli.console import AnswerStream
 
     pieces = conversation.ask(text, sampler, arguments.tokens, arguments.newest)

@@ -1,4 +1,4 @@
-"""How things look in a terminal: results to stdout, progress and notices to stderr, nothing that could harm either."""
+"""Output in the terminal: results to stdout, progress and notices to stderr, without characters that could harm it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
+from lowvram.cli.spelling import as_options
 from lowvram.cli.wrapping import WordWrap, wrap_words
 from lowvram.units import show_duration
 
@@ -24,7 +25,7 @@ from lowvram.units import show_duration
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
 _BOUNDLESS = 1_000
-# How often work that no terminal shows says how far it is; short work says nothing.
+# How often progress is printed where no terminal shows a bar; short work prints none.
 PLAIN_EVERY_S = 15.0
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -45,14 +46,14 @@ def quote(value: object) -> str:
 
 
 def show_error(text: str) -> None:
-    """Print an error as one paragraph."""
-    words = Text(_wrap(f"Error: {clean(text)}", err))
+    """Print an error as one paragraph, with options where it names arguments."""
+    words = Text(_wrap(f"Error: {clean(as_options(text))}", err))
     words.stylize("bold red", 0, len("Error:"))
     err.print(words)
 
 
 def notice(text: str, style: str = "") -> None:
-    """Print a line about what is going on; a terminal breaks it between words."""
+    """Print a notice; a terminal breaks it between words."""
     err.print(Text(_wrap(clean(text), err), style))
 
 
@@ -115,7 +116,7 @@ class AnswerStream:
 
 @contextmanager
 def bar(what: str) -> Iterator[ProgressLine]:
-    """Show progress of long work while the block runs; where no terminal is, as a plain line from time to time."""
+    """Show the progress of long work while the block runs; without a terminal, as a plain line from time to time."""
     if not err.is_terminal:
         with _plain_lines(what) as line:
             yield line
@@ -132,7 +133,7 @@ def bar(what: str) -> Iterator[ProgressLine]:
 
 @contextmanager
 def _plain_lines(what: str) -> Iterator[ProgressLine]:
-    """Print how far the work is now and then, from a thread, since much of it is native code that calls nobody."""
+    """Print the progress now and then, from a thread, because native code does not call back while it works."""
     started, finished = time.monotonic(), threading.Event()
     state: tuple[float, float | None, str] = (0.0, None, "")
 
@@ -157,7 +158,7 @@ def _plain_lines(what: str) -> Iterator[ProgressLine]:
 
 
 class ProgressLine:
-    """One bar that is told how far the work is."""
+    """One progress bar."""
 
     def __init__(self, show: Callable[[float, float | None, str], None]) -> None:
         self._show = show

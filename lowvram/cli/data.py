@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram.api.packing import DEFAULT_OUT, DEFAULT_TOKENIZER
 from lowvram.cli.options import add_holdout, process_count
-from lowvram.cli.texts import add_reading, find, option_words, report, say_skipped, start_reading
+from lowvram.cli.texts import add_reading, read_options, report
 
 if TYPE_CHECKING:
-    from lowvram.data.shards import PackProgress, ShardSet
-    from lowvram.data.tokenizer import Tokenizer
-
-TOKENIZER, OUT = Path("tok"), Path("shards")
-_DEFAULTS = {"tokenizer": TOKENIZER, "out": OUT, "holdout": None, "replace": False, "processes": None}
+    from lowvram.api.packing import PackedShards
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,8 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "a .jsonl or .parquet row.  If it is interrupted, the same command continues where it stopped.",
     )
     add_reading(pack)
-    pack.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="DIR", help="(default: %(default)s)")
-    pack.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="(default: %(default)s)")
+    pack.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, metavar="DIR", help="(default: %(default)s)")
+    pack.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="(default: %(default)s)")
     add_holdout(
         pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
     )
@@ -40,78 +36,31 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
-    """Pack and say what came out, and what comes next."""
+    """Pack, and show what was written and what comes next."""
+    from lowvram.api.packing import pack_task
     from lowvram.cli.console import literal, notice, result
-    from lowvram.data.hf_tokenizer import load_tokenizer
-    from lowvram.data.holdout import Holdout
-    from lowvram.data.shards import pack, pack_split
+    from lowvram.cli.next_step import next_step
+    from lowvram.cli.tasks import run_task
 
     if arguments.on_bad_row == "report":
-        return report(arguments, ("data", "pack"), option_words(arguments, _DEFAULTS))
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    out, bad_rows, files = arguments.out, start_reading(arguments), find(arguments.text)
-
-    def work(tell: Callable[[PackProgress], None]) -> dict[Path, ShardSet]:
-        wishes = (arguments.field, arguments.processes, tell)
-        words = {"replace": arguments.replace, "bad_rows": bad_rows}
-        if arguments.holdout is None:
-            return {out: pack(files, tokenizer, out, *wishes, **words)}
-        train, valid = pack_split(files, tokenizer, out, Holdout(arguments.holdout), *wishes, **words)
-        return {out / "train": train, out / "valid": valid}
-
-    packed = _with_progress(work)
-    say_skipped(bad_rows)
-    for folder, shards in packed.items():
-        result(_describe(folder, shards))
-    if arguments.holdout is None and out.name != "valid" and not (out.parent / "valid").is_dir():
+        return report(arguments)
+    options = read_options(arguments)
+    given = (arguments.tokenizer, arguments.out, arguments.replace, arguments.processes)
+    packed = run_task(pack_task(options, *given))
+    for shards in packed.shards:
+        result(_describe(shards))
+    if not packed.has_validation:
         notice("Nothing is held out for validation. --holdout 0.5% packs that share of the documents apart.")
-    is_side = arguments.holdout is None and out.name in ("train", "valid")
-    literal(_name_next(out.parent if is_side else out, arguments.tokenizer))
+    data = ("--data", packed.data) if packed.data is not None else ()
+    literal(next_step("fit", *data, "--out", "run.toml", why="which model fits, and a run file for it"))
     return 0
 
 
-def _describe(folder: Path, shards: ShardSet) -> str:
+def _describe(shards: PackedShards) -> str:
     from lowvram.units import show_bytes, show_count
 
-    ratio = shards.text_bytes / max(1, shards.tokens - shards.documents)
     return (
-        f"{folder}: {show_count(shards.tokens)} token{'s' * (shards.tokens != 1)} of "
+        f"{shards.path}: {show_count(shards.tokens)} token{'s' * (shards.tokens != 1)} of "
         f"{show_count(shards.documents)} document{'s' * (shards.documents != 1)}, "
-        f"{show_bytes(shards.text_bytes)} of text ({ratio:.2f} bytes a token)"
+        f"{show_bytes(shards.text_bytes)} of text ({shards.bytes_per_token:.2f} bytes a token)"
     )
-
-
-def _name_next(home: Path, tokenizer: Path) -> str:
-    """Return the next step: a run file over the packed folders, where they lie as `fit --data` finds them."""
-    from lowvram.cli.next_step import next_step
-    from lowvram.data.shard_set import INDEX
-
-    why = "which model fits, and a run file for it"
-    is_packed = (home / "train").is_dir() or (home / INDEX).is_file()
-    is_found = is_packed and tokenizer.resolve() in (
-        (home / "tok").resolve(),
-        home.resolve().parent / "tok",
-    )
-    data = ("--data", home) if is_found else ()
-    return next_step("fit", *data, "--out", "run.toml", why=why)
-
-
-def pack_with_progress(
-    paths: Sequence[Path], tokenizer: Tokenizer, out: Path, field: str = "text", processes: int | None = None
-) -> ShardSet:
-    """Pack files into shards, showing how far it is; returns the ShardSet."""
-    from lowvram.data.shards import pack
-
-    return _with_progress(lambda tell: {out: pack(paths, tokenizer, out, field, processes, tell)})[out]
-
-
-def _with_progress(work: Callable[[Callable[[PackProgress], None]], dict[Path, ShardSet]]) -> dict[Path, ShardSet]:
-    from lowvram.cli.console import bar
-    from lowvram.units import show_count
-
-    with bar("Packing") as line:
-
-        def tell(progress: PackProgress) -> None:
-            line.tell(progress.read_bytes, progress.total_bytes or None, f"{show_count(progress.tokens)} tokens")
-
-        return work(tell)

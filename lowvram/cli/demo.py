@@ -1,4 +1,4 @@
-"""`lowvram demo`: the whole road in minutes, with the very functions that the other commands use."""
+"""`lowvram demo`: every step in a few minutes, with the functions that the other commands use."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.shell import quote_command
-from lowvram.cli.options import add_device
+from lowvram.cli.options import add_device, device_words
+from lowvram.shell import quote_command
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -28,7 +28,7 @@ PROMPTS = ("Ayşe", "Bu sabah", "Ankara'da")
 REAL_TEXT = "1.158 on Turkish law with 22 M parameters and 1.55 M tokens, where bigrams have 1.248"
 _MARKER = ".lowvram-demo"
 _MADE = ("text", "tok", "shards", "run", "run.toml")
-# Chosen so that the whole takes under five minutes on two processor cores.
+# Chosen so that the whole takes a few minutes: 3 min 20 s were measured on two idle processor cores.
 _RUN_FILE = """\
 [model]
 layers = 4
@@ -78,66 +78,69 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Walk the road, keeping what an earlier demo made; 3 where the user stopped it while it trained."""
+    """Run every step, keeping what an earlier demo made; returns 3 if the user stopped the training."""
     from lowvram.cli.train import STOPPED
 
     home = _claim(arguments.dir.resolve(), arguments.text, arguments.replace)
     run_file = arguments.dir / "run.toml"
     if (home / "run.toml").exists():
-        _tell(f"An earlier demo in {home} is continued; --replace would begin again.")
+        _show_line(f"An earlier demo in {home} is continued; --replace starts a new one.")
 
     tokenizer = _prepare(home, arguments)
 
-    _say(4, "What fits", "fit", run_file)
+    _show_heading(4, "What fits", "fit", run_file)
     what = _read_run_file(home, tokenizer)
-    _tell(_describe_fit(what, arguments.device))
+    _show_line(_describe_fit(what, arguments.device))
 
     if not _train(what, arguments):
         again = ["--text", arguments.text] if arguments.text else []
-        device = [] if arguments.device == "auto" else ["--device", arguments.device]
-        _tell_command("You stopped it.  Go on with:", "demo", *again, "--dir", arguments.dir, *device)
+        _show_command("You stopped it.  Resume with:", "demo", *again, "--dir", arguments.dir, *device_words(arguments))
         return STOPPED
 
-    _say(7, "Bits per byte of held-out text", "evaluate", arguments.dir / "run")
+    _show_heading(7, "Bits per byte of held-out text", "evaluate", arguments.dir / "run")
     _evaluate(home / "run", arguments.device)
     if not arguments.text:
-        _tell("This text is generated from templates, which repeat; that is why the number is so small.")
-        _tell(f"On real text it is larger: {REAL_TEXT}.")
+        _show_line("This text is generated from templates, which repeat; that is why the number is so small.")
+        _show_line(f"On real text it is larger: {REAL_TEXT}.")
 
-    _say(8, "Three prompts", "chat", arguments.dir / "run", "--prompt", PROMPTS[0])
+    _show_heading(8, "Three prompts", "chat", arguments.dir / "run", "--prompt", PROMPTS[0])
     _answer(home / "run", arguments.device)
-    _say_end(home, arguments.dir)
+    _show_end(home, arguments.dir)
     return 0
 
 
 def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:
     """Make text, tokenizer and shards, or find them made."""
-    from lowvram.cli.data import pack_with_progress
+    from lowvram.api.packing import pack_task
+    from lowvram.api.texts import TextOptions
+    from lowvram.cli.tasks import run_task
     from lowvram.units import count_of, show_bytes
 
     train_file, valid_file = home / "text/train.txt", home / "text/valid.txt"
-    _say(1, f"Text, in {home}", "demo", "--text", "FOLDER")
+    _show_heading(1, f"Text, in {home}", "demo", "--text", "FOLDER")
     source = "your files" if arguments.text else "generated Turkish, the project's own"
     _write_text(arguments.text, train_file, valid_file)
     learnt, held_out = (show_bytes(file.stat().st_size) for file in (train_file, valid_file))
-    _tell(f"{source}: {learnt} to learn, {held_out} held out")
+    _show_line(f"{source}: {learnt} to learn, {held_out} held out")
 
-    _say(2, "Tokenizer", "tokenizer", "train", "FOLDER", "--vocab", str(VOCABULARY), "--out", "tok")
+    _show_heading(2, "Tokenizer", "tokenizer", "train", "FOLDER", "--vocab", str(VOCABULARY), "--out", "tok")
     tokenizer = _make_tokenizer(home / "tok", train_file)
     sample = train_file.read_text(encoding="utf-8")[:60].split("\n")[0]
     pieces = "·".join(tokenizer.decode([token]) for token in tokenizer.encode(sample))
-    _tell(f"{tokenizer.size} ids; {pieces}")
+    _show_line(f"{tokenizer.size} ids; {pieces}")
 
-    _say(3, "Shards", "data", "pack", "FOLDER", "--tokenizer", "tok", "--out", "shards/train")
+    _show_heading(3, "Shards", "data", "pack", "FOLDER", "--tokenizer", "tok", "--out", "shards/train")
     for name, file in (("train", train_file), ("valid", valid_file)):
-        shards = pack_with_progress([file], tokenizer, home / "shards" / name)
-        _tell(f"{name}: {count_of(shards.tokens, 'token')} of {count_of(shards.documents, 'document')}")
+        [shards] = run_task(pack_task(TextOptions((file,)), home / "tok", home / "shards" / name)).shards
+        _show_line(f"{name}: {count_of(shards.tokens, 'token')} of {count_of(shards.documents, 'document')}")
     return tokenizer
 
 
 def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
     """Train the tokenizer, or load the one that is there and whole."""
-    from lowvram.cli.tokenizer import train_with_progress
+    from lowvram.api.texts import TextOptions
+    from lowvram.api.tokenizer_training import train_tokenizer_task
+    from lowvram.cli.tasks import run_task
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.errors import TokenizerError
     from lowvram.storage.disk import DISK
@@ -147,7 +150,7 @@ def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
             return Tokenizer.load(directory)
         except TokenizerError:
             DISK.delete(directory)  # an interruption left half of it
-    return train_with_progress([train_file], VOCABULARY, directory)
+    return run_task(train_tokenizer_task(TextOptions((train_file,)), directory, VOCABULARY)).tokenizer
 
 
 def _read_run_file(home: Path, tokenizer: Tokenizer) -> RunConfig:
@@ -162,18 +165,18 @@ def _read_run_file(home: Path, tokenizer: Tokenizer) -> RunConfig:
 
 
 def _train(what: RunConfig, arguments: argparse.Namespace) -> bool:
-    """Train the first half, stop as by Ctrl-C, and go on; False where the user stopped it."""
+    """Train the first half, stop as by Ctrl-C, and resume; returns False if the user stopped it."""
     from lowvram.cli.train import train
 
     run_file, half = arguments.dir / "run.toml", what.train.steps // 2
-    _say(5, "Training", "train", run_file)
+    _show_heading(5, "Training", "train", run_file)
     reached = _find_step(what.run.dir)
     if reached >= half:
-        _tell(f"step {reached} of {what.train.steps} was reached before")
+        _show_line(f"step {reached} of {what.train.steps} was reached before")
     elif train(what, device=arguments.device, stop_at=half).step != half:
         return False
 
-    _say(6, "Interrupted half-way, as by Ctrl-C; the same command resumes", "train", run_file)
+    _show_heading(6, "Interrupted half-way, as by Ctrl-C; the same command resumes", "train", run_file)
     if not train(what, device=arguments.device).is_finished:
         return False
     _show_curve(what)
@@ -202,27 +205,27 @@ def _show_curve(what: RunConfig) -> None:
     ]
     lines = draw_curve(losses, min(out.width, 80) - 4, is_ascii=not out.is_terminal)
     if lines:
-        _tell(f"training loss (nats per token), steps 1 to {len(losses)}:")
+        _show_line(f"training loss (nats per token), steps 1 to {len(losses)}:")
         for line in lines:
             literal(f"    {line}")
 
 
-def _say_end(home: Path, directory: Path) -> None:
-    """Name what to do with the model, and how to be rid of it."""
+def _show_end(home: Path, directory: Path) -> None:
+    """Show what to do with the model, and how to delete it."""
     from lowvram.cli.console import result
 
     result()
-    _tell_command("Talk to it:", "chat", directory / "run")
-    _tell_command("What this machine can train on your own text:", "fit")
+    _show_command("Talk to it:", "chat", directory / "run")
+    _show_command("What this machine can train on your own text:", "fit")
     others = sorted(path.name for path in home.iterdir() if path.name not in (*_MADE, _MARKER))
     if others:
-        _tell(f"The demo made {', '.join(_MADE)} in {home}; delete them when you like.")
+        _show_line(f"The demo made {', '.join(_MADE)} in {home}; delete them when you like.")
     else:
-        _tell(f"Everything is in {home}; delete that folder when you like.")
+        _show_line(f"Everything is in {home}; delete that folder when you like.")
 
 
 def _describe_fit(what: RunConfig, device: str) -> str:
-    """Say what the run's plan takes of this machine, and how long it will take."""
+    """Return the run's plan, its memory on this machine and its duration."""
     from lowvram.api.device import choose_device
     from lowvram.api.plan_monitor import PlanMonitor
     from lowvram.api.target import notices_of
@@ -233,15 +236,15 @@ def _describe_fit(what: RunConfig, device: str) -> str:
     monitor = PlanMonitor(what, chosen.device)
     for said in (*chosen.notices, *notices_of(monitor.budget)):
         tell(said)
-    answer = monitor.rehearse_fit()
-    plan, limit = answer.found.plan, show_bytes(monitor.budget.limit_bytes)
-    lasts = answer.days_range
+    report = monitor.rehearse_fit()
+    plan, limit = report.search_result.plan, show_bytes(monitor.budget.limit_bytes)
+    lasts = report.days_range
     days = f", about {show_duration_range(*(days * 86_400 for days in lasts))}" if lasts is not None else ""
     cut = f"{plan.micro_batch} × {plan.accumulate} sequences a step"
-    return f"{cut}: tensors take {show_bytes(answer.found.peak_bytes)} of {limit}{days}"
+    return f"{cut}: tensors take {show_bytes(report.search_result.peak_bytes)} of {limit}{days}"
 
 
-def _say(number: int, what: str, *command: str | Path) -> None:
+def _show_heading(number: int, what: str, *command: str | Path) -> None:
     from rich.text import Text
 
     from lowvram.cli.console import out
@@ -250,13 +253,13 @@ def _say(number: int, what: str, *command: str | Path) -> None:
     out.print(Text.assemble(("    $ ", "dim"), (quote_command("lowvram", *command), "green")))
 
 
-def _tell(text: str) -> None:
+def _show_line(text: str) -> None:
     from lowvram.cli.console import result
 
     result(f"    {text}")
 
 
-def _tell_command(what: str, *command: str | Path) -> None:
+def _show_command(what: str, *command: str | Path) -> None:
     from lowvram.cli.console import literal
 
     literal(f"    {what} {quote_command('lowvram', *command)}")
@@ -276,7 +279,7 @@ def _claim(home: Path, folder: Path | None, replace: bool) -> Path:
         find_files([folder])
         if home in (folder.resolve(), *folder.resolve().parents) or folder.resolve() in home.parents:
             what = f"--text {folder} and --dir {home} lie in one another."
-            raise ConfigError(what, "The demo would read what it writes.", "Name another --dir.")
+            raise ConfigError(what, "The demo would read the files that it writes.", "Name another --dir.")
     if home.exists() and any(home.iterdir()) and not (home / _MARKER).exists():
         raise ConfigError(
             f"--dir {home} is not empty.", "No earlier demo made it, so nothing is deleted.", "Name another --dir."
@@ -326,7 +329,7 @@ def _split(folder: Path) -> tuple[list[str], list[str]]:
     if not train or not valid or read < LEAST_USER_CHARACTERS:
         raise DataError(
             f"{folder} has {count_of(len(train) + len(valid), 'document')} of {read:,} characters together.",
-            f"One part is learnt and another held out: {LEAST_USER_CHARACTERS:,} characters in two documents at least.",
+            f"Training and validation need {LEAST_USER_CHARACTERS:,} characters in two documents at least.",
             "Add text, or separate documents by blank lines.",
         )
     return train, valid
@@ -343,8 +346,8 @@ def _write(path: Path, texts: Iterable[str]) -> None:
     elif path.read_bytes() != data:
         raise ConfigError(
             f"An earlier demo in {path.parents[1]} learnt another text.",
-            "Going on with this one would spoil what it learnt.",
-            "Name another --dir, or add --replace: it deletes what that demo made and begins anew.",
+            "Continuing with this one would spoil what it learnt.",
+            "Name another --dir, or add --replace: it deletes what that demo made and starts again.",
         )
 
 

@@ -1,4 +1,4 @@
-"""`lowvram doctor`: what this machine is, which backend computes each op on it and why, and what is to be mended."""
+"""`lowvram doctor`: what this machine is, which backend computes each op on it and why, and what to repair."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "doctor",
         help="what this machine is, which backend computes each op, what to repair",
-        description="Say what this machine is, which backend computes each op on it and why, and what keeps it from "
+        description="Show what this machine is, which backend computes each op on it and why, and what keeps it from "
         "training or makes it slower, each with the command that repairs it.  Nothing is trained, installed or "
-        "changed.  Ends with 1 where training would fail, with 0 where all is well or only slower.",
+        "changed.  The exit code is 1 if training would fail, and 0 if it works or is only slower.",
     )
     parser.add_argument(
         "--gpu",
@@ -36,9 +36,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Look and print; returns 1 where training would fail."""
+    """Check and print; returns 1 where training would fail."""
     if arguments.gpu is not None:
-        return _run_on_paper(arguments.gpu, arguments.json)
+        return _show_other_card(arguments.gpu, arguments.json)
     from lowvram.api.device import ask_torch
     from lowvram.cli.console import result
     from lowvram.hardware.doctor import find_all
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(finding.is_fatal for finding in findings))
 
 
-def _run_on_paper(gpu: str, is_json: bool) -> int:
+def _show_other_card(gpu: str, is_json: bool) -> int:
     from lowvram.api.target import describe_target
     from lowvram.cli.console import notice
     from lowvram.fit.rehearse import imagine
@@ -166,7 +166,7 @@ def _describe(facts: Facts) -> dict[str, Any]:
 
 
 def _show_ops(ops: dict[str, Choice]) -> None:
-    """Print a row for each op; where a window is too narrow for that, neighbours share what is the same of them."""
+    """Print a row for each op; in a narrow window neighbours with the same values share a row."""
     from lowvram.cli.console import lay_out, out, table_width
 
     table = _tabulate([[op] for op in ops], ops)
@@ -195,16 +195,17 @@ def _tabulate(groups: Sequence[Sequence[str]], ops: dict[str, Choice]) -> Table:
 def _show_findings(findings: Sequence[Finding]) -> None:
     from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
+    from lowvram.cli.spelling import as_options
 
     for finding in findings:
         result()
         result(f"{'Fatal' if finding.is_fatal else 'Note'}: {finding.value}")
-        result(f"  what follows  {finding.consequence}")
+        result(f"  what follows  {as_options(finding.consequence)}")
         if finding.command:
-            literal(f"  to mend it    {finding.command}")
+            literal(f"  to repair it  {finding.command}")
     result()
     if any(finding.is_fatal for finding in findings):
-        result("Training would fail here.  Mend what is fatal, then type `lowvram doctor` again.")
+        result("Training would fail here.  Repair what is fatal, then type `lowvram doctor` again.")
     else:
         result("Training works here." if findings else "All is well.")
         literal(next_step("fit", why="which models fit this machine"))
@@ -219,13 +220,14 @@ def _show_json(
 ) -> None:
     """Print one JSON object; its schema is kept by a test.  device: None where torch does not import."""
     from lowvram.cli.console import literal
+    from lowvram.cli.spelling import as_options
 
     values = {
         "gpu": gpu,
         "device": device,
         "machine": machine,
         "ops": [{"op": op, **choice._asdict()} for op, choice in ops.items()],
-        "findings": [finding._asdict() for finding in findings],
+        "findings": [{**finding._asdict(), "consequence": as_options(finding.consequence)} for finding in findings],
         "can_train": not any(finding.is_fatal for finding in findings),
     }
     literal(json.dumps(values, ensure_ascii=False))

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.shell import quote_command
 from lowvram.cli.next_step import next_step
+from lowvram.cli.options import device_words
+from lowvram.shell import quote_command
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from lowvram.train.events import Evaluated, Stopped
 
 
-def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
+def show_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
     """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
     from lowvram.api.evaluation import score_bigrams
     from lowvram.cli.console import notice
@@ -25,7 +26,7 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
     from lowvram.evaluate.verdict import compare_with_bigrams, is_worse_than_bigrams
 
     if valid is None:
-        notice("Nothing was held out (data.valid), so nobody knows how well the model knows other text.", "yellow")
+        notice("Nothing was held out (data.valid), so the model's quality on other text is not known.", "yellow")
     if valid is None or evaluated is None:
         return
     try:
@@ -38,31 +39,27 @@ def say_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, e
     found, bigrams = evaluated.bits_per_byte, baseline[0].bits_per_byte
     is_worse = is_worse_than_bigrams(found, bigrams)
     notice(compare_with_bigrams(found, bigrams), "yellow" if is_worse else "green")
-    if is_worse:
-        notice(f"To go on with this run, add --set tokens={2 * what.train.tokens} to the same command.", "yellow")
 
 
-def say_next(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
-    """Name the command that goes on: with the run if it was stopped, else with what it has learnt."""
+def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopped) -> None:
+    """Show what to type next: the command that resumes a stopped run, or those that use a finished one."""
     from lowvram.cli.console import copyable
 
     if not ended.is_finished:
-        sets = [word for assignment in arguments.set for word in ("--set", assignment)]
-        device = [] if arguments.device == "auto" else ["--device", arguments.device]
-        # Unlike the other choices of a plan, this one is not kept in the run's folder.
-        graphs = [] if arguments.graphs == "auto" else ["--graphs", arguments.graphs]
-        copyable(next_step("train", arguments.run_file, *sets, *graphs, *device, why="goes on from here"))
+        copyable(next_step(*arguments.typed, why="resumes the run"))
         return
-    run = near(what.run.dir)
-    copyable(next_step("chat", run, why="talk to it"))
+    run, device = near(what.run.dir), device_words(arguments)
+    copyable(next_step("chat", run, *device, why="talk to it"))
     if what.data.valid is not None:
-        copyable(f"or:   {quote_command('lowvram', 'evaluate', run)}  (measure it)")
+        copyable(f"or:   {quote_command('lowvram', 'evaluate', run, *device)}  (measure it)")
     export = quote_command("lowvram", "export", run, "--to", "hf", "--out", Path(f"{run}-hf"))
     copyable(f"or:   {export}  (for transformers)")
+    further = quote_command("lowvram", *arguments.typed, "--set", f"train.tokens={2 * what.train.tokens}")
+    copyable(f"or:   {further}  (train it further, to twice the tokens)")
 
 
 def near(path: Path | str) -> Path:
-    """Return a path as it is shortest to type from here: relative where it lies in the working directory."""
+    """Return the shortest path to type here: a relative one inside the working directory."""
     path, here = Path(path), Path.cwd()
     inside = path.is_absolute() and path != here and here in path.parents
     return Path(os.path.relpath(path, here)) if inside else path

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lowvram.cli.next_step import next_step
-from lowvram.cli.options import add_device, add_precision, count
+from lowvram.cli.options import add_device, add_precision, count, device_words
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,4 +46,4 @@ def run(arguments: argparse.Namespace) -> None:
     if found.bigram_bits_per_byte is not None:
         result(f"  bigram model   {found.bigram_bits_per_byte:.4f}   (counted on {found.bigrams_of})")
         result(compare_with_bigrams(found.bits_per_byte, found.bigram_bits_per_byte))
-    literal(next_step("chat", arguments.checkpoint, why="talk to it"))
+    literal(next_step("chat", arguments.checkpoint, *device_words(arguments), why="talk to it"))

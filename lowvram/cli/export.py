@@ -29,9 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=("fp32", "bf16", "f16", "q8_0"),
         help="of the matrices: fp32 or bf16 for hf (default: as they are kept); any for gguf (default: bf16)",
     )
-    parser.add_argument(
-        "--license", metavar="ID", help='for the card, such as "apache-2.0" (default: said to be unknown)'
-    )
+    parser.add_argument("--license", metavar="ID", help='for the card, such as "apache-2.0" (default: unknown)')
     parser.add_argument("--language", metavar="TAGS", default="tr", help="for the card (default: %(default)s)")
     parser.add_argument(
         "--verify",
@@ -43,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write it and say where."""
+    """Write the export, and show where it is."""
     from lowvram.api.exporting import ExportSettings, export_task
     from lowvram.cli.tasks import run_task
 
@@ -61,16 +59,16 @@ def _show_directory(exported: Exported) -> None:
     from lowvram.units import show_bytes
 
     result(f"{exported.path}: step {exported.step}, {show_bytes(exported.size_bytes)} of weights")
-    literal(next_step("chat", exported.path, why="what is written, read back"))
+    literal(next_step("chat", exported.path, why="opens what was written"))
 
 
 def _show_file(exported: Exported) -> None:
     from lowvram.api.exporting import compare_with_llama_cpp
-    from lowvram.api.shell import quote_command
     from lowvram.cli.console import literal, result
     from lowvram.cli.tasks import run_task
     from lowvram.convert.gguf.writer import LEAST_BUILD, LEAST_PYTHON
     from lowvram.generate.chat_template import is_dialogue
+    from lowvram.shell import quote_command
     from lowvram.units import show_bytes
 
     result(f"{exported.path}: {exported.tensors} tensors, {show_bytes(exported.size_bytes)}")
@@ -83,7 +81,7 @@ def _show_file(exported: Exported) -> None:
         rest = "" if found.gap is None else f", then two logits only {abs(found.gap):.3f} apart"
         result(f"Verified: {found.ids:,} ids are equal, and {found.tokens} of {found.of} greedy tokens{rest}.")
     if is_dialogue(exported.tokenizer):
-        literal(f"Next: {quote_command('llama-server', '-m', exported.path)}  (llama.cpp's own page to talk in)")
+        literal(f"Next: {quote_command('llama-server', '-m', exported.path)}  (llama.cpp's own chat page)")
     else:
         command = quote_command("llama-completion", "-m", exported.path, "-no-cnv", "-p", "Ankara'nın en")
         literal(f"Next: {command}  (it continues the text)")

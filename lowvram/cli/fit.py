@@ -1,4 +1,4 @@
-"""`lowvram fit`: which models a card can pretrain, and how; or what one run needs, line by line."""
+"""`lowvram fit`: which models a card can pretrain, and how; or the memory of one run, line by line."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lowvram.cli.options import count, days, memory
 
 if TYPE_CHECKING:
     from lowvram.api.fit_result import FitOptions, FitResult
+    from lowvram.api.run_file import ChosenRun
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,21 +19,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "fit",
         help="what fits on a card, how fast it trains, what it costs",
-        description="Say which presets a card can pretrain, with which plan and in how many days, or what one run "
-        "needs, line by line.  The bytes come from the trainer's own step, rehearsed on paper; nothing is trained, and "
-        "the card need not be here.  Without --gpu and --memory it is this machine's.  Every key of RUN.toml: "
-        "docs/run-file.md.",
+        description="Show which presets a card can pretrain, with which plan and in how many days, or what one run "
+        "needs, line by line.  The memory comes from a rehearsal: a training step is replayed on meta tensors, which "
+        "have a shape and no contents, and every allocation is added up.  Nothing is trained, and the card need not be "
+        "here: without --gpu and --memory this machine is meant.  Every key of RUN.toml: docs/run-file.md.",
     )
-    parser.add_argument("run_file", nargs="?", type=Path, metavar="RUN.toml", help="judge this run (default: presets)")
+    parser.add_argument(
+        "run_file", nargs="?", type=Path, metavar="RUN.toml", help="evaluate this run (default: all presets)"
+    )
     parser.add_argument("--gpu", metavar="CARD", help='rtx5070, "RTX 4060 Laptop", m3-max, cpu, …')
-    parser.add_argument("--memory", type=memory, metavar="SIZE", help="the card's memory, with or without a name: 8GB")
+    parser.add_argument("--memory", type=memory, metavar="SIZE", help="the card's memory, with or without --gpu: 8GB")
     parser.add_argument("--ram", type=memory, metavar="SIZE", help="the computer's memory: 16GB")
     parser.add_argument(
         "--desktop",
         choices=("none", "linux", "windows"),
-        help="which desktop the card draws (default: this system's; of a card that is here, what is free counts)",
+        help="the desktop that the card shows (default: this system's; for this machine's card the free memory counts)",
     )
-    parser.add_argument("--model", metavar="PRESET", help="judge this preset alone, line by line")
+    parser.add_argument("--model", metavar="PRESET", help="evaluate this preset alone, line by line")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of RUN.toml or of --model"
     )
@@ -44,21 +47,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="store_true",
         help="time real steps here first, on a processor in bf16 and in fp32, and remember the result",
     )
-    parser.add_argument("--explain", action="store_true", help="say why each choice was made")
+    parser.add_argument("--explain", action="store_true", help="show why each choice was made")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
     parser.add_argument(
         "--data",
         type=Path,
         metavar="SHARDS",
-        help="packed text, or the folder of train, valid and tok: say which presets it is enough for",
+        help="packed text, or the folder of train, valid and tok: show which presets it is enough for",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Judge and print."""
+    """Evaluate and print."""
     from lowvram.api.fitting import fit_task
+    from lowvram.api.run_file import choose_run_task
     from lowvram.cli.console import literal, notice, result
     from lowvram.cli.fit_report import explain, show_one
     from lowvram.cli.tasks import run_task
@@ -66,18 +70,23 @@ def run(arguments: argparse.Namespace) -> None:
     options = _read_options(arguments)
     _refuse_contradictions(options, arguments.out)
     found = run_task(fit_task(options))
+    chosen = None
+    if arguments.out is not None and options.is_alone:
+        # The file may hold fewer tokens than the preset, or another precision: what is shown is what is written.
+        chosen = run_task(choose_run_task(found))
+        found = chosen.result
     if arguments.json:
         literal(json.dumps(found.as_dict(), ensure_ascii=False))
     elif options.is_alone:
         show_one(found)
     else:
-        _show_table(found)
+        _show_table(found, arguments.out)
     if options.run_file is None:
-        _say_slower(found, arguments.json)
+        _show_slower_precision(found, arguments.json)
     for line in explain(found) if arguments.explain else ():
         (notice if arguments.json else result)(line)
     if arguments.out is not None:
-        _write(found, arguments.out)
+        _write(chosen or run_task(choose_run_task(found)), arguments.out)
 
 
 def _read_options(arguments: argparse.Namespace) -> FitOptions:
@@ -100,7 +109,7 @@ def _read_options(arguments: argparse.Namespace) -> FitOptions:
 
 
 def _refuse_contradictions(options: FitOptions, out: Path | None) -> None:
-    """Raise ConfigError where options say nothing together, before anything takes time."""
+    """Raise ConfigError where options contradict one another, before anything takes time."""
     from lowvram.api.fitting import refuse_contradictions
     from lowvram.api.run_file import choose_folders
     from lowvram.errors import ConfigError
@@ -122,15 +131,15 @@ def _refuse_contradictions(options: FitOptions, out: Path | None) -> None:
         choose_folders(options.data)
 
 
-def _show_table(found: FitResult) -> None:
+def _show_table(found: FitResult, out: Path | None) -> None:
     from lowvram.cli.fit_table import Advised, show_table
 
-    advised = Advised(found.first_run, found.recommended, _repeat(found.options))
+    advised = Advised(found.first_run, found.recommended, _command_so_far(found.options), out)
     show_table(found.models, found.budget, advised, found.text)
 
 
-def _say_slower(found: FitResult, is_json: bool) -> None:
-    """Say of presets, which are judged in bf16, that this processor was measured to be slower in it."""
+def _show_slower_precision(found: FitResult, is_json: bool) -> None:
+    """Show that presets are evaluated in bf16 and this processor was measured to be slower in it, if that is so."""
     from lowvram.cli.console import notice, result
     from lowvram.fit.calibration_store import compare_precisions
     from lowvram.fit.suggestions import describe_slower, is_slower
@@ -141,33 +150,32 @@ def _say_slower(found: FitResult, is_json: bool) -> None:
         (notice if is_json else result)(says)
 
 
-def _repeat(options: FitOptions) -> str:
-    """Return this command with what it says about the machine and the text, as a shell takes it."""
-    from lowvram.api.shell import quote_command
+def _command_so_far(options: FitOptions) -> str:
+    """Return this command with its options for the machine and the text, quoted for a shell."""
+    from lowvram.shell import quote_command
 
     said: dict[str, object] = {"--gpu": options.gpu, "--memory": options.memory_bytes, "--ram": options.ram_bytes}
     said |= {"--desktop": options.desktop, "--data": options.data}
-    words = [word for option, value in said.items() if value is not None for word in (option, _type_again(value))]
+    words = [word for option, value in said.items() if value is not None for word in (option, _format_value(value))]
     return quote_command("lowvram", "fit", *words)
 
 
-def _type_again(value: object) -> str:
+def _format_value(value: object) -> str:
     if not isinstance(value, int):
         return str(value)
     return f"{value // 2**30}GB" if value % 2**30 == 0 else f"{value // 2**20}MiB"
 
 
-def _write(found: FitResult, out: Path) -> None:
+def _write(chosen: ChosenRun, out: Path) -> None:
     """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
-    from lowvram.api.run_file import write_run_task
-    from lowvram.api.shell import quote_command
+    from lowvram.api.run_file import write_chosen_run
     from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
-    from lowvram.cli.tasks import run_task
+    from lowvram.shell import quote_command
 
-    advice, reason, has_folders = run_task(write_run_task(found, out))[1:]
-    begin = "" if has_folders else "put your folders into it, then "
-    lasts = f", {describe_time(advice)}" if advice.answer.days_range is not None else ""
-    command = quote_command("lowvram", "train", out)
-    because = f"; {reason}" if reason else ""
-    notice(f"Wrote {out} ({advice.answer.name}{lasts}{because}): {begin}{command}", "green")
+    write_chosen_run(chosen, out)
+    report = chosen.advice.report
+    begin = "" if chosen.result.options.data is not None else "put your folders into it, then "
+    lasts = f", {describe_time(chosen.advice)}" if report.days_range is not None else ""
+    because = f"; {chosen.reason}" if chosen.reason else ""
+    notice(f"Wrote {out} ({report.name}{lasts}{because}): {begin}{quote_command('lowvram', 'train', out)}", "green")

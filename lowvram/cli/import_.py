@@ -1,14 +1,9 @@
-"""`lowvram import`: another program's model as a checkpoint to start from or to talk to."""
+"""`lowvram import`: another program's model as a checkpoint, to train further or to talk to."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lowvram.data.tokenizer import Tokenizer
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,49 +17,26 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("directory", type=Path, metavar="DIR", help="a directory with config.json and safetensors")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run directory to write; must not exist")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="where tokenizer.json lies (default: in the directory itself)"
+        "--tokenizer", type=Path, metavar="DIR", help="the folder of tokenizer.json (default: the model's)"
     )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Read, check, write, and say what came out."""
-    from lowvram.cli.console import bar, literal, notice, result
+    """Import the model, and show what was written and what comes next."""
+    from lowvram.api.importing import import_task
+    from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
-    from lowvram.convert.hf.importer import import_weights
-    from lowvram.convert.hf.reader import open_hf
-    from lowvram.convert.hf.writer import refuse_existing
-    from lowvram.data.hf_tokenizer import HfTokenizer, load_tokenizer
+    from lowvram.cli.tasks import run_task
+    from lowvram.fit.run_file_writer import tables_to_go_on
+    from lowvram.shell import quote_command
 
-    refuse_existing(arguments.out)
-    outside = open_hf(arguments.directory)
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.directory, outside.config.vocabulary)
-    for said in outside.notices:
-        notice(said, "yellow")
-    with bar("Reading") as line:
-        checkpoint = import_weights(outside, tokenizer, arguments.out, lambda done, total: line.tell(done, total))
-    count = outside.config.num_parameters()
-    result(f"{checkpoint.directory}: {count:,} parameters, {outside.config.attention.kind.upper()}")
-    # Whether such a model has learnt to speak in turns, or only lies beside a template, no file says; of ours one does.
-    has_template = isinstance(tokenizer, HfTokenizer) and _has_template(tokenizer)
-    literal(
-        next_step("chat", arguments.out, why="--as dialogue: in turns, it has a chat template" if has_template else "")
-    )
-    place = json.dumps(arguments.out.as_posix(), ensure_ascii=False)  # TOML quotes a text as JSON does
-    result(f"To train it further, write start_from = {place} below [train] in a run file.")
-
-
-def _has_template(tokenizer: Tokenizer) -> bool:
-    """Say whether a model can be asked in turns; a template that cannot be used is complained of here, once."""
-    from lowvram.cli.console import notice
-    from lowvram.errors import LowvramError
-    from lowvram.generate.chat_template import Message, load_chat_template
-
-    try:
-        template = load_chat_template(tokenizer)
-        if template is not None:
-            template.render([Message("user", "Merhaba")])
-    except LowvramError as error:
-        notice(f"The model is imported; its chat template cannot be used: {error}", "yellow")
-        return False
-    return template is not None
+    imported = run_task(import_task(arguments.directory, arguments.out, arguments.tokenizer))
+    count, kind = imported.model.num_parameters(), imported.model.attention.kind
+    result(f"{imported.checkpoint}: {count:,} parameters, {kind.upper()}")
+    why = "--as dialogue: in turns, it has a chat template" if imported.has_foreign_template else ""
+    literal(next_step("chat", imported.path, why=why))
+    pack = quote_command("lowvram", "data", "pack", "TEXTS", "--tokenizer", imported.path / "tokenizer")
+    result(f"To train it further, pack text with its tokenizer ({pack}), and write a run file with these tables:")
+    literal("")
+    literal(tables_to_go_on(imported.model, imported.path))

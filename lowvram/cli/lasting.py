@@ -1,4 +1,4 @@
-"""Progress that nobody can read any more must not end the work: a stderr that fails once is silent from then on."""
+"""A stderr that cannot be written any more must not end the work: after its first failure it is silent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import IO, Any
 
 
 class LastingStream:
-    """A text stream whose failed writes (a closed pipe or terminal, a full disk) are dropped; all else is the stream's.
+    """A text stream that drops what cannot be written (closed pipe or terminal, full disk); all else is the stream's.
 
     After the first failure the stream's descriptor leads to the null device, so that what is buffered cannot fail
     again, neither here nor when the interpreter ends.
@@ -21,7 +21,7 @@ class LastingStream:
         self._is_lost = False
 
     def write(self, text: str) -> int:
-        """Write the text, or drop it where nobody can get it."""
+        """Write the text, or drop it if it cannot be written."""
         if not self._is_lost:
             try:
                 return self._stream.write(text)
@@ -30,7 +30,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush, unless nobody can get it."""
+        """Flush, unless the stream is lost."""
         if not self._is_lost:
             try:
                 self._stream.flush()
@@ -52,9 +52,9 @@ class LastingStream:
 
 @contextmanager
 def lasting_stderr() -> Iterator[None]:
-    """Let no command end because stderr cannot be written inside the block; results on stdout still fail aloud."""
+    """Let no command end because stderr cannot be written; a stdout that cannot be written is still an error."""
     before = sys.stderr
-    if before is None:  # closed by whoever started this process
+    if before is None:  # closed by the process that started this one
         yield
         return
     sys.stderr = LastingStream(before)

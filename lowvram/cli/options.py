@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from lowvram.units import parse_bytes, parse_count, parse_memory, show_bytes
+from lowvram.units import parse_bytes, parse_count, parse_memory, parse_share, show_bytes
 
-# Ten times what home-made models are trained on; more takes minutes to find out that it does not fit.
+# Ten times the context that home-made models are trained on; for more, it takes minutes to find that it does not fit.
 MOST_CONTEXT = 2**20
 MOST_PROCESSES = 256
 MOST_SLOTS = 1024
@@ -17,7 +17,7 @@ TEXTS = (
     ".txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst; folders of them, patterns such as 'data/*.txt', or - for "
     "standard input"
 )
-_MOST_BYTES = 2**42  # no computer of our users has more: a bare number was meant as something smaller
+_MOST_BYTES = 2**42  # more than any computer here has: a bare number of bytes was meant in another unit
 
 
 def count(text: str) -> int:
@@ -33,15 +33,15 @@ def count(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """Read a share as a percentage, above 0 % and below 100 %; the sign is required, since 0.5 could mean either."""
-    number = float(text.removesuffix("%").replace(",", ".")) if text.endswith("%") else math.nan
-    if not 0.0 < number < 100.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no share of the documents; write it like 0.5%")
-    return number / 100
+    """Read a share as a percentage; an error becomes a usage message."""
+    try:
+        return parse_share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def count_up_to(most: int) -> Callable[[str], int]:
-    """Return what reads a whole number from 1 to `most`, beyond which no machine could do what is asked."""
+    """Return a parser of whole numbers from 1 to `most`, beyond which no machine could do what is asked."""
 
     def read(text: str) -> int:
         number = count(text)
@@ -49,7 +49,7 @@ def count_up_to(most: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{number} is more than {most}, the most that can be asked for")
         return number
 
-    read.__name__ = count.__name__  # argparse names what it could not read by it
+    read.__name__ = count.__name__  # argparse's error shows this name
     return read
 
 
@@ -62,7 +62,7 @@ def days(text: str) -> float:
     """Read a number of days above zero."""
     number = float(text)
     if not 0.0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of days above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of days above 0")
     return number
 
 
@@ -78,7 +78,7 @@ def memory(text: str) -> int:
 
 
 def size_of_file(text: str) -> int:
-    """Read a size of what is no memory: a bare number is bytes, KiB and MiB are powers of two, kB and MB of ten."""
+    """Read a size that is not of memory: a bare number is bytes, KiB and MiB are powers of two, kB and MB of ten."""
     try:
         size = parse_bytes(text)
     except ValueError as error:
@@ -91,12 +91,20 @@ def size_of_file(text: str) -> int:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help="(default: the best one here)"
+        "--device",
+        choices=("auto", "cuda", "mps", "cpu"),
+        default="auto",
+        help="where to compute (default: the best one here)",
     )
 
 
+def device_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the words with which another command computes where this one did."""
+    return [] if arguments.device == "auto" else ["--device", arguments.device]
+
+
 def add_precision(parser: argparse.ArgumentParser, default: str = "by the card") -> None:
-    """Add --precision.  default: what holds without it, in words."""
+    """Add --precision.  default: the default, in words."""
     parser.add_argument(
         "--precision", choices=("fp8", "int8", "bf16", "fp32"), help=f"format of the weights (default: {default})"
     )

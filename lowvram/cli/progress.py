@@ -48,6 +48,7 @@ class TrainingScreen:
         )
         self._task = self._progress.add_task("", total=self._steps)
         self._last: StepDone | None = None
+        self._was_finished = False
 
     def __enter__(self) -> TrainingScreen:
         self._progress.start()
@@ -91,11 +92,14 @@ class TrainingScreen:
                 notice(sentence)
             if event.began_from:
                 notice(f"Beginning with the weights of {event.began_from}.")
-            if event.resumed_from:
+            self._was_finished = event.step >= event.steps
+            if self._was_finished:
+                notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
+            elif event.resumed_from:
                 notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
-            notice(f"step {event.step + 1:>6}  memory ran out: tried again, and on from here, with {now}", "yellow")
+            notice(f"step {event.step + 1:>6}  memory ran out: tried again, and continued, with {now}", "yellow")
         elif isinstance(event, Evaluated):
             self.evaluated = event
             how = ", experts read from their masters" if event.reads_masters else ""
@@ -131,14 +135,16 @@ class TrainingScreen:
         self._progress.update(self._task, visible=False)
         if self._last is not None:
             notice(join_fitting(self._parts(self._last)))
+        if self._was_finished:
+            return
         if event.is_finished:
             notice("All tokens were seen.", "green")
         else:
-            notice(f"Stopped after step {event.step}; the same command goes on from here.", "green")
+            notice(f"Stopped after step {event.step}; the same command resumes the run.", "green")
 
 
 def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, str]]:
-    """Return what is told of a step, each part with its rank: a narrow line leaves out those of the highest ranks.
+    """Return the parts of a step's line, each with its rank: a narrow line leaves out those of the highest ranks.
 
     memory_of: whose memory the step's figure is: the card's peak, or all that this process holds.
     """
@@ -152,7 +158,7 @@ def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, s
 
 
 def join_fitting(parts: list[tuple[int, str]], width: int | None = None) -> str:
-    """Return parts in one line, without those of the highest ranks where the line would be wider than `width`."""
+    """Return the parts in one line; if it would be wider than `width`, those of the highest ranks are left out."""
     kept = list(parts)
     while True:
         line = "  ".join(text for _, text in kept)

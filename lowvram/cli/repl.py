@@ -1,4 +1,4 @@
-"""A conversation at the keyboard: lines and commands in, answers out as they are written."""
+"""A conversation in the terminal: reads lines and commands, and shows answers as they are generated."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from lowvram.generate.sampling import Sampler
 
 _HELP = '''/help               this list
-/reset              forget what was said
+/reset              forget the conversation
 /retry              answer again, with the next seed
-/system TEXT        tell a dialogue model something first (alone: show it, or with "-" take it back)
-/set [NAME VALUE]   change temperature, top_k, top_p, min_p, repetition_penalty, seed or tokens; alone: show them
+/system TEXT        set the system message of a dialogue model (without TEXT: show it; "-": remove it)
+/set [NAME VALUE]   change temperature, top_k, top_p, min_p, repetition_penalty, seed or tokens; without NAME: show them
 /save FILE          write the conversation, as .md or .json
 /stats              tokens, speed and memory so far
 /quit               end, as Ctrl-D, /exit and /q do
-"""                 begins a text of several lines and ends it; a line that ends in \\ goes on in the next'''
-# What other chats call them.
+"""                 begins a text of several lines and ends it; a line that ends in \\ continues in the next'''
+# The names that other programs have for these commands.
 _OTHER_NAMES = {"exit": "quit", "q": "quit", "bye": "quit", "çık": "quit", "h": "help", "?": "help", "yardım": "help"}
 _MOST_LINES = 1_000  # of history
 _LONG = '"""'
@@ -39,7 +39,7 @@ _LONG = '"""'
 
 @dataclass
 class Repl:
-    """The loop.  tokens: longest answer.  notes, warning: what is said at the beginning, and again by /stats.
+    """The loop.  tokens: maximum of an answer.  notes, warning: shown at the beginning, and the notes again by /stats.
 
     trained_len: tokens of the longest text that the model was trained on.  newest: of a text that is too long its
     newest part is read without asking.
@@ -56,7 +56,7 @@ class Repl:
     _has_warned: bool = field(default=False, init=False)
 
     def run(self, keeps_history: bool = True) -> int:
-        """Talk until Ctrl-D, /quit, or Ctrl-C twice; 1 where a program typed, and a text had no answer."""
+        """Run until Ctrl-D, /quit, or Ctrl-C twice; returns 1 if the input is no terminal and a text had no answer."""
         failed = False
         for note in self.notes:
             notice(note, "dim")
@@ -64,9 +64,9 @@ class Repl:
             notice(self.warning, "yellow")
         notice("/help lists what can be typed; Ctrl-D ends.", "dim")
         with _history() if keeps_history and sys.stdin.isatty() else contextlib.nullcontext():
-            for typed in self._all_typed():
+            for typed in self._inputs():
                 try:
-                    self._take(typed)
+                    self._handle(typed)
                 except LowvramError as error:
                     show_error(str(error))
                     failed |= not typed.is_command
@@ -77,10 +77,10 @@ class Repl:
                     notice("(stopped)", "dim")
                 if self._is_over:
                     break
-        # A person has read it; a script has only the exit code.
+        # A person has read the error; a script has only the exit code.
         return int(failed and not sys.stdin.isatty())
 
-    def _all_typed(self) -> Iterator[Typed]:
+    def _inputs(self) -> Iterator[Typed]:
         """Yield what is typed, until the end of input or a second Ctrl-C in a row."""
         was_interrupted = False
         while True:
@@ -94,16 +94,16 @@ class Repl:
                 if was_interrupted:
                     return
                 was_interrupted = True
-                notice("Once more Ctrl-C, or Ctrl-D, ends.", "dim")
+                notice("Press Ctrl-C again, or Ctrl-D, to end.", "dim")
                 continue
             was_interrupted = False
             if typed.text:
                 yield typed
 
-    def _take(self, typed: Typed) -> None:
+    def _handle(self, typed: Typed) -> None:
         commands = self._commands()
         if not typed.is_command:
-            self._say(typed.text)
+            self._answer(typed.text)
             return
         name, _, rest = typed.text[1:].partition(" ")
         command = commands.get(_OTHER_NAMES.get(name.lower(), name.lower()))
@@ -111,7 +111,8 @@ class Repl:
             raise PromptError(
                 f"There is no command /{name}.",
                 f"The commands are {', '.join(f'/{known}' for known in commands)}.",
-                f"{_name_nearest_command(name, [*commands, *_OTHER_NAMES])}  A text may begin with a blank and then /.",
+                f"{_name_nearest_command(name, [*commands, *_OTHER_NAMES])}  "
+                "Type a blank before a text that begins with /.",
             )
         command(rest.strip())
 
@@ -120,14 +121,14 @@ class Repl:
             "help": lambda _: notice(_HELP),
             "reset": self._reset,
             "retry": self._retry,
-            "system": self._tell_first,
+            "system": self._set_system,
             "set": self._set,
             "save": self._save,
             "stats": lambda _: notice(self._describe()),
             "quit": self._quit,
         }
 
-    def _say(self, text: str) -> None:
+    def _answer(self, text: str) -> None:
         text = read_typed(text)
         try:
             pieces = self.conversation.ask(text, self.sampler, self.tokens, self.newest)
@@ -135,13 +136,13 @@ class Repl:
             if self.newest or not sys.stdin.isatty():
                 raise
             show_error(str(error))
-            if not _confirm("Read its newest part alone?"):
+            if not _confirm("Read only its newest part?"):
                 return
             pieces = self.conversation.ask(text, self.sampler, self.tokens, newest=True)
         self._show(pieces)
 
     def _show(self, pieces: Iterator[str]) -> None:
-        """Print an answer as it comes; Ctrl-C ends it, and what was written stays said."""
+        """Print an answer as it is generated; Ctrl-C ends it, and what was written stays in the conversation."""
         conversation = self.conversation
         dropped, was_stopped, answer = conversation.dropped, False, AnswerStream()
         try:
@@ -180,13 +181,13 @@ class Repl:
         self.sampler = sampler
         self._show(pieces)
 
-    def _tell_first(self, text: str) -> None:
+    def _set_system(self, text: str) -> None:
         conversation = self.conversation
         if conversation.template is None:
             raise PromptError(
-                "This model continues a text, which has no speakers.",
-                "Only a dialogue model takes an instruction.",
-                "Begin again with --as dialogue if it is one.",
+                "This model continues a text, which has no turns.",
+                "Only a dialogue model takes a system message.",
+                "If it is one, start chat again with --as dialogue.",
             )
         if text:
             conversation.system = None if text == "-" else read_typed(text)
@@ -217,7 +218,7 @@ class Repl:
     def _save(self, text: str) -> None:
         from lowvram.storage.disk import DISK
 
-        path = Path(os.path.expanduser(text))  # leaves a ~ that is nobody's as it is
+        path = Path(os.path.expanduser(text))  # a ~ of an unknown user stays as it is
         if path.suffix not in (".md", ".json"):
             raise PromptError(
                 f"/save needs a file that ends in .md or .json, not {text or 'nothing'}.", "", "/save talk.md"
@@ -235,7 +236,7 @@ class Repl:
     def _as_file(self, suffix: str) -> str:
         conversation = self.conversation
         said = [("system", conversation.system)] if conversation.system else []
-        # Where nobody speaks in turns, nobody is a user or an assistant.
+        # A text that is continued has no user and no assistant.
         names = {} if conversation.template is not None else {"user": "text", "assistant": "continuation"}
         said += [(names.get(message.role, message.role), message.content) for message in conversation.messages]
         if suffix == ".json":
@@ -246,7 +247,7 @@ class Repl:
         self._is_over = True
 
     def _describe(self) -> str:
-        """Say what was read and written, how fast, and what it takes."""
+        """Return the tokens read and written, their speed, and the memory in use."""
         from lowvram.generate.weights import weight_bytes
 
         conversation, counts = self.conversation, self.conversation.counts
@@ -258,7 +259,7 @@ class Repl:
             written += f", {counts.written / counts.written_s:,.1f} a second"
         weights, cache = weight_bytes(engine.decoder.model), engine.decoder.cache_bytes
         lines = [
-            f"{read}, {counts.reused:,} known from before, {written}",
+            f"{read}, {counts.reused:,} reused, {written}",
             f"{len(engine.ids):,} of {engine.max_context:,} tokens of context in use",
             f"weights {show_bytes(weights)}, cache {show_bytes(cache)}",
         ]
@@ -267,11 +268,11 @@ class Repl:
 
 def _name_nearest_command(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f"Did you mean /{_OTHER_NAMES.get(near[0], near[0])}?" if near else "/help says what each does."
+    return f"Did you mean /{_OTHER_NAMES.get(near[0], near[0])}?" if near else "/help explains each."
 
 
 def _explain(error: RuntimeError) -> MachineError:
-    """Say that memory ran out; raises again what is anything else."""
+    """Return the error for memory that ran out; any other error is raised again."""
     from lowvram.train.oom import is_out_of_memory
 
     if not is_out_of_memory(error):
@@ -279,12 +280,12 @@ def _explain(error: RuntimeError) -> MachineError:
     return MachineError(
         "Memory ran out.",
         "Another program may have taken what was free when this one began.",
-        "End it, or begin again with a smaller --context or --precision fp8.",
+        "Close it, or start chat again with a smaller --context or --precision fp8.",
     )
 
 
 class Typed(NamedTuple):
-    """A text to say, or without its blanks a command."""
+    """A text for the model, or a command without the blanks around it."""
 
     text: str
     is_command: bool = False
@@ -292,32 +293,32 @@ class Typed(NamedTuple):
 
 def _read_typed() -> Typed:
     """Return a line, or several: between triple quotes, or where each but the last ends in a backslash."""
-    line = _ask("› ")
+    line = _read_line("› ")
     if line.startswith("/"):
         return Typed(line.strip(), is_command=True)
     if line.startswith(_LONG):
         lines = [line[len(_LONG) :]]
-        while _LONG not in lines[-1] and (more := _ask_on()) is not None:
+        while _LONG not in lines[-1] and (more := _read_next_line()) is not None:
             lines.append(more)
         lines[-1] = lines[-1].partition(_LONG)[0]
         return Typed("\n".join(lines).strip("\n"))
     lines = [line]
     while lines[-1].endswith("\\"):
         lines[-1] = lines[-1][:-1]
-        lines.append(_ask_on() or "")
+        lines.append(_read_next_line() or "")
     return Typed("\n".join(lines).strip())
 
 
-def _ask_on() -> str | None:
-    """Read a line that goes on; None where there are no more, which ends a text as well as its mark does."""
+def _read_next_line() -> str | None:
+    """Read the next line of a text; None at the end of the input, which ends the text as its closing mark does."""
     try:
-        return _ask("… ")
+        return _read_line("… ")
     except EOFError:
         notice("")
         return None
 
 
-def _ask(prompt: str) -> str:
+def _read_line(prompt: str) -> str:
     """Read a line; the prompt is for people alone."""
     if not sys.stdin.isatty():
         return input()
@@ -331,7 +332,7 @@ def _ask(prompt: str) -> str:
 
 def _confirm(question: str) -> bool:
     try:
-        return _ask(f"{clean(question)} [y/N] ").strip().lower() in ("y", "yes", "e", "evet")
+        return _read_line(f"{clean(question)} [y/N] ").strip().lower() in ("y", "yes", "e", "evet")
     except (EOFError, KeyboardInterrupt):
         notice("")
         return False
@@ -339,7 +340,7 @@ def _confirm(question: str) -> bool:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Let lines be edited and found again, where this Python has readline."""
+    """Let lines be edited and recalled, if this Python has readline."""
     try:
         import readline
     except ImportError:  # Windows has its own editing

@@ -1,4 +1,4 @@
-"""`lowvram serve`: the model behind an OpenAI-compatible server, and a page to talk to it."""
+"""`lowvram serve`: an OpenAI-compatible server for a model, and a chat page."""
 
 from __future__ import annotations
 
@@ -26,20 +26,33 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "serve",
-        help="an OpenAI-compatible API, and a page in the browser",
-        description="Serve a trained model at /v1 as OpenAI's API does, and a page to talk to it at /.  Needs the "
-        "extra serve.  Ctrl-C lets running answers end; twice cuts them.",
+        help="an OpenAI-compatible API, and a chat page in the browser",
+        description="Serve a trained model at /v1, as OpenAI's API does, and a chat page at /.  Needs the extra "
+        "`serve`.  Ctrl-C stops the server when running answers have ended; a second Ctrl-C cuts them off.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
-    parser.add_argument("--host", default="127.0.0.1", help="another than this machine's needs a key (%(default)s)")
-    parser.add_argument("--port", type=_port, default=8000, help="0 takes any that is free (default: %(default)s)")
-    parser.add_argument("--api-key", metavar="KEY", help=f"ask every client for it (default: ${_KEY}, or none)")
-    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
     parser.add_argument(
-        "--as", dest="manner", choices=("base", "dialogue"), help="how to answer (default: as the model was trained)"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; one that other machines reach needs a key (default: %(default)s)",
     )
     parser.add_argument(
-        "--slots", type=slot_count, default=16, metavar="N", help="answers at once (default: %(default)s)"
+        "--port", type=_port, default=8000, help="port to listen on; 0: any free one (default: %(default)s)"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help=f"key that every client must send (default: ${_KEY}, or none)")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("base", "dialogue"),
+        help="dialogue: answer in turns; base: continue a text (default: as trained)",
+    )
+    parser.add_argument(
+        "--slots",
+        type=slot_count,
+        default=16,
+        metavar="N",
+        help="answers that are generated at once (default: %(default)s)",
     )
     parser.add_argument(
         "--context", type=context_length, metavar="N", help="tokens of context (default: the most that fit)"
@@ -49,8 +62,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     body_help = "largest request: bytes, or with KiB or MiB (default: %(default)s)"
     parser.add_argument("--max-body", type=_body_size, default="4MiB", metavar="SIZE", help=body_help)
-    parser.add_argument("--max-prompt", type=count, metavar="N", help="tokens of a request (default: the context)")
-    parser.add_argument("--max-output", type=count, metavar="N", help="tokens of an answer (default: the context)")
+    parser.add_argument(
+        "--max-prompt", type=count, metavar="N", help="maximum tokens of a prompt (default: the context)"
+    )
+    parser.add_argument(
+        "--max-output", type=count, metavar="N", help="maximum tokens of an answer (default: the context)"
+    )
     add_precision(parser)
     add_device(parser)
     parser.set_defaults(run=run)
@@ -73,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.serve.scheduler import Scheduler
     from lowvram.serve.server import Server, open_socket
 
-    # Before the model is read: what is wrong with an address is said at once.
+    # Before the model is read, so that an error about the address comes at once.
     with open_socket(arguments.host, arguments.port) as listening:
         loaded = run_task(load_model(arguments.checkpoint, arguments.device, arguments.precision))
         context = run_task(find_max_context(loaded, arguments.slots, arguments.context))
@@ -85,8 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
         server = Server(app, scheduler, limits)
         host, port = listening.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        notice(f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))
-        notice(_introduce(loaded, served))
+        notice(f"{url}/ is a chat page, {url}/v1 is for OpenAI's clients." + (_KEYED if key else ""))
+        notice(_describe_model(loaded, served))
         if context.warning:
             notice(context.warning, "yellow")
         waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
@@ -98,7 +115,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _port(text: str) -> int:
     number = int(text)
     if not 0 <= number < 2**16:
-        raise argparse.ArgumentTypeError(f"{number} is no port; they are 0 to {2**16 - 1}")
+        raise argparse.ArgumentTypeError(f"{number} is not a port; ports are 0 to {2**16 - 1}")
     return number
 
 
@@ -129,11 +146,13 @@ def _choose_key(host: str, key: str | None) -> str | None:
     from lowvram.serve.addresses import is_loopback
 
     if key is not None and not (key.isascii() and key.isprintable() and key == key.strip() and key):
-        raise ConfigError("--api-key is no key.", "A header can hold visible ASCII characters only.", "Choose another.")
+        raise ConfigError(
+            "--api-key is not a valid key.", "A header can hold visible ASCII characters only.", "Choose another."
+        )
     if key is None and not is_loopback(host):
         raise ConfigError(
             f"--host is {host}, and there is no API key.",
-            "Whoever reaches that address could use the model.",
+            "Everybody who reaches that address could use the model.",
             f"Set {_KEY} (or give --api-key), or leave --host out to serve this machine alone.",
         )
     return key
@@ -165,16 +184,16 @@ def _build_limits(arguments: argparse.Namespace, max_context: int) -> Limits:
 
 
 def _describe(arguments: argparse.Namespace, loaded: LoadedModel, max_context: int) -> ServedModel:
-    """Return what is served, by the name that clients will use."""
+    """Return the served model under the name that clients use."""
     from lowvram.serve.prompt import ServedModel
 
     name = arguments.name or arguments.checkpoint.resolve().name
-    encode = _find_encoder(loaded, arguments.manner)
+    encode = _find_encoder(loaded, arguments.form)
     return ServedModel(name, _fingerprint(loaded, arguments.checkpoint), loaded.tokenizer, max_context, encode)
 
 
 def _fingerprint(loaded: LoadedModel, directory: Path) -> str:
-    """Return a short name of everything on which an answer depends beside the request."""
+    """Return a short hash of everything that an answer depends on, besides the request."""
     import torch
 
     import lowvram
@@ -186,28 +205,28 @@ def _fingerprint(loaded: LoadedModel, directory: Path) -> str:
 
 
 def _hash_files(directory: Path) -> str:
-    """Return what the files say of which another program's model and its tokenizer are made."""
+    """Return the hashes of the files of another program's model and its tokenizer."""
     from concurrent.futures import ThreadPoolExecutor
 
     from lowvram.storage.disk import sha256
 
-    # One thread at a time has Python, but hashing does not need it.
+    # Hashing releases Python's lock, so threads hash at the same time.
     paths = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".json", ".jinja"))
     with ThreadPoolExecutor() as pool:
         return " ".join(f"{path.name} {found}" for path, found in zip(paths, pool.map(sha256, paths), strict=True))
 
 
-def _introduce(loaded: LoadedModel, served: ServedModel) -> str:
-    manner = "speaks" if served.encode_chat else "continues texts"
+def _describe_model(loaded: LoadedModel, served: ServedModel) -> str:
+    form = "answers in turns" if served.encode_chat else "continues texts"
     size = f"{loaded.config.num_parameters():,} parameters in {loaded.precision} ({loaded.reason})"
-    return f"{served.name} {manner}: {size}."
+    return f"{served.name} {form}: {size}."
 
 
-def _find_encoder(loaded: LoadedModel, manner: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
-    """Return what makes ids of a conversation; None for a model that continues texts."""
+def _find_encoder(loaded: LoadedModel, form: str | None) -> Callable[[Sequence[Turn]], list[int]] | None:
+    """Return the function that encodes a conversation; None for a model that continues texts."""
     from lowvram.generate.chat_template import Message, choose_template
 
-    template = choose_template(loaded.tokenizer, manner)
+    template = choose_template(loaded.tokenizer, form)
     if template is None:
         return None
     return lambda turns: template.encode(loaded.tokenizer, [Message(*turn) for turn in turns])

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 from lowvram.api.tasks import Level, Notice, Progress, Result, Task
 from lowvram.cli.console import ProgressLine, bar, notice
+from lowvram.cli.spelling import as_options
 
 STYLES: dict[Level, str] = {"detail": "dim", "info": "", "warning": "yellow"}
 
 
 def tell(said: Notice) -> None:
-    """Print a notice."""
-    notice(said.text, STYLES[said.level])
+    """Print a notice, with options where it names arguments."""
+    notice(as_options(said.text), STYLES[said.level])
 
 
 def run_task(task: Task[Result]) -> Result:
     """Run a task, show what it yields, and return its result."""
-    with ExitStack() as shown:
+    with closing(task), ExitStack() as shown:
         line: ProgressLine | None = None
         what = ""
         while True:

@@ -1,20 +1,16 @@
-"""What `tokenizer train` and `data pack` share: the files they read, what was passed over, rows that are no text."""
+"""What `tokenizer train` and `data pack` share: which texts, rows that are not text, words for the next step."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.options import add_texts
 
 if TYPE_CHECKING:
-    from lowvram.data.bad_rows import BadRow, BadRows
-
-_SHOWN = 5
-_HINT = "--on-bad-row skip leaves such rows out, and --on-bad-row report lists them all."
-_FILE_HINT = "--on-bad-row skip leaves out single rows, never the rest of a file; report lists all such files."
+    from lowvram.api.texts import TextOptions
+    from lowvram.data.bad_rows import BadRow
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -30,96 +26,45 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def find(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that are meant, and say what was passed over."""
-    from lowvram.cli.console import notice
-    from lowvram.data.text_files import find_text_files
+def read_options(arguments: argparse.Namespace) -> TextOptions:
+    """Return which texts are read, and how; not where --on-bad-row is report, which makes nothing of them."""
+    from lowvram.api.texts import TextOptions
 
-    found = find_text_files(paths)
-    for line in found.describe():
-        notice(line)
-    return found.files
+    return TextOptions(tuple(arguments.text), arguments.field, arguments.on_bad_row, arguments.holdout)
 
 
-def start_reading(arguments: argparse.Namespace) -> BadRows:
-    """Return what --on-bad-row asks for; the first rows that are skipped are shown."""
-    from lowvram.cli.console import notice
-    from lowvram.data.bad_rows import BadRows
-
-    shown = 0
-
-    def tell(row: BadRow) -> None:
-        nonlocal shown
-        shown += 1
-        if shown <= _SHOWN:
-            notice(f"Skipped: {row.what}")
-
-    return BadRows(arguments.on_bad_row, tell, _HINT, _FILE_HINT)
-
-
-def say_skipped(bad_rows: BadRows) -> None:
-    """Say how many rows were skipped, if any."""
-    from lowvram.cli.console import notice
-    from lowvram.units import count_of
-
-    if bad_rows.count:
-        notice(f"Skipped {bad_rows.count:,} of {count_of(bad_rows.rows, 'row')}: {bad_rows.describe()}.")
-
-
-def report(arguments: argparse.Namespace, command: Sequence[str], options: Sequence[str | Path]) -> int:
+def report(arguments: argparse.Namespace) -> int:
     """Read everything, list every bad row and name the next step; return 1 if there are any.
 
-    command: the words of the command that was typed.  options: those that it was typed with and that say what is made
-    of the texts, so that the next step makes the same of them.
+    The next step is the command that was typed, with another value of --on-bad-row.
     """
-    from lowvram.cli.console import bar, literal, result
-    from lowvram.cli.next_step import next_step
-    from lowvram.data.bad_rows import BadRows
-    from lowvram.data.text import documents_of
+    from lowvram.api.texts import TextOptions, check_texts_task
+    from lowvram.cli.console import literal, result
+    from lowvram.cli.next_step import next_step, with_value
+    from lowvram.cli.tasks import run_task
     from lowvram.units import count_of
 
     def tell(row: BadRow) -> None:
         result(f"{row.what} {row.why}" if row.ends_file else row.what)
 
-    bad_rows = BadRows("report", tell)
-    files = find(arguments.text)
-    with bar("Reading") as line:
-        for _ in documents_of(files, arguments.field, line.tell, bad_rows):
-            pass
-    if not bad_rows.count:
-        rows = "The only row" if bad_rows.rows == 1 else f"All {bad_rows.rows:,} rows"
-        are = "is" if bad_rows.rows == 1 else "are"
-        result(f"{rows} of {count_of(len(files), 'file')} {are} text.")
-        literal(next_step(*command, *reading_words(arguments, "stop"), *options))
+    found = run_task(check_texts_task(TextOptions(tuple(arguments.text), arguments.field), tell))
+    if not found.bad:
+        rows = "The only row" if found.rows == 1 else f"All {found.rows:,} rows"
+        are = "is" if found.rows == 1 else "are"
+        result(f"{rows} of {count_of(found.files, 'file')} {are} text.")
+        literal(next_step(*with_value(arguments.typed, "--on-bad-row", "stop")))
         return 0
-    are = "is" if bad_rows.count == 1 else "are"
-    result(f"{bad_rows.count:,} of {count_of(bad_rows.rows, 'row')} {are} bad: {bad_rows.describe()}.")
+    are = "is" if found.bad == 1 else "are"
+    result(f"{found.bad:,} of {count_of(found.rows, 'row')} {are} bad: {found.summary}.")
     action, why = (
-        ("skip", "or mend them") if bad_rows.can_be_skipped else ("report", "when these are mended or left out")
+        ("skip", "or repair them") if found.can_be_skipped else ("report", "when these are repaired or left out")
     )
-    literal(next_step(*command, *reading_words(arguments, action), *options, why=why))
+    literal(next_step(*with_value(arguments.typed, "--on-bad-row", action), why=why))
     return 1
 
 
-def reading_words(arguments: argparse.Namespace, on_bad_row: str) -> list[str | Path]:
-    """Return the words of the command line that say which texts are read, and how."""
+def reading_words(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return the words of another command that reads the same texts in the same way."""
     words: list[str | Path] = [*arguments.text]
     words += [] if arguments.field == "text" else ["--field", arguments.field]
-    return words + ([] if on_bad_row == "stop" else ["--on-bad-row", on_bad_row])
-
-
-def option_words(arguments: argparse.Namespace, defaults: Mapping[str, object]) -> list[str | Path]:
-    """Return the options of these names as they were typed, without those that have their default."""
-    from lowvram.data.holdout import show_share
-
-    words: list[str | Path] = []
-    for name, default in defaults.items():
-        value = getattr(arguments, name)
-        if value in (default, None):
-            continue
-        words.append(f"--{name}")
-        if name == "holdout":
-            words.append(show_share(value))
-        elif value is not True:
-            words.append(value if isinstance(value, Path) else str(value))
-    return words
+    return words + ([] if arguments.on_bad_row == "stop" else ["--on-bad-row", arguments.on_bad_row])

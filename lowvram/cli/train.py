@@ -1,4 +1,4 @@
-"""`lowvram train`: start a run, or go on with it; Ctrl-C saves."""
+"""`lowvram train`: start or resume a run; Ctrl-C saves it and stops."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the command and its options."""
     parser = commands.add_parser(
         "train",
-        help="start a run, or go on with it",
-        description="Train what RUN.toml describes.  Starting and resuming are the same command.  Ctrl-C once saves "
-        "and stops; twice stops at once, and the last checkpoint is kept.  SIGTERM and a closed terminal save and "
-        "stop, too; under nohup a closed terminal changes nothing.  Where the output cannot be written any more, "
-        "training goes on without it.  The exit code is 0 where all tokens were seen, and 3 where the run was stopped "
-        "before that and saved.  Every key of RUN.toml: docs/run-file.md.",
+        help="start or resume a run",
+        description="Train what RUN.toml describes; docs/run-file.md explains every key.  Starting and resuming are "
+        "the same command.  Ctrl-C once saves and stops; twice stops at once, and the last checkpoint is kept.  "
+        "SIGTERM and a closed terminal save and stop, too; under nohup a closed terminal changes nothing.  If the "
+        "output cannot be written any more, training goes on without it.  The exit code is 0 if all tokens were seen, "
+        "and 3 if the run was stopped before that and saved.",
     )
-    parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="what to learn, from which shards")
+    parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="the run file: model, data, training")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a value: --set optimizer.lr=3e-4"
     )
-    parser.add_argument("--micro-batch", type=count, metavar="N", help="sequences at once (default: chosen, then kept)")
+    parser.add_argument(
+        "--micro-batch", type=count, metavar="N", help="sequences at a time (default: chosen, then kept)"
+    )
     parser.add_argument(
         "--recompute",
         choices=("none", "attention", "block"),
@@ -52,13 +54,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="compile the blocks (default: tried where a new run is on CUDA, then kept)",
+        help="compile the blocks (default: tried in a new run on CUDA, then kept)",
     )
     parser.add_argument(
         "--graphs",
         choices=("auto", "on", "off"),
         default="auto",
-        help="play the passes of a micro-batch from CUDA graphs (default: where that is faster and fits)",
+        help="replay the passes of a micro-batch from CUDA graphs (default: if that is faster and fits)",
     )
     add_device(parser)
     parser.set_defaults(run=run)
@@ -66,18 +68,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the run file and train; 0 where all tokens were seen, 3 where the run was stopped before that and saved."""
-    from lowvram.api.training import read_run_file
-    from lowvram.cli.ending import say_next
+    from lowvram.api.training import PlanOptions, read_run_file
+    from lowvram.cli.ending import show_next_steps
 
-    what = read_run_file(arguments.run_file, arguments.set)
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
+    asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
+    what = read_run_file(arguments.run_file, arguments.set, asked)
     ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
-    say_next(arguments, what, ended)
+    show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
 
 def exit_code(ended: Stopped) -> int:
-    """Return how a run that ended without an error tells its shell, so that `train && export` exports no half run."""
+    """Return the exit code of a run without an error, so that `train && export` exports no unfinished run."""
     return 0 if ended.is_finished else STOPPED
 
 
@@ -92,7 +95,7 @@ def train(
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.api.training import PlanOptions, TrainingRun, prepare_run
-    from lowvram.cli.ending import say_verdict
+    from lowvram.cli.ending import show_verdict
     from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.tasks import run_task
 
@@ -101,7 +104,7 @@ def train(
     with TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(trainer) as screen:
         ended = _follow(run, screen, stop_at)
     if ended.is_finished:
-        say_verdict(what, trainer.tokenizer, trainer.valid, screen.evaluated)
+        show_verdict(what, trainer.tokenizer, trainer.valid, screen.evaluated)
     return ended
 
 
@@ -135,7 +138,7 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
     """Save and end at the first signal; the same one again ends the process without touching a file.
 
     A terminal that closes may send SIGHUP more than once, and the end of a session SIGTERM and SIGHUP together: these
-    are one wish.  SIGHUP that was ignored when the process began, as nohup does, stays ignored.
+    count as one request.  SIGHUP that was ignored when the process began, as nohup does, stays ignored.
     """
     asked: set[int] = set()
 
@@ -148,7 +151,9 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
         asked.add(number)
         run.stop()
         if is_first:
-            write_at_once(b"\nStopping: this step is finished and saved first.\nOnce more stops at once, unsaved.\n")
+            write_at_once(
+                b"\nStopping: this step is finished and saved first.\nOnce more stops at once, without saving.\n"
+            )
 
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP, _BREAK) if number is not None]
     heard = [number for number in numbers if number != _HANG_UP or signal.getsignal(number) != signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""What is answered to a command or an option that does not exist: what was meant, not all that there is."""
+"""Usage errors that name what was probably meant: the nearest command, option or value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NoReturn
 
-# argparse's own words: from 3.12 on choices stand there without quotes.
+# argparse's message; from Python 3.12 on it has the choices without quotes.
 _CHOICE = re.compile(r"argument (.+?): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 _COMMAND = {"COMMAND", "command", "ACTION", "action"}
 

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 
 _PARTS = re.compile(r"\n|[ \t]+|[^ \t\n]+")
 _TAB_CELLS = 8
-# `name    what it means`: a first column of at most so many cells.  Two blanks after a full stop part sentences.
+# `name    what it means`: a first column of at most so many cells.  Two blanks after a full stop separate sentences.
 _COLUMN = re.compile(r"(.{0,24}?[^.:!?…\s]) {2,}(?=\S)")
 
 
@@ -52,7 +52,7 @@ class WordWrap:
         return placed
 
     def _place_word(self) -> str:
-        """Return the word behind the blanks before it, or in a new line where it does not fit."""
+        """Return the word after the blanks before it, or on a new line if it does not fit."""
         blanks, word = self._blanks, self._word
         self._blanks = self._word = ""
         if self._is_too_wide:  # the word goes on

@@ -18,9 +18,14 @@ class Meant(NamedTuple):
 _TOKENS = "It counts tokens: steps × train.batch_tokens."
 _EPOCHS = "It counts tokens: epochs × the tokens of the text."
 _BATCH = (
-    "It counts tokens, not sequences: sequences × train.seq_len.  How many run at a time is --micro-batch of train."
+    "It counts tokens, not sequences: sequences × train.seq_len.  "
+    "How many run at a time is an option: `lowvram train --micro-batch`."
 )
 _EVERY = "It counts steps."
+_OWN_CARD = (
+    "This command computes on this machine's own card, and --device chooses which kind; --gpu CARD belongs to "
+    "`lowvram fit`, which judges a card that need not be here."
+)
 _WHERE = "It is no part of what is learnt: `lowvram fit --gpu CARD` and `lowvram train --device` take it."
 
 _NAMES: dict[Meant, str] = {
@@ -168,6 +173,8 @@ def answer_option(word: str, options: Iterable[str], full_names: Mapping[str, st
     key = meant.key if meant is not None else full_names.get(word.strip("-").replace("-", "_"))
     if meant is None or meant.note not in _CONVERTED:
         here = next((option for option in _OPTIONS.get(key or "", ()) if option in options), None)
+        if here == "--device" and word == "--gpu":
+            return _OWN_CARD
         if here is not None:
             return f"It is called {here} here."
     if meant is not None and meant.key.startswith("--"):

@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 
 from lowvram.config.base import FrozenConfig
 from lowvram.config.train import TrainConfig
-from lowvram.errors import ConfigError
+from lowvram.errors import ConfigError, argument
 
 # Tokens of one micro-batch if no plan has been searched: enough to fill a small card's matrix units.
 DEFAULT_MICRO_TOKENS = 4_096
@@ -82,7 +82,9 @@ def choose_plan(train: TrainConfig, micro_batch: int | None = None) -> tuple[Pla
             why = f"A step has {samples} sequences (batch_tokens / seq_len), which it must divide."
             if train.update_during_backward:
                 why = f"update_during_backward excludes accumulation: the step's {samples} sequences go at once."
-            raise ConfigError(f"--micro-batch is {micro_batch}.", why, f"Possible: {', '.join(map(str, possible))}.")
+            raise ConfigError(
+                f"{argument('micro_batch')} is {micro_batch}.", why, f"Possible: {', '.join(map(str, possible))}."
+            )
         return Plan(micro_batch=micro_batch, accumulate=samples // micro_batch), "you asked for it"
     most = max(1, DEFAULT_MICRO_TOKENS // train.seq_len)
     chosen = max((n for n in possible if n <= most), default=possible[0])

@@ -17,12 +17,14 @@ from lowvram.config.field_names import answer_key
 from lowvram.config.model import ModelConfig
 from lowvram.config.run import RunConfig, check_vocabulary
 from lowvram.config.train import TrainConfig, check_rotation
-from lowvram.errors import ConfigError, name_nearest
+from lowvram.errors import ConfigError, argument, name_nearest
 
 # What `fit --out` writes where no folder was given.
 PLACEHOLDER = "PUT A FOLDER HERE"
 # The keys that name which member of a tagged union a table is.
 TAGS = ("kind", "name")
+# The vocabulary with which a run's values are checked before its tokenizer is opened.
+_STANDS_IN = 32_768
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
 # What a value must be, for pydantic's types of errors.
@@ -56,18 +58,17 @@ def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, Train
     Raises ConfigError that names the nearest presets, or the unknown key.
     """
     tables: Table = {}
-    for assignment in sets:
-        _assign(tables, assignment)
+    assigned = {_assign(tables, assignment): assignment for assignment in sets}
     unknown = sorted(set(tables) - {"model", "train"})
     if unknown:
         raise ConfigError(
-            f"--set names {unknown[0]}, which a preset does not have.", fix="Set values of model and train."
+            f"`overrides` name {unknown[0]}, which a preset does not have.", fix="Set values of model and train."
         )
     where = f"preset {name}"
     _check_tables(tables, where)
     _lay_over_preset(name, tables)
-    model = _check(ModelConfig, tables["model"], where, "model")
-    train = _check(TrainConfig, tables["train"], where, "train")
+    model = _check(ModelConfig, tables["model"], where, assigned, "model")
+    train = _check(TrainConfig, tables["train"], where, assigned, "train")
     try:
         check_rotation(model, train)
     except ValueError as error:
@@ -76,30 +77,38 @@ def load_preset(name: str, sets: Sequence[str] = ()) -> tuple[ModelConfig, Train
 
 
 def load_run(
-    path: Path, sets: Sequence[str], vocabulary_of: Callable[[Path], int], with_gaps: bool = False
+    path: Path,
+    sets: Sequence[str],
+    vocabulary_of: Callable[[Path], int],
+    with_gaps: bool = False,
+    check: Callable[[RunConfig], None] = lambda config: None,
 ) -> RunConfig:
     """Read a run file, lay it over its preset, apply `--set a.b=c`, and check every value.
 
     Paths in it are relative to the file.  vocabulary_of: maps the tokenizer's directory to its number of ids.
-    with_gaps: accept the placeholders that `write_run` writes for unknown folders.
+    with_gaps: accept the placeholders that `write_run` writes for unknown folders.  check: called when all values are
+    known to be right, and before any folder is opened; its configuration may have another vocabulary.
     Raises ConfigError that names file, key and value, and for an unknown key the nearest known ones.
     """
-    tables = _read_tables(path, sets)
-    if not with_gaps:
-        _refuse_gaps(path, tables)
+    tables, assigned = _read_tables(path, sets)
     _check_tables(tables, str(path))
     model = tables.get("model", {})
     stated = model.get("vocabulary")
     _lay_over_preset(model.pop("preset", None), tables)
+    gaps = _find_gaps(tables)
     _resolve_paths(tables, path.resolve().parent)
     tokenizer = tables.get("data", {}).get("tokenizer")
     if not isinstance(tokenizer, str):
         fix = 'Write [data] tokenizer = "tok".'
         raise ConfigError(f"{path} names no tokenizer.", "The vocabulary comes from it.", fix)
+    tables.setdefault("model", {}).setdefault("vocabulary", _STANDS_IN)
+    check(_check(RunConfig, tables, str(path), assigned))
+    if gaps and not with_gaps:
+        raise _explain_gaps(path, gaps)
     size = vocabulary_of(Path(tokenizer))
     check_vocabulary(stated, size, Path(tokenizer))
-    tables.setdefault("model", {})["vocabulary"] = size
-    return _check(RunConfig, tables, str(path))
+    tables["model"]["vocabulary"] = size
+    return _check(RunConfig, tables, str(path), assigned)
 
 
 def _check_tables(tables: Table, where: str) -> None:
@@ -119,31 +128,32 @@ def _lay_over_preset(name: object, tables: Table) -> None:
             _switch_off(tables[part])
 
 
-def _read_tables(path: Path, sets: Sequence[str]) -> Table:
+def _read_tables(path: Path, sets: Sequence[str]) -> tuple[Table, dict[str, str]]:
+    """Return a run file's tables with what is laid over them, and the assignment of each key that has one."""
     tables = _read_toml(path)
-    for assignment in sets:
-        _assign(tables, assignment)
-    return tables
+    return tables, {_assign(tables, assignment): assignment for assignment in sets}
 
 
 def name_vocabulary(path: Path, sets: Sequence[str]) -> int | None:
     """Return the vocabulary that a run file or its preset states, None where neither does."""
-    model = _read_tables(path, sets).get("model", {})
+    model = _read_tables(path, sets)[0].get("model", {})
     if "vocabulary" in model or "preset" not in model:
         stated = model.get("vocabulary")
         return stated if isinstance(stated, int) and stated > 0 else None
     return int(read_preset(str(model["preset"]))["model"]["vocabulary"])
 
 
-def _refuse_gaps(path: Path, tables: Table) -> None:
-    data = tables.get("data", {})
-    gaps = [f"data.{key}" for key, value in data.items() if value == PLACEHOLDER] if isinstance(data, dict) else []
-    if gaps:
-        raise ConfigError(
-            f"{path} leaves {', '.join(gaps)} open.",
-            "A run needs packed shards and the tokenizer that packed them.",
-            "Write their folders there: lowvram tokenizer train and lowvram data pack make them.",
-        )
+def _find_gaps(tables: Table) -> list[str]:
+    """Return the keys whose folder is still to be written into the file."""
+    return [f"data.{key}" for key, value in tables.get("data", {}).items() if value == PLACEHOLDER]
+
+
+def _explain_gaps(path: Path, gaps: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{path} leaves {', '.join(gaps)} open.",
+        "A run needs packed shards and the tokenizer that packed them.",
+        "Write their folders there: lowvram tokenizer train and lowvram data pack make them.",
+    )
 
 
 def overlay(base: Table, top: Mapping[str, Any]) -> Table:
@@ -182,11 +192,14 @@ def _read_toml(path: Path) -> Table:
         raise ConfigError(f"{path} is not TOML:", f"{error}.", fix) from error
 
 
-def _assign(tables: Table, assignment: str) -> None:
+def _assign(tables: Table, assignment: str) -> str:
+    """Lay one assignment over the tables, and return the full name of its key."""
     name, equals, text = assignment.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {assignment} is not an assignment.", fix="Write --set optimizer.lr=3e-4.")
+        raise ConfigError(
+            f"{argument('overrides', [assignment])} is not an assignment.", fix="Write optimizer.lr=3e-4."
+        )
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -197,14 +210,15 @@ def _assign(tables: Table, assignment: str) -> None:
         parts = [part for part, field in RunConfig.model_fields.items() if keys[0] in known_keys(field.annotation)]
         if len(parts) != 1:
             fix = answer_key(keys[0], full_names(), full_names())
-            raise ConfigError(f"--set {assignment}: there is no key {keys[0]}.", fix=fix)
+            raise ConfigError(f"{argument('overrides', [assignment])}: there is no key {keys[0]}.", fix=fix)
         keys.insert(0, parts[0])
     table = tables
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {assignment}: {key} is a value, not a table.")
+            raise ConfigError(f"{argument('overrides', [assignment])}: {key} is a value, not a table.")
     table[keys[-1]] = value
+    return ".".join(keys)
 
 
 def _resolve_paths(tables: Table, home: Path) -> None:
@@ -262,55 +276,75 @@ def _configs_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _check(config: type[Config], tables: Table, where: str, prefix: str = "") -> Config:
+def _check(config: type[Config], tables: Table, where: str, assigned: Mapping[str, str], prefix: str = "") -> Config:
+    """Return the tables as a configuration; raises ConfigError naming who is wrong: the file, or an assignment.
+
+    where: the file or the preset.  assigned: the assignments by the full names of their keys.
+    """
     try:
         return config.model_validate(tables)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(config, tables, error, prefix)}") from error
+        by_place: dict[str, list[str]] = {}
+        for path, sentence in _explain(config, tables, error, prefix):
+            mine = [text for key, text in assigned.items() if f"{path}.".startswith(f"{key}.")]
+            place = argument("overrides", mine[-1:]) if mine else where
+            by_place.setdefault(place, []).append(sentence)
+        says = [f"{place}: {' '.join(dict.fromkeys(sentences))}" for place, sentences in by_place.items()]
+        raise ConfigError(" ".join(says)) from error
 
 
-def _explain(config: type[BaseModel], tables: Table, error: ValidationError, prefix: str) -> str:
-    sentences = []
-    for problem in error.errors():
-        keys, level = [prefix] if prefix else [], [config]
-        for part in problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]:
-            if isinstance(part, str):
-                inner = [f for c in level for f in [c.model_fields.get(part)] if f is not None]
-                if inner:
-                    keys.append(part)
-                    level = [c for f in inner for c in _configs_in(f.annotation)]
-                else:
-                    level = [c for c in level if part in _tags_of(c)] or level
-            else:
-                keys[-1] += f"[{part}]"
-        path = ".".join(keys)
-        if problem["type"] == "extra_forbidden":
+def _explain(config: type[BaseModel], tables: Table, error: ValidationError, prefix: str) -> list[tuple[str, str]]:
+    """Return the full name of each key that is wrong, and a sentence about it."""
+    found: list[tuple[str, str]] = []
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] == "missing")
+    misspelt: list[str] = []
+    for problem in problems:
+        path, level = _locate(config, problem, prefix)
+        kind, ctx = problem["type"], problem.get("ctx", {})
+        if kind == "extra_forbidden":
             word = str(problem["loc"][-1])
             known = [key for c in level for key in c.model_fields]
-            full = ".".join([*keys, word])
+            full = ".".join(filter(None, (path, word)))
             # If another kind of the same table has the key, "it is model.attention.kv_heads" would be no help for MLA.
             others = {key: name for key, name in full_names().items() if name != full}
-            sentences.append(f"there is no key {full}. {answer_key(word, known, others)}")
-        elif problem["type"] == "missing":
-            sentences.append(f"{path} is missing.")
-        elif problem["type"] == "union_tag_not_found":
-            tag, kinds = (
-                problem["ctx"]["discriminator"].strip(chr(39)),
-                [repr(kind) for c in level for kind in _tags_of(c)],
-            )
-            sentences.append(f"{path}.{tag} is missing; there are {', '.join(kinds)}.")
-        elif problem["type"] == "union_tag_invalid":
-            tag, known = (problem["ctx"][word] for word in ("discriminator", "expected_tags"))
-            sentences.append(f"{path}.{tag.strip(chr(39))} is {problem['ctx']['tag']!r}; there are {known}.")
-        elif problem["type"] == "value_error":
-            sentences.append(f"{problem['msg'].removeprefix('Value error, ')}.")
-        elif problem["type"] in _EXPECTED or (problem["type"].startswith("model_") and level):
-            expected = _EXPECTED.get(problem["type"]) or f"a table with {', '.join(level[0].model_fields)}"
-            sentences.append(f"{path} is {problem['input']!r}; it takes {expected}.")
+            answer = answer_key(word, known, others)
+            misspelt += [key for key in known if answer == f"Did you mean {key}?"]
+            found.append((full, f"{'There' if found else 'there'} is no key {full}. {answer}"))
+        elif kind == "missing" and path in misspelt:
+            continue  # it stands there under the name that was not known
+        elif kind == "missing":
+            found.append((path, f"{path} is missing."))
+        elif kind == "union_tag_not_found":
+            tag, kinds = (ctx["discriminator"].strip(chr(39)), [repr(one) for c in level for one in _tags_of(c)])
+            found.append((path, f"{path}.{tag} is missing; there are {', '.join(kinds)}."))
+        elif kind == "union_tag_invalid":
+            tag = f"{path}.{ctx['discriminator'].strip(chr(39))}"
+            found.append((tag, f"{tag} is {ctx['tag']!r}; there are {ctx['expected_tags']}."))
+        elif kind == "value_error":
+            found.append((path, f"{problem['msg'].removeprefix('Value error, ')}."))
+        elif kind in _EXPECTED or (kind.startswith("model_") and level):
+            expected = _EXPECTED.get(kind) or f"a table with {', '.join(level[0].model_fields)}"
+            found.append((path, f"{path} is {problem['input']!r}; it takes {expected}."))
         else:
             given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
-            sentences.append(f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}.")
-    return " ".join(dict.fromkeys(sentences))
+            found.append((path, f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}."))
+    return found
+
+
+def _locate(config: type[BaseModel], problem: Any, prefix: str) -> tuple[str, list[type[BaseModel]]]:
+    """Return the full name of the key that a problem of pydantic's is about, and the tables that may stand there."""
+    keys, level = [prefix] if prefix else [], [config]
+    for part in problem["loc"][:-1] if problem["type"] == "extra_forbidden" else problem["loc"]:
+        if isinstance(part, str):
+            inner = [f for c in level for f in [c.model_fields.get(part)] if f is not None]
+            if inner:
+                keys.append(part)
+                level = [c for f in inner for c in _configs_in(f.annotation)]
+            else:
+                level = [c for c in level if part in _tags_of(c)] or level
+        else:
+            keys[-1] += f"[{part}]"
+    return ".".join(keys), level
 
 
 def _tags_of(config: type[BaseModel]) -> tuple[Any, ...]:

@@ -126,7 +126,7 @@ class BadRows:
         return DataError(
             f"{what}, which is more than {limit} ({self.describe()}).",
             f"The first: {' '.join(self._first)}",
-            "Mend these files or leave them out; --on-bad-row report lists every such row.",
+            "Mend these files or leave them out; `check_texts` lists every such row.",
         )
 
     def describe(self) -> str:

@@ -73,7 +73,7 @@ class Encoders:
             raise MachineError(
                 "A packing process died.",
                 "Most often the system ran out of memory and ended it.",
-                "Type the same command again with fewer --processes; finished shards are kept.",
+                "Pack again with fewer `processes`; finished shards are kept.",
             ) from error
 
     def submit(self, task: EncodeTask) -> Callable[[], tuple[Path, dict[str, Any]]]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 
 from lowvram.data.nfc import nfc
-from lowvram.errors import DataError
+from lowvram.errors import DataError, argument
 from lowvram.units import count_of
 
 _HASH_BYTES = 8
@@ -51,13 +51,15 @@ class Holdout:
             raise DataError("There is no document to hold out.", "The files have none.", "Name files that hold text.")
         if self.documents == 1:
             why = "Text files separate documents by blank lines; .jsonl and .parquet have one in a row."
-            fix = "Separate the documents, or leave --holdout out and pack other files for validation."
+            fix = "Separate the documents, or leave `holdout` out and pack other files for validation."
             raise DataError("Nothing can be held out of one document.", why, fix)
         if not self.held_out:
             why = "Documents are chosen by their hash, each with that probability."
-            fix = f"The smallest share that holds one out is {_show_above(self._lowest)}; or leave --holdout out."
-            raise DataError(f"--holdout {share} holds out none of {count}.", why, fix)
-        raise DataError(f"--holdout {share} holds out all {count}.", "Nothing is left to learn.", "Ask for less.")
+            fix = f"The smallest share that holds one out is {_show_above(self._lowest)}; or leave `holdout` out."
+            raise DataError(f"{argument('holdout', share)} holds out none of {count}.", why, fix)
+        raise DataError(
+            f"{argument('holdout', share)} holds out all {count}.", "Nothing is left to learn.", "Ask for less."
+        )
 
 
 def _hash_position(text: str) -> float:

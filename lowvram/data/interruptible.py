@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
@@ -20,6 +20,20 @@ def run_interruptibly(work: Callable[[], _Result]) -> _Result:
     """
     if threading.current_thread() is not threading.main_thread():
         return work()  # only the main thread receives signals
+    waiting = wait_for(work)
+    while True:
+        try:
+            next(waiting)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+
+def wait_for(work: Callable[[], _Result]) -> Generator[None, None, _Result]:
+    """Do the work in a thread, yield several times a second until it is done, and return what it returns.
+
+    Where the generator is closed or Ctrl-C ends the wait, the work is left running.
+    """
     outcome: Future[_Result] = Future()
 
     def carry_out() -> None:
@@ -32,6 +46,7 @@ def run_interruptibly(work: Callable[[], _Result]) -> _Result:
         # Without a timeout, Windows would not handle Ctrl-C during this wait.
         with contextlib.suppress(TimeoutError):
             outcome.exception(_WAIT_S)
+        yield
     return outcome.result()
 
 

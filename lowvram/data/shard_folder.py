@@ -58,10 +58,10 @@ class ShardFolder:
             lock = filelock.FileLock(self.out / "lock", timeout=0).acquire()
         except (FileExistsError, NotADirectoryError) as error:
             what, why = f"{self.out} is no folder.", "Shards need one of their own."
-            raise DataError(what, why, "Name another --out.") from error
+            raise DataError(what, why, "Name another `out`.") from error
         except filelock.Timeout as error:
             why = "Another process is packing into it."
-            fix = "Wait until it is done, or name another --out."
+            fix = "Wait until it is done, or name another `out`."
             raise BusyError(f"{self.out} is in use.", why, fix) from error
         with lock:
             try:
@@ -95,7 +95,7 @@ class ShardFolder:
         for path in [] if self._replace else sorted(self.out.glob("*.json")):
             tokenizer_hash = read_json(path).get("tokenizer", self._tokenizer_hash)
             if tokenizer_hash != self._tokenizer_hash and (path.name == INDEX or _NAME.fullmatch(path.name)):
-                fix = "Name another --out, or add --replace to put this text in the place of those shards."
+                fix = "Name another `out`, or add `replace=True` to put this text in the place of those shards."
                 raise other_tokenizer(self.out, str(tokenizer_hash), self._tokenizer_hash, fix)
 
     def path(self, number: int, kind: str = "bin") -> Path:
@@ -115,7 +115,7 @@ class ShardFolder:
         for path in (self.path(number), self.path(number, "json")):
             if path.exists() and path not in self._former:
                 why = "A shard would get that name, and this file is no shard of lowvram's."
-                raise DataError(f"{path} is in the way.", why, "Name a folder of its own as --out, or move that file.")
+                raise DataError(f"{path} is in the way.", why, "Name a folder of its own as `out`, or move that file.")
         sidecar, rows = read_json(self.path(number, "json")), self._rows()
         if sidecar.keys() >= _SIDECAR:
             is_same = sidecar["text"] == text_hash
@@ -133,7 +133,7 @@ class ShardFolder:
     def _refuse_other_text(self) -> None:
         if self._replace:
             return
-        fix = "Name another --out, or add --replace to put this text in its place (shards of equal text are kept)."
+        fix = "Name another `out`, or add `replace=True` to put this text in its place (shards of equal text are kept)."
         raise DataError(f"{self.out} holds another text: {self._describe_former()}.", "It would be replaced.", fix)
 
     def _describe_former(self) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lowvram.data.unpacked import explain_unpacked
 from lowvram.errors import DataError
 from lowvram.storage.disk import sha256
 from lowvram.storage.json_files import JsonError, read_object
@@ -103,8 +104,10 @@ class ShardSet:
         Raises DataError: not (wholly) packed, a file missing or of another size, shards of another tokenizer.
         """
         index = Path(directory) / INDEX
+        if not index.exists() and (unpacked := explain_unpacked(Path(directory), INDEX)):
+            raise unpacked
         if not Path(directory).is_dir():
-            fix = "Name the folder that was the --out of `lowvram data pack`."
+            fix = "Name the folder that `lowvram data pack` wrote."
             raise DataError(f"The folder {directory} does not exist.", "Shards were to be read from it.", fix)
         if not index.exists():
             inside = [

@@ -23,7 +23,7 @@ from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.storage.disk import DISK, Disk
 
-__all__ = ["PackProgress", "ShardSet", "pack", "pack_split"]
+__all__ = ["PackProgress", "ShardSet", "pack", "pack_each_shard"]
 
 # The folders of a split: the training data and the held-out documents.
 SIDES = ("train", "valid")
@@ -68,62 +68,51 @@ def pack(
     out: Path,
     field: str = "text",
     processes: int | None = None,
-    progress: Callable[[PackProgress], None] | None = None,
     disk: Disk = DISK,
     *,
     replace: bool = False,
     bad_rows: BadRows | None = None,
 ) -> ShardSet:
-    """Encode the documents of `paths` into shards in `out`; shards finished by an interrupted packing are kept.
-
-    Each document becomes BOS and the ids of its NFC form, in the order of `find_files`.  The bytes of the shards
-    depend on text and tokenizer alone.  processes: None for one per core; with more than one, a script must
-    guard its entry with `if __name__ == "__main__"`.  replace: whether another text in `out` may be replaced.
-    bad_rows: what is done with rows that are not text; None stops at the first.
-    Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`), BusyError,
-    DiskFullError.
-    """
-    _refuse_split(out)
-    folder = ShardFolder(out, tokenizer.hash, _dtype_name(tokenizer), disk, replace)
-    return _pack([folder], None, paths, tokenizer, field, processes, progress, disk, bad_rows)[0]
+    """Do what `pack_each_shard` does without a holdout, all at once."""
+    work = pack_each_shard(paths, tokenizer, out, field, processes, disk, replace=replace, bad_rows=bad_rows)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            [shards] = end.value
+            return shards
 
 
-def pack_split(
+def pack_each_shard(
     paths: Sequence[Path],
     tokenizer: Tokenizer,
     out: Path,
-    holdout: Holdout,
     field: str = "text",
     processes: int | None = None,
-    progress: Callable[[PackProgress], None] | None = None,
     disk: Disk = DISK,
     *,
+    holdout: Holdout | None = None,
     replace: bool = False,
     bad_rows: BadRows | None = None,
-) -> tuple[ShardSet, ShardSet]:
-    """Like `pack`, into two folders: `out/train`, and `out/valid` for the documents that are held out.
+) -> Generator[PackProgress, None, tuple[ShardSet, ...]]:
+    """Encode the documents of `paths` into shards in `out`, and yield after each shard how far it is.
 
-    Raises DataError also where `holdout` leaves one of them without a document, and where `out` itself holds shards.
+    Shards finished by an interrupted packing are kept.  Each document becomes BOS and the ids of its NFC form, in the
+    order of `find_files`.  The bytes of the shards depend on text and tokenizer alone.
+    processes: None for one per core; with more than one, a script must guard its entry with
+    `if __name__ == "__main__"`.  holdout: None: one set of shards in `out`; else two, in `out/train`, and in
+    `out/valid` the documents that are held out.  replace: whether another text in `out` may be replaced.
+    bad_rows: what is done with rows that are not text; None stops at the first.
+    Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`; a holdout that leaves one
+    side without a document), BusyError, DiskFullError.
     """
-    if holds_shards(out):
-        why = f"They were packed without --holdout; beside {out / SIDES[0]} nobody could tell which of them are meant."
-        raise DataError(f"{out} itself holds shards.", why, f"Name another --out, or delete the shards in {out} first.")
-    folders = [ShardFolder(out / name, tokenizer.hash, _dtype_name(tokenizer), disk, replace) for name in SIDES]
-    train, valid = _pack(folders, holdout, paths, tokenizer, field, processes, progress, disk, bad_rows)
-    return train, valid
-
-
-def _pack(
-    folders: list[ShardFolder],
-    holdout: Holdout | None,
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    field: str,
-    processes: int | None,
-    progress: Callable[[PackProgress], None] | None,
-    disk: Disk,
-    bad_rows: BadRows | None,
-) -> list[ShardSet]:
+    if holdout is None:
+        _refuse_split(out)
+    elif holds_shards(out):
+        why = f"They were packed without `holdout`; beside {out / SIDES[0]} nobody could tell which of them are meant."
+        raise DataError(f"{out} itself holds shards.", why, f"Name another `out`, or delete the shards in {out} first.")
+    outs = [out] if holdout is None else [out / name for name in SIDES]
+    folders = [ShardFolder(folder, tokenizer.hash, _dtype_name(tokenizer), disk, replace) for folder in outs]
     files = find_files(paths)
     total_bytes = sum(map(size_of, files))
     reused, totals = 0, Counter[str]()
@@ -136,14 +125,14 @@ def _pack(
         for done, (part, is_new) in enumerate(packed, 1):
             reused += not is_new
             totals.update({key: part.folder.shards[-1][key] for key in COUNTS})
-            if progress:
-                counts = {"shards": done, "reused": reused, **totals}
-                progress(PackProgress(part.file, read_bytes=part.read_bytes, total_bytes=total_bytes, **counts))
+            counts = {"shards": done, "reused": reused, **totals}
+            yield PackProgress(part.file, read_bytes=part.read_bytes, total_bytes=total_bytes, **counts)
         if not any(folder.shards for folder in folders):
             raise DataError("There is no text to pack.", "Every row was skipped.", "Name files that hold text.")
         for folder in folders:
             folder.check_end()
-        return [folder.finish(files) for folder in folders]
+        return tuple(folder.finish(files) for folder in folders)
+    raise AssertionError("the folders' locks let every error through")
 
 
 def _refuse_split(out: Path) -> None:
@@ -153,7 +142,7 @@ def _refuse_split(out: Path) -> None:
         what = f"{' and '.join(map(str, inside))} {'holds' if len(inside) == 1 else 'hold'} shards already."
         why = f"Beside shards in {out} itself nobody could tell which of them are meant."
         raise DataError(
-            what, why, f"Name another --out, add --holdout, or delete {' and '.join(map(str, inside))} first."
+            what, why, f"Name another `out`, add `holdout`, or delete {' and '.join(map(str, inside))} first."
         )
 
 
@@ -163,7 +152,7 @@ def _refuse_text_inside(out: Path, files: Sequence[Path]) -> None:
         parent = file.parent.resolve()
         if folder == parent or folder in parent.parents:
             why = f"{file} lies in it, and packing deletes what it finds left over there."
-            raise DataError(f"{out} holds text that is to be packed.", why, "Name a folder of its own as --out.")
+            raise DataError(f"{out} holds text that is to be packed.", why, "Name a folder of its own as `out`.")
 
 
 class _Collector:

@@ -41,7 +41,9 @@ def _another(out: Path, why: str) -> TokenizerError:
         folders = ", ".join(map(str, packed[:_MOST_NAMED])) + (" and others" if len(packed) > _MOST_NAMED else "")
         why += f" {folders} can be read with it alone, and so can runs that were started with it."
     return TokenizerError(
-        f"{out} holds another tokenizer.", why, "Name another --out, or add --replace to overwrite it all the same."
+        f"{out} holds another tokenizer.",
+        why,
+        "Name another `out`, or add `replace=True` to overwrite it all the same.",
     )
 
 

@@ -30,7 +30,7 @@ def store_calibration(measured: Calibration, home: Path | None = None, disk: Dis
 def load_calibration(profile_id: str, precision: str, home: Path | None = None) -> tuple[Calibration | None, str]:
     """Return the measurement of a card and precision (None if there is none), and a sentence if one was ignored."""
     path = _path(profile_id, precision, home)
-    ignored, again = f"The measurement {path} is ignored", "measure again with --measure"
+    ignored, again = f"The measurement {path} is ignored", "measure again with `measure=True`"
     try:
         measured = Calibration.model_validate(read_object(path))
     except FileNotFoundError:

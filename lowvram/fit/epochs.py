@@ -13,6 +13,7 @@ from lowvram.config.run import DataConfig
 from lowvram.config.run_file import load_preset, preset_names
 from lowvram.config.train import TrainConfig
 from lowvram.errors import DataError
+from lowvram.evaluate.verdict import warn_of_few_tokens
 from lowvram.fit.folders import find_folders
 from lowvram.units import count_of, show_bytes, show_count
 
@@ -29,7 +30,7 @@ _MEMORISES = (
 )
 _HELD_OUT = (
     "Nothing is held out: data.valid is not set, so overfitting cannot be seen. "
-    "`lowvram data pack` with --holdout 0.5% keeps a part of the text for that."
+    "`lowvram data pack --holdout 0.5%` keeps a part of the text for that."
 )
 
 
@@ -50,10 +51,14 @@ class Remark(NamedTuple):
 
 
 class RunText(NamedTuple):
-    """The text of a run.  is_held_out: a part of the text is kept for validation."""
+    """The text of a run.  is_held_out: a part of the text is kept for validation.
+
+    held_out_tokens: how many, None where the part cannot be read, or there is none.
+    """
 
     parts: tuple[Part, ...]
     is_held_out: bool
+    held_out_tokens: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,7 +102,7 @@ def open_text(data: DataConfig) -> RunText:
     """Return the text of a run's shards, as their indexes describe it; raises DataError if missing or damaged."""
     total = sum(corpus.weight for corpus in data.train)
     parts = tuple(_open(corpus.path, corpus.weight / total) for corpus in data.train)
-    return RunText(parts, data.valid is not None)
+    return RunText(parts, data.valid is not None, _count_held_out(data.valid))
 
 
 def open_folder(data: Path) -> RunText:
@@ -106,7 +111,15 @@ def open_folder(data: Path) -> RunText:
     Raises DataError if there are no shards, and ConfigError as `find_folders` does.
     """
     folders = find_folders(data)
-    return RunText((_open(folders.train if folders.train.is_dir() else data, 1.0),), folders.valid is not None)
+    part = _open(folders.train if folders.train.is_dir() else data, 1.0)
+    return RunText((part,), folders.valid is not None, _count_held_out(folders.valid))
+
+
+def _count_held_out(valid: Path | None) -> int | None:
+    try:
+        return None if valid is None else _open(valid, 1.0).tokens
+    except DataError:  # told by what reads the text
+        return None
 
 
 def _open(path: Path, share: float) -> Part:
@@ -146,6 +159,8 @@ def remark_on(text: RunText, model: ModelConfig, train: TrainConfig) -> Iterator
         yield Remark(_compare_sizes(text, model), True)
     if not text.is_held_out:
         yield Remark(_HELD_OUT, True)
+    elif text.held_out_tokens is not None and (warning := warn_of_few_tokens(text.held_out_tokens)):
+        yield Remark(warning, True)
 
 
 def _count(parts: Sequence[Part], passes: Sequence[float], train: TrainConfig) -> str:

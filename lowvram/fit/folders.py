@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from lowvram.errors import ConfigError
+from lowvram.errors import ConfigError, argument
 
 
 class Folders(NamedTuple):
@@ -39,7 +39,7 @@ def find_folders(data: Path) -> Folders:
     if is_itself and has_train:
         why = "Which of them is meant cannot be told."
         fix = f"Name {data / 'train'}, or move one of them to a folder of its own."
-        raise ConfigError(f"--data {data} holds shards itself, and others in its folder train.", why, fix)
+        raise ConfigError(f"{argument('data', data)} holds shards itself, and others in its folder train.", why, fix)
     home = data.resolve().parent if is_itself and data.resolve().name == "train" else data
     train = data if is_itself else data / "train"
     valid = home / "valid"

@@ -8,13 +8,13 @@ from torch import nn
 
 from lowvram.fit.rehearse import BLOCK_BYTES, LiveStorage
 from lowvram.generate.decoder import Decoder
-from lowvram.model.kv_cache import CacheForm
+from lowvram.model.kv_cache import CacheFormat
 from lowvram.model.transformer import Transformer
 
 
 @torch.no_grad()
 def rehearse_inference(
-    model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card, cache: CacheForm = "plain"
+    model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card, cache: CacheFormat = "plain"
 ) -> int:
     """Fill one slot's context on meta tensors, decode one more token in every slot, and return the peak in bytes.
 

@@ -28,19 +28,19 @@ DENSE_FIRST = (
 class Advice(NamedTuple):
     """A preset to train, and the reason.  tokens: how many to train on instead of the preset's own, None for those."""
 
-    answer: FitReport
+    report: FitReport
     reason: str
     tokens: int | None = None
 
     @property
     def share(self) -> float:
         """The share of the preset's own tokens on which it is trained."""
-        return 1.0 if self.tokens is None else self.tokens / self.answer.train.tokens
+        return 1.0 if self.tokens is None else self.tokens / self.report.train.tokens
 
     @property
     def days(self) -> float | None:
         """How long it takes, None where the speed is not known."""
-        return None if self.answer.days is None else self.answer.days * self.share
+        return None if self.report.days is None else self.report.days * self.share
 
 
 def recommend(
@@ -55,7 +55,7 @@ def recommend(
     offers = _offer(reports, text)
     if not offers:
         return None
-    size = _describe_size(offers[0].answer, text)
+    size = _describe_size(offers[0].report, text)
     if all(offer.days is None for offer in offers):
         return _largest(offers)._replace(reason=f"the {size} that fits; how fast this card is, is not known")
     timed = [offer for offer in offers if offer.days is not None]
@@ -67,8 +67,8 @@ def recommend(
         )
     largest = _largest(soon)
     if largest.tokens is not None:
-        little = "" if _suits(largest.answer, text) else ", which is little for any preset"
-        steps = count_of(largest.tokens // largest.answer.train.batch_tokens, "step")
+        little = "" if _suits(largest.report, text) else ", which is little for any preset"
+        steps = count_of(largest.tokens // largest.report.train.batch_tokens, "step")
         return largest._replace(reason=f"{ENOUGH_PASSES:.0f} passes over this text in {steps}{little}")
     soon_enough = f"is expected to see all of its tokens within {patience_days:g} days"
     return largest._replace(reason=f"the {size} that {soon_enough}")
@@ -81,14 +81,14 @@ def recommend_first(reports: Sequence[FitReport], text: RunText | None = None) -
         return None
     timed = [offer for offer in offers if offer.days is not None]
     if not timed:
-        smallest = min(offers, key=lambda offer: offer.answer.model.num_parameters())
+        smallest = min(offers, key=lambda offer: offer.report.model.num_parameters())
         return smallest._replace(reason="the smallest; how fast this card is, is not known")
     short = [offer for offer in timed if offer.days is not None and offer.days * 86_400 <= FIRST_RUN_S]
     if short:
         return _largest(short)._replace(reason="the largest that ends within about two hours")
     quickest = min(timed, key=lambda offer: offer.days or math.inf)
-    tokens = _tokens_within(quickest.answer, SHORTENED_S)
-    if tokens < _LEAST_TOKENS_PER_PARAMETER * quickest.answer.model.active_parameters():
+    tokens = _tokens_within(quickest.report, SHORTENED_S)
+    if tokens < _LEAST_TOKENS_PER_PARAMETER * quickest.report.model.active_parameters():
         return None
     return quickest._replace(reason="the quickest, on as many tokens as an hour allows", tokens=tokens)
 
@@ -155,7 +155,7 @@ def explain_too_little(reports: Sequence[FitReport], text: RunText) -> tuple[str
 
 def _largest(offers: Sequence[Advice]) -> Advice:
     """Return the largest by √(parameters · active parameters): a mixture's quality lies between the two sizes."""
-    return max(offers, key=lambda offer: offer.answer.model.num_parameters() * offer.answer.model.active_parameters())
+    return max(offers, key=lambda offer: offer.report.model.num_parameters() * offer.report.model.active_parameters())
 
 
 def _tokens_within(report: FitReport, seconds: float) -> int:

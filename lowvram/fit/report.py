@@ -39,16 +39,16 @@ class MemoryBudget(NamedTuple):
 class FitReport(NamedTuple):
     """The evaluation of one model on one card.
 
-    found: the plan that was searched.  host_bytes: what the process takes in host memory.  state_bytes: the size of one
-    checkpoint.  written_bytes_per_day: what saving writes.  disk_bytes: what must be free on the disk, for the kept
-    checkpoints and the tokens.  fits_headless: whether it fits with nothing else on the card.  lacks_host_bytes: how
-    much host memory is missing, 0 if it is not known.
+    search_result: the plan that was searched.  host_bytes: what the process takes in host memory.  state_bytes: the
+    size of one checkpoint.  written_bytes_per_day: what saving writes.  disk_bytes: what must be free on the disk, for
+    the kept checkpoints and the tokens.  fits_headless: whether it fits with nothing else on the card.
+    lacks_host_bytes: how much host memory is missing, 0 if it is not known.
     """
 
     name: str
     model: ModelConfig
     train: TrainConfig
-    found: SearchResult
+    search_result: SearchResult
     speed: Speed | None
     days: float | None
     kwh: float | None
@@ -62,7 +62,7 @@ class FitReport(NamedTuple):
     @property
     def fits(self) -> bool:
         """Say whether it fits into both the card's memory and the host's."""
-        return self.found.fits and self.fits_host
+        return self.search_result.fits and self.fits_host
 
     @property
     def fits_host(self) -> bool:
@@ -90,6 +90,16 @@ class FitReport(NamedTuple):
         pace = self.speed.tokens_per_second
         return self.kwh * pace / self.speed.high, self.kwh * pace / self.speed.low
 
+    def with_tokens(self, tokens: int) -> FitReport:
+        """Return the evaluation of the same run on another number of tokens, which changes no step of it."""
+        share = tokens / self.train.tokens
+        return self._replace(
+            train=self.train.model_copy(update={"tokens": tokens}),
+            days=None if self.days is None else self.days * share,
+            kwh=None if self.kwh is None else self.kwh * share,
+            disk_bytes=self.disk_bytes + (tokens - self.train.tokens) * _TOKEN_BYTES,
+        )
+
 
 def evaluate_fit(
     name: str,
@@ -99,11 +109,11 @@ def evaluate_fit(
     budget: MemoryBudget,
     exact: bool = False,
     options: RunOptions | None = None,
-    wish: PlanConstraints = ANY,
+    constraints: PlanConstraints = ANY,
 ) -> FitReport:
     """Search a model's plan on a card and return what it takes.
 
-    exact: as for `search`.  options: how often the run saves.  wish: the constraints on the plan, as for `search`.
+    exact, constraints: as for `search`.  options: how often the run saves.
     """
 
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
@@ -113,12 +123,12 @@ def evaluate_fit(
         return not lacking_bytes(ledger, budget)
 
     may_offload = None if budget.profile.unified else has_room
-    result = search(curve, budget.limit_bytes, seconds, exact, wish, may_offload)
+    result = search(curve, budget.limit_bytes, seconds, exact, constraints, may_offload)
     if exact and result.fits and budget.profile.platform == "cuda":
         result = spend_the_rest(result, curve, budget.limit_bytes, seconds)
     fits_headless = result.fits
     if not result.fits and result.peak_bytes <= budget.headless_bytes:
-        result = search(curve, budget.headless_bytes, seconds, exact, wish, may_offload)._replace(fits=False)
+        result = search(curve, budget.headless_bytes, seconds, exact, constraints, may_offload)._replace(fits=False)
         fits_headless = True
     ledger = result.rehearsal.ledger
     state = ledger.checkpoint_bytes

@@ -1,4 +1,4 @@
-"""Writes the run file that `fit --out` proposes: a preset's name and every value that differs from the preset."""
+"""Writes the run file that `fit --out` proposes (a preset and what differs from it), and tables for a further stage."""
 
 from __future__ import annotations
 
@@ -42,17 +42,36 @@ def write_run(
         for key, value in values.items():
             table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
         if name == "data" and has_gaps:
-            table.add(tomlkit.comment("valid may go: then nothing is held out"))
+            table.add(tomlkit.comment("the key valid can be left out: then nothing is held out for validation"))
         if values:
             written.append(name, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     DISK.write(path, tomlkit.dumps(written).encode())
 
 
+def tables_to_go_on(model: ModelConfig, run: Path) -> str:
+    """Return the beginning of a run file that trains the model of a run directory further: all but its own choices."""
+    import tomlkit
+
+    written = tomlkit.document()
+    table = tomlkit.table()
+    for key, value in model.model_dump(mode="json", exclude={"vocabulary"}, exclude_none=True).items():
+        inner = tomlkit.inline_table()
+        inner.update(value if isinstance(value, dict) else {})
+        table.append(key, inner if isinstance(value, dict) else value)
+    written.append("model", table)
+    for name, values in (
+        ("data", {"tokenizer": (run / "tokenizer").as_posix()}),
+        ("train", {"start_from": run.as_posix()}),
+    ):
+        written.append(name, tomlkit.item(values))
+    return tomlkit.dumps(written).strip()
+
+
 def refuse_overwriting(path: Path) -> None:
     """Raise ConfigError if a file with the run file's name exists already."""
     if path.exists():
-        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give --out another name, or delete it.")
+        raise ConfigError(f"{path} exists already.", "It is not overwritten.", "Give `out` another name, or delete it.")
 
 
 def _table_over(base: Table, whole: Table) -> Table:

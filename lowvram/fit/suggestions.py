@@ -211,7 +211,7 @@ def _rotation(model: ModelConfig, train: TrainConfig) -> _Recipe | None:
     window = max(1, model.ffn.experts // turns)
     rotation = Rotation(window=window, interval=min(_INTERVAL, max(1, train.steps // (2 * turns))), idle="int8")
     sets = (f"rotation.window={window}", f"rotation.interval={rotation.interval}", "rotation.idle=int8")
-    says = "experts that take turns, the others waiting in the computer's memory"
+    says = "rotation of experts, with the frozen ones in the computer's memory"
     return _Recipe(sets, says, QUALITY["rotation"], _with(train, rotation=rotation))
 
 

@@ -32,7 +32,7 @@ _RAISED_BY_EXPRESSIONS = (
 )
 
 
-_FIX = "Correct chat_template in tokenizer_config.json, or use --as base, which needs none."
+_FIX = "Correct chat_template in tokenizer_config.json, or let the model continue texts (`generate`), which needs none."
 _LONGEST_REASON = 300
 
 
@@ -235,7 +235,7 @@ def choose_template(tokenizer: Tokenizer, form: str | None = None) -> ChatTempla
         raise TokenizerError(
             "This model is to be used in dialogue, and its tokenizer has no chat template.",
             f"tokenizer_config.json in {tokenizer.directory} has no chat_template.",
-            "Add one, or use --as base, which needs none.",
+            "Add one, or let the model continue texts (`generate`), which needs none.",
         )
     return template
 

@@ -110,7 +110,7 @@ class Conversation:
         return PromptError(
             f"The system message has {overhead:,} tokens, and the context holds {max_context:,}.",
             "It leaves no room for a question.",
-            "Shorten it, or give more context with --context.",
+            "Shorten it, or give more context with `max_context`.",
         )
 
     def _count_overhead(self) -> int:
@@ -134,5 +134,5 @@ def _too_long(count: int, max_context: int) -> PromptTooLongError:
     return PromptTooLongError(
         f"The text has {count:,} tokens, {over:,} too many.",
         f"The context holds {max_context:,}, and the answer needs room in it too.",
-        "Shorten it, or let its newest part alone be read: --newest.",
+        "Shorten it, or let its newest part alone be read: `newest=True`.",
     )

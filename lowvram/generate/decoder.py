@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowvram.generate.graphs import Graphs
 from lowvram.model.decode import decode_one_token, read_out
-from lowvram.model.kv_cache import CacheForm, CacheSlot, KvCache
+from lowvram.model.kv_cache import CacheFormat, CacheSlot, KvCache
 from lowvram.model.linear import is_slow_in_half
 from lowvram.model.slot_attention import PerSlotAttention
 from lowvram.model.transformer import Transformer
@@ -36,7 +36,7 @@ class Decoder:
         max_context: int,
         slots: int = 1,
         dtype: torch.dtype | None = None,
-        cache: CacheForm = "plain",
+        cache: CacheFormat = "plain",
         chunk: int = 512,
         captures: bool = True,
     ) -> None:

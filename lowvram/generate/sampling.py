@@ -51,7 +51,7 @@ def sample(logit_V: Tensor, sampler: Sampler, seen: Tensor, index: int) -> int:
             f"The model's greatest logit is {value}.",
             "A next token cannot be drawn from numbers that are not finite: the weights are broken, or too large for "
             "the precision.",
-            "Try --precision bf16 or fp32; if that gives the same, go back to an earlier checkpoint.",
+            'Try `precision="bf16"` or fp32; if that gives the same, go back to an earlier checkpoint.',
         )
     if sampler.temperature == 0.0:
         return int(likeliest)

@@ -8,11 +8,9 @@ from collections.abc import Iterable
 from lowvram.errors import name_nearest
 
 _RUNS_ON = "lowvram trains on NVIDIA cards from RTX 20 on, on Apple chips from M1 on, and on processors."
-_WITHOUT_A_NAME = "Without a name, --memory 8GB works for any NVIDIA card."
+_WITHOUT_A_NAME = 'Without a name, `memory="8GB"` works for any NVIDIA card.'
 
 # What to use if a card is too old: one that is free of charge.
-# The least compute capability that torch's wheels for CUDA 12.8 and newer hold code for (RTX 20).
-LEAST_CAPABILITY = (7, 5)
 TAKE_ANOTHER = "choose another card: on Kaggle and Colab the T4"
 
 
@@ -23,11 +21,11 @@ def _say_too_old(capability: str, wheels: str = "only those for CUDA 12.6 have")
     all newer ones from 7.5 on.  Triton's README names 8.0 as the minimum; torch.compile refuses Triton below 7.0.
     """
     which = f"of torch's wheels {wheels}" if wheels else "none of torch's wheels has"
-    plain = " With them plain PyTorch would compute, far slower; nobody has tried it." if wheels else ""
+    plain = " With the CUDA 12.6 wheels plain PyTorch would compute, far slower; nobody has tried it." if wheels else ""
     return (
         f"It is too old for torch's wheels and for Triton: {which} code for its compute capability ({capability}), and "
-        f"lowvram's Triton kernels need 7.5.{plain}  {TAKE_ANOTHER[0].upper()}{TAKE_ANOTHER[1:]}; --gpu t4 shows what "
-        f"fits there. {_RUNS_ON}"
+        f"lowvram's Triton kernels need 7.5.{plain}  {TAKE_ANOTHER[0].upper()}{TAKE_ANOTHER[1:]}; "
+        f'`gpu="t4"` shows what fits there. {_RUNS_ON}'
     )
 
 
@@ -37,7 +35,7 @@ def explain_too_old(capability: tuple[int, int]) -> str:
     return _say_too_old(text) if capability >= (5, 0) else _say_too_old(text, wheels="")
 
 
-_PROCESSOR = "`--gpu cpu` shows what the processor can do."
+_PROCESSOR = '`gpu="cpu"` shows what the processor can do.'
 
 # The first pattern that matches a name decides; names are in lower case, with single blanks.
 _FAMILIES = (
@@ -53,7 +51,8 @@ _FAMILIES = (
     (
         r"\b(gtx|rtx|geforce)? ?16[356]0|\bmx ?[45]50\b",
         "A GTX 16 or MX450 has CUDA compute capability 7.5, as an RTX 20 has, but no tensor cores: it is far slower, "
-        "and nobody has tried it.  An RTX 20 of the same memory shows what fits: --gpu rtx2060-6gb --memory 6GB.",
+        "and nobody has tried it.  An RTX 20 of the same memory shows what fits: "
+        '`gpu="rtx2060-6gb"` with `memory="6GB"`.',
     ),
     (
         # Fermi and Kepler; the GTX 745 and 750 are Maxwell.
@@ -69,17 +68,17 @@ _FAMILIES = (
     ),
     (
         r"\b(?P<generation>m\d) ?ultra\b",
-        "Name the Max of that generation and the memory, such as --gpu {generation}-max --ram 192GB: what fits is "
-        "right, and an Ultra is up to twice as fast.",
+        'Name the Max of that generation and the memory, such as `gpu="{generation}-max"` with `ram="192GB"`: what '
+        "fits is right, and an Ultra is up to twice as fast.",
     ),
     (
         r"^(?=.)(apple ?)?(silicon|mac|macbook( pro| air)?|imac|mac (mini|studio|pro))?"
         r"( (20)?\d\d?(\.\d)? ?(inch|in|inç|gb)?)*$",
-        "Name the chip and the memory, such as --gpu m3-pro --ram 18GB.",
+        'Name the chip and the memory, such as `gpu="m3-pro"` with `ram="18GB"`.',
     ),
     (
         r"\b(quadro|titan rtx|rtx ?a\d{4}|rtx pro|rtx ?[2-8]000|a(?!100\b)\d{1,3}|l40s?|t\d{3,4}|gh?200|b[123]00)\b",
-        "It works where its compute capability is 7.5 or more.  Name its memory instead, such as --memory 16GB: what "
+        'It works where its compute capability is 7.5 or more.  Name its memory instead, such as `memory="16GB"`: what '
         "fits is then known, and its speed is not.",
     ),
 )

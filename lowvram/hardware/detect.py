@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import psutil
+from lowvram_kernels.capabilities import FIRST_IN_TORCH_WHEELS
 
 from lowvram.errors import ConfigError
-from lowvram.hardware.card_names import LEAST_CAPABILITY, explain_too_old
+from lowvram.hardware.card_names import explain_too_old
 from lowvram.hardware.profile import Profile, find_profile, generic_profile, load_profile
 from lowvram.units import show_bytes
 
@@ -260,7 +261,7 @@ def find_wheel(driver: Driver, capability: tuple[int, int] | None = None) -> tup
     """Return the CUDA version of the newest torch wheels that this driver and card can run, None if there are none."""
     # Within a major version a driver also runs programs for a newer minor one (NVIDIA, minor version compatibility).
     wheels = [cuda for cuda in _WHEELS if cuda[0] <= driver.cuda[0]]
-    if capability is not None and capability < LEAST_CAPABILITY:
+    if capability is not None and capability < FIRST_IN_TORCH_WHEELS:
         wheels = [cuda for cuda in wheels if cuda < _MODERN and capability >= (5, 0)]
     if capability is not None and capability >= (10, 0):
         wheels = [cuda for cuda in wheels if cuda >= _MODERN]
@@ -346,7 +347,7 @@ def describe_card(card: NvidiaCard) -> Detected:
     except ConfigError:
         profile = generic_profile(card.total_bytes, card.name, card.capability)
         note = "The catalogue does not know it, so its memory is known and its speed is not."
-        if card.capability < LEAST_CAPABILITY:
+        if card.capability < FIRST_IN_TORCH_WHEELS:
             note = explain_too_old(card.capability)
     return Detected(profile, card.free_bytes, f"{room} {note}".strip())
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lowvram_kernels.capabilities import features_of
+from lowvram_kernels.capabilities import FIRST_IN_TORCH_WHEELS, features_of
 
-from lowvram.hardware.card_names import LEAST_CAPABILITY, TAKE_ANOTHER
+from lowvram.hardware.card_names import TAKE_ANOTHER
 from lowvram.hardware.detect import TORCH, UPDATE_DRIVER, find_mismatch, find_wheel, install_command
 from lowvram.hardware.inspect import Facts
 from lowvram.units import show_bytes
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     @property
     def sentence(self) -> str:
         """The whole finding in one sentence."""
-        return f"{self.value}: {self.consequence}" + (f"; to mend it: {self.command}" if self.command else "") + "."
+        return f"{self.value}: {self.consequence}" + (f"; to repair it: {self.command}" if self.command else "") + "."
 
 
 def check_torch(facts: Facts) -> Finding | None:
@@ -96,7 +96,7 @@ def check_architecture(facts: Facts) -> Finding | None:
         return None
     name = f"capability {capability[0]}.{capability[1]}"
     has_code = not facts.says.architectures or any(_runs(code, capability) for code in facts.says.architectures)
-    if capability < LEAST_CAPABILITY:
+    if capability < FIRST_IN_TORCH_WHEELS:
         return _find_too_old(facts, f"this card has {name}", has_code)
     if has_code:
         return None

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from lowvram.config.model import ModelConfig
 
-CacheForm = Literal["plain", "e4m3"]
+CacheFormat = Literal["plain", "e4m3"]
 
 
 class KvCache:
     """Preallocated memory for `slots` sequences of up to `max_context` tokens; at most `chunk` tokens are read at once.
 
     GQA stores keys and values, two [B, G, M, K] per layer.  MLA stores its latents, [B, M, kv_lora_rank + rope_dim];
-    in the form "e4m3" it stores codes [B, M, C], one scale per 128 of them, and the rotated part in dtype.
+    in the format "e4m3" it stores codes [B, M, C], one scale per 128 of them, and the rotated part in dtype.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class KvCache:
         max_context: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        form: CacheForm = "plain",
+        format: CacheFormat = "plain",
         chunk: int = 512,
     ) -> None:
         self.dtype, self.slots, self.max_context = dtype, slots, max_context
         self.chunk = chunk = min(chunk, max_context)
-        self.form = form if config.attention.kind == "mla" else "plain"
+        self.format = format if config.attention.kind == "mla" else "plain"
         self.windows = [config.window_of(layer) for layer in range(config.layers)]
         self.window = next((window for window in self.windows if window is not None), None)
         # The number of places in a layer with a window.
@@ -54,7 +54,7 @@ class KvCache:
         self.layers: list[tuple[Tensor, ...]] = []
         for window in self.windows:
             places = max_context if window is None else self.short
-            kinds = _shapes(config, self.form, places, dtype)
+            kinds = _shapes(config, self.format, places, dtype)
             # Zeros, because unwritten memory may hold NaN, and an attention weight of zero does not cancel it.
             self.layers.append(tuple(torch.zeros(slots, *shape, dtype=kind, device=device) for shape, kind in kinds))
 
@@ -114,8 +114,8 @@ class KvCache:
         return torch.cat([e4m3.decode(code, torch.float32).mul_(spread).to(dtype), rope.to(dtype)], dim=-1)
 
     def parts_of_latent(self, new_TL: Tensor) -> tuple[Tensor, ...]:
-        """Return latents in the form in which they are stored, one tensor for each tensor of a layer."""
-        if self.form == "plain":
+        """Return latents in the format in which they are stored, one tensor for each tensor of a layer."""
+        if self.format == "plain":
             return (new_TL,)
         rank = self.layers[0][0].shape[-1]
         return (*encode_latent(new_TL[..., :rank]), new_TL[..., rank:])
@@ -156,13 +156,13 @@ class CacheSlot:
 
 
 def _shapes(
-    config: ModelConfig, form: CacheForm, places: int, dtype: torch.dtype
+    config: ModelConfig, format: CacheFormat, places: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     attention = config.attention
     if attention.kind == "gqa":
         return [((attention.kv_heads, places, attention.head_dim), dtype)] * 2
     rank, rotated = attention.kv_lora_rank, attention.rope_dim
-    if form == "plain":
+    if format == "plain":
         return [((places, rank + rotated), dtype)]
     scales = -(-rank // BLOCK)
     return [((places, rank), torch.uint8), ((places, scales), torch.float32), ((places, rotated), dtype)]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lowvram.config.plan import Plan
+from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
 from lowvram.train.oom import free_memory, is_out_of_memory
 from lowvram.train.step import discard, loss_for
@@ -31,7 +32,7 @@ class _Timing(NamedTuple):
     peak_bytes: int
 
 
-def settle_compilation(
+def autotune_compilation(
     trainer: Trainer, asked: bool | None, is_new: bool, limit_bytes: int | None = None
 ) -> Iterator[str]:
     """Decide on `trainer.plan.compile` before the run begins; yields what is being done, and the reason for the result.
@@ -50,7 +51,7 @@ def settle_compilation(
     elif is_new and trainer.state.model.embedding.device.type == "cuda":
         if trainer.config.train.update_during_backward:
             # A trial must not change weights, and without updates it would hold gradients that this run never holds.
-            yield "Blocks are not compiled where weights move during backward; --compile on compiles without a trial."
+            yield "Blocks are not compiled where weights move during backward; `compile=True` compiles without a trial."
             return
         yield "Measuring whether compiled blocks are faster; compiling takes a minute or so the first time."
         trainer.plan, reason = try_compilation(trainer, limit_bytes)
@@ -86,7 +87,15 @@ def try_compilation(trainer: Trainer, limit_bytes: int | None = None) -> tuple[P
     return both, f"Compiled blocks are {gain:.2f} times as fast: {times}."
 
 
-def settle_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
+def refuse_cuda_graphs(device: torch.device, train: TrainConfig) -> None:
+    """Raise MachineError where a run cannot replay its passes from CUDA graphs."""
+    if device.type == "cuda" and not train.update_during_backward:
+        return
+    why = "They need a CUDA card." if device.type != "cuda" else "Weights that move during backward need Python."
+    raise MachineError("This run cannot use CUDA graphs.", why, "Leave `graphs` out.")
+
+
+def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | None = None) -> Iterator[str]:
     """Let the trainer replay its passes from a CUDA graph where that is faster and fits; yields the reason.
 
     This needs CUDA, and is not possible where weights move during backward.  asked: True uses the graph even without a
@@ -95,12 +104,9 @@ def settle_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | 
     device, kind = trainer.state.model.embedding.device, "CUDA graphs"
     if asked is False:
         return
+    if asked:
+        refuse_cuda_graphs(device, trainer.config.train)
     if device.type != "cuda" or trainer.config.train.update_during_backward:
-        if asked:
-            why = (
-                "They need a CUDA card." if device.type != "cuda" else "Weights that move during backward need Python."
-            )
-            raise MachineError(f"This run cannot use {kind}.", why, "Leave out --graphs on.")
         return
     eager, problem = _measure(trainer, trainer.plan), ""
     free_memory(device)
@@ -124,7 +130,7 @@ def settle_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int | 
     trainer.captured_pass = None
     free_memory(device)
     if asked:
-        raise MachineError(f"This run cannot use {kind}.", problem[0].upper() + problem[1:], "Leave out --graphs on.")
+        raise MachineError(f"This run cannot use {kind}.", problem[0].upper() + problem[1:], "Leave `graphs` out.")
     yield f"Passes are not replayed from {kind}: {problem}"
 
 

@@ -38,7 +38,7 @@ def compiled(model: Transformer) -> Iterator[None]:
         raise MachineError(
             "The model's blocks could not be compiled.",
             f"torch.compile says: {_first_line(error)}",
-            "Type the same command with --compile off: the run learns the same.",
+            "Start the run again with `compile=False`: it learns the same.",
         ) from error
     finally:
         model.is_compiled = False

@@ -93,7 +93,7 @@ def free_memory(device: torch.device) -> None:
 
 def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> MemoryRanOutError:
     """Return the error of a step that does not fit even with one sequence at a time; it says what would make it fit."""
-    same_run = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
+    same_run = "" if plan.recompute == "block" else 'Start the run again with `recompute="block"`, or '
     fix = f"{same_run}{_suggest_run(train)}"
     return MemoryRanOutError(
         f"Memory ran out in step {step + 1}, with one sequence at a time.",
@@ -111,7 +111,7 @@ def explain_out_of_memory_in_backward(
     """
     recovery = "and nothing was saved yet" if saved is None else f"so the checkpoint of step {saved} is loaded again"
     moved = f"Some weights had moved and others not, {recovery}."
-    again = "" if plan.recompute == "block" else "Type the same command with --recompute block, or "
+    again = "" if plan.recompute == "block" else 'Start the run again with `recompute="block"`, or '
     smaller = f"a smaller train.batch_tokens (now {train.batch_tokens}), which is one micro-batch here, or with "
     fix = f"{again}begin a new run.dir with {smaller}train.update_during_backward = false."
     return MemoryRanOutError(
@@ -126,7 +126,7 @@ def explain_out_of_memory_in_validation(step: int) -> TrainingError:
     return TrainingError(
         f"Memory ran out after step {step}, while the model was validated or wrote its samples.",
         "Nothing is lost: what was learnt is saved.",
-        "Close what else uses the memory or give a smaller --micro-batch, and type the same command again.",
+        "Close what else uses the memory or choose a smaller `micro_batch`, and start the run again.",
     )
 
 
@@ -171,7 +171,7 @@ def looks_spilled(tokens_per_second: float, expected: float) -> str | None:
         return None
     return (
         f"Only {show_count(tokens_per_second)} tokens/s where {show_count(expected)} were expected: the card's memory "
-        "may be spilling into the computer's.  Close what else uses the card, or lower --micro-batch."
+        "may be spilling into the computer's.  Close what else uses the card, or lower `micro_batch`."
     )
 
 

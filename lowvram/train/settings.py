@@ -1,4 +1,4 @@
-"""Everything that is settled before the first step of a run, as one frozen value; decides nothing itself."""
+"""Everything that is chosen before the first step of a run, as one frozen value; decides nothing itself."""
 
 from __future__ import annotations
 

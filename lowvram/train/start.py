@@ -28,8 +28,6 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # The settings that may differ when a run resumes: paths (train.start_from is not needed any more), what is saved and
 # reported, and how long the run goes on.
 _FREE = ("run.", "data.", "train.tokens", "train.start_from")
-# pydantic's error types for a key, a kind or a choice that this version does not know.
-_UNKNOWN_TO_US = ("extra_forbidden", "union_tag_invalid", "literal_error")
 # A network or USB drive may be unavailable for a moment.
 _RETRY_AFTER_S = 2.0
 
@@ -153,7 +151,7 @@ def refuse_other_model(config: RunConfig, hashes: dict[str, str], origin: Checkp
         )
 
 
-class Settled(NamedTuple):
+class ResolvedPlan(NamedTuple):
     """A plan and the reason for it.  is_kept: it is the run's plan so far, except for what the user requested."""
 
     plan: Plan
@@ -161,14 +159,14 @@ class Settled(NamedTuple):
     is_kept: bool
 
 
-def settle_plan(
+def resolve_plan(
     directory: Path,
     train: TrainConfig,
     micro_batch: int | None = None,
     recompute: Recompute | None = None,
     compiled: bool | None = None,
     choose: Callable[[int | None, Recompute | None], tuple[Plan, str]] | None = None,
-) -> Settled:
+) -> ResolvedPlan:
     """Return the run's plan: its existing one or a new one, changed by the requested values (those that are not None).
 
     choose: makes the plan of a new run for the requested micro-batch and recomputation (default: `choose_plan`).
@@ -188,7 +186,7 @@ def settle_plan(
     if kept is None and is_torn:
         reason += f"; {_PLAN} cannot be read, so it is chosen anew"
     plan = plan.model_copy(update={name: value for name, value in requested.items() if value is not None})
-    return Settled(plan, reason, kept is not None)
+    return ResolvedPlan(plan, reason, kept is not None)
 
 
 def _plan_so_far(directory: Path, train: TrainConfig) -> tuple[Plan | None, bool]:

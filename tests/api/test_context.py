@@ -103,7 +103,7 @@ def test_latents_in_8_bits_leave_room_for_a_longer_text(monkeypatch: pytest.Monk
     assert module._needed(loaded, 1, low, "e4m3") <= limit
 
 
-@pytest.mark.parametrize("asked, room, advice", [(5000, 1000, "Give --context "), (64, 1, "End what else runs")])
+@pytest.mark.parametrize("asked, room, advice", [(5000, 1000, "Give `max_context="), (64, 1, "End what else runs")])
 def test_what_does_not_fit_says_what_would(asked: int, room: int, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = loaded_of("gqa-rope")
     with_room(monkeypatch, module._needed(loaded, 2, room) if room > 1 else 16)

@@ -51,7 +51,7 @@ def test_a_run_file_is_judged_as_the_command_judges_it(home: Path, capsys: pytes
     found = fit(home / "run.toml", overrides={"optimizer.bits": 8}, micro_batch=2, **NAMED)  # type: ignore[arg-type]
     words = ("--set", "optimizer.bits=8", "--micro-batch", 2, *NAMED_WORDS)
     assert json.loads(json.dumps(found.as_dict())) == of_command(home / "run.toml", *words)
-    assert found.models[0].found.plan.micro_batch == 2
+    assert found.models[0].search_result.plan.micro_batch == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -61,7 +61,7 @@ def test_what_is_recommended_is_written_as_the_command_writes_it(tmp_path: Path)
     assert typed("fit", *NAMED_WORDS, "--out", tmp_path / "command.toml").code == 0
     assert path.read_bytes() == (tmp_path / "command.toml").read_bytes()
     assert found.recommended is not None
-    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"]["preset"] == found.recommended.answer.name
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["model"]["preset"] == found.recommended.report.name
     with pytest.raises(ConfigError, match="exists"):
         write_run_file(found, path)
 
@@ -71,11 +71,20 @@ def test_what_is_recommended_is_written_as_the_command_writes_it(tmp_path: Path)
     [
         ({"gpu": "rtx9999"}, "rtx9999"),
         ({"preset": "tr-9b"}, "tr-9b"),
-        ({"memory": "much"}, "memory is 'much'"),
-        ({"gpu": "rtx5070", "desktop": "abc"}, "desktop is 'abc'"),
-        ({"overrides": ["layers=2"]}, "--set changes one run"),
-        ({"gpu": "rtx5070", "measure": True}, "--measure times this machine"),
+        ({"memory": "much"}, "`memory` is 'much'"),
+        ({"gpu": "rtx5070", "desktop": "abc"}, "`desktop` is 'abc'"),
+        ({"overrides": ["layers=2"]}, r"\(`overrides`\) of one run"),
+        ({"gpu": "rtx5070", "measure": True}, "`measure` times this machine"),
         ({"data": "nowhere"}, "nowhere"),
+        ({"run": 1}, r"`run` is 1\. That is of type int\. Give a text \(str\) or a Path\."),
+        ({"gpu": 4060}, r"`gpu` is 4060\."),
+        ({"memory": True}, r"`memory` is True\."),
+        ({"ram": -1}, r"`ram` is -1\."),
+        ({"days": "21"}, r"`days` is '21'\."),
+        ({"preset": "tr-25m", "micro_batch": 0}, r"`micro_batch` is 0\."),
+        ({"preset": "tr-25m", "recompute": "all"}, r"`recompute` is 'all'\. Known: none, attention, block\."),
+        ({"preset": "tr-25m", "overrides": "layers=2"}, r"`overrides` is 'layers=2'\."),
+        ({"preset": "tr-25m", "overrides": [2]}, r"`overrides` is 2\."),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
@@ -91,6 +100,7 @@ def test_evaluation_finds_what_the_command_finds(home: Path, capsys: pytest.Capt
     found = evaluate(home / "run", device="cpu")
     assert found.as_dict() == json.loads(typed("evaluate", home / "run", "--device", "cpu", "--json").out)
     assert found.bits_per_byte > 0
+    assert any("tokens of held-out text are few" in notice.text for notice in found.notices)
     assert (found.step, found.seq_len, found.bigrams_of) == (6, 32, str(home / "shards/train"))
     part = evaluate(home / "run", data=home / "shards/train", tokens=100, precision="bf16", device="cpu", progress=True)
     words = ("--data", home / "shards/train", "--tokens", 100, "--precision", "bf16", "--device", "cpu", "--json")

@@ -15,7 +15,8 @@ import lowvram.api
 from lowvram.api.progress import with_bar, with_step_bar
 from lowvram.api.tasks import Notice, Progress, Task, count_progress, finish
 from lowvram.cli.tasks import run_task
-from tests.flows.typed import environment, fill_home
+from tests.flows.typed import environment
+from tests.tiny import write_texts
 
 PAGE = Path(__file__).parents[2] / "docs/python.md"
 
@@ -42,9 +43,10 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    fill_home(tmp_path)
+    (tmp_path / "texts").mkdir()
+    write_texts(tmp_path / "texts")
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, object] = {}
     exec("\n".join(blocks), names)
     run = names["run"]

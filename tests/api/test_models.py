@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.api import LowvramError, Model, load
+from lowvram.api import LowvramError, Model, evaluate, load, train
 from lowvram.errors import CheckpointError, ConfigError, PromptError, PromptTooLongError, TokenizerError
 from tests.flows.typed import fill_home, typed
 
@@ -69,13 +69,15 @@ def test_what_is_wrong_is_an_error_in_three_parts_and_nothing_is_printed(
 ) -> None:
     with pytest.raises(ConfigError, match=r"There is no temprature\. .*temperature"):
         model.generate("Kış", temprature=1.0)
+    with pytest.raises(ConfigError, match=r"There is no zzz\. Known: .*max_tokens, .*newest, .*stream, "):
+        model.generate("Kış", zzz=1.0)
     with pytest.raises(ConfigError, match=r"top_p is 7: .*less than or equal to 1"):
         model.generate("Kış", top_p=7)
     with pytest.raises(PromptTooLongError, match="The context holds 32"):
         model.generate("uzun " * 50)
     with pytest.raises(PromptError, match="The last message is not the user's"):
         model.chat([{"role": "assistant", "content": "Merhaba"}])
-    with pytest.raises(ConfigError, match=r"precision is 'zz'\. There are fp8, int8, bf16, fp32\."):
+    with pytest.raises(ConfigError, match=r"`precision` is 'zz'\. Known: fp8, int8, bf16, fp32\."):
         load(home / "run", precision="zz", device="cpu")
     with pytest.raises(ConfigError, match="Only MLA"):
         load(home / "run", device="cpu", cache="fp8")
@@ -84,6 +86,53 @@ def test_what_is_wrong_is_an_error_in_three_parts_and_nothing_is_printed(
     with pytest.raises(LowvramError):
         load(home / "run", device="tpu")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "method, given, says",
+    [
+        ("generate", (123,), "`prompt` is 123. That is of type int. Give a text (str)."),
+        ("generate", (None,), "`prompt` is None. It may not be left out. Give a text (str)."),
+        ("generate", ("Kış", {"max_tokens": "9"}), "`max_tokens` is '9'."),
+        ("generate", ("Kış", {"max_tokens": 0}), "`max_tokens` is 0."),
+        ("generate", ("Kış", {"stream": 1}), "`stream` is 1."),
+        ("chat", (123,), "`messages` is 123."),
+        ("chat", (["Merhaba"],), "Turn 0 of `messages` has no text as role and as content."),
+        ("chat", ([{"role": "user", "content": 3}],), "Turn 0 of `messages`"),
+        ("chat", ("Merhaba", {"system": 3}), "`system` is 3."),
+        ("export", (3,), "`out` is 3."),
+        ("export", ("out", {"to": "onnx"}), "`to` is onnx. Known: hf, fp8, gguf."),
+        ("export", ("out", {"language": None}), "`language` is None."),
+        ("export", ("out", {"license": 3}), "`license` is 3."),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_its_name(
+    model: Model, method: str, given: tuple[object, ...], says: str
+) -> None:
+    words, named = [word for word in given if not isinstance(word, dict)], given[-1]
+    with pytest.raises(LowvramError) as refused:
+        getattr(model, method)(*words, **(named if isinstance(named, dict) else {}))
+    assert says in str(refused.value)
+    assert refused.value.fix
+
+
+def test_a_model_and_an_evaluation_are_asked_for_by_a_path(home: Path) -> None:
+    for ask in (load, evaluate, train):
+        with pytest.raises(ConfigError, match=r"is 123\. That is of type int\. Give a text \(str\) or a Path"):
+            ask(123)  # type: ignore[operator]
+    with pytest.raises(ConfigError, match=r"`cache` is 'fp4'\. Known: plain, fp8\."):
+        load(home / "run", device="cpu", cache="fp4")
+    with pytest.raises(ConfigError, match=r"`max_context` is 0\."):
+        load(home / "run", device="cpu", max_context=0)
+    with pytest.raises(ConfigError, match=r"`compile` is 'on'\. That is of type str\. Give True or False\."):
+        train(home / "run.toml", device="cpu", compile="on")
+    with pytest.raises(ConfigError, match=r"`tokens` is 0\."):
+        evaluate(home / "run", device="cpu", tokens=0)
+
+
+def test_only_the_newest_part_of_a_prompt_is_read_on_request(model: Model) -> None:
+    assert model.generate("uzun " * 50, max_tokens=2, newest=True, temperature=0)
+    assert model.counts.read < 32
 
 
 def test_a_model_is_exported_as_the_command_exports_it_and_read_back(
@@ -99,7 +148,7 @@ def test_a_model_is_exported_as_the_command_exports_it_and_read_back(
     assert outside.generate("Kış", max_tokens=12, **SAMPLING) == model.generate("Kış", max_tokens=12, **SAMPLING)
     with pytest.raises(CheckpointError, match="exists already"):
         model.export(out)
-    with pytest.raises(ConfigError, match="--dtype q8_0 does not go with --to hf"):
+    with pytest.raises(ConfigError, match='`dtype="q8_0"` does not go with `to="hf"`'):
         model.export(tmp_path / "other", dtype="q8_0")
     with pytest.raises(CheckpointError):
         outside.export(tmp_path / "again")

@@ -53,10 +53,10 @@ def test_a_new_run_begins_with_the_plan_that_fits_and_keeps_it(home: Path) -> No
     data = "train = 'shards/train'\nvalid = 'shards/valid'\ntokenizer = 'tok'\n"
     train = "tokens = 1024\nseq_len = 32\nbatch_tokens = 256\nprecision = 'fp32'\n"
     run_file.write_text(f"[model]\n{model}[data]\n{data}[train]\n{train}[run]\ndir = 'new'\nprompts = []\n")
-    answer = typed("train", run_file, "--device", "cpu")
-    assert answer.code == 0, answer.err
+    report = typed("train", run_file, "--device", "cpu")
+    assert report.code == 0, report.err
     kept = Plan.model_validate_json((home / "new/plan.json").read_bytes())
-    assert f"Plan: {kept.micro_batch} sequence" in answer.err
+    assert f"Plan: {kept.micro_batch} sequence" in report.err
     assert kept.micro_batch * kept.accumulate == 8
     assert not kept.compile, "on a processor runs stay reproducible"
 
@@ -67,18 +67,18 @@ def test_less_room_makes_the_plan_smaller_and_none_at_all_is_an_error_with_a_way
     fixed = load_profile("cpu").host_process_bytes
     stand_on(monkeypatch, fixed + 2**29)
     roomy = PlanMonitor(what, CPU).rehearse_fit()
-    stand_on(monkeypatch, fixed + int(roomy.found.peak_bytes * 0.9))
+    stand_on(monkeypatch, fixed + int(roomy.search_result.peak_bytes * 0.9))
     tight = PlanMonitor(what, CPU).rehearse_fit()
-    assert roomy.found.fits
-    assert tight.found.fits
-    assert tight.found.peak_bytes < 0.9 * roomy.found.peak_bytes
-    assert tight.found.plan != roomy.found.plan
-    assert PlanMonitor(what, CPU).choose() == (tight.found.plan, tight.found.reason)
+    assert roomy.search_result.fits
+    assert tight.search_result.fits
+    assert tight.search_result.peak_bytes < 0.9 * roomy.search_result.peak_bytes
+    assert tight.search_result.plan != roomy.search_result.plan
+    assert PlanMonitor(what, CPU).choose() == (tight.search_result.plan, tight.search_result.reason)
     stand_on(monkeypatch, fixed + 1_000)
     with pytest.raises(MachineError, match="does not fit") as refused:
         PlanMonitor(what, CPU).choose()
     assert "lowvram fit" in str(refused.value)
-    assert "--micro-batch 1" in str(refused.value)
+    assert '`micro_batch=1` with `recompute="block"`' in str(refused.value)
 
 
 def test_the_processor_is_judged_where_it_was_asked_for_whatever_card_there_is(
@@ -168,11 +168,11 @@ def test_the_pace_after_the_first_steps_is_held_against_the_speed(
 def test_a_card_without_figures_promises_no_speed(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_on_card(monkeypatch, "AMD Radeon RX 7900 XT", 20, 19 * 2**30)
     monitor = PlanMonitor(what, torch.device("cuda", 0))
-    answer = monitor.rehearse_fit()
+    report = monitor.rehearse_fit()
     assert monitor.budget.profile.name == "AMD Radeon RX 7900 XT", "and not the processor, which NVML leaves"
-    assert answer.found.fits
-    assert answer.speed is None
-    assert answer.days is None
+    assert report.search_result.fits
+    assert report.speed is None
+    assert report.days is None
 
 
 def test_on_a_processor_nothing_is_capped_and_nothing_compared(what: RunConfig) -> None:
@@ -198,14 +198,14 @@ def test_on_windows_attention_is_that_of_a_torch_without_flash(monkeypatch: pyte
 
 def test_what_was_asked_for_is_planned_as_fit_would(what: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = load_profile("cpu").host_process_bytes
-    plain = PlanMonitor(what, CPU).rehearse_fit(PlanConstraints(2, "none")).found.peak_bytes
+    plain = PlanMonitor(what, CPU).rehearse_fit(PlanConstraints(2, "none")).search_result.peak_bytes
     stand_on(monkeypatch, fixed + int(plain * 1.06 / 0.94))
     monitor = PlanMonitor(what, CPU)
-    for wish in (PlanConstraints(2), PlanConstraints(None, "block"), PlanConstraints(2, "block")):
-        found = monitor.rehearse_fit(wish).found
-        assert monitor.choose(*wish) == (found.plan, "you asked for it")
-        assert wish.micro_batch in (None, found.plan.micro_batch)
-        assert wish.recompute in (None, found.plan.recompute)
+    for constraints in (PlanConstraints(2), PlanConstraints(None, "block"), PlanConstraints(2, "block")):
+        found = monitor.rehearse_fit(constraints).search_result
+        assert monitor.choose(*constraints) == (found.plan, "you asked for it")
+        assert constraints.micro_batch in (None, found.plan.micro_batch)
+        assert constraints.recompute in (None, found.plan.recompute)
     plan, reason = monitor.choose(8, "none")
     assert (plan.micro_batch, plan.recompute) == (8, "none")
     assert "not expected to fit" in reason

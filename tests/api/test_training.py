@@ -141,7 +141,7 @@ def test_what_cannot_be_meant_is_an_error_in_three_parts_and_nothing_is_printed(
 
 
 def test_a_start_that_fails_gives_the_directory_back(home: Path) -> None:
-    with pytest.raises(ConfigError, match="--micro-batch is 3"):
+    with pytest.raises(ConfigError, match="`micro_batch` is 3"):
         train(home / "run.toml", overrides={"run.dir": home / "back"}, device="cpu", micro_batch=3)
     begin(home, "back").close()
 

@@ -35,11 +35,13 @@ def next_of(text: str) -> list[list[str]]:
 def test_each_command_names_the_next_one_so_that_a_shell_takes_it(ends: tuple[Path, dict[str, Output]]) -> None:
     home, told = ends
     run = str(home / "run")
+    training = ["train", str(home / "run.toml"), "--device", "cpu", "--set", "optimizer.lr=5e-3"]
     for name in ("train", "again"):
         assert next_of(told[name].err) == [
-            ["chat", run],
-            ["evaluate", run],
+            ["chat", run, "--device", "cpu"],
+            ["evaluate", run, "--device", "cpu"],
             ["export", run, "--to", "hf", "--out", f"{run}-hf"],
+            [*training, "--set", "train.tokens=3072"],
         ]
         assert told[name].out == ""
     assert next_of(told["evaluate"].out) == [["chat", run]]
@@ -53,9 +55,16 @@ def test_a_finished_run_and_evaluate_say_whether_it_beats_bigrams(ends: tuple[Pa
     sentences = [re.findall(r"The model .*", text) for text in (told["train"].err, told["evaluate"].out)]
     assert sentences[0] == sentences[1]
     assert re.fullmatch(r"The model .* a table of bigrams \(.*\): it has not learnt yet .*", *sentences[0])
-    assert "--set tokens=3072" in told["train"].err
     # Nothing was validated again, so there is nothing to compare.
     assert "bigrams" not in told["again"].err
+
+
+def test_a_run_that_is_typed_again_after_its_end_says_that_it_has_ended(ends: tuple[Path, dict[str, Output]]) -> None:
+    _, told = ends
+    says = "This run was finished before: all of its tokens were seen by step 6."
+    assert says in told["again"].err
+    assert says not in told["train"].err
+    assert "Going on from" not in told["again"].err
 
 
 def test_a_run_that_is_stopped_names_the_command_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +83,7 @@ def test_without_held_out_text_the_end_says_what_is_not_known(tmp_path: Path) ->
     (tmp_path / "run.toml").write_text(run_file.replace("tokens = 1536", "tokens = 256"), encoding="utf-8")
     answer = typed("train", tmp_path / "run.toml", "--device", "cpu")
     assert "Nothing was held out (data.valid)" in answer.err
-    assert [words[0] for words in next_of(answer.err)] == ["chat", "export"]
+    assert [words[0] for words in next_of(answer.err)] == ["chat", "export", "train"]
 
 
 def test_ctrl_c_while_bigrams_are_counted_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,10 @@ def test_a_wrong_kind_of_value_is_answered_without_the_validators_words(
         ),
         ("train run.toml --learning-rate 3e-4", "--set train.optimizer.lr=VALUE` sets."),
         ("train run.toml --tokens 3", "--set train.tokens=VALUE` sets."),
-        ("train run.toml --gpu 1", "there is no option --gpu. It is called --device here."),
+        (
+            "train run.toml --gpu 1",
+            "there is no option --gpu. This command computes on this machine's own card, and --device",
+        ),
         ("fit --device cuda", "there is no option --device. It is called --gpu here."),
         ("tokenizer train x --gpu 1", "`lowvram fit --gpu CARD` and `lowvram train --device` take it."),
         ("tokenizer train x --vocab-size 16000", "there is no option --vocab-size. It is called --vocab here."),

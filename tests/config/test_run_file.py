@@ -15,7 +15,7 @@ from lowvram.config.run import RunConfig
 from lowvram.config.run_file import from_portable, load_preset, load_run, overlay, preset_names, to_portable
 from lowvram.config.train import AdamW, WarmupStableDecay
 from lowvram.errors import ConfigError
-from lowvram.fit.run_file_writer import write_run
+from lowvram.fit.run_file_writer import tables_to_go_on, write_run
 
 RUN = """\
 [model]
@@ -169,11 +169,29 @@ def test_set_reaches_any_value_with_or_without_its_section(tmp_path: Path, assig
     assert found(load(tmp_path, RUN, assignment))
 
 
+def test_an_assignment_that_is_wrong_is_blamed_and_not_the_file(tmp_path: Path) -> None:
+    for assignment, says in (
+        ("tokens=abc", "'abc' is not a count"),
+        ("optimizer.lr=abc", "train.optimizer.lr is 'abc'"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load(tmp_path, RUN, assignment)
+        assert str(refused.value).startswith(f'`overrides=["{assignment}"]`: {says}')
+        with pytest.raises(ConfigError) as refused:
+            load_preset("tr-25m", [assignment])
+        assert str(refused.value).startswith(f'`overrides=["{assignment}"]`: {says}')
+    with pytest.raises(ConfigError, match=r"`: train\.seq_len is 'x'.*run\.toml: train\.optimizer\.lr is 'y'") as both:
+        load(tmp_path, RUN.replace("[train]", "[train]\noptimizer = { lr = 'y' }"), "seq_len=x")
+    assert str(both.value).startswith('`overrides=["seq_len=x"]`')
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [
         ('"tr-60m"', '"tr-60"', r'model.preset is "tr-60".*Did you mean.*tr-60m'),
         ("[train]", "[trian]", r"no key trian. Did you mean train"),
+        ("[run]", "[runn]", r"\.toml: there is no key runn\. Did you mean run\?$"),
+        ("[run]\n", "[runn]\nx = 1\n[rum]\n", r"there is no key runn\. Did you mean run\? There is no key rum\. "),
         ("tokens =", "token =", r"no key train.token. Did you mean.*tokens"),
         ('"1.2e9"', '"lots"', r"'lots' is not a count"),
         ('"1.2e9"', "0", r"train.tokens is 0"),
@@ -308,9 +326,26 @@ def test_a_written_run_file_is_toml_and_learns_what_was_weighed(
         assert "train" not in tables
 
 
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_tables_that_train_an_imported_model_further_describe_that_model(tmp_path: Path, preset: str) -> None:
+    model, _ = load_preset(preset)
+    text = tables_to_go_on(model, Path("runs/base"))
+    assert "vocabulary" not in text
+    own = {"data": 'train = "shards"', "train": "tokens = 1_000_000"}
+    for table, value in own.items():
+        text = text.replace(f"[{table}]", f"[{table}]\n{value}")
+    (tmp_path / "run.toml").write_text(f'{text}\n[run]\ndir = "run"\n', encoding="utf-8")
+    what = load_run(tmp_path / "run.toml", [], lambda _: model.vocabulary)
+    assert what.model == model
+    assert what.train.start_from == tmp_path / "runs/base"
+    assert what.data.tokenizer == tmp_path / "runs/base/tokenizer"
+
+
 def test_a_run_file_with_gaps_names_them_and_keeps_its_comment(tmp_path: Path) -> None:
     write_run(tmp_path / "run.toml", "tr-60m", *load_preset("tr-60m"), None)
-    assert "# valid may go: then nothing is held out" in (tmp_path / "run.toml").read_text(encoding="utf-8")
+    assert "# the key valid can be left out: then nothing is held out" in (tmp_path / "run.toml").read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match=r"leaves data\.train, data\.valid, data\.tokenizer open"):
         load_run(tmp_path / "run.toml", [], lambda _: 1)
     with pytest.raises(ConfigError, match="exists already"):

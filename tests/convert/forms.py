@@ -37,7 +37,7 @@ VOCABULARY = 422
 FORMS = {name: (config.model_copy(update={"vocabulary": VOCABULARY}), kind) for name, (config, kind) in _ALL.items()}
 
 REFUSED: dict[str, tuple[ModelConfig, str]] = {
-    "alibi": (VARIANTS["gqa-alibi"], "--to gguf"),
+    "alibi": (VARIANTS["gqa-alibi"], '`to="gguf"`'),
     "alibi-window": (VARIANTS["gqa-alibi-window"], "opens in lowvram only"),
     "mla-window": (VARIANTS["mla-window"], "window.size is 7"),
     "mla-eps": (VARIANTS["mla-rope"].model_copy(update={"norm_eps": 1e-5}), "norm_eps is 1e-05"),

@@ -9,14 +9,20 @@ import torch
 from lowvram_kernels.quant.quantise import QuantTensor, dequantise
 from safetensors.torch import load_file, save_file
 
+from lowvram.api.tasks import count_progress, finish
 from lowvram.config.run_file import from_portable
-from lowvram.convert.hf.importer import import_weights
-from lowvram.convert.hf.reader import open_hf
+from lowvram.convert.hf.importer import import_each_tensor
+from lowvram.convert.hf.reader import HfReader, open_hf
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError
-from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from tests.convert.forms import FORMS, blocky
 from tests.convert.sources import written
+
+
+def import_weights(outside: HfReader, tokenizer: Tokenizer, run: Path) -> Checkpoint:
+    """Import a model, and return the checkpoint that it became."""
+    return finish(count_progress(import_each_tensor(outside, tokenizer, run), "Reading"))[0]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -96,9 +102,8 @@ def test_a_tokenizer_of_another_size_is_refused_and_nothing_is_written(
 def test_progress_ends_with_all_tensors(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, out = written(FORMS["gqa-rope"][0], small_tokenizer, tmp_path / "out")
     outside = open_hf(out)
-    told: list[tuple[int, int]] = []
-    import_weights(outside, small_tokenizer, tmp_path / "run", lambda done, total: told.append((done, total)))
-    assert told[-1] == (len(outside.names()), len(outside.names()))
+    told = list(import_each_tensor(outside, small_tokenizer, tmp_path / "run"))
+    assert told == [(done, len(outside.names())) for done in range(1, len(outside.names()) + 1)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

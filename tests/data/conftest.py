@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -12,6 +14,18 @@ from lowvram.data.shards import ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer
 
 PART_BYTES = 1_000
+Step = TypeVar("Step")
+Result = TypeVar("Result")
+
+
+def follow(work: Generator[Step, None, Result]) -> tuple[Result, list[Step]]:
+    """Run work to its end; return its result and what it yielded."""
+    steps: list[Step] = []
+    while True:
+        try:
+            steps.append(next(work))
+        except StopIteration as end:
+            return end.value, steps
 
 
 @pytest.fixture

@@ -13,16 +13,22 @@ import numpy as np
 import pytest
 
 from lowvram.data.holdout import Holdout, show_share
-from lowvram.data.shards import PackProgress, ShardSet, pack, pack_split
+from lowvram.data.shards import ShardSet, pack, pack_each_shard
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import DataError
+from tests.data.conftest import follow
 
 SHARE = 0.3
 
 
 def split(paths: list[Path], tokenizer: Tokenizer, out: Path, share: float = SHARE, **wishes) -> list[set[str]]:
     """Return the documents that lie on each side, read back from the shards."""
-    return [read(shards) for shards in pack_split(paths, tokenizer, out, Holdout(share), **wishes)]
+    return [read(shards) for shards in pack_sides(paths, tokenizer, out, share, **wishes)]
+
+
+def pack_sides(paths: list[Path], tokenizer: Tokenizer, out: Path, share: float = SHARE, **wishes) -> list[ShardSet]:
+    """Return the shards of both sides."""
+    return list(follow(pack_each_shard(paths, tokenizer, out, holdout=Holdout(share), **wishes))[0])
 
 
 def read(shards: ShardSet) -> set[str]:
@@ -106,16 +112,16 @@ def test_the_share_is_kept_and_a_larger_one_holds_out_all_of_a_smaller_one() -> 
 def test_a_share_that_holds_out_nothing_is_said_with_one_that_does(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"--holdout 0\.001% holds out none of 60 documents") as caught:
-        pack_split([folder], small_tokenizer, tmp_path / "out", Holdout(1e-5))
+    with pytest.raises(DataError, match=r"`holdout=.0\.001%.` holds out none of 60 documents") as caught:
+        pack_sides([folder], small_tokenizer, tmp_path / "out", 1e-5)
     assert not list(tmp_path.glob("out/*/shards.json"))
     share = float(caught.value.fix.split("out is ")[1].split("%")[0]) / 100
     assert len(split([folder], small_tokenizer, tmp_path / "out", share)[1]) == 1
     with pytest.raises(DataError, match="holds out all 60 documents"):
-        pack_split([folder], small_tokenizer, tmp_path / "all", Holdout(1 - 1e-12))
+        pack_sides([folder], small_tokenizer, tmp_path / "all", 1 - 1e-12)
     (tmp_path / "one.txt").write_text("tek belge")
     with pytest.raises(DataError, match="out of one document"):
-        pack_split([tmp_path / "one.txt"], small_tokenizer, tmp_path / "single", Holdout(SHARE))
+        pack_sides([tmp_path / "one.txt"], small_tokenizer, tmp_path / "single")
     with pytest.raises(DataError, match="holds out none of 2 documents"):
         train_tokenizer(Holdout(1e-9).leave(["bir", "iki"]), 300, tmp_path / "tok")
     assert not (tmp_path / "tok").exists()
@@ -127,12 +133,12 @@ def test_a_split_and_shards_of_all_of_a_text_never_lie_beside_each_other(
 ) -> None:
     flat, both, alone = (tmp_path / name for name in ("flat", "both", "alone"))
     pack([folder], small_tokenizer, flat, processes=1)
-    pack_split([folder], small_tokenizer, both, Holdout(SHARE), processes=1)
+    pack_sides([folder], small_tokenizer, both, processes=1)
     pack([folder], small_tokenizer, alone / "valid", processes=1)
     for replace in (False, True):
-        with pytest.raises(DataError, match=f"^{flat} itself holds shards.*another --out, or delete the shards in"):
-            pack_split([folder], small_tokenizer, flat, Holdout(SHARE), processes=1, replace=replace)
-        with pytest.raises(DataError, match=f"^{both}/train and {both}/valid hold shards already.*add --holdout"):
+        with pytest.raises(DataError, match=f"^{flat} itself holds shards.*another `out`, or delete the shards in"):
+            pack_sides([folder], small_tokenizer, flat, processes=1, replace=replace)
+        with pytest.raises(DataError, match=f"^{both}/train and {both}/valid hold shards already.*add `holdout`"):
             pack([folder], small_tokenizer, both, processes=1, replace=replace)
         with pytest.raises(DataError, match=f"^{alone}/valid holds shards already"):
             pack([folder], small_tokenizer, alone, processes=1, replace=replace)
@@ -142,21 +148,19 @@ def test_a_split_and_shards_of_all_of_a_text_never_lie_beside_each_other(
     assert pack([folder], small_tokenizer, flat, processes=1).documents == 60, "as it was laid out by hand"
     (flat / "shards.json").unlink()  # as where a packing was interrupted
     with pytest.raises(DataError, match="itself holds shards"):
-        pack_split([folder], small_tokenizer, flat, Holdout(SHARE), processes=1)
+        pack_sides([folder], small_tokenizer, flat, processes=1)
 
 
 def test_a_split_that_was_interrupted_goes_on_where_it_stopped(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None
 ) -> None:
-    def stop(progress: PackProgress) -> None:
-        if progress.shards == 3:
-            raise KeyboardInterrupt
-
     expected = split([folder], small_tokenizer, tmp_path / "whole", processes=1)
-    with pytest.raises(KeyboardInterrupt):
-        split([folder], small_tokenizer, tmp_path / "out", processes=1, progress=stop)
-    seen: list[PackProgress] = []
-    assert split([folder], small_tokenizer, tmp_path / "out", processes=1, progress=seen.append) == expected
+    words = ([folder], small_tokenizer, tmp_path / "out")
+    stopped = pack_each_shard(*words, processes=1, holdout=Holdout(SHARE))
+    assert [next(stopped).shards for _ in range(3)] == [1, 2, 3]
+    stopped.close()
+    sides, seen = follow(pack_each_shard(*words, processes=1, holdout=Holdout(SHARE)))
+    assert [read(shards) for shards in sides] == expected
     assert seen[-1].reused == 3 < seen[-1].shards
     for name in ("train", "valid"):
         assert bytes_of(tmp_path / "out" / name) == bytes_of(tmp_path / "whole" / name)
@@ -185,7 +189,7 @@ def test_shards_of_another_text_are_replaced_only_when_that_is_asked_for(
         DataError, match=r"out holds another text.*60 documents from a\.txt, b\.txt, packed 2\d"
     ) as caught:
         pack([folder], small_tokenizer, packed.directory, processes=processes)
-    assert "another --out, or add --replace" in caught.value.fix
+    assert "another `out`, or add `replace=True`" in caught.value.fix
     assert bytes_of(packed.directory) == before
     replaced = pack([folder], small_tokenizer, packed.directory, processes=1, replace=True)
     assert replaced.hash != packed.hash
@@ -219,6 +223,6 @@ def test_shards_of_another_tokenizer_are_replaced_when_that_is_asked_for(
     packed: ShardSet, folder: Path, turkish: tuple[str, ...], tmp_path: Path
 ) -> None:
     other = train_tokenizer(iter(turkish), 300, tmp_path / "other")
-    with pytest.raises(DataError, match=r"another tokenizer.*another --out, or add --replace"):
+    with pytest.raises(DataError, match=r"another tokenizer.*another `out`, or add `replace=True`"):
         pack([folder], other, packed.directory, processes=1)
     assert pack([folder], other, packed.directory, processes=1, replace=True).tokenizer_hash == other.hash

@@ -15,6 +15,7 @@ from lowvram.data import shards
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
+from lowvram.shell import quote_command
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,33 @@ def test_a_folder_that_was_never_packed_is_refused(tmp_path: Path) -> None:
         ShardSet.open(tmp_path)
     with pytest.raises(DataError, match=r"missing does not exist\.(?!.*interrupted)"):
         ShardSet.open(tmp_path / "missing")
+
+
+def test_text_that_was_named_as_shards_is_answered_with_the_commands_that_pack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = Path("my texts")
+    (texts / "2024").mkdir(parents=True)
+    for name in ("b.jsonl.gz", "2024/a.parquet", ".hidden.txt", "notes.md"):
+        (texts / name).touch()
+    with pytest.raises(DataError) as raised:
+        ShardSet.open(texts)
+    assert raised.value.what == f"{texts} holds text (b.jsonl.gz, {Path('2024/a.parquet')}), not shards."
+    quoted = quote_command(texts)
+    train = f"lowvram tokenizer train {quoted} --out tok --holdout {quote_command('0.5%')}"
+    pack = f"lowvram data pack {quoted} --tokenizer tok --out shards --holdout {quote_command('0.5%')}"
+    assert raised.value.fix == f"Type: {train}, then: {pack}"
+    Path("tok").mkdir()
+    Path("tok/tokenizer.json").touch()
+    Path("shards").mkdir()
+    Path("train.txt").touch()
+    with pytest.raises(DataError, match=r"^train\.txt is text, not shards\.") as raised:
+        ShardSet.open(Path("train.txt"))
+    assert raised.value.fix == f"Pack it: {pack.replace(quoted, 'train.txt').replace(' shards', ' train-shards')}"
+    (texts / "2024/shards.json").touch()
+    with pytest.raises(DataError, match="holds no shards"):
+        ShardSet.open(texts)
 
 
 NO_INDEX = [

@@ -19,11 +19,11 @@ import psutil
 import pytest
 
 from lowvram.data import encoders
-from lowvram.data.shards import PackProgress, ShardSet, pack
+from lowvram.data.shards import ShardSet, pack, pack_each_shard
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import BusyError, DataError, DiskFullError, MachineError, TokenizerError
 from lowvram.storage.disk import Disk
-from tests.data.conftest import PART_BYTES
+from tests.data.conftest import PART_BYTES, follow
 
 # Packs in a process of its own: TEXT TOKENIZER OUT PROCESSES DIE_AT.  It kills itself when it comes to touch the disk
 # for the DIE_AT-th time, and else waits a little after each shard so that it can be killed from outside.
@@ -52,8 +52,9 @@ if __name__ == "__main__":
     shards.PART_BYTES = {PART_BYTES}
     text, tokenizer, out = map(Path, sys.argv[1:4])
     processes = int(sys.argv[4])
-    shards.pack([text], Tokenizer.load(tokenizer), out, "text", processes,
-                lambda progress: time.sleep(0.05), Mortal() if processes == 1 else Disk(), replace=True)
+    disk = Mortal() if processes == 1 else Disk()
+    for _ in shards.pack_each_shard([text], Tokenizer.load(tokenizer), out, "text", processes, disk, replace=True):
+        time.sleep(0.05)
 """
 
 
@@ -116,8 +117,7 @@ def test_the_files_say_what_they_hold(packed: ShardSet, small_tokenizer: Tokeniz
 def test_two_processes_write_the_same_bytes_as_one(
     packed: ShardSet, folder: Path, small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    seen: list[PackProgress] = []
-    other = pack([folder], small_tokenizer, tmp_path / "two", processes=2, progress=seen.append)
+    (other,), seen = follow(pack_each_shard([folder], small_tokenizer, tmp_path / "two", processes=2))
     assert bytes_of(other.directory) == bytes_of(packed.directory)
     assert other.hash == packed.hash
     assert [progress.shards for progress in seen] == list(range(1, len(seen) + 1))
@@ -164,8 +164,7 @@ def test_packing_killed_from_outside_ends_its_workers_and_resumes_to_the_same_by
     with pytest.raises(DataError, match="interrupted"):
         ShardSet.open(out)
     done = len(list(out.glob("*.bin")))
-    seen: list[PackProgress] = []
-    pack([folder], small_tokenizer, out, processes=1, progress=seen.append)
+    seen = follow(pack_each_shard([folder], small_tokenizer, out, processes=1))[1]
     assert 3 <= done <= seen[-1].reused < seen[-1].shards
     assert bytes_of(out) == bytes_of(packed.directory)
 
@@ -173,13 +172,13 @@ def test_packing_killed_from_outside_ends_its_workers_and_resumes_to_the_same_by
 def test_a_second_packing_encodes_nothing_and_a_changed_document_only_its_shard(
     packed: ShardSet, folder: Path, small_tokenizer: Tokenizer
 ) -> None:
-    seen: list[PackProgress] = []
     before = bytes_of(packed.directory)
-    pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append)
+    seen = follow(pack_each_shard([folder], small_tokenizer, packed.directory, processes=1))[1]
     assert (seen[-1].reused, bytes_of(packed.directory)) == (len(seen), before)
     text = (folder / "b.txt").read_text(encoding="utf-8")
     (folder / "b.txt").write_text(text[:-4] + "son.", encoding="utf-8", newline="")
-    changed = pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append, replace=True)
+    work = pack_each_shard([folder], small_tokenizer, packed.directory, processes=1, replace=True)
+    (changed,), seen = follow(work)
     assert seen[-1].reused == seen[-1].shards - 1
     assert changed.hash != packed.hash
 
@@ -214,7 +213,7 @@ def test_a_file_of_somebody_else_is_not_overwritten(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_bytes(b'{"text": "x"}')
-    with pytest.raises(DataError, match=rf"{name} is in the way.*--out, or move"):
+    with pytest.raises(DataError, match=rf"{name} is in the way.*`out`, or move"):
         pack([folder], small_tokenizer, tmp_path / "out", processes=processes)
     assert (tmp_path / "out" / name).read_bytes() == b'{"text": "x"}'
     (tmp_path / "out" / name).unlink()
@@ -241,7 +240,7 @@ def test_text_is_not_packed_into_the_folder_that_holds_it(
     text.write_text('{"text": "bir iki"}', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for out in (tmp_path / "out", Path("out")):
-        with pytest.raises(DataError, match=r"out holds text that is to be packed.*20240115\.jsonl lies in it.*--out"):
+        with pytest.raises(DataError, match=r"out holds text that is to be packed.*20240115\.jsonl lies in it.*`out`"):
             pack([text], small_tokenizer, out)
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [text]
     assert pack([text], small_tokenizer, text.parent / "shards").documents == 1
@@ -283,7 +282,7 @@ def test_a_full_disk_is_said_leaves_nothing_torn_and_can_be_resumed(
 def test_a_worker_that_the_system_ended_is_explained(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None
 ) -> None:
-    with pytest.raises(MachineError, match=r"packing process died.*fewer --processes"):
+    with pytest.raises(MachineError, match=r"packing process died.*fewer `processes`"):
         pack([folder], small_tokenizer, tmp_path / "out", processes=2, disk=FatalDisk())
 
 
@@ -307,7 +306,7 @@ def test_shards_of_another_tokenizer_are_not_overwritten(
 ) -> None:
     other = train_tokenizer(iter(turkish), 300, tmp_path / "other")
     before = bytes_of(packed.directory)
-    with pytest.raises(DataError, match=r"holds shards of another tokenizer.*another --out"):
+    with pytest.raises(DataError, match=r"holds shards of another tokenizer.*another `out`"):
         pack([folder], other, packed.directory)
     (packed.directory / "shards.json").unlink()
     with pytest.raises(DataError, match="holds shards of another tokenizer"):
@@ -338,14 +337,12 @@ def test_two_packers_do_not_share_a_folder(folder: Path, small_tokenizer: Tokeni
         pack([folder], small_tokenizer, tmp_path / "file")
 
 
-def test_a_packing_that_progress_interrupts_lets_go_of_the_folder(
+def test_a_packing_that_nobody_follows_any_more_lets_go_of_the_folder(
     folder: Path, small_tokenizer: Tokenizer, tmp_path: Path, small_parts: None
 ) -> None:
-    def stop(progress: PackProgress) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack([folder], small_tokenizer, tmp_path / "out", processes=2, progress=stop)
+    work = pack_each_shard([folder], small_tokenizer, tmp_path / "out", processes=2)
+    assert next(work).shards == 1
+    work.close()
     assert sorted(bytes_of(tmp_path / "out")) == ["00000.bin", "00000.json"]
     pack([folder], small_tokenizer, tmp_path / "out", processes=1).verify()
 
@@ -370,7 +367,7 @@ def test_verify_finds_a_flipped_bit_that_opening_does_not_and_packing_again_mend
         (packed.directory / name).write_bytes(data)
     with pytest.raises(DataError, match=r"00002\.bin is damaged.*pack again"):
         ShardSet.open(packed.directory).verify()
-    seen: list[PackProgress] = []
-    pack([folder], small_tokenizer, packed.directory, processes=1, progress=seen.append).verify()
+    (mended,), seen = follow(pack_each_shard([folder], small_tokenizer, packed.directory, processes=1))
+    mended.verify()
     assert seen[-1].reused == seen[-1].shards - 2
     assert bytes_of(packed.directory) == before

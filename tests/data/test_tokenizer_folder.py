@@ -36,7 +36,7 @@ def test_another_text_replaces_a_tokenizer_only_on_request(home: Path, turkish: 
     with pytest.raises(TokenizerError, match="holds another tokenizer") as caught:
         train_tokenizer(iter(reversed_texts), 400, home / "tok")
     assert f"{home / 'packed/train'}, {home / 'shards'} can be read with it alone" in caught.value.why
-    assert "--replace" in caught.value.fix
+    assert "`replace=True`" in caught.value.fix
     assert contents(home / "tok") == before
     assert train_tokenizer(iter(turkish), 400, home / "tok") == Tokenizer.load(home / "tok"), "the same is no harm"
     assert contents(home / "tok") == before

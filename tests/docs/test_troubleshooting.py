@@ -7,12 +7,14 @@ import functools
 import re
 from pathlib import Path
 
+from lowvram.cli.spelling import as_options
+
 ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
 def texts_of_the_code() -> str:
-    """Return every text in the sources, with `…` where a value is put in, one a line."""
+    """Return every text in the sources, with `…` where a value is put in, one a line, as a command shows it."""
     found = []
     for path in (ROOT / "lowvram").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -21,7 +23,7 @@ def texts_of_the_code() -> str:
                 found.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    return "\n".join(found)
+    return as_options("\n".join(found))
 
 
 def test_every_message_of_the_page_is_one_of_the_code() -> None:

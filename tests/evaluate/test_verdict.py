@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from lowvram.evaluate.verdict import SAME_SHARE, compare_with_bigrams, is_worse_than_bigrams
+from lowvram.evaluate.verdict import (
+    FEW_TOKENS,
+    SAME_SHARE,
+    compare_with_bigrams,
+    is_worse_than_bigrams,
+    warn_of_few_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -34,3 +40,18 @@ def test_a_model_is_better_equal_or_worse_than_bigrams(bits: float, is_better: b
 def test_a_model_that_gives_no_number_is_not_praised(bits: float) -> None:
     assert is_worse_than_bigrams(bits, 2.0)
     assert "not a finite number" in compare_with_bigrams(bits, 2.0)
+
+
+@pytest.mark.parametrize(
+    "tokens, share", [(0, "more than the figure"), (4, "more than"), (100, "±23%"), (9_999, "±2%")]
+)
+def test_a_figure_of_few_held_out_tokens_says_how_uncertain_it_is(tokens: int, share: str) -> None:
+    said = warn_of_few_tokens(tokens)
+    assert said is not None
+    assert said.startswith(f"{tokens:,} tokens of held-out text are few: bits per byte are uncertain by ")
+    assert share in said
+
+
+def test_a_figure_of_enough_held_out_tokens_needs_no_warning() -> None:
+    assert warn_of_few_tokens(FEW_TOKENS) is None
+    assert warn_of_few_tokens(10 * FEW_TOKENS) is None

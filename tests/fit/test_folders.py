@@ -18,7 +18,7 @@ def test_shards_in_a_folder_and_in_its_train_are_refused_until_one_is_named(tmp_
     pack(data / "valid", 50)
     for look in (find_folders, open_folder):
         with pytest.raises(
-            ConfigError, match=r"data holds shards itself, and others in its folder train\. .* Name \S+n"
+            ConfigError, match=r"data\"` holds shards itself, and others in its folder train\. .* Name \S+n"
         ):
             look(data)
     found = find_folders(data / "train")

@@ -274,7 +274,7 @@ def test_a_file_that_cannot_be_meant_is_ignored_with_a_sentence(tmp_path: Path, 
     found, sentence = load_calibration("card", "bf16", tmp_path)
     assert found is None
     assert str(path) in sentence
-    assert "--measure" in sentence
+    assert "`measure=True`" in sentence
 
 
 def test_a_full_disk_leaves_the_old_measurement(tmp_path: Path) -> None:

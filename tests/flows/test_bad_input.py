@@ -153,7 +153,7 @@ COMMANDS = {
     ),
     "no run to evaluate": ("evaluate {home}/nowhere", r"There is no directory \S+nowhere\. Name a run directory"),
     "a folder without checkpoint": ("evaluate {home}/shards", r"no checkpoint in \S+shards\. .*Train it first"),
-    "no shards to measure on": ("evaluate {home}/run --data {home}/bad", r"bad holds no shards\. It has no shards"),
+    "no shards to measure on": ("evaluate {home}/run --data {home}/bad", r"bad holds text .*: lowvram data pack "),
     "a prompt longer than the context": (
         "chat {home}/run --prompt " + "çok_uzun_" * 30,
         r"The text has \d{3} tokens, \d{3} too many\. The context holds 32, .*its newest part alone be read: --newest",

@@ -91,7 +91,7 @@ def test_empty_lines_and_one_ctrl_c_at_the_prompt_change_nothing(monkeypatch: py
     one = converse(monkeypatch, run, "Kış", "Yaz")
     answer = converse(monkeypatch, run, "", KeyboardInterrupt, "Kış", "   ", KeyboardInterrupt, "Yaz")
     assert (answer.code, answer.out) == (0, one.out)
-    assert "Once more Ctrl-C, or Ctrl-D, ends." in answer.err
+    assert "Press Ctrl-C again, or Ctrl-D, to end." in answer.err
 
 
 def test_ctrl_c_in_an_answer_ends_that_answer_only(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
@@ -184,14 +184,14 @@ def test_reset_forgets_all(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         ("/rety", "Did you mean /retry?"),
         ("/exti now", "Did you mean /quit?"),
         ("/xyzzy", "There is no command /xyzzy. The commands are /help, "),
-        ("/xyzzy", "/help says what each does."),
+        ("/xyzzy", "/help explains each."),
         ("/?", "/save FILE          write the conversation"),
         ("/HELP", "/save FILE          write the conversation"),
         ("/set heat 1", "Error: There is no setting heat. The settings are temperature, top_k"),
         ("/set temperature -1", "Error: temperature is -1: "),
         ("/set temperature warm", "Error: temperature is warm: "),
         ("/set tokens 0", "Error: tokens is 0. It must be a number of at least 1."),
-        ("/system Kısa.", "Error: This model continues a text, which has no speakers."),
+        ("/system Kısa.", "Error: This model continues a text, which has no turns."),
         ("/retry", "Error: There is nothing to answer again."),
         ("/save talk.txt", "Error: /save needs a file that ends in .md or .json, not talk.txt."),
         ("/save", "not nothing"),
@@ -199,7 +199,7 @@ def test_reset_forgets_all(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
         ("/save ~nobody/talk.md", "cannot be written."),
         ("/save a\0b.md", "cannot be written."),
         ("/help", "/save FILE          write the conversation"),
-        ("/stats", "0 tokens read, 0 known from before, 0 written"),
+        ("/stats", "0 tokens read, 0 reused, 0 written"),
     ],
 )
 def test_each_command_says_what_it_did_or_what_is_wrong_and_the_talk_goes_on(
@@ -287,7 +287,9 @@ def test_the_first_lines_say_where_a_model_is_asked_otherwise_than_it_was_traine
     monkeypatch: pytest.MonkeyPatch, run: Path
 ) -> None:
     answer = converse(monkeypatch, run, options=("--as", "dialogue"))
-    assert "The model was trained on plain text and is asked in turns (--as dialogue), which it has not" in answer.err
+    assert (
+        "The model was trained on plain text and is prompted in turns (--as dialogue), which it has not" in answer.err
+    )
     assert "The model answers in turns" not in answer.err
 
 

@@ -96,7 +96,7 @@ def test_a_person_edits_lines_stops_an_answer_and_goes_on(terminal: Terminal, tm
     assert b"Quality is untested beyond 32 tokens" in terminal.screen
     terminal.ask("Kışş\x7f geldi\n".encode())
     terminal.press(b"\x03", "(stopped)")
-    terminal.press(b"\x03", "Once more Ctrl-C")
+    terminal.press(b"\x03", "Press Ctrl-C again")
     terminal.settle()
     terminal.ask(b"\x1b[A\n")  # the line before, found again
     terminal.press(b"\x03", "(stopped)")

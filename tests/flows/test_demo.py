@@ -165,7 +165,7 @@ def test_a_folder_with_other_files_in_it_is_not_to_be_deleted_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes.txt").touch()
-    demo._say_end(tmp_path, tmp_path)
+    demo._show_end(tmp_path, tmp_path)
     assert "text, tok, shards, run, run.toml" in capsys.readouterr().out
 
 
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_the_demo_and_says_how_to_go_on(
     answer = typed("demo", "--dir", tmp_path / "d", "--device", "cpu")
     assert answer.code == 3
     assert left == []
-    assert f"You stopped it.  Go on with: lowvram demo --dir {tmp_path / 'd'} --device cpu\n" in answer.out
+    assert f"You stopped it.  Resume with: lowvram demo --dir {tmp_path / 'd'} --device cpu\n" in answer.out
     assert "7/8" not in answer.out
 
 

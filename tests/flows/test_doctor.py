@@ -132,7 +132,7 @@ def test_a_slower_machine_ends_with_0_and_shows_what_would_change_each_op(be: Ca
     assert re.search(r"^torch +2\.13\.0\+cu130, built for CUDA 13\.0$", answer.out, re.MULTILINE)
     ending = (
         "\nNote: Triton is not installed\n  what follows  plain PyTorch computes, slower\n"
-        '  to mend it    pip install "triton>=3.5,<3.8"\n\nTraining works here.\n'
+        '  to repair it  pip install "triton>=3.5,<3.8"\n\nTraining works here.\n'
         "Next: lowvram fit  (which models fit this machine)\n"
     )
     assert answer.out.endswith(ending)
@@ -144,8 +144,8 @@ def test_a_machine_that_cannot_train_ends_with_1_and_says_why(be: Callable[[Fact
         answer, found = typed("doctor"), values(code=1)
     assert answer.code == 1
     assert "Fatal: there is no C compiler\n" in answer.out
-    assert "  to mend it    sudo apt install gcc\n" in answer.out
-    assert answer.out.endswith("Training would fail here.  Mend what is fatal, then type `lowvram doctor` again.\n")
+    assert "  to repair it  sudo apt install gcc\n" in answer.out
+    assert answer.out.endswith("Training would fail here.  Repair what is fatal, then type `lowvram doctor` again.\n")
     assert not found["can_train"]
 
 
@@ -224,7 +224,7 @@ def test_a_narrow_window_folds_the_table_and_hides_nothing(
     assert {row[0] for op, row in rows(whole).items() if op in OPS} == {"reference"}
     words = set(re.findall(r"\w+", table))
     assert set(re.findall(r"\w+", "Triton is not installed, so plain PyTorch computes, slower")) <= words
-    assert '  to mend it    pip install "triton>=3.5,<3.8"\n' in whole
+    assert '  to repair it  pip install "triton>=3.5,<3.8"\n' in whole
 
 
 def test_a_card_that_is_too_old_for_torch_ends_a_run_before_its_first_launch(
@@ -245,7 +245,7 @@ def test_a_card_that_is_too_old_for_torch_ends_a_run_before_its_first_launch(
     assert "too old for Triton, and torch 2.13.0+cu129 has no code for it" in caught.value.why
     assert "on Kaggle and Colab the T4" in caught.value.why
     assert "/cu126" in caught.value.fix
-    assert "--device cpu" in caught.value.fix
+    assert '`device="cpu"`' in caught.value.fix
     assert module.choose_device("cpu") == (torch.device("cpu"), ())
 
 
@@ -259,7 +259,7 @@ def test_a_missing_triton_is_one_sentence_when_a_card_is_opened(
     device, (notice,) = module.choose_device("auto")
     assert device == torch.device("cuda", 0)
     sentence = (
-        'Note: Triton is not installed: plain PyTorch computes, slower; to mend it: pip install "triton>=3.5,<3.8".'
+        'Note: Triton is not installed: plain PyTorch computes, slower; to repair it: pip install "triton>=3.5,<3.8".'
     )
     assert (notice.text, notice.level) == (sentence, "warning")
     assert module.choose_device("cuda") == (torch.device("cuda", 0), ()), "once is enough"

@@ -96,7 +96,7 @@ def test_evaluate_reads_what_was_exported(home: Path, out: Path) -> None:
     assert found["step"] is None
     assert found["bits_per_byte"] == pytest.approx(exact["bits_per_byte"], rel=0.01)
     answer = typed("evaluate", out, "--device", "cpu")
-    assert (answer.code, "Give --data SHARDS" in answer.err) == (1, True)
+    assert (answer.code, "Name shards with --data" in answer.err) == (1, True)
 
 
 def test_nothing_is_overwritten(home: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -30,13 +31,14 @@ def test_a_long_run_is_recommended_with_the_reason_and_days_move_it() -> None:
 
 def test_a_first_run_of_an_hour_or_two_and_a_long_one_are_named_with_their_commands() -> None:
     out = typed("fit", "--gpu", "RTX 5070", "--desktop", "linux").out
-    one, first, other, long = re.search(
-        r"A first run: (\S+), \S+ h, .*\n  (.+)\nA long run: (\S+), .*days.*\n  (.+)\n", out
+    one, first, begins, other, long, trains = re.search(
+        r"A first run: (\S+), \S+ h, .*\n  (.+)\n  (.+)\nA long run: (\S+), .*days.*\n  (.+)\n  (.+)\n", out
     ).groups()
     assert one != other
     for name, command in ((one, first), (other, long)):
         said = f"lowvram fit --gpu 'RTX 5070' --desktop linux --model {name} --out {name}.toml"
         assert command == said, "each has a file of its own: nothing is written over"
+    assert (begins, trains) == (f"lowvram train {one}.toml", f"lowvram train {other}.toml")
     found = values("--gpu", "RTX 5070", "--desktop", "linux")
     assert f"--model {found['first_run']} " in first
     assert f"--model {found['recommended']} " in long
@@ -95,3 +97,11 @@ def test_sizes_are_of_one_kind_and_no_energy_is_none() -> None:
             out = typed("fit", "--gpu", card, *words).out
             assert not re.search(r"\d [MGT]B\b", out)
             assert not re.search(r"(?<![\d.–])0(\.0)? k?Wh", out)
+
+
+def test_the_micro_batches_that_explain_the_readmes_table_are_those_of_its_cards() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    one, others = re.search(r"RTX 4060 computes (\d+) sequences of `tr-25m` at once, the others (\d+)", readme).groups()
+    for card, size in (("rtx4060", one), ("rtx3060-12gb", others), ("rtx5060", others), ("rtx5070", others)):
+        [model] = values("--gpu", card, "--desktop", "linux", "--model", "tr-25m")["models"]
+        assert model["plan"]["micro_batch"] == int(size), card

@@ -35,7 +35,7 @@ CONTRADICTIONS = {
     "two models": ("{run} --model tr-25m", r"A run file and --model were both given\. Leave one"),
     "set without a run file": (
         "--gpu rtx5070 --set optimizer.bits=8",
-        r"--set changes one run\. Name it: RUN\.toml, or --model PRESET\.",
+        r"\(--set\) of one run only\. Name it: a run file, or a preset \(--model\)\.",
     ),
     "data that is not there": ("--gpu rtx5070 --data shards", r"The folder shards does not exist\."),
     "two texts": ("{run} --data shards", r"--data and \S+large\.toml both name the text\. Leave --data out\."),
@@ -45,7 +45,7 @@ CONTRADICTIONS = {
     "a desktop of this machine": ("--desktop windows", r"--desktop is for a card elsewhere\. Here, what is free now"),
     "a name of two words": ("--gpu RTX 5070", r'There is no run file 5070\. .*in quotes: --gpu "RTX 5070"'),
     "no run file": ("nowhere.toml --gpu rtx5070", r"There is no run file nowhere\.toml"),
-    "nothing fits to write": ("--memory 1GB --out new.toml", r"--out has nothing to write: no preset fits\. Name one"),
+    "nothing fits to write": ("--memory 1GB --out new.toml", r"There is nothing to write: no preset fits\. Name one"),
 }
 
 

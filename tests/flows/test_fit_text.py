@@ -103,7 +103,10 @@ def test_a_text_of_a_few_megabytes_is_not_trained_358_times(tmp_path: Path) -> N
     (tmp_path / "tok").mkdir()
     words = ("--gpu", "rtx5070", "--desktop", "linux", "--data", tmp_path / "train")
     out = typed("fit", *words).out
-    assert "--set train.tokens=5.57M" in out
+    assert out.splitlines()[-2].endswith(" lowvram train tr-25m.toml"), (
+        "the file of the command before holds the tokens"
+    )
+    assert "--set" not in out
     one = typed("fit", *words, "--model", "tr-25m").out
     assert 'What helps: train.tokens = "5.57M", which is 4 passes' in one
     assert "Nothing is held out" in one
@@ -113,6 +116,22 @@ def test_a_text_of_a_few_megabytes_is_not_trained_358_times(tmp_path: Path) -> N
     assert tables["model"]["preset"] == "tr-25m"
     assert 5_500_000 < tables["train"]["tokens"] <= 4 * 1_400_000
     assert load_preset("tr-25m")[1].tokens == 500_000_000
+
+
+def test_what_is_shown_beside_a_written_run_is_of_that_run(tmp_path: Path) -> None:
+    pack(tmp_path / "train", 1_400_000)
+    (tmp_path / "tok").mkdir()
+    words = ("--gpu", "rtx5070", "--desktop", "linux", "--data", tmp_path / "train", "--model", "tr-25m")
+    whole = values(*words)["models"][0]
+    shown = typed("fit", *words, "--out", tmp_path / "run.toml").out
+    assert "  5.6M tokens in 85 steps: train has 1.4M tokens and is read 3.98 times." in shown
+    assert "500.0M" not in shown
+    assert MEMORISES not in shown
+    [less] = values(*words, "--out", tmp_path / "other.toml")["models"]
+    tokens = tomllib.loads((tmp_path / "other.toml").read_text(encoding="utf-8"))["train"]["tokens"]
+    assert less["days"] == pytest.approx(whole["days"] * tokens / 500_000_000, abs=0.001)
+    assert whole["disk_bytes"] - less["disk_bytes"] == 2 * (500_000_000 - tokens), "two bytes a token"
+    assert less["peak_bytes"] == whole["peak_bytes"]
 
 
 def test_a_folder_without_shards_is_refused_before_anything_is_judged(tmp_path: Path) -> None:
@@ -136,7 +155,7 @@ def test_of_a_text_too_little_for_one_step_no_run_file_is_written_unasked(tmp_pa
     words = ("fit", "--gpu", "rtx5070", "--data", tmp_path / "shards", "--out", tmp_path / "run.toml")
     answer = typed(*words)
     assert answer.code == 1
-    assert f"--out has nothing to write. This text of {tokens:,} tokens is too little for tr-25m." in answer.err
+    assert f"There is nothing to write. This text of {tokens:,} tokens is too little for tr-25m." in answer.err
     assert answer.err.splitlines()[-1].endswith("Or name a preset with --model.")
     assert not (tmp_path / "run.toml").exists()
     found = values("--gpu", "rtx5070", "--data", tmp_path / "shards")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.cli.app import CPU_MANNERS
+from lowvram.cli.app import CPU_ENVIRONMENT
 from tests.tiny import prepare_home
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ prompts = []
     )
     # As the command line runs it: oneDNN's cache of code, a gigabyte for experts' many shapes, is kept small.
     words = [sys.executable, "-c", SCRIPT, str(run_file), "2"]
-    manners = os.environ | CPU_MANNERS
+    manners = os.environ | CPU_ENVIRONMENT
     found = subprocess.run(words, cwd=ROOT, env=manners, check=True, capture_output=True, text=True)
     said = json.loads(found.stdout)
     print(said)

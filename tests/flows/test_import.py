@@ -14,6 +14,7 @@ from tests.convert.forms import LATENT, SMALL
 from tests.data.test_hf_tokenizer import make
 from tests.flows.typed import RUN_FILE, fill_home, typed
 
+SCHEDULE = 'tokens = 1536\nseq_len = 32\nbatch_tokens = 256\nprecision = "fp32"'
 # The further stage: the imported weights, a schedule of its own.
 FURTHER = RUN_FILE.replace('dir = "run"', 'dir = "further"').replace("[train]", '[train]\nstart_from = "imported"')
 
@@ -118,21 +119,18 @@ def test_a_model_with_a_tokenizer_of_its_own_is_talked_to_and_trained_further(ho
     direct = typed("chat", theirs, *words)
     assert (direct.code, direct.out[:3]) == (0, "Kış")
     run = tmp_path / "run"
-    assert typed("import", theirs, "--out", run).code == 0
+    imported = typed("import", theirs, "--out", run)
+    assert imported.code == 0
     assert typed("chat", run, *words).out == direct.out
     for name in ("train", "valid"):
         shards = ("--tokenizer", run / "tokenizer", "--out", tmp_path / "shards" / name)
         assert typed("data", "pack", home / f"{name}.txt", *shards).code == 0
     form = find_checkpoint(run)[0].config()["model"]
-    further = FURTHER.replace('start_from = "imported"', 'start_from = "run"').replace('"tok"', '"run/tokenizer"')
-    head = """[model]
-layers = 3
-dim = 48
-tied = false
-attention = { kind = "gqa", heads = 4, kv_heads = 2, head_dim = 16 }
-ffn = { kind = "swiglu", hidden = 60 }
-"""
-    (tmp_path / "further.toml").write_text(head + further[further.index("[data]") :], encoding="utf-8")
+    # The tables that the command prints, and what a run file must choose for itself.
+    tables = imported.out[imported.out.index("[model]") :]
+    for head, below in (("[data]", 'train = "shards/train"\nvalid = "shards/valid"'), ("[train]", SCHEDULE)):
+        tables = tables.replace(f"{head}\n", f"{head}\n{below}\n")
+    (tmp_path / "further.toml").write_text(f'{tables}\n[run]\ndir = "further"\n', encoding="utf-8")
     answer = typed("train", tmp_path / "further.toml", "--device", "cpu")
     assert (answer.code, form["vocabulary"]) == (0, 450)
     assert typed("export", tmp_path / "further", "--to", "hf", "--out", tmp_path / "again").code == 0

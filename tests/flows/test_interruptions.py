@@ -92,7 +92,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(
     assert "Traceback" not in err
     assert "Stopping: this step is finished and saved first." in err
     last = steps_done(run)[-1]
-    assert f"Stopped after step {last}; the same command goes on from here." in err
+    assert f"Stopped after step {last}; the same command resumes the run." in err
     found, passed_over = find_checkpoint(run)
     assert (found.step, passed_over) == (last, [])
     assert not (run / "owner").exists()

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.api.shell import quote_command
-from lowvram.cli.ending import say_next
-from lowvram.cli.next_step import next_step
+from lowvram.cli.ending import show_next_steps
+from lowvram.cli.next_step import next_step, with_value
+from lowvram.shell import quote_command
 from lowvram.train.events import Stopped
 
 HARD = [
@@ -74,14 +74,25 @@ def test_windows_gives_back_every_word() -> None:
     assert line.startswith('"C:\\Yeni Klasör\\\\" C:\\a\\b.txt "Türkçe Metinler/a.txt"')
 
 
-def test_a_stopped_run_names_the_options_that_are_kept_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_goes_on_with_what_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("lowvram.cli.console.copyable", said.append)
-    typed_as = {"run_file": Path("my run.toml"), "set": ["lr=1e-3"], "device": "cpu", "graphs": "off"}
-    arguments = argparse.Namespace(**typed_as)
-    say_next(arguments, None, Stopped(5, is_finished=False))  # type: ignore[arg-type]
-    words = ("train", Path("my run.toml"), "--set", "lr=1e-3", "--graphs", "off", "--device", "cpu")
-    assert said == [next_step(*words, why="goes on from here")]
+    typed = ["train", "my run.toml", "--set", "lr=1e-3", "--graphs=off", "--device", "cpu"]
+    show_next_steps(argparse.Namespace(typed=typed), None, Stopped(5, is_finished=False))  # type: ignore[arg-type]
+    assert said == [next_step(*typed, why="resumes the run")]
+
+
+@pytest.mark.parametrize(
+    "typed, proposed",
+    [
+        ("--on-bad-row report --field report", "--on-bad-row skip --field report"),
+        ("--on-bad=report in --out shards", "--on-bad=skip in --out shards"),
+        ("in --on-bad-row skip --on-bad-row report", "in --on-bad-row skip --on-bad-row skip"),
+        ("in -- --on-bad-row", "in -- --on-bad-row"),
+    ],
+)
+def test_one_value_of_a_typed_command_is_replaced_and_nothing_else(typed: str, proposed: str) -> None:
+    assert with_value(typed.split(), "--on-bad-row", "skip") == proposed.split()
 
 
 def test_a_path_that_looks_like_an_option_is_not_read_as_one() -> None:

@@ -53,7 +53,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
 
 def test_it_says_where_it_is_answers_and_ends_in_order(run: Path) -> None:
     with started(run, "--slots", 2, "--precision", "fp32") as (process, url, said):
-        assert f"{url}/ is a page to talk in, {url}/v1 is for OpenAI's clients.\n" in said
+        assert f"{url}/ is a chat page, {url}/v1 is for OpenAI's clients.\n" in said
         assert re.search(r"run continues texts: [\d,]+ parameters in fp32 \(as asked\)\.", said)
         assert re.search(r"Context of 32 tokens, .+\.  2 answers at once, 64 requests may wait\.", said)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -120,7 +120,7 @@ def test_another_address_demands_a_key(run: Path) -> None:
 def test_a_key_that_no_header_can_hold_is_refused(run: Path, key: str) -> None:
     answer = typed("serve", run, "--api-key", key, "--device", "cpu")
     assert answer.code == 1
-    assert "--api-key is no key" in answer.err
+    assert "--api-key is not a valid key" in answer.err
     assert not key or key not in answer.err
 
 
@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_is_an_error_before_the_model_is_read(tmp_path: Pat
 @pytest.mark.parametrize(
     "words, word",
     [
-        (("--port", 70_000), "70000 is no port"),
+        (("--port", 70_000), "70000 is not a port"),
         (("--slots", 0), "less than 1"),
         (("--queue", -1), "less than 0"),
         (("--queue", 10_001), "10001 is more than 10,000"),

@@ -143,7 +143,9 @@ def test_a_text_that_alone_is_too_long_is_refused_by_how_much_and_nothing_is_sai
     talk = make(small_tokenizer, 64)
     say(talk, "Kış")
     count = len(small_tokenizer.encode("uzun " * 80))
-    with pytest.raises(PromptTooLongError, match=r"tokens, \d+ too many\. The context holds 64.*--newest") as error:
+    with pytest.raises(
+        PromptTooLongError, match=r"tokens, \d+ too many\. The context holds 64.*`newest=True`"
+    ) as error:
         talk.ask("uzun " * 80, GREEDY, 9)
     said, over = (
         int(word.replace(",", "")) for word in str(error.value).split() if word[0].isdigit() and word != "64,"

@@ -74,7 +74,7 @@ def test_a_card_that_is_too_old_is_told_for_what_and_what_to_take(name: str, whe
     assert "too old for torch's wheels and for Triton" in said
     assert f"{wheels} code for its compute capability ({capability})" in said
     assert "on Kaggle and Colab the T4" in said
-    assert ("plain PyTorch would compute" in said) == ("none of" not in wheels)
+    assert ("With the CUDA 12.6 wheels plain PyTorch would compute" in said) == ("none of" not in wheels)
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,8 @@ def test_what_a_driver_answers_is_told_the_same(capability: tuple[int, int], has
 
 
 def test_an_ultra_is_told_the_max_of_its_own_generation() -> None:
-    assert "--gpu m3-max --ram 192GB" in explain_unknown("Apple M3 Ultra", profile_names())
-    assert "--gpu m1-max " in explain_unknown("m1ultra", profile_names())
+    assert '`gpu="m3-max"` with `ram="192GB"`' in explain_unknown("Apple M3 Ultra", profile_names())
+    assert '`gpu="m1-max"` ' in explain_unknown("m1ultra", profile_names())
 
 
 def test_no_card_of_the_catalogue_is_called_old_or_foreign() -> None:

@@ -298,7 +298,7 @@ def no_accelerator(monkeypatch: pytest.MonkeyPatch, driver: Driver | None, build
 @pytest.mark.parametrize("asked", ["cuda", "mps"])
 def test_a_device_that_is_not_here_is_refused_with_a_way_on(monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     no_accelerator(monkeypatch, None, CPU_BUILD)
-    with pytest.raises(MachineError, match=rf"--device is {asked}\. torch .* sees none here\. Leave --device out"):
+    with pytest.raises(MachineError, match=rf"`device` is {asked}\. torch .* sees none here\. Leave `device` out"):
         module.choose_device(asked)
 
 

@@ -226,7 +226,7 @@ def test_turing_trains_in_fp16() -> None:
 def test_a_missing_triton_is_slower_and_not_fatal(facts: Facts, torch: str, command: str) -> None:
     found = only(replace(facts, triton=None, build=TorchBuild(torch, (13, 0))))
     assert found == Finding("Triton is not installed", "plain PyTorch computes, slower", command)
-    assert found.sentence == f"Triton is not installed: plain PyTorch computes, slower; to mend it: {command}."
+    assert found.sentence == f"Triton is not installed: plain PyTorch computes, slower; to repair it: {command}."
 
 
 def test_a_triton_that_does_not_import_is_fatal() -> None:

@@ -224,7 +224,7 @@ def test_the_processor_leaves_memory_to_the_system_and_to_the_process() -> None:
     ],
 )
 def test_an_unknown_card_is_answered_with_the_nearest_and_with_a_way_on(text: str, near: str) -> None:
-    with pytest.raises(ConfigError, match=rf'no card "{re.escape(text)}".*{near}.*--memory 8GB works'):
+    with pytest.raises(ConfigError, match=rf'no card "{re.escape(text)}".*{near}.*`memory="8GB"` works'):
         find_profile(text)
     with pytest.raises(ConfigError, match=r'no profile "rtx 5070"\. Did you mean rtx5070'):
         load_profile("rtx 5070")

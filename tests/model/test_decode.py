@@ -13,7 +13,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.model import decode as one_token
 from lowvram.model import slot_attention as of_rows
 from lowvram.model.decode import decode_one_token
-from lowvram.model.kv_cache import CacheForm, KvCache
+from lowvram.model.kv_cache import CacheFormat, KvCache
 from lowvram.model.positions import rotate_one, turn_at
 from lowvram.model.slot_attention import BatchedAttention, PerSlotAttention, SlotAttention
 from lowvram.model.transformer import Transformer, lay_by_columns
@@ -89,12 +89,12 @@ def test_bf16_stays_near_fp32(config: ModelConfig, make: MakeRows) -> None:
 @pytest.mark.parametrize("name", ["mla-rope", "mla-window", "mla-yarn-q_lora"])
 def test_latents_in_8_bits_stay_near_and_both_ways_agree(name: str, make: MakeRows) -> None:
     model = randomise(Transformer(VARIANTS[name]))
-    form: CacheForm = "e4m3"
+    format: CacheFormat = "e4m3"
     with torch.no_grad():
         exact = model.logits(tokens())
-    found = decoded(model, tokens(), KvCache(model.config, 2, LENGTH, form=form, chunk=4), make)
+    found = decoded(model, tokens(), KvCache(model.config, 2, LENGTH, format=format, chunk=4), make)
     assert 0 < (found - exact).norm() < 0.06 * exact.norm()
-    other = decoded(model, tokens(), KvCache(model.config, 2, LENGTH, form=form, chunk=4), each)
+    other = decoded(model, tokens(), KvCache(model.config, 2, LENGTH, format=format, chunk=4), each)
     torch.testing.assert_close(found, other, atol=ABSOLUTE, rtol=0)
 
 

@@ -50,7 +50,7 @@ def test_the_gqa_cache_holds_only_the_key_value_heads() -> None:
 
 def test_codes_of_latents_take_at_most_six_tenths_of_bf16() -> None:
     config = VARIANTS["mla-rope"].model_copy(update={"attention": WIDE})
-    plain, coded = (KvCache(config, 2, 50, torch.bfloat16, form=form) for form in ("plain", "e4m3"))
+    plain, coded = (KvCache(config, 2, 50, torch.bfloat16, format=format) for format in ("plain", "e4m3"))
     assert plain.bytes_per_token() == config.layers * (192 + 32) * 2
     assert coded.bytes_per_token() == config.layers * (192 + 2 * 4 + 32 * 2)
     assert coded.bytes <= 0.6 * plain.bytes
@@ -136,7 +136,7 @@ def test_a_slot_leaves_the_others_alone() -> None:
 
 def test_latents_come_back_from_codes_as_e4m3_rounds_them() -> None:
     config: ModelConfig = VARIANTS["mla-rope"].model_copy(update={"attention": WIDE})
-    cache, new = KvCache(config, 1, 20, torch.bfloat16, form="e4m3"), torch.randn(1, 9, 192 + 32).bfloat16()
+    cache, new = KvCache(config, 1, 20, torch.bfloat16, format="e4m3"), torch.randn(1, 9, 192 + 32).bfloat16()
     back = CacheSlot(cache, 0).store_latent(0, new)
     assert back.dtype == torch.bfloat16
     assert torch.equal(back[..., 192:], new[..., 192:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from lowvram.errors import MachineError
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, causal_loss
 from lowvram.train import autotune as trial
-from lowvram.train.autotune import settle_compilation, try_compilation
+from lowvram.train.autotune import autotune_compilation, try_compilation
 from lowvram.train.compilation import compiled
 from lowvram.train.events import Event, Halved, StepDone, Stopped
 from lowvram.train.prepare import prepare
@@ -193,8 +194,8 @@ def test_a_compiler_that_fails_ends_a_run_that_asked_for_it_with_a_way_out(
 ) -> None:
     monkeypatch.setattr("lowvram.train.compilation.BACKEND", refuse)
     trainer = trainer_of(run_of(home, "asked"))
-    assert list(settle_compilation(trainer, asked=True, is_new=True)) == []
-    with pytest.raises(MachineError, match=r"could not be compiled\. .*no C\+\+ compiler here.*--compile off"):
+    assert list(autotune_compilation(trainer, asked=True, is_new=True)) == []
+    with pytest.raises(MachineError, match=r"could not be compiled\. .*no C\+\+ compiler here.*`compile=False`"):
         list(trainer.run())
 
 
@@ -206,7 +207,7 @@ def test_a_compiler_that_fails_leaves_an_automatic_run_eager(home: Path, monkeyp
     assert reason.startswith("Blocks are not compiled: torch.compile says: ")
     assert "no C++ compiler here" in reason
     goes_on = trainer_of(run_of(home, "goes-on"))
-    (told,) = settle_compilation(goes_on, asked=None, is_new=False)
+    (told,) = autotune_compilation(goes_on, asked=None, is_new=False)
     assert told.startswith("Blocks are no longer compiled: torch.compile says: ")
     assert not goes_on.plan.compile
     assert len(steps_of(list(goes_on.run()))) == 3
@@ -214,14 +215,14 @@ def test_a_compiler_that_fails_leaves_an_automatic_run_eager(home: Path, monkeyp
 
 def test_a_run_that_was_compiled_goes_on_so(home: Path) -> None:
     trainer = trainer_of(run_of(home, "kept"))
-    assert list(settle_compilation(trainer, asked=None, is_new=False)) == []
+    assert list(autotune_compilation(trainer, asked=None, is_new=False)) == []
     assert trainer.plan.compile
     assert graphs() > 0
 
 
 def test_outside_cuda_nothing_is_tried_unasked(home: Path) -> None:
     trainer = trainer_of(run_of(home, "cpu"), compiles=False)
-    assert list(settle_compilation(trainer, asked=None, is_new=True)) == []
+    assert list(autotune_compilation(trainer, asked=None, is_new=True)) == []
     assert not trainer.plan.compile
     assert graphs() == 0
 
@@ -244,7 +245,7 @@ def test_on_cuda_only_a_new_run_tries(monkeypatch: pytest.MonkeyPatch, is_new: b
         return faster, "It is faster."
 
     monkeypatch.setattr(trial, "try_compilation", found)
-    told = list(settle_compilation(trainer, None, is_new, limit_bytes=77))
+    told = list(autotune_compilation(trainer, None, is_new, limit_bytes=77))
     if during:
         assert (trainer.plan, limits, len(told)) == (plan, [], int(is_new)), "gradients that never all exist"
     else:
@@ -342,9 +343,10 @@ def test_the_option_means_what_it_says(monkeypatch: pytest.MonkeyPatch, word: st
         given.extend(words)
         return Stopped(1, is_finished=False)
 
-    monkeypatch.setattr("lowvram.config.run_file.load_run", lambda *_: "what")
+    monkeypatch.setattr("lowvram.config.run_file.load_run", lambda *_, **__: "what")
     monkeypatch.setattr("lowvram.cli.train.train", train_nothing)
     options = ["--compile", word, "--recompute", "block", "--graphs", "off"]
-    arguments = build_parser().parse_args(["train", "run.toml", *options])
+    words = ["train", "run.toml", *options]
+    arguments = build_parser().parse_args(words, argparse.Namespace(typed=words))
     arguments.run(arguments)
     assert given == ["what", None, "auto", None, "block", expected, False]

@@ -20,7 +20,7 @@ from lowvram.train import autotune as trial
 from lowvram.train import cuda_graph as recording
 from lowvram.train import trainer as trainer_module
 from lowvram.train import validation as looks
-from lowvram.train.autotune import settle_cuda_graphs
+from lowvram.train.autotune import autotune_cuda_graphs
 from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.events import Event, StepDone, Stopped
 from lowvram.train.prepare import prepare
@@ -229,7 +229,7 @@ def test_a_recording_stays_where_it_is_faster_and_fits(
     trainer = trainer_of(run_of(home, "decides"))
     monkeypatch.setattr(Trainer, "capture", lambda self: setattr(self, "captured_pass", object()))
     Decision(trainer, monkeypatch, played_s, 200 * MIB)
-    (sentence,) = settle_cuda_graphs(trainer, asked, limit)
+    (sentence,) = autotune_cuda_graphs(trainer, asked, limit)
     assert sentence.startswith(said)
     assert (trainer.captured_pass is not None) == sentence.startswith("Passes are replayed")
 
@@ -243,15 +243,15 @@ def test_what_cannot_be_recorded_is_launched_or_told_where_it_was_asked_for(
     trainer = trainer_of(run_of(home, "unrecorded"))
     monkeypatch.setattr(Trainer, "capture", fail)
     Decision(trainer, monkeypatch, 0.1, 0)
-    (sentence,) = settle_cuda_graphs(trainer, None)
+    (sentence,) = autotune_cuda_graphs(trainer, None)
     assert sentence == "Passes are not replayed from CUDA graphs: operation not permitted when stream is capturing."
-    with pytest.raises(MachineError, match=r"Operation not permitted.*Leave out --graphs on"):
-        list(settle_cuda_graphs(trainer, True))
+    with pytest.raises(MachineError, match=r"Operation not permitted.*Leave `graphs` out"):
+        list(autotune_cuda_graphs(trainer, True))
 
 
 def test_without_a_card_nothing_is_recorded_and_asking_for_it_is_answered(home: Path) -> None:
     trainer = trainer_of(run_of(home, "no-card"))
-    assert list(settle_cuda_graphs(trainer, None)) == []
-    assert list(settle_cuda_graphs(trainer, False)) == []
+    assert list(autotune_cuda_graphs(trainer, None)) == []
+    assert list(autotune_cuda_graphs(trainer, False)) == []
     with pytest.raises(MachineError, match="They need a CUDA card"):
-        list(settle_cuda_graphs(trainer, True))
+        list(autotune_cuda_graphs(trainer, True))

@@ -20,7 +20,7 @@ from lowvram.train.events import Event, Halved, Saved, StepDone
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
-from lowvram.train.start import keep_plan, settle_plan
+from lowvram.train.start import keep_plan, resolve_plan
 from lowvram.train.state import FIRST_LOSS_SCALE
 from lowvram.train.step import learn_in_backward
 from lowvram.train.trainer import Trainer
@@ -271,7 +271,7 @@ def test_memory_that_ends_before_a_weight_moved_costs_nothing(
     trainer = trainer_of(what)
     run_out(monkeypatch, trainer, 4, moved)
     events = ends_without_memory(
-        trainer, r"in step 4, which .* cannot be cut\. No weight had moved\. .*what was learnt is saved\. Type .*block"
+        trainer, r"in step 4, which .* cannot be cut\. No weight had moved\. .*what was learnt is saved\. Start .*block"
     )
     assert isinstance(events[-1], Saved)
     assert not any(isinstance(event, Halved) for event in events)
@@ -297,8 +297,8 @@ def test_memory_that_ends_between_two_weights_brings_the_last_checkpoint_back(
     trainer = trainer_of(what)
     run_out(monkeypatch, trainer, 5, moved=4)
     message = (
-        r"in step 5, .*others not, so the checkpoint of step 3 is loaded again\. Type the same command with "
-        r"--recompute block, or .*batch_tokens \(now 256\).*train\.update_during_backward = false"
+        r"in step 5, .*others not, so the checkpoint of step 3 is loaded again\. Start the run again with "
+        r"`recompute=.block.`, or .*batch_tokens \(now 256\).*train\.update_during_backward = false"
     )
     events = ends_without_memory(trainer, message)
     assert not any(isinstance(event, Saved) for event in events), "what is broken must not be saved"
@@ -333,18 +333,18 @@ def test_a_step_has_one_micro_batch_and_no_other_is_taken(tmp_path: Path) -> Non
     whole = Plan(micro_batch=24, accumulate=1)
     assert TRAIN.micro_batches == [24]
     assert choose_plan(TRAIN) == (whole, "a step that updates during backward has one micro-batch")
-    assert settle_plan(tmp_path, TRAIN).plan == whole
-    assert settle_plan(tmp_path, TRAIN, 24).plan == whole
+    assert resolve_plan(tmp_path, TRAIN).plan == whole
+    assert resolve_plan(tmp_path, TRAIN, 24).plan == whole
     message = (
-        r"--micro-batch is 2\. update_during_backward excludes accumulation: .* 24 sequences go at once\. .*: 24\."
+        r"`micro_batch` is 2\. update_during_backward excludes accumulation: .* 24 sequences go at once\. .*: 24\."
     )
     with pytest.raises(ConfigError, match=message):
-        settle_plan(tmp_path, TRAIN, 2)
+        resolve_plan(tmp_path, TRAIN, 2)
 
 
 def test_a_plan_of_the_time_before_cuts_no_step_that_updates_during_backward(tmp_path: Path) -> None:
     keep_plan(tmp_path, Plan(micro_batch=4, accumulate=6))
     ordinary = TRAIN.model_copy(update={"update_during_backward": False})
-    assert settle_plan(tmp_path, ordinary).plan.micro_batch == 4
-    plan, _, is_kept = settle_plan(tmp_path, TRAIN)
+    assert resolve_plan(tmp_path, ordinary).plan.micro_batch == 4
+    plan, _, is_kept = resolve_plan(tmp_path, TRAIN)
     assert (plan, is_kept) == (Plan(micro_batch=24, accumulate=1), False)

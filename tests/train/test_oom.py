@@ -81,7 +81,7 @@ def test_one_sequence_has_no_half() -> None:
     assert halve(Plan(micro_batch=1, accumulate=24)) is None
 
 
-SAME_RUN = "Type the same command with --recompute block, or begin a new run.dir with "
+SAME_RUN = 'Start the run again with `recompute="block"`, or begin a new run.dir with '
 SHORTER = "a shorter train.seq_len (now 512) or a smaller model."
 
 

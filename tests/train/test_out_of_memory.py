@@ -18,7 +18,7 @@ from lowvram.errors import TrainingError
 from lowvram.objective import Batch, Loss, causal_loss
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Halved, Saved, StepDone
-from lowvram.train.start import settle_plan
+from lowvram.train.start import resolve_plan
 from tests.tiny import prepare_home, tensors_of, tiny_run, trainer_of, unequal
 
 NO_MEMORY = torch.OutOfMemoryError
@@ -215,10 +215,10 @@ def test_a_halved_micro_batch_is_saved_with_the_checkpoint_and_found_where_the_p
 ) -> None:
     fail_at(monkeypatch, "forward", lambda batch: len(batch.sample_B) == 4)
     what = run_of(home, "saved")
-    assert settle_plan(what.run.dir, what.train).plan.micro_batch == 8
+    assert resolve_plan(what.run.dir, what.train).plan.micro_batch == 8
     trainer = trainer_of(what, 4)
     assert any(isinstance(event, Saved) for event in trainer.run())
-    plan, reason, is_kept = settle_plan(what.run.dir, what.train)
+    plan, reason, is_kept = resolve_plan(what.run.dir, what.train)
     assert (plan, reason, is_kept) == (trainer.plan, "this run's plan so far", True)
     assert plan == Plan(micro_batch=2, accumulate=4)
     assert not hasattr(trainer_of(what, 2).state, "plan")
@@ -237,7 +237,7 @@ def test_the_command_says_so_writes_it_down_and_goes_on_with_it(
     what = run_of(home, "typed")
     train(what, micro_batch=4, device="cpu", stop_at=3)
     told = " ".join(capsys.readouterr().err.split())
-    assert "step 2 memory ran out: tried again, and on from here, with 2 sequences × 4 a step" in told
+    assert "step 2 memory ran out: tried again, and continued, with 2 sequences × 4 a step" in told
     kept = json.loads((what.run.dir / "plan.json").read_bytes())
     assert (kept["micro_batch"], kept["accumulate"]) == (2, 4)
     rows = [json.loads(line) for line in (what.run.dir / "log.jsonl").read_text(encoding="utf-8").splitlines()]

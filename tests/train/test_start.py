@@ -23,7 +23,7 @@ from lowvram.train.events import Started, StepDone
 from lowvram.train.optim import learning_rate
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
-from lowvram.train.start import keep_plan, lock_run, refuse_changes, settle_plan
+from lowvram.train.start import keep_plan, lock_run, refuse_changes, resolve_plan
 from lowvram.train.state import load_weights
 from lowvram.train.trainer import Trainer
 from tests.tiny import prepare_home, tiny_run
@@ -185,7 +185,7 @@ def test_a_refused_start_leaves_the_plan_alone(home: Path) -> None:
     train(what, micro_batch=2, device="cpu")
     with pytest.raises(ConfigError, match="batch_tokens"):
         train(changed(what, "train", batch_tokens=512), device="cpu")
-    assert settle_plan(what.run.dir, what.train)[0].micro_batch == 2
+    assert resolve_plan(what.run.dir, what.train)[0].micro_batch == 2
 
 
 def test_a_run_cannot_start_from_nothing(home: Path) -> None:
@@ -231,21 +231,21 @@ def test_a_micro_batch_that_does_not_divide_the_step_is_answered_with_those_that
 
 def test_a_run_keeps_its_plan_until_another_is_asked_for(tmp_path: Path) -> None:
     four = Plan(micro_batch=4, accumulate=6)
-    assert settle_plan(tmp_path, RECIPE, 4) == (four, "you asked for it", False)
-    assert not settle_plan(tmp_path, RECIPE).is_kept, "nothing is kept before the run begins"
+    assert resolve_plan(tmp_path, RECIPE, 4) == (four, "you asked for it", False)
+    assert not resolve_plan(tmp_path, RECIPE).is_kept, "nothing is kept before the run begins"
     keep_plan(tmp_path, four)
-    assert settle_plan(tmp_path, RECIPE) == (four, "this run's plan so far", True)
-    assert settle_plan(tmp_path, RECIPE, 12)[0].micro_batch == 12
-    assert settle_plan(tmp_path, RECIPE)[0].micro_batch == 4
+    assert resolve_plan(tmp_path, RECIPE) == (four, "this run's plan so far", True)
+    assert resolve_plan(tmp_path, RECIPE, 12)[0].micro_batch == 12
+    assert resolve_plan(tmp_path, RECIPE)[0].micro_batch == 4
 
 
 def test_what_is_not_asked_for_stays_as_it_was(tmp_path: Path) -> None:
     kept = Plan(micro_batch=4, accumulate=6, recompute="attention", loss_chunk=700, compile=True)
     keep_plan(tmp_path, kept)
-    assert settle_plan(tmp_path, RECIPE, 8).plan == kept.model_copy(update={"micro_batch": 8, "accumulate": 3})
-    assert settle_plan(tmp_path, RECIPE, recompute="block").plan == kept.model_copy(update={"recompute": "block"})
-    assert settle_plan(tmp_path, RECIPE, recompute="none").plan == kept.model_copy(update={"recompute": "none"})
-    assert settle_plan(tmp_path, RECIPE, compiled=False).plan == kept.model_copy(update={"compile": False})
+    assert resolve_plan(tmp_path, RECIPE, 8).plan == kept.model_copy(update={"micro_batch": 8, "accumulate": 3})
+    assert resolve_plan(tmp_path, RECIPE, recompute="block").plan == kept.model_copy(update={"recompute": "block"})
+    assert resolve_plan(tmp_path, RECIPE, recompute="none").plan == kept.model_copy(update={"recompute": "none"})
+    assert resolve_plan(tmp_path, RECIPE, compiled=False).plan == kept.model_copy(update={"compile": False})
 
 
 def test_a_new_run_is_planned_by_whom_it_is_told_around_what_was_asked_for(tmp_path: Path) -> None:
@@ -256,19 +256,19 @@ def test_a_new_run_is_planned_by_whom_it_is_told_around_what_was_asked_for(tmp_p
         asked.append((micro_batch, recompute))
         return fitted
 
-    assert settle_plan(tmp_path, RECIPE, choose=choose) == (*fitted, False)
+    assert resolve_plan(tmp_path, RECIPE, choose=choose) == (*fitted, False)
     compiled = fitted[0].model_copy(update={"compile": True})
-    assert settle_plan(tmp_path, RECIPE, compiled=True, choose=choose).plan == compiled
+    assert resolve_plan(tmp_path, RECIPE, compiled=True, choose=choose).plan == compiled
     again = fitted[0].model_copy(update={"recompute": "attention"})
-    assert settle_plan(tmp_path, RECIPE, recompute="attention", choose=choose).plan == again
+    assert resolve_plan(tmp_path, RECIPE, recompute="attention", choose=choose).plan == again
     six = fitted[0].model_copy(update={"micro_batch": 6, "accumulate": 4})
-    assert settle_plan(tmp_path, RECIPE, 6, choose=choose).plan == six
+    assert resolve_plan(tmp_path, RECIPE, 6, choose=choose).plan == six
     assert asked == [(None, None), (None, None), (None, "attention"), (6, None)]
     keep_plan(tmp_path, again)
-    assert settle_plan(tmp_path, RECIPE, choose=choose).plan == again
+    assert resolve_plan(tmp_path, RECIPE, choose=choose).plan == again
     assert len(asked) == 4, "a run that has a plan needs no other"
-    with pytest.raises(ConfigError, match="--micro-batch is 7"):
-        settle_plan(tmp_path / "new", RECIPE, 7, choose=choose)
+    with pytest.raises(ConfigError, match="`micro_batch` is 7"):
+        resolve_plan(tmp_path / "new", RECIPE, 7, choose=choose)
 
 
 @pytest.mark.parametrize("numbers", [{}, {"plan": {"micro_batch": 8, "mood": "good"}}], ids=["older", "newer"])
@@ -276,22 +276,22 @@ def test_a_checkpoint_of_another_version_names_no_plan(
     home: Path, monkeypatch: pytest.MonkeyPatch, numbers: dict[str, Any]
 ) -> None:
     what = tiny_run(home, run="done")
-    assert settle_plan(what.run.dir, what.train).is_kept
+    assert resolve_plan(what.run.dir, what.train).is_kept
     monkeypatch.setattr(Checkpoint, "numbers", lambda _: numbers)
-    assert not settle_plan(what.run.dir, what.train).is_kept
+    assert not resolve_plan(what.run.dir, what.train).is_kept
 
 
 def test_a_plan_that_no_longer_makes_up_the_step_is_chosen_anew(tmp_path: Path) -> None:
     keep_plan(tmp_path, Plan(micro_batch=12, accumulate=2))
     larger = RECIPE.model_copy(update={"batch_tokens": 512 * 32})
-    assert settle_plan(tmp_path, larger)[0] == Plan(micro_batch=8, accumulate=4)
+    assert resolve_plan(tmp_path, larger)[0] == Plan(micro_batch=8, accumulate=4)
 
 
 def test_a_wrong_micro_batch_leaves_the_plan_as_it_was(tmp_path: Path) -> None:
     keep_plan(tmp_path, Plan(micro_batch=4, accumulate=6))
     with pytest.raises(ConfigError):
-        settle_plan(tmp_path, RECIPE, 5)
-    assert settle_plan(tmp_path, RECIPE)[0].micro_batch == 4
+        resolve_plan(tmp_path, RECIPE, 5)
+    assert resolve_plan(tmp_path, RECIPE)[0].micro_batch == 4
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"micro_batch": 4}', "[]", '{"a":' * 9_999], ids=lambda text: text[:9])
@@ -309,7 +309,7 @@ def test_a_plan_that_cannot_be_read_is_the_last_checkpoints_or_chosen_anew(
         (tmp_path, False, "; plan.json cannot be read, so it is chosen anew"),
     ):
         (directory / "plan.json").write_text(text, encoding="utf-8")
-        found = settle_plan(directory, what.train)
+        found = resolve_plan(directory, what.train)
         assert found.is_kept == kept
         assert found.reason.endswith(says)
         assert found.plan.micro_batch * found.plan.accumulate == 8

@@ -35,7 +35,7 @@ from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.sampling import Sampler, sample
-from lowvram.model.kv_cache import CacheForm
+from lowvram.model.kv_cache import CacheFormat
 from lowvram.model.transformer import Transformer
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
@@ -89,7 +89,7 @@ def their_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 @torch.inference_mode()
 def measure(
-    config: ModelConfig, dtype: torch.dtype, context: int, tokens: int, rounds: int, cache: CacheForm = "plain"
+    config: ModelConfig, dtype: torch.dtype, context: int, tokens: int, rounds: int, cache: CacheFormat = "plain"
 ) -> Figures:
     """Let both decode `tokens` tokens after the same prompt, alternately; a first round is not counted."""
     model = Transformer(config)

@@ -70,7 +70,7 @@ class Training:
         model, train = load_preset(self.preset, (*(_TINY if scene.is_tiny else ()), *self.sets))
         limit_bytes = load_profile(self.gpu).limit_bytes()
         report = self._judge(model, train, scene, limit_bytes)
-        plan = report.found.plan
+        plan = report.search_result.plan
         rehearsal = rehearse(model, train, plan, card_of(scene.device))
         row: Row = {
             "kind": "training",
@@ -79,7 +79,7 @@ class Training:
             "gpu": self.gpu,
             "limit_bytes": limit_bytes,
             "plan": plan.model_dump(mode="json"),
-            "why": report.found.reason,
+            "why": report.search_result.reason,
             "batch_tokens": train.batch_tokens,
             "parameters": model.num_parameters(),
             "operations": _operations(rehearsal, plan),
@@ -87,7 +87,7 @@ class Training:
             "aims": [] if scene.is_tiny else [aim._asdict() for aim in self.aims],
         }
         if rehearsal.ledger.peak_bytes > limit_bytes:
-            return row | {"status": "left out", "note": f"no plan fits into {self.gpu}: {report.found.reason}"}
+            return row | {"status": "left out", "note": f"no plan fits into {self.gpu}: {report.search_result.reason}"}
         if scene.is_card:
             forget_compiled()
         free_memory(scene.device)

@@ -94,12 +94,6 @@ def has_kernel(q_latent: Tensor, rope: Tensor) -> bool:
     return is_half and is_narrow and choose("latent_attention", card_of(q_latent.device)).backend == "triton"
 
 
-def attention_tiles(card: Card) -> list[Tile]:
-    """Return every tile that `choose_attention_tile` may take on a card."""
-    hopper = [_TRANSPOSED] if card.capability == (9, 0) else []
-    return [_NARROW, _WIDE, _WIDE_SHALLOW, _TRANSPOSED_CODED, *hopper]
-
-
 def choose_attention_tile(card: Card, channels: int, rotated: int, is_coded: bool) -> Tile:
     """Choose a tile for C and R; is_coded: the cache is bytes."""
     width = _padded(channels)

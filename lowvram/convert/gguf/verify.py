@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowvram.data.sample import sample_documents
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import ExportError, MachineError
+from lowvram.errors import ExportError, MachineError, argument
 from lowvram.generate.decoder import Decoder
 from lowvram.storage.json_files import JsonError, parse_object
 
@@ -62,7 +62,7 @@ def find_programs(place: Path) -> Programs:
     complete = known.get("llama-completion") or known.get("llama-cli")
     if "llama-tokenize" not in known or complete is None:
         raise MachineError(
-            f"--verify is {place}, and there are no llama-tokenize and llama-completion (or llama-cli).",
+            f"{argument('verify')} is {place}, and there are no llama-tokenize and llama-completion (or llama-cli).",
             f"They were looked for in {folder}.",
             "Name the folder of llama.cpp's programs, often build/bin.",
         )

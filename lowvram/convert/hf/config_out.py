@@ -37,7 +37,7 @@ def choose_family(model: ModelConfig) -> str:
         fix = "Such a model opens in lowvram only; choose another form before training."
         has_norms = model.attention.kind == "gqa" and model.attention.qk_norm
         if model.ffn.kind == "swiglu" and model.window is None and not has_norms:
-            fix = "Export it with --to gguf: llama.cpp's architecture refact is exactly this model."
+            fix = 'Export it with `to="gguf"`: llama.cpp\'s architecture refact is exactly this model.'
         why = "transformers has no class with ALiBi, grouped queries and SwiGLU."
         raise ExportError('positions.kind is "alibi".', why, fix)
     if model.attention.kind == "mla":

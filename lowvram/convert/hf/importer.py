@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -23,16 +23,13 @@ from lowvram.storage.disk import DISK, Disk
 _NO_DATA = "unknown"
 
 
-def import_weights(
-    outside: HfReader,
-    tokenizer: Tokenizer,
-    run: Path,
-    tell: Callable[[int, int], None] = lambda done, total: None,
-    disk: Disk = DISK,
-) -> Checkpoint:
+def import_each_tensor(
+    outside: HfReader, tokenizer: Tokenizer, run: Path, disk: Disk = DISK
+) -> Generator[tuple[int, int], None, Checkpoint]:
     """Write another program's model as the first checkpoint of the run directory `run`, with its tokenizer beside it.
 
-    All values are exact: fp16 becomes fp32, and FP8 becomes bf16 where that is exact, else fp32.
+    Yields how many tensors of how many are read.  All values are exact: fp16 becomes fp32, and FP8 becomes bf16 where
+    that is exact, else fp32.
     Raises CheckpointError where the tokenizer has ids that the model has no row for.
     """
     config = outside.config
@@ -40,13 +37,13 @@ def import_weights(
         raise CheckpointError(
             f"The tokenizer has {tokenizer.size} ids, and the model {config.vocabulary} rows for them (vocab_size).",
             "Every id needs its row, and every row that is drawn an id.",
-            "Name the model's own tokenizer with --tokenizer.",
+            "Name the model's own tokenizer with `tokenizer`.",
         )
     weights = {}
-    for done, name in enumerate(outside.names()):
+    for done, name in enumerate(outside.names(), 1):
         weights[name] = _widen_exactly(outside.read(name))
         _check_finite(outside, name, weights[name])
-        tell(done + 1, len(outside.names()))
+        yield done, len(outside.names())
     what = _describe(outside, weights["embedding"].dtype, run)
     tokenizer.save(run / "tokenizer", disk)
     hashes = {"tokenizer": tokenizer.hash}

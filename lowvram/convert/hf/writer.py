@@ -106,7 +106,7 @@ def refuse_existing(out: Path) -> None:
     """Raise CheckpointError where `out` exists, since it would be overwritten."""
     if out.exists():
         raise CheckpointError(
-            f"{out} exists already.", "It is not overwritten.", "Give --out another name, or delete it."
+            f"{out} exists already.", "It is not overwritten.", "Give `out` another name, or delete it."
         )
 
 

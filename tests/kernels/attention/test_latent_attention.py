@@ -286,9 +286,8 @@ def test_what_no_kernel_takes_is_computed_plainly(card: str, dtype: torch.dtype,
 @pytest.mark.parametrize("is_coded", [False, True], ids=["floating", "e4m3"])
 @pytest.mark.parametrize("channels, rotated", [(512, 64), (512, 128), (300, 128), (256, 32), (256, 128), (64, 16)])
 @pytest.mark.parametrize("card", ["sm80", "sm86", "sm89", "sm90", "sm120"])
-def test_the_chosen_tile_is_of_the_card_s_and_fits(card: str, channels: int, rotated: int, is_coded: bool) -> None:
+def test_the_chosen_tile_fits_the_card(card: str, channels: int, rotated: int, is_coded: bool) -> None:
     tile = op.choose_attention_tile(CARDS[card], channels, rotated, is_coded)
-    assert tile in op.attention_tiles(CARDS[card])
     needed = op._shared_bytes(tile, op._padded(channels), op._padded(rotated), is_coded)
     assert needed <= CARDS[card].shared_bytes
     assert op._is_transposed(tile) == (channels > 256 and (card == "sm90" or is_coded))

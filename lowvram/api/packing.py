@@ -1,0 +1,142 @@
+"""Text as shards of tokens: texts and a tokenizer in, folders and a frozen value out; prints nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram.api.arguments import PATH, refuse_count, refuse_missing
+from lowvram.api.progress import carry_out
+from lowvram.api.tasks import Notice, Progress, Task
+from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
+
+if TYPE_CHECKING:
+    from lowvram.data.shards import PackProgress, ShardSet
+
+DEFAULT_TOKENIZER, DEFAULT_OUT = Path("tok"), Path("shards")
+
+
+@dataclass(frozen=True)
+class PackedShards:
+    """A folder of shards.  text_bytes: of the documents in UTF-8."""
+
+    path: Path
+    tokens: int
+    documents: int
+    text_bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The bytes of text that a token stands for; BOS tokens are left out."""
+        return self.text_bytes / max(1, self.tokens - self.documents)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was packed.
+
+    shards: one folder; with a holdout two, the training data and the documents that are held out.  has_validation:
+    whether a folder of held-out documents is among them or beside them.  data: what `fit(data=...)` takes to find these
+    shards and their tokenizer; None where they do not lie as it looks for them.
+    """
+
+    shards: tuple[PackedShards, ...]
+    has_validation: bool
+    data: Path | None
+    notices: tuple[Notice, ...] = ()
+
+
+def pack(
+    texts: Texts,
+    out: str | Path = DEFAULT_OUT,
+    *,
+    tokenizer: str | Path = DEFAULT_TOKENIZER,
+    holdout: float | str | None = None,
+    field: str = "text",
+    on_bad_row: OnBadRow = "stop",
+    replace: bool = False,
+    processes: int = 1,
+    progress: bool = False,
+) -> Packed:
+    """Tokenize text into shards in the folder `out`; a packing that was interrupted goes on where it stopped.
+
+    texts: a file (.txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst), a folder, a pattern, or several of them;
+    documents end at a blank line, or are `field` of a row.  tokenizer: its folder.  holdout: the share of the documents
+    that is held out, as 0.005 or "0.5%": the shards are then in `out/train` and `out/valid`.  on_bad_row: "stop" at the
+    first row that is no text, or "skip" a few of them.  replace: replace shards of another text in `out`.  processes:
+    with more than one, a script must guard its entry with `if __name__ == "__main__":`.  progress: show a progress bar,
+    in a terminal or a notebook.
+
+    Raises ConfigError for an argument that cannot be meant, TokenizerError where there is no tokenizer, DataError for
+    text that cannot be read or where `out` holds something else, BusyError, DiskFullError.
+    """
+    options = read_text_options(texts, field, on_bad_row, holdout)
+    refuse_missing("out", out, *PATH)
+    refuse_missing("tokenizer", tokenizer, *PATH)
+    refuse_missing("replace", replace, bool)
+    refuse_missing("processes", processes, int)
+    refuse_count("processes", processes)
+    found, notices = carry_out(pack_task(options, Path(tokenizer), Path(out), replace, processes), progress)
+    return dataclasses.replace(found, notices=notices)
+
+
+def pack_task(
+    options: TextOptions,
+    tokenizer: Path = DEFAULT_TOKENIZER,
+    out: Path = DEFAULT_OUT,
+    replace: bool = False,
+    processes: int | None = None,
+) -> Task[Packed]:
+    """Do what `pack` does, and yield its notices and its progress.  processes: None for one per core."""
+    from lowvram.data.hf_tokenizer import load_tokenizer
+    from lowvram.data.shards import pack_each_shard
+    from lowvram.evaluate.verdict import warn_of_few_tokens
+
+    loaded = load_tokenizer(tokenizer)
+    files = yield from find_texts(options)
+    skipped, holdout = SkippedRows(options.on_bad_row), options.build_holdout()
+    packing = pack_each_shard(
+        files, loaded, out, options.field, processes, holdout=holdout, replace=replace, bad_rows=skipped.bad_rows
+    )
+    sides = yield from skipped.tell_beside(_show_progress(packing))
+    yield from skipped.summarise()
+    is_split = holdout is not None
+    if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
+        yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
+    has_validation = is_split or out.name == "valid" or (out.parent / "valid").is_dir()
+    home = out.parent if not is_split and out.name in ("train", "valid") else out
+    return Packed(tuple(map(_describe, sides)), has_validation, _find_data(home, tokenizer))
+
+
+def _show_progress(
+    packing: Generator[PackProgress, None, tuple[ShardSet, ...]],
+) -> Generator[Progress, None, Sequence[ShardSet]]:
+    from lowvram.units import show_count
+
+    yield Progress("Packing")
+    while True:
+        try:
+            found = next(packing)
+        except StopIteration as end:
+            return end.value
+        yield Progress("Packing", found.read_bytes, found.total_bytes or None, f"{show_count(found.tokens)} tokens")
+
+
+def _describe(shards: ShardSet) -> PackedShards:
+    return PackedShards(shards.directory, shards.tokens, shards.documents, shards.text_bytes)
+
+
+def _find_data(home: Path, tokenizer: Path) -> Path | None:
+    """Return `home` where `fit` finds shards and this tokenizer from it."""
+    from lowvram.errors import ConfigError
+    from lowvram.fit.folders import find_folders
+
+    try:
+        found = find_folders(home)
+    except ConfigError:  # shards in it and others in its folder train
+        return None
+    is_found = found.is_packed and found.tokenizer is not None and found.tokenizer.resolve() == tokenizer.resolve()
+    return home if is_found else None

@@ -1,0 +1,163 @@
+"""What `train_tokenizer` and `pack` share: which texts are read, and what is found in them that is no text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from lowvram.api.arguments import read_paths, read_share, refuse_missing
+from lowvram.api.progress import carry_out
+from lowvram.api.tasks import Notice, Progress, Result, Task
+from lowvram.errors import refuse_unknown
+
+if TYPE_CHECKING:
+    from lowvram.data.bad_rows import BadRow, BadRows
+    from lowvram.data.holdout import Holdout
+
+Texts = str | Path | Sequence[str | Path]
+OnBadRow = Literal["stop", "skip"]
+# As many rows that are skipped are shown.
+_SHOWN = 5
+_HINT = '`on_bad_row="skip"` leaves such rows out, and `check_texts` lists them all.'
+_FILE_HINT = '`on_bad_row="skip"` leaves out single rows, never the rest of a file; `check_texts` lists all such files.'
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Which texts are read, and how.
+
+    paths: files, folders and patterns.  field: of .jsonl, .ndjson and .parquet.  on_bad_row: "stop" at the first row
+    that is no text, or "skip" such rows, up to 1 % of rows and text and 10,000 rows.  holdout: the share of the
+    documents that is held out for validation, None for none.
+    """
+
+    paths: tuple[Path, ...]
+    field: str = "text"
+    on_bad_row: OnBadRow = "stop"
+    holdout: float | None = None
+
+    def build_holdout(self) -> Holdout | None:
+        """Return what chooses the documents that are held out, None where none are."""
+        from lowvram.data.holdout import Holdout
+
+        return Holdout(self.holdout) if self.holdout is not None else None
+
+
+def read_text_options(
+    texts: Texts, field: str, on_bad_row: OnBadRow = "stop", holdout: float | str | None = None
+) -> TextOptions:
+    """Return the options of a caller in Python; raises ConfigError naming the argument that cannot be meant."""
+    refuse_missing("field", field, str)
+    refuse_missing("on_bad_row", on_bad_row, str)
+    refuse_unknown("on_bad_row", on_bad_row, get_args(OnBadRow))
+    return TextOptions(read_paths("texts", texts), field, on_bad_row, read_share("holdout", holdout))
+
+
+@dataclass(frozen=True)
+class TextCheck:
+    """What is no text in some files.
+
+    files, rows: how many were read.  bad: how many rows are no text, and summary: how many of each kind.
+    can_be_skipped: whether `on_bad_row="skip"` accepts them.  bad_rows: each of them, in order.
+    """
+
+    files: int
+    rows: int
+    bad: int
+    summary: str
+    can_be_skipped: bool
+    bad_rows: tuple[BadRow, ...] = ()
+    notices: tuple[Notice, ...] = ()
+
+
+def check_texts(texts: Texts, *, field: str = "text", progress: bool = False) -> TextCheck:
+    """Read texts to their end and list every row that is no text; nothing is written.
+
+    texts, field: as for `pack`.  progress: show a progress bar, in a terminal or a notebook.
+    Raises DataError for files that are not there.
+    """
+    bad_rows: list[BadRow] = []
+    found, notices = carry_out(check_texts_task(read_text_options(texts, field), bad_rows.append), progress)
+    return dataclasses.replace(found, bad_rows=tuple(bad_rows), notices=notices)
+
+
+def check_texts_task(options: TextOptions, tell: Callable[[BadRow], None]) -> Task[TextCheck]:
+    """Do what `check_texts` does, and yield its notices and its progress.  tell: called with each bad row."""
+    from lowvram.data.bad_rows import BadRows
+
+    files, bad_rows = (yield from find_texts(options)), BadRows("report", tell)
+    yield Progress("Reading")
+    yield from _read(files, options.field, bad_rows)
+    return TextCheck(len(files), bad_rows.rows, bad_rows.count, bad_rows.describe(), bad_rows.can_be_skipped)
+
+
+def _read(files: Sequence[Path], field: str, bad_rows: BadRows) -> Iterator[Progress]:
+    """Read all documents, and yield how far it is."""
+    from lowvram.data.text import documents_of
+
+    progress = Progress("Reading")
+
+    def keep(done: int, total: int | None) -> None:
+        nonlocal progress
+        progress = Progress("Reading", done, total)
+
+    for _ in documents_of(files, field, keep, bad_rows):
+        yield progress
+
+
+def find_texts(options: TextOptions) -> Task[list[Path]]:
+    """Return the files that are meant, and yield what was passed over."""
+    from lowvram.data.text_files import find_text_files
+
+    found = find_text_files(options.paths)
+    for sentence in found.describe():
+        yield Notice(sentence)
+    return found.files
+
+
+class SkippedRows:
+    """Rows that are no text, while texts are read: `bad_rows` decides what is done with them, notices tell of it."""
+
+    def __init__(self, on_bad_row: OnBadRow) -> None:
+        from lowvram.data.bad_rows import BadRows
+
+        self.bad_rows = BadRows(on_bad_row, self._keep, _HINT, _FILE_HINT)
+        self._untold: deque[BadRow] = deque()
+        self._kept = 0
+
+    def _keep(self, row: BadRow) -> None:
+        self._kept += 1
+        if self._kept <= _SHOWN:
+            self._untold.append(row)
+
+    def tell_beside(self, work: Generator[Progress, None, Result]) -> Task[Result]:
+        """Do the work that reads texts; yield its progress, and a notice of each of the first rows that it skips."""
+        from lowvram.errors import LowvramError
+
+        while True:
+            try:
+                progress = next(work)
+            except StopIteration as end:
+                yield from self._tell_new()
+                return end.value
+            except LowvramError:
+                yield from self._tell_new()
+                raise
+            yield from self._tell_new()
+            yield progress
+
+    def _tell_new(self) -> Iterator[Notice]:
+        while self._untold:
+            yield Notice(f"Skipped: {self._untold.popleft().what}")
+
+    def summarise(self) -> Iterator[Notice]:
+        """Yield a notice of how many rows were skipped, if any were."""
+        from lowvram.units import count_of
+
+        found = self.bad_rows
+        if found.count:
+            yield Notice(f"Skipped {found.count:,} of {count_of(found.rows, 'row')}: {found.describe()}.")
