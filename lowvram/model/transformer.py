@@ -195,8 +195,8 @@ class Transformer(nn.Module):
         if cache is None and isinstance(first, GqaAttention) and first.slope_H is not None:
             table = first.alibi_columns(token_BT.shape[1], x_BTD.dtype)
         loads = []
-        # What a block adds is passed on to the next norm, except where that would have to be kept for recomputation, and
-        # where blocks are compiled: the first one, to which nothing is added, would be a graph of its own.
+        # What a block adds is passed on to the next norm, except where that would have to be kept for recomputation,
+        # and where blocks are compiled: the first one, to which nothing is added, would be a graph of its own.
         added_BTD: Tensor | None = None
         for block in self.blocks:
             assert isinstance(block, Block), "the list holds nothing else"
