@@ -99,5 +99,5 @@ def test_the_screen_of_a_computer_is_not_its_memory(text: str, memory: int) -> N
     "text", ["MacBook Pro", "MacBook Air 13", "MacBook Pro 14 inch 16 GB", "Mac Pro", "iMac 27 2020"]
 )
 def test_a_computer_without_its_chip_is_asked_for_it(text: str) -> None:
-    with pytest.raises(ConfigError, match="Name the chip and the memory, such as --gpu m3-pro"):
+    with pytest.raises(ConfigError, match='Name the chip and the memory, such as `gpu="m3-pro"`'):
         find_profile(text)
