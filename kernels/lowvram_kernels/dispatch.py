@@ -182,6 +182,11 @@ def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) ->
     _note(HiddenWork(flops, moved_bytes, ops))
 
 
+def note_product(flops: float, moved_bytes: float) -> None:
+    """Report the cost of a matrix product of the library that meta mode skips."""
+    _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, product_flops=flops))
+
+
 def representative(count: int) -> Iterator[int]:
     """Yield 0 … count − 1; in meta mode 0 alone, whose work counts for all: for iterations that allocate the same.
 

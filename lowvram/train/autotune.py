@@ -55,6 +55,9 @@ def autotune_compilation(
             return
         yield "Measuring whether compiled blocks are faster; compiling takes a minute or so the first time."
         trainer.plan, reason = try_compilation(trainer, limit_bytes)
+        if trainer.plan.compile and trainer.plan.keep_casts:  # which compiled blocks do not read
+            trainer.plan = trainer.plan.model_copy(update={"keep_casts": False})
+            trainer.state.model.kept_casts = None
         yield reason
 
 

@@ -148,7 +148,7 @@ class Trainer:
             loss, norm, skipped = (yield from self._learn(rate)).stats.tolist()
         else:
             while (result := self._try_gradients()) is None:
-                if self.plan.micro_batch == 1:
+                if halve(self.plan) is None:
                     yield from self._rescue()
                     raise explain_out_of_memory(self.plan, state.step, train)
                 yield self._halve()
@@ -242,12 +242,12 @@ class Trainer:
     def _halve(self) -> Halved:
         """Halve the micro-batch after a failed attempt; the same sequences are then run again, fewer at a time."""
         discard(self.state.optimizer)
-        self.captured_pass = None
+        self.captured_pass = self.state.model.kept_casts = None
         if self.plan.compile:
             forget_compiled()
         free_memory(self.state.model.embedding.device)
         smaller = halve(self.plan)
-        assert smaller is not None, "a micro-batch of 1 has ended the run before"
+        assert smaller is not None, "a plan that nothing makes smaller has ended the run before"
         self.plan = smaller
         return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
 

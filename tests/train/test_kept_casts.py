@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from lowvram_kernels.matmul import fp32_sums
 from lowvram_kernels.matmul.kept_casts import KeptCasts, cast, kept
 
 from lowvram.config.plan import Plan
 from lowvram.config.train import TrainConfig
 from lowvram.objective import Batch, count_targets
+from lowvram.train.compilation import compiled
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.step import gradients, loss_for, update
 from tests.kernels.measures import relative_error
@@ -64,3 +68,47 @@ def test_a_run_that_keeps_casts_learns_the_same_to_the_bit(name: str, precision:
         else:
             assert torch.equal(tensor, other), key
     assert own.model.state_dict().keys() == plain.model.state_dict().keys(), "copies are not saved"
+
+
+@pytest.mark.default_cases("block")
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
+def test_each_block_reads_its_own_copies_compiled_or_computed_again(recompute: str) -> None:
+    config = VARIANTS["gqa-rope"].model_copy(update={"layers": 3})
+    train = TrainConfig.model_validate({"tokens": 64, "seq_len": 16, "batch_tokens": 64, "precision": "bf16"})
+    token_BT = torch.randint(0, config.vocabulary, (4, 17), generator=torch.Generator().manual_seed(1))
+    batches = [Batch(token_BT[i : i + 2], torch.arange(i, i + 2)) for i in (0, 2)]
+    results = []
+    for keep_casts, is_compiled in ((False, False), (True, False), (True, True)):
+        plan = Plan(micro_batch=2, accumulate=2, recompute=recompute, keep_casts=keep_casts)  # type: ignore[arg-type]
+        state = build_state(config, train, plan, torch.device("cpu"), 1)
+        targets = sum(count_targets(batch) for batch in batches)
+        torch._dynamo.reset()
+        with compiled(state.model) if is_compiled else nullcontext():
+            gradients(state.model, loss_for(state.model, train, plan), batches, targets)
+        results.append({name: weight.grad for name, weight in state.model.named_parameters()})
+    for name, expected in results[0].items():
+        assert expected is not None
+        assert torch.equal(results[1][name], expected), name
+        assert relative_error(results[2][name], expected) < 0.03, name
+
+
+@pytest.mark.parametrize("recompute", ["none", "attention", "block"])
+def test_layers_that_are_computed_again_add_to_their_sums_and_read_their_copies_too(
+    recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"added": 0}
+    add = fp32_sums.add_product_
+
+    def counted(total: torch.Tensor, *others: torch.Tensor, **options: bool) -> None:
+        counts["added"] += 1
+        add(total, *others, **options)
+
+    monkeypatch.setattr(fp32_sums, "add_product_", counted)
+    config = VARIANTS["gqa-rope"]
+    train = TrainConfig.model_validate({"tokens": 64, "seq_len": 16, "batch_tokens": 64, "precision": "bf16"})
+    plan = Plan(micro_batch=2, accumulate=2, recompute=recompute)  # type: ignore[arg-type]
+    state = build_state(config, train, plan, torch.device("cpu"), 1)
+    token_BT = torch.randint(0, config.vocabulary, (4, 17), generator=torch.Generator().manual_seed(1))
+    batches = [Batch(token_BT[i : i + 2], torch.arange(i, i + 2)) for i in (0, 2)]
+    gradients(state.model, loss_for(state.model, train, plan), batches, 64)
+    assert counts["added"] == 6 * config.layers, "each of a block's matrices, in the second micro-batch"

@@ -70,15 +70,21 @@ def test_memory_that_really_runs_out_is_recognised() -> None:
 def test_half_a_micro_batch_is_the_most_that_divides_the_step(
     micro_batch: int, accumulate: int, halved: tuple[int, int]
 ) -> None:
-    plan = Plan(micro_batch=micro_batch, accumulate=accumulate, recompute="attention", loss_chunk=7, compile=True)
+    plan = Plan(micro_batch=micro_batch, accumulate=accumulate, recompute="attention", compile=True)
     smaller = halve(plan)
     assert smaller is not None
     assert (smaller.micro_batch, smaller.accumulate) == halved
     assert smaller.model_copy(update={"micro_batch": micro_batch, "accumulate": accumulate}) == plan, "nothing else"
+    assert halve(plan.model_copy(update={"loss_chunk": 7, "keep_casts": True})) == smaller, (
+        "what only made it faster goes"
+    )
 
 
-def test_one_sequence_has_no_half() -> None:
-    assert halve(Plan(micro_batch=1, accumulate=24)) is None
+def test_one_sequence_has_no_half_and_gives_up_only_what_made_it_faster() -> None:
+    plan = Plan(micro_batch=1, accumulate=24)
+    assert halve(plan) is None
+    assert halve(plan.model_copy(update={"loss_chunk": 7})) == plan
+    assert halve(plan.model_copy(update={"keep_casts": True})) == plan
 
 
 SAME_RUN = 'Start the run again with `recompute="block"`, or begin a new run.dir with '

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
+from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.kept_casts import cast, joined
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
@@ -53,6 +54,7 @@ class _NormLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         normed, rstd_N1, stream = norm.normalise(x, weight, eps, added=added)
         ctx.save_for_backward(stream, weight, rstd_N1, *projections)
+        ctx.leaves = leaves_of(weight, *projections)
         ctx.matmul_format = matmul_format
         ctx.set_materialize_grads(False)
         operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
@@ -69,6 +71,8 @@ class _NormLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_stream: Tensor | None, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         (x, weight, rstd_N1, *projections), matmul_format = ctx.saved_tensors, ctx.matmul_format
+        if ctx.leaves is not None:
+            weight, *projections = ctx.leaves
         needs_x, needs_added, needs_dweight, _, _, *needs_projections = ctx.needs_input_grad
         needs_dx = needs_x or needs_added
         if all(dy is None for dy in given):

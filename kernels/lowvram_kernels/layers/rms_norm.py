@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.matmul.fp32_sums import sum_of
+from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,7 +113,7 @@ def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor |
     rstd_N1 = x.new_empty(count, 1, dtype=torch.float32) if known_N1 is None else known_N1
     tile = norm_tile(width, is_backward=False)
     sums = [None if part is None else as_read(part) for part in (added_ND, stream)]
-    tensors = (as_read(x_ND), sums[0], as_read(weight), rstd_N1, sums[1], as_read(y))
+    tensors = (as_read(x_ND), sums[0], as_read(weight.contiguous()), rstd_N1, sums[1], as_read(y))
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "KNOWS_RSTD": known_N1 is not None}
     strides = (x_ND.stride(0), 0 if added_ND is None else added_ND.stride(0))
     arguments = (*tensors, count, width, *strides, eps)
@@ -153,7 +153,7 @@ def _gradients_on_card(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     partial_PD = x.new_empty(programs, width, dtype=torch.float32) if needs[1] else None
     beside = [None if part is None else as_read(part) for part in (d_stream_ND, dx)]
-    tensors = (as_read(dy_ND), as_read(x_ND), as_read(weight), rstd_N1, *beside, partial_PD)
+    tensors = (as_read(dy_ND), as_read(x_ND), as_read(weight.contiguous()), rstd_N1, *beside, partial_PD)
     strides = (dy_ND.stride(0), x_ND.stride(0), 0 if d_stream_ND is None else d_stream_ND.stride(0))
     arguments = (*tensors, count, width, *strides, share)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
@@ -190,12 +190,15 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, rstd_N1, _ = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd_N1)
+        ctx.leaves = leaves_of(weight)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd_N1 = ctx.saved_tensors
+        if ctx.leaves is not None:
+            (weight,) = ctx.leaves
         return *gradients(dy, x, weight, rstd_N1, ctx.needs_input_grad[:2]), None
 
 
@@ -204,6 +207,7 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, rstd_N1, stream = normalise(x, weight, eps, added=added)
         ctx.save_for_backward(stream, weight, rstd_N1)
+        ctx.leaves = leaves_of(weight)
         ctx.set_materialize_grads(False)
         return stream, y
 
@@ -213,6 +217,8 @@ class _AddRMSNorm(torch.autograd.Function):
         if dy is None:
             return d_stream, d_stream, None, None
         stream, weight, rstd_N1 = ctx.saved_tensors
+        if ctx.leaves is not None:
+            (weight,) = ctx.leaves
         needs_x, needs_added, needs_weight, _ = ctx.needs_input_grad
         dx, dweight = gradients(dy, stream, weight, rstd_N1, (needs_x or needs_added, needs_weight), d_stream)
         return dx if needs_x else None, dx if needs_added else None, dweight, None

@@ -26,6 +26,7 @@ from lowvram_kernels.dispatch import Launch, bytes_of, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
 from lowvram_kernels.layers.rms_norm import as_read
+from lowvram_kernels.matmul.fp32_sums import leaves_of
 
 Table = tuple[Tensor, Tensor]
 
@@ -65,6 +66,7 @@ class _NormRotate(torch.autograd.Function):
     ) -> Tensor:
         y, rstd_N = _launch_forward(x, weight, (cos_TR, sin_TR), interleaved, eps, turns_back=False)
         ctx.save_for_backward(x, weight, cos_TR, sin_TR, rstd_N)
+        ctx.leaves = leaves_of(weight)
         ctx.interleaved = interleaved
         return y
 
@@ -72,13 +74,15 @@ class _NormRotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos_TR, sin_TR, rstd_N = ctx.saved_tensors
+        if ctx.leaves is not None:
+            (weight,) = ctx.leaves
         dx, dweight = _launch_backward(dy, x, weight, (cos_TR, sin_TR), rstd_N, ctx.interleaved)
         return dx, dweight, None, None, None, None
 
 
 def _rotate(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool, turns_back: bool) -> Tensor:
     if norm.has_kernels(x_BTHK):
-        return _launch_forward(x_BTHK, None, (cos_TR, sin_TR), interleaved, 0.0, turns_back)[0]
+        return _launch_forward(x_BTHK, None, _as_table((cos_TR, sin_TR)), interleaved, 0.0, turns_back)[0]
     pairs = cos_TR.shape[-1]
     y_BTHK = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
     unrotated = x_BTHK.shape[-1] - 2 * pairs
@@ -96,6 +100,12 @@ def _rotate(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool, t
     return y_BTHK
 
 
+def _as_table(table: Table) -> Table:
+    """Return the tables as kernels read them: fp32 and contiguous, themselves where they are."""
+    cos_TR, sin_TR = table
+    return cos_TR.float().contiguous(), sin_TR.float().contiguous()
+
+
 def _heads_of(x_BTHK: Tensor) -> Tensor:
     """Return [B·T, H, K] whose heads are contiguous; a copy only where strides demand one."""
     x_NHK = x_BTHK.flatten(0, 1)
@@ -109,7 +119,7 @@ def _launch_forward(
     heads, rows = x_NHK.shape[1], x_NHK.shape[0] * x_NHK.shape[1]
     y = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
     rstd_N = None if weight is None else x_BTHK.new_empty(rows, dtype=torch.float32)
-    tensors = (as_read(x_NHK), None if weight is None else as_read(weight), *table, rstd_N, as_read(y))
+    tensors = (as_read(x_NHK), None if weight is None else as_read(weight.contiguous()), *table, rstd_N, as_read(y))
     sizes = (rows, heads, tokens, width, table[0].shape[1], x_NHK.stride(0), x_NHK.stride(1), eps)
     tile = norm.norm_tile(width, is_backward=True)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INTERLEAVED": interleaved, "TURNS_BACK": turns_back}
@@ -128,7 +138,7 @@ def _launch_backward(
     programs, share = norm.shares(rows, tile, x_BTHK.device)
     dx = torch.empty_like(x_BTHK, memory_format=torch.contiguous_format)
     partial_PK = x_BTHK.new_empty(programs, width, dtype=torch.float32)
-    tensors = (as_read(dy_NHK), as_read(x_NHK), as_read(weight), *table, rstd_N, as_read(dx), partial_PK)
+    tensors = (as_read(dy_NHK), as_read(x_NHK), as_read(weight.contiguous()), *table, rstd_N, as_read(dx), partial_PK)
     strides = (*dy_NHK.stride()[:2], *x_NHK.stride()[:2])
     arguments = (*tensors, rows, heads, tokens, width, table[0].shape[1], *strides, share)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INTERLEAVED": interleaved}
@@ -141,9 +151,10 @@ def _launch_backward(
 def rotate(x: Tensor, table: Table, interleaved: bool, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """Rotate the last 2R values of each head by the angles of its position, after its norm where there is a weight.
 
-    x: [B, T, H, K] fp32|bf16|fp16 (fp64 without a norm).  table: cosines and sines, each [T, R] fp32, 2R ≤ K.
-    interleaved: pairs are neighbours, else (i, i + R).  weight: [K], of the norm of each head's values; None for none.
-    Returns [B, T, H, K] in x's dtype, contiguous; the products are taken in fp32.  dweight comes in weight's dtype.
+    x: [B, T, H, K] fp32|bf16|fp16; without a norm plain PyTorch takes fp64, too.  table: cosines and sines, each
+    [T, R] fp32, 2R ≤ K.  interleaved: pairs are neighbours, else (i, i + R).  weight: [K], of the norm of each head's
+    values; None for none.  Returns [B, T, H, K] in x's dtype, contiguous; the products are taken in fp32.  dweight
+    comes in weight's dtype.
     Saved for backward: the tables, and with a norm x and one fp32 per head and token.
     Raises ShapeError if shapes do not fit together.
     Source: Su et al. 2021, section 3.4.2.
@@ -161,5 +172,6 @@ def rotate(x: Tensor, table: Table, interleaved: bool, weight: Tensor | None = N
         return _Rotate.apply(x, cos_TR, sin_TR, interleaved)  # type: ignore[no-untyped-call]
     norm.check(x, weight)
     if norm.has_kernels(x):
+        cos_TR, sin_TR = _as_table(table)
         return _NormRotate.apply(x, weight, cos_TR, sin_TR, interleaved, eps)  # type: ignore[no-untyped-call]
     return _Rotate.apply(norm.rms_norm(x, weight, eps), cos_TR, sin_TR, interleaved)  # type: ignore[no-untyped-call]

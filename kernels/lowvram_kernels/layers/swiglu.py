@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.rms_norm import as_read
+from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
     along_columns,
@@ -103,6 +104,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, down: Tensor, matmul_format: MatmulFormat) -> Tensor:
         ctx.save_for_backward(gate_up, down)
+        ctx.leaves = leaves_of(down)
         ctx.matmul_format = matmul_format
         product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), matmul_format)
         return forward(product, down, matmul_format, gate_up.dtype).view(*gate_up.shape[:-1], down.shape[0])
@@ -111,6 +113,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (gate_up, down_DI), matmul_format = ctx.saved_tensors, ctx.matmul_format
+        if ctx.leaves is not None:
+            (down_DI,) = ctx.leaves
         needs_input, needs_down, _ = ctx.needs_input_grad
         dy_ND, d_gate_up = dy.reshape(-1, down_DI.shape[0]), None
         if needs_input:

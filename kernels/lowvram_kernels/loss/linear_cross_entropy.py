@@ -166,7 +166,7 @@ def _forward_on_card(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Do as `_forward` does, by the kernel."""
     (needs_dx, needs_dweight), count = needs, x_ND.shape[0]
-    x_ND, weight_VD = x_ND.contiguous(), cast(master_VD, x_ND.dtype).contiguous()
+    x_ND, target_N, weight_VD = x_ND.contiguous(), target_N.contiguous(), cast(master_VD, x_ND.dtype).contiguous()
     loss_N = x_ND.new_empty(count, dtype=torch.float32)
     slope_N = torch.empty_like(loss_N) if x_ND.dtype == torch.float16 and any(needs) else None
     logits = x_ND.new_empty(min(rows, count), weight_VD.shape[0])

@@ -2,7 +2,7 @@
 
 Without them each use of an fp32 master casts it anew: twice for each weight and micro-batch.  They cost 2 bytes for
 each number of the weights that have one, and never differ from a cast at use, so no result changes; where projections
-of the same rows are joined, one product makes all of them, up to rounding the same.
+of the same rows are joined, one product makes all of them, up to rounding the same.  Compiled code does not read them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def kept(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the copy of a weight in dtype that is in use; None where there is none."""
-    if not _copies or torch.compiler.is_compiling():
+    # Dynamo must not see the copies: it would take those of one block for the next one, which has the same code.
+    if torch.compiler.is_compiling() or not _copies:
         return None
     copy = _copies.get(weight)
     return copy if copy is not None and copy.dtype == dtype else None
@@ -73,7 +74,7 @@ def kept(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def joined(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
     """Return the copies in use of several weights as one matrix, [sum of outputs, I]; None where there is none."""
-    if not _joined or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _joined:
         return None
     whole = _joined.get(tuple(weights))
     return whole if whole is not None and whole.dtype == dtype else None

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
     along_columns,
@@ -40,6 +41,7 @@ class _CastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, matmul_format: MatmulFormat) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.leaves = leaves_of(weight)
         ctx.matmul_format = matmul_format
         x_NI = x.reshape(-1, weight.shape[1])
         return forward(along_rows(x_NI, matmul_format), weight, matmul_format, x.dtype).view(
@@ -50,6 +52,8 @@ class _CastLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, weight_OI), matmul_format = ctx.saved_tensors, ctx.matmul_format
+        if ctx.leaves is not None:
+            (weight_OI,) = ctx.leaves
         needs_dx, needs_dweight, _ = ctx.needs_input_grad
         dy_NO, x_NI = dy.reshape(-1, weight_OI.shape[0]), x.reshape(-1, weight_OI.shape[1])
         dx = dweight = None

@@ -83,6 +83,14 @@ def test_strides_do_not_matter(has_norm: bool) -> None:
 
 
 @each_norm
+def test_tables_and_weights_of_other_strides_are_read_as_what_they_are(has_norm: bool) -> None:
+    x, (cos, sin), weight = draw(2, 6, 3, 8), table_of(12, 4), draw(16, seed=2)
+    given = [(cos[::2], sin[::2]), False, *([weight[::2]] if has_norm else [])]
+    plain = [tuple(part.contiguous() for part in given[0]), False, *(part.contiguous() for part in given[2:])]
+    assert torch.equal(run("sm86", x, *given), run("sm86", x, *plain))
+
+
+@each_norm
 @each_card
 def test_only_tables_are_saved_and_with_a_norm_the_values_and_a_number_a_head(has_norm: bool, card: str) -> None:
     x, table, weight = draw(2, 8, 3, 16).requires_grad_(), table_of(8, 8), draw(16, seed=2).requires_grad_()

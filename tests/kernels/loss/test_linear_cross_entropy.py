@@ -126,6 +126,7 @@ def test_strides_do_not_matter(device: str) -> None:
     x, weight, targets = torch.randn(6, 20).mT, torch.randn(5, 6, 2)[:, :, 0], torch.arange(40)[::2] % 5
     compare(device, x, weight, targets, 7)
     compare(device, x, torch.randn(6, 5).mT, targets, 7)
+    compare(device, x, weight, torch.arange(20).repeat_interleave(2)[::2] % 5, 7)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

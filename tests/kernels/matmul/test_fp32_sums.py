@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowvram_kernels.dispatch import simulate_card
+from lowvram_kernels.dispatch import HiddenWork, simulate_card
 from lowvram_kernels.layers.norm_linears import norm_linears
 from lowvram_kernels.layers.swiglu import swiglu
-from lowvram_kernels.matmul.fp32_sums import add_product_, adding_to_grads, reference
+from lowvram_kernels.matmul import fp32_sums
+from lowvram_kernels.matmul.fp32_sums import add_product_, adding_to_grads, product_for, reference
 from lowvram_kernels.matmul.linear import linear
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels.cards import CARDS, DEVICE, running_on
-from tests.kernels.measures import relative_error
+from tests.kernels.measures import LiveBytes, relative_error
 
 
 def weights() -> list[Tensor]:
@@ -73,20 +73,38 @@ def test_a_product_is_added_or_written_over_whatever_was_there(dtype: torch.dtyp
 
 
 def test_on_a_card_a_product_and_its_sum_are_one_launch_without_a_temporary() -> None:
-    seen: list[str] = []
-
-    class Names(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func._schema.name)
-            return func(*args, **(kwargs or {}))
-
-    with torch.device("meta"), simulate_card(CARDS["sm120"]):
-        total, a, b = (
-            torch.empty(6, 9),
-            torch.empty(6, 20, dtype=torch.bfloat16),
-            torch.empty(20, 9, dtype=torch.bfloat16),
-        )
-        with Names():
+    works: list[HiddenWork] = []
+    with torch.device("meta"), simulate_card(CARDS["sm120"], works.append):
+        total, (a, b) = torch.empty(6, 9), (torch.empty(6, 20).bfloat16(), torch.empty(20, 9).bfloat16())
+        with LiveBytes().ignore(total, a, b) as live:
             add_product_(total, a, b, is_first=True)
             add_product_(total, a, b)
-    assert seen == ["aten::mm", "aten::addmm"]
+            assert live.peak == 0
+            first = product_for(total, a, b)
+    assert first is not None
+    assert live.peak == first.nbytes == total.nbytes
+    assert [work.product_flops for work in works] == [2 * 6 * 20 * 9] * 3
+    assert [work.moved_bytes for work in works] == [(6 + 9) * 20 * 2 + times * total.nbytes for times in (1, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("card", "dtype", "widens"),
+    [
+        ("sm75", torch.bfloat16, False),  # torch refuses it below 8.0
+        ("sm75", torch.float16, True),
+        ("sm80", torch.bfloat16, True),
+        ("sm120", torch.float32, False),
+    ],
+)
+def test_the_library_sums_in_fp32_what_the_card_can(card: str, dtype: torch.dtype, widens: bool) -> None:
+    with torch.device("meta"), simulate_card(CARDS[card]):
+        assert fp32_sums._widens(torch.empty(2, 3, dtype=dtype)) == widens
+
+
+def test_a_torch_that_cannot_adds_a_product_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp32_sums, "_HAS_FP32_SUMS", False)
+    with torch.device("meta"), simulate_card(CARDS["sm120"]):
+        total, (a, b) = torch.empty(6, 9), (torch.empty(6, 20).bfloat16(), torch.empty(20, 9).bfloat16())
+        with LiveBytes().ignore(total, a, b) as live:
+            add_product_(total, a, b)
+    assert live.peak == 6 * 9 * 2
