@@ -101,7 +101,9 @@ def test_sizes_are_of_one_kind_and_no_energy_is_none() -> None:
 
 def test_the_micro_batches_that_explain_the_readmes_table_are_those_of_its_cards() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    one, others = re.search(r"RTX 4060 computes (\d+) sequences of `tr-25m` at once, the others (\d+)", readme).groups()
-    for card, size in (("rtx4060", one), ("rtx3060-12gb", others), ("rtx5060", others), ("rtx5070", others)):
-        [model] = values("--gpu", card, "--desktop", "linux", "--model", "tr-25m")["models"]
+    sentence = r"an RTX (\d+) computes (\d+) sequences of `([\w-]+)` at once, the others (\d+)"
+    special, one, preset, others = re.search(sentence, readme).groups()
+    for card in ("rtx4060", "rtx3060-12gb", "rtx5060", "rtx5070"):
+        [model] = values("--gpu", card, "--desktop", "linux", "--model", preset)["models"]
+        size = one if card == f"rtx{special}" else others
         assert model["plan"]["micro_batch"] == int(size), card
