@@ -145,7 +145,7 @@ def test_a_run_file_is_written_for_what_is_recommended_and_train_names_its_gaps(
     assert answer.code == 0, answer.err
     [wrote] = re.findall(r"Wrote .*\n", answer.err)
     assert re.fullmatch(
-        rf"Wrote {path} \((.*), .* h, .* k?Wh\): put your folders into it, then lowvram train {path}\n", wrote
+        rf"Wrote {path} \((.*), .* (?:h|days), .* k?Wh\): put your folders into it, then lowvram train {path}\n", wrote
     )
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     recommended = values("--gpu", "rtx2060", "--days", 2)["recommended"]
