@@ -271,6 +271,7 @@ _FIELDS = st.sampled_from(
 _MESSAGE = st.dictionaries(st.sampled_from(["role", "content", "name", "type"]), _VALUE, max_size=3)
 
 
+@pytest.mark.default_cases("/v1/completions")
 @pytest.mark.parametrize("path", GOOD)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(added=st.dictionaries(_FIELDS, _VALUE | st.lists(_MESSAGE, max_size=2), max_size=4))
