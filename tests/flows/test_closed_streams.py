@@ -30,7 +30,7 @@ def test_chat_works_or_ends_where_streams_are_closed(run: Path) -> None:
     options = ("--device", "cpu", "--tokens", 3, "--temperature", 0)
     silent = run_closed(">&-", "chat", run, "--prompt", "Kış", *options)
     assert (silent.returncode, silent.stdout) == (0, "")
-    assert silent.stderr.startswith("Standard output is closed: results are shown nowhere.")
+    assert silent.stderr.startswith("Standard output is closed, so results are not shown.")
     assert "Traceback" not in silent.stderr
     ended = run_closed("<&-", "chat", run, *options)
     assert ended.returncode == 0

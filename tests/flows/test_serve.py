@@ -70,7 +70,7 @@ def test_it_says_where_it_is_answers_and_ends_in_order(run: Path) -> None:
 @pytest.mark.nightly
 def test_a_model_that_is_to_speak_answers_conversations(run: Path) -> None:
     with started(run, "--as", "dialogue", "--precision", "fp32", "--slots", 1) as (process, url, said):
-        assert "run speaks:" in said
+        assert "run answers in turns:" in said
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         messages = [{"role": "user", "content": "Kış<|end_of_turn|>"}]
         answer = client.chat.completions.create(model="run", messages=messages, max_tokens=3, temperature=0)  # type: ignore[arg-type]
