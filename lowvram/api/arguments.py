@@ -42,7 +42,7 @@ def refuse_count(name: str, value: object) -> None:
     """Raise ConfigError where an argument that is not None is no whole number of at least 1."""
     refuse_type(name, value, int)
     if isinstance(value, int) and value < 1:
-        raise ConfigError(f"{argument(name)} is {value}.", "It is a number of things.", "Give 1 or more.")
+        raise ConfigError(f"{argument(name)} is {value}.", "At least one is needed.", "Give 1 or more.")
 
 
 def read_paths(name: str, value: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:

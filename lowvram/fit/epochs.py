@@ -194,7 +194,7 @@ def _compare_sizes(text: RunText, model: ModelConfig) -> str:
         return f"{says}{show_count(size)}.  The preset for it is {name}."
     smallest, model, _ = _dense_presets()[0]
     wants = show_count(wanted_tokens(model))
-    return f"{says}{show_count(size)}.  The smallest preset, {smallest}, wants {wants} tokens of text."
+    return f"{says}{show_count(size)}.  The smallest recommended preset, {smallest}, wants {wants} tokens of text."
 
 
 def round_down(count: int) -> str:

@@ -82,7 +82,7 @@ def recommend_first(reports: Sequence[FitReport], text: RunText | None = None) -
     timed = [offer for offer in offers if offer.days is not None]
     if not timed:
         smallest = min(offers, key=lambda offer: offer.report.model.num_parameters())
-        return smallest._replace(reason="the smallest; how fast this card is, is not known")
+        return smallest._replace(reason="the smallest that is recommended; how fast this card is, is not known")
     short = [offer for offer in timed if offer.days is not None and offer.days * 86_400 <= FIRST_RUN_S]
     if short:
         return _largest(short)._replace(reason="the largest that ends within about two hours")

@@ -233,7 +233,7 @@ def choose_template(tokenizer: Tokenizer, form: str | None = None) -> ChatTempla
     template = load_chat_template(tokenizer)
     if template is None:
         raise TokenizerError(
-            "This model is to be used in dialogue, and its tokenizer has no chat template.",
+            "The model cannot answer in turns, because its tokenizer has no chat template.",
             f"tokenizer_config.json in {tokenizer.directory} has no chat_template.",
             "Add one, or let the model continue texts (`generate`), which needs none.",
         )

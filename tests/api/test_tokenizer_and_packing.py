@@ -114,7 +114,10 @@ def test_a_folder_that_holds_another_tokenizer_or_text_is_named_with_the_argumen
         (lambda: pack("a", holdout="0.5"), "`holdout` is '0.5'. '0.5' is not a share of the documents; write it like"),
         (lambda: pack("a", on_bad_row="ignore"), "`on_bad_row` is 'ignore'. Known: stop, skip."),
         (lambda: pack("a", on_bad_row=None), "`on_bad_row` is None. It may not be left out. Give a text (str)."),
-        (lambda: pack("a", processes=0), "`processes` is 0. It is a number of things. Give 1 or more."),
+        (
+            lambda: pack("a", processes=0),
+            "`processes` is 0. At least one is needed. Give 1 or more.",
+        ),
         (lambda: pack("a", field=None), "`field` is None. It may not be left out. Give a text (str)."),
         (lambda: pack("a", replace="yes"), "`replace` is 'yes'. That is of type str. Give True or False."),
         (lambda: train_tokenizer("a", vocabulary="many"), "`vocabulary` is 'many'. 'many' is not a count; write it"),

@@ -135,7 +135,7 @@ def test_a_name_is_not_needed_where_the_memory_is_said() -> None:
     assumed = "Without a name its speed is not known, and it is taken for an RTX 30 or later: name an RTX 20."
     assert answer.err == f"NVIDIA card with 8.0 GiB. {assumed}\n"
     assert table(answer)["tr-25m"][2] == "yes"
-    assert "A first run: tr-25m: the smallest; how fast this card is, is not known." in answer.out
+    assert "A first run: tr-25m: the smallest that is recommended; how fast this card is, is not known." in answer.out
     assert "A long run: tr-1b: the largest dense preset that fits; how fast this card is, is not known." in answer.out
     assert "Time and energy: " not in answer.out
     found = values("--memory", "8GB", "--desktop", "linux")
