@@ -120,6 +120,7 @@ def test_under_nohup_neither_a_closed_terminal_nor_a_full_device_ends_training(h
     assert find_checkpoint(run)[0].step == steps_done(run)[-1]
 
 
+@pytest.mark.nightly
 def test_two_signals_end_at_once_and_every_checkpoint_that_stands_is_whole(home: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # Steps so long that the second signal falls into the step that the first one would have finished.
@@ -142,6 +143,7 @@ def test_two_signals_end_at_once_and_every_checkpoint_that_stands_is_whole(home:
     assert steps_done(run)[-1] - find_checkpoint(run)[0].step <= 1
 
 
+@pytest.mark.nightly
 def test_a_second_process_in_the_same_directory_is_refused_and_a_killed_first_one_holds_nothing(
     home: Path, tmp_path: Path
 ) -> None:

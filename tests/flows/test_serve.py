@@ -124,6 +124,7 @@ def test_a_key_that_no_header_can_hold_is_refused(run: Path, key: str) -> None:
     assert not key or key not in answer.err
 
 
+@pytest.mark.nightly
 def test_the_key_of_the_environment_is_asked_for(run: Path) -> None:
     words = ("--host", "0.0.0.0", "--name", "benim", "--slots", 1)
     with started(run, *words, LOWVRAM_API_KEY="gizli") as (_, url, said):

@@ -122,6 +122,7 @@ def test_a_worker_that_crashes_costs_its_case_alone(
     assert "- b: failed, it took the worker" in (report.folder / "h200.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.nightly
 def test_a_kernel_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: Report) -> None:
     use_worker(monkeypatch, tmp_path, "time.sleep(600)", limit_s=3.0)
     Supervisor(report, options()).run()
@@ -162,6 +163,7 @@ def share(monkeypatch: pytest.MonkeyPatch, folder: Path, text: str) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_tests_are_counted_and_those_that_fail_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     share(monkeypatch, tmp_path, "def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): pytest.skip('no')\n")
     row = run_tests(60.0, False)

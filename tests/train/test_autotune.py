@@ -96,7 +96,7 @@ def gradients_of(model: Transformer, recompute: str = "none") -> dict[str, Tenso
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-@pytest.mark.default_cases("mla-moe")
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", KINDS)
 def test_a_compiled_block_of_every_kind_is_one_graph_with_the_eager_gradients(name: str) -> None:
     model = Transformer(VARIANTS[name])
@@ -150,7 +150,7 @@ def test_validation_and_samples_compile_nothing(home: Path) -> None:
     assert {count for name, count in seen if name != "Started"} == {1}
 
 
-@pytest.mark.default_cases("compiler")
+@pytest.mark.nightly
 @pytest.mark.parametrize("place", ["step", "compiler"])
 def test_memory_that_runs_out_halves_a_compiled_micro_batch_too(
     home: Path, monkeypatch: pytest.MonkeyPatch, place: str
@@ -317,6 +317,7 @@ def test_a_real_trial_leaves_no_trace(home: Path, monkeypatch: pytest.MonkeyPatc
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+@pytest.mark.nightly
 def test_the_command_compiles_and_recomputes_when_asked_and_keeps_to_it(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

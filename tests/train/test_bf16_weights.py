@@ -73,7 +73,7 @@ def test_matrices_are_bf16_and_norms_routers_and_biases_are_not(home: Path, kind
     assert {tensor.dtype for tensor in states} == {torch.float32}, "32-bit moments stay so for bf16 weights"
 
 
-@pytest.mark.default_cases("-8-bit", "during backward-muon")
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("during", [False, True], ids=["", "during backward"])
 def test_the_loss_falls_as_that_of_fp32_masters(home: Path, optimizer: str, during: bool) -> None:

@@ -128,6 +128,7 @@ def test_what_is_not_finite_never_becomes_a_plausible_number(form: quant_linear.
     assert y[[0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.nightly
 @each_form
 def test_dynamo_goes_through_forward_and_backward(form: quant_linear.MatmulFormat) -> None:
     x, weight = numbers(8, 40).bfloat16().requires_grad_(), numbers(12, 40, seed=1).requires_grad_()
