@@ -246,6 +246,19 @@ def converts_e4m3(device: torch.device) -> bool:
     return card_of(device).features.has_e4m3 and not is_interpreted()
 
 
+def runs_kernels(op: str, device: torch.device) -> bool:
+    """Say whether an op launches its Triton kernels there and now: not in compiled blocks, which fuse the plain form.
+
+    op: one of `OPS` whose kernel torch.compile does not go through.
+    """
+    return not torch.compiler.is_compiling() and choose(op, card_of(device)).backend == "triton"
+
+
+def as_read(x: Tensor) -> Tensor:
+    """Return a view as such kernels read and write it: in Triton's interpreter bf16 as int16, others as they are."""
+    return x.view(torch.int16) if is_interpreted() and x.dtype == torch.bfloat16 else x
+
+
 def bytes_of(*tensors: Tensor | None) -> int:
     """Return the bytes of the elements of all tensors that are not None, gaps between strided rows not counted."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

@@ -24,18 +24,19 @@ def refuse_type(name: str, value: object, *types: type) -> None:
     is_truth = isinstance(value, bool) and bool not in types
     if value is None or (isinstance(value, types) and not is_truth):
         return
-    known = " or ".join(_NAMES.get(kind, kind.__name__) for kind in types)
-    raise ConfigError(
-        f"{argument(name)} is {reprlib.repr(value)}.", f"That is of type {type(value).__name__}.", f"Give {known}."
-    )
+    why = f"That is of type {type(value).__name__}."
+    raise ConfigError(f"{argument(name)} is {reprlib.repr(value)}.", why, _ask_for(types))
 
 
 def refuse_missing(name: str, value: object, *types: type) -> None:
     """Do what `refuse_type` does of an argument that may not be None."""
     if value is None:
-        known = " or ".join(_NAMES.get(kind, kind.__name__) for kind in types)
-        raise ConfigError(f"{argument(name)} is None.", "It may not be left out.", f"Give {known}.")
+        raise ConfigError(f"{argument(name)} is None.", "It may not be left out.", _ask_for(types))
     refuse_type(name, value, *types)
+
+
+def _ask_for(types: Sequence[type]) -> str:
+    return f"Give {' or '.join(_NAMES.get(kind, kind.__name__) for kind in types)}."
 
 
 def refuse_count(name: str, value: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from lowvram_kernels.dispatch import empty_on_host, representative, to_host
@@ -22,6 +22,18 @@ from lowvram.model.transformer import Transformer
 # As in bitsandbytes: 8-bit states of smaller weights would save next to nothing.
 LEAST_8BIT = 4_096
 State = dict[str, Tensor]
+
+
+class MuonSettings(TypedDict):
+    """Arguments of `muon_` and of `muon_together_`."""
+
+    rows: int | None
+    beta: float
+    decay: float
+    steps: int
+    gradient_scale: Tensor | float
+    skip: Tensor | None
+    seed: int
 
 
 class LeanOptimizer(torch.optim.Optimizer):
@@ -97,22 +109,24 @@ class LeanOptimizer(torch.optim.Optimizer):
                 for weight, state in zip(alike, states, strict=True)
                 if weight.grad is not None
             ]
-            maps, config = self._maps_on(alike[0].device), self._config
-            assert isinstance(config, Muon), "only groups of a Muon optimizer have the rule"
-            muon_together_(
-                parts,
-                maps.first,
-                group["lr"] * group["share"],
-                rows=group["rows"] or None,
-                beta=config.momentum,
-                decay=group["weight_decay"],
-                steps=config.iterations,
-                gradient_scale=self.gradient_scale,
-                skip=self.found_inf,
-                seed=self._seed,
-            )
+            codes, rate = self._maps_on(alike[0].device).first, group["lr"] * group["share"]
+            muon_together_(parts, codes, rate, **self._muon_settings(group))
         done = {weight for alike in by_kind.values() for weight in alike}
         return [weight for weight in weights if weight not in done]
+
+    def _muon_settings(self, group: dict[str, Any]) -> MuonSettings:
+        """Return the arguments of Muon's step that are the same for all weights of a group."""
+        config = self._config
+        assert isinstance(config, Muon), "only groups of a Muon optimizer have the rule"
+        return {
+            "rows": group["rows"] or None,
+            "beta": config.momentum,
+            "decay": group["weight_decay"],
+            "steps": config.iterations,
+            "gradient_scale": self.gradient_scale,
+            "skip": self.found_inf,
+            "seed": self._seed,
+        }
 
     def _stepped(self) -> Tensor | float:
         """Return 1, or 0 on the device where nothing changes: what a step adds to the counts of steps."""
@@ -193,24 +207,8 @@ class LeanOptimizer(torch.optim.Optimizer):
         state["step"] += self._stepped()
         config, step, rate = self._config, state["step"], group["lr"] * group["share"]
         if group["rule"] == "muon":
-            assert isinstance(config, Muon), "only groups of a Muon optimizer have the rule"
-            muon_(
-                part,
-                gradient,
-                _momentum_of(state),
-                maps.first,
-                step,
-                rate,
-                rows=group["rows"] or None,
-                beta=config.momentum,
-                decay=group["weight_decay"],
-                steps=config.iterations,
-                gradient_scale=self.gradient_scale,
-                skip=self.found_inf,
-                seed=self._seed,
-                purpose=self._purpose_of[weight],
-                first=first,
-            )
+            key, settings = {"purpose": self._purpose_of[weight], "first": first}, self._muon_settings(group)
+            muon_(part, gradient, _momentum_of(state), maps.first, step, rate, **key, **settings)
             return
         adamw8_(
             part,

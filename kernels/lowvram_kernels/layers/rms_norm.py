@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_interpreted, launch
+from lowvram_kernels.dispatch import Launch, Tile, as_read, bytes_of, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 
@@ -90,19 +90,13 @@ def normalise(
 
 def has_kernels(x: Tensor) -> bool:
     """Say whether the Triton kernels normalise x: [..., D]."""
-    is_kept_plain = torch.compiler.is_compiling() or x.numel() == 0 or x.shape[-1] > WIDEST
-    return not is_kept_plain and choose("rms_norm", card_of(x.device)).backend == "triton"
+    return x.numel() > 0 and x.shape[-1] <= WIDEST and runs_kernels("rms_norm", x.device)
 
 
 def rows_of(x: Tensor) -> Tensor:
     """Return x as [N, D] whose rows are contiguous, as kernels read it; a copy only where strides demand one."""
     x_ND = x.reshape(-1, x.shape[-1])
     return x_ND if x_ND.stride(1) == 1 or x_ND.shape[1] == 1 else x_ND.contiguous()
-
-
-def as_read(x: Tensor) -> Tensor:
-    """Return a view as kernels read and write it: in Triton's interpreter bf16 as int16, others as they are."""
-    return x.view(torch.int16) if is_interpreted() and x.dtype == torch.bfloat16 else x
 
 
 def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor | None, added: Tensor | None) -> Normed:

@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, bytes_of, launch
+from lowvram_kernels.dispatch import Launch, as_read, bytes_of, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
-from lowvram_kernels.layers.rms_norm import as_read
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 
 Table = tuple[Tensor, Tensor]

@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, launch
+from lowvram_kernels.dispatch import Launch, Tile, as_read, bytes_of, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.layers.rms_norm import as_read
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
@@ -60,8 +59,7 @@ def gated_product(gate_up: Tensor) -> Tensor:
 
 def has_kernels(gate_up: Tensor) -> bool:
     """Say whether the Triton kernels gate; in compiled blocks the compiler does."""
-    is_kept_plain = torch.compiler.is_compiling() or gate_up.numel() == 0
-    return not is_kept_plain and choose("swiglu", card_of(gate_up.device)).backend == "triton"
+    return gate_up.numel() > 0 and runs_kernels("swiglu", gate_up.device)
 
 
 def _launch(kernel: str, *tensors: Tensor) -> None:

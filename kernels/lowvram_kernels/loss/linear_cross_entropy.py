@@ -38,9 +38,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, bytes_of, card_of, choose, launch
+from lowvram_kernels.dispatch import Launch, as_read, bytes_of, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.layers.rms_norm import as_read
 from lowvram_kernels.matmul.fp32_sums import add_product_
 from lowvram_kernels.matmul.kept_casts import cast
 
@@ -135,10 +134,6 @@ def _forward(
 _COLUMNS, _DEPTH, _WARPS = 4096, 1024, 8
 
 
-def _has_kernel(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and choose("linear_cross_entropy", card_of(x.device)).backend == "triton"
-
-
 def _launch_loss(
     logits_CV: Tensor,
     x_CD: Tensor,
@@ -193,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, rows: int, ignore: int, needs: tuple[bool, bool]
     ) -> Tensor:
-        is_on_card = x.shape[0] > 0 and _has_kernel(x)
+        is_on_card = x.shape[0] > 0 and runs_kernels("linear_cross_entropy", x.device)
         loss, dx, dweight = (_forward_on_card if is_on_card else _forward)(x, weight, targets, rows, ignore, needs)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(dx, dweight)
