@@ -105,8 +105,10 @@ def long_ones(path: Path) -> Iterator[tuple[str, str]]:
     if lines > MOST_FILE_LINES:
         yield name, f"{name} has {lines} lines, more than {MOST_FILE_LINES}"
     for function in functions_of(path):
-        most = MOST_KERNEL_LINES if is_kernel(function) else MOST_FUNCTION_LINES
         lines = function.end_lineno - function.lineno + 1
+        if lines <= MOST_FUNCTION_LINES:
+            continue
+        most = MOST_KERNEL_LINES if is_kernel(function) else MOST_FUNCTION_LINES
         if lines > most:
             yield (
                 f"{name}::{function.name}",
