@@ -99,6 +99,8 @@ def layer_cases() -> Iterator[Call]:
                 for needs in ((True, True), (False, True), (True, False)):
                     yield partial(rms_norm.gradients, x, x, weight, rstd, needs)
                 yield partial(rms_norm.gradients, x, x, weight, rstd, (True, True), x)
+                yield partial(rms_norm.gradients_on_card, x, x, weight, rstd, (True, True), x, x)
+                yield partial(rms_norm.gradients_on_card, x, x, weight, rstd, (True, True), None, x)
         for width, pairs in ((64, 32), (96, 16), (128, 64)):
             table = (meta(128, pairs, dtype=FP32), meta(128, pairs, dtype=FP32))
             for weight_K in (None, meta(width, dtype=FP32)):
