@@ -14,7 +14,7 @@ from lowvram.hardware.profile import load_profile
 COSTS = {
     "tr-125m": (8, 1024, "none", True, 570, 27.3, 345),
     "tiny-llm-v1": (32, 512, "none", True, 525, 26.0, 220),
-    "tr-130m-moe": (8, 1024, "none", True, 1530, 31.5, 575),
+    "tr-130m-moe": (8, 1024, "none", True, 850, 24.9, 575),
     "tr-1b": (1, 2048, "attention", False, 1170, 41.6, 1245),
 }
 

@@ -26,10 +26,18 @@ def layers(scene: Scene) -> Iterator[Kernel]:
     yield from _gates(scene, rows, inner)
 
 
-def _case(
-    op: str, shape: str, inputs: Callable[[], Inputs], run: Callable[..., tuple[Tensor, ...]], numbers: float
+def case(
+    op: str,
+    shape: str,
+    inputs: Callable[[], Inputs],
+    run: Callable[..., tuple[Tensor, ...]],
+    numbers: float,
+    aims: tuple[Aim, ...] = (Aim("copy", 0.8),),
 ) -> Kernel:
-    """Return a case.  numbers: how many in 16 bits are read and written, each once; the others are few."""
+    """Return a case that is compared with its plain form and timed beside a copy.
+
+    numbers: how many of 16 bits are read and written, each once; those that are few need not be told.
+    """
 
     def error(*values: Any) -> float:
         return max(distance(own, plain) for own, plain in zip(run(*values), plainly(run)(*values), strict=True))
@@ -42,7 +50,7 @@ def _case(
         error=error,
         tolerance=_ROUNDED,
         moved_bytes=2.0 * numbers,
-        aims=(Aim("copy", 0.8),),
+        aims=aims,
         rank=0,
     )
 
@@ -66,8 +74,8 @@ def _norms(scene: Scene, rows: int, width: int) -> Iterator[Kernel]:
         return dx, dweight
 
     shape = f"{rows} × {width}"
-    yield _case("rms_norm", f"of a sum {shape}", given, forward, 4 * rows * width)
-    yield _case("rms_norm_backward", shape, with_scales, backward, 4 * rows * width)
+    yield case("rms_norm", f"of a sum {shape}", given, forward, 4 * rows * width)
+    yield case("rms_norm_backward", shape, with_scales, backward, 4 * rows * width)
 
 
 def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kernel]:
@@ -83,7 +91,7 @@ def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kerne
         def run(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, pairs: bool = interleaved) -> tuple[Tensor, ...]:
             return (rotary.rotate(x, (cos, sin), pairs, weight),)
 
-        yield _case("rotate", f"normed {shape}{', interleaved' * interleaved}", given, run, 2 * math.prod(heads))
+        yield case("rotate", f"normed {shape}{', interleaved' * interleaved}", given, run, 2 * math.prod(heads))
 
     def with_gradient() -> Inputs:
         return scene.randn(*heads), *given()
@@ -94,7 +102,7 @@ def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kerne
             y = rotary.rotate(leaves[0], (cos, sin), False, leaves[1])
         return torch.autograd.grad(y, leaves, dy)
 
-    yield _case("rotate_and_back", f"normed {shape}", with_gradient, backward, 5 * math.prod(heads))
+    yield case("rotate_and_back", f"normed {shape}", with_gradient, backward, 5 * math.prod(heads))
 
 
 def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
@@ -108,5 +116,5 @@ def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
         return scene.randn(rows, inner), *given()
 
     shape = f"{rows} × 2 · {inner}"
-    yield _case("swiglu", shape, given, forward, 3 * rows * inner)
-    yield _case("swiglu_backward", shape, with_gradient, swiglu.gated_product_backward, 6 * rows * inner)
+    yield case("swiglu", shape, given, forward, 3 * rows * inner)
+    yield case("swiglu_backward", shape, with_gradient, swiglu.gated_product_backward, 6 * rows * inner)

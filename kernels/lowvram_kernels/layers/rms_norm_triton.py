@@ -114,6 +114,7 @@ def rms_norm_backward_kernel(
         rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
         normed = x * rstd
         if normed_ptr is not None:
+            tl.debug_barrier()  # all of dy is read before another thread may write in its place
             store_nearest(normed_ptr + row[:, None] * D + column[None, :], normed * weight[None, :], inside)
         if partial_ptr is not None:
             total += tl.sum(dy * normed, 0)
