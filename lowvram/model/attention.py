@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lowvram_kernels.attention.mla_heads import mla_heads_
 from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.dispatch import runs_kernels
 from lowvram_kernels.layers.rotary import rotate
 from torch import Tensor, nn
@@ -110,7 +111,9 @@ class GqaAttention(Fp32Buffers):
 
     def joinable_weights(self) -> tuple[Tensor, ...]:
         """Return the weights whose products may be views of one: those of a whole that is kept for backward anyway."""
-        is_kept = self.q_norm is not None  # queries and keys are, for their norms
+        # Queries and keys are kept for their norms; where all three are widened for ALiBi, the whole lives no longer.
+        is_widened = self.slope_H is not None and runs_kernels("rms_norm", self.q_proj.weight.device)
+        is_kept = self.q_norm is not None or is_widened
         return (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight) if is_kept else ()
 
     def forward(
@@ -126,14 +129,17 @@ class GqaAttention(Fp32Buffers):
         k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
         q_BTHK, k_BTGK = self._position(q_BTHK, self.q_norm, table), self._position(k_BTGK, self.k_norm, table)
+        if self.slope_H is not None and cache is None:
+            columns = table if isinstance(table, AlibiColumns) else self.alibi_columns(k_BTGK.shape[1], k_BTGK.dtype)
+            q_BTHK, k_BTGK, v_BTGK = widened_heads(q_BTHK, k_BTGK, v_BTGK, *columns)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if cache is not None:
             k_BGSK, v_BGSK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
-        if self.slope_H is not None:
-            columns = table if isinstance(table, AlibiColumns) else self.alibi_columns(k_BGSK.shape[2], k_BGSK.dtype)
-            q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, columns)
+            if self.slope_H is not None:
+                columns = self.alibi_columns(k_BGSK.shape[2], k_BGSK.dtype)
+                q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, columns)
         out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
-        return x_BTD, self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
+        return x_BTD, self.o_proj(out_BHTK[..., : self.head_dim].transpose(1, 2).flatten(2))
 
     def alibi_columns(self, keys: int, dtype: torch.dtype) -> AlibiColumns:
         """Return ALiBi's columns for so many keys, which are the same in every layer."""

@@ -13,7 +13,7 @@ from lowvram.hardware.profile import load_profile
 # and 57.6, 5,354 and 94.0; the update's launches were 1,749, 1,313, 2,105 and 2,799.
 COSTS = {
     "tr-125m": (8, 1024, "none", True, 600, 27.9, 345),
-    "tiny-llm-v1": (32, 512, "none", True, 550, 26.2, 220),
+    "tiny-llm-v1": (32, 512, "none", True, 465, 25.8, 220),
     "tr-130m-moe": (8, 1024, "none", True, 1465, 31.3, 575),
     "tr-1b": (1, 2048, "attention", False, 1215, 41.9, 1245),
 }

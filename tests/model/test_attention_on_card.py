@@ -15,7 +15,7 @@ from tests.model.variants import VARIANTS
 
 
 @pytest.mark.parametrize("is_joined", [False, True], ids=["apart", "joined"])
-@pytest.mark.parametrize("name", ["mla-rope", "mla-yarn-q_lora"])
+@pytest.mark.parametrize("name", ["mla-rope", "mla-yarn-q_lora", "gqa-alibi"])
 def test_a_layer_on_a_card_gives_the_values_and_gradients_of_the_plain_form(name: str, is_joined: bool) -> None:
     model = randomise(Transformer(VARIANTS[name])).to(DEVICE)
     layer, x_BTD = model.blocks[0].attention, torch.randn(2, 9, 36).half().to(DEVICE)

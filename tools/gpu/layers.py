@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lowvram_kernels.attention.mla_heads import mla_heads_
+from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.layers import rms_norm, rotary, swiglu
 from torch import Tensor
 
@@ -25,6 +26,7 @@ def layers(scene: Scene) -> Iterator[Kernel]:
     yield from _norms(scene, rows, width)
     yield from _rotations(scene, heads)
     yield from _mla_heads(scene, *((2, 8, 3, 16, 8, 24) if scene.is_tiny else (8, 1_024, 8, 64, 32, 96)))
+    yield from _widened_heads(scene, *((2, 8, 3, 1, 16) if scene.is_tiny else (32, 512, 8, 2, 32)))
     yield from _gates(scene, rows, inner)
 
 
@@ -126,6 +128,27 @@ def _mla_heads(
     once = rows * (unrotated + values + 2 * width + 2 * rotated)
     yield _case("mla_heads", shape, given, forward, once + 2 * rows * width)
     yield _case("mla_heads_and_back", shape, with_gradients, backward, once + rows * (5 * width + unrotated + values))
+
+
+def _widened_heads(scene: Scene, batch: int, tokens: int, heads: int, groups: int, width: int) -> Iterator[Kernel]:
+    columns, rows = 8, batch * tokens * (heads + 2 * groups)
+
+    def given() -> Inputs:
+        parts = (scene.randn(batch, tokens, count, width) for count in (heads, groups, groups))
+        return *parts, scene.randn(heads, columns), scene.randn(tokens, columns)
+
+    def with_gradients() -> Inputs:
+        return *(scene.randn(batch, tokens, count, width + columns) for count in (heads, groups, groups)), *given()
+
+    def backward(dq: Tensor, dk: Tensor, dv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (tensor.detach().requires_grad_() for tensor in tensors[:3])
+        with torch.enable_grad():
+            made = widened_heads(q, k, v, tensors[3], tensors[4])
+        return torch.autograd.grad(made, (q, k, v), (dq, dk, dv))
+
+    shape = f"{batch} × {tokens} × ({heads} + 2 · {groups}) × {width} + {columns}"
+    yield _case("widened_heads", shape, given, widened_heads, rows * (2 * width + columns))
+    yield _case("widened_heads_and_back", shape, with_gradients, backward, rows * (4 * width + columns))
 
 
 def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:

@@ -24,13 +24,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lowvram_kernels.attention.widened_heads import dense, heads_at_once
 from lowvram_kernels.dispatch import Launch, as_read, bytes_of, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.rms_norm import has_kernels
 from lowvram_kernels.layers.rotary import Table, rotate
-
-# Numbers that a program has at work, on one warp: some heads of one token.
-_HELD = 512
 
 
 def reference(q: Tensor, kv: Tensor, k_rope: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,28 +62,13 @@ class _MlaHeads(torch.autograd.Function):
         return *_launch_backward(dq, dk, dv, ctx.saved_tensors, ctx.value_width), None, None
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Return x with numbers of a head side by side, as kernels read it; a copy only where strides demand one."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _heads_at_once(heads: int, width: int) -> int:
-    """Return how many heads a program has at work: a power of two."""
-    columns = 1 << (width - 1).bit_length()
-    return min(1 << (heads - 1).bit_length(), max(1, _HELD // columns))
-
-
 def _constants(heads: int, width: int, pairs: int) -> dict[str, int]:
-    return {
-        "HEADS": _heads_at_once(heads, width),
-        "COLUMNS": 1 << (width - 1).bit_length(),
-        "PAIRS": 1 << (pairs - 1).bit_length(),
-    }
+    return heads_at_once(heads, width) | {"PAIRS": 1 << (pairs - 1).bit_length()}
 
 
 def _launch_forward(q: Tensor, kv: Tensor, k_rope: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
     """Turn q in its memory, and return it with keys and values."""
-    q, kv, k_rope = _dense(q), _dense(kv), _dense(k_rope)
+    q, kv, k_rope = dense(q), dense(kv), dense(k_rope)
     (batch, tokens, heads, width), pairs = q.shape, table[0].shape[1]
     k = q.new_empty(q.shape)
     v = torch.empty_like(k)
@@ -103,7 +86,7 @@ def _launch_forward(q: Tensor, kv: Tensor, k_rope: Tensor, table: Table) -> tupl
 def _launch_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, table: Table, value_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _dense(dq), _dense(dk), _dense(dv)
+    dq, dk, dv = dense(dq), dense(dk), dense(dv)
     (batch, tokens, heads, width), pairs = dq.shape, table[0].shape[1]
     unrotated = width - 2 * pairs
     d_query = dq.new_empty(dq.shape)
