@@ -10,6 +10,8 @@ from functools import partial
 
 import torch
 from lowvram_kernels.attention import latent_attention
+from lowvram_kernels.attention.mla_heads import mla_heads_
+from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
 from lowvram_kernels.layers import rms_norm, rotary, swiglu
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
@@ -82,6 +84,7 @@ def cases(card: Card) -> Iterator[Call]:
     yield from grouped_cases(card)
     yield from routing_cases(card)
     yield from latent_attention_cases(card)
+    yield from head_cases()
     yield from optimizer_cases()
     yield from layer_cases()
     yield from loss_cases()
@@ -275,6 +278,28 @@ def latent_attention_cases(card: Card) -> Iterator[Call]:
                 given = (*queries, *cache, length, 0.1, scale)
                 yield partial(latent_attention.latent_attention, *given)
                 yield partial(latent_attention.latent_attention, *given, 256)
+
+
+def head_cases() -> Iterator[Call]:
+    """Yield queries, keys and values of MLA and for ALiBi, whose widths are multiples of 16 and are not."""
+    for dtype in (BF16, FP16, FP32):
+        for heads, unrotated, pairs, values in ((8, 64, 16, 96), (16, 128, 32, 128), (3, 20, 4, 20)):
+            sizes = ((heads, unrotated + 2 * pairs), (heads, unrotated + values), (2 * pairs,))
+            leaves = [meta(4, 128, *size, dtype=dtype) for size in sizes]
+            yield partial(_widen_and_back, [meta(4, 128, count, unrotated, dtype=dtype) for count in (heads, 2, 2)])
+            yield partial(_mla_heads_and_back, leaves, (meta(128, pairs, dtype=FP32), meta(128, pairs, dtype=FP32)))
+
+
+def _mla_heads_and_back(leaves: list[Tensor], table: tuple[Tensor, Tensor]) -> None:
+    q, kv, k_rope = (leaf.requires_grad_() for leaf in leaves)
+    made = mla_heads_(q, kv, k_rope, table)
+    torch.autograd.grad(made, leaves, [part.detach() for part in made])
+
+
+def _widen_and_back(leaves: list[Tensor]) -> None:
+    q, k, v = (leaf.requires_grad_() for leaf in leaves)
+    made = widened_heads(q, k, v, q.new_empty(q.shape[2], 8), q.new_empty(q.shape[1], 8))
+    torch.autograd.grad(made, leaves, [part.detach() for part in made])
 
 
 def optimizer_cases() -> Iterator[Call]:
