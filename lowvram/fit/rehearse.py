@@ -26,9 +26,10 @@ from lowvram.fit.op_work import attention_flops, bytes_moved, is_free, products_
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, Loss, count_targets
+from lowvram.train.loss_scale import LossScale
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.state import TrainState, build_state
-from lowvram.train.step import gradients, learn_in_backward, loss_for, update
+from lowvram.train.step import clip_and_update, gradients, learn_in_backward, loss_for
 
 # The size to whose multiples torch's caching allocator rounds every block (c10/cuda/CUDACachingAllocator,
 # kMinBlockSize); the CPU's does not round.  Large blocks that stay unsplit belong to the profile's fragmentation.
@@ -265,7 +266,8 @@ def _step(
         result = gradients(network, loss_of, [batch], targets)
     grads |= {id(counter.lifetime_of(w.grad)) for w in network.parameters() if w.grad is not None}
     counter.phase = "update"
-    update(network, optimizer, result.loads, rate, 0.5)
+    loss_scale = LossScale(_META) if train.precision == "fp16" else None
+    clip_and_update(network, optimizer, result, rate, train.clip, loss_scale)
     return grads, forward_end[0]
 
 
