@@ -19,6 +19,8 @@ from lowvram.train.oom import is_out_of_memory
 from lowvram.train.optim import LeanOptimizer
 
 _WARM_UPS = 2
+# A sample may need this much more than validation; it cannot use the memory of a CUDA graph.
+SPARE_BYTES = 128 * 2**20
 Result = TypeVar("Result")
 
 
