@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lowvram.train.events import Evaluated as Evaluated
     from lowvram.train.events import Event as Event
     from lowvram.train.events import Halved as Halved
+    from lowvram.train.events import Recorded as Recorded
     from lowvram.train.events import Rotated as Rotated
     from lowvram.train.events import Sampled as Sampled
     from lowvram.train.events import Saved as Saved
@@ -52,6 +53,7 @@ _HOMES = {
     "FitOptions": "lowvram.api.fit_result",
     "FitResult": "lowvram.api.fit_result",
     "Halved": "lowvram.train.events",
+    "Recorded": "lowvram.train.events",
     "Imported": "lowvram.api.importing",
     "LowvramError": "lowvram.errors",
     "MemoryBudget": "lowvram.fit.report",
@@ -94,6 +96,7 @@ __all__ = [
     "Notice",
     "Packed",
     "PackedShards",
+    "Recorded",
     "Rotated",
     "RunSettings",
     "Sampled",

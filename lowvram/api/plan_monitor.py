@@ -126,7 +126,8 @@ class PlanMonitor:
         torch.cuda.reset_peak_memory_stats(self._device)  # what a trial or a resume took is not the step's
         cap_memory(self._device, profile.allocator_bytes(self.budget.limit_bytes))
         self._rehearsal = self._rehearse_eager(plan)
-        self._speed = estimate(self._rehearsal, plan, self._config.train, profile, self.budget.measured)
+        room = self.budget.limit_bytes if is_recorded else 0
+        self._speed = estimate(self._rehearsal, plan, self._config.train, profile, self.budget.measured, room)
 
     def _rehearse_eager(self, plan: Plan) -> Rehearsal:
         """Rehearse a plan without compilation, which cannot be rehearsed."""

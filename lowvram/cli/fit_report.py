@@ -11,6 +11,7 @@ from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
 from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.fit.suggestions import Change
+from lowvram.fit.throughput import is_replayed
 from lowvram.hardware.profile import measured_ids
 from lowvram.units import count_of, show_bytes, show_count, show_duration_range, show_energy_range
 
@@ -55,6 +56,10 @@ def show_one(seen: FitResult) -> None:
         says = "these lines are interpolated between two rehearsed plans; a run file is rehearsed with its own plan"
         result(f"{'':<15}{says}")
     result(f"  {'limit':<12} {show_bytes(budget.limit_bytes):>10}  {_describe_limit(budget)}")
+    if recorded := found.rehearsal.recorded_bytes:
+        fits = is_replayed(found.rehearsal, budget.limit_bytes)
+        how = "so a step is replayed" if fits else "which is too much: a step is launched"
+        result(f"  {'graphs':<12} {show_bytes(recorded):>10}  in all with CUDA graphs, {how}")
     ram = "" if budget.ram_bytes is None else f", which has {show_bytes(budget.ram_bytes)}"
     kept = (
         f", {show_bytes(ledger.kept_on_host)} of it for frozen experts and offloaded states"

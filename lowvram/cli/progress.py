@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from lowvram.cli.console import err, notice
-from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Recorded, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.units import count_of, show_bytes, show_count, show_duration
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ class TrainingScreen:
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
             notice(f"step {event.step + 1:>6}  memory ran out: tried again, and continued, with {now}", "yellow")
+        elif isinstance(event, Recorded):
+            how = f"not replayed from CUDA graphs: {event.problem}" if event.problem else "replayed from CUDA graphs."
+            notice(f"Updates are {how}", "dim")
         elif isinstance(event, Evaluated):
             self.evaluated = event
             how = ", experts read from their masters" if event.reads_masters else ""

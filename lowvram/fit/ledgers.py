@@ -121,11 +121,12 @@ def name_plan(plan: Plan) -> str:
 
 
 def pack(rehearsal: Rehearsal) -> list[Any]:
-    """Return a rehearsal as one flat row: the ledger, then the work of a micro-batch and of an update."""
+    """Return a rehearsal as one flat row: the ledger, the work of micro-batch and update, and what graphs take."""
     ledger = rehearsal.ledger
     lines = [getattr(ledger, name) for name in LEDGER_LINES]
     works = [round(value) for work in (rehearsal.micro, rehearsal.update) for value in work]
-    return [*lines, *ledger[len(lines) :], *works]
+    graphs = [rehearsal.recorded_bytes] if rehearsal.recorded_bytes else []
+    return [*lines, *ledger[len(lines) :], *works, *graphs]
 
 
 def unpack(row: list[Any]) -> Rehearsal:
@@ -133,4 +134,5 @@ def unpack(row: list[Any]) -> Rehearsal:
     fields = len(Work._fields)
     works = row[len(Ledger._fields) :]
     ledger = Ledger(*row[: len(Ledger._fields)])
-    return Rehearsal(ledger, Work(*works[:fields]), Work(*works[fields:]))
+    # A row without graphs ends with the works.
+    return Rehearsal(ledger, Work(*works[:fields]), Work(*works[fields : 2 * fields]), *works[2 * fields :])

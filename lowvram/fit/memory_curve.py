@@ -42,12 +42,14 @@ class Work(NamedTuple):
 class Rehearsal(NamedTuple):
     """The memory and the work of a step, counted on meta tensors.
 
-    micro: one micro-batch, forward and backward.  update: the optimizer's update, once per step.
+    micro: one micro-batch, forward and backward.  update: the optimizer's update, once per step.  recorded_bytes: what
+    the card must have where passes and update are replayed from CUDA graphs, 0 where that is impossible or not known.
     """
 
     ledger: Ledger
     micro: Work
     update: Work
+    recorded_bytes: int = 0
 
 
 class MemoryCurve:
@@ -127,4 +129,5 @@ def _interpolate(low: Rehearsal, high: Rehearsal, share: float) -> Rehearsal:
     lines = {name: round(value * scale) for name, value in mixed.items()}
     micro = Work(*(blend(a, b) for a, b in zip(low.micro, high.micro, strict=True)))
     rest = {name: max(getattr(one.ledger, name) for one in (low, high)) for name in _BESIDE_THE_CARD}
-    return Rehearsal(Ledger(**lines, moment=high.ledger.moment, **rest), micro, high.update)
+    recorded = round(blend(low.recorded_bytes, high.recorded_bytes)) if low.recorded_bytes else 0
+    return Rehearsal(Ledger(**lines, moment=high.ledger.moment, **rest), micro, high.update, recorded)

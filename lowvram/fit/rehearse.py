@@ -8,7 +8,7 @@ fragmentation) is missing here; it is in the card's profile.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,11 @@ from lowvram.fit.op_work import attention_flops, bytes_moved, is_free, products_
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch, Loss, count_targets
+from lowvram.train.cuda_graph import SPARE_BYTES
+from lowvram.train.loss_scale import LossScale
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.state import TrainState, build_state
-from lowvram.train.step import gradients, learn_in_backward, loss_for, update
+from lowvram.train.step import clip_and_update, gradients, learn_in_backward, loss_for
 
 # The size to whose multiples torch's caching allocator rounds every block (c10/cuda/CUDACachingAllocator,
 # kMinBlockSize); the CPU's does not round.  Large blocks that stay unsplit belong to the profile's fragmentation.
@@ -130,11 +132,14 @@ class LiveStorage(TorchDispatchMode):
         """Return the bytes that are allocated on the card now."""
         return sum(lifetime.size for lifetime in self.lifetimes if lifetime.died is None and not lifetime.is_on_host)
 
-    def find_peak(self, since: int = 0) -> tuple[int, int]:
-        """Return the most bytes allocated at once on the card from moment `since` on, and the first moment of that."""
+    def find_peak(self, since: int = 0, phases: Container[str] | None = None) -> tuple[int, int]:
+        """Return the most bytes allocated at once on the card from moment `since` on, and the first moment of that.
+
+        phases: count only what these have allocated.
+        """
         change = [0] * (self.moment + 2)
         for lifetime in self.lifetimes:
-            if not lifetime.is_on_host:
+            if not lifetime.is_on_host and (phases is None or lifetime.phase in phases):
                 change[lifetime.born] += lifetime.size
                 change[self.moment + 1 if lifetime.died is None else lifetime.died] -= lifetime.size
         now = peak = moment = 0
@@ -238,6 +243,9 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
         counter.phase = "save"
         del other_tokens
         ledger = _make_ledger(counter, grads, forward_end, _files(state, counter))
+        recorded_bytes = 0
+        if card.platform == "cuda" and not train.update_during_backward:
+            recorded_bytes = _price_graphs(state, train, plan, batch, counter, grads)
     no_work = [0.0] * len(Work._fields)
     parts = [counter.work[phase] for phase in ("forward", "loss", "backward")]
     micro = Work(*(sum(values) for values in zip(*parts, strict=True)))
@@ -245,7 +253,27 @@ def rehearse(model: ModelConfig, train: TrainConfig, plan: Plan, card: Card) -> 
     interval = train.rotation.interval if train.rotation is not None else 1
     rotation_work = (value / interval for value in counter.work.get("rotation", no_work))
     update_work = Work(*(a + b for a, b in zip(counter.work["update"], rotation_work, strict=True)))
-    return Rehearsal(ledger, micro, update_work)
+    return Rehearsal(ledger, micro, update_work, recorded_bytes)
+
+
+@torch.no_grad()
+def _price_graphs(
+    state: TrainState, train: TrainConfig, plan: Plan, batch: Batch, counter: LiveStorage, grads: set[int]
+) -> int:
+    """Return the bytes that a card must have where passes and update are replayed from CUDA graphs.
+
+    The graphs' memory is that of a micro-batch's passes, or of the update beside all gradients, which stay; neither a
+    validation nor a sample can use it.
+    """
+    counter.phase = "validation"
+    loss_for(state.model, train, plan)(batch)
+    passes, _ = counter.find_peak(phases=("gradients", "forward", "loss", "backward"))
+    update, _ = counter.find_peak(phases=("update",))
+    kept = sum(lifetime.size for lifetime in counter.lifetimes if id(lifetime) in grads)
+    resting, _ = counter.find_peak(phases=("weights", "optimizer", "batch"))
+    inputs, _ = counter.find_peak(phases=("batch",))
+    looking, _ = counter.find_peak(phases=("validation",))
+    return resting + inputs + max(passes, kept + update) + looking + SPARE_BYTES
 
 
 def _step(
@@ -265,7 +293,8 @@ def _step(
         result = gradients(network, loss_of, [batch], targets)
     grads |= {id(counter.lifetime_of(w.grad)) for w in network.parameters() if w.grad is not None}
     counter.phase = "update"
-    update(network, optimizer, result.loads, rate, 0.5)
+    loss_scale = LossScale(_META) if train.precision == "fp16" else None
+    clip_and_update(network, optimizer, result, rate, train.clip, loss_scale)
     return grads, forward_end[0]
 
 

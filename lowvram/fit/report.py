@@ -117,7 +117,7 @@ def evaluate_fit(
     """
 
     def seconds(rehearsal: Rehearsal, plan: Plan) -> float:
-        return step_seconds(rehearsal, plan, train, budget.profile, budget.measured)
+        return step_seconds(rehearsal, plan, train, budget.profile, budget.measured, budget.limit_bytes)
 
     def has_room(ledger: Ledger) -> bool:
         return not lacking_bytes(ledger, budget)
@@ -133,7 +133,8 @@ def evaluate_fit(
     ledger = result.rehearsal.ledger
     state = ledger.checkpoint_bytes
     options = options or RunOptions(dir=Path("run"))
-    speed = estimate(result.rehearsal, result.plan, train, budget.profile, budget.measured) if fits_headless else None
+    how = (train, budget.profile, budget.measured, budget.limit_bytes)
+    speed = estimate(result.rehearsal, result.plan, *how) if fits_headless else None
     run_days = days(train.tokens, speed) if speed else None
     return FitReport(
         name,

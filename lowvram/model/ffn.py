@@ -58,7 +58,7 @@ class SharedExpert(nn.Module):
 class Router(Fp32Buffers):
     """Chooses each token's experts by sigmoid score plus a balancing bias, and weighs them by the score alone.
 
-    The bias is used for selection only, has no gradient and is updated by `balance`.
+    The bias is used for selection only, has no gradient and is updated by the function `balance`.
     Source: DeepSeek-V3, section 2.1.2 (auxiliary-loss-free load balancing).
     """
 
@@ -74,10 +74,12 @@ class Router(Fp32Buffers):
         """Return weights [N, K] fp32 and expert ids [N, K]."""
         return route(x_ND, self.weight, self.bias_E, self.top_k, self.scale)
 
-    @torch.no_grad()
-    def balance(self, load_E: Tensor) -> None:
-        """Raise the bias of experts that were chosen less than the mean, lower that of the others, by `rate`."""
-        self.bias_E += self.rate * (load_E.mean() - load_E).sign()
+
+@torch.no_grad()
+def balance(routers: list[Router], load_LE: Tensor) -> None:
+    """Raise the biases of experts that were chosen less than their layer's mean, lower the others, by `rate`."""
+    move_LE = (load_LE.mean(-1, keepdim=True) - load_LE).sign()
+    torch._foreach_add_([router.bias_E for router in routers], list(move_LE.unbind()), alpha=routers[0].rate)
 
 
 class MoeFfn(Fp32Buffers):

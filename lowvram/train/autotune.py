@@ -12,6 +12,7 @@ import torch
 from lowvram.config.plan import Plan
 from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
+from lowvram.train.cuda_graph import SPARE_BYTES
 from lowvram.train.oom import free_memory, is_out_of_memory
 from lowvram.train.step import discard, loss_for
 from lowvram.train.trainer import Trainer
@@ -19,8 +20,6 @@ from lowvram.units import show_bytes
 
 # The numbers of warm-up micro-batches (the first compiles, the second lets the allocator settle) and of timed ones.
 _UNTIMED, _TIMED = 2, 5
-# The update and a sample may need this much more than validation; they cannot use the memory of a CUDA graph.
-_SPARE_BYTES = 128 * 2**20
 # The speed-up must be greater than the difference between two measurements of the same thing.
 _LEAST_GAIN = 1.03
 
@@ -116,7 +115,7 @@ def autotune_cuda_graphs(trainer: Trainer, asked: bool | None, limit_bytes: int 
     try:
         trainer.capture()
         _validation_pass(trainer)
-        took_bytes = torch.cuda.memory_reserved(device) + _SPARE_BYTES
+        took_bytes = torch.cuda.memory_reserved(device) + SPARE_BYTES
         replayed = _measure(trainer, trainer.plan)
     except RuntimeError as error:
         problem = "memory ran out." if is_out_of_memory(error) else f"{str(error).strip().splitlines()[0]}."

@@ -60,6 +60,14 @@ class Halved:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """From the step after `step` on, updates are replayed from a CUDA graph; problem: why they are not, else empty."""
+
+    step: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Rotated:
     """After `step`, these experts of each layer are trained.  card_bytes, host_bytes: the memory of all experts."""
 
@@ -107,6 +115,6 @@ class Stopped:
     is_finished: bool
 
 
-Event = Started | StepDone | Halved | Rotated | Evaluated | Sampled | Saved | Stopped
+Event = Started | StepDone | Halved | Recorded | Rotated | Evaluated | Sampled | Saved | Stopped
 # What a trainer is doing between two events, which may take minutes.
 Doing = Literal["starting", "step", "validating", "sampling", "saving"]

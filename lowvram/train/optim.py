@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
-from lowvram_kernels.dispatch import empty_on_host, representative, to_host
+from lowvram_kernels.dispatch import empty_on_host, is_simulated, representative, to_host
 from lowvram_kernels.optim.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
-from lowvram_kernels.optim.muon import Momentum, MuonPart, muon_, muon_together_, new_momentum
+from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
+from lowvram_kernels.optim.muon_together import MuonPart, muon_together_
 from lowvram_kernels.random.stochastic_rounding import has_kernels
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from lowvram.config.train import AdamW, Muon, TrainConfig
-from lowvram.errors import CheckpointError
 from lowvram.model.transformer import Transformer
+from lowvram.train.muon_stacks import OffsetTables, by_kind, count_at_once, on_device
 
 # As in bitsandbytes: 8-bit states of smaller weights would save next to nothing.
 LEAST_8BIT = 4_096
@@ -33,7 +34,6 @@ class MuonSettings(TypedDict):
     steps: int
     gradient_scale: Tensor | float
     skip: Tensor | None
-    seed: int
 
 
 class LeanOptimizer(torch.optim.Optimizer):
@@ -48,6 +48,7 @@ class LeanOptimizer(torch.optim.Optimizer):
     gradient_scale: the factor on every gradient, a number or an fp32 scalar on the device.
     found_inf: None, or an fp32 scalar: where it is 1, nothing changes.
     experts: for each rotating stack, the expert in each slot.
+    tables: what kernels find the weights of a stack by.
     has_stepped: becomes true with the first weight that is updated; callers reset it themselves.
     """
 
@@ -60,8 +61,11 @@ class LeanOptimizer(torch.optim.Optimizer):
         self._maps: dict[torch.device, Maps] = {}
         self._group_of = {w: group for group in self.param_groups for w in group["params"]}
         self._purpose_of = {weight: number for number, weight in enumerate(self._group_of)}
+        self._device = next(iter(self._group_of)).device
         self.experts: dict[Tensor, list[int]] = {}
+        self.tables = OffsetTables()
         self.has_stepped = False
+        self._rates: dict[float, Tensor] = {}
 
     def bytes_on_device(self) -> int:
         """Return how many bytes the existing states take on the weights' device."""
@@ -74,45 +78,83 @@ class LeanOptimizer(torch.optim.Optimizer):
         """The number of weights that it updates."""
         return len(self._group_of)
 
-    def set_rate(self, learning_rate: float) -> None:
-        """Set the learning rate of the next steps."""
-        for group in self.param_groups:
-            group["lr"] = learning_rate
+    def set_rate(self, learning_rate: Tensor | float) -> None:
+        """Set the learning rate of the next steps, a number or an fp32 scalar on the device; all compute with fp32."""
+        rate = on_device(learning_rate, self._device)
+        shares = {group["share"] for group in self.param_groups}
+        self._rates = {share: rate if share == 1.0 else rate * share for share in shares}
+
+    def _rate_of(self, group: dict[str, Any]) -> Tensor:
+        if not self._rates:
+            self.set_rate(self._config.lr)
+        return self._rates[group["share"]]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every weight that has a gradient; reads nothing back from the device."""
+        """Update every weight that has a gradient, and drop the gradient; reads nothing back from the device.
+
+        Gradients go as soon as they have been read: their memory is room for the work on those that are left.
+        """
         assert closure is None, "the trainer has computed the gradients already"
         self.has_stepped = True
+        if self._is_skipped_on_mps():
+            return
+        self.tables.begin()
+        freed_bytes, stacks = 0, list[tuple[dict[str, Any], list[Tensor]]]()
+        learning = [weight for weight in self._group_of if weight.grad is not None]
+        self._count_steps([weight for weight in learning if self._is_in_place(weight)])
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            together = [weight for weight in weights if self._is_fused(group, weight) and weight not in self.experts]
-            if together and not self.is_on_host:
-                self._step_fused(group, together, [self.state_of(weight) for weight in together])
-                weights = [weight for weight in weights if not self._is_fused(group, weight) or weight in self.experts]
-            if group["rule"] == "muon" and not self.is_on_host:
-                weights = self._step_muon_together(group, weights)
+            in_place = [weight for weight in weights if self._is_in_place(weight)]
+            if group["rule"] == "muon" and has_kernels(self._device):
+                stacks += [(group, alike) for alike in by_kind(in_place)]
+            else:
+                freed_bytes += self._step_in_place(group, in_place)
             for weight in weights:
-                self.step_one(weight)
+                if not self._is_in_place(weight):
+                    self.step_one(weight)
+                    freed_bytes += _drop_gradients([weight])
+        for group, alike in sorted(stacks, key=lambda stack: stack[1][0].numel()):
+            while alike:
+                at_once = count_at_once(alike, freed_bytes)
+                freed_bytes += self._step_stack(group, alike[:at_once])
+                alike = alike[at_once:]
 
-    def _step_muon_together(self, group: dict[str, Any], weights: list[Tensor]) -> list[Tensor]:
-        """Update weights of equal shapes together on a card; returns the others."""
-        by_kind: dict[tuple[Any, ...], list[Tensor]] = {}
+    def _is_in_place(self, weight: Tensor) -> bool:
+        """Say whether a weight steps as a whole, by states on its device: it may step with others."""
+        return weight not in self.experts and not self.is_on_host
+
+    def _count_steps(self, weights: list[Tensor]) -> None:
+        """Add to the counts of steps, except where torch's fused AdamW does."""
+        own = [weight for weight in weights if not self._is_fused(self._group_of[weight], weight)]
+        if own:
+            stepped = on_device(self._stepped(), self._device)
+            torch._foreach_add_([self.state_of(weight)["step"] for weight in own], [stepped] * len(own))
+
+    def _step_in_place(self, group: dict[str, Any], weights: list[Tensor]) -> int:
+        """Update weights whose steps are counted; returns the bytes of their gradients, which are gone."""
+        fused = [weight for weight in weights if self._is_fused(group, weight)]
+        if fused:
+            self._step_fused(group, fused, [self.state_of(w) for w in fused], [gradient_of(w) for w in fused])
         for weight in weights:
-            if weight not in self.experts and has_kernels(weight.device):
-                by_kind.setdefault((weight.shape, weight.dtype, weight.device), []).append(weight)
-        for alike in by_kind.values():
-            states = [self.state_of(weight) for weight in alike]
-            torch._foreach_add_([state["step"] for state in states], self._stepped())
-            parts = [
-                MuonPart(weight, weight.grad, _momentum_of(state), state["step"], self._purpose_of[weight])
-                for weight, state in zip(alike, states, strict=True)
-                if weight.grad is not None
-            ]
-            codes, rate = self._maps_on(alike[0].device).first, group["lr"] * group["share"]
-            muon_together_(parts, codes, rate, **self._muon_settings(group))
-        done = {weight for alike in by_kind.values() for weight in alike}
-        return [weight for weight in weights if weight not in done]
+            if not self._is_fused(group, weight):
+                self._step(weight, weight, gradient_of(weight), self.state_of(weight))
+        return _drop_gradients(weights)
+
+    def _step_stack(self, group: dict[str, Any], weights: list[Tensor]) -> int:
+        """Update weights of one kind together; returns the bytes of their gradients, which are gone."""
+        gradients, states = [gradient_of(weight) for weight in weights], [self.state_of(w) for w in weights]
+        parts = [
+            MuonPart(weight, _momentum_of(state), state["step"], self._purpose_of[weight])
+            for weight, state in zip(weights, states, strict=True)
+        ]
+        table = self.tables.table_of(parts, gradients, self._seed)
+        if table is None:
+            return self._step_in_place(group, weights)
+        freed_bytes = _drop_gradients(weights)
+        codes, rate = self._maps_on(self._device).first, self._rate_of(group)
+        muon_together_(parts, gradients, table, codes, rate, **self._muon_settings(group))
+        return freed_bytes
 
     def _muon_settings(self, group: dict[str, Any]) -> MuonSettings:
         """Return the arguments of Muon's step that are the same for all weights of a group."""
@@ -125,20 +167,24 @@ class LeanOptimizer(torch.optim.Optimizer):
             "steps": config.iterations,
             "gradient_scale": self.gradient_scale,
             "skip": self.found_inf,
-            "seed": self._seed,
         }
 
     def _stepped(self) -> Tensor | float:
         """Return 1, or 0 on the device where nothing changes: what a step adds to the counts of steps."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf
 
+    def _is_skipped_on_mps(self) -> bool:
+        """Say whether nothing changes: asked on MPS alone, whose fused kernel of torch's ignores `found_inf`."""
+        return self.found_inf is not None and self._device.type == "mps" and bool(self.found_inf)
+
     @torch.no_grad()
     def step_one(self, weight: Tensor) -> None:
         """Update one weight, which has a gradient."""
         self.has_stepped = True
-        gradient = weight.grad
-        assert gradient is not None, "only weights with gradients are updated"
+        gradient = gradient_of(weight)
         with self._on_device(self.state_of(weight), weight.device) as state:
+            if not self._is_fused(self._group_of[weight], weight):
+                state["step"] += self._stepped()
             if weight not in self.experts:
                 self._step(weight, weight, gradient, state)
                 return
@@ -198,17 +244,19 @@ class LeanOptimizer(torch.optim.Optimizer):
             state[name].copy_(tensor)
 
     def _step(self, weight: Tensor, part: Tensor, gradient: Tensor, state: State, first: int = 0) -> None:
-        """Update a weight, or the part of it that begins at element number `first` of all its experts."""
+        """Update a weight, or the part of it that begins at element number `first` of all its experts.
+
+        Its step is counted already, except where torch's fused AdamW counts it.
+        """
         group = self._group_of[weight]
         if self._is_fused(group, weight):
             self._step_fused(group, [part], [state], [gradient])
             return
         maps = self._maps_on(weight.device)
-        state["step"] += self._stepped()
-        config, step, rate = self._config, state["step"], group["lr"] * group["share"]
+        config, step, rate = self._config, state["step"], self._rate_of(group)
         if group["rule"] == "muon":
-            key, settings = {"purpose": self._purpose_of[weight], "first": first}, self._muon_settings(group)
-            muon_(part, gradient, _momentum_of(state), maps.first, step, rate, **key, **settings)
+            key = {"seed": self._seed, "purpose": self._purpose_of[weight], "first": first}
+            muon_(part, gradient, _momentum_of(state), maps.first, step, rate, **key, **self._muon_settings(group))
             return
         adamw8_(
             part,
@@ -228,11 +276,10 @@ class LeanOptimizer(torch.optim.Optimizer):
         )
 
     def _step_fused(
-        self, group: dict[str, Any], weights: list[Tensor], states: list[State], gradients: list[Tensor] | None = None
+        self, group: dict[str, Any], weights: list[Tensor], states: list[State], gradients: list[Tensor]
     ) -> None:
-        gradients = gradients or [weight.grad for weight in weights if weight.grad is not None]
-        if self.found_inf is not None and weights[0].device.type == "mps" and bool(self.found_inf):
-            return  # torch's fused kernel on MPS ignores found_inf, so the host checks it
+        if self._is_skipped_on_mps():
+            return
         if not isinstance(self.gradient_scale, float) or self.gradient_scale != 1.0:
             torch._foreach_mul_(gradients, self.gradient_scale)
         adamw(
@@ -247,11 +294,26 @@ class LeanOptimizer(torch.optim.Optimizer):
             amsgrad=False,
             beta1=self._config.beta1,
             beta2=self._config.beta2,
-            lr=group["lr"] * group["share"],
+            # torch has no form of this op for meta tensors that takes a rate on the device.
+            lr=0.0 if is_simulated() else self._rate_of(group),
             weight_decay=group["weight_decay"],
             eps=self._config.eps,
             maximize=False,
         )
+
+
+def gradient_of(weight: Tensor) -> Tensor:
+    """Return the gradient of a weight that has one."""
+    assert weight.grad is not None, "only weights with gradients are updated"
+    return weight.grad
+
+
+def _drop_gradients(weights: list[Tensor]) -> int:
+    """Drop the gradients of weights that have stepped; returns their bytes."""
+    freed_bytes = sum(gradient_of(weight).nbytes for weight in weights)
+    for weight in weights:
+        weight.grad = None
+    return freed_bytes
 
 
 def _momentum_of(state: State) -> Momentum:
@@ -330,46 +392,3 @@ def learning_rate(train: TrainConfig, step: int) -> float:
         left = min(1.0, max(0, steps - step) / decay_steps)
         share = schedule.floor + (1.0 - schedule.floor) * left
     return train.optimizer.lr * share
-
-
-def optimizer_tensors(model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's states, by `<field>.<weight's name>`; empty before the first step."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in model.named_parameters():
-        for field, tensor in optimizer.state.get(weight, {}).items():
-            tensors[f"{field}.{name}"] = tensor.reshape(-1) if field == "step" else tensor
-    return tensors
-
-
-def refuse_other_states(model: Transformer, optimizer: LeanOptimizer, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError where a checkpoint's states do not match the model's weights.
-
-    A weight that was never updated has no state; every other one has all of its fields.  shapes: those of the states
-    in a checkpoint, by name as in `optimizer_tensors`.
-    """
-    unknown = set(shapes)
-    for name, weight in model.named_parameters():
-        expected = {f"{field}.{name}": shape for field, shape in optimizer.shapes_of(weight).items()}
-        stored = {key: shapes[key] for key in expected if key in shapes}
-        unknown -= stored.keys()
-        if stored not in ({}, expected):
-            wrong = next(key for key in expected if stored.get(key) != expected[key])
-            has = f"has the shape {list(stored[wrong])}" if wrong in stored else "is missing"
-            raise CheckpointError(f"The optimizer state {wrong} {has}.", f"It should be {list(expected[wrong])}.")
-    if unknown:
-        raise CheckpointError(f"The optimizer remembers {min(unknown)}.", "The model has no such weight.")
-
-
-def load_optimizer_tensors(model: Transformer, optimizer: LeanOptimizer, tensors: dict[str, Tensor]) -> None:
-    """Load states as `optimizer_tensors` returned them; they are copied, since they are views of the checkpoint's file.
-
-    Raises CheckpointError where a tensor belongs to no weight.
-    """
-    weights = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        field, _, name = key.partition(".")
-        if name not in weights:
-            raise CheckpointError(f"The optimizer remembers {key}.", f"The model has no weight {name}.")
-        weight = weights[name]
-        shape = () if field == "step" else tensor.shape
-        optimizer.state[weight][field] = optimizer.place(tensor.reshape(shape), weight.device)

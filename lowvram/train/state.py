@@ -17,18 +17,11 @@ from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, MATMUL_FORMATS
 from lowvram.storage.checkpoint import Checkpoint
 from lowvram.storage.manifest import NUMBERS
-from lowvram.train.optim import (
-    LeanOptimizer,
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    refuse_other_states,
-)
+from lowvram.train.loss_scale import next_loss_scale
+from lowvram.train.optim import LeanOptimizer, build_optimizer
+from lowvram.train.optimizer_tensors import load_optimizer_tensors, optimizer_tensors, refuse_other_states
 from lowvram.train.rotation import ExpertRotation
 
-# Micikevicius et al. 2018: start high, halve on overflow, double after many steps without overflow.
-FIRST_LOSS_SCALE = 2.0**16
-QUIET_STEPS = 2_000
 _NUMBERS = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row")
 
 
@@ -113,11 +106,7 @@ class TrainState:
         self.skipped_in_row = 0 if (finite if has_learnt is None else has_learnt) else self.skipped_in_row + 1
         if not is_scaled:
             return
-        self.quiet = self.quiet + 1 if finite else 0
-        if not finite:
-            self.loss_scale = max(1.0, self.loss_scale / 2)
-        elif self.quiet >= QUIET_STEPS:
-            self.loss_scale, self.quiet = self.loss_scale * 2, 0
+        self.loss_scale, self.quiet = next_loss_scale(self.loss_scale, self.quiet, finite)
 
 
 def is_healthy(numbers: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """One optimizer step, either as gradients and then an update, or with updates during backward; knows no loop.
 
-The trainer reads device values once per step, between the two halves.  Nothing here reads a device value on the host,
-except that a MoE layer reads the sizes of its experts' slices.
+Nothing here reads a device value on the host, except that a MoE layer without Triton reads the sizes of its experts'
+slices.  The trainer reads a step's numbers once, when all of it is on its way.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from lowvram.config.plan import Plan
 from lowvram.config.train import TrainConfig
+from lowvram.model.ffn import balance
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, Batch, Loss, causal_loss
+from lowvram.train.loss_scale import LossScale
+from lowvram.train.muon_stacks import on_device
 from lowvram.train.optim import LeanOptimizer
 
 
@@ -35,7 +38,7 @@ class StepStats(NamedTuple):
 
 
 # Runs forward and backward for a micro-batch, with its loss multiplied by the factor.
-Add = Callable[[Batch, float], Loss]
+Add = Callable[[Batch, Tensor | float], Loss]
 
 
 def loss_for(model: Transformer, train: TrainConfig, plan: Plan) -> Callable[[Batch], Loss]:
@@ -56,11 +59,28 @@ def gradients(
     loss_of: Callable[[Batch], Loss],
     micro_batches: Iterable[Batch],
     targets: int,
-    loss_scale: float = 1.0,
+    loss_scale: Tensor | float = 1.0,
     seed: int = 0,
     add: Add | None = None,
 ) -> StepStats:
-    """Accumulate the gradients of the mean loss over all micro-batches in `.grad`, times loss_scale.
+    """Accumulate the gradients of the mean loss over all micro-batches in `.grad`, times loss_scale, and measure them.
+
+    The parameters are those of `sum_gradients`.
+    """
+    sums = sum_gradients(model, loss_of, micro_batches, targets, loss_scale, seed, add)
+    return measure(model, sums, targets, loss_scale)
+
+
+def sum_gradients(
+    model: Transformer,
+    loss_of: Callable[[Batch], Loss],
+    micro_batches: Iterable[Batch],
+    targets: int,
+    loss_scale: Tensor | float = 1.0,
+    seed: int = 0,
+    add: Add | None = None,
+) -> Loss:
+    """Accumulate the gradients of the mean loss in `.grad`, times loss_scale; returns the sums of losses and loads.
 
     targets: the number of predicted tokens in the whole step, by which every micro-batch's sum is divided.  seed:
     together with a micro-batch's first sample it decides how the sums of bf16 gradients are rounded.  add: replaces
@@ -77,10 +97,18 @@ def gradients(
         if loss.loads is not None:
             loads = loss.loads if loads is None else loads + loss.loads
     assert total is not None, "a step has at least one micro-batch"
+    return Loss(total, loads)
+
+
+@torch.no_grad()
+def measure(model: Transformer, sums: Loss, targets: int, loss_scale: Tensor | float = 1.0) -> StepStats:
+    """Return the mean loss and the norm of the gradients in `.grad`, which are times loss_scale."""
     grads = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    norm = total_norm(grads) / loss_scale
-    mean = total / targets
-    return StepStats(torch.stack([mean, norm, (~(mean + norm).isfinite()).float()]), loads)
+    norm = total_norm(grads)
+    if isinstance(loss_scale, Tensor) or loss_scale != 1.0:
+        norm = norm / loss_scale
+    mean = sums.total / targets
+    return StepStats(torch.stack([mean, norm, (~(mean + norm).isfinite()).float()]), sums.loads)
 
 
 def add_gradients(
@@ -138,15 +166,65 @@ def update(
     model: Transformer,
     optimizer: LeanOptimizer,
     loads: Tensor | None,
-    learning_rate: float,
-    gradient_scale: float,
+    learning_rate: Tensor | float,
+    gradient_scale: Tensor | float,
+    skip: Tensor | None = None,
 ) -> None:
-    """Update the weights with scaled gradients (clipping and loss scaling in one factor) and the balancing biases."""
-    optimizer.gradient_scale = gradient_scale
+    """Update the weights with scaled gradients (clipping and loss scaling in one factor) and the balancing biases.
+
+    learning_rate, gradient_scale: numbers, or fp32 scalars on the device; both are computed with in fp32 everywhere.
+    skip: an fp32 scalar on the device; where it is 1, nothing changes.  The gradients are dropped.
+    """
+    device = model.embedding.device
+    optimizer.gradient_scale = on_device(gradient_scale, device)
+    optimizer.found_inf = skip
     optimizer.set_rate(learning_rate)
-    optimizer.step()
+    try:
+        optimizer.step()
+    finally:
+        optimizer.found_inf, optimizer.gradient_scale = None, 1.0
+    if loads is not None and skip is not None:
+        loads = loads * (1.0 - skip)  # equal loads leave the biases as they are
     _balance(model, loads)
     discard(optimizer)
+
+
+@torch.no_grad()
+def clip_and_update(
+    model: Transformer,
+    optimizer: LeanOptimizer,
+    result: StepStats,
+    learning_rate: Tensor | float,
+    clip: float,
+    loss_scale: LossScale | None = None,
+) -> None:
+    """Update by gradients of at most the norm `clip`; where they are not finite, change nothing but the loss scale."""
+    _, norm, skip = result.stats.unbind()
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+    if loss_scale is not None:
+        factor = factor / loss_scale.value
+    update(model, optimizer, result.loads, learning_rate, factor, skip)
+    if loss_scale is not None:
+        loss_scale.count_(skip)
+
+
+def finish(
+    model: Transformer,
+    optimizer: LeanOptimizer,
+    sums: Loss,
+    learning_rate: Tensor | float,
+    targets: int,
+    clip: float,
+    loss_scale: LossScale | None = None,
+) -> Tensor:
+    """Measure, clip and update; returns [mean loss, gradient norm, 1 where nothing changed], fp32.
+
+    sums: what `sum_gradients` returned.  The host reads nothing here, and every number that changes from step to step
+    is a tensor (also the rate, where the caller gives one), so that a CUDA graph of it can be recorded.
+    """
+    result = measure(model, sums, targets, 1.0 if loss_scale is None else loss_scale.value)
+    clip_and_update(model, optimizer, result, learning_rate, clip, loss_scale)
+    return result.stats
 
 
 def learn_in_backward(
@@ -155,7 +233,7 @@ def learn_in_backward(
     batch: Batch,
     optimizer: LeanOptimizer,
     targets: int,
-    learning_rate: float,
+    learning_rate: Tensor | float,
     clip: float,
     loss_scale: float = 1.0,
 ) -> StepStats:
@@ -199,8 +277,7 @@ def learn_in_backward(
 @torch.no_grad()
 def _balance(model: Transformer, loads: Tensor | None) -> None:
     if loads is not None:
-        for layer, load_E in zip(model.moe_layers(), loads, strict=True):
-            layer.router.balance(load_E)
+        balance([layer.router for layer in model.moe_layers()], loads)
 
 
 def discard(optimizer: torch.optim.Optimizer) -> None:

@@ -5,30 +5,29 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from lowvram.config.plan import Plan
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import to_portable
-from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.generate.saved_run import check_readable
-from lowvram.objective import Batch, count_targets
+from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.cuda_graph import CapturedPass
 from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
 from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import compare_environments, current_environment
-from lowvram.train.events import Doing, Event, Halved, Rotated, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Doing, Event, Halved, Recorded, Rotated, Saved, Started, StepDone, Stopped
+from lowvram.train.late_read import LateRead, Launched, Pace
+from lowvram.train.loss_scale import FIRST_LOSS_SCALE
 from lowvram.train.oom import (
     explain_out_of_memory,
     explain_out_of_memory_in_backward,
@@ -41,37 +40,45 @@ from lowvram.train.oom import (
 )
 from lowvram.train.optim import learning_rate
 from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
-from lowvram.train.state import FIRST_LOSS_SCALE, TrainState, is_healthy
-from lowvram.train.step import StepStats, add_gradients, discard, gradients, learn_in_backward, loss_for, update
+from lowvram.train.state import TrainState, is_healthy
+from lowvram.train.step import (
+    StepStats,
+    discard,
+    learn_in_backward,
+    loss_for,
+)
+from lowvram.train.step_launcher import StepLauncher
 from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
 @dataclass
-class Trainer:
+class Trainer(StepLauncher):
     """`run()` trains until all tokens are seen or `stop()` is called, and yields events.
 
     The same `config`, `plan`, device and thread count give the same bits, however often the run is interrupted.  doing:
-    the work in progress.  micro_batches_begun: those of the step in progress.  Other threads may read both at any time.
+    the work in progress; other threads may read it at any time.
+    reads_late: a step's numbers are read, and its event comes, when the next step has been launched.
     """
 
-    config: RunConfig
-    plan: Plan
-    state: TrainState
-    loader: Loader
     tokenizer: Tokenizer
     store: Store
     hashes: dict[str, str]
     valid: ShardSet | None = None
     lock: RunLock | None = None
-    captured_pass: CapturedPass | None = field(default=None, init=False)
+    reads_late: bool = field(default=False, init=False)
     doing: Doing = field(default="starting", init=False)
-    micro_batches_begun: int = field(default=0, init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
     _healthy_step: int | None = field(default=None, init=False)
     _saved_at: float = field(default=0.0, init=False)
     _size_bytes: int | None = field(default=None, init=False)
-    _pace: list[tuple[float, int]] = field(default_factory=list, init=False)
+    _pace: Pace = field(default_factory=Pace, init=False)
+    _launched: Launched | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        device = self.state.model.embedding.device
+        self.reads_late = device.type == "cuda" and not self.config.train.update_during_backward
 
     @property
     def saved_step(self) -> int | None:
@@ -95,8 +102,11 @@ class Trainer:
                 raise
             self._refuse_lost_lock()
             if self._save_is_due():
-                yield self._save()
-                yield from self._validate_masters()
+                yield from self._read_step()
+                if not self.state.skipped_in_row:
+                    yield self._save()
+                    yield from self._validate_masters()
+        yield from self._read_step()
         is_finished = self.state.step >= self.config.train.steps
         if self._saved_step != self.state.step:
             yield self._save()
@@ -110,8 +120,9 @@ class Trainer:
         began_from: Path | None = None
         if self.config.train.precision == "fp16":
             self.state.loss_scale = FIRST_LOSS_SCALE
+        self.write_loss_scale()
         if checkpoint is not None:
-            self.state.restore(checkpoint)
+            self._restore(checkpoint)
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
         elif self.config.train.start_from is not None:
@@ -122,6 +133,11 @@ class Trainer:
         resumed_from = checkpoint.directory if checkpoint else None
         notices = self._notices(checkpoint) if checkpoint is not None else ()
         return Started(self.state.step, self.config.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.recorder.forget()  # its graph reads states that are replaced
+        self.state.restore(checkpoint)
+        self.write_loss_scale()
 
     def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
@@ -137,44 +153,57 @@ class Trainer:
 
     def _start_clock(self) -> None:
         self._saved_at = time.monotonic()
-        self._pace = [(time.monotonic(), self.state.tokens)]
+        self._pace.begin(self.state.tokens)
 
-    def _advance(self) -> Iterator[Halved | Rotated | Saved | StepDone]:
+    def _advance(self) -> Iterator[Halved | Recorded | Rotated | Saved | StepDone]:
         train, state = self.config.train, self.state
         self.doing = "step"
         yield from self._rotate()
         rate = learning_rate(train, state.step)
         if train.update_during_backward:
-            loss, norm, skipped = (yield from self._learn(rate)).stats.tolist()
+            stats = (yield from self._learn(rate)).stats
         else:
-            while (result := self._try_gradients()) is None:
+            while (sums := self._try_gradients()) is None:
+                yield from self._read_step()
                 if halve(self.plan) is None:
                     yield from self._rescue()
                     raise explain_out_of_memory(self.plan, state.step, train)
                 yield self._halve()
-                self._pace = [(time.monotonic(), state.tokens)]  # the failed attempt must not count in the speed
-            loss, norm, skipped = result.stats.tolist()
-            if skipped:
-                discard(state.optimizer)
-            else:
-                self._update(result, rate, min(1.0, train.clip / (norm + 1e-6)) / state.loss_scale)
+                self._pace.begin(state.tokens)  # the failed attempt must not count in the speed
+            stats = self._update(sums, rate)
+        launched = Launched(state.step + 1, state.tokens + train.batch_tokens, rate, LateRead(stats))
+        yield from self._read_step()
+        state.step, state.tokens, self._launched = launched.step, launched.tokens, launched
+        if not self.reads_late:
+            yield from self._read_step()
+        if self.recorder.news():
+            yield Recorded(state.step, self.recorder.problem or "")
+
+    def _read_step(self) -> Iterator[StepDone]:
+        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it."""
+        if self._launched is None:
+            return
+        train, state = self.config.train, self.state
+        (step, tokens, rate, stats), self._launched = self._launched, None
+        loss, norm, skipped = stats.values()
         # Where weights are updated one by one during backward, some may have been updated all the same.
         is_partial = train.update_during_backward and skipped < state.optimizer.count and math.isfinite(loss)
         has_learnt = not skipped or is_partial
         state.update_loss_scale(not skipped, train.precision == "fp16", has_learnt)
-        state.step += 1
-        state.tokens += train.batch_tokens
-        speed = self._measure_pace()
-        left_s = (train.steps - state.step) * train.batch_tokens / speed
+        speed = self._pace.measure(tokens)
+        left_s = (train.steps - step) * train.batch_tokens / speed
         memory = memory_in_use(state.model.embedding.device, self.captured_pass is not None)
-        yield StepDone(state.step, state.tokens, loss, norm, rate, speed, memory, left_s, int(skipped))
-        self._stop_if_diverged()
+        yield StepDone(step, tokens, loss, norm, rate, speed, memory, left_s, int(skipped))
+        if state.skipped_in_row >= MOST_SKIPPED:
+            raise explain_divergence(MOST_SKIPPED, step, self._healthy_step, train.optimizer.lr)
 
-    def _rotate(self) -> Iterator[Rotated]:
+    def _rotate(self) -> Iterator[Rotated | StepDone]:
         """Rotate to the next experts where a new interval begins."""
         rotation = self.state.rotation
         if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
             return
+        yield from self._read_step()
+        self.recorder.forget()  # the experts' numbers, which decide the rounding of bf16 weights, are constants in it
         began = time.monotonic()
         try:
             rotation.rotate_to(rotation.interval_of(self.state.step))
@@ -185,7 +214,7 @@ class Trainer:
         card, host = rotation.bytes_on()
         yield Rotated(self.state.step, tuple(sorted(rotation.window)), card, host, time.monotonic() - began)
 
-    def _learn(self, rate: float) -> Generator[Saved, None, StepStats]:
+    def _learn(self, rate: float) -> Generator[Saved | StepDone, None, StepStats]:
         """Make a step that updates weights during backward; it cannot be retried where memory runs out in it."""
         train, state = self.config.train, self.state
         state.optimizer.has_stepped = False
@@ -220,21 +249,22 @@ class Trainer:
         checkpoint, _ = self.store.latest(self._check)
         if checkpoint is None:
             return None
-        self.state.restore(checkpoint)
+        self._restore(checkpoint)
         return checkpoint.step
 
-    def _try_gradients(self) -> StepStats | None:
+    def _try_gradients(self) -> Loss | None:
         """Return None where memory ran out; the error is dropped here, since its frames keep the tensors alive."""
         try:
-            return self.accumulate()
+            return self.sum_gradients(range(self.plan.accumulate))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         return None
 
-    def _rescue(self) -> Iterator[Saved]:
+    def _rescue(self) -> Iterator[Saved | StepDone]:
         """Save the state before an error ends the run; only for errors that left weights and optimizer intact."""
         discard(self.state.optimizer)
+        yield from self._read_step()
         free_memory(self.state.model.embedding.device)
         if self.state.step not in (0, self._saved_step):
             yield self._save()
@@ -242,7 +272,8 @@ class Trainer:
     def _halve(self) -> Halved:
         """Halve the micro-batch after a failed attempt; the same sequences are then run again, fewer at a time."""
         discard(self.state.optimizer)
-        self.captured_pass = self.state.model.kept_casts = None
+        self.drop_graphs()
+        self.state.model.kept_casts = None
         if self.plan.compile:
             forget_compiled()
         free_memory(self.state.model.embedding.device)
@@ -251,57 +282,14 @@ class Trainer:
         self.plan = smaller
         return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
 
-    def _update(self, stats: StepStats, rate: float, factor: float) -> None:
+    def _update(self, sums: Loss, rate: float) -> Tensor:
+        """Clip and update, and return the step's numbers on the device."""
         try:
-            update(self.state.model, self.state.optimizer, stats.loads, rate, factor)
+            return self.finish(sums, rate)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise explain_out_of_memory_in_update(self.state.step, self.config.train) from error
-
-    def accumulate(self, numbers: Sequence[int] | None = None) -> StepStats:
-        """Put the gradients of the next step into `.grad`, or only those of the micro-batches with these numbers."""
-        loss_of = loss_for(self.state.model, self.config.train, self.plan)
-        batches = self.micro_batches(range(self.plan.accumulate) if numbers is None else numbers)
-        targets = sum(count_targets(batch) for batch in batches)
-        scale, seed = self.state.loss_scale, self.config.train.seed
-        if self.captured_pass is not None:
-            return gradients(
-                self.state.model, loss_of, self._count(batches), targets, scale, seed, self.captured_pass.add
-            )
-        with compiled(self.state.model) if self.plan.compile else nullcontext():
-            return gradients(self.state.model, loss_of, self._count(batches), targets, scale, seed)
-
-    def _count(self, batches: Sequence[Batch]) -> Iterator[Batch]:
-        for self.micro_batches_begun, batch in enumerate(batches, 1):
-            yield batch
-
-    def capture(self) -> None:
-        """Capture a micro-batch's passes as a CUDA graph and use it from now on; only `.grad` is changed (dropped)."""
-        state, train = self.state, self.config.train
-        self.captured_pass = None
-        (batch,) = self.micro_batches([0])
-        add = functools.partial(add_gradients, state.model, loss_for(state.model, train, self.plan), train.seed)
-        with compiled(state.model) if self.plan.compile else nullcontext():
-            self.captured_pass = CapturedPass(state.model, add, batch, self.plan.accumulate > 1)
-
-    def micro_batches(self, numbers: Sequence[int]) -> list[Batch]:
-        """Return the next step's micro-batches with these numbers."""
-        device = self.state.model.embedding.device
-        first, count = self.state.step * self.config.train.batch_samples, self.plan.micro_batch
-        starts = [first + number * count for number in numbers]
-        return [
-            Batch(
-                self.loader.batch(start, count).to(device),
-                torch.arange(start, start + count, device=device),
-            )
-            for start in starts
-        ]
-
-    def _stop_if_diverged(self) -> None:
-        state, rate = self.state, self.config.train.optimizer.lr
-        if state.skipped_in_row >= MOST_SKIPPED:
-            raise explain_divergence(MOST_SKIPPED, state.step, self._healthy_step, rate)
 
     def _try(self, doing: Doing, make_event: Callable[[], Event]) -> Iterator[Event]:
         """Validate or sample once; where memory runs out, the state is saved before the run ends.
@@ -320,7 +308,7 @@ class Trainer:
                 return
             if not may_retry or self.captured_pass is None:
                 break
-            self.captured_pass = None
+            self.drop_graphs()
             free_memory(self.state.model.embedding.device)
         yield from self._rescue()
         raise explain_out_of_memory_in_validation(self.state.step)
@@ -328,6 +316,8 @@ class Trainer:
     def _validate_and_sample(self) -> Iterator[Event]:
         run, step = self.config.run, self.state.step
         is_last = step == self.config.train.steps
+        if step % run.validate_every == 0 or step % run.sample_every == 0 or is_last:
+            yield from self._read_step()
         if self.valid is not None and (step % run.validate_every == 0 or is_last):
             yield from self._try("validating", functools.partial(evaluate, *self._valid_part()))
         if step % run.sample_every == 0 or is_last:
@@ -336,14 +326,14 @@ class Trainer:
                 yield from self._try("sampling", write)
         if step % run.validate_every == 0 or step % run.sample_every == 0:
             # The time of validation and sampling is not training time.
-            self._pace = [(time.monotonic(), self.state.tokens)]
+            self._pace.begin(self.state.tokens)
 
     def _validate_masters(self) -> Iterator[Event]:
         """Validate with the experts' masters, as they were just saved, where the card holds only copies of them."""
         if self.valid is not None and self.state.rotation is not None:
             validate = functools.partial(evaluate_masters, *self._valid_part(), self.state.rotation)
             yield from self._try("validating", validate)
-            self._pace = [(time.monotonic(), self.state.tokens)]
+            self._pace.begin(self.state.tokens)
 
     def _valid_part(self) -> tuple[RunConfig, TrainState, Tokenizer, ShardSet, int]:
         assert self.valid is not None, "callers have checked it"
@@ -384,8 +374,3 @@ class Trainer:
             self._healthy_step = self.state.step
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
         return Saved(self.state.step, checkpoint.directory, self._saved_at - began)
-
-    def _measure_pace(self) -> float:
-        self._pace = [*self._pace[-20:], (time.monotonic(), self.state.tokens)]
-        (began, tokens_then), (now, tokens) = self._pace[0], self._pace[-1]
-        return (tokens - tokens_then) / max(1e-9, now - began)

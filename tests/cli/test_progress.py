@@ -14,7 +14,7 @@ from lowvram.api.training import describe_plan
 from lowvram.cli import progress as screen
 from lowvram.cli.progress import TrainingScreen, join_fitting, step_parts
 from lowvram.config.plan import Plan
-from lowvram.train.events import Halved, StepDone
+from lowvram.train.events import Halved, Recorded, StepDone
 
 STEP = StepDone(
     step=1234,
@@ -135,3 +135,10 @@ def test_a_plan_counts_its_sequences_in_words_that_agree(
     assert says in " ".join(capsys.readouterr().err.split())
     plan = Plan(micro_batch=micro_batch, accumulate=16)
     assert f"Plan: {says.removeprefix('with ')} (as asked)." == describe_plan(plan, "as asked")
+
+
+@pytest.mark.parametrize("problem", ["", "memory ran out."])
+def test_it_is_told_whether_updates_are_replayed(capsys: pytest.CaptureFixture[str], problem: str) -> None:
+    TrainingScreen(trainer_on()).show(Recorded(2, problem))
+    says = "not replayed from CUDA graphs: memory ran out." if problem else "replayed from CUDA graphs."
+    assert f"Updates are {says}" in " ".join(capsys.readouterr().err.split())

@@ -121,6 +121,8 @@ def test_a_row_comes_back_as_it_was_packed() -> None:
     name, path, row = rows()[5]
     kept = read_ledgers()["presets"][name]["paths"][path.key][row]
     assert pack(unpack(kept)) == kept
+    graphs = unpack(kept)._replace(recorded_bytes=12_345)
+    assert unpack(pack(graphs)) == graphs
     assert name_plan(plan_of(name, row)) == row
 
 

@@ -97,3 +97,11 @@ def test_a_step_of_one_sequence_has_one_plan() -> None:
     asked = Asked()
     assert MemoryCurve(divisors(1), asked, 2_000).at("none", 1).ledger.peak_bytes == 800
     assert [(plan.micro_batch, plan.accumulate) for plan in asked.plans] == [(1, 1)]
+
+
+def test_what_graphs_take_lies_on_the_line_too_and_stays_unknown_where_it_is() -> None:
+    def graphs(plan: Plan) -> Rehearsal:
+        return linear(plan)._replace(recorded_bytes=1_000 + 100 * plan.micro_batch)
+
+    assert MemoryCurve(divisors(12), graphs, 2_000).at("none", 3).recorded_bytes == 1_300
+    assert MemoryCurve(divisors(12), linear, 2_000).at("none", 3).recorded_bytes == 0

@@ -16,6 +16,7 @@ from lowvram.config.train import TrainConfig
 from lowvram.fit.rehearse import rehearse
 from lowvram.model.transformer import Transformer
 from lowvram.objective import Batch
+from lowvram.train.cuda_graph import SPARE_BYTES
 from lowvram.train.state import build_state
 from lowvram.train.step import gradients, learn_in_backward, loss_for, update
 from tests.kernels.measures import LiveBytes
@@ -259,3 +260,20 @@ def test_paper_is_left_as_it_was_found() -> None:
     ledger_of()
     assert not is_simulated()
     assert torch.empty(1).device.type == "cpu"
+
+
+def test_graphs_take_the_step_beside_a_validation_and_keep_gradients_through_the_update() -> None:
+    model, rtx = model_of("gqa-rope", "swiglu"), Card("cuda", (12, 0))
+    train = train_of(4, 8, optimizer={"name": "muon", "bits": 8})
+    wide, narrow = (
+        rehearse(model, train, Plan(micro_batch=n, accumulate=12 // n, recompute="block"), rtx) for n in (3, 1)
+    )
+    for found in (wide, narrow):
+        assert found.recorded_bytes > found.ledger.peak_bytes + SPARE_BYTES
+    assert wide.recorded_bytes > narrow.recorded_bytes
+    # Launched, the update drops gradients as it goes; a graph's gradients stay, and so this is its least.
+    ledger = narrow.ledger
+    assert narrow.recorded_bytes > ledger.weights + ledger.optimizer + 4 * model.num_parameters() + SPARE_BYTES
+    assert rehearse(model, train, Plan(micro_batch=3, accumulate=4), CPU).recorded_bytes == 0
+    alone = train_of(1, 8, update_during_backward=True)
+    assert rehearse(model, alone, Plan(micro_batch=3, accumulate=1), rtx).recorded_bytes == 0

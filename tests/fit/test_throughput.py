@@ -26,7 +26,9 @@ from lowvram.fit.throughput import (
     Speed,
     days,
     estimate,
+    is_replayed,
     kwh,
+    launch_seconds,
     published_rates,
     step_seconds,
     work_seconds,
@@ -304,3 +306,17 @@ def test_no_speed_is_promised_for_products_in_8_bits_without_a_kernel(card: str,
     profile = load_profile(card)
     assert published_rates(profile, precision) is None
     assert published_rates(profile, "bf16") is not None
+
+
+def test_a_step_whose_graphs_fit_waits_for_no_launch() -> None:
+    small = Rehearsal(LEDGER, Work(1e9, 1e6, 4_000.0), Work(0.0, 1e6, 100.0), recorded_bytes=1_000)
+    launched, replayed = (step_seconds(small, PLAN, TRAIN, card(), None, limit) for limit in (999, 1_000))
+    assert not is_replayed(small, 999)
+    assert is_replayed(small, 1_000)
+    assert launched == pytest.approx((PLAN.accumulate * 4_000 + 100) * launch_seconds("cuda"))
+    assert replayed == pytest.approx(launched * 1e-6 / launch_seconds("cuda"))
+    assert not is_replayed(REHEARSAL, 10**12), "it is not known what its graphs take"
+    busy = small._replace(micro=Work(1e15, 1e12, 4_000.0))
+    assert step_seconds(busy, PLAN, TRAIN, card(), None, 1_000) == pytest.approx(
+        step_seconds(busy, PLAN, TRAIN, card()), rel=1e-3
+    )

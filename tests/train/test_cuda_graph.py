@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from lowvram.train import trainer as trainer_module
 from lowvram.train import validation as looks
 from lowvram.train.autotune import autotune_cuda_graphs
 from lowvram.train.cuda_graph import CapturedPass
-from lowvram.train.events import Event, StepDone, Stopped
+from lowvram.train.events import Event, Recorded, StepDone, Stopped
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
 from lowvram.train.step import add_gradients, gradients
@@ -43,7 +44,7 @@ class Tape:
 
     def __init__(self) -> None:
         self.weights: list[torch.nn.Parameter] = []
-        self.played = 0
+        self.played = self.updated = 0
 
     def record(self, run: Callable[[], Loss], _pool: object) -> tuple[Callable[[], None], Loss, tuple[int, int]]:
         is_first = all(weight.grad is None for weight in self.weights)
@@ -62,6 +63,16 @@ class Tape:
 
         return play, loss, (0, 0)
 
+    def record_update(self, run: Callable[[], Tensor], _pool: object) -> tuple[Callable[[], None], Tensor]:
+        """Recording executes nothing; playing runs it by what the recording was given."""
+        stats = torch.full((3,), torch.nan)
+
+        def play() -> None:
+            self.updated += 1
+            stats.copy_(run())
+
+        return play, stats
+
 
 @pytest.fixture
 def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
@@ -69,6 +80,7 @@ def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
     if not torch.cuda.is_available():
         monkeypatch.setattr(recording, "_capture", tape.record)
         monkeypatch.setattr(recording, "_warm_up", lambda run: run())
+        monkeypatch.setattr(recording, "_record_update", tape.record_update)
     return tape
 
 
@@ -147,6 +159,107 @@ def test_a_recorded_run_learns_what_a_launched_one_learns(
     pairs = zip(recorded.state.model.parameters(), launched.state.model.parameters(), strict=True)
     assert all(torch.equal(ours, truth) for ours, truth in pairs)
     assert device == "cuda" or tape.played == 5 * (8 // micro_batch)
+    assert device == "cuda" or tape.updated == 4, "the first update is launched"
+    assert [event for event in found if isinstance(event, Recorded)] == [Recorded(2)]
+
+
+@each_device
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_recorded_steps_skip_and_scale_as_launched_ones_do(
+    home: Path, precision: str, device: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram.train.loss_scale.QUIET_STEPS", 2)
+    bad = {8 * 2: 1.0, 8 * 3: 1.0}  # the third and the fourth step
+
+    def broken_loss(model: Any, batch: Batch, **options: Any) -> Loss:
+        loss = causal_loss(model, batch, **options)
+        is_bad = torch.stack([batch.sample_B[0] == sample for sample in bad]).any()
+        return loss._replace(total=loss.total * torch.where(is_bad, torch.nan, 1.0))
+
+    monkeypatch.setattr("lowvram.train.step.causal_loss", broken_loss)
+    settings = {"precision": precision, "optimizer": {"name": "muon", "bits": 8, "lr": 1e-3}}
+    launched = trainer_of(run_of(home, f"launched-{precision}-{device}", "mla-moe", **settings), device)
+    recorded = record(trainer_of(run_of(home, f"recorded-{precision}-{device}", "mla-moe", **settings), device), tape)
+    expected, found = list(launched.run()), list(recorded.run())
+    told = [(e.loss, e.gradient_norm, e.skipped) for e in found if isinstance(e, StepDone)]
+    truth = [(e.loss, e.gradient_norm, e.skipped) for e in expected if isinstance(e, StepDone)]
+    assert str(told) == str(truth), "NaN included"
+    assert [skipped for _, _, skipped in told] == [0, 0, 1, 1, 0]
+    assert (recorded.state.loss_scale, recorded.state.quiet) == (launched.state.loss_scale, launched.state.quiet)
+    if recorded.loss_scale is not None:
+        assert (recorded.loss_scale.value.item(), recorded.loss_scale.quiet.item()) == (2.0**15, 1)
+        assert (recorded.state.loss_scale, recorded.state.quiet) == (2.0**15, 1)
+    pairs = zip(recorded.state.model.parameters(), launched.state.model.parameters(), strict=True)
+    assert all(torch.equal(ours, truth) for ours, truth in pairs)
+
+
+@pytest.mark.parametrize("why", ["memory", "a capture", "host"])
+def test_an_update_that_cannot_be_recorded_is_launched_and_that_is_told_once(
+    home: Path, tape: Tape, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    launched = trainer_of(run_of(home, f"plain-{why}"))
+    trainer = record(trainer_of(run_of(home, f"unrecorded-update-{why}")), tape)
+    trainer.state.optimizer.is_on_host = why == "host"
+
+    def fail(run: Callable[[], Tensor], _pool: object) -> None:
+        for weight in trainer.state.model.parameters():
+            weight.grad = None  # as an update does that was recorded up to its end
+        if why == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(recording, "_record_update", fail)
+    events = list(trainer.run())
+    (told,) = [event for event in events if isinstance(event, Recorded)]
+    says = {"memory": "memory ran out.", "a capture": "operation not permitted when stream is capturing.",
+            "host": "the optimizer's states are in host memory."}  # fmt: skip
+    assert told == Recorded(2, says[why])
+    assert losses_of(events) == losses_of(list(launched.run()))
+    assert trainer.captured_pass is not None, "the passes are still played"
+
+
+def test_an_update_is_recorded_anew_when_experts_rotate(home: Path, tape: Tape) -> None:
+    rotation = {"window": 2, "interval": 2}
+    what = run_of(home, "rotates", "mla-moe", rotation=rotation)
+    trainer = record(trainer_of(what), tape)
+    recorded: list[Any] = []
+    for event in trainer.run():
+        if isinstance(event, StepDone):
+            recorded.append(trainer.recorder._graph)
+    assert recorded[0] is None
+    assert recorded[1] is not None, "the second step's"
+    assert len({id(graph) for graph in recorded[1:]}) == 3, "of steps 2, 3 and 4, and 5"
+    assert recorded[2] is recorded[3]
+
+
+@pytest.mark.parametrize("kind", ["gqa-rope", "mla-moe"])
+def test_numbers_that_are_read_late_are_those_of_their_step(home: Path, kind: str) -> None:
+    told = []
+    for is_late in (False, True):
+        what = run_of(home, f"late-{is_late}-{kind}", kind)
+        options = {"validate_every": 2, "save_every_minutes": 1e-9}
+        trainer = trainer_of(what.model_copy(update={"run": what.run.model_copy(update=options)}))
+        trainer.reads_late = is_late
+        timeless = {"tokens_per_second": 0.0, "memory_bytes": 0, "left_s": 0.0}
+        told.append([
+            dataclasses.replace(event, **timeless) if isinstance(event, StepDone) else (type(event), event.step)
+            for event in trainer.run()
+        ])  # fmt: skip
+    assert told[0] == told[1]
+    assert sum(isinstance(event, StepDone) for event in told[0]) == 5
+
+
+def test_late_numbers_come_when_the_next_step_is_launched_and_a_stop_waits_for_it(home: Path) -> None:
+    trainer = trainer_of(run_of(home, "late-stop"))
+    trainer.reads_late = True
+    steps = []
+    for event in trainer.run():
+        if isinstance(event, StepDone):
+            steps.append((event.step, trainer.state.step))
+            if event.step == 2:
+                trainer.stop()
+    assert steps == [(1, 1), (2, 2), (3, 3)]
+    assert trainer.store.latest()[0].step == 3
 
 
 @pytest.mark.parametrize("at", ["evaluate", "write_sample"])
@@ -167,7 +280,7 @@ def test_a_look_without_memory_gives_up_the_recording_and_tells_nothing_twice(
     events = list(trainer.run())
     assert trainer.captured_pass is None
     assert len(losses_of(events)) == 5
-    told = [(type(event).__name__, event.step) for event in events]
+    told = [(type(event).__name__, event.step) for event in events if not isinstance(event, Recorded)]
     assert told == [("Started", 0), *[("StepDone", step) for step in (1, 2, 3, 4)], ("Evaluated", 4), ("StepDone", 5),
                     ("Evaluated", 5), ("Sampled", 5), ("Saved", 5), ("Stopped", 5)]  # fmt: skip
     assert events[-1] == Stopped(5, is_finished=True)

@@ -17,11 +17,11 @@ from lowvram.config.train import TrainConfig
 from lowvram.errors import ConfigError, TrainingError
 from lowvram.objective import Batch, causal_loss
 from lowvram.train.events import Event, Halved, Saved, StepDone
+from lowvram.train.loss_scale import FIRST_LOSS_SCALE
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
 from lowvram.train.start import keep_plan, resolve_plan
-from lowvram.train.state import FIRST_LOSS_SCALE
 from lowvram.train.step import learn_in_backward
 from lowvram.train.trainer import Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lowvram.errors import CheckpointError, DiskFullError, MachineError
-from lowvram.train.events import Evaluated, Event, Halved, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import Evaluated, Event, Halved, Recorded, Rotated, Sampled, Saved, Started, StepDone, Stopped
 from lowvram.train.log import JsonlLog, open_logs, scalars
 
 STEP = StepDone(3, 768, 5.25, 0.5, 1e-3, 1234.5, 1 << 30, 60.0, skipped=0)
@@ -26,6 +26,7 @@ EVENTS: tuple[Event, ...] = (
     Evaluated(3, 5.25, 2.5, reads_masters=True),
     Rotated(3, (0, 2), 1_000, 5_000, 0.5),
     Halved(3, 4, 16),
+    Recorded(3, "memory ran out."),
     Stopped(3, is_finished=False),
 )
 
@@ -62,6 +63,7 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
         {"event": "Evaluated", "step": 3, "loss": 5.25, "bits_per_byte": 2.5, "reads_masters": True},
         {"event": "Rotated", "step": 3, "experts": [0, 2], "card_bytes": 1_000, "host_bytes": 5_000, "took_s": 0.5},
         {"event": "Halved", "step": 3, "micro_batch": 4, "accumulate": 16},
+        {"event": "Recorded", "step": 3, "problem": "memory ran out."},
         {"event": "Stopped", "step": 3, "is_finished": False},
     ]  # fmt: skip
 
@@ -121,7 +123,7 @@ def test_steps_validation_and_rotation_have_numbers_for_charts_and_nothing_else_
     assert scalars(EVENTS[2]) == {"valid/loss": 5.5, "valid/bits_per_byte": 2.75}
     assert scalars(EVENTS[5]) == {"valid_masters/loss": 5.25, "valid_masters/bits_per_byte": 2.5}
     assert scalars(EVENTS[6]) == {"rotation/card_bytes": 1_000, "rotation/host_bytes": 5_000}
-    assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:5], *EVENTS[7:])] == [{}] * 5
+    assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:5], *EVENTS[7:])] == [{}] * 6
 
 
 def test_jsonl_is_always_written_and_the_rest_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

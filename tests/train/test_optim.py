@@ -12,14 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowvram.config.run_file import load_preset, preset_names
 from lowvram.config.train import AdamW, Muon, TrainConfig
 from lowvram.model.transformer import Transformer
-from lowvram.train.optim import (
-    LEAST_8BIT,
-    LeanOptimizer,
-    build_optimizer,
-    learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
-)
+from lowvram.train.optim import LEAST_8BIT, LeanOptimizer, build_optimizer, learning_rate
+from lowvram.train.optimizer_tensors import load_optimizer_tensors, optimizer_tensors
 from lowvram.train.step import update
 from tests.model.variants import VARIANTS
 
@@ -212,10 +206,8 @@ def test_where_gradients_are_not_finite_the_device_alone_leaves_every_bit(bits: 
     before = remembered(model, optimizer)
     with_gradients(model, 2).embedding.grad[3, 4] = float("nan")
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in model.parameters()])
-    optimizer.found_inf = (~norm.isfinite()).float()
-    update(model, optimizer, None, 1e-3, 1.0)
+    update(model, optimizer, None, 1e-3, 1.0, (~norm.isfinite()).float())
     assert all(torch.equal(tensor, before[name]) for name, tensor in remembered(model, optimizer).items())
-    optimizer.found_inf = torch.zeros(())
-    update(with_gradients(model, 2), optimizer, None, 1e-3, 1.0)
+    update(with_gradients(model, 2), optimizer, None, 1e-3, 1.0, torch.zeros(()))
     assert optimizer_tensors(model, optimizer)["step.embedding"].item() == 2.0
     assert not torch.equal(model.embedding, before["embedding"])

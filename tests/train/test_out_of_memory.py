@@ -154,7 +154,8 @@ def test_what_was_learnt_is_saved_before_memory_ends_the_run(
         for event in trainer.run():
             events.append(event)
             if isinstance(event, StepDone) and event.step == 3 - (where == "gradients"):
-                monkeypatch.setattr(f"lowvram.train.trainer.{where}", fail)
+                place = "step_launcher.sum_gradients" if where == "gradients" else "trainer.evaluate"
+                monkeypatch.setattr(f"lowvram.train.{place}", fail)
 
     with pytest.raises(TrainingError, match="Nothing is lost: what was learnt is saved"):
         run()
@@ -182,7 +183,7 @@ def test_what_cannot_be_halved_ends_the_run_and_loses_no_checkpoint(
             if isinstance(event, StepDone):
                 done.append(event.step)
                 if event.step == 2:
-                    monkeypatch.setattr("lowvram.train.trainer.gradients", fail)
+                    monkeypatch.setattr("lowvram.train.step_launcher.sum_gradients", fail)
 
     with pytest.raises(expected, match="in step 3, with one sequence" if expected is TrainingError else text):
         run()

@@ -17,14 +17,15 @@ from lowvram.config.architecture import Moe
 from lowvram.config.plan import choose_plan
 from lowvram.config.run import RunConfig
 from lowvram.errors import PromptError, TrainingError
-from lowvram.model.ffn import Router
+from lowvram.model.ffn import Router, balance
 from lowvram.objective import Batch, Loss, causal_loss
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.train.events import Event, Saved, StepDone, Stopped
+from lowvram.train.loss_scale import FIRST_LOSS_SCALE, QUIET_STEPS
 from lowvram.train.optim import LeanOptimizer
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
-from lowvram.train.state import FIRST_LOSS_SCALE, QUIET_STEPS, TrainState
+from lowvram.train.state import TrainState
 from lowvram.train.step import gradients, loss_for, update
 from lowvram.train.trainer import MOST_SKIPPED, Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
@@ -293,9 +294,9 @@ def test_an_fp16_run_scales_its_loss_but_neither_norm_nor_update_and_keeps_the_s
 
 def test_balancing_biases_move_by_exactly_the_rate_towards_experts_that_were_used_less() -> None:
     router = Router(8, Moe(hidden=8, experts=5, top_k=2, expert_hidden=8, balance_rate=0.25))
-    router.balance(torch.tensor([3.0, 7.0, 5.0, 0.0, 10.0]))
+    balance([router], torch.tensor([[3.0, 7.0, 5.0, 0.0, 10.0]]))
     assert router.bias_E.tolist() == [0.25, -0.25, 0.0, 0.25, -0.25]
-    router.balance(torch.tensor([4.0, 4.0, 4.0, 4.0, 4.0]))
+    balance([router], torch.tensor([[4.0, 4.0, 4.0, 4.0, 4.0]]))
     assert router.bias_E.tolist() == [0.25, -0.25, 0.0, 0.25, -0.25]
 
 

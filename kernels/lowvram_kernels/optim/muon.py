@@ -29,23 +29,17 @@ Shapes: B matrices of M rows and N columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, card_of, is_interpreted, launch
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.optim.adamw8 import (
-    CodeMap,
-    recall,
-    remember_,
-    rounding_noise,
-    store_weight_,
-)
+from lowvram_kernels.optim.adamw8 import CodeMap, recall, remember_, rounding_noise, store_weight_
+from lowvram_kernels.optim.muon_launch import lead, move
 from lowvram_kernels.random.counter_rng import Noise, chain_numbers
-from lowvram_kernels.random.stochastic_rounding import BLOCK, ROWS, bits_of, has_kernels, programs, ranges, split
+from lowvram_kernels.random.stochastic_rounding import BLOCK, has_kernels, ranges
 
 # (least singular value, greatest error from 1, coefficients of each step): Remez's exchange, interval by interval.
 # The error is that of these digits and of _ROOM together; without either it would be 0.341, 0.199 and 0.114.
@@ -81,8 +75,6 @@ _ROOM = 1.01
 RMS_OF_ADAMW = 0.2
 # Elements of the matrices that are orthogonalised at once: enough to fill a card with small ones.
 AT_ONCE = 2**22
-# Those of several weights that step together on a card: fewer launches for more memory.
-TOGETHER = 3 * 2**22
 # As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
 # the weight is.
 _LEAD_WORK = {torch.bfloat16: (88, 10), torch.uint8: (162, 24)}
@@ -137,8 +129,7 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
     x = u_BMN.mT if is_tall else u_BMN
     del u_BMN  # the caller may have kept none, and then it goes
     norm_B11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    least = max(_LEAST_NORM, 1.0 / torch.finfo(x.dtype).max)  # whose reciprocal is a number in fp16 too
-    x = (x * (1.0 / norm_B11.clamp_min(least)).to(x.dtype)).to(dtype or x.dtype)
+    x = torch.div(x, norm_B11.clamp_min_(_LEAST_NORM), out=torch.empty_like(x, dtype=dtype))
     for a, b, c in QUINTICS[steps][2]:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b / _ROOM**3, alpha=c / _ROOM**5)
@@ -148,7 +139,8 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
     return x.mT if is_tall else x
 
 
-def _dtype_of_products(device: torch.device) -> torch.dtype:
+def dtype_of_products(device: torch.device) -> torch.dtype:
+    """Return the dtype in which matrices are orthogonalised on a device."""
     card = card_of(device)
     # In meta mode the simulated card counts, elsewhere the device that multiplies, whatever `override_card` says.
     if (card.platform if device.type == "meta" else device.type) == "cpu":
@@ -158,12 +150,12 @@ def _dtype_of_products(device: torch.device) -> torch.dtype:
     return torch.float16 if is_before_bf16 else torch.bfloat16
 
 
-def _rate_of(learning_rate: Tensor | float, rows: int, columns: int) -> Tensor | float:
-    """Return the factor on an orthogonal matrix whose step is as large as AdamW's."""
-    return learning_rate * RMS_OF_ADAMW * max(rows, columns) ** 0.5
+def size_of(rows: int, columns: int) -> float:
+    """Return the factor on an orthogonal matrix, beside the learning rate, whose step is as large as AdamW's."""
+    return float(RMS_OF_ADAMW * max(rows, columns) ** 0.5)
 
 
-def _check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int | None) -> tuple[int, int, int]:
+def check(weight: Tensor, gradient: Tensor, momentum: Momentum, rows: int | None) -> tuple[int, int, int]:
     """Return the rows of one matrix, the number of matrices, and their columns."""
     if weight.dim() < 2 or not weight.numel():
         raise ShapeError(f"muon_: weight is {list(weight.shape)}, which is no matrix.")
@@ -188,16 +180,13 @@ def _lead(
     beta: float,
     gradient_scale: Tensor | float,
     skip: Tensor | None,
-    u_N: Tensor | None = None,
 ) -> Tensor:
     """Update the momentum and return u, bf16 [N]: the momentum after one more such gradient (Nesterov)."""
-    if u_N is None:
-        u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
+    u_N = torch.empty(gradient_N.shape, dtype=torch.bfloat16, device=gradient_N.device)
     if has_kernels(u_N.device):
-        scale_at, scale = split(gradient_scale)
-        run = _lead_as_op if torch.compiler.is_compiling() else _launch_lead
-        run(gradient_N, *kept, u_N, codes.value, codes.midpoint, scale_at, skip, [scale, beta, 1.0 - beta])
+        lead(gradient_N, *kept, u_N, codes.value, codes.midpoint, gradient_scale, skip, beta)
         return u_N
+    skip = None if skip is None else skip.reshape(()) != 0
     for low, high in ranges(u_N, *_LEAD_WORK[kept.code.dtype]):
         g_N = gradient_N[low:high].float() * gradient_scale
         code_N, absmax_B = kept.code[low:high], kept.absmax[low // BLOCK : -(-high // BLOCK)]
@@ -236,12 +225,10 @@ def muon_(
     Raises ShapeError if the tensors do not fit together.
     Sources: see the module.
     """
-    rows, count, columns = _check(weight, gradient, momentum, rows)
-    skip = None if skip is None else skip.reshape(()) != 0
-    rate = _rate_of(learning_rate, rows, columns)
-    kept, on_card = 1.0 - learning_rate * decay, has_kernels(weight.device)
+    rows, count, columns = check(weight, gradient, momentum, rows)
+    on_card = has_kernels(weight.device)
     noise = None if on_card else rounding_noise(weight, seed, purpose, step)
-    size, dtype = rows * columns, _dtype_of_products(weight.device)
+    size, dtype = rows * columns, dtype_of_products(weight.device)
     # A slice that codes can be cut at: several matrices whose elements are whole blocks, or all of them.
     together = max(1, AT_ONCE // size) if size % BLOCK == 0 or momentum.code.dtype != torch.uint8 else count
     flat_w, flat_g = weight.view(-1), gradient.view(-1)
@@ -255,61 +242,12 @@ def muon_(
         o_N = o_BMN.reshape(-1)
         del o_BMN
         if on_card:
-            _move_on_card(w_N, o_N, rate, kept, step, skip, first + start, chain_numbers(seed, purpose))
+            named = chain_numbers(seed, purpose)
+            move(w_N, o_N, step, learning_rate, size_of(rows, columns), decay, skip, first + start, named)
         else:
-            _move_in_chunks(w_N, o_N, rate, kept, noise, skip, first + start)
+            rate, left = learning_rate * size_of(rows, columns), 1.0 - learning_rate * decay
+            _move_in_chunks(w_N, o_N, rate, left, noise, skip, first + start)
         del o_N
-
-
-class MuonPart(NamedTuple):
-    """A weight that steps with others of its shape: see `muon_` for the fields."""
-
-    weight: Tensor
-    gradient: Tensor
-    momentum: Momentum
-    step: Tensor
-    purpose: int
-
-
-@torch.no_grad()
-def muon_together_(
-    parts: Sequence[MuonPart],
-    codes: CodeMap,
-    learning_rate: Tensor | float,
-    rows: int | None = None,
-    beta: float = 0.95,
-    decay: float = 0.0,
-    steps: int = 5,
-    gradient_scale: Tensor | float = 1.0,
-    skip: Tensor | None = None,
-    seed: int = 0,
-) -> None:
-    """Make a step of weights of one shape and dtype on a card: `muon_` of each, with one iteration for many matrices.
-
-    At work are the matrices of one weight and up to `TOGETHER` elements.  The arguments are those of `muon_`; results
-    differ from it by how the library multiplies a batch.
-    Raises ShapeError as `muon_` does.
-    """
-    sizes = {_check(part.weight, part.gradient, part.momentum, rows) for part in parts}
-    assert len(sizes) == 1, "weights of one shape step together"
-    ((rows, count, columns),) = sizes
-    skip = None if skip is None else skip.reshape(()) != 0
-    rate = _rate_of(learning_rate, rows, columns)
-    kept, size, device = 1.0 - learning_rate * decay, rows * count * columns, parts[0].weight.device
-    at_once = max(1, TOGETHER // size)
-    for first in range(0, len(parts), at_once):
-        batch = parts[first : first + at_once]
-        u_N = torch.empty(len(batch) * size, dtype=torch.bfloat16, device=device)
-        for part, own_N in zip(batch, u_N.split(size), strict=True):
-            _lead(part.gradient.view(-1), part.momentum, codes, beta, gradient_scale, skip, own_N)
-        u_BMN = u_N.view(-1, rows, columns)
-        del u_N, own_N
-        o_N = orthogonalise(u_BMN, steps, _dtype_of_products(device)).reshape(-1)
-        del u_BMN
-        for part, own_N in zip(batch, o_N.split(size), strict=True):
-            named = chain_numbers(seed, part.purpose)
-            _move_on_card(part.weight.view(-1), own_N, rate, kept, part.step, skip, 0, named)
-        del o_N, own_N
 
 
 def _move_in_chunks(
@@ -321,80 +259,9 @@ def _move_in_chunks(
     skip: Tensor | None,
     first: int,
 ) -> None:
+    skip = None if skip is None else skip.reshape(()) != 0
     for low, high in ranges(weight_N, *_STORE_WORK[weight_N.dtype]):
         new_N = weight_N[low:high].float() * kept
         new_N.sub_(o_N[low:high].float().mul_(rate))
         store_weight_(weight_N[low:high], new_N, skip, noise, first + low)
         del new_N
-
-
-def _move_on_card(
-    weight_N: Tensor,
-    o_N: Tensor,
-    rate: Tensor | float,
-    kept: Tensor | float,
-    step: Tensor,
-    skip: Tensor | None,
-    first: int,
-    named: int,
-) -> None:
-    """Update a weight along o in one launch.  named: the hash of seed and purpose."""
-    (rate_at, rate), (kept_at, kept) = split(rate), split(kept)
-    run = _move_as_op if torch.compiler.is_compiling() else _launch_move
-    run(weight_N, o_N, step.reshape(()), rate_at, kept_at, skip, first, named, [rate, kept])
-
-
-def _launch_move(
-    weight_N: Tensor,
-    o_N: Tensor,
-    step: Tensor,
-    rate: Tensor | None,
-    kept: Tensor | None,
-    skip: Tensor | None,
-    first: int,
-    named: int,
-    numbers: Sequence[float],
-) -> None:
-    """Read o and the weight, write the weight."""
-    scalars = (step, rate, kept, None if skip is None else bits_of(skip))
-    arguments = (bits_of(weight_N), o_N, *scalars, weight_N.numel(), first, named, *numbers)
-    constants = {"ROWS": ROWS, "ROUNDED": weight_N.dtype == torch.bfloat16, "enable_fp_fusion": False}
-    what = Launch("optim.muon_triton", "move_kernel", programs(weight_N.numel()), arguments, constants)
-    launch(what, moved_bytes=2 * weight_N.nbytes + o_N.nbytes)
-
-
-def _launch_lead(
-    gradient_N: Tensor,
-    code_N: Tensor,
-    absmax_B: Tensor,
-    u_N: Tensor,
-    value: Tensor,
-    midpoint: Tensor,
-    scale: Tensor | None,
-    skip: Tensor | None,
-    numbers: Sequence[float],
-) -> None:
-    """Read gradient and momentum, write momentum and u."""
-    tensors = (gradient_N, bits_of(code_N), absmax_B, bits_of(u_N), value, midpoint)
-    scalars = (scale, None if skip is None else bits_of(skip))
-    constants = {"ROWS": ROWS, "CODED": code_N.dtype == torch.uint8, "FUSED": not is_interpreted()}
-    constants["enable_fp_fusion"] = False
-    arguments = (*tensors, *scalars, u_N.numel(), *numbers)
-    what = Launch("optim.muon_triton", "lead_kernel", programs(u_N.numel()), arguments, constants)
-    launch(what, moved_bytes=gradient_N.nbytes + 2 * (code_N.nbytes + absmax_B.nbytes) + u_N.nbytes)
-
-
-_move_as_op = torch.library.custom_op("lowvram_kernels::muon_move", _launch_move, mutates_args=("weight_N",))
-_lead_as_op = torch.library.custom_op(
-    "lowvram_kernels::muon_lead", _launch_lead, mutates_args=("code_N", "absmax_B", "u_N")
-)
-
-
-@_move_as_op.register_fake
-def _(weight_N: Tensor, *others: object) -> None:
-    return None
-
-
-@_lead_as_op.register_fake
-def _(gradient_N: Tensor, *others: object) -> None:
-    return None

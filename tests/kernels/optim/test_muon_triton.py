@@ -10,7 +10,16 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import Card, HiddenWork, Launch, is_interpreted, override_card, simulate_card
 from lowvram_kernels.optim.adamw8 import build_maps
-from lowvram_kernels.optim.muon import Momentum, MuonPart, muon_, muon_together_, new_momentum
+from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
+from lowvram_kernels.optim.muon_together import (
+    MOST_TOGETHER,
+    TOGETHER,
+    MuonPart,
+    elements_together,
+    muon_together_,
+    offsets_of,
+    to_device,
+)
 from torch import Tensor
 
 from tests.kernels.cards import CARDS, DEVICE, running_on
@@ -196,25 +205,26 @@ def test_under_compile_each_pass_is_one_op_of_the_graph() -> None:
 @DTYPES
 @pytest.mark.parametrize(("shape", "rows"), [((16, 48), None), ((32, 48), 16)], ids=["one-matrix", "two-in-a-weight"])
 def test_weights_that_step_together_step_as_each_alone(
-    shape: tuple[int, ...], rows: int | None, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], rows: int | None, dtype: torch.dtype, bits: int
 ) -> None:
-    monkeypatch.setattr(op, "TOGETHER", 2 * shape[0] * shape[1])  # two batches: of two weights, and of one
     starts = [weight_of(shape, dtype) * (1 + number) for number in range(3)]
     steps = [torch.tensor(2.0 + number, device=DEVICE) for number in range(3)]
-    settings = {"rows": rows, "decay": 0.1, "seed": 5, "gradient_scale": 0.5}
-    results = []
+    settings = {"rows": rows, "decay": 0.1, "gradient_scale": 0.5}
+    rate, results = torch.tensor(2e-3, device=DEVICE), []
     with running_on("sm86"):
         for together in (True, False):
             weights = [start.clone() for start in starts]
             momenta = [new_momentum(weight, bits) for weight in weights]
             gradients = [gradient_of(shape, number) for number in range(3)]
             if together:
-                values = zip(weights, gradients, momenta, steps, range(7, 10), strict=True)
-                parts = [MuonPart(*each) for each in values]
-                muon_together_(parts, CODES, 2e-3, **settings)
+                parts = [MuonPart(*each) for each in zip(weights, momenta, steps, range(7, 10), strict=True)]
+                offsets = offsets_of(parts, gradients, 5)
+                assert offsets is not None
+                muon_together_(parts, gradients, to_device(offsets, weights[0].device), CODES, rate, **settings)
+                assert gradients == [], "their memory is free for the products"
             else:
                 for i, each in enumerate(zip(weights, gradients, momenta, strict=True)):
-                    muon_(*each, CODES, steps[i], 2e-3, purpose=7 + i, **settings)
+                    muon_(*each, CODES, steps[i], rate, purpose=7 + i, seed=5, **settings)
             results.append([*weights, *(part for momentum in momenta for part in momentum)])
     for own, alone, start in zip(*results, [*starts, *[None] * 6], strict=True):
         if start is None:
@@ -223,12 +233,35 @@ def test_weights_that_step_together_step_as_each_alone(
             assert relative_error(own - start, alone - start) < (2e-3 if dtype == torch.float32 else 0.05)
 
 
-def test_a_step_of_many_weights_is_two_launches_a_weight_and_few_for_all() -> None:
+def test_a_step_of_many_weights_is_two_launches_for_all_of_them() -> None:
     launches: list[Launch] = []
     with torch.device("meta"), simulate_card(CARDS["sm120"], note_launch=launches.append):
         weights = [torch.empty(64, 96) for _ in range(40)]
-        parts = [MuonPart(w, torch.empty(64, 96), new_momentum(w, 8), torch.empty(()), 0) for w in weights]
-        with LiveBytes().ignore(*[tensor for part in parts for tensor in (part.weight, part.gradient)]) as live:
-            muon_together_(parts, build_maps("meta").first, torch.empty(()), skip=torch.empty(()))
-    assert len(launches) == 80
+        parts = [MuonPart(w, new_momentum(w, 8), torch.empty(()), 0) for w in weights]
+        gradients = [torch.empty(64, 96) for _ in parts]
+        offsets = torch.empty(6, 40, dtype=torch.int64)
+        with LiveBytes().ignore(*weights, *gradients) as live:
+            codes, rate = build_maps("meta").first, torch.empty(())
+            muon_together_(parts, gradients, offsets, codes, rate, skip=torch.empty(()))
+    assert [what.grid for what in launches] == [(6, 40), (6, 40)]
     assert live.largest <= 40 * 64 * 96 * 2
+
+
+def test_offsets_tell_every_tensor_of_a_part_and_refuse_what_a_kernel_cannot_read_at_once() -> None:
+    weights = [weight_of((16, 48)) for _ in range(3)]
+    parts = [MuonPart(w, new_momentum(w, 8), torch.tensor(1.0, device=DEVICE), i) for i, w in enumerate(weights)]
+    gradients = [gradient_of((16, 48), i) for i in range(3)]
+    offsets = offsets_of(parts, gradients, 5)
+    assert offsets is not None
+    assert [row[0] for row in offsets[:5]] == [0] * 5
+    assert [gradients[0].data_ptr() + 4 * number for number in offsets[0]] == [g.data_ptr() for g in gradients]
+    assert len({*offsets[5]}) == 3, "each weight is rounded by a key of its own"
+    crooked = torch.empty(16 * 48 + 1, device=DEVICE)[1:].view(16, 48)
+    assert offsets_of(parts, [gradients[0], crooked, gradients[2]], 5) is None
+
+
+def test_gradients_that_are_gone_make_room_for_larger_stacks() -> None:
+    assert elements_together(0, 4) == elements_together(1000, 2) == TOGETHER
+    assert elements_together(100 * 2**20, 4) == 50 * 2**20, "fp32: 6 bytes alive less the gradient's own 4"
+    assert elements_together(100 * 2**20, 2) == 25 * 2**20
+    assert elements_together(2**40, 2) == MOST_TOGETHER

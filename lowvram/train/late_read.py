@@ -1,0 +1,64 @@
+"""A step's numbers on their way from the device to the host, and the pace of the steps; knows no loop.
+
+A host that waited for a step's numbers would launch the next step to an idle card.  So on CUDA they are copied while
+the card goes on, and read when the next step has been launched.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LateRead:
+    """A vector that is being copied to the host.  Only CUDA copies while the host goes on; elsewhere reading waits."""
+
+    def __init__(self, vector: Tensor) -> None:
+        self._vector, self._copied = vector, None
+        if vector.is_cuda:
+            self._vector = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            self._vector.copy_(vector, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def values(self) -> list[float]:
+        """Return the numbers; waits until they have come."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [float(number) for number in self._vector.tolist()]
+
+
+class Launched(NamedTuple):
+    """A step that was launched.  step, tokens: those done when it ends.  stats: see `StepStats`."""
+
+    step: int
+    tokens: int
+    learning_rate: float
+    stats: LateRead
+
+
+class Pace:
+    """The speed of the last steps, whatever else the run does between them."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []
+
+    def begin(self, tokens: int) -> None:
+        """Begin anew, with so many tokens done: what came before must not count."""
+        self._marks = [(time.monotonic(), tokens)]
+
+    def measure(self, tokens: int) -> float:
+        """Return the tokens per second of the last twenty steps; tokens: those done now."""
+        self._marks = [*self._marks[-20:], (time.monotonic(), tokens)]
+        (began, tokens_then), (now, tokens_now) = self._marks[0], self._marks[-1]
+        return (tokens_now - tokens_then) / max(1e-9, now - began)
+
+
+def on_its_way(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device; on CUDA the host waits neither for the copy nor for what the card has to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
