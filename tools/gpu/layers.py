@@ -134,8 +134,8 @@ def _mla_heads(
 
     shape = f"{batch} × {tokens} × {heads} × ({unrotated} + {rotated}), values {values}"
     once = rows * (unrotated + values + 2 * width + 2 * rotated)
-    yield _case("mla_heads", shape, given, forward, once + 2 * rows * width)
-    yield _case("mla_heads_and_back", shape, with_gradients, backward, once + rows * (5 * width + unrotated + values))
+    yield case("mla_heads", shape, given, forward, once + 2 * rows * width)
+    yield case("mla_heads_and_back", shape, with_gradients, backward, once + rows * (5 * width + unrotated + values))
 
 
 def _widened_heads(scene: Scene, batch: int, tokens: int, heads: int, groups: int, width: int) -> Iterator[Kernel]:
@@ -155,8 +155,8 @@ def _widened_heads(scene: Scene, batch: int, tokens: int, heads: int, groups: in
         return torch.autograd.grad(made, (q, k, v), (dq, dk, dv))
 
     shape = f"{batch} × {tokens} × ({heads} + 2 · {groups}) × {width} + {columns}"
-    yield _case("widened_heads", shape, given, widened_heads, rows * (2 * width + columns))
-    yield _case("widened_heads_and_back", shape, with_gradients, backward, rows * (4 * width + columns))
+    yield case("widened_heads", shape, given, widened_heads, rows * (2 * width + columns))
+    yield case("widened_heads_and_back", shape, with_gradients, backward, rows * (4 * width + columns))
 
 
 def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
