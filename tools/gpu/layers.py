@@ -134,8 +134,9 @@ def _mla_heads(
 
     shape = f"{batch} × {tokens} × {heads} × ({unrotated} + {rotated}), values {values}"
     once = rows * (unrotated + values + 2 * width + 2 * rotated)
-    yield case("mla_heads", shape, given, forward, once + 2 * rows * width)
-    yield case("mla_heads_and_back", shape, with_gradients, backward, once + rows * (5 * width + unrotated + values))
+    back = rows * (3 * width + unrotated + 2 * values)
+    yield case("mla_heads", shape, given, forward, once)
+    yield case("mla_heads_and_back", shape, with_gradients, backward, once + back)
 
 
 def _widened_heads(scene: Scene, batch: int, tokens: int, heads: int, groups: int, width: int) -> Iterator[Kernel]:
