@@ -1,12 +1,13 @@
 """Compiles every Triton kernel for every kind of card, without a card.
 
-python tools/compile_gate.py [--write] [--changed]
+python tools/compile_gate.py [--write] [--changed] [--accept]
 
 Every launch that the ops make for the shapes and tiles of gate_cases.py, and that the presets' steps make, is compiled
 for compute capability 7.5, 8.0, 8.6, 8.9, 9.0 and 12.0.  It fails if a card does not support a type, if a block needs
-more shared memory than the card has, if registers are spilled to memory, or if an expected tensor-core instruction is
-missing.  --write puts the table into kernels/README.md.  --changed compiles only those rows of the table whose digest
-is not the written one, and keeps the others.
+more shared memory than the card has, if registers are spilled to memory, if an expected tensor-core instruction is
+missing, or if the loops of a kernel have over 5 % more instructions than the written table says (--accept takes them).
+--write puts the table into kernels/README.md.  --changed compiles only those rows of the table whose digest is not the
+written one, and keeps the others.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ REFUSED = (triton.compiler.CompilationError, triton.runtime.errors.PTXASError, R
 CACHE = Path(tempfile.gettempdir()) / f"lowvram-gate-{os.getuid()}"
 BEGIN, END = "<!-- written by tools/compile_gate.py -->", "<!-- end -->"
 README = ROOT / "kernels/README.md"
+LOOPS = "instructions of a loop"
+_GROWTH = 1.05
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
 # The instruction that the PTX of each expected kind of matrix product must contain.
 INSTRUCTIONS = {
@@ -62,6 +65,7 @@ class Compiled(NamedTuple):
     stack_bytes: int
     shared_bytes: int
     instruction: str
+    loop_length: int  # machine instructions of the longest loop that holds no other; of all, where there is no loop
 
 
 def source_of(what: Launch) -> ASTSource:
@@ -107,19 +111,40 @@ def compile_launch(what: Launch, card: Card) -> Compiled:
     kernel = triton.compile(source_of(what), target=target, options=options)
     pattern = INSTRUCTIONS.get(what.expected_mma)
     match = re.search(pattern, kernel.asm["ptx"]) if pattern else None
-    return Compiled(*_resources(kernel.asm["cubin"]), kernel.metadata.shared, match[0] if match else "")
+    usage, code = (_dump(kernel.asm["cubin"], what_to_show) for what_to_show in ("-res-usage", "-sass"))
+    # A thread's registers, and the bytes of its stack, to which registers are spilled.
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert numbers is not None, usage
+    instruction = match[0] if match else ""
+    return Compiled(int(numbers[1]), int(numbers[2]), kernel.metadata.shared, instruction, loop_length(code))
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Return a thread's registers and the bytes of its stack, to which registers are spilled."""
+def _dump(cubin: bytes, what_to_show: str) -> str:
     tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    numbers = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert numbers is not None, text
-    return int(numbers[1]), int(numbers[2])
+        return subprocess.run([tool, what_to_show, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def loop_length(code: str) -> int:
+    """Return the instructions of the longest loop that holds no other; of the whole program, where there is none.
+
+    code: machine code as cuobjdump prints it, `/*0a90*/ @P0 BRA 0xb00 ;`; every instruction has 16 bytes.
+    """
+    places, loops = [], []
+    for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", code):
+        places.append(int(place, 16))
+        target = re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text)
+        if target is not None and int(target[1], 16) < places[-1]:
+            loops.append((int(target[1], 16), places[-1]))
+    # The jump to itself at the end, which nothing reaches, is none; nor is code that holds a loop.
+    inner = [
+        (first, last)
+        for first, last in loops
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in loops)
+    ]
+    return max(((last - first) // 16 + 1 for first, last in inner), default=len(places))
 
 
 def judge(what: Launch, card: Card, compiled: Compiled) -> list[str]:
@@ -183,7 +208,7 @@ def jobs_of(card: Card, launches: list[Launch]) -> dict[str, Job]:
 
 def compile_job(job: Job) -> tuple[Compiled | None, list[str]]:
     """Compile a job, or read its earlier result from the cache; returns also what is wrong with it."""
-    path = CACHE / f"{job.key}.json"
+    path = CACHE / f"{job.key}-{len(Compiled._fields)}.json"
     if path.exists():
         values, wrong = json.loads(path.read_text(encoding="utf-8"))
         return Compiled(*values), wrong
@@ -254,7 +279,7 @@ def table(
     for job, (compiled, _) in zip(jobs, results, strict=True):
         if compiled is not None:
             compiled_of.setdefault(_row_of(job), []).append(compiled)
-    titles = "kernel", "card", "variants", "registers", "shared memory", "tensor-core instructions", "digest"
+    titles = "kernel", "card", "variants", "registers", "shared memory", "tensor-core instructions", LOOPS, "digest"
     cells_of = dict(kept or {})
     digest_of = digests(jobs)
     for (name, card), rows in compiled_of.items():
@@ -265,12 +290,30 @@ def table(
             _range(registers),
             _range(shared),
             ", ".join(f"`{one}`" for one in instructions) or "–",
+            _range([row.loop_length for row in rows]),
             digest_of[name, card],
         ]
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for (name, card), cells in sorted(cells_of.items(), key=lambda pair: (pair[0][0], float(pair[0][1]))):
         lines.append(f"| {' | '.join((name, card, *cells))} |")
     return "\n".join(lines)
+
+
+def longer_loops(now: str, written: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
+    """Say which rows of a table have loops over 5 % longer than they had: the shortest or the longest of a row.
+
+    written: rows as `rows_of` returns them; those that have no lengths are passed over.
+    """
+    longer = []
+    for row, cells in rows_of(now).items():
+        old = written.get(row, [])
+        if len(old) == len(cells):
+            ranges = [[int(number.replace(",", "")) for number in text[-2].split("–")] for text in (old, cells)]
+            ends = [(numbers[0], numbers[-1]) for numbers in ranges]
+            grown = [after > before * _GROWTH for before, after in zip(*ends, strict=True)]
+            if any(grown):
+                longer.append(f"{row[0]} on {row[1]}: loops of {cells[-2]} instructions, {old[-2]} before")
+    return longer
 
 
 def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
@@ -316,12 +359,13 @@ def main() -> None:
     parser.add_argument("--changed", action="store_true", help="compile only rows whose digest is not the written one")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--card", action="append", metavar="M.N", help="only this capability (again for more)")
+    parser.add_argument("--accept", action="store_true", help="let loops be longer than the written table says")
     options = parser.parse_args()
     chosen = [tuple(map(int, text.split("."))) for text in options.card or []] or list(CAPABILITIES)
     began = time.perf_counter()
     jobs = collect([(major, minor) for major, minor in chosen])
     print(f"{len(jobs)} different kernels, found in {time.perf_counter() - began:.0f} s", flush=True)
-    written, known = written_rows() if options.changed else {}, set(map(_row_of, jobs))
+    written, known = written_rows(), set(map(_row_of, jobs))
     if options.changed:
         jobs = changed(jobs)
         print(f"{len(jobs)} of them are in rows that have changed since they were written", flush=True)
@@ -331,14 +375,18 @@ def main() -> None:
         what = job.launch
         print(f"WRONG {job.name} on {job.card.capability}: {text}\n  {dict(what.constants)} {what.warps} warps, ")
         print(f"  {what.stages} stages, arguments {[_describe(value) for value in what.arguments]}")
-    kept = {row: cells for row, cells in written.items() if row in known and row not in map(_row_of, jobs)}
+    kept = {row: cells for row, cells in written.items() if row in known and row not in set(map(_row_of, jobs))}
+    kept = kept if options.changed else {}
     variants = len(jobs) + sum(int(cells[0]) for cells in kept.values())
     text = f"{table(jobs, results, kept)}\n\n{variants} variants, Triton {triton.__version__}"
     print(text)
-    print(f"{len(jobs)} compiled, {len(wrong)} wrong, {time.perf_counter() - began:.0f} s")
-    if options.write and not wrong and not options.card:
+    longer = [] if options.accept else longer_loops(text, written)
+    for line in longer:
+        print(f"LONGER {line}")
+    print(f"{len(jobs)} compiled, {len(wrong)} wrong, {len(longer)} longer, {time.perf_counter() - began:.0f} s")
+    if options.write and not wrong and not longer and not options.card:
         write_table(text)
-    sys.exit(bool(wrong))
+    sys.exit(bool(wrong or longer))
 
 
 def _describe(value: object) -> str:

@@ -60,6 +60,7 @@ if len(chosen) <= most:
     written = gate.written_rows()
     made = gate.rows_of(gate.table(chosen, results))
     print("other", [row for row, cells in made.items() if cells[:-1] != written.get(row, [])[:-1]])
+    print("longer", gate.longer_loops(gate.table(chosen, results), written))
 """,
         str(MOST_COMPILED),
     )
@@ -68,6 +69,7 @@ if len(chosen) <= most:
     assert int(counts[1]) <= MOST_COMPILED, "many kernels have changed: run python tools/compile_gate.py --write"
     assert "\nwrong []\n" in printed, printed
     assert "gone []\n" in printed, printed
+    assert "\nlonger []\n" in printed, printed
     assert "\nother []\n" in printed, f"run python tools/compile_gate.py --write\n{printed}"
 
 
@@ -104,16 +106,30 @@ for capability in ((8, 0), (8, 6), (8, 9)):
     assert fine == "[]"
 
 
-def test_shared_memory_spills_and_missing_instructions_are_faults() -> None:
+def test_shared_memory_spills_missing_instructions_and_longer_loops_are_faults() -> None:
     printed = ask(
         """
 found = gate.compile_launch(encode(expected_mma="e4m3"), ADA)
 print(found.registers > 0, found.stack_bytes, found.instruction == "")
 print(gate.judge(encode(expected_mma="e4m3"), ADA, found))
 print(gate.judge(encode(), ADA, found._replace(shared_bytes=101_377, stack_bytes=8)))
+jump = "/*{}*/ @!P0 BRA{} 0x{} ; /* 0x94 */"
+lines = [f"/*{16 * n:04x}*/ IADD3 R1, R2 ; /* 0x00 */" for n in range(40)]
+print(gate.loop_length("\\n".join(lines)))
+lines[9], lines[20] = jump.format("0090", "", "1f0"), jump.format("0140", ".U", "050")
+lines[30] = jump.format("01e0", "", "040")
+lines[39] = "/*0270*/ BRA 0x270;"
+print(gate.loop_length("\\n".join(lines)))
+jobs = list(gate.jobs_of(ADA, [encode()]).values())
+tables = [gate.table(jobs, [(found._replace(loop_length=length), [])]) for length in (100, 105, 106)]
+written = gate.rows_of(tables[0])
+print([len(gate.longer_loops(table, written)) for table in tables], gate.longer_loops(tables[2], {}))
+print(gate.longer_loops(tables[2], written))
 """
     )
-    facts, promised, resources = printed.strip().splitlines()
+    facts, promised, resources, straight, inner, grown, longer = printed.strip().splitlines()
+    assert (straight, inner, grown) == ("40", "16", "[0, 0, 1] []")
+    assert longer == "['e4m3: encode_kernel on 8.9: loops of 106 instructions, 100 before']"
     assert facts == "True 0 True"
     assert promised == "['no tensor-core instruction for e4m3']"
     assert "101377 bytes of shared memory; the card has 101376" in resources
