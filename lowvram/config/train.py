@@ -12,6 +12,8 @@ from lowvram.config.base import Count, FrozenConfig, Share, unless_named
 from lowvram.config.model import ModelConfig
 from lowvram.units import count_of
 
+Backend = Literal["own", "bitsandbytes"]
+
 
 class AdamW(FrozenConfig):
     """AdamW (Loshchilov & Hutter 2019)."""
@@ -32,6 +34,9 @@ class AdamW(FrozenConfig):
     """Added to the root of the second moment."""
     decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight decay of matrices."""
+    backend: Backend = "own"
+    """What steps 8-bit moments of fp32 weights: our kernel (`"own"`) or the library (`"bitsandbytes"`, on CUDA); the
+    codes are the same, so a run may change over when it resumes."""
 
 
 class Muon(FrozenConfig):
@@ -59,6 +64,8 @@ class Muon(FrozenConfig):
     """Added to the root of AdamW's second moment."""
     decay: Annotated[float, Field(ge=0.0)] = 0.1
     """Weight decay of matrices."""
+    backend: Backend = "own"
+    """What steps AdamW's 8-bit moments, here those of embedding and head: `"own"` or `"bitsandbytes"`."""
 
 
 Optimizer = Annotated[AdamW | Muon, Field(discriminator="name"), unless_named(name="adamw")]
@@ -143,7 +150,23 @@ class TrainConfig(FrozenConfig):
             near = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
             rule = f"it must be a multiple of seq_len ({self.seq_len})"
             raise ValueError(f"train.batch_tokens is {self.batch_tokens}; {rule}. Try {near}")
+        self._check_backend()
         return self
+
+    def _check_backend(self) -> None:
+        if self.optimizer.backend == "own":
+            return
+        what = f'optimizer.backend is "{self.optimizer.backend}"'
+        if self.optimizer.bits != 8:
+            raise ValueError(
+                f"{what}; it steps 8-bit moments, and optimizer.bits is {self.optimizer.bits}. Try bits = 8"
+            )
+        if self.weights != "fp32":
+            raise ValueError(
+                f'{what}; it rounds bf16 weights to nearest, and so loses most steps. Try weights = "fp32"'
+            )
+        if self.update_during_backward:
+            raise ValueError(f"{what}; it reads numbers on the host. Leave train.update_during_backward out")
 
     @property
     def micro_batches(self) -> list[int]:

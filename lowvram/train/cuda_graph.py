@@ -95,7 +95,7 @@ class UpdateRecorder:
         self._optimizer = optimizer
         self._has_run = False
         self._graph: _UpdateGraph | None = None
-        self.problem: str | None = None
+        self.problem: str | None = optimizer.unrecorded
         self._has_told = False
 
     def news(self) -> bool:

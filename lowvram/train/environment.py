@@ -1,4 +1,4 @@
-"""The software and hardware that change the last bits of a run (torch, threads, device), saved with each checkpoint."""
+"""What changes the last bits of a run (torch, threads, device, the optimizer's library), saved with each checkpoint."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 
 # The name of this record among the numbers of a checkpoint.
 KEY = "conditions"
+_OPTIMIZER, _OWN = "optimizer", "own"
 
 
-def current_environment(device: torch.device) -> dict[str, Any]:
-    """Return the environment of this process as plain values."""
+def current_environment(device: torch.device, backend: str = _OWN) -> dict[str, Any]:
+    """Return the environment of this process as plain values.  backend: the optimizer's."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name}
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name, _OPTIMIZER: backend}
 
 
 def compare_environments(saved: object, here: dict[str, Any]) -> str | None:
@@ -23,6 +24,7 @@ def compare_environments(saved: object, here: dict[str, Any]) -> str | None:
     """
     if not isinstance(saved, dict):
         return None
+    saved = {_OPTIMIZER: _OWN, **saved}  # which older versions did not write
     compared = [name for name in here if name != "threads" or here["device"] == "cpu"]
     changed = [
         f"{name} {str(saved[name])[:60]} then, {here[name]} now"

@@ -1,28 +1,28 @@
-"""The optimizer: which rule updates which weight, its states by name, and the learning rate; knows no loop."""
+"""The optimizer: which rule updates which weight, its states by name; knows no loop."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
 import torch
 from lowvram_kernels.dispatch import empty_on_host, is_simulated, representative, to_host
-from lowvram_kernels.optim.adamw8 import Maps, Moments, adamw8_, build_maps, new_moments
-from lowvram_kernels.optim.muon import Momentum, muon_, new_momentum
+from lowvram_kernels.optim.adamw8 import Maps, adamw8_, build_maps
+from lowvram_kernels.optim.muon import muon_
 from lowvram_kernels.optim.muon_together import MuonPart, muon_together_
 from lowvram_kernels.random.stochastic_rounding import has_kernels
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from lowvram.config.train import AdamW, Muon, TrainConfig
+from lowvram.config.train import AdamW, Muon
 from lowvram.model.transformer import Transformer
+from lowvram.train.library_adamw import UNRECORDED, Part, require_library, step_by_library
 from lowvram.train.muon_stacks import OffsetTables, by_kind, count_at_once, on_device
+from lowvram.train.optimizer_state import State, moments_of, momentum_of, new_state, part_of
 
 # As in bitsandbytes: 8-bit states of smaller weights would save next to nothing.
 LEAST_8BIT = 4_096
-State = dict[str, Tensor]
 
 
 class MuonSettings(TypedDict):
@@ -72,6 +72,11 @@ class LeanOptimizer(torch.optim.Optimizer):
         if self.is_on_host:
             return 0
         return sum(tensor.nbytes for state in self.state.values() for tensor in state.values())
+
+    @property
+    def unrecorded(self) -> str | None:
+        """Why an update cannot be recorded as a CUDA graph; None where it can."""
+        return UNRECORDED if any(map(self._is_by_library, self._group_of)) else None
 
     @property
     def count(self) -> int:
@@ -136,16 +141,30 @@ class LeanOptimizer(torch.optim.Optimizer):
         fused = [weight for weight in weights if self._is_fused(group, weight)]
         if fused:
             self._step_fused(group, fused, [self.state_of(w) for w in fused], [gradient_of(w) for w in fused])
+        by_library = [weight for weight in weights if self._is_by_library(weight)]
+        if by_library:
+            self._step_by_library(group, [(weight, self.state_of(weight)) for weight in by_library])
         for weight in weights:
-            if not self._is_fused(group, weight):
+            if not self._is_fused(group, weight) and not self._is_by_library(weight):
                 self._step(weight, weight, gradient_of(weight), self.state_of(weight))
         return _drop_gradients(weights)
+
+    def _is_by_library(self, weight: Tensor) -> bool:
+        """Say whether bitsandbytes steps a weight; a rehearsal takes our kernel, which needs the same memory."""
+        group = self._group_of[weight]
+        is_asked_for = self._config.backend == "bitsandbytes" and not is_simulated()
+        return is_asked_for and group["rule"] == "adamw" and group["bits"] == 8 and weight not in self.experts
+
+    def _step_by_library(self, group: dict[str, Any], states: list[tuple[Tensor, State]]) -> None:
+        parts = [Part(weight, gradient_of(weight), moments_of(state), state["step"]) for weight, state in states]
+        how = (self._config, self._rate_of(group), group["weight_decay"], self.gradient_scale, self.found_inf)
+        step_by_library(parts, self._maps_on(self._device), *how)
 
     def _step_stack(self, group: dict[str, Any], weights: list[Tensor]) -> int:
         """Update weights of one kind together; returns the bytes of their gradients, which are gone."""
         gradients, states = [gradient_of(weight) for weight in weights], [self.state_of(w) for w in weights]
         parts = [
-            MuonPart(weight, _momentum_of(state), state["step"], self._purpose_of[weight])
+            MuonPart(weight, momentum_of(state), state["step"], self._purpose_of[weight])
             for weight, state in zip(weights, states, strict=True)
         ]
         table = self.tables.table_of(parts, gradients, self._seed)
@@ -185,6 +204,9 @@ class LeanOptimizer(torch.optim.Optimizer):
         with self._on_device(self.state_of(weight), weight.device) as state:
             if not self._is_fused(self._group_of[weight], weight):
                 state["step"] += self._stepped()
+            if self._is_by_library(weight):
+                self._step_by_library(self._group_of[weight], [(weight, state)])
+                return
             if weight not in self.experts:
                 self._step(weight, weight, gradient, state)
                 return
@@ -205,13 +227,13 @@ class LeanOptimizer(torch.optim.Optimizer):
         if not state:
             group = self._group_of[weight]
             shape = (len(self.experts[weight]),) if weight in self.experts else ()
-            made = {"step": torch.zeros(shape, dtype=torch.float32, device=weight.device), **_new_state(group, weight)}
+            made = {"step": torch.zeros(shape, dtype=torch.float32, device=weight.device), **new_state(group, weight)}
             state |= {name: to_host(tensor) for name, tensor in made.items()} if self.is_on_host else made
         return state
 
     def shapes_of(self, weight: Tensor) -> dict[str, tuple[int, ...]]:
         """Return the shapes in which the state of a weight is saved."""
-        made = _new_state(self._group_of[weight], torch.empty_like(weight, device="meta"))
+        made = new_state(self._group_of[weight], torch.empty_like(weight, device="meta"))
         return {"step": (1,), **{name: tuple(tensor.shape) for name, tensor in made.items()}}
 
     def make_states(self) -> None:
@@ -256,12 +278,12 @@ class LeanOptimizer(torch.optim.Optimizer):
         config, step, rate = self._config, state["step"], self._rate_of(group)
         if group["rule"] == "muon":
             key = {"seed": self._seed, "purpose": self._purpose_of[weight], "first": first}
-            muon_(part, gradient, _momentum_of(state), maps.first, step, rate, **key, **self._muon_settings(group))
+            muon_(part, gradient, momentum_of(state), maps.first, step, rate, **key, **self._muon_settings(group))
             return
         adamw8_(
             part,
             gradient,
-            Moments(*(state[name] for name in Moments._fields)),
+            moments_of(state),
             maps,
             step,
             rate,
@@ -316,36 +338,13 @@ def _drop_gradients(weights: list[Tensor]) -> int:
     return freed_bytes
 
 
-def _momentum_of(state: State) -> Momentum:
-    return Momentum(state["code_m"], state["absmax_m"])
-
-
-def _new_state(group: dict[str, Any], weight: Tensor) -> State:
-    if group["rule"] == "muon":
-        momentum = new_momentum(weight, group["bits"])
-        return {"code_m": momentum.code, "absmax_m": momentum.absmax}
-    if group["bits"] == 32 and weight.dtype == torch.float32:
-        return {moment: torch.zeros_like(weight) for moment in ("exp_avg", "exp_avg_sq")}
-    return new_moments(weight, exact=group["bits"] == 32)._asdict()
-
-
-def part_of(state: State, slot: int, size: int) -> State:
-    """Return views of the state of one slot's expert; size: elements of an expert."""
-    own = {"step": state["step"][slot]}
-    for name, tensor in state.items():
-        if name.startswith("absmax"):
-            blocks = size // 256 if tensor.numel() else 0
-            own[name] = tensor[slot * blocks : (slot + 1) * blocks]
-        elif name != "step":
-            own[name] = tensor[slot]
-    return own
-
-
 def build_optimizer(model: Transformer, config: AdamW | Muon, seed: int = 0, on_host: bool = False) -> LeanOptimizer:
     """Return the optimizer over the model's weights; weight decay acts on matrices, not on norms.
 
     seed: the run's, which decides how bf16 weights are rounded.  on_host: whether the states are in host memory.
     """
+    if config.backend == "bitsandbytes":
+        require_library(model.embedding.device)
     tables = {id(model.embedding), id(model.head_VD)}
     groups: dict[tuple[Any, ...], list[Tensor]] = {}
     for name, weight in model.named_parameters():
@@ -376,19 +375,3 @@ def build_optimizer(model: Transformer, config: AdamW | Muon, seed: int = 0, on_
         seed,
         on_host,
     )
-
-
-def learning_rate(train: TrainConfig, step: int) -> float:
-    """Return the learning rate of optimizer step number `step`, counted from 0."""
-    schedule, steps = train.schedule, train.steps
-    warmup = round(schedule.warmup * steps)
-    if step < warmup:
-        return train.optimizer.lr * (step + 1) / (warmup + 1)
-    if schedule.kind == "cosine":
-        done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        share = schedule.floor + (1.0 - schedule.floor) * 0.5 * (1.0 + math.cos(math.pi * done))
-    else:
-        decay_steps = max(1, round(schedule.decay * steps))
-        left = min(1.0, max(0, steps - step) / decay_steps)
-        share = schedule.floor + (1.0 - schedule.floor) * left
-    return train.optimizer.lr * share

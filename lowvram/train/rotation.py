@@ -24,7 +24,8 @@ from torch import Tensor
 from lowvram.config.train import Rotation
 from lowvram.model.ffn import MoeFfn
 from lowvram.model.transformer import Transformer, draw_
-from lowvram.train.optim import LeanOptimizer, State, part_of
+from lowvram.train.optim import LeanOptimizer
+from lowvram.train.optimizer_state import State, part_of
 
 
 class ExpertRotation:

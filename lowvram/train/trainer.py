@@ -38,7 +38,7 @@ from lowvram.train.oom import (
     is_out_of_memory,
     memory_in_use,
 )
-from lowvram.train.optim import learning_rate
+from lowvram.train.schedule import learning_rate
 from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
 from lowvram.train.step import (
@@ -144,7 +144,7 @@ class Trainer(StepLauncher):
         return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
 
     def _conditions(self) -> dict[str, Any]:
-        return current_environment(self.state.model.embedding.device)
+        return current_environment(self.state.model.embedding.device, self.config.train.optimizer.backend)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where its contents are invalid."""

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowvram.config.run_file import load_preset, preset_names
 from lowvram.config.train import AdamW, Muon, TrainConfig
 from lowvram.model.transformer import Transformer
-from lowvram.train.optim import LEAST_8BIT, LeanOptimizer, build_optimizer, learning_rate
+from lowvram.train.optim import LEAST_8BIT, LeanOptimizer, build_optimizer
 from lowvram.train.optimizer_tensors import load_optimizer_tensors, optimizer_tensors
+from lowvram.train.schedule import learning_rate
 from lowvram.train.step import update
 from tests.model.variants import VARIANTS
 

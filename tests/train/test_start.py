@@ -20,8 +20,8 @@ from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.model.transformer import Transformer
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.events import Started, StepDone
-from lowvram.train.optim import learning_rate
 from lowvram.train.prepare import prepare
+from lowvram.train.schedule import learning_rate
 from lowvram.train.settings import RunSettings
 from lowvram.train.start import keep_plan, lock_run, refuse_changes, resolve_plan
 from lowvram.train.state import load_weights
