@@ -126,9 +126,9 @@ def make_rival(model: Transformer, kind: str) -> None:
     def silent(layer: MoeFfn, forward: Forward, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         router, learns_E = layer.router.forward, learning(layer)
 
-        def only_window(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            weight_NK, id_NK, load_E = router(x_ND)
-            return weight_NK * learns_E[id_NK], id_NK, load_E
+        def only_window(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+            weight_NK, id_NK = router(x_ND)
+            return weight_NK * learns_E[id_NK], id_NK
 
         layer.router.forward = only_window  # type: ignore[method-assign]  # of this router, until `forward` returns
         try:

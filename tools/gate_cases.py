@@ -10,11 +10,14 @@ from functools import partial
 
 import torch
 from lowvram_kernels.attention import latent_attention
+from lowvram_kernels.attention.mla_heads import mla_heads_
+from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
 from lowvram_kernels.layers import rms_norm, rotary, swiglu
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.matmul import gemv, scaled_matmul
-from lowvram_kernels.moe import grouped_matmul, grouped_wgrad
+from lowvram_kernels.moe import grouped_matmul, grouped_wgrad, routing, sorting, weighted_swiglu
+from lowvram_kernels.moe.grouped_matmul import Gathered
 from lowvram_kernels.optim import adamw8
 from lowvram_kernels.quant import quantise
 from lowvram_kernels.quant.quantise import QuantTensor
@@ -79,7 +82,9 @@ def cases(card: Card) -> Iterator[Call]:
     yield from scaled_matmul_cases(card)
     yield from small_matmul_cases(card)
     yield from grouped_cases(card)
+    yield from routing_cases(card)
     yield from latent_attention_cases(card)
+    yield from head_cases()
     yield from optimizer_cases()
     yield from layer_cases()
     yield from loss_cases()
@@ -99,6 +104,8 @@ def layer_cases() -> Iterator[Call]:
                 for needs in ((True, True), (False, True), (True, False)):
                     yield partial(rms_norm.gradients, x, x, weight, rstd, needs)
                 yield partial(rms_norm.gradients, x, x, weight, rstd, (True, True), x)
+                yield partial(rms_norm.gradients_on_card, x, x, weight, rstd, (True, True), x, x)
+                yield partial(rms_norm.gradients_on_card, x, x, weight, rstd, (True, True), None, x)
         for width, pairs in ((64, 32), (96, 16), (128, 64)):
             table = (meta(128, pairs, dtype=FP32), meta(128, pairs, dtype=FP32))
             for weight_K in (None, meta(width, dtype=FP32)):
@@ -184,12 +191,20 @@ def grouped_cases(card: Card) -> Iterator[Call]:
         transposed = meta(experts, inputs, outputs, dtype=dtype).mT
         most = None if dtype == BF16 else 1  # fp16 gives the same code except for the names of instructions
         for tile in grouped_matmul.grouped_tiles(card, "half")[:most]:
+            gathered = Gathered(meta(2048, inputs, dtype=dtype), meta(4096, dtype=torch.int32), 2)
             for matrices in (stack, transposed):
                 yield partial(grouped_matmul.grouped_matmul, rows, matrices, ends, tile=tile)
+                yield partial(grouped_matmul.grouped_matmul, gathered, matrices, ends, tile=tile)
         left = meta(4096, outputs, dtype=dtype)
         for tile in grouped_matmul.grouped_tiles(card, "half", is_outer=True)[:most]:
             for out in (dtype, FP32):
                 yield partial(grouped_wgrad.grouped_wgrad, left, rows, ends, experts, out, tile=tile)
+        total, order = meta(experts, outputs, inputs, dtype=FP32), meta(4096, dtype=torch.int32)
+        of_left, of_right = (Gathered(meta(2048, width, dtype=dtype), order, 2) for width in (outputs, inputs))
+        for tile in grouped_matmul.grouped_tiles(card, "gathered", is_outer=True)[:most]:
+            add = partial(grouped_wgrad.grouped_wgrad, tile=tile, total=total)
+            yield partial(add, of_left, rows, ends, experts, FP32)
+            yield partial(add, left, of_right, ends, experts, FP32)
         blocks = meta(experts, -(-outputs // BLOCK), -(-inputs // BLOCK), dtype=FP32)
         copies = QuantTensor(meta(experts, outputs, inputs, dtype=BYTES), blocks)
         in_rows = QuantTensor(meta(experts, outputs, inputs, dtype=torch.int8), meta(experts, outputs, 1, dtype=FP32))
@@ -223,6 +238,32 @@ def grouped_cases(card: Card) -> Iterator[Call]:
             yield partial(grouped_wgrad.grouped_wgrad, *columns, ends, experts, dtype, tile=tile)
 
 
+def routing_cases(card: Card) -> Iterator[Call]:
+    """Yield routers of few experts and of many with their gradients, sorting, and what surrounds experts' products."""
+    if choose("grouped_matmul", card).backend != "triton":
+        return
+    for experts, choices, width in ((8, 2, 512), (64, 6, 2048), (128, 8, 1000)):
+        for dtype in (BF16, FP16, FP32) if experts == 8 else (BF16,):
+            yield partial(_route_and_back, meta(512, width, dtype=dtype), meta(experts, width, dtype=FP32), choices)
+        ids = meta(512, choices, dtype=torch.int64)
+        for slots in (None, meta(experts, dtype=torch.int64)):
+            yield partial(sorting.sort_choices, ids, experts, slots)
+    order, weights = meta(1024, dtype=torch.int32), meta(512, 2, dtype=FP32)
+    for dtype in (BF16, FP16, FP32):
+        rows, gate_up, dh = meta(1024, 512, dtype=dtype), meta(1024, 1376, dtype=dtype), meta(1024, 688, dtype=dtype)
+        yield partial(sorting.combine, rows, order, 2)
+        yield partial(sorting.combine, rows, order, 2, meta(512, 512, dtype=dtype))
+        yield partial(weighted_swiglu.weighted_product, gate_up, weights, order)
+        for needs in (True, False):
+            yield partial(weighted_swiglu.weighted_product_backward, dh, gate_up, weights, order, needs)
+
+
+def _route_and_back(x: Tensor, weight: Tensor, choices: int) -> None:
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    weights, _ = routing.route(x, weight, meta(weight.shape[0], dtype=FP32), choices, 1.0)
+    torch.autograd.grad(weights, [x, weight], weights.detach())
+
+
 def latent_attention_cases(card: Card) -> Iterator[Call]:
     """Yield caches in 16 and in 8 bits, for the widths of MLA models, with few heads and many."""
     if choose("latent_attention", card).backend != "triton":
@@ -237,6 +278,28 @@ def latent_attention_cases(card: Card) -> Iterator[Call]:
                 given = (*queries, *cache, length, 0.1, scale)
                 yield partial(latent_attention.latent_attention, *given)
                 yield partial(latent_attention.latent_attention, *given, 256)
+
+
+def head_cases() -> Iterator[Call]:
+    """Yield queries, keys and values of MLA and for ALiBi, whose widths are multiples of 16 and are not."""
+    for dtype in (BF16, FP16, FP32):
+        for heads, unrotated, pairs, values in ((8, 64, 16, 96), (16, 128, 32, 128), (3, 20, 4, 20)):
+            sizes = ((heads, unrotated + 2 * pairs), (heads, unrotated + values), (2 * pairs,))
+            leaves = [meta(4, 128, *size, dtype=dtype) for size in sizes]
+            yield partial(_widen_and_back, [meta(4, 128, count, unrotated, dtype=dtype) for count in (heads, 2, 2)])
+            yield partial(_mla_heads_and_back, leaves, (meta(128, pairs, dtype=FP32), meta(128, pairs, dtype=FP32)))
+
+
+def _mla_heads_and_back(leaves: list[Tensor], table: tuple[Tensor, Tensor]) -> None:
+    q, kv, k_rope = (leaf.requires_grad_() for leaf in leaves)
+    made = mla_heads_(q, kv, k_rope, table)
+    torch.autograd.grad(made, leaves, [part.detach() for part in made])
+
+
+def _widen_and_back(leaves: list[Tensor]) -> None:
+    q, k, v = (leaf.requires_grad_() for leaf in leaves)
+    made = widened_heads(q, k, v, q.new_empty(q.shape[2], 8), q.new_empty(q.shape[1], 8))
+    torch.autograd.grad(made, leaves, [part.detach() for part in made])
 
 
 def optimizer_cases() -> Iterator[Call]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from lowvram_kernels.attention.mla_heads import mla_heads_
 from lowvram_kernels.attention.sdpa import attention
+from lowvram_kernels.attention.widened_heads import widened_heads
+from lowvram_kernels.dispatch import runs_kernels
 from lowvram_kernels.layers.rotary import rotate
 from torch import Tensor, nn
 
@@ -106,6 +109,13 @@ class GqaAttention(Fp32Buffers):
         for layer, part in zip(layers, self.qkv.split([layer.weight.shape[0] for layer in layers]), strict=True):
             layer.weight.data = part
 
+    def joinable_weights(self) -> tuple[Tensor, ...]:
+        """Return the weights whose products may be views of one: those of a whole that is kept for backward anyway."""
+        # Queries and keys are kept for their norms; where all three are widened for ALiBi, the whole lives no longer.
+        is_widened = self.slope_H is not None and runs_kernels("rms_norm", self.q_proj.weight.device)
+        is_kept = self.q_norm is not None or is_widened
+        return (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight) if is_kept else ()
+
     def forward(
         self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None, added_BTD: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -119,14 +129,17 @@ class GqaAttention(Fp32Buffers):
         k_BTGK = k.unflatten(-1, (self.kv_heads, self.head_dim))
         v_BTGK = v.unflatten(-1, (self.kv_heads, self.head_dim))
         q_BTHK, k_BTGK = self._position(q_BTHK, self.q_norm, table), self._position(k_BTGK, self.k_norm, table)
+        if self.slope_H is not None and cache is None:
+            columns = table if isinstance(table, AlibiColumns) else self.alibi_columns(k_BTGK.shape[1], k_BTGK.dtype)
+            q_BTHK, k_BTGK, v_BTGK = widened_heads(q_BTHK, k_BTGK, v_BTGK, *columns)
         q_BHTK, k_BGSK, v_BGSK = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if cache is not None:
             k_BGSK, v_BGSK = cache.store_keys(self.layer, k_BTGK, v_BTGK)
-        if self.slope_H is not None:
-            columns = table if isinstance(table, AlibiColumns) else self.alibi_columns(k_BGSK.shape[2], k_BGSK.dtype)
-            q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, columns)
+            if self.slope_H is not None:
+                columns = self.alibi_columns(k_BGSK.shape[2], k_BGSK.dtype)
+                q_BHTK, k_BGSK = add_alibi_columns(q_BHTK, k_BGSK, columns)
         out_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, self.scale, self.window)
-        return x_BTD, self.o_proj(out_BHTK.transpose(1, 2).flatten(2))
+        return x_BTD, self.o_proj(out_BHTK[..., : self.head_dim].transpose(1, 2).flatten(2))
 
     def alibi_columns(self, keys: int, dtype: torch.dtype) -> AlibiColumns:
         """Return ALiBi's columns for so many keys, which are the same in every layer."""
@@ -162,6 +175,13 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, config.heads * (config.nope_dim + config.value_dim), options)
         self.o_proj = Linear(config.heads * config.value_dim, model.dim, options)
 
+    def joinable_weights(self) -> tuple[Tensor, ...]:
+        """Return the weights whose products may be views of one: those of a whole that is kept for backward anyway."""
+        # Both latents are kept for their norms; queries are kept too where they are turned in their product's memory.
+        if not runs_kernels("rms_norm", self.kv_a_proj.weight.device):
+            return ()
+        return (self.q_proj if self.config.q_lora_rank is None else self.q_a_proj).weight, self.kv_a_proj.weight
+
     def forward(
         self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None, added_BTD: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -171,11 +191,11 @@ class MlaAttention(nn.Module):
         """
         assert table is not None, "MLA needs RoPE"
         x_BTD, q_BTHK, latent_BTC, k_rope_BTR = self._project(x_BTD, added_BTD)
-        q_BTHK = rotate(q_BTHK, table, interleaved=True)
-        k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
         if cache is None:
-            out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR)
+            out_BTHV = self._expanded(q_BTHK, latent_BTC, k_rope_BTR, table)
         else:
+            q_BTHK = rotate(q_BTHK, table, interleaved=True)
+            k_rope_BTR = rotate(k_rope_BTR.unsqueeze(2), table, interleaved=True).squeeze(2)
             new_BTL = torch.cat([self.kv_a_norm(latent_BTC), k_rope_BTR], dim=-1)
             cached_BSL = cache.store_latent(self.layer, new_BTL)
             attend_cache = self._absorbed if x_BTD.shape[1] < self._min_expanded_queries else self._expanded_cache
@@ -193,27 +213,26 @@ class MlaAttention(nn.Module):
         latent_BTC, k_rope = latent.split([config.kv_lora_rank, config.rope_dim], dim=-1)
         return x_BTD, q.unflatten(-1, (config.heads, config.query_dim)), latent_BTC, k_rope
 
-    def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor) -> Tensor:
+    def _expanded(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """Attend with k = [W_uk c | k_rope], v = W_uv c and c = norm(latent), so every head has keys and values."""
         _, (kv,) = project(self.kv_a_norm, latent_BTC, self.kv_b_proj)
-        return self._attend_expanded(q_BTHK, kv, k_rope_BTR)
+        heads = mla_heads_(q_BTHK, self._by_head(kv), k_rope_BTR, table)
+        q_BHTK, k_BHTK, v_BHTK = (x_BTHK.transpose(1, 2) for x_BTHK in heads)
+        out_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, self.scale, self.window)
+        return out_BHTK[..., : self.config.value_dim].transpose(1, 2)
+
+    def _by_head(self, kv: Tensor) -> Tensor:
+        """Return keys without positions beside values, of each head: [B, T, H, N + V]."""
+        return kv.unflatten(-1, (self.config.heads, self.config.nope_dim + self.config.value_dim))
 
     def _expanded_cache(self, q_BTHK: Tensor, cached_BSL: Tensor) -> Tensor:
         """Attend to the expanded cache; the expanded keys and values of a layer live only during this call."""
-        latent_BSC, k_rope_BSR = cached_BSL.split([self.config.kv_lora_rank, self.config.rope_dim], dim=-1)
-        return self._attend_expanded(q_BTHK, self.kv_b_proj(latent_BSC), k_rope_BSR)
-
-    def _attend_expanded(self, q_BTHK: Tensor, kv: Tensor, k_rope_BTR: Tensor) -> Tensor:
         config = self.config
-        kv_BTHL = kv.unflatten(-1, (config.heads, config.nope_dim + config.value_dim))
-        k_nope, v_BTHV = kv_BTHL.split([config.nope_dim, config.value_dim], dim=-1)
-        k_BTHK = torch.cat([k_nope, k_rope_BTR.unsqueeze(2).expand(-1, -1, config.heads, -1)], dim=-1)
-        # The values are copied, because a view saved for backward would keep the keys without positions alive too.
-        v_BHTV = v_BTHV.transpose(1, 2)
-        if config.value_dim == config.query_dim:
-            v_BHTV = v_BTHV.contiguous().transpose(1, 2)
-        out_BHTV = attend(q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BHTV, self.scale, self.window)
-        return out_BHTV.transpose(1, 2)
+        latent_BSC, k_rope_BSR = cached_BSL.split([config.kv_lora_rank, config.rope_dim], dim=-1)
+        k_nope, v_BSHV = self._by_head(self.kv_b_proj(latent_BSC)).split([config.nope_dim, config.value_dim], dim=-1)
+        k_BSHK = torch.cat([k_nope, k_rope_BSR.unsqueeze(2).expand(-1, -1, config.heads, -1)], dim=-1)
+        q_BHTK, k_BHSK, v_BHSV = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHV))
+        return attend(q_BHTK, k_BHSK, v_BHSV, self.scale, self.window).transpose(1, 2)
 
     def _absorbed(self, q_BTHK: Tensor, cached_BSL: Tensor) -> Tensor:
         """Apply W_uk to the query and W_uv after the weighted sum, so that the latents serve as keys and values."""

@@ -125,7 +125,7 @@ def _moe_ffn(layer: MoeFfn, x_ND: Tensor) -> Tensor:
     # For one row on a CPU, only the few chosen experts are multiplied, as ordinary matrices.
     y_ND = _normed(layer.norm, x_ND)
     out_ND = _swiglu(layer.shared, y_ND)
-    weight_NK, id_NK = layer.router.choose(y_ND[None])
+    weight_NK, id_NK = layer.router(y_ND[None])
     for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
         product_ND = gated_product(multiply(y_ND, stacks[0][expert])).mul_(weight)
         out_ND += multiply(product_ND, stacks[1][expert])

@@ -6,15 +6,15 @@ Legend: B batch, T tokens, D model width, N = B·T, E experts, K experts of a to
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from lowvram_kernels.layers.swiglu import gated_product, swiglu
 from lowvram_kernels.moe.experts import experts
 from lowvram_kernels.moe.idle import Stack, new_idle
+from lowvram_kernels.moe.routing import route
+from lowvram_kernels.moe.sorting import sort_choices
 from lowvram_kernels.quant.quantise import QuantTensor, join_parts, parts_of
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from lowvram.config.architecture import Moe
 from lowvram.model.fp32_buffers import Fp32Buffers
@@ -55,22 +55,6 @@ class SharedExpert(nn.Module):
         return _gate_and_project(self.gate_up_proj(x_ND), self.down_proj)
 
 
-class _Fp32Linear(torch.autograd.Function):
-    """Computes x Wᵀ in fp32, since routing must not depend on bf16 rounding; keeps no fp32 copy of x for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_ND, weight_ED)
-        return x_ND.float() @ weight_ED.float().T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x_ND, weight_ED = ctx.saved_tensors
-        dy_NE = gradients[0]
-        return (dy_NE @ weight_ED.float()).to(x_ND.dtype), (dy_NE.T @ x_ND.float()).to(weight_ED.dtype)
-
-
 class Router(Fp32Buffers):
     """Chooses each token's experts by sigmoid score plus a balancing bias, and weighs them by the score alone.
 
@@ -86,23 +70,9 @@ class Router(Fp32Buffers):
         self.weight = nn.Parameter(torch.empty(config.experts, dim, device=device))
         self.register_buffer("bias_E", torch.zeros(config.experts, device=device))
 
-    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return weights [N, K] fp32, expert ids [N, K], and how often each expert was chosen (load), [E] fp32."""
-        weight_NK, id_NK = self.choose(x_ND)
-        choices = id_NK.flatten()
-        load_E = torch.zeros_like(self.bias_E).scatter_add_(0, choices, torch.ones_like(choices, dtype=torch.float32))
-        return weight_NK, id_NK, load_E
-
-    def choose(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights [N, K] fp32 and expert ids [N, K]."""
-        if torch.is_grad_enabled():
-            score_NE = _Fp32Linear.apply(x_ND, self.weight)  # type: ignore[no-untyped-call]  # untyped in torch
-            score_NE = score_NE.sigmoid()
-        else:
-            score_NE = (x_ND.float() @ self.weight.float().T).sigmoid()
-        id_NK = (score_NE.detach() + self.bias_E).topk(self.top_k, dim=-1, sorted=False).indices
-        weight_NK = score_NE.gather(1, id_NK)
-        return weight_NK / (weight_NK.sum(-1, keepdim=True) + 1e-20) * self.scale, id_NK
+        return route(x_ND, self.weight, self.bias_E, self.top_k, self.scale)
 
 
 @torch.no_grad()
@@ -158,10 +128,9 @@ class MoeFfn(Fp32Buffers):
         """x, added: [B, T, D].  Returns x + added, the experts' output for its norm, [B, T, D], and their loads [E]."""
         stream, normed = self.norm.add(x, added)
         x_ND = normed.flatten(0, 1)
-        weight_NK, id_NK, load_E = self.router(x_ND)
-        slot_NK, idle = id_NK, None
+        weight_NK, id_NK = self.router(x_ND)
+        chosen, idle = sort_choices(id_NK, self.router.bias_E.shape[0], self.slot_E), None
         if self.slot_E is not None:
-            slot_NK = self.slot_E[id_NK]
             idle = self.idle() if self.read_masters is None else self.read_masters()
         gate_up: Tensor = self.gate_up_EHD
         down: Tensor = self.down_EDI
@@ -169,8 +138,9 @@ class MoeFfn(Fp32Buffers):
             # All experts are frozen copies, so none is resident.
             idle = QuantTensor(gate_up, self.gate_up_EHD_scale), QuantTensor(down, self.down_EDI_scale)
             gate_up, down = (x_ND.new_empty(0, *stack.shape[1:]) for stack in (gate_up, down))
-        routed_ND = experts(x_ND, gate_up, down, weight_NK, slot_NK, idle, self.matmul_format)
-        return stream, (routed_ND + self.shared(x_ND)).unflatten(0, x.shape[:2]), load_E
+        shared_ND = self.shared(x_ND)
+        out_ND = experts(x_ND, gate_up, down, weight_NK, chosen, idle, self.matmul_format, added=shared_ND)
+        return stream, out_ND.unflatten(0, x.shape[:2]), chosen.load
 
     def idle(self) -> tuple[Stack, Stack]:
         """Return the copies of the frozen experts: gate and up, and down."""

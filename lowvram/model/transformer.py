@@ -139,13 +139,8 @@ class Transformer(nn.Module):
         if self.matmul_format == "plain":
             skipped = {self.embedding, *(layer.router.weight for layer in self.moe_layers())}
             multiplied |= {weight for weight in self.parameters() if weight.dim() > 1 and weight not in skipped}
-        # Views of one product are kept as a whole, which takes no more where queries and keys are kept for their norms.
-        layers = [block.attention for block in self.blocks]
-        groups = [
-            (layer.q_proj.weight, layer.k_proj.weight, layer.v_proj.weight)
-            for layer in layers
-            if isinstance(layer, GqaAttention) and layer.q_norm is not None and self.matmul_format == "plain"
-        ]
+        layers = [block.attention for block in self.blocks if isinstance(block, Block)]
+        groups = [layer.joinable_weights() for layer in layers if self.matmul_format == "plain"]
         self.kept_casts = KeptCasts([weight for weight in self.parameters() if weight in multiplied], dtype, groups)
 
     @property

@@ -12,10 +12,10 @@ from lowvram.hardware.profile import load_profile
 # Launches and GB of one micro-batch in bf16; when the counter was made they were 4,040 and 84.6, 4,678 and 59.5, 4,453
 # and 57.6, 5,354 and 94.0; the update's launches were 1,749, 1,313, 2,105 and 2,799.
 COSTS = {
-    "tr-125m": (8, 1024, "none", True, 600, 27.9, 75),
-    "tiny-llm-v1": (32, 512, "none", True, 550, 26.2, 75),
-    "tr-130m-moe": (8, 1024, "none", True, 1565, 31.8, 185),
-    "tr-1b": (1, 2048, "attention", False, 1215, 41.9, 225),
+    "tr-125m": (8, 1024, "none", True, 570, 27.5, 75),
+    "tiny-llm-v1": (32, 512, "none", True, 440, 25.7, 75),
+    "tr-130m-moe": (8, 1024, "none", True, 740, 24.5, 180),
+    "tr-1b": (1, 2048, "none", False, 1000, 39.4, 220),
 }
 
 

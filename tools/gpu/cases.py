@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from tools.gpu.kernel import Aim, Inputs, Kernel, Rival, Scene, change_error, error_of, plainly
 from tools.gpu.layers import layers
 from tools.gpu.products import products
+from tools.gpu.routing import routing
 from tools.gpu.timing import distance
 
 # The two backends agree bit for bit, except where a card's division decides a tie differently.
@@ -42,7 +43,7 @@ _ROUNDED = 4e-3  # one rounding to 16 bits: 2⁻⁸ at most
 
 def kernels(scene: Scene) -> list[Kernel]:
     """Return all cases, those of rank 0 first."""
-    makers = (layers, _latent_attention, _quantise, _adamw8, _add_rounded, _muon, _attention, _loss)
+    makers = (layers, routing, _latent_attention, _quantise, _adamw8, _add_rounded, _muon, _attention, _loss)
     cases = [*products(scene), *(kernel for maker in makers for kernel in maker(scene))]
     return sorted(cases, key=lambda kernel: kernel.rank)
 

@@ -1,4 +1,4 @@
-"""The GPU report's passes over activations: norms, rotary positions and SwiGLU, forward and backward."""
+"""The GPU report's passes over activations: norms, rotary positions, heads and SwiGLU, forward and backward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lowvram_kernels.attention.mla_heads import mla_heads_
+from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.layers import rms_norm, rotary, swiglu
 from torch import Tensor
 
@@ -18,18 +20,28 @@ _ROUNDED = 1e-2
 
 
 def layers(scene: Scene) -> Iterator[Kernel]:
-    """Yield all cases; the shapes are those of tr-125m, 8 × 1024 tokens."""
+    """Yield all cases; the shapes are those of tr-125m, 8 × 1024 tokens, and of the preset that has such heads."""
     rows, width, inner = (40, 40, 24) if scene.is_tiny else (8_192, 768, 2_048)
     heads = (2, 8, 3, 16) if scene.is_tiny else (8, 1_024, 12, 64)
     yield from _norms(scene, rows, width)
     yield from _rotations(scene, heads)
+    yield from _mla_heads(scene, *((2, 8, 3, 16, 8, 24) if scene.is_tiny else (8, 1_024, 8, 64, 32, 96)))
+    yield from _widened_heads(scene, *((2, 8, 3, 1, 16) if scene.is_tiny else (32, 512, 8, 2, 32)))
     yield from _gates(scene, rows, inner)
 
 
-def _case(
-    op: str, shape: str, inputs: Callable[[], Inputs], run: Callable[..., tuple[Tensor, ...]], numbers: float
+def case(
+    op: str,
+    shape: str,
+    inputs: Callable[[], Inputs],
+    run: Callable[..., tuple[Tensor, ...]],
+    numbers: float,
+    aims: tuple[Aim, ...] = (Aim("copy", 0.8),),
 ) -> Kernel:
-    """Return a case.  numbers: how many in 16 bits are read and written, each once; the others are few."""
+    """Return a case that is compared with its plain form and timed beside a copy.
+
+    numbers: how many of 16 bits are read and written, each once; those that are few need not be told.
+    """
 
     def error(*values: Any) -> float:
         return max(distance(own, plain) for own, plain in zip(run(*values), plainly(run)(*values), strict=True))
@@ -42,7 +54,7 @@ def _case(
         error=error,
         tolerance=_ROUNDED,
         moved_bytes=2.0 * numbers,
-        aims=(Aim("copy", 0.8),),
+        aims=aims,
         rank=0,
     )
 
@@ -66,8 +78,8 @@ def _norms(scene: Scene, rows: int, width: int) -> Iterator[Kernel]:
         return dx, dweight
 
     shape = f"{rows} × {width}"
-    yield _case("rms_norm", f"of a sum {shape}", given, forward, 4 * rows * width)
-    yield _case("rms_norm_backward", shape, with_scales, backward, 4 * rows * width)
+    yield case("rms_norm", f"of a sum {shape}", given, forward, 4 * rows * width)
+    yield case("rms_norm_backward", shape, with_scales, backward, 4 * rows * width)
 
 
 def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kernel]:
@@ -83,7 +95,7 @@ def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kerne
         def run(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, pairs: bool = interleaved) -> tuple[Tensor, ...]:
             return (rotary.rotate(x, (cos, sin), pairs, weight),)
 
-        yield _case("rotate", f"normed {shape}{', interleaved' * interleaved}", given, run, 2 * math.prod(heads))
+        yield case("rotate", f"normed {shape}{', interleaved' * interleaved}", given, run, 2 * math.prod(heads))
 
     def with_gradient() -> Inputs:
         return scene.randn(*heads), *given()
@@ -94,7 +106,58 @@ def _rotations(scene: Scene, heads: tuple[int, int, int, int]) -> Iterator[Kerne
             y = rotary.rotate(leaves[0], (cos, sin), False, leaves[1])
         return torch.autograd.grad(y, leaves, dy)
 
-    yield _case("rotate_and_back", f"normed {shape}", with_gradient, backward, 5 * math.prod(heads))
+    yield case("rotate_and_back", f"normed {shape}", with_gradient, backward, 5 * math.prod(heads))
+
+
+def _mla_heads(
+    scene: Scene, batch: int, tokens: int, heads: int, unrotated: int, rotated: int, values: int
+) -> Iterator[Kernel]:
+    angle_TR = torch.arange(tokens, device=scene.device)[:, None] * torch.logspace(0, -3, rotated // 2).to(scene.device)
+    width = unrotated + rotated
+    rows = batch * tokens * heads
+
+    def given() -> Inputs:
+        shapes = ((heads, width), (heads, unrotated + values), (rotated,))
+        return *(scene.randn(batch, tokens, *shape) for shape in shapes), angle_TR.cos(), angle_TR.sin()
+
+    def forward(q: Tensor, kv: Tensor, k_rope: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        return mla_heads_(q.clone(), kv, k_rope, (cos, sin))
+
+    def with_gradients() -> Inputs:
+        return *(scene.randn(batch, tokens, heads, width) for _ in range(3)), *given()
+
+    def backward(dq: Tensor, dk: Tensor, dv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        q, kv, k_rope = (tensor.detach().requires_grad_() for tensor in tensors[:3])
+        with torch.enable_grad():
+            made = mla_heads_(q, kv, k_rope, (tensors[3], tensors[4]))
+        return torch.autograd.grad(made, (q, kv, k_rope), (dq, dk, dv))
+
+    shape = f"{batch} × {tokens} × {heads} × ({unrotated} + {rotated}), values {values}"
+    once = rows * (unrotated + values + 2 * width + 2 * rotated)
+    back = rows * (3 * width + unrotated + 2 * values)
+    yield case("mla_heads", shape, given, forward, once)
+    yield case("mla_heads_and_back", shape, with_gradients, backward, once + back)
+
+
+def _widened_heads(scene: Scene, batch: int, tokens: int, heads: int, groups: int, width: int) -> Iterator[Kernel]:
+    columns, rows = 8, batch * tokens * (heads + 2 * groups)
+
+    def given() -> Inputs:
+        parts = (scene.randn(batch, tokens, count, width) for count in (heads, groups, groups))
+        return *parts, scene.randn(heads, columns), scene.randn(tokens, columns)
+
+    def with_gradients() -> Inputs:
+        return *(scene.randn(batch, tokens, count, width + columns) for count in (heads, groups, groups)), *given()
+
+    def backward(dq: Tensor, dk: Tensor, dv: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = (tensor.detach().requires_grad_() for tensor in tensors[:3])
+        with torch.enable_grad():
+            made = widened_heads(q, k, v, tensors[3], tensors[4])
+        return torch.autograd.grad(made, (q, k, v), (dq, dk, dv))
+
+    shape = f"{batch} × {tokens} × ({heads} + 2 · {groups}) × {width} + {columns}"
+    yield case("widened_heads", shape, given, widened_heads, rows * (2 * width + columns))
+    yield case("widened_heads_and_back", shape, with_gradients, backward, rows * (4 * width + columns))
 
 
 def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
@@ -108,5 +171,5 @@ def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
         return scene.randn(rows, inner), *given()
 
     shape = f"{rows} × 2 · {inner}"
-    yield _case("swiglu", shape, given, forward, 3 * rows * inner)
-    yield _case("swiglu_backward", shape, with_gradient, swiglu.gated_product_backward, 6 * rows * inner)
+    yield case("swiglu", shape, given, forward, 3 * rows * inner)
+    yield case("swiglu_backward", shape, with_gradient, swiglu.gated_product_backward, 6 * rows * inner)

@@ -4,7 +4,8 @@
     dn = Σ_i dy_i @ W_i    dW_i = dy_iᵀ @ n    dx, dweight as in rms_norm
 
 A norm costs a pass over memory; keeping its result costs 2 bytes × D a row and layer in bf16, a sixth of a dense
-block's activations.  So backward computes n again from x and the kept fp32 of each row.
+block's activations.  So backward computes n again from x and the kept fp32 of each row: on a card in the pass that
+makes dx, where n takes dn's place.
 Saved for backward: x, one fp32 per row, and the masters.
 Source: the chain rule; not keeping what is cheap to compute again is Chen et al. 2016, applied to one op.
 
@@ -13,6 +14,7 @@ Shapes: N rows, D width, O outputs of one projection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,25 +83,46 @@ class _NormLinears(torch.autograd.Function):
             x.new_zeros(rstd_N1.shape[0], projection.shape[0]) if dy is None else dy.reshape(-1, dy.shape[-1])
             for dy, projection in zip(given, projections, strict=True)
         ]
-        d_projections: list[Tensor | None] = [None] * len(projections)
+        needs = needs_dx, needs_dweight
+        if any(needs) and any(needs_projections) and norm.has_kernels(x):
+            # One pass makes the norm's gradient and its rows again, which take the place of their gradient.
+            dn_ND = _sum_inputs(dys, projections, matmul_format, x.dtype)
+            dx, dweight = norm.gradients_on_card(dn_ND, x, weight, rstd_N1, needs, d_stream, normed=dn_ND)
+            d_projections = _weight_gradients(dys, dn_ND, projections, needs_projections, matmul_format)
+            return dx if needs_x else None, dx if needs_added else None, dweight, None, None, *d_projections
+        d_projections = [None] * len(projections)
         if any(needs_projections):
-            normed = norm.normalise(x, weight, 0.0, rstd_N1).y
-            operand = along_columns(normed.reshape(-1, x.shape[-1]), matmul_format)
-            del normed
-            for i, (dy_NO, projection) in enumerate(zip(dys, projections, strict=True)):
-                if needs_projections[i]:
-                    d_projections[i] = backward_weight(along_columns(dy_NO, matmul_format), operand, projection)
-            del operand
-        if not (needs_dx or needs_dweight):
+            normed_ND = norm.normalise(x, weight, 0.0, rstd_N1).y.reshape(-1, x.shape[-1])
+            d_projections = _weight_gradients(dys, normed_ND, projections, needs_projections, matmul_format)
+            del normed_ND
+        if not any(needs):
             return None, None, None, None, None, *d_projections
-        dn_ND = backward_input(along_rows(dys[0], matmul_format), projections[0], matmul_format, x.dtype)
-        for dy_NO, projection in zip(dys[1:], projections[1:], strict=True):
-            if matmul_format == "plain":
-                dn_ND = torch.addmm(dn_ND, dy_NO, cast(projection, x.dtype))
-            else:
-                dn_ND.add_(backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, x.dtype))
-        dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, (needs_dx, needs_dweight), d_stream)
+        dn_ND = _sum_inputs(dys, projections, matmul_format, x.dtype)
+        dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, needs, d_stream)
         return dx if needs_x else None, dx if needs_added else None, dweight, None, None, *d_projections
+
+
+def _weight_gradients(
+    dys: list[Tensor], normed_ND: Tensor, projections: list[Tensor], needed: Sequence[bool], matmul_format: MatmulFormat
+) -> list[Tensor | None]:
+    operand = along_columns(normed_ND, matmul_format)
+    return [
+        backward_weight(along_columns(dy_NO, matmul_format), operand, projection) if is_needed else None
+        for dy_NO, projection, is_needed in zip(dys, projections, needed, strict=True)
+    ]
+
+
+def _sum_inputs(
+    dys: list[Tensor], projections: list[Tensor], matmul_format: MatmulFormat, dtype: torch.dtype
+) -> Tensor:
+    """Return the gradient of the normalised rows, which all projections read: [N, D], contiguous."""
+    dn_ND = backward_input(along_rows(dys[0], matmul_format), projections[0], matmul_format, dtype)
+    for dy_NO, projection in zip(dys[1:], projections[1:], strict=True):
+        if matmul_format == "plain":
+            dn_ND = torch.addmm(dn_ND, dy_NO, cast(projection, dtype))
+        else:
+            dn_ND.add_(backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, dtype))
+    return dn_ND
 
 
 def norm_linears(

@@ -137,22 +137,32 @@ def shares(count: int, tile: Tile, device: torch.device) -> tuple[int, int]:
     return -(-count // share), share
 
 
-def _gradients_on_card(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool], d_stream: Tensor | None
+def gradients_on_card(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd_N1: Tensor,
+    needs: tuple[bool, bool],
+    d_stream: Tensor | None,
+    normed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
+    """Return what `gradients` does, where `has_kernels`; normed [N, D]: what forward returned is written there again.
+
+    normed may be dy itself, contiguous, which is then lost.
+    """
     d_stream_ND = rows_of(d_stream) if d_stream is not None and needs[0] else None
     x_ND, dy_ND, (count, width) = rows_of(x), rows_of(dy), (rstd_N1.shape[0], x.shape[-1])
     tile = norm_tile(width, is_backward=True)
     programs, share = shares(count, tile, x.device)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     partial_PD = x.new_empty(programs, width, dtype=torch.float32) if needs[1] else None
-    beside = [None if part is None else as_read(part) for part in (d_stream_ND, dx)]
+    beside = [None if part is None else as_read(part) for part in (d_stream_ND, dx, normed)]
     tensors = (as_read(dy_ND), as_read(x_ND), as_read(weight.contiguous()), rstd_N1, *beside, partial_PD)
     strides = (dy_ND.stride(0), x_ND.stride(0), 0 if d_stream_ND is None else d_stream_ND.stride(0))
     arguments = (*tensors, count, width, *strides, share)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     what = Launch("layers.rms_norm_triton", "rms_norm_backward_kernel", (programs,), arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(dy, x, weight, rstd_N1, d_stream_ND, dx, partial_PD))
+    launch(what, moved_bytes=bytes_of(dy, x, weight, rstd_N1, d_stream_ND, dx, normed, partial_PD))
     return dx, None if partial_PD is None else sum_parts(partial_PD, weight)
 
 
@@ -164,7 +174,7 @@ def gradients(
     d_stream: the gradient of x from where it goes on beside the norm, which is added to dx.
     """
     if has_kernels(x) and any(needs):
-        return _gradients_on_card(dy, x, weight, rstd_N1, needs, d_stream)
+        return gradients_on_card(dy, x, weight, rstd_N1, needs, d_stream)
     x_ND = x.reshape(-1, x.shape[-1]).float()
     dy_ND = dy.reshape(-1, x.shape[-1]).float()
     weight_D = weight.float()

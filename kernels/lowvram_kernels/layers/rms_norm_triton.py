@@ -84,6 +84,7 @@ def rms_norm_backward_kernel(
     rstd_ptr,
     d_stream_ptr,
     dx_ptr,
+    normed_ptr,
     partial_ptr,
     N,
     D,
@@ -97,6 +98,7 @@ def rms_norm_backward_kernel(
     """dx, and each program's sum over its `share` of the rows for dweight: [programs, D].  None: it is not wanted.
 
     Unless d_stream_ptr is None, dx is that gradient too: x goes on beside the norm.
+    Unless normed_ptr is None, what forward returned is stored there once more, perhaps in the place of dy.
     """
     first = tl.program_id(0).to(tl.int64) * share
     last = tl.minimum(first + share, N)
@@ -111,6 +113,9 @@ def rms_norm_backward_kernel(
         dy = load_fp32(dy_ptr + row[:, None] * stride_dy + column[None, :], inside)
         rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
         normed = x * rstd
+        if normed_ptr is not None:
+            tl.debug_barrier()  # all of dy is read before another thread may write in its place
+            store_nearest(normed_ptr + row[:, None] * D + column[None, :], normed * weight[None, :], inside)
         if partial_ptr is not None:
             total += tl.sum(dy * normed, 0)
         if dx_ptr is not None:

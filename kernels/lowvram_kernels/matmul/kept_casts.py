@@ -30,7 +30,7 @@ class KeptCasts:
         self._copy_of: dict[Tensor, Tensor] = {}
         self._joined: dict[tuple[Tensor, ...], Tensor] = {}
         for group in joined:
-            if all(weight.dtype != dtype for weight in group):
+            if group and all(weight.dtype != dtype for weight in group):
                 outputs = [weight.shape[0] for weight in group]
                 whole = torch.empty(sum(outputs), group[0].shape[1], dtype=dtype, device=group[0].device)
                 self._joined[group] = whole

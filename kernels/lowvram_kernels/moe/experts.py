@@ -34,12 +34,14 @@ from torch.nn import functional as F
 
 from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_simulated, note_work, uncounted
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.layers.swiglu import gated_product, gated_product_backward
+from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 from lowvram_kernels.matmul.kept_casts import cast
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
-from lowvram_kernels.moe.grouped_matmul import grouped_matmul
+from lowvram_kernels.moe.grouped_matmul import Gathered, grouped_matmul
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import Stack, check_stack, needs_decoding, read_copy
+from lowvram_kernels.moe.sorting import Sorted, combine, inverse_of, sort_choices
+from lowvram_kernels.moe.weighted_swiglu import weighted_product, weighted_product_backward
 from lowvram_kernels.quant.quantise import (
     QuantTensor,
     dequantise,
@@ -129,12 +131,21 @@ def _(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, res
     return left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
 
 
+def _rows_of_tokens(x_NI: Tensor, order_M: Tensor, choices: int, matmul_format: MatmulFormat) -> Tensor | Gathered:
+    """Return the tokens' rows, repeated and sorted, [M, I]: on a card read where they lie, unless they are rounded."""
+    if order_M.dtype == torch.int32 and matmul_format == "plain":
+        return Gathered(x_NI, order_M, choices)
+    return x_NI[order_M // choices]
+
+
 def _multiply_tokens(
     x_NI: Tensor,
-    token_M: Tensor,
+    order_M: Tensor,
+    choices: int,
     master_WOI: Tensor,
     idle: tuple[Tensor | None, Tensor | None],
     ends_E: Tensor,
+    is_transposed: bool,
     matmul_format: MatmulFormat,
 ) -> Tensor:
     """Multiply the tokens' rows, repeated and sorted, by their experts' matrices [O, I]: [M, O].
@@ -143,14 +154,16 @@ def _multiply_tokens(
     """
     has_copies = idle[0] is not None and idle[0].shape[0] > 0
     if matmul_format == "plain" or has_copies or not _is_one_launch(x_NI.device):
-        return _multiply(x_NI[token_M], master_WOI, idle, ends_E, True, matmul_format)
+        rows = _rows_of_tokens(x_NI, order_M, choices, matmul_format)
+        return _multiply(rows, master_WOI, idle, ends_E, is_transposed, matmul_format)
     code, scale = quantise_rows(x_NI, matmul_format)
-    rows = QuantTensor(code[token_M], scale[token_M])
-    return grouped_matmul(rows, quantise_weight(master_WOI, matmul_format), ends_E, dtype=x_NI.dtype)
+    token_M = order_M // choices
+    weight = quantise_weight(master_WOI, matmul_format, transposed=not is_transposed)
+    return grouped_matmul(QuantTensor(code[token_M], scale[token_M]), weight, ends_E, dtype=x_NI.dtype)
 
 
 def _multiply(
-    rows_MI: Tensor,
+    rows: Tensor | Gathered,
     master: Tensor,
     idle: tuple[Tensor | None, Tensor | None],
     ends_E: Tensor,
@@ -162,17 +175,19 @@ def _multiply(
     Rows that idle copies read are never rounded: of a copy the weight is low already.
     """
     code, scale = idle
-    if _is_one_launch(rows_MI.device):
+    if isinstance(rows, Gathered) or _is_one_launch(rows.device):
+        count, dtype = (rows.order.shape[0], rows.rows.dtype) if isinstance(rows, Gathered) else (len(rows), rows.dtype)
         if master.shape[0]:
-            out_MO = _multiply_residents(rows_MI, master, ends_E, is_transposed, matmul_format)
+            out_MO = _multiply_residents(rows, master, ends_E, is_transposed, matmul_format)
         else:
-            out_MO = rows_MI.new_empty(rows_MI.shape[0], master.shape[1 if is_transposed else 2])
+            out_MO = master.new_empty(count, master.shape[1 if is_transposed else 2], dtype=dtype)
         if code is not None and code.shape[0]:
             copies = join_parts(code, scale)
             if not is_transposed:
                 copies = join_parts(code.mT, None if scale is None else scale.mT)
-            grouped_matmul(rows_MI, copies, ends_E, first=master.shape[0], out=out_MO)
+            grouped_matmul(rows, copies, ends_E, first=master.shape[0], out=out_MO)
         return out_MO
+    rows_MI = rows
     if matmul_format == "plain":
         stack = cast(master, rows_MI.dtype)
         stack = stack.mT if is_transposed else stack
@@ -190,13 +205,13 @@ def _multiply(
 
 
 def _multiply_residents(
-    rows_MI: Tensor, master: Tensor, ends_E: Tensor, is_transposed: bool, matmul_format: MatmulFormat
+    rows: Tensor | Gathered, master: Tensor, ends_E: Tensor, is_transposed: bool, matmul_format: MatmulFormat
 ) -> Tensor:
-    if matmul_format == "plain":
-        stack = cast(master, rows_MI.dtype)
-        return grouped_matmul(rows_MI, stack if is_transposed else stack.mT, ends_E)
+    if isinstance(rows, Gathered) or matmul_format == "plain":
+        stack = cast(master, rows.rows.dtype if isinstance(rows, Gathered) else rows.dtype)
+        return grouped_matmul(rows, stack if is_transposed else stack.mT, ends_E)
     weight = quantise_weight(master, matmul_format, transposed=not is_transposed)
-    return grouped_matmul(quantise_rows(rows_MI, matmul_format), weight, ends_E, dtype=rows_MI.dtype)
+    return grouped_matmul(quantise_rows(rows, matmul_format), weight, ends_E, dtype=rows.dtype)
 
 
 def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul_format: MatmulFormat) -> Tensor:
@@ -209,18 +224,25 @@ def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul
 
 
 def _sum_outer(
-    left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int, matmul_format: MatmulFormat
-) -> Tensor:
-    """Sum leftᵀ @ right over each resident expert's slice: [W, O, I] in dtype."""
-    is_one_launch = _is_one_launch(left_MO.device)
+    left: Tensor | Gathered, right: Tensor | Gathered, ends_E: Tensor, master: Tensor, matmul_format: MatmulFormat
+) -> Tensor | None:
+    """Sum leftᵀ @ right over each resident expert's slice: the master's gradient, [W, O, I] in its dtype.
+
+    None where it has been added to the master's `.grad`: see `fp32_sums.py`.
+    """
+    resident, dtype = master.shape[0], master.dtype
+    if isinstance(left, Gathered) or isinstance(right, Gathered):
+        total = sum_of(master)
+        sums = grouped_wgrad(left, right, ends_E, resident, dtype if total is None else torch.float32, total=total)
+        return sums if total is None else None
     if matmul_format == "plain":
-        if is_one_launch:
-            return grouped_wgrad(left_MO, right_MI, ends_E, resident, dtype)
-        return _sum_outer_slices(left_MO, right_MI, ends_E, dtype, resident)
-    left, right = quantise_columns(left_MO, matmul_format), quantise_columns(right_MI, matmul_format)
-    if is_one_launch:
-        return grouped_wgrad(left, right, ends_E, resident, dtype)
-    rounded = [dequantise(columns, left_MO.dtype).mT for columns in (left, right)]
+        if _is_one_launch(left.device):
+            return grouped_wgrad(left, right, ends_E, resident, dtype)
+        return _sum_outer_slices(left, right, ends_E, dtype, resident)
+    columns = quantise_columns(left, matmul_format), quantise_columns(right, matmul_format)
+    if _is_one_launch(left.device):
+        return grouped_wgrad(*columns, ends_E, resident, dtype)
+    rounded = [dequantise(side, left.dtype).mT for side in columns]
     return _sum_outer_slices(*rounded, ends_E, dtype, resident)
 
 
@@ -240,23 +262,6 @@ def _show_decoding(copies: Stack, scratch: Tensor) -> None:
     note_work(moved_bytes=(count * passes - 1) * bytes_of(scratch), ops=count * passes // 2)
 
 
-def _sort(ids_NK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """Return the choices in the order of their experts [M] and where each slice ends [E], on the host for the loop."""
-    flat_M = ids_NK.reshape(-1)
-    count_E = torch.zeros(experts, dtype=torch.int64, device=ids_NK.device)
-    count_E.scatter_add_(0, flat_M, torch.ones_like(flat_M))
-    ends_E = count_E.cumsum(0)
-    stays = is_simulated() or _is_one_launch(ids_NK.device)
-    return torch.argsort(flat_M, stable=True), ends_E if stays else ends_E.to("cpu")
-
-
-def _combine(sorted_MD: Tensor, order_M: Tensor, choices: int) -> Tensor:
-    """Bring the rows back to their tokens and add each token's choices: [N, D]."""
-    place_M = torch.empty_like(order_M)
-    place_M[order_M] = torch.arange(order_M.shape[0], device=order_M.device)
-    return sorted_MD[place_M].view(-1, choices, sorted_MD.shape[1]).sum(1)
-
-
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -265,7 +270,10 @@ class _Experts(torch.autograd.Function):
         gate_up: Tensor,
         down: Tensor,
         weights: Tensor,
-        ids: Tensor,
+        added: Tensor | None,
+        order_M: Tensor,
+        place_M: Tensor,
+        ends_E: Tensor,
         gate_up_code: Tensor | None,
         gate_up_scale: Tensor | None,
         down_code: Tensor | None,
@@ -274,40 +282,43 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         ctx.matmul_format = matmul_format
         idle_gate_up, idle_down = (gate_up_code, gate_up_scale), (down_code, down_scale)
-        idle_count = 0 if gate_up_code is None else gate_up_code.shape[0]
-        order_M, ends_E = _sort(ids, gate_up.shape[0] + idle_count)
-        gate_up_MI = _multiply_tokens(x, order_M // ids.shape[1], gate_up, idle_gate_up, ends_E, matmul_format)
-        ctx.save_for_backward(x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle_gate_up, *idle_down)
-        weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
-        out_MD = _multiply(gated_product(gate_up_MI).mul_(weight_M1), down, idle_down, ends_E, True, matmul_format)
-        return _combine(out_MD, order_M, ids.shape[1])
+        choices = weights.shape[1]
+        gate_up_MI = _multiply_tokens(x, order_M, choices, gate_up, idle_gate_up, ends_E, True, matmul_format)
+        # Places of 8 bytes are made again in backward, as cheap as they are.
+        kept_place_M = place_M if place_M.dtype == torch.int32 else None
+        kept = x, gate_up, down, weights, order_M, kept_place_M, ends_E, gate_up_MI
+        ctx.save_for_backward(*kept, *idle_gate_up, *idle_down)
+        ctx.leaves = leaves_of(gate_up, down)
+        h_MI = weighted_product(gate_up_MI, weights, order_M)
+        out_MD = _multiply(h_MI, down, idle_down, ends_E, True, matmul_format)
+        return combine(out_MD, place_M, choices, added)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_up, down, weights, order_M, ends_E, gate_up_MI, *idle = ctx.saved_tensors
+        x, gate_up, down, weights, order_M, place_M, ends_E, gate_up_MI, *idle = ctx.saved_tensors
+        if ctx.leaves is not None:
+            gate_up, down = ctx.leaves
         idle_gate_up, idle_down = (idle[0], idle[1]), (idle[2], idle[3])
-        needs_dx, needs_dgate_up, needs_ddown, needs_dweights = ctx.needs_input_grad[:4]
-        choices, resident, matmul_format = weights.shape[1], gate_up.shape[0], ctx.matmul_format
-        token_M = order_M // choices
-        weight_M1 = weights.reshape(-1)[order_M].to(x.dtype)[:, None]
-        dx = dgate_up = ddown = dweights = None
-        dy_MD = dy[token_M]
-        dh_MI = _multiply(dy_MD, down, idle_down, ends_E, False, matmul_format)
-        d_gate_up_MI, product_MI = gated_product_backward(dh_MI * weight_M1, gate_up_MI)
-        if needs_dweights:
-            dweights_M = (dh_MI * product_MI).sum(-1, dtype=torch.float32).to(weights.dtype)
-            dweights = torch.empty_like(dweights_M).index_copy_(0, order_M, dweights_M).view(weights.shape)
+        needs_dx, needs_dgate_up, needs_ddown, needs_dweights, needs_added = ctx.needs_input_grad[:5]
+        choices, matmul_format = weights.shape[1], ctx.matmul_format
+        dx = dgate_up = ddown = None
+        dh_MI = _multiply_tokens(dy, order_M, choices, down, idle_down, ends_E, False, matmul_format)
+        d_gate_up_MI, h_MI, dweights = weighted_product_backward(dh_MI, gate_up_MI, weights, order_M, needs_dweights)
+        del dh_MI
         if needs_ddown:
-            ddown = _sum_outer(dy_MD, product_MI.mul_(weight_M1), ends_E, down.dtype, resident, matmul_format)
-        del dy_MD, dh_MI, product_MI
+            dy_MD = _rows_of_tokens(dy, order_M, choices, matmul_format)
+            ddown = _sum_outer(dy_MD, h_MI, ends_E, down, matmul_format)
+            del dy_MD
+        del h_MI
         if needs_dgate_up:
-            dgate_up = _sum_outer(d_gate_up_MI, x[token_M], ends_E, gate_up.dtype, resident, matmul_format)
+            x_MD = _rows_of_tokens(x, order_M, choices, matmul_format)
+            dgate_up = _sum_outer(d_gate_up_MI, x_MD, ends_E, gate_up, matmul_format)
+            del x_MD
         if needs_dx:
-            dx = _combine(
-                _multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, matmul_format), order_M, choices
-            )
-        return dx, dgate_up, ddown, dweights, None, None, None, None, None, None
+            place_M = inverse_of(order_M) if place_M is None else place_M
+            dx = combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, matmul_format), place_M, choices)
+        return dx, dgate_up, ddown, dweights, dy if needs_added else None, *(None,) * 8
 
 
 def experts(
@@ -315,16 +326,18 @@ def experts(
     gate_up: Tensor,
     down: Tensor,
     weights: Tensor,
-    ids: Tensor,
+    ids: Tensor | Sorted,
     idle: tuple[Stack, Stack] | None = None,
     matmul_format: MatmulFormat = "plain",
+    added: Tensor | None = None,
 ) -> Tensor:
     """Send each token through its chosen experts and sum their outputs by routing weight.
 
     x: [N, D] fp32|bf16|fp16.  gate_up: [W, 2I, D], gate first; down: [W, D, I]: masters of any floating dtype,
-    each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E).  idle: the copies of
-    gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole; without it
-    E = W, with it W may be 0, where experts are only read.  Returns [N, D] in x's dtype.
+    each stack cast once per use.  weights: [N, K] fp32.  ids: [N, K] int64, slots in [0, E), or sorted already.
+    idle: the copies of gate_up [E − W, 2I, D] and of down [E − W, D, I], slots W … E − 1, decoded at use, never whole;
+    without it E = W, with it W may be 0, where experts are only read.  added: [N, D] in x's dtype, which is added to
+    the outputs.  Returns [N, D] in x's dtype.
     matmul_format: the numbers that resident experts multiply, see `quant_linear.py`; where a loop calls the library,
     operands are rounded to them and multiplied in x's dtype.
     Gradients come in their arguments' dtypes; a resident expert that nobody chose gets zeros, idle ones get none.
@@ -336,16 +349,27 @@ def experts(
     count, twice_inner, width = gate_up.shape if gate_up.dim() == 3 else (-1, 0, 0)
     fits = count >= (0 if idle is not None else 1) and x.dim() == 2 and x.shape[1] == width
     fits = fits and down.shape == (count, width, twice_inner // 2) and 2 * down.shape[-1] == twice_inner
-    if not fits or ids.dim() != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
-        shapes = [list(t.shape) for t in (x, gate_up, down, weights, ids)]
-        raise ShapeError(f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K].")
-    if ids.dtype != torch.int64 or not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
-        raise ShapeError(f"experts: ids is {ids.dtype}, x {x.dtype}; ids needs int64, the others floating.")
+    if isinstance(ids, Sorted):
+        chosen, is_whole = list(ids.order.shape), ids.order.shape == (weights.numel(),)
+    else:
+        chosen, is_whole = list(ids.shape), ids.dtype == torch.int64 and ids.shape == weights.shape
+    if not fits or weights.dim() != 2 or weights.shape[0] != x.shape[0] or not is_whole:
+        shapes = [*(list(t.shape) for t in (x, gate_up, down, weights)), chosen]
+        raise ShapeError(
+            f"experts: got {shapes}; needs [N, D], [W, 2I, D], [W, D, I], [N, K] and [N, K] of int64, or them sorted."
+        )
+    if added is not None and (added.shape != x.shape or added.dtype != x.dtype):
+        raise ShapeError(f"experts: added is {list(added.shape)} {added.dtype}; needs {list(x.shape)} {x.dtype}.")
+    if not all(t.dtype.is_floating_point for t in (x, gate_up, down, weights)):
+        raise ShapeError(f"experts: x is {x.dtype}, gate_up {gate_up.dtype}, weights {weights.dtype}; needs floating.")
     check_matmul_format(matmul_format, "experts")
     if idle is not None:
         _check_idle(gate_up, down, *idle)
     copies = (None, None, None, None) if idle is None else (*parts_of(idle[0]), *parts_of(idle[1]))
-    return _Experts.apply(x, gate_up, down, weights, ids, *copies, matmul_format)  # type: ignore[no-untyped-call]
+    if not isinstance(ids, Sorted):
+        ids = sort_choices(ids, count + (0 if copies[0] is None else copies[0].shape[0]))
+    order = ids.order, ids.place, ids.ends
+    return _Experts.apply(x, gate_up, down, weights, added, *order, *copies, matmul_format)  # type: ignore[no-untyped-call]
 
 
 def _check_idle(gate_up: Tensor, down: Tensor, idle_gate_up: Stack, idle_down: Stack) -> None:

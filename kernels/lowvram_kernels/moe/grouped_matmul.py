@@ -20,7 +20,7 @@ Shapes: M rows, sorted by expert; E experts, C of them in the stack; N outputs, 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ _SMALL, _SMALL_FEW = Tile(64, 64, 16, 4, 3), Tile(16, 64, 32, 4, 3)
 _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     # Two of the first fit a multiprocessor of a GeForce: one computes while the other begins or ends.
     "half": ((Tile(128, 128, 32, 4, 4), _LOW, _FEW), (Tile(128, 128, 32, 4, 4), Tile(64, 64, 64, 4, 3))),
+    "gathered": ((), (Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 3))),
     "decode": ((Tile(128, 128, 32, 4, 4), _LOW, _FEW), ()),
     "single": ((_SMALL, _SMALL_FEW), (_SMALL,)),
     "storage": ((_HIGH_FP8, _LOW, _FEW), (_HIGH, _LOW)),
@@ -63,10 +64,36 @@ _TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
 # Its FP8 product takes 64 rows at least, and two sums of 128×128 spill where both sides have a scale for each row.
 _HOPPER_TILES: dict[str, tuple[tuple[Tile, ...], tuple[Tile, ...]]] = {
     "half": ((_WIDE, _HIGH, _LOW, _FEW), (_WIDE, _HIGH, Tile(64, 64, 64, 4, 3))),
+    "gathered": ((), (_HIGH, Tile(64, 64, 64, 4, 3))),
     "decode": ((_HIGH, _LOW, _FEW), ()),
     "tensor": ((_HIGH_FP8, _LOW), (Tile(64, 128, 128, 4, 3), _LOW)),
     "int8": ((Tile(128, 256, 128, 8, 3), _HIGH_FP8, _LOW_INT8, _FEW_INT8), (_HIGH_FP8, _SQUARE_INT8)),
 }
+
+
+class Gathered(NamedTuple):
+    """Rows that are read where they lie: row m is rows[order[m] // choices].
+
+    rows: [N, K] fp32|bf16|fp16.  order: [M] int32, as `sorting.sort_choices` returns it on a card.
+    """
+
+    rows: Tensor
+    order: Tensor
+    choices: int
+
+
+def collected(side: Tensor | QuantTensor | Gathered) -> Tensor | QuantTensor:
+    """Return gathered rows as a tensor of their own, others as they are."""
+    return side.rows[side.order // side.choices] if isinstance(side, Gathered) else side
+
+
+def operand_of(side: Tensor | QuantTensor | Gathered) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Return numbers or codes, scales, order and choices.  Raises ShapeError if an order is not [M] int32."""
+    if not isinstance(side, Gathered):
+        return *parts_of(side), None, 1
+    if side.order.dim() != 1 or side.order.dtype != torch.int32 or side.choices < 1:
+        raise ShapeError(f"Gathered: order is {describe(side.order)}, choices {side.choices}; needs [M] int32, ≥ 1.")
+    return side.rows, None, side.order, side.choices
 
 
 def mask_M(ends_E: Tensor, count: int, expert: int) -> Tensor:
@@ -109,13 +136,14 @@ def reference(
 def grouped_tiles(card: Card, kind: str, is_outer: bool = False) -> list[Tile]:
     """Return every tile that a product may take on a card.
 
-    kind: "half" (16-bit numbers), "decode" (a stack in other numbers than the rows), "single" (fp32), "int8" (on both
+    kind: "half" (16-bit numbers), "gathered" (such, one side of an outer product gathered), "decode" (a stack in other
+    numbers than the rows), "single" (fp32), "int8" (on both
     sides), or for E4M3 on both sides "mxfp8", "tensor" or "storage".
     """
     is_hopper = card.capability is not None and card.capability[0] in (9, 10)
     # An int, because Dynamo of torch 2.11 takes no truth for an index.
     found = (_HOPPER_TILES.get(kind, _TILES[kind]) if is_hopper else _TILES[kind])[int(is_outer)]
-    bytes_of_both = {"half": 4, "decode": 4, "single": 8}.get(kind, 2)
+    bytes_of_both = {"half": 4, "gathered": 4, "decode": 4, "single": 8}.get(kind, 2)
     return [
         tile
         for tile in found
@@ -165,11 +193,13 @@ def _launch_multiply(
     code_CNK: Tensor,
     scale: Tensor | None,
     ends_E: Tensor,
+    order_M: Tensor | None,
+    choices: int,
     first: int,
     out_MN: Tensor,
     tile: list[int],
 ) -> None:
-    (rows, inputs), (count, outputs, _), it = rows_MK.shape, code_CNK.shape, Tile(*tile)
+    rows, (count, outputs, inputs), it = out_MN.shape[0], code_CNK.shape, Tile(*tile)
     slots = rows // it.rows + count
     grid = (slots * -(-outputs // it.columns),)
     kind = kind_of(rows_MK, code_CNK, rows_scale is not None)
@@ -193,13 +223,15 @@ def _launch_multiply(
     else:
         kernel, (constants["SCALE"], scale_strides) = "multiply_kernel", _scale_strides(code_CNK, scale)
         constants["IS_TURNED"] = code_CNK.stride(1) == 1 and code_CNK.stride(2) != 1
-        arguments = (rows_MK, code_CNK, scale, ends_E, out_MN, *sizes)
+        constants["CHOICES"] = choices
+        arguments = (rows_MK, code_CNK, scale, ends_E, order_M, out_MN, *sizes)
         arguments += (*rows_MK.stride(), *code_CNK.stride(), *scale_strides)
     expected_mma = EXPECTED_MMA.get(kind if rows_scale is not None else rows_MK.dtype, "")
     what = Launch("moe.grouped_matmul_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     # Which experts are chosen is not known in meta mode: all are taken to have as many rows.
     share = count / ends_E.shape[0]
-    moved = share * bytes_of(rows_MK, rows_scale, out_MN) + bytes_of(code_CNK, scale)
+    read = bytes_of(rows_MK, rows_scale) if order_M is None else rows * inputs * rows_MK.element_size()
+    moved = share * (read + bytes_of(order_M, out_MN)) + bytes_of(code_CNK, scale)
     launch(what, 2.0 * share * rows * outputs * inputs, moved)
 
 
@@ -213,7 +245,7 @@ def _(*arguments: Any) -> None:
 
 
 def grouped_matmul(
-    rows: Tensor | QuantTensor,
+    rows: Tensor | QuantTensor | Gathered,
     stack: Tensor | QuantTensor,
     ends: Tensor,
     first: int = 0,
@@ -223,7 +255,7 @@ def grouped_matmul(
 ) -> Tensor:
     """Multiply each expert's rows by its matrix transposed, in one launch and without waiting for the device.
 
-    rows: [M, K] fp32|bf16|fp16, E4M3 in blocks of 1×128, or int8 with scales [M, 1].  stack: the matrices of experts
+    rows: [M, K] fp32|bf16|fp16, also gathered; E4M3 in blocks of 1×128, or int8 with scales [M, 1].  stack: of experts
     first … first + C − 1, [C, N, K] fp32|bf16|fp16, E4M3 in blocks of 128×128 or int8 with scales [C, N, 1] or
     [C, 1, K]; any strides, so that a stack [C, K, N] comes as its views' `.mT`.  E4M3 rows need an E4M3 stack, int8
     rows an int8 stack with scales [C, N, 1], and both contiguous.
@@ -233,11 +265,12 @@ def grouped_matmul(
     Returns [M, N].  Has no gradient of its own.  Where there is no Triton it is `reference`, C times the work.
     Raises ShapeError if shapes, dtypes or devices do not fit together, or K is over 133,144 for int8 on both sides.
     """
-    (rows_MK, rows_scale), (code_CNK, scale) = parts_of(rows), parts_of(stack)
+    rows_MK, rows_scale, order_M, choices = operand_of(rows)
+    code_CNK, scale = parts_of(stack)
     _check_multiply(rows_MK, rows_scale, code_CNK, scale, ends, first)
     if dtype is None:
         dtype = out.dtype if out is not None else torch.bfloat16 if rows_scale is not None else rows_MK.dtype
-    shape = (rows_MK.shape[0], code_CNK.shape[1])
+    shape = (rows_MK.shape[0] if order_M is None else order_M.shape[0], code_CNK.shape[1])
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=rows_MK.device)
     if out.shape != shape or out.dtype != dtype or dtype not in FLOATING or not out.is_contiguous():
@@ -249,13 +282,13 @@ def grouped_matmul(
         is_own_M = mask_M(ends, shape[0], first + code_CNK.shape[0] - 1)
         for index in range(code_CNK.shape[0] - 1):
             is_own_M |= mask_M(ends, shape[0], first + index)
-        return out.copy_(torch.where(is_own_M[:, None], reference(rows, stack, ends, first, dtype), out))
+        return out.copy_(torch.where(is_own_M[:, None], reference(collected(rows), stack, ends, first, dtype), out))
     if tile is None:
         kind, rows_of_one = kind_of(rows_MK, code_CNK, rows_scale is not None), shape[0] / ends.shape[0]
         tile = choose_grouped_tile(card, kind, rows_of_one, shape[1], code_CNK.shape[0])
     if rows_scale is not None:
         rows_MK, code_CNK = fill_lines(rows_MK), fill_lines(code_CNK)
-    _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, first, out, list(tile))
+    _multiply_op(rows_MK, rows_scale, code_CNK, scale, ends, order_M, choices, first, out, list(tile))
     return out
 
 

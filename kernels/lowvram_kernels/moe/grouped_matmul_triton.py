@@ -67,6 +67,7 @@ def multiply_kernel(
     code_ptr,
     scale_ptr,
     ends_ptr,
+    order_ptr,
     out_ptr,
     N,
     K,
@@ -79,6 +80,7 @@ def multiply_kernel(
     scale_stride_e,
     scale_stride_n,
     scale_stride_k,
+    CHOICES: tl.constexpr,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -93,7 +95,7 @@ def multiply_kernel(
     """Multiply each slice by its matrix transposed, which may lie in other numbers and is then decoded in registers.
 
     SCALE: "none"; "block" of 128×128 for E4M3; "n" or "k", the one that each int8 scale belongs to.
-    IS_TURNED: a matrix is contiguous along N.
+    IS_TURNED: a matrix is contiguous along N.  order: row m is row order[m] // CHOICES of what rows points to.
     """
     slot, column = order(tl.program_id(0), slots, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _find_tile(ends_ptr, slot, FIRST, COUNT, EXPERTS, BLOCK_M)
@@ -106,8 +108,12 @@ def multiply_kernel(
     place_m = tl.minimum(at_m, end - 1 - row)
     place_n = at_n if IS_TURNED else tl.minimum(at_n, N - 1)
     in_n = (at_n < N)[None, :]
-    rows_ptr += row.to(tl.int64) * rows_stride_m
-    left_ptr = rows_ptr + place_m[:, None] * rows_stride_m + at_k[None, :] * rows_stride_k
+    if order_ptr is None:
+        rows_ptr += row.to(tl.int64) * rows_stride_m
+        left_ptr = rows_ptr + place_m[:, None] * rows_stride_m + at_k[None, :] * rows_stride_k
+    else:
+        source = (tl.load(order_ptr + row + place_m) // CHOICES).to(tl.int64)
+        left_ptr = rows_ptr + source[:, None] * rows_stride_m + at_k[None, :] * rows_stride_k
     code_ptr += expert.to(tl.int64) * code_stride_e
     right_ptr = code_ptr + place_n[None, :] * code_stride_n + at_k[:, None] * code_stride_k
     if SCALE != "none":

@@ -28,14 +28,17 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.grouped_matmul import (
     EXPECTED_MMA,
     GROUP,
+    Gathered,
     check_ends,
     choose_grouped_tile,
+    collected,
     dequantise_operand,
     describe,
     kind_of,
     mask_M,
+    operand_of,
 )
-from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines, parts_of
+from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines
 
 # Rows of int8 whose sums int32 holds, in whole tiles: at most quantise.MOST_INT8.
 _TERMS = 2**17
@@ -62,6 +65,10 @@ def _launch_outer(
     right: Tensor,
     right_scale: Tensor | None,
     ends_E: Tensor,
+    left_order_M: Tensor | None,
+    right_order_M: Tensor | None,
+    choices: int,
+    adds: bool,
     out_WOI: Tensor,
     tile: list[int],
 ) -> None:
@@ -79,12 +86,15 @@ def _launch_outer(
             kernel, constants["WAY"] = "outer_fp8_kernel", kind
         arguments = (left, left_scale, right, right_scale, ends_E, out_WOI, rows, outputs, inputs)
     else:
-        kernel, rows = "outer_kernel", left.shape[0]
-        arguments = (left, right, ends_E, out_WOI, outputs, inputs, *left.stride(), *right.stride())
+        kernel, rows = "outer_kernel", (left if left_order_M is None else left_order_M).shape[0]
+        constants |= {"CHOICES": choices, "ADDS": adds}
+        arguments = (left, right, ends_E, left_order_M, right_order_M, out_WOI, outputs, inputs)
+        arguments += (*left.stride(), *right.stride())
     expected_mma = EXPECTED_MMA.get(kind if left_scale is not None else left.dtype, "")
     what = Launch("moe.grouped_wgrad_triton", kernel, grid, arguments, constants, it.warps, it.stages, expected_mma)
     share = count / ends_E.shape[0]
-    moved = share * bytes_of(left, left_scale, right, right_scale) + bytes_of(out_WOI)
+    read = rows * (outputs + inputs) * left.element_size() + bytes_of(left_scale, right_scale)
+    moved = share * (read + bytes_of(left_order_M, right_order_M)) + (2 if adds else 1) * bytes_of(out_WOI)
     launch(what, 2.0 * share * rows * outputs * inputs, moved)
 
 
@@ -98,37 +108,58 @@ def _(*arguments: Any) -> None:
 
 
 def grouped_wgrad(
-    left: Tensor | QuantTensor,
-    right: Tensor | QuantTensor,
+    left: Tensor | QuantTensor | Gathered,
+    right: Tensor | QuantTensor | Gathered,
     ends: Tensor,
     resident: int,
     dtype: torch.dtype,
     tile: Tile | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Sum left[m]ᵀ right[m] over each expert's rows: the gradients of a stack's matrices, in one launch.
 
-    left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype; or columns [O, M] and [I, M], both
+    left: [M, O], right: [M, I], fp32|bf16|fp16 of one dtype, also gathered; or columns [O, M] and [I, M], both
     E4M3 in blocks of 1×128 or both int8 with scales [O, 1] and [I, 1].
     ends: [E] int64|int32, where each expert's rows end, never falling, at most M.  resident: how many experts, from
     the first.  dtype: of the result, rounded once from fp32.  tile: one of `grouped_tiles`, chosen without it.
+    total: [resident, O, I] in dtype, contiguous, to which the sums of sides without scales are added, in its place.
     Returns [resident, O, I], zeros for an expert without rows.  Has no gradient of its own.
     Raises ShapeError if shapes, dtypes or devices do not fit together.
     """
-    (left_code, left_scale), (right_code, right_scale) = parts_of(left), parts_of(right)
-    _check_outer(left_code, left_scale, right_code, right_scale, ends, resident, dtype)
+    left_code, left_scale, left_order_M, left_choices = operand_of(left)
+    right_code, right_scale, right_order_M, right_choices = operand_of(right)
+    is_plain = left_scale is None
+    lengths = [_length(left_code, is_plain, left_order_M), _length(right_code, is_plain, right_order_M)]
+    _check_outer(left_code, left_scale, right_code, right_scale, lengths, ends, resident, dtype)
     card = card_of(left_code.device)
     if choose("grouped_matmul", card).backend != "triton":
-        return reference(left, right, ends, resident, dtype)
+        sums = reference(collected(left), collected(right), ends, resident, dtype)
+        return sums if total is None else total.add_(sums)
     side = 1 if left_scale is None else 0
-    outputs, inputs = left_code.shape[side], right_code.shape[side]
-    out = torch.empty(resident, outputs, inputs, dtype=dtype, device=left_code.device)
+    shape = resident, left_code.shape[side], right_code.shape[side]
+    if total is not None and (
+        total.shape != shape or total.dtype != dtype or not total.is_contiguous() or left_scale is not None
+    ):
+        raise ShapeError(
+            f"grouped_wgrad: total is {describe(total)}; needs {list(shape)} {dtype}, and sides without scales."
+        )
+    out = torch.empty(shape, dtype=dtype, device=left_code.device) if total is None else total
     if tile is None:
         kind = kind_of(left_code, right_code, left_scale is not None)
-        tile = choose_grouped_tile(card, kind, outputs, inputs, resident, is_outer=True)
+        if kind == "half" and (left_order_M is not None or right_order_M is not None):
+            kind = "gathered"  # whose pointers take registers
+        tile = choose_grouped_tile(card, kind, shape[1], shape[2], resident, is_outer=True)
     if left_scale is not None:
         left_code, right_code = fill_lines(left_code), fill_lines(right_code)
-    _outer_op(left_code, left_scale, right_code, right_scale, ends, out, list(tile))
+    orders = left_order_M, right_order_M, max(left_choices, right_choices)
+    _outer_op(left_code, left_scale, right_code, right_scale, ends, *orders, total is not None, out, list(tile))
     return out
+
+
+def _length(code: Tensor, is_plain: bool, order_M: Tensor | None) -> int:
+    if order_M is not None:
+        return order_M.shape[0]
+    return -1 if code.dim() != 2 else code.shape[0 if is_plain else 1]
 
 
 def _check_outer(
@@ -136,14 +167,14 @@ def _check_outer(
     left_scale: Tensor | None,
     right: Tensor,
     right_scale: Tensor | None,
+    lengths: list[int],
     ends: Tensor,
     resident: int,
     dtype: torch.dtype,
 ) -> None:
     what = f"grouped_wgrad: left is {describe(left)}, scale {describe(left_scale)}"
     what += f"; right {describe(right)}, scale {describe(right_scale)}"
-    side = 0 if left_scale is None else 1
-    if left.dim() != 2 or right.dim() != 2 or left.shape[side] != right.shape[side] or left.dtype != right.dtype:
+    if left.dim() != 2 or right.dim() != 2 or lengths[0] != lengths[1] or left.dtype != right.dtype:
         raise ShapeError(f"{what}; needs [M, O] and [M, I] of one dtype, or scaled [O, M] and [I, M].")
     if left_scale is None and right_scale is None:
         is_right = left.dtype in FLOATING

@@ -19,6 +19,8 @@ def outer_kernel(
     left_ptr,
     right_ptr,
     ends_ptr,
+    left_order_ptr,
+    right_order_ptr,
     out_ptr,
     outputs,
     inputs,
@@ -26,12 +28,17 @@ def outer_kernel(
     left_stride_o,
     right_stride_m,
     right_stride_i,
+    CHOICES: tl.constexpr,
+    ADDS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_M: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Sum the outer products of one expert's rows, for one tile of its [O, I]; every element is written."""
+    """Sum the outer products of one expert's rows, for one tile of its [O, I]; every element is written.
+
+    ADDS: to what out holds.  An order: row m of that side is row order[m] // CHOICES of what its pointer points to.
+    """
     tiles_o, tiles_i = tl.cdiv(outputs, BLOCK_O), tl.cdiv(inputs, BLOCK_I)
     expert = tl.program_id(0) // (tiles_o * tiles_i)
     tile_o, tile_i = order(tl.program_id(0) % (tiles_o * tiles_i), tiles_o, tiles_i, GROUP)
@@ -40,21 +47,33 @@ def outer_kernel(
     at_o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     at_i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
     in_o, in_i = (at_o < outputs)[:, None], (at_i < inputs)[None, :]
-    left_ptr += start.to(tl.int64) * left_stride_m
-    right_ptr += start.to(tl.int64) * right_stride_m
-    left_at = left_ptr + at_o[:, None] * left_stride_o + at_m[None, :] * left_stride_m
-    right_at = right_ptr + at_m[:, None] * right_stride_m + at_i[None, :] * right_stride_i
+    left_at, right_at = left_ptr + at_o[:, None] * left_stride_o, right_ptr + at_i[None, :] * right_stride_i
+    if left_order_ptr is None:
+        left_at = left_at + start.to(tl.int64) * left_stride_m + at_m[None, :] * left_stride_m
+    if right_order_ptr is None:
+        right_at = right_at + start.to(tl.int64) * right_stride_m + at_m[:, None] * right_stride_m
     total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
     for m in range(start, end, BLOCK_M):
         # Both sides: a neighbour's NaN times zero would be NaN.
         in_m = at_m < end - m
-        left = tl.load(left_at, mask=in_o & in_m[None, :], other=0)
-        right = tl.load(right_at, mask=in_m[:, None] & in_i, other=0)
+        in_left, in_right = in_o & in_m[None, :], in_m[:, None] & in_i
+        if left_order_ptr is None:
+            left = tl.load(left_at, mask=in_left, other=0)
+            left_at += BLOCK_M * left_stride_m
+        else:
+            left_m = (tl.load(left_order_ptr + m + at_m, mask=in_m, other=0) // CHOICES).to(tl.int64)
+            left = tl.load(left_at + left_m[None, :] * left_stride_m, mask=in_left, other=0)
+        if right_order_ptr is None:
+            right = tl.load(right_at, mask=in_right, other=0)
+            right_at += BLOCK_M * right_stride_m
+        else:
+            right_m = (tl.load(right_order_ptr + m + at_m, mask=in_m, other=0) // CHOICES).to(tl.int64)
+            right = tl.load(right_at + right_m[:, None] * right_stride_m, mask=in_right, other=0)
         total = tl.dot(left, right, total, input_precision="ieee")
-        left_at += BLOCK_M * left_stride_m
-        right_at += BLOCK_M * right_stride_m
-    out_ptr += expert.to(tl.int64) * outputs * inputs
-    tl.store(out_ptr + at_o[:, None] * inputs + at_i[None, :], total.to(out_ptr.dtype.element_ty), mask=in_o & in_i)
+    out_at = out_ptr + expert.to(tl.int64) * outputs * inputs + at_o[:, None] * inputs + at_i[None, :]
+    if ADDS:
+        total += tl.load(out_at, mask=in_o & in_i, other=0.0)
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=in_o & in_i)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.moe import experts as module
 from lowvram_kernels.moe.experts import experts, reference
 from lowvram_kernels.moe.idle import COPY_FORMATS, Stack, new_idle, write_copy_
+from lowvram_kernels.moe.sorting import sort_choices
 from lowvram_kernels.quant.quantise import parts_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -220,9 +221,9 @@ def test_low_forms_give_zeros_where_nobody_chose(form: MatmulFormat) -> None:
 @each_low
 def test_tokens_that_are_rounded_before_they_are_repeated_have_the_same_bits(form: MatmulFormat) -> None:
     (x, gate_up, *_), ids, _ = draw(torch.float16, None)
-    order, ends = module._sort(ids, 5)
     with running_on("sm86"):
-        early = module._multiply_tokens(x, order // 2, gate_up, (None, None), ends, form)
+        order, _, ends, _ = sort_choices(ids, 5)
+        early = module._multiply_tokens(x, order, 2, gate_up, (None, None), ends, True, form)
         late = module._multiply(x[order // 2], gate_up, (None, None), ends, True, form)
     assert torch.equal(early, late)
 
@@ -310,4 +311,4 @@ def test_on_paper_nothing_is_decoded_into_memory(form: str) -> None:
     (_, _, one_launch), (_, _, loop) = (on_paper_of(CARDS[name], form, tokens=1) for name in ("sm86", "sm75"))
     scratch, rows_of_one_token = 80 * 64 * 2, 512
     spread = 80 * 4 if form == "e4m3" else 0  # a block's scale for each of its rows
-    assert scratch - rows_of_one_token < loop - one_launch <= scratch + spread
+    assert scratch - rows_of_one_token < loop - one_launch <= scratch + spread + rows_of_one_token

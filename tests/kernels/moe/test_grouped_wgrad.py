@@ -206,7 +206,7 @@ def test_nothing_reads_the_device_and_the_op_keeps_torchs_rules() -> None:
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert grouped_wgrad(left, right, ends, 3, torch.float16).shape == (3, 4, 5)
         out, tile = torch.zeros(3, 4, 5, device=DEVICE), list(grouped_tiles(CARDS["sm86"], "single", is_outer=True)[0])
-        arguments = (left, None, right, None, ends, out, tile)
+        arguments = (left, None, right, None, ends, None, None, 1, False, out, tile)
         torch.library.opcheck(module._outer_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
