@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-# By module and name: the kernel, and what Triton has compiled of it, by device, options and how arguments are specialised.
+# By module and name: a kernel, and what Triton has compiled of it by device, options and specialised arguments.
 _kernels: dict[tuple[str, str], tuple[Any, dict[tuple[Any, ...], Any]]] = {}
 # Triton's module, imported at the first launch.
 _triton: Any = None
