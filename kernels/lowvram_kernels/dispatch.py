@@ -6,7 +6,6 @@ same allocations, so what is counted there is what the card will hold.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from lowvram_kernels.capabilities import (
     Features,
     features_of,
 )
+from lowvram_kernels.compiled_launch import start
 
 
 class Card(NamedTuple):
@@ -114,6 +114,8 @@ def _forget(work: HiddenWork | Tensor | Launch) -> None:
 # Facts of the installation, asked once: Dynamo cannot trace the question.
 _HAS_FLASH: bool = torch.backends.cuda.is_flash_attention_available()
 _HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
+# Triton reads it when a kernel's module is imported.
+_IS_INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 # Module globals, since Dynamo cannot trace a ContextVar; a rehearsal has one thread.
 _overriding_card: Card | None = None
@@ -121,6 +123,9 @@ _is_simulated = False
 _note_launch: Callable[[Launch], None] = _forget
 _note: Callable[[HiddenWork], None] = _forget
 _note_host: Callable[[Tensor], None] = _forget
+# What was asked before, since an op asks at every launch.
+_cards: dict[torch.device, Card] = {}
+_choices: dict[tuple[str, Card], Choice] = {}
 # How many repetitions the work that is simulated now stands for.
 _multiplier = 1
 
@@ -230,6 +235,17 @@ def card_of(device: torch.device) -> Card:
     """Return the card that computes tensors on `device`; inside `simulate_card` and `override_card` theirs."""
     if _overriding_card is not None:
         return _overriding_card
+    if torch.compiler.is_compiling():
+        return _ask_card(device)
+    card = _cards.get(device)
+    if card is None:
+        card = _ask_card(device)
+        if device.type != "cuda" or device.index is not None:  # "cuda" without a number is whichever is current
+            _cards[device] = card
+    return card
+
+
+def _ask_card(device: torch.device) -> Card:
     if device.type != "cuda":
         return Card(device.type)
     facts = torch.cuda.get_device_properties(device)
@@ -238,7 +254,7 @@ def card_of(device: torch.device) -> Card:
 
 def is_interpreted() -> bool:
     """Say whether Triton's kernels run in its interpreter, whose casts to bf16 and to 8-bit floats are wrong."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return _IS_INTERPRETED
 
 
 def converts_e4m3(device: torch.device) -> bool:
@@ -251,7 +267,13 @@ def runs_kernels(op: str, device: torch.device) -> bool:
 
     op: one of `OPS` whose kernel torch.compile does not go through.
     """
-    return not torch.compiler.is_compiling() and choose(op, card_of(device)).backend == "triton"
+    if torch.compiler.is_compiling():
+        return False
+    card = card_of(device)
+    choice = _choices.get((op, card))
+    if choice is None:
+        choice = _choices[op, card] = choose(op, card)
+    return choice.backend == "triton"
 
 
 def as_read(x: Tensor) -> Tensor:
@@ -261,7 +283,7 @@ def as_read(x: Tensor) -> Tensor:
 
 def bytes_of(*tensors: Tensor | None) -> int:
     """Return the bytes of the elements of all tensors that are not None, gaps between strided rows not counted."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return sum([tensor.nbytes for tensor in tensors if tensor is not None])
 
 
 def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
@@ -276,8 +298,7 @@ def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
         return
     if torch._C._get_dispatch_mode(_FAKE) is not None:
         return  # fake tensors have no values that a kernel could read or write
-    kernel = getattr(importlib.import_module(f"lowvram_kernels.{what.module}"), what.kernel)
-    kernel[what.grid](*what.arguments, **what.constants, num_warps=what.warps, num_stages=what.stages)
+    start(*what[:7])
 
 
 # FlashAttention's limits on a head's width: on every card, and in training on the consumer cards whose blocks have

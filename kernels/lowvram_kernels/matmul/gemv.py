@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import rows_of_scale
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, dequantise
 
 MOST_ROWS = 16
@@ -139,13 +140,7 @@ def _launch_kernel(
     launch(what, flops=2.0 * N * O * I, moved_bytes=bytes_of(x_NI, code_OI, scale, part))
 
 
-_launch_bands = torch.library.custom_op("lowvram_kernels::small_matmul", _launch_kernel, mutates_args=("part",))
-
-
-@_launch_bands.register_fake
-def _(*arguments: Any) -> None:
-    if is_simulated():
-        _launch_kernel(*arguments)
+_launch_bands = opaque("small_matmul", _launch_kernel, ("part",))
 
 
 def _launch_adding_kernel(part_SNO: Tensor, y_NO: Tensor) -> None:
@@ -156,10 +151,4 @@ def _launch_adding_kernel(part_SNO: Tensor, y_NO: Tensor) -> None:
     launch(Launch("matmul.gemv_triton", "add_splits_kernel", grid, (part_SNO, y_NO, count), constants), 0.0, moved)
 
 
-_launch_adding = torch.library.custom_op("lowvram_kernels::add_splits", _launch_adding_kernel, mutates_args=("y_NO",))
-
-
-@_launch_adding.register_fake
-def _(*arguments: Any) -> None:
-    if is_simulated():
-        _launch_adding_kernel(*arguments)
+_launch_adding = opaque("add_splits", _launch_adding_kernel, ("y_NO",))

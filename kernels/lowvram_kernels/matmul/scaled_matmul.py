@@ -29,14 +29,13 @@ Shapes: M rows, N columns of y, K summed; R = 1 or 128 rows of one scale.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, launch
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, dequantise, fill_lines
 
 # Tiles of rows that run before the next tile of columns begins, so that operands come from the L2 cache.
@@ -195,13 +194,7 @@ def _launch_kernel(
     launch(what, flops=2.0 * M * N * K, moved_bytes=moved)
 
 
-_launch_tiles = torch.library.custom_op("lowvram_kernels::scaled_matmul", _launch_kernel, mutates_args=("y_MN",))
-
-
-@_launch_tiles.register_fake
-def _(*arguments: Any) -> None:
-    if is_simulated():
-        _launch_kernel(*arguments)
+_launch_tiles = opaque("scaled_matmul", _launch_kernel, ("y_MN",))
 
 
 def _multiply_decoded(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, card: Card, has_fp32_scales: bool) -> Tensor:

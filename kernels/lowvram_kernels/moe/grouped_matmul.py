@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, is_simulated, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant import e4m3
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, fill_lines, parts_of
 
@@ -235,13 +236,7 @@ def _launch_multiply(
     launch(what, 2.0 * share * rows * outputs * inputs, moved)
 
 
-_multiply_op = torch.library.custom_op("lowvram_kernels::grouped_matmul", _launch_multiply, mutates_args=("out_MN",))
-
-
-@_multiply_op.register_fake
-def _(*arguments: Any) -> None:
-    if is_simulated():
-        _launch_multiply(*arguments)
+_multiply_op = opaque("grouped_matmul", _launch_multiply, ("out_MN",))
 
 
 def grouped_matmul(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.moe.grouped_matmul import (
     EXPECTED_MMA,
@@ -38,6 +38,7 @@ from lowvram_kernels.moe.grouped_matmul import (
     mask_M,
     operand_of,
 )
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, fill_lines
 
 # Rows of int8 whose sums int32 holds, in whole tiles: at most quantise.MOST_INT8.
@@ -98,13 +99,7 @@ def _launch_outer(
     launch(what, 2.0 * share * rows * outputs * inputs, moved)
 
 
-_outer_op = torch.library.custom_op("lowvram_kernels::grouped_outer", _launch_outer, mutates_args=("out_WOI",))
-
-
-@_outer_op.register_fake
-def _(*arguments: Any) -> None:
-    if is_simulated():
-        _launch_outer(*arguments)
+_outer_op = opaque("grouped_outer", _launch_outer, ("out_WOI",))
 
 
 def grouped_wgrad(

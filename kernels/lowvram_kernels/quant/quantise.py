@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, converts_e4m3, is_simulated, launch
+from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant import blocks, e4m3
 
 FORMATS = ("e4m3", "int8")
@@ -285,14 +286,8 @@ def _matrices(x: Tensor) -> list[Tensor]:
 
 
 def _opaque(name: str, *outputs: str) -> Callable[[Callable[..., None]], Any]:
-    """Make a launch one op, which a compiler does not look into; in meta mode it is reported all the same."""
-
-    def wrap(run: Callable[..., None]) -> Any:
-        op = torch.library.custom_op(f"lowvram_kernels::{name}", run, mutates_args=outputs)
-        op.register_fake(lambda *arguments: run(*arguments) if is_simulated() else None)
-        return op
-
-    return wrap
+    """Make a launch one op, which a compiler does not look into."""
+    return lambda run: opaque(name, run, outputs)
 
 
 def _axes(x: Tensor) -> tuple[int, int, int, int, int, int]:

@@ -5,6 +5,7 @@ Source: the mixer's two multipliers are TheIronBorn's (hash-prospector, bias 0.1
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ def chain(start: Tensor, *words: Tensor | int) -> Tensor:
     return value
 
 
+@functools.cache
 def chain_numbers(*words: int) -> int:
     """Return what `chain` folds the host's own numbers into, behind a zero: in [−2³¹, 2³¹), as kernels take it."""
     value = 0  # which the mixer leaves as it is

@@ -46,7 +46,9 @@ def bits_of(tensor: Tensor) -> Tensor:
 
 def split(value: Tensor | float) -> tuple[Tensor | None, float]:
     """Return a scalar on the device and 0, or None and the number: a kernel takes the scalar where there is one."""
-    return (value.reshape(()), 0.0) if isinstance(value, Tensor) else (None, float(value))
+    if not isinstance(value, Tensor):
+        return None, float(value)
+    return value if value.dim() == 0 else value.reshape(()), 0.0
 
 
 def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:

@@ -308,7 +308,9 @@ def test_nothing_reads_the_device_and_the_op_keeps_torchs_rules() -> None:
             assert grouped_matmul(rows, stack, ends).shape == (6, 5)
         out, tile = torch.zeros(6, 5, device=DEVICE), list(grouped_tiles(CARDS["sm86"], "single")[-1])
         arguments = (rows, None, stack, None, ends, None, 1, 0, out, tile)
-        torch.library.opcheck(module._multiply_op, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.lowvram_kernels.grouped_matmul.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_it_repeats_itself_bit_for_bit() -> None:
