@@ -139,7 +139,7 @@ def processor_without_bf16() -> Iterator[None]:
             from lowvram.generate.processor import Pace
 
             # What is faster there must not follow from a measurement under the load of the tests.
-            pace = Pace(processor="any", torch=torch.__version__, fp32_s=2.0, bf16_s=1.0)
+            pace = Pace(processor="any", torch=torch.__version__, fp32_s=2.0, bf16_s=1.0, int8_s=3.0)
             patch.setattr("lowvram.generate.processor.find_pace", lambda *_: (pace, False))
             for name in ("lowvram.model.linear.is_slow_in_half", "lowvram.generate.decoder.is_slow_in_half"):
                 patch.setattr(name, lambda x: asked == "0" and x.dtype != torch.float32 and x.device.type == "cpu")

@@ -128,8 +128,8 @@ def choose_reading_on(device: torch.device, precision: Precision | None) -> Task
         return choose_inference_precision(card, precision, has_bf16)
     pace, is_new = find_pace()
     if is_new:
-        yield Notice(f"Timed this processor's products in bf16 and fp32, kept in {pace_path()}.", "detail")
-    return choose_inference_precision(card, precision, pace.is_bf16_faster, pace.reason)
+        yield Notice(f"Timed this processor's products in fp32, bf16 and INT8, kept in {pace_path()}.", "detail")
+    return choose_inference_precision(card, precision, pace.is_bf16_faster, pace.reason, pace.fastest == "int8")
 
 
 def multiplies_bf16() -> bool:

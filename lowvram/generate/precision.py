@@ -25,17 +25,25 @@ class InferencePrecision(NamedTuple):
 
 
 def choose_inference_precision(
-    card: Card, asked: Precision | None = None, has_fast_bf16: bool = True, measured: str = ""
+    card: Card,
+    asked: Precision | None = None,
+    has_fast_bf16: bool = True,
+    measured: str = "",
+    has_fast_int8: bool = False,
 ) -> InferencePrecision:
     """Choose the precision of a model on a card.
 
     asked: what the user wants, None where the card decides.  has_fast_bf16: whether the processor is faster in bf16,
     where it is the one that computes.  measured: how that was measured, as half a sentence; "" where it was not.
+    has_fast_int8: whether INT8 weights, which it computes with in bf16, are the fastest there.
     """
-    compute_dtype = _choose_compute_dtype(card, has_fast_bf16)
+    has_packed = has_fast_int8 and card.platform == "cpu" and asked in (None, "int8")
+    compute_dtype = _choose_compute_dtype(card, has_fast_bf16 or has_packed)
     if asked is not None:
         return InferencePrecision(asked, _PLAIN.get(asked, compute_dtype), "as asked")
     if card.platform == "cpu":
+        if has_packed:
+            return InferencePrecision("int8", compute_dtype, measured)
         has = "has" if has_fast_bf16 else "has no"
         return InferencePrecision(
             compute_dtype, compute_dtype, measured or f"the processor {has} instructions that multiply bf16"

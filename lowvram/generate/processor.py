@@ -1,4 +1,4 @@
-"""Measures once whether this processor is faster in bf16 or in fp32, and stores the result in the user's cache.
+"""Measures once whether this processor is fastest in INT8, bf16 or fp32, and stores the result in the user's cache.
 
 A processor that has instructions for bf16 is not always faster with them, and no list of processors says which are.
 """
@@ -13,11 +13,13 @@ from typing import Annotated, Literal
 
 import platformdirs
 import torch
+from lowvram_kernels.quant.quantise import QuantTensor
 from pydantic import Field, ValidationError
-from torch.nn import functional as F
+from torch import Tensor
 
 from lowvram.config.base import FrozenConfig
 from lowvram.errors import DiskFullError
+from lowvram.model.linear import multiply
 from lowvram.storage.disk import DISK, Disk
 from lowvram.storage.json_files import JsonError, read_object
 
@@ -31,16 +33,17 @@ _REPEATS = 15
 
 
 class Pace(FrozenConfig):
-    """The seconds that one thread multiplies by one matrix in a chat's turn, in fp32 and in bf16.
+    """The seconds that one thread multiplies by one matrix in a chat's turn, in fp32, bf16 and by INT8 codes in bf16.
 
     processor, torch: where it was measured; the processor's name and the instructions that torch and oneDNN may use.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     processor: str
     torch: str
     fp32_s: Seconds
     bf16_s: Seconds
+    int8_s: Seconds
 
     @property
     def is_bf16_faster(self) -> bool:
@@ -48,9 +51,17 @@ class Pace(FrozenConfig):
         return self.bf16_s < self.fp32_s
 
     @property
+    def fastest(self) -> Literal["fp32", "bf16", "int8"]:
+        """The precision that takes the least time; of equal ones the one with more bits."""
+        if self.int8_s < min(self.fp32_s, self.bf16_s):
+            return "int8"
+        return "bf16" if self.is_bf16_faster else "fp32"
+
+    @property
     def reason(self) -> str:
         """The measurement as half a sentence, the reason for the choice."""
-        return f"measured on this processor: bf16 takes {self.bf16_s / self.fp32_s:.2f} times as long as fp32"
+        bf16, int8 = self.bf16_s / self.fp32_s, self.int8_s / self.fp32_s
+        return f"measured on this processor: bf16 takes {bf16:.2f} and INT8 {int8:.2f} times as long as fp32"
 
 
 def pace_path(directory: Path | None = None) -> Path:
@@ -93,20 +104,24 @@ def _name_processor() -> str:
 
 
 def _time_exchange(clock: Clock) -> dict[str, float]:
-    """Return the seconds of one matrix in a chat's turn, in fp32 and bf16, by the names of `Pace`'s fields.
+    """Return the seconds of one matrix in a chat's turn in each precision, by the names of `Pace`'s fields.
 
     The dtypes alternate and the fastest of several products counts: other programs can only make one slower.
     """
-    weights = {"fp32_s": torch.ones(_OUTPUTS, _INPUTS).mT.contiguous().mT}  # the layout that `lay_by_columns` makes
+    weights: dict[str, Tensor | QuantTensor] = {
+        "fp32_s": torch.ones(_OUTPUTS, _INPUTS).mT.contiguous().mT
+    }  # the layout that `lay_by_columns` makes
     weights["bf16_s"] = torch.ones(_OUTPUTS, _INPUTS, dtype=torch.bfloat16)
+    code_OI = torch.ones(_OUTPUTS, _INPUTS, dtype=torch.int8)
+    weights["int8_s"] = QuantTensor(code_OI, torch.ones(_OUTPUTS, 1))
     seconds = dict.fromkeys(weights, 0.0)
     for rows, times in ((_PROMPT_TOKENS, 1), (1, _NEW_TOKENS)):
         samples: dict[str, list[float]] = {name: [] for name in weights}
         for _ in range(1 + _REPEATS):
-            for name, weight_OI in weights.items():
-                x = torch.ones(rows, _INPUTS, dtype=weight_OI.dtype)
+            for name, weight in weights.items():
+                x = torch.ones(rows, _INPUTS, dtype=torch.float32 if name == "fp32_s" else torch.bfloat16)
                 began = clock()
-                F.linear(x, weight_OI)
+                multiply(x, weight)
                 samples[name].append(clock() - began)
         for name, taken in samples.items():
             # The first sample is warm-up.  A clock with coarse ticks may measure 0.

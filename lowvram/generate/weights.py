@@ -69,7 +69,7 @@ def load_for_inference(
         shape = list(present.code.shape if isinstance(present, QuantTensor) else present.shape)
         _refuse_other_shape(name, shape, parameter)
         if is_matrix(name, shape):
-            put(model, name, _convert(name, present, precision, torch.device(device), compute_dtype))
+            put(model, name, convert(name, present, precision, torch.device(device), compute_dtype))
         else:
             parameter.copy_(_decode(present, parameter.dtype))
     return model
@@ -114,7 +114,7 @@ def weight_bytes(model: Transformer) -> int:
     return bytes_of(*model.parameters(), *model.buffers())
 
 
-def _convert(
+def convert(
     name: str, present: Tensor | QuantTensor, precision: str, device: torch.device, compute_dtype: torch.dtype
 ) -> Tensor | QuantTensor:
     """Return a matrix in the precision in which the model keeps it."""

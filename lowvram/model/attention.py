@@ -13,6 +13,7 @@ from lowvram_kernels.attention.sdpa import attention
 from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.dispatch import runs_kernels
 from lowvram_kernels.layers.rotary import rotate
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor, nn
 
 from lowvram.config.architecture import Gqa, Mla
@@ -93,21 +94,30 @@ class GqaAttention(Fp32Buffers):
         self.q_norm = RmsNorm(config.head_dim, model.norm_eps, options.device) if config.qk_norm else None
         self.k_norm = RmsNorm(config.head_dim, model.norm_eps, options.device) if config.qk_norm else None
         # The weights of the three projections as one matrix, of which theirs are views: see `lay_by_columns`.
-        self.qkv: Tensor | None = None
+        self.qkv: Tensor | QuantTensor | None = None
         slope_H = slopes(config.heads).to(options.device or "cpu") if model.positions.kind == "alibi" else None
         self.register_buffer("slope_H", slope_H, persistent=False)
 
     @torch.no_grad()
     def join_projections(self) -> None:
-        """Make the weights of the three projections views of one matrix, which is column-major in fp32."""
+        """Make the weights of the three projections views of one matrix, which is column-major in fp32.
+
+        Codes of INT8 are joined too, with their scales; those of E4M3 have scales of whole blocks and stay apart.
+        """
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        if self.q_proj.matmul_format != "plain" or any(not layer.weight.dtype.is_floating_point for layer in layers):
+        if self.q_proj.matmul_format != "plain" or any(layer.weight.dtype == torch.uint8 for layer in layers):
             return
-        self.qkv = torch.cat([layer.weight for layer in layers])
-        if self.qkv.dtype == torch.float32:
-            self.qkv = self.qkv.mT.contiguous().mT
-        for layer, part in zip(layers, self.qkv.split([layer.weight.shape[0] for layer in layers]), strict=True):
+        qkv, heights = torch.cat([layer.weight for layer in layers]), [layer.weight.shape[0] for layer in layers]
+        if qkv.dtype == torch.float32:
+            qkv = qkv.mT.contiguous().mT
+        for layer, part in zip(layers, qkv.split(heights), strict=True):
             layer.weight.data = part
+        scales = [layer.weight_scale for layer in layers if layer.weight_scale is not None]
+        if scales:
+            joined = torch.cat(scales)
+            for layer, part in zip(layers, joined.split(heights), strict=True):
+                layer.weight_scale = part
+        self.qkv = QuantTensor(qkv, joined) if scales else qkv
 
     def joinable_weights(self) -> tuple[Tensor, ...]:
         """Return the weights whose products may be views of one: those of a whole that is kept for backward anyway."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.layers.swiglu import gated_product
+from lowvram_kernels.quant.quantise import join_parts
 from torch import Tensor
 
 from lowvram.model.attention import GqaAttention, MlaAttention
@@ -47,8 +48,7 @@ def decode_one_token(model: Transformer, token_N: Tensor, rows: SlotAttention, d
 
 def read_out(model: Transformer, stream_ND: Tensor) -> Tensor:
     """Return the logits of normalised hidden states, [N, V] from [N, D] or [V] from [D], in their dtype."""
-    head_VD = model.embedding if model.config.tied else model.head
-    return multiply(stream_ND, head_VD) if head_VD.dtype.is_floating_point else model.read_out(stream_ND)
+    return multiply(stream_ND, join_parts(*model.head_parts()))
 
 
 def _normed(norm: RmsNorm, x: Tensor) -> Tensor:
@@ -62,9 +62,8 @@ def _normed(norm: RmsNorm, x: Tensor) -> Tensor:
 
 def _project(layer: Linear, x_ND: Tensor) -> Tensor:
     """Multiply as the layer does; a plain layer skips what only training needs."""
-    weight = layer.weight
-    is_plain = layer.matmul_format == "plain" and weight.dtype.is_floating_point
-    return multiply(x_ND, weight) if is_plain else layer(x_ND)
+    is_plain = layer.matmul_format == "plain"
+    return multiply(x_ND, join_parts(layer.weight, layer.weight_scale)) if is_plain else layer(x_ND)
 
 
 def _attend(layer: GqaAttention, x_ND: Tensor, turn: Turn | None, rows: SlotAttention) -> Tensor:
@@ -119,7 +118,8 @@ def _swiglu(layer: SwiGluFfn | SharedExpert, y_ND: Tensor) -> Tensor:
 
 def _moe_ffn(layer: MoeFfn, x_ND: Tensor) -> Tensor:
     stacks = layer.gate_up_EHD, layer.down_EDI
-    is_plain = layer.matmul_format == "plain" and layer.slot_E is None and stacks[0].dtype.is_floating_point
+    scales = layer.gate_up_EHD_scale, layer.down_EDI_scale
+    is_plain = layer.matmul_format == "plain" and layer.slot_E is None
     if not is_plain or x_ND.dim() > 1:
         return layer(x_ND.view(1, -1, x_ND.shape[-1]))[1].view(x_ND.shape)
     # For one row on a CPU, only the few chosen experts are multiplied, as ordinary matrices.
@@ -127,6 +127,9 @@ def _moe_ffn(layer: MoeFfn, x_ND: Tensor) -> Tensor:
     out_ND = _swiglu(layer.shared, y_ND)
     weight_NK, id_NK = layer.router(y_ND[None])
     for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
-        product_ND = gated_product(multiply(y_ND, stacks[0][expert])).mul_(weight)
-        out_ND += multiply(product_ND, stacks[1][expert])
+        gate_up, down = (
+            join_parts(stack[expert], None if scale is None else scale[expert])
+            for stack, scale in zip(stacks, scales, strict=True)
+        )
+        out_ND += multiply(gated_product(multiply(y_ND, gate_up)).mul_(weight), down)
     return out_ND

@@ -11,7 +11,7 @@ from lowvram_kernels.layers.norm_linears import norm_linears
 from lowvram_kernels.layers.rms_norm import add_rms_norm, rms_norm
 from lowvram_kernels.matmul.linear import linear
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
-from lowvram_kernels.matmul.weight_only import decoded, weight_only_linear
+from lowvram_kernels.matmul.weight_only import PACKED_ROWS, decoded, multiply_packed, takes_packed, weight_only_linear
 from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor, nn
 
@@ -85,14 +85,22 @@ class RmsNorm(nn.Module):
         return (x, self(x)) if added is None else add_rms_norm(x, added, self.weight, self.eps)
 
 
-def multiply(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+def multiply(x_NI: Tensor, weight_OI: Tensor | QuantTensor) -> Tensor:
     """Return x Wᵀ in x's dtype without gradients: the same as `linear`, by the fastest way for this number of rows.
 
     x: [N, inputs], or one row as a vector.
     """
+    if isinstance(weight_OI, QuantTensor):
+        is_vector = x_NI.dim() == 1
+        if (is_vector or x_NI.shape[0] <= PACKED_ROWS) and takes_packed(x_NI, weight_OI.code):
+            return multiply_packed(x_NI[None], weight_OI)[0] if is_vector else multiply_packed(x_NI, weight_OI)
+        return weight_only_linear(x_NI, weight_OI)
     if weight_OI.dtype != x_NI.dtype:
         weight_OI = weight_OI.to(x_NI.dtype)
     if x_NI.dim() == 1:
+        # With instructions for bf16 a product of one row takes half the time of torch's product with a vector.
+        if x_NI.dtype == torch.bfloat16 and not is_slow_in_half(x_NI):
+            return F.linear(x_NI[None], weight_OI)[0]
         return torch.mv(weight_OI, x_NI)
     if x_NI.shape[0] >= _MIN_WIDENED_ROWS and is_slow_in_half(x_NI):
         return F.linear(x_NI.float(), weight_OI.float()).to(x_NI.dtype)

@@ -146,13 +146,14 @@ class Transformer(nn.Module):
     @property
     def head_VD(self) -> Tensor:
         """The output matrix [V, D] as it is stored, perhaps as codes; if the two are tied, it is the embedding."""
-        return self._head()[0]
+        return self.head_parts()[0]
 
     def head_matrix(self, dtype: torch.dtype) -> Tensor:
         """Return the output matrix in dtype, [V, D]: the matrix itself if it has that dtype, else a copy."""
-        return decoded(*self._head(), dtype)
+        return decoded(*self.head_parts(), dtype)
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
+    def head_parts(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output matrix as it is stored and the scales of its codes, None where it is plain."""
         return (self.embedding, self.embedding_scale) if self.config.tied else (self.head, self.head_scale)
 
     def embed(self, token_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -163,7 +164,7 @@ class Transformer(nn.Module):
 
     def read_out(self, stream_D: Tensor) -> Tensor:
         """Return the logits of normalised hidden states: [..., V] from [..., D], in their dtype."""
-        head_VD, scale = self._head()
+        head_VD, scale = self.head_parts()
         if scale is not None:
             return weight_only_linear(stream_D, QuantTensor(head_VD, scale))
         return linear(stream_D, head_VD)

@@ -48,23 +48,25 @@ def test_without_a_precision_the_machine_chooses_and_says_why(run: Path, monkeyp
     assert "instructions" in loaded.reason
 
 
-@pytest.mark.parametrize("fp32_s, weight_precision", [(2.0, "bf16"), (0.5, "fp32")])
+@pytest.mark.parametrize(
+    "fp32_s, int8_s, weight_precision", [(2.0, 3.0, "bf16"), (0.5, 3.0, "fp32"), (0.5, 0.4, "int8")]
+)
 def test_a_processor_with_bf16_reads_in_what_is_faster_there_and_says_so(
-    run: Path, monkeypatch: pytest.MonkeyPatch, fp32_s: float, weight_precision: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, fp32_s: float, int8_s: float, weight_precision: str
 ) -> None:
-    pace = Pace(processor="any", torch="2", fp32_s=fp32_s, bf16_s=1.0)
+    pace = Pace(processor="any", torch="2", fp32_s=fp32_s, bf16_s=1.0, int8_s=int8_s)
     news = iter([True, False])
     monkeypatch.setattr("lowvram.api.loading.multiplies_bf16", lambda: True)
     monkeypatch.setattr("lowvram.generate.processor.find_pace", lambda: (pace, next(news)))
     first, second = (typed("chat", run, "--prompt", "Kış", "--tokens", 1, "--device", "cpu") for _ in range(2))
     assert (first.code, second.code) == (0, 0)
-    assert "Timed this processor's products in bf16 and fp32, kept in " in first.err
+    assert "Timed this processor's products in fp32, bf16 and INT8, kept in " in first.err
     assert "Timed" not in second.err
     monkeypatch.setattr("lowvram.generate.processor.find_pace", lambda: (pace, False))
     loaded = load_model(run, "cpu")
     assert (loaded.precision, loaded.reason) == (weight_precision, pace.reason)
     assert load_model(run, "cpu", "bf16").reason == "as asked"
-    assert load_model(run, "cpu", "int8").dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[weight_precision]
+    assert load_model(run, "cpu", "int8").dtype == (torch.float32 if weight_precision == "fp32" else torch.bfloat16)
 
 
 def test_evaluation_reads_as_the_run_validates(run: Path) -> None:

@@ -39,6 +39,17 @@ def test_the_card_chooses_and_says_why(
     assert reason in found.reason
 
 
+def test_a_processor_reads_int8_where_it_was_measured_to_be_fastest_and_a_card_does_not() -> None:
+    measured = "measured on this processor"
+    for asked, reason in ((None, measured), ("int8", "as asked")):
+        found = choose_inference_precision(Card("cpu"), asked, False, measured, has_fast_int8=True)
+        assert found == InferencePrecision("int8", "bf16", reason)
+    others = [(Card("cpu"), "fp8"), (Card("mps"), None), (RTX_50, None)]
+    for card, asked in others:
+        found = [choose_inference_precision(card, asked, False, measured, has_fast_int8=yes) for yes in (True, False)]
+        assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("asked", PRECISIONS)
 @pytest.mark.parametrize("card", [RTX_50, RTX_20, Card("mps"), Card("cpu")], ids=lambda card: str(card[:2]))
 def test_what_is_asked_for_is_taken_on_every_card(card: Card, asked: Precision) -> None:

@@ -10,6 +10,7 @@ from lowvram_kernels.dispatch import Card, override_card
 from lowvram_kernels.layers.rotary import rotate
 
 from lowvram.config.model import ModelConfig
+from lowvram.generate.weights import convert, is_matrix, put
 from lowvram.model import decode as one_token
 from lowvram.model import slot_attention as of_rows
 from lowvram.model.decode import decode_one_token
@@ -126,6 +127,20 @@ def test_one_row_looks_at_its_own_experts_alone(name: str, monkeypatch: pytest.M
     with torch.no_grad():
         whole = model.logits(tokens()[:1])
     torch.testing.assert_close(found, whole, atol=ABSOLUTE, rtol=0)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+@every_variant
+def test_int8_weights_decode_as_the_whole_forward_pass_reads_them(config: ModelConfig, texts: int) -> None:
+    model = randomise(Transformer(config))
+    for name, weight in list(model.named_parameters()):
+        if is_matrix(name, weight.shape):
+            put(model, name, convert(name, weight, "int8", torch.device("cpu"), torch.bfloat16))
+    lay_by_columns(model.requires_grad_(False))
+    with torch.no_grad():
+        whole = model.logits(tokens(texts), torch.float32)
+    found = decoded(model, tokens(texts), KvCache(config, texts, LENGTH, torch.bfloat16), each)
+    assert (found.float() - whole).norm() < 0.06 * whole.norm()
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])

@@ -34,7 +34,7 @@ def test_a_token_takes_as_many_bytes_as_transformers_keeps_of_it(name: str, dtyp
 
 
 def test_figures_are_of_seconds_that_were_spent() -> None:
-    found = measure(TINY["mla-moe"], torch.bfloat16, context=9, tokens=3, rounds=1)
+    found = measure(TINY["mla-moe"], "bf16", context=9, tokens=3, rounds=1)
     assert min(found.ours_s, found.first_s, found.forward_s) > 0
     assert found.bytes_per_token == found.theirs_bytes_per_token
     assert "tokens/CPU-s, transformers" in show("tiny", "bf16", 9, found)

@@ -1,13 +1,14 @@
 """Measures tokens per CPU-second of this project's decoder and of transformers' generate() with the same weights.
 
-python tools/bench/decode.py [--preset tr-60m tr-130m-moe] [--dtype bf16 fp32] [--context 128 1024] [--tokens 16]
-                             [--rounds 5] [--cache plain] [--tiny]
+python tools/bench/decode.py [--preset tr-60m tr-130m-moe] [--dtype int8 bf16 fp32] [--theirs fp32]
+                             [--context 128 1024] [--tokens 16] [--rounds 5] [--cache plain] [--tiny]
 
-Weights are random: speed does not depend on them.  Both models have the same weights in the same dtype and compute with
-one thread.  They alternate in one process, so that a busy machine slows both; figures are medians, over rounds, of this
-process's CPU seconds.  Decoding is greedy with batch 1.  Time per token: `tokens` tokens after a prompt of `context`
-tokens; for generate(), the time for 1 + tokens minus the time for one.  First token: prefill of the prompt, compared
-with one forward pass of this model without a cache.  Cache bytes are counted; theirs follow from the configuration.
+Weights are random: speed does not depend on them. Both models have the same weights and compute with one thread, in the
+same dtype unless `--theirs` says another; our INT8 weights are computed with in bf16. They alternate in one process, so
+that a busy machine slows both; figures are medians, over rounds, of this process's CPU seconds. Decoding is greedy with
+batch 1. Time per token: `tokens` tokens after a prompt of `context` tokens; for generate(), the time for 1 + tokens
+minus the time for one. First token: prefill of the prompt, compared with one forward pass of this model without a
+cache. Cache bytes are counted; theirs follow from the configuration.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ from lowvram.model.kv_cache import CacheFormat
 from lowvram.model.transformer import Transformer
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
-from tools.bench.reading_model import lay_for_reading
+from tools.bench.reading_model import DTYPES, lay_for_reading
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
 NOTHING = torch.empty(0, dtype=torch.int64)
 # Widths that are multiples of 16 bytes: transformers' grouped product of experts needs them.
@@ -89,13 +89,23 @@ def their_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 @torch.inference_mode()
 def measure(
-    config: ModelConfig, dtype: torch.dtype, context: int, tokens: int, rounds: int, cache: CacheFormat = "plain"
+    config: ModelConfig,
+    precision: str,
+    context: int,
+    tokens: int,
+    rounds: int,
+    cache: CacheFormat = "plain",
+    theirs: str | None = None,
 ) -> Figures:
-    """Let both decode `tokens` tokens after the same prompt, alternately; a first round is not counted."""
-    model = Transformer(config)
-    twin = outside_twin(model).to(dtype)
+    """Let both decode `tokens` tokens after the same prompt, alternately; a first round is not counted.
+
+    precision: of our weights, a key of DTYPES.  theirs: their dtype, None for that in which ours is computed.
+    """
+    model, dtype = Transformer(config), DTYPES[precision]
+    their_dtype = dtype if theirs is None else DTYPES[theirs]
+    twin = outside_twin(model).to(their_dtype)
     assert isinstance(twin, transformers.GenerationMixin), "it has generate()"
-    model = lay_for_reading(model, dtype)
+    model = lay_for_reading(model, precision)
     # No zeros, which generate() treats as padding.
     prompt_BT = torch.randint(1, config.vocabulary, (1, context), generator=torch.Generator().manual_seed(0))
     decoder = Decoder(model, context + tokens + 1, dtype=dtype, cache=cache)
@@ -115,7 +125,10 @@ def measure(
         theirs_s = (all_s - one_s) / tokens
         taken.append([ours_s, theirs_s, first_s, forward_s, theirs_s / ours_s])
     ours_s, theirs_s, first_s, forward_s, ratio = (statistics.median(column) for column in zip(*taken[1:], strict=True))
-    bytes_per_token, theirs_bytes_per_token = decoder.cache.bytes_per_token(), their_bytes_per_token(config, dtype)
+    bytes_per_token, theirs_bytes_per_token = (
+        decoder.cache.bytes_per_token(),
+        their_bytes_per_token(config, their_dtype),
+    )
     return Figures(ours_s, theirs_s, first_s, forward_s, bytes_per_token, theirs_bytes_per_token, ratio)
 
 
@@ -148,7 +161,8 @@ def main() -> None:
     """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", default=["tr-60m", "tr-130m-moe"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["int8", "bf16", "fp32"])
+    parser.add_argument("--theirs", choices=("fp32", "bf16"), help="their dtype; without it that of our computation")
     parser.add_argument("--context", nargs="+", type=int, default=[128, 1024])
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
@@ -161,8 +175,9 @@ def main() -> None:
         config = TINY[name] if options.tiny else load_preset(name)[0]
         for dtype in options.dtype:
             for context in options.context:
-                figures = measure(config, DTYPES[dtype], context, options.tokens, options.rounds, options.cache)
-                print(show(name, dtype, context, figures), flush=True)
+                figures = measure(config, dtype, context, options.tokens, options.rounds, options.cache, options.theirs)
+                against = dtype if options.theirs is None else f"{dtype} against {options.theirs}"
+                print(show(name, against, context, figures), flush=True)
 
 
 if __name__ == "__main__":

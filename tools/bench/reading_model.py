@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from lowvram.generate.weights import is_matrix
+from lowvram.generate.weights import convert, is_matrix, put
 from lowvram.model.transformer import Transformer, lay_by_columns
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 
-def lay_for_reading(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """Convert the model's matrices to dtype and lay them out for decoding, in place, as reading a checkpoint does."""
-    for name, weight in model.named_parameters():
+
+@torch.no_grad()
+def lay_for_reading(model: Transformer, precision: str) -> Transformer:
+    """Convert the model's matrices and lay them out for decoding, in place, as reading a checkpoint does.
+
+    precision: a key of `DTYPES`, which has the dtype of the computation.
+    """
+    for name, weight in list(model.named_parameters()):
         if is_matrix(name, weight.shape):
-            weight.data = weight.data.to(dtype)
+            put(model, name, convert(name, weight, precision, weight.device, DTYPES[precision]))
     return lay_by_columns(model.requires_grad_(False))

@@ -45,9 +45,8 @@ from lowvram.serve.metrics import Metrics
 from lowvram.serve.prompt import ServedModel
 from lowvram.serve.scheduler import Scheduler
 from lowvram.serve.server import Server, open_socket
-from tools.bench.reading_model import lay_for_reading
+from tools.bench.reading_model import DTYPES, lay_for_reading
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _FIRST_ID = 300  # the lowest of the prompts' random ids: after special tokens and bytes
 
 
@@ -59,11 +58,11 @@ def tokenizer_of(vocabulary: int) -> Tokenizer:
 
 
 @contextmanager
-def serving(preset: str, slots: int, max_context: int, dtype: torch.dtype) -> Iterator[str]:
+def serving(preset: str, slots: int, max_context: int, precision: str) -> Iterator[str]:
     """Serve a model with random weights; yields the URL."""
     config, _ = load_preset(preset)
-    model = lay_for_reading(Transformer(config).eval(), dtype)
-    decoder, tokenizer = Decoder(model, max_context, slots, dtype), tokenizer_of(config.vocabulary)
+    model = lay_for_reading(Transformer(config).eval(), precision)
+    decoder, tokenizer = Decoder(model, max_context, slots, DTYPES[precision]), tokenizer_of(config.vocabulary)
     limits = Limits(slots=slots, queue=slots, prompt_tokens=max_context - 1, output_tokens=max_context - 1)
     scheduler = Scheduler(decoder, tokenizer, limits.queue, Metrics())
     app = build_app(ServedModel(preset, "fp_bench", tokenizer, max_context), scheduler, limits, AccessPolicy())
@@ -117,7 +116,7 @@ def measure(options: argparse.Namespace) -> str:
     wall: dict[int, list[float]] = {1: [], options.clients: []}
     cpu: dict[int, list[float]] = {1: [], options.clients: []}
     differing, gap = 0, 0.0
-    with serving(options.preset, options.clients, max_context, _DTYPES[options.dtype]) as url:
+    with serving(options.preset, options.clients, max_context, options.dtype) as url:
         for number in range(options.repeats + 1):
             answers = {}
             for at_once in wall:
@@ -146,7 +145,7 @@ def main() -> None:
     """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tr-60m")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="fp32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32")
     for name, default in (("clients", 16), ("prompt", 32), ("tokens", 64), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()

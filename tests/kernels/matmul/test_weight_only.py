@@ -157,3 +157,21 @@ def test_what_does_not_fit_together_is_named(change: dict[str, Tensor], message:
 def test_ids_of_another_dtype_are_named() -> None:
     with pytest.raises(ShapeError, match=r"ids is torch\.int32; needs int64"):
         look_up(torch.zeros(2, dtype=torch.int32), quantise_weight(random(10, 64), "int8"), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, weight_only.PACKED_ROWS])
+@pytest.mark.parametrize("inputs, is_packed", [(48, True), (60, False)])
+def test_a_processor_multiplies_few_rows_of_bf16_by_int8_codes_as_they_are(
+    rows: int, inputs: int, is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, true = [], weight_only.multiply_packed
+    monkeypatch.setattr(weight_only, "multiply_packed", lambda x, w: calls.append(x) or true(x, w))
+    weight = quantise_weight(random(70, inputs, seed=1), "int8")
+    x = random(rows, inputs).bfloat16()
+    with override_card(Card("cpu")):
+        found = weight_only_linear(x, weight)
+        weight_only_linear(x.float(), weight)
+        weight_only_linear(random(weight_only.PACKED_ROWS + 1, inputs).bfloat16(), weight)
+    assert len(calls) == is_packed
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, truth_of(x, weight)) < 2.0**-7  # the scale and the sum are rounded to bf16
