@@ -122,11 +122,12 @@ def _rotate_and_back(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool,
 
 
 def loss_cases() -> Iterator[Call]:
-    """Yield the loss with its gradients and without them."""
+    """Yield the loss with its gradients and without them, of rows that are held in registers and are not."""
     for dtype in (BF16, FP16, FP32):
-        for learns in (True, False):
-            x, weight = meta(64, 256, dtype=dtype), meta(1000, 256, dtype=dtype)
-            yield partial(linear_cross_entropy, x.requires_grad_(learns), weight, meta(64, dtype=torch.int64))
+        for vocabulary in (999, 1024, 16_384, 32_768, 49_152, 64_000, 65_536) if dtype != FP32 else (1000,):
+            for learns in (True, False):
+                x, weight = meta(64, 256, dtype=dtype), meta(vocabulary, 256, dtype=dtype)
+                yield partial(linear_cross_entropy, x.requires_grad_(learns), weight, meta(64, dtype=torch.int64))
 
 
 def e4m3_cases(card: Card) -> Iterator[Call]:

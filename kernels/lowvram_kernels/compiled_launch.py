@@ -2,7 +2,8 @@
 
 Triton's own way to a compiled kernel writes a key of text at each launch, asks its settings, and calls the hooks of
 profilers; that takes longer than a small kernel runs.  Here its binder alone is asked how it specialises the arguments.
-Where a profiler listens, in Triton's interpreter, and for a kernel's first launch, Triton's own way is taken.
+Where a profiler listens, in Triton's interpreter, for a kernel's first launch, and with a Triton whose inner functions
+are not what they were, Triton's own way is taken.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 _kernels: dict[tuple[str, str], tuple[Any, dict[tuple[Any, ...], Any]]] = {}
 # Triton's module, imported at the first launch.
 _triton: Any = None
+_is_short = True
 
 
 def start(
@@ -27,14 +29,31 @@ def start(
     stages: int,
 ) -> None:
     """Launch a kernel of a module of this package; the parameters are the fields of `dispatch.Launch`."""
+    global _is_short
     found = _kernels.get((module, name))
     if found is None:
         found = _kernels[module, name] = (_load(module, name), {})
     kernel, compiled_by_key = found
     # The interpreter's functions have no caches.
-    if not hasattr(kernel, "device_caches") or kernel.pre_run_hooks or _is_listening():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
-        return
+    if _is_short and hasattr(kernel, "device_caches") and not kernel.pre_run_hooks and not _is_listening():
+        try:
+            _start_compiled(kernel, compiled_by_key, grid, arguments, constants, warps, stages)
+            return
+        except (TypeError, AttributeError, LookupError, ValueError):
+            # Not as this module knows Triton: where the fault lies elsewhere, Triton's own way shows it.
+            _is_short = False
+    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+def _start_compiled(
+    kernel: Any,
+    compiled_by_key: dict[tuple[Any, ...], Any],
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    warps: int,
+    stages: int,
+) -> None:
     driver = _triton.runtime.driver.active
     device = driver.get_current_device()
     bound, specialised, options = kernel.device_caches[device][-1](*arguments, **constants)

@@ -12,10 +12,10 @@ from lowvram.hardware.profile import load_profile
 # Launches and GB of one micro-batch in bf16; when the counter was made they were 4,040 and 84.6, 4,678 and 59.5, 4,453
 # and 57.6, 5,354 and 94.0; the update's launches were 1,749, 1,313, 2,105 and 2,799.
 COSTS = {
-    "tr-125m": (8, 1024, "none", True, 570, 27.5, 75),
-    "tiny-llm-v1": (32, 512, "none", True, 440, 25.7, 75),
-    "tr-130m-moe": (8, 1024, "none", True, 740, 24.5, 180),
-    "tr-1b": (1, 2048, "none", False, 1000, 39.4, 220),
+    "tr-125m": (8, 1024, "none", True, 570, 26.8, 75),
+    "tiny-llm-v1": (32, 512, "none", True, 440, 23.4, 75),
+    "tr-130m-moe": (8, 1024, "none", True, 740, 23.8, 180),
+    "tr-1b": (1, 2048, "none", False, 1000, 39.0, 220),
 }
 
 

@@ -40,6 +40,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     )
     monkeypatch.setattr(compiled_launch, "_triton", stand_in)
     monkeypatch.setattr(compiled_launch, "_kernels", {})
+    monkeypatch.setattr(compiled_launch, "_is_short", True)
     monkeypatch.setattr(compiled_launch, "_load", lambda module, name: kernel)
     return kernel
 
@@ -80,3 +81,11 @@ def test_the_interpreters_functions_are_called_as_they_are(kernel: Kernel) -> No
     for _ in range(2):
         start(32)
     assert [len(kernel.own_way), len(kernel.short_way)] == [2, 0]
+
+
+def test_with_another_triton_inside_its_own_way_is_taken_from_then_on(kernel: Kernel) -> None:
+    kernel.device_caches = {0: ("one", "that", "cannot be called")}
+    for _ in range(3):
+        start(32)
+    assert [len(kernel.own_way), len(kernel.short_way)] == [3, 0]
+    assert not compiled_launch._is_short

@@ -19,10 +19,11 @@ row's true gradient is
 and s multiplies rows of [N, D] instead of [N, V]; it is 0 where the target is ignored.
 fp16 cannot hold small p: there p is computed in fp32 and cast for the products.
 
-On a card one kernel takes a chunk's logits to dl in their own memory.  It sums over all but the target, so r = 1, and
-multiplies by s itself (in fp16, where s may be small, s multiplies rows as above).  The library adds a chunk's dW to
-the fp32 sum in the product.  Four launches a chunk: the logits, the kernel, dx, dW.  A target outside [0, V) makes the
-loss NaN there, where elsewhere it raises.
+On a card one kernel takes a chunk's logits to dl in their own memory: it reads them once where a program's registers
+hold a row (16 bits, V a multiple of 32 up to 65,536), else twice, and writes them once.  It sums over all but the
+target, so r = 1, and multiplies by s itself (in fp16, where s may be small, s multiplies rows as above).  The library
+adds a chunk's dW to the fp32 sum in the product.  Four launches a chunk: the logits, the kernel, dx, dW.  A target
+outside [0, V) makes the loss NaN there, where elsewhere it raises.
 
 Source: the gradient is textbook; making it in the forward pass follows Hsu et al. 2024 (Liger Kernel).
 
@@ -38,7 +39,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, as_read, bytes_of, card_of, launch, runs_kernels
+from lowvram_kernels.dispatch import (
+    Card,
+    Launch,
+    Tile,
+    as_read,
+    bytes_of,
+    card_of,
+    is_interpreted,
+    launch,
+    runs_kernels,
+)
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import add_product_
 from lowvram_kernels.matmul.kept_casts import cast
@@ -132,6 +143,25 @@ def _forward(
 
 # Logits, and numbers of x and W, that a program has at work; its warps.
 _COLUMNS, _DEPTH, _WARPS = 4096, 1024, 8
+# Pairs of logits that a thread holds, in parts of four (16 bytes): more only in the longest rows, whose programs have
+# no more threads.  With more, or for the longest rows before capability 8.0, registers would spill.
+_HELD_PAIRS, _MOST_PAIRS, _PART_PAIRS, _WARP, _MOST_WARPS = 16, 32, 4, 32, 32
+# Logits of a row are a multiple of this: else Triton does not know that a thread may read 16 bytes at once.
+_ALIGNED = 32
+
+
+def held_tile(vocabulary: int, dtype: torch.dtype, card: Card) -> Tile | None:
+    """Return how a program holds a row of logits in registers; None where it cannot.
+
+    rows: the parts of the row.  columns: the pairs of logits in a part.
+    """
+    pairs = vocabulary // 2
+    most = _MOST_PAIRS if (card.capability or (0, 0)) >= (8, 0) else _HELD_PAIRS
+    if dtype == torch.float32 or vocabulary % _ALIGNED or pairs > most * _WARP * _MOST_WARPS:
+        return None
+    warps = min(_MOST_WARPS, max(4, 1 << (-(-pairs // (_HELD_PAIRS * _WARP)) - 1).bit_length()))
+    columns = warps * _WARP * _PART_PAIRS
+    return Tile(-(-pairs // columns), columns, columns, warps=warps)
 
 
 def _launch_loss(
@@ -146,13 +176,22 @@ def _launch_loss(
 
     by_row: targets, where losses go, and where factors go, if anywhere.  writes: the logits become their gradient.
     """
+    vocabulary, (count, width) = weight_VD.shape[0], x_CD.shape
     target_C, loss_C, slope_C = by_row
-    tensors = (as_read(logits_CV), as_read(x_CD), as_read(weight_VD), target_C, loss_C, slope_C)
-    arguments = (*tensors, weight_VD.shape[0], x_CD.shape[1], x_CD.stride(0), ignore)
-    constants = {"DEPTH": _DEPTH, "COLUMNS": _COLUMNS, "WRITES": writes}
-    grid = (x_CD.shape[0],)
-    what = Launch("loss.linear_cross_entropy_triton", "loss_kernel", grid, arguments, constants, _WARPS)
-    moved = bytes_of(logits_CV) * (3 if writes else 1) + 2 * bytes_of(x_CD) + bytes_of(target_C, loss_C, slope_C)
+    beside = (as_read(x_CD), as_read(weight_VD), target_C, loss_C, slope_C)
+    sizes = (width, x_CD.stride(0), ignore)
+    module, tile = "loss.linear_cross_entropy_triton", held_tile(vocabulary, logits_CV.dtype, card_of(x_CD.device))
+    if tile is None:
+        arguments = (as_read(logits_CV), *beside, vocabulary, *sizes)
+        constants = {"DEPTH": _DEPTH, "COLUMNS": _COLUMNS, "WRITES": writes}
+        what = Launch(module, "loss_kernel", (count,), arguments, constants, _WARPS)
+    else:
+        arguments = (logits_CV.view(torch.int32), *beside, vocabulary // 2, *sizes)
+        constants = {"DEPTH": _DEPTH, "COLUMNS": tile.columns, "PARTS": tile.rows, "WRITES": writes}
+        constants |= {"IS_FP16": logits_CV.dtype == torch.float16, "IS_NATIVE": not is_interpreted()}
+        what = Launch(module, "held_loss_kernel", (count,), arguments, constants, tile.warps)
+    reads = 2 if tile is None and writes else 1
+    moved = bytes_of(logits_CV) * (reads + writes) + 2 * bytes_of(x_CD) + bytes_of(target_C, loss_C, slope_C)
     launch(what, moved_bytes=moved)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowvram_kernels.dispatch import HiddenWork, Launch, card_of, simulate_card
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.loss.linear_cross_entropy import chunk_rows, linear_cross_entropy, reference
+from lowvram_kernels.loss.linear_cross_entropy import chunk_rows, held_tile, linear_cross_entropy, reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,6 +63,8 @@ def compare(
         pytest.param(65, 24, 301, 16, id="a-last-chunk-of-one"),
         pytest.param(40, 8, 33, 1, id="a-row-at-a-time"),
         pytest.param(40, 8, 33, 100, id="chunk-beyond-the-rows"),
+        pytest.param(12, 8, 32, None, id="a-vocabulary-held-in-registers"),
+        pytest.param(12, 8, 1056, 8, id="held-in-parts"),
     ],
 )
 def test_loss_and_both_gradients_are_the_textbooks(
@@ -79,7 +81,7 @@ def test_loss_and_both_gradients_are_the_textbooks(
 def test_a_large_vocabulary_keeps_its_precision(device: str, kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(2)
     is_kernel = card_of(torch.device(device)).platform == "cuda"
-    rows, width, vocabulary = 150, 64, 8_192 if is_kernel else 32_768  # the interpreter is slow
+    rows, width, vocabulary = (40, 64, 4_096) if is_kernel else (150, 64, 32_768)  # the interpreter is slow
     targets = torch.randint(0, vocabulary, (rows,))
     weight = torch.randn(vocabulary, width)
     if kind in ("untrained", "spread"):
@@ -236,9 +238,25 @@ def test_a_target_outside_the_vocabulary_makes_the_kernels_loss_nan_and_reads_no
     assert dx[1].isnan().all()
 
 
-def test_what_is_not_a_number_is_in_the_kernels_loss() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_each_row_that_is_held_in_registers_is_known_unknown_or_ignored_by_itself(dtype: torch.dtype) -> None:
+    x, weight = torch.ones(5, 4, device=DEVICE, dtype=dtype), torch.ones(32, 4, device=DEVICE, dtype=dtype)
+    x[4] = torch.nan
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    with running_on("sm86"):
+        for targets, is_finite in (([3, 0, 31, 4, -100], True), ([3, 32, 9, 4, -100], False)):
+            loss = linear_cross_entropy(*leaves, torch.tensor(targets, device=DEVICE))
+            dx, _ = torch.autograd.grad(loss, leaves)
+            assert loss.isfinite() == is_finite
+            assert dx[[0, 2, 3]].isfinite().all()
+            assert dx[1].isfinite().all() == is_finite
+            assert not dx[4].any(), "of an ignored row, whatever it holds"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["read-twice", "held"])
+def test_what_is_not_a_number_is_in_the_kernels_loss(dtype: torch.dtype) -> None:
     for place in ((0, 1), (1, 1)):  # in a row of x, and in a weight that is no target's
-        x, weight = torch.ones(2, 4, device=DEVICE), torch.ones(9, 4, device=DEVICE)
+        x, weight = (torch.ones(count, 4, device=DEVICE, dtype=dtype) for count in (2, 32))
         (x if place[0] else weight)[place] = torch.nan
         with running_on("sm86"):
             assert linear_cross_entropy(x, weight, torch.tensor([3, 4], device=DEVICE)).isnan()
@@ -257,4 +275,31 @@ def test_on_a_card_a_chunk_is_four_launches_and_holds_its_logits_once(rows: int)
             assert live.peak == rows * 4096 * 2 + 4096 * 8 * (2 + sums) + x.nbytes + 512 * 4 + 4
             loss.backward()
     assert len(launches) == 512 // rows
-    assert works[0].moved_bytes == 3 * rows * 4096 * 2 + 2 * rows * 8 * 2 + rows * (8 + 4)
+    assert works[0].moved_bytes == 2 * rows * 4096 * 2 + 2 * rows * 8 * 2 + rows * (8 + 4)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "reads"),
+    [(4096, torch.float16, 1), (4094, torch.float16, 2), (4096, torch.float32, 2), (65_568, torch.bfloat16, 2)],
+    ids=["held", "unaligned", "fp32", "too-long"],
+)
+def test_logits_are_read_once_where_registers_hold_them(vocabulary: int, dtype: torch.dtype, reads: int) -> None:
+    launches: list[Launch] = []
+    works: list[HiddenWork] = []
+    with torch.device("meta"), simulate_card(CARDS["sm86"], works.append, note_launch=launches.append):
+        x, weight = torch.empty(8, 4, dtype=dtype).requires_grad_(), torch.empty(vocabulary, 4, dtype=dtype)
+        linear_cross_entropy(x, weight, torch.empty(8, dtype=torch.int64))
+    assert launches[0].kernel == ("held_loss_kernel" if reads == 1 else "loss_kernel")
+    assert works[0].moved_bytes // (8 * vocabulary * dtype.itemsize) == reads + 1
+
+
+@pytest.mark.parametrize("card", ["sm75", "sm86"])
+@pytest.mark.parametrize("vocabulary", [32, 1024, 8192, 8224, 32_768, 49_152, 65_536])
+def test_a_row_is_held_by_threads_of_few_pairs(vocabulary: int, card: str) -> None:
+    tile = held_tile(vocabulary, torch.bfloat16, CARDS[card])
+    if card == "sm75" and vocabulary > 32_768:
+        assert tile is None
+        return
+    assert tile is not None
+    assert tile.rows * tile.columns >= vocabulary // 2 > (tile.rows - 1) * tile.columns
+    assert tile.rows * tile.columns <= (16 if vocabulary <= 32_768 else 32) * 32 * tile.warps <= 32 * 1024
