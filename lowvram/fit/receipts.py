@@ -145,10 +145,10 @@ def read_receipt(path: Path) -> Receipt:
         ) from error
 
 
-def receipts_of(profile_id: str, paths: Sequence[Path] | None = None) -> list[Receipt]:
-    """Return the receipts of a card.  paths: the files; by default those that ship with the catalogue of cards."""
+def receipts_of(profile_id: str, precision: str, paths: Sequence[Path] | None = None) -> list[Receipt]:
+    """Return the receipts of a card in a precision.  paths: the files; by default those that ship."""
     found = (read_receipt(path) for path in (find_receipts() if paths is None else paths))
-    return [receipt for receipt in found if receipt.profile_id == profile_id]
+    return [receipt for receipt in found if (receipt.profile_id, receipt.precision) == (profile_id, precision)]
 
 
 def summarize(receipts: Sequence[Receipt]) -> ReceiptSummary | None:

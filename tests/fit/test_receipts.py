@@ -74,7 +74,7 @@ def test_receipts_of_a_card_are_summarized_by_their_medians(tmp_path: Path) -> N
         write_receipt(invent().add(tokens, 1.0, 1 << 30), paths[-1])
     paths.append(tmp_path / "other.json")
     write_receipt(invent(profile_id="rtx4090").add(1, 1.0, 1), paths[-1])
-    summary = summarize(receipts_of("rtx5070", paths))
+    summary = summarize(receipts_of("rtx5070", "bf16", paths))
     assert summary is not None
     assert summary.receipts == 3
     assert (summary.ratio, summary.error) == pytest.approx((0.8, 0.5))
