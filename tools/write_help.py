@@ -34,6 +34,7 @@ COMMANDS = (
     "tokenizer train",
     "data pack",
     "train",
+    "receipt",
     "evaluate",
     "chat",
     "serve",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lowvram.api.packing import Packed as Packed
     from lowvram.api.packing import PackedShards as PackedShards
     from lowvram.api.packing import pack as pack
+    from lowvram.api.receipts import receipt as receipt
     from lowvram.api.run_file import write_run_file as write_run_file
     from lowvram.api.target import Target as Target
     from lowvram.api.tasks import Notice as Notice
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lowvram.api.training import TrainingRun as TrainingRun
     from lowvram.api.training import train as train
     from lowvram.errors import LowvramError as LowvramError
+    from lowvram.fit.receipts import Receipt as Receipt
     from lowvram.fit.report import MemoryBudget as MemoryBudget
     from lowvram.train.events import Evaluated as Evaluated
     from lowvram.train.events import Event as Event
@@ -53,6 +55,7 @@ _HOMES = {
     "FitOptions": "lowvram.api.fit_result",
     "FitResult": "lowvram.api.fit_result",
     "Halved": "lowvram.train.events",
+    "Receipt": "lowvram.fit.receipts",
     "Recorded": "lowvram.train.events",
     "Imported": "lowvram.api.importing",
     "LowvramError": "lowvram.errors",
@@ -78,6 +81,7 @@ _HOMES = {
     "import_model": "lowvram.api.importing",
     "load": "lowvram.api.models",
     "pack": "lowvram.api.packing",
+    "receipt": "lowvram.api.receipts",
     "train": "lowvram.api.training",
     "train_tokenizer": "lowvram.api.tokenizer_training",
     "write_run_file": "lowvram.api.run_file",
@@ -96,6 +100,7 @@ __all__ = [
     "Notice",
     "Packed",
     "PackedShards",
+    "Receipt",
     "Recorded",
     "Rotated",
     "RunSettings",
@@ -114,6 +119,7 @@ __all__ = [
     "import_model",
     "load",
     "pack",
+    "receipt",
     "train",
     "train_tokenizer",
     "write_run_file",

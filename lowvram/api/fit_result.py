@@ -94,7 +94,7 @@ class FitResult:
         """Return the values that `lowvram fit --json` prints."""
         first, long, profile = self.first_run, self.recommended, self.budget.profile
         is_measured = any(report.speed and report.speed.is_measured for report in self.models)
-        evidence = describe_evidence(profile, measured_ids(), is_measured)
+        evidence = describe_evidence(profile, measured_ids(), is_measured, self.budget.receipts)
         return {
             "gpu": profile.id,
             "gpu_name": profile.name,

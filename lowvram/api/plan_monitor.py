@@ -42,6 +42,7 @@ class PlanMonitor:
         self._rehearse = rehearse_on(self.budget.profile, config.model, config.train)
         self._rehearsal: Rehearsal | None = None
         self._speed: Speed | None = None
+        self._published: Speed | None = None
         self._steps = 0
         self._is_compiled = self._is_recorded = False
         self._clock = (0.0, 0)
@@ -128,6 +129,14 @@ class PlanMonitor:
         self._rehearsal = self._rehearse_eager(plan)
         room = self.budget.limit_bytes if is_recorded else 0
         self._speed = estimate(self._rehearsal, plan, self._config.train, profile, self.budget.measured, room)
+        self._published = estimate(self._rehearsal, plan, self._config.train, profile, None, room)
+
+    @property
+    def prediction(self) -> tuple[int, float | None]:
+        """The peak bytes of the plan that is enforced, and its tokens per second by published figures alone."""
+        assert self._rehearsal is not None, "only a card's plan is rehearsed again"
+        speed = self._published.tokens_per_second if self._published is not None else None
+        return self._rehearsal.ledger.peak_bytes, speed
 
     def _rehearse_eager(self, plan: Plan) -> Rehearsal:
         """Rehearse a plan without compilation, which cannot be rehearsed."""

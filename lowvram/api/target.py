@@ -9,6 +9,7 @@ from lowvram_kernels.capabilities import features_of
 
 from lowvram.api.tasks import Notice
 from lowvram.fit.calibration_store import load_calibration
+from lowvram.fit.receipts import receipts_of, summarize
 from lowvram.fit.report import MemoryBudget
 from lowvram.hardware.detect import (
     Detected,
@@ -45,8 +46,9 @@ class Target(NamedTuple):
         measured, problem = load_calibration(self.profile.id, precision)
         beside = self.profile.limit_bytes(self.desktop, self.ram_bytes, self.free_bytes)
         alone = self.profile.limit_bytes("none", self.ram_bytes)
+        receipts = summarize(receipts_of(self.profile.id, precision))
         return MemoryBudget(
-            self.profile, beside, max(beside, alone), self.ram_bytes, measured, self.beside, measured_problem=problem
+            self.profile, beside, max(beside, alone), self.ram_bytes, measured, self.beside, problem, receipts
         )
 
 

@@ -181,7 +181,7 @@ def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | No
         yield from _describe_text(config)
         monitor.enforce(settings.plan)
         yield from _autotune(trainer, monitor, asked, not settings.is_kept)
-        logs = tuple(open_logs(config.run.dir, config.run.log))
+        logs = (*open_logs(config.run.dir, config.run.log), *_open_receipt(trainer, monitor, chosen.device))
         for log in logs:
             stack.callback(log.close)
         settings = dataclasses.replace(settings, plan=trainer.plan, graphs=trainer.captured_pass is not None)
@@ -222,6 +222,15 @@ def _autotune(trainer: Trainer, monitor: PlanMonitor, asked: PlanOptions, is_new
     room = monitor.room_to_compile(trainer.state.optimizer.bytes_on_device())
     for sentence in autotune_cuda_graphs(trainer, asked.graphs, room):
         yield Notice(sentence)
+
+
+def _open_receipt(trainer: Trainer, monitor: PlanMonitor, device: torch.device) -> list[Log]:
+    """Return the log that keeps the run's receipt; a processor or an Apple chip reports no peak to compare."""
+    from lowvram.api.receipts import ReceiptLog, conditions
+
+    if device.type != "cuda":
+        return []
+    return [ReceiptLog(trainer.config.run.dir, lambda: conditions(trainer, monitor))]
 
 
 def _describe_text(config: RunConfig) -> Iterator[Notice]:

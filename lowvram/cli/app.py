@@ -14,7 +14,20 @@ from lowvram.cli.lasting import lasting_stderr
 from lowvram.cli.usage import Parser
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
-COMMANDS = ("demo", "doctor", "fit", "tokenizer", "data", "train", "evaluate", "chat", "serve", "export", "import")
+COMMANDS = (
+    "demo",
+    "doctor",
+    "fit",
+    "tokenizer",
+    "data",
+    "train",
+    "receipt",
+    "evaluate",
+    "chat",
+    "serve",
+    "export",
+    "import",
+)
 # Environment variables that torch's CPU libraries read when they are loaded; values that the user has set are kept.
 CPU_ENVIRONMENT = {
     # Waiting threads sleep.  By default they spin, and one other busy program makes a step 15 times slower.

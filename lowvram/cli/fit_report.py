@@ -90,7 +90,7 @@ def _show_time(report: FitReport, budget: MemoryBudget, instead: Advice | None) 
         return
     speed = report.speed
     pace = f"{show_count(speed.low)}–{show_count(speed.high)} tokens/s"
-    result(f"  {pace} ({describe_evidence(budget.profile, measured_ids(), speed.is_measured)}).")
+    result(f"  {pace} ({describe_evidence(budget.profile, measured_ids(), speed.is_measured, budget.receipts)}).")
     energy = f", {show_energy_range(*report.kwh_range)}" if report.kwh_range is not None else ""
     lasts = show_duration_range(*(days * 86_400 for days in report.days_range))
     result(f"  {show_count(report.train.tokens)} tokens in {lasts}{energy}.")
@@ -163,7 +163,7 @@ def explain(seen: FitResult) -> Iterator[str]:
     yield f"precision: {train.precision}, {_PRECISION[profile.dtype] if is_own else 'as the run says'}"
     is_measured = any(report.speed is not None and report.speed.is_measured for report in reports)
     has_figures = bool(profile.tflops)
-    source = describe_evidence(profile, measured_ids(), is_measured) + (
+    source = describe_evidence(profile, measured_ids(), is_measured, budget.receipts) + (
         "" if is_measured else "; --measure times it here"
     )
     yield f"speed: {source if is_measured or has_figures else 'not known'}"

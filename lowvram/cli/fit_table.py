@@ -52,7 +52,7 @@ def show_table(reports: Sequence[FitReport], budget: MemoryBudget, advised: Advi
         result(f"A wider window shows also: {', '.join(left_out)}.")
     if any(report.speed for report in reports):
         is_measured = any(report.speed is not None and report.speed.is_measured for report in reports)
-        evidence = describe_evidence(budget.profile, measured_ids(), is_measured)
+        evidence = describe_evidence(budget.profile, measured_ids(), is_measured, budget.receipts)
         result(f"Time and energy: until all of the preset's tokens are seen; {evidence}.")
     result("Parameters in brackets: active for a token.")
     if lacking := [report for report in reports if report.lacks_host_bytes and report.search_result.fits]:

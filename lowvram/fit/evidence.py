@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lowvram.fit.receipts import ReceiptSummary
 from lowvram.hardware.profile import Profile
+from lowvram.units import count_of
 
 
-def describe_evidence(profile: Profile, measured_ids: Sequence[str], is_measured_here: bool) -> str:
+def describe_evidence(
+    profile: Profile, measured_ids: Sequence[str], is_measured_here: bool, receipts: ReceiptSummary | None = None
+) -> str:
     """Return the phrase that is printed beside every predicted speed.
 
-    measured_ids: the cards whose measurements ship with the catalogue.
+    receipts: those of the card.  measured_ids: the cards whose measurements ship with the catalogue.
     """
     if is_measured_here:
         return "measured on this machine"
     if profile.platform == "cpu":
         return "estimated from one processor's figures, and processors differ by far"
+    if receipts is not None:
+        counted = count_of(receipts.receipts, "receipt")
+        return f"estimated, and corrected by {counted} of such a card, median error {receipts.error:.0%} before"
     kind = _kind(profile)
     if profile.id in measured_ids:
         return f"estimated; our kernels have been measured on this card (profiles/measured/{profile.id}.md)"

@@ -10,6 +10,7 @@ from lowvram.config.plan import Ledger, Plan
 from lowvram.config.run import RunOptions
 from lowvram.config.train import TrainConfig
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
+from lowvram.fit.receipts import ReceiptSummary
 from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search, spend_the_rest
 from lowvram.fit.throughput import Calibration, Speed, days, estimate, kwh, step_seconds
 from lowvram.hardware.profile import Profile
@@ -25,6 +26,7 @@ class MemoryBudget(NamedTuple):
     limit_bytes: beside a desktop or other programs.  headless_bytes: with nothing else on the card.  ram_bytes: host
     memory, None if it is not known.  measured: this machine's measurement.  beside: what else takes the card's memory.
     measured_problem: why a measurement that exists on this machine is not used; "" where there is nothing to say.
+    receipts: those of other runs on such a card, by whose median an estimated speed is corrected.
     """
 
     profile: Profile
@@ -34,6 +36,7 @@ class MemoryBudget(NamedTuple):
     measured: Calibration | None = None
     beside: str = "a desktop"
     measured_problem: str = ""
+    receipts: ReceiptSummary | None = None
 
 
 class FitReport(NamedTuple):
@@ -135,6 +138,8 @@ def evaluate_fit(
     options = options or RunOptions(dir=Path("run"))
     how = (train, budget.profile, budget.measured, budget.limit_bytes)
     speed = estimate(result.rehearsal, result.plan, *how) if fits_headless else None
+    if speed is not None and budget.receipts is not None:
+        speed = speed.times(budget.receipts.ratio)
     run_days = days(train.tokens, speed) if speed else None
     return FitReport(
         name,

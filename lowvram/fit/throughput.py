@@ -131,6 +131,10 @@ class Speed(NamedTuple):
     high: float
     is_measured: bool
 
+    def times(self, ratio: float) -> Speed:
+        """Return an estimate that is corrected by a factor; a measurement stays as it is."""
+        return self if self.is_measured else Speed(self[0] * ratio, self[1] * ratio, self[2] * ratio, False)
+
 
 def estimate(
     rehearsal: Rehearsal,

@@ -92,6 +92,16 @@ def find_driver() -> Driver | None:
     return _query_nvml(_read_driver)
 
 
+def find_driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, such as `580.95.05`; None if there is no driver."""
+    return _query_nvml(_read_version)
+
+
+def _read_version(nvml: Any) -> str:
+    version = nvml.nvmlSystemGetDriverVersion()
+    return version if isinstance(version, str) else str(version.decode())
+
+
 def find_card() -> NvidiaCard | None:
     """Return the NVIDIA card that a run would use, with its memory now; None if there is none or all are hidden."""
     return _query_nvml(_read_card)

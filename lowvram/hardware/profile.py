@@ -107,6 +107,11 @@ def measured_ids() -> list[str]:
     return sorted(path.stem for path in (_find_folder() / "measured").glob("*.json"))
 
 
+def find_receipts() -> list[Path]:
+    """Return the files of the receipts that were sent in, which ship with the catalogue."""
+    return sorted((_find_folder() / "measured/receipts").glob("*.json"))
+
+
 def load_profile(profile_id: str) -> Profile:
     """Return the profile with exactly this id; raises ConfigError that names the nearest ids."""
     if profile_id not in profile_names():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowvram.fit.evidence import describe_evidence
+from lowvram.fit.receipts import ReceiptSummary
 from lowvram.hardware.profile import load_profile, measured_ids, profile_names
 
 
@@ -37,3 +38,8 @@ def test_each_card_says_what_speaks_for_its_speed(card: str, measured: list[str]
 def test_the_cards_that_were_measured_are_those_of_the_catalogue() -> None:
     assert set(measured_ids()) <= set(profile_names())
     assert "h200" in measured_ids()
+
+
+def test_receipts_of_a_card_are_counted_beside_its_speed() -> None:
+    said = describe_evidence(load_profile("rtx5070"), ["h200"], False, ReceiptSummary(3, 0.8, 0.25))
+    assert said == "estimated, and corrected by 3 receipts of such a card, median error 25% before"

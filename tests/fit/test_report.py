@@ -11,6 +11,7 @@ from lowvram.config.run import RunOptions
 from lowvram.config.run_file import load_preset
 from lowvram.config.train import divisors
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal, Work
+from lowvram.fit.receipts import ReceiptSummary
 from lowvram.fit.report import SYSTEM_BYTES, FitReport, MemoryBudget, evaluate_fit
 from lowvram.fit.throughput import step_seconds
 from lowvram.hardware.profile import generic_profile, load_profile
@@ -145,3 +146,13 @@ def test_time_and_electricity_have_the_range_of_the_speed() -> None:
         assert low < middle < high
     unknown = report_on(MemoryBudget(generic_profile(8 * GIB), 6 * GIB, 7 * GIB))
     assert (unknown.days_range, unknown.kwh_range) == (None, None)
+
+
+def test_receipts_correct_an_estimated_speed_by_their_median() -> None:
+    plain, corrected = (
+        report_on(ROOMY._replace(receipts=receipts)) for receipts in (None, ReceiptSummary(3, 0.8, 0.25))
+    )
+    assert plain.speed is not None
+    assert corrected.speed is not None
+    assert corrected.speed[:3] == pytest.approx([0.8 * value for value in plain.speed[:3]])
+    assert corrected.days == pytest.approx((plain.days or 0.0) / 0.8)
