@@ -11,6 +11,7 @@ choice of kernel and tile, the allocation of results, and the launch.  Autograd 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -106,9 +107,9 @@ def _products(x: torch.Tensor) -> Iterator[tuple[str, Call]]:
     matrix = torch.zeros(256, 256, dtype=torch.bfloat16)
     for form in ("e4m3", "int8"):
         rows, weight = quantise_rows(x, form), quantise_weight(matrix, form)
-        yield f"quantise rows {form}", lambda form=form: quantise_rows(x, form)
-        yield f"product {form}", lambda rows=rows, weight=weight: scaled_matmul(rows, weight, x.dtype)
-        yield f"small product {form}", lambda weight=weight: gemv(x[:1], weight)
+        yield f"quantise rows {form}", functools.partial(quantise_rows, x, form)
+        yield f"product {form}", functools.partial(scaled_matmul, rows, weight, x.dtype)
+        yield f"small product {form}", functools.partial(gemv, x[:1], weight)
 
 
 def _optimizer() -> Iterator[tuple[str, Call]]:
