@@ -286,7 +286,7 @@ def _read_constraints(options: FitOptions, train: TrainConfig) -> PlanConstraint
 
 def _look_closer(result: FitResult) -> Task[FitResult]:
     """Add what is said about a single model beside its ledger."""
-    from lowvram.api.rehearsals import suggest_changes, suggest_precisions
+    from lowvram.api.rehearsals import suggest_changes, suggest_precisions, untimed_precisions
     from lowvram.fit.recommend import TOO_SLOW_DAYS, recommend
 
     options, report = result.options, result.models[0]
@@ -295,17 +295,29 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
         yield Progress("Looking for changes that would fit")
         changes = tuple(suggest_changes(report.model, report.train, result.budget))
     faster: tuple[Change, ...] = ()
+    remarks = remarks_about(result.text, report)
     if options.run_file is not None and report.fits_headless and not options.has_plan:
         yield Progress("Looking for a faster precision")
         faster = tuple((yield from suggest_precisions(report, result.target)))
+        remarks += remarks_on_precisions(untimed_precisions(report, result.target))
     is_too_slow = report.days is not None and report.days > TOO_SLOW_DAYS
     instead = None
     if is_too_slow:
         known = yield from _evaluate_known_presets(result.target)
         instead = recommend(known, options.days)
-    return dataclasses.replace(
-        result, changes=changes, faster=faster, remarks=tuple(remarks_about(result.text, report)), instead=instead
-    )
+    return dataclasses.replace(result, changes=changes, faster=faster, remarks=tuple(remarks), instead=instead)
+
+
+def remarks_on_precisions(untimed: Sequence[str]) -> list[Remark]:
+    """Return what is said of 8-bit precisions that nobody has timed on such a card."""
+    from lowvram.fit.epochs import Remark
+
+    if not untimed:
+        return []
+    names = " and ".join(precision.upper() for precision in untimed)
+    times = "times both" if len(untimed) > 1 else "times it"
+    unsaid = f"{names} products are unmeasured on such a card, so whether they are faster is not said"
+    return [Remark(f"{unsaid}: try `fit --measure` there, which {times}.")]
 
 
 def remarks_about(text: RunText | None, report: FitReport) -> list[Remark]:

@@ -15,7 +15,7 @@ from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit, lacking_by
 from lowvram.fit.search import ANY, PlanConstraints
 from lowvram.fit.suggestions import Change, Weighed, propose, propose_faster, propose_fp32
 from lowvram.fit.throughput import estimate
-from lowvram.hardware.profile import Profile
+from lowvram.hardware.profile import Profile, measured_ids
 
 if TYPE_CHECKING:
     from lowvram.config.model import ModelConfig
@@ -60,29 +60,43 @@ def rehearse_fit(
 def suggest_precisions(report: FitReport, target: Target) -> Generator[Notice, None, list[Change]]:
     """Return the precisions of 8 bits, and on a processor fp32, in which a run's plan would be faster on a card.
 
-    Either both precisions were measured there, or both are estimated from published figures.  Only NVIDIA cards have
-    kernels for products in 8 bits, so elsewhere an estimate would promise what plain PyTorch does not keep.  For fp32
-    only a measurement of both counts.
+    An 8-bit precision is proposed only where it was timed: on this machine, by a receipt of such a card, or by our own
+    report of it; see `untimed_precisions`.  Only NVIDIA cards have kernels for products in 8 bits.  For fp32 only a
+    measurement of both counts.
     """
     profile, plan, train = target.profile, report.search_result.plan, report.train
     others = ("fp8", "int8", *(["fp32"] if profile.platform == "cpu" else []))
     budgets = {name: target.budget(name) for name in (train.precision, *others)}
     for budget in budgets.values():
         yield from notices_of(budget)
+    untimed = untimed_precisions(report, target)
 
     def weigh(model: ModelConfig, other: TrainConfig) -> Weighed:
         is_measured = budgets[other.precision].measured is not None and budgets[train.precision].measured is not None
-        if not is_measured and profile.platform != "cuda":
+        if other.precision in untimed or (not is_measured and profile.platform != "cuda"):
             return Weighed(0, None, fits_host=False)  # no speed to compare, so a rehearsal would only take time
         rehearsal = rehearse_on(profile, model, other)(plan)
         measured = budgets[other.precision].measured if is_measured else None
-        speed = estimate(rehearsal, plan, other, profile, measured)
+        speed = estimate(rehearsal, plan, other, profile, measured, limit_bytes)
         fits_host = not lacking_bytes(rehearsal.ledger, budgets[train.precision])
         return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 
     limit_bytes = budgets[train.precision].headless_bytes
     in_fp32 = propose_fp32(report.model, train, limit_bytes, weigh, compare_precisions(profile))
     return [*in_fp32, *propose_faster(report.model, train, limit_bytes, weigh)]
+
+
+def untimed_precisions(report: FitReport, target: Target) -> tuple[str, ...]:
+    """Return the 8-bit precisions that an NVIDIA card's run could take and that nobody has timed on such a card."""
+    profile = target.profile
+    if profile.platform != "cuda" or report.train.precision not in ("bf16", "fp16") or profile.id in measured_ids():
+        return ()
+
+    def is_timed(precision: str) -> bool:
+        budget = target.budget(precision)
+        return budget.measured is not None or budget.receipts is not None
+
+    return tuple(precision for precision in ("fp8", "int8") if not is_timed(precision))
 
 
 def suggest_changes(model: ModelConfig, train: TrainConfig, budget: MemoryBudget) -> list[Change]:

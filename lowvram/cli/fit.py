@@ -45,7 +45,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--measure",
         action="store_true",
-        help="time real steps here first, on a processor in bf16 and in fp32, and remember the result",
+        help="time real steps here first, on a processor in bf16 and in fp32, on an NVIDIA card in bf16, FP8 and INT8, "
+        "and remember the result",
     )
     parser.add_argument("--explain", action="store_true", help="show why each choice was made")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.api import rehearsals
 from lowvram.api.device import ChosenDevice
 from lowvram.config.run_file import load_preset, load_run
 from lowvram.hardware.detect import Detected
@@ -96,20 +97,37 @@ WIDE = ("precision=bf16", "layers=2", "model.dim=2048", "seq_len=512", "batch_to
 
 
 @pytest.mark.nightly
-def test_a_wide_run_is_told_which_8_bits_are_faster_on_a_card_that_has_them_and_nothing_elsewhere(large: Path) -> None:
+def test_a_wide_run_is_told_which_8_bits_are_faster_where_such_a_card_was_measured(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sets = [word for assignment in WIDE for word in ("--set", assignment)]
-    offered = {
-        gpu: [change["sets"] for change in values(large, "--gpu", gpu, "--desktop", "none", *sets)["faster"]]
-        for gpu in ("rtx5070", "rtx3060-12gb", "rtx2070", "cpu", "m3-max")
-    }
-    assert offered["rtx5070"] == [["train.precision=fp8"], ["train.precision=int8"]]
-    assert offered["rtx3060-12gb"] == [["train.precision=int8"]], "FP8 is decoded there"
-    assert offered["rtx2070"] == []
-    assert offered["cpu"] == offered["m3-max"] == [], "no kernel multiplies 8 bits there"
+    cards = ("rtx5070", "rtx3060-12gb", "rtx2070", "cpu", "m3-max")
+
+    def offered() -> dict[str, list[list[str]]]:
+        return {
+            gpu: [change["sets"] for change in values(large, "--gpu", gpu, "--desktop", "none", *sets)["faster"]]
+            for gpu in cards
+        }
+
+    untimed = (
+        r"  FP8 and INT8 products are unmeasured on such a card, .*: try `fit --measure` there, which times both\."
+    )
+    assert not any(offered().values()), "nobody has timed them there"
+    assert re.search(untimed, typed("fit", large, "--gpu", "rtx5070", "--desktop", "none", *sets).out)
+    assert not re.search(untimed, typed("fit", large, "--gpu", "m3-max", *sets).out), (
+        "no kernel multiplies 8 bits there"
+    )
+    monkeypatch.setattr(rehearsals, "measured_ids", lambda: cards)
+    found = offered()
+    assert found["rtx5070"] == [["train.precision=fp8"], ["train.precision=int8"]]
+    assert found["rtx3060-12gb"] == [["train.precision=int8"]], "FP8 is decoded there"
+    assert found["rtx2070"] == []
+    assert found["cpu"] == found["m3-max"] == [], "no kernel multiplies 8 bits there"
     screen = typed("fit", large, "--gpu", "rtx5070", "--desktop", "none", *sets).out
     assert re.search(
         r"  INT8 products \(--set train\.precision=int8\): about \d\.\d times as fast; 0\.6 % more", screen
     )
+    assert not re.search(untimed, screen)
 
 
 @pytest.mark.nightly
