@@ -317,7 +317,7 @@ def remarks_on_precisions(untimed: Sequence[str]) -> list[Remark]:
     names = " and ".join(precision.upper() for precision in untimed)
     times = "times both" if len(untimed) > 1 else "times it"
     unsaid = f"{names} products are unmeasured on such a card, so whether they are faster is not said"
-    return [Remark(f"{unsaid}: try `fit --measure` there, which {times}.")]
+    return [Remark(f"{unsaid}: try `fit` with `measure=True` there, which {times}.")]
 
 
 def remarks_about(text: RunText | None, report: FitReport) -> list[Remark]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lowvram.api.fit_result import FitResult
 from lowvram.cli.console import out, result
+from lowvram.cli.spelling import as_options
 from lowvram.config.train import TrainConfig
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
@@ -77,7 +78,7 @@ def show_one(seen: FitResult) -> None:
     result(f"  A checkpoint has {show_bytes(report.state_bytes)}; checkpoints write up to {writes} a day to the disk.")
     result(f"  {disk} of disk must be free.")
     for remark in seen.remarks:
-        result(f"  {remark.says}", "yellow" if remark.is_warning else "")
+        result(f"  {as_options(remark.says)}", "yellow" if remark.is_warning else "")
     if not (report.fits_headless and report.fits_host):
         _show_changes(report, seen.changes, is_preset)
 

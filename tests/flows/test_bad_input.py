@@ -215,11 +215,11 @@ RECIPES = {
     ),
     "AdamW with Muon's momentum": (
         ("optimizer={name='adamw',momentum=0.9}",),
-        r"no key train\.optimizer\.momentum\. Known: beta1, beta2, bits, decay, embeddings, eps, lr, name\.",
+        r"no key train\.optimizer\.momentum\. Known: backend, beta1, beta2, bits, decay, embeddings, eps, lr, name\.",
     ),
     "momentum for the optimizer that is meant by none": (
         ("optimizer.momentum=0.9",),
-        r"no key train\.optimizer\.momentum\. Known: beta1, beta2, bits",
+        r"no key train\.optimizer\.momentum\. Known: backend, beta1, beta2, bits",
     ),
     "weights in fp16": (("weights=fp16",), r"train\.weights is 'fp16': input should be 'fp32' or 'bf16'"),
 }

@@ -110,7 +110,7 @@ def test_a_wide_run_is_told_which_8_bits_are_faster_where_such_a_card_was_measur
         }
 
     untimed = (
-        r"  FP8 and INT8 products are unmeasured on such a card, .*: try `fit --measure` there, which times both\."
+        r"  FP8 and INT8 products are unmeasured on such a card, .*: try `fit` with --measure there, which times both\."
     )
     assert not any(offered().values()), "nobody has timed them there"
     assert re.search(untimed, typed("fit", large, "--gpu", "rtx5070", "--desktop", "none", *sets).out)
