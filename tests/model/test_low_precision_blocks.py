@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._inductor.config
+from lowvram_kernels.attention import mla_heads
 from lowvram_kernels.dispatch import Card, is_interpreted, override_card
 from lowvram_kernels.layers import rms_norm, swiglu
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
+from lowvram_kernels.moe import routing, sorting
 from torch import Tensor
 
 from lowvram.config.model import ModelConfig
@@ -58,8 +60,10 @@ def test_a_block_is_one_graph_on_a_processor(kind: str, form: MatmulFormat) -> N
 def test_a_block_is_one_graph_on_a_cards_path(form: MatmulFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     if not is_interpreted():
         pytest.skip("a real card wants its own tensors: tests/fit/test_on_cuda.py")
-    for module in (rms_norm, swiglu):
+    for module in (rms_norm, swiglu, mla_heads):
         monkeypatch.setattr(module, "has_kernels", lambda _: False)  # as in a compiled block, for equal roundings
+    for module in (routing, sorting):
+        monkeypatch.setattr(module, "runs_kernels", lambda *_: False)
     with override_card(AMPERE):
         found, expected = (step(model_of("mla-moe", form), backend) for backend in ("aot_eager", None))
     assert_same(found, expected)
