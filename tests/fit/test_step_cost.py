@@ -14,8 +14,8 @@ from lowvram.hardware.profile import load_profile
 COSTS = {
     "tr-125m": (8, 1024, "none", True, 570, 26.8, 75),
     "tiny-llm-v1": (32, 512, "none", True, 440, 23.4, 75),
-    "tr-130m-moe": (8, 1024, "none", True, 740, 23.8, 180),
-    "tr-1b": (1, 2048, "none", False, 1000, 39.0, 220),
+    "tr-130m-moe": (8, 1024, "none", True, 740, 23.8, 186),
+    "tr-1b": (1, 2048, "none", False, 1000, 39.0, 231),
 }
 
 

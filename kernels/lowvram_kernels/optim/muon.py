@@ -129,7 +129,9 @@ def orthogonalise(u_BMN: Tensor, steps: int = 5, dtype: torch.dtype | None = Non
     x = u_BMN.mT if is_tall else u_BMN
     del u_BMN  # the caller may have kept none, and then it goes
     norm_B11 = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-    x = torch.div(x, norm_B11.clamp_min_(_LEAST_NORM), out=torch.empty_like(x, dtype=dtype))
+    least = max(_LEAST_NORM, 1.0 / torch.finfo(x.dtype).max)  # whose reciprocal is a number in fp16 too
+    share_B11 = torch.reciprocal(norm_B11.clamp_min_(least), out=norm_B11.new_empty(norm_B11.shape, dtype=x.dtype))
+    x = torch.mul(x, share_B11, out=torch.empty_like(x, dtype=dtype))
     for a, b, c in QUINTICS[steps][2]:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b / _ROOM**3, alpha=c / _ROOM**5)
