@@ -375,8 +375,8 @@ def main() -> None:
         what = job.launch
         print(f"WRONG {job.name} on {job.card.capability}: {text}\n  {dict(what.constants)} {what.warps} warps, ")
         print(f"  {what.stages} stages, arguments {[_describe(value) for value in what.arguments]}")
-    kept = {row: cells for row, cells in written.items() if row in known and row not in set(map(_row_of, jobs))}
-    kept = kept if options.changed else {}
+    compiled = set(map(_row_of, jobs))
+    kept = {row: cells for row, cells in written.items() if options.changed and row in known - compiled}
     variants = len(jobs) + sum(int(cells[0]) for cells in kept.values())
     text = f"{table(jobs, results, kept)}\n\n{variants} variants, Triton {triton.__version__}"
     print(text)

@@ -22,25 +22,15 @@ os.environ["NO_COLOR"] = "1"  # argparse colours its help from Python 3.14 on
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+from lowvram.cli import app
 from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset, preset_names
 from lowvram.config.train import TrainConfig
 from lowvram.units import show_bytes, show_count, show_duration_range
 
-COMMANDS = (
-    "demo",
-    "doctor",
-    "fit",
-    "tokenizer train",
-    "data pack",
-    "train",
-    "receipt",
-    "evaluate",
-    "chat",
-    "serve",
-    "export",
-    "import",
-)
+# Of commands that only have others below them, the one that is shown.
+_SHOWN = {"tokenizer": "tokenizer train", "data": "data pack"}
+COMMANDS = tuple(_SHOWN.get(name, name) for name in app.COMMANDS)
 CARD = "lowvram fit --gpu rtx5070"
 # The README's table: five presets on cards of 8 and 12 GB.
 CARDS = ("rtx4060", "rtx3060-12gb", "rtx5060", "rtx5070")

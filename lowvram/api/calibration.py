@@ -24,6 +24,7 @@ def calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target)
     that `fit` can say which are faster: half a minute each.
     """
     from lowvram.api.device import choose_device
+    from lowvram.config.train import LOW_PRECISIONS
     from lowvram.errors import ConfigError, MachineError
     from lowvram.fit.calibration_store import compare_precisions
 
@@ -40,7 +41,7 @@ def calibrate(name: str, model: ModelConfig, train: TrainConfig, target: Target)
             f"{name} does not fit here, so it cannot be timed.", fix="Measure a smaller one, with `preset`."
         )
     if device.type == "cuda" and train.precision in ("bf16", "fp16"):
-        for precision in ("fp8", "int8"):
+        for precision in LOW_PRECISIONS:
             low = train.model_copy(update={"precision": precision})
             if not (yield from _calibrate(name, model, low, target, device)):
                 yield Notice(f"{name} does not fit here in {precision}, so that was not timed.", "warning")

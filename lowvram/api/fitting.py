@@ -298,8 +298,9 @@ def _look_closer(result: FitResult) -> Task[FitResult]:
     remarks = remarks_about(result.text, report)
     if options.run_file is not None and report.fits_headless and not options.has_plan:
         yield Progress("Looking for a faster precision")
-        faster = tuple((yield from suggest_precisions(report, result.target)))
-        remarks += remarks_on_precisions(untimed_precisions(report, result.target))
+        untimed = untimed_precisions(report, result.target)
+        faster = tuple((yield from suggest_precisions(report, result.target, untimed)))
+        remarks += remarks_on_precisions(untimed)
     is_too_slow = report.days is not None and report.days > TOO_SLOW_DAYS
     instead = None
     if is_too_slow:

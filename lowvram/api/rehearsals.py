@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING
 
 from lowvram.api.target import Target, notices_of
 from lowvram.api.tasks import Notice
 from lowvram.config.plan import Plan
+from lowvram.config.train import LOW_PRECISIONS
 from lowvram.fit.calibration_store import compare_precisions
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.fit.report import FitReport, MemoryBudget, evaluate_fit, lacking_bytes
@@ -57,19 +58,20 @@ def rehearse_fit(
     )
 
 
-def suggest_precisions(report: FitReport, target: Target) -> Generator[Notice, None, list[Change]]:
+def suggest_precisions(
+    report: FitReport, target: Target, untimed: Sequence[str] = ()
+) -> Generator[Notice, None, list[Change]]:
     """Return the precisions of 8 bits, and on a processor fp32, in which a run's plan would be faster on a card.
 
     An 8-bit precision is proposed only where it was timed: on this machine, by a receipt of such a card, or by our own
-    report of it; see `untimed_precisions`.  Only NVIDIA cards have kernels for products in 8 bits.  For fp32 only a
-    measurement of both counts.
+    report of it.  Only NVIDIA cards have kernels for products in 8 bits.  For fp32 only a measurement of both counts.
+    untimed: what `untimed_precisions` returned.
     """
     profile, plan, train = target.profile, report.search_result.plan, report.train
-    others = ("fp8", "int8", *(["fp32"] if profile.platform == "cpu" else []))
+    others = (*LOW_PRECISIONS, *(["fp32"] if profile.platform == "cpu" else []))
     budgets = {name: target.budget(name) for name in (train.precision, *others)}
     for budget in budgets.values():
         yield from notices_of(budget)
-    untimed = untimed_precisions(report, target)
 
     def weigh(model: ModelConfig, other: TrainConfig) -> Weighed:
         is_measured = budgets[other.precision].measured is not None and budgets[train.precision].measured is not None
@@ -96,7 +98,7 @@ def untimed_precisions(report: FitReport, target: Target) -> tuple[str, ...]:
         budget = target.budget(precision)
         return budget.measured is not None or budget.receipts is not None
 
-    return tuple(precision for precision in ("fp8", "int8") if not is_timed(precision))
+    return tuple(precision for precision in LOW_PRECISIONS if not is_timed(precision))
 
 
 def suggest_changes(model: ModelConfig, train: TrainConfig, budget: MemoryBudget) -> list[Change]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,9 +71,8 @@ def _show(found: Receipt) -> None:
     lay_out(table)
 
 
-def _row(predicted: float | None, measured: float | None, show: object) -> list[str]:
-    assert callable(show)
-    words = ["–" if value is None else str(show(value)) for value in (predicted, measured)]
+def _row(predicted: float | None, measured: float | None, show: Callable[..., str]) -> list[str]:
+    words = ["–" if value is None else show(value) for value in (predicted, measured)]
     return [*words, f"{predicted / measured:.2f}" if predicted and measured else "–"]
 
 

@@ -12,6 +12,8 @@ from lowvram.config.base import Count, FrozenConfig, Share, unless_named
 from lowvram.config.model import ModelConfig
 from lowvram.units import count_of
 
+# The precisions whose products have 8 bits.
+LOW_PRECISIONS = ("fp8", "int8")
 Backend = Literal["own", "bitsandbytes"]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeGuard
 
 from lowvram.config.model import ModelConfig
-from lowvram.config.train import Muon, Rotation, TrainConfig, check_rotation
+from lowvram.config.train import LOW_PRECISIONS, Muon, Rotation, TrainConfig, check_rotation
 
 # Shorter contexts than this teach a model little about texts.
 _SHORTEST = 256
@@ -126,7 +126,7 @@ def propose_faster(model: ModelConfig, train: TrainConfig, limit_bytes: int, wei
     if train.precision not in ("bf16", "fp16"):
         return
     before = weigh(model, train).tokens_per_second
-    for precision in ("fp8", "int8"):
+    for precision in LOW_PRECISIONS:
         weighed = weigh(model, _with(train, precision=precision))
         if before is None or weighed.tokens_per_second is None or not _fits(weighed, limit_bytes):
             continue

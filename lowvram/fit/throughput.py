@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt
 
 from lowvram.config.base import FrozenConfig
 from lowvram.config.plan import Plan
-from lowvram.config.train import TrainConfig
+from lowvram.config.train import LOW_PRECISIONS, TrainConfig
 from lowvram.fit.memory_curve import Rehearsal, Work
 from lowvram.hardware.profile import Number, Profile
 
@@ -212,10 +212,10 @@ def published_rates(profile: Profile, precision: Number) -> Rates | None:
     In the 8-bit precisions everything except the layers' matrix products is computed in bf16.  Only NVIDIA cards have
     kernels for these products; elsewhere plain PyTorch is slower than 16 bits, by a factor that is not known.
     """
-    if precision in ("fp8", "int8") and profile.platform != "cuda":
+    if precision in LOW_PRECISIONS and profile.platform != "cuda":
         return None
     low_tflops = _low_tflops(profile, precision)
-    tflops = profile.tflops.get("bf16" if precision in ("fp8", "int8") else precision)
+    tflops = profile.tflops.get("bf16" if precision in LOW_PRECISIONS else precision)
     if tflops is None or profile.bandwidth_bytes_per_s is None:
         return None
     efficiency = _EFFICIENCIES[profile.platform]
@@ -231,7 +231,7 @@ def _low_tflops(profile: Profile, precision: Number) -> float | None:
     """Return the figure for products in 8 bits; FP8 is as fast as INT8 if the instruction takes block scales."""
     if precision == "fp8" and profile.fp8 == "mxfp8":
         return profile.tflops.get("int8")
-    return profile.tflops.get(precision) if precision in ("fp8", "int8") else None
+    return profile.tflops.get(precision) if precision in LOW_PRECISIONS else None
 
 
 def launch_seconds(platform: str) -> float:

@@ -10,15 +10,12 @@ from torch import Tensor
 
 
 def by_kind(weights: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Return the weights that may step together: of one shape and dtype, with gradients of one dtype; small ones first.
-
-    Small ones first, because the gradients of those that have stepped make room for more of the large ones at once.
-    """
+    """Return the weights that may step together: of one shape and dtype, with gradients of one dtype."""
     kinds: dict[tuple[object, ...], list[Tensor]] = {}
     for weight in weights:
         dtype = weight.grad.dtype if weight.grad is not None else None
         kinds.setdefault((weight.shape, weight.dtype, weight.device, dtype), []).append(weight)
-    return sorted(kinds.values(), key=lambda alike: alike[0].numel())
+    return list(kinds.values())
 
 
 def count_at_once(alike: Sequence[Tensor], freed_bytes: int) -> int:

@@ -119,6 +119,7 @@ class LeanOptimizer(torch.optim.Optimizer):
                 if not self._is_in_place(weight):
                     self.step_one(weight)
                     freed_bytes += _drop_gradients([weight])
+        # Small ones first: the gradients of those that have stepped make room for more of the large ones at once.
         for group, alike in sorted(stacks, key=lambda stack: stack[1][0].numel()):
             while alike:
                 at_once = count_at_once(alike, freed_bytes)

@@ -20,7 +20,7 @@ from lowvram.api.target import detect_target_of
 from lowvram.config.model import ModelConfig
 from lowvram.config.plan import Plan
 from lowvram.config.run_file import load_preset
-from lowvram.config.train import TrainConfig
+from lowvram.config.train import LOW_PRECISIONS, TrainConfig
 from lowvram.errors import MachineError
 from lowvram.fit.ledgers import find_memory_curve, path_of
 from lowvram.fit.memory_curve import Rehearsal
@@ -102,7 +102,7 @@ class Training:
     def _judge(self, model: ModelConfig, train: TrainConfig, scene: Scene, limit_bytes: int) -> FitReport:
         """Choose a plan as `fit` does.  An 8-bit run takes the 16-bit run's, so that the two can be compared."""
         here = detect_target_of(scene.device).profile
-        train = train.model_copy(update={"precision": "bf16"}) if train.precision in ("fp8", "int8") else train
+        train = train.model_copy(update={"precision": "bf16"}) if train.precision in LOW_PRECISIONS else train
         sketch = find_memory_curve(self.preset, model, train, path_of(here, train)) or memory_curve_of_run(
             model, train, here
         )

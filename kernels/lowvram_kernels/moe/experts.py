@@ -37,7 +37,7 @@ from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 from lowvram_kernels.matmul.kept_casts import cast
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
-from lowvram_kernels.moe.grouped_matmul import Gathered, grouped_matmul
+from lowvram_kernels.moe.grouped_matmul import Gathered, grouped_matmul, operand_of
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import Stack, check_stack, needs_decoding, read_copy
 from lowvram_kernels.moe.sorting import Sorted, combine, inverse_of, sort_choices
@@ -176,16 +176,15 @@ def _multiply(
     """
     code, scale = idle
     if isinstance(rows, Gathered) or _is_one_launch(rows.device):
-        count, dtype = (rows.order.shape[0], rows.rows.dtype) if isinstance(rows, Gathered) else (len(rows), rows.dtype)
+        out_MO = None
         if master.shape[0]:
             out_MO = _multiply_residents(rows, master, ends_E, is_transposed, matmul_format)
-        else:
-            out_MO = master.new_empty(count, master.shape[1 if is_transposed else 2], dtype=dtype)
         if code is not None and code.shape[0]:
             copies = join_parts(code, scale)
             if not is_transposed:
                 copies = join_parts(code.mT, None if scale is None else scale.mT)
-            grouped_matmul(rows, copies, ends_E, first=master.shape[0], out=out_MO)
+            out_MO = grouped_matmul(rows, copies, ends_E, first=master.shape[0], out=out_MO)
+        assert out_MO is not None, "there is an expert of one kind or the other"
         return out_MO
     rows_MI = rows
     if matmul_format == "plain":
@@ -208,7 +207,7 @@ def _multiply_residents(
     rows: Tensor | Gathered, master: Tensor, ends_E: Tensor, is_transposed: bool, matmul_format: MatmulFormat
 ) -> Tensor:
     if isinstance(rows, Gathered) or matmul_format == "plain":
-        stack = cast(master, rows.rows.dtype if isinstance(rows, Gathered) else rows.dtype)
+        stack = cast(master, operand_of(rows)[0].dtype)
         return grouped_matmul(rows, stack if is_transposed else stack.mT, ends_E)
     weight = quantise_weight(master, matmul_format, transposed=not is_transposed)
     return grouped_matmul(quantise_rows(rows, matmul_format), weight, ends_E, dtype=rows.dtype)

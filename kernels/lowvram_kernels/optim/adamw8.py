@@ -41,6 +41,7 @@ from torch import Tensor
 
 from lowvram_kernels.dispatch import Launch, is_interpreted, launch
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.random.counter_rng import Noise, chain, chain_numbers, draw_bits, name_noise
 from lowvram_kernels.random.stochastic_rounding import (
     BLOCK,
@@ -339,9 +340,8 @@ def _step_on_card(
         raise ShapeError(f"adamw8_: step, learning_rate, gradient_scale and skip need to lie on {weight.device}.")
     w_N, g_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B = (t.detach().view(-1) for t in (weight, gradient, *moments))
     tables = [maps.first.value, maps.second.value, maps.first.midpoint, maps.second.midpoint]
-    run = _step_as_op if torch.compiler.is_compiling() else _launch_step
     state, scalars = (code_m_N, code_v_N, absmax_m_B, absmax_v_B), (step, rate, scale, skip)
-    run(w_N, g_N, *state, tables, *scalars, rule.numbers(), first, named)
+    _step_kernel(w_N, g_N, *state, tables, *scalars, rule.numbers(), first, named)
 
 
 def _launch_step(
@@ -384,13 +384,4 @@ def _launch_step(
     launch(what, moved_bytes=gradient_N.nbytes + 2 * sum(tensor.nbytes for tensor in changing))
 
 
-_step_as_op = torch.library.custom_op(
-    "lowvram_kernels::adamw8",
-    _launch_step,
-    mutates_args=("weight_N", "code_m_N", "code_v_N", "absmax_m_B", "absmax_v_B"),
-)
-
-
-@_step_as_op.register_fake
-def _(weight_N: Tensor, *others: object) -> None:
-    return None
+_step_kernel = opaque("adamw8", _launch_step, ("weight_N", "code_m_N", "code_v_N", "absmax_m_B", "absmax_v_B"))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowvram_kernels.dispatch import Launch, is_interpreted, launch
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.random.stochastic_rounding import ROWS, bits_of, programs, split
 
 
@@ -30,8 +31,7 @@ def lead(
 ) -> None:
     """Update the momentum of one weight and write u, bf16: see `muon._lead`."""
     scale_at, scale = split(gradient_scale)
-    run = _lead_as_op if torch.compiler.is_compiling() else _lead_one
-    run(gradient_N, code_N, absmax_B, u_N, value, midpoint, scale_at, skip, [scale, beta, 1.0 - beta])
+    _lead_kernel(gradient_N, code_N, absmax_B, u_N, value, midpoint, scale_at, skip, [scale, beta, 1.0 - beta])
 
 
 def lead_many(
@@ -62,9 +62,8 @@ def move(
     named: int,
 ) -> None:
     """Update one weight along o.  size: the factor beside the rate.  named: the hash of seed and purpose."""
-    run = _move_as_op if torch.compiler.is_compiling() else _move_one
     rate = split(learning_rate)[0]
-    run(weight_N, o_N, step.reshape(()), rate, skip, first, named, _numbers(learning_rate, size, decay))
+    _move_kernel(weight_N, o_N, step.reshape(()), rate, skip, first, named, _numbers(learning_rate, size, decay))
 
 
 def move_many(
@@ -160,17 +159,5 @@ def _launch_move(
     launch(what, moved_bytes=2 * many * count * weight.element_size() + o_PN.nbytes)
 
 
-_move_as_op = torch.library.custom_op("lowvram_kernels::muon_move", _move_one, mutates_args=("weight_N",))
-_lead_as_op = torch.library.custom_op(
-    "lowvram_kernels::muon_lead", _lead_one, mutates_args=("code_N", "absmax_B", "u_N")
-)
-
-
-@_move_as_op.register_fake
-def _(weight_N: Tensor, *others: object) -> None:
-    return None
-
-
-@_lead_as_op.register_fake
-def _(gradient_N: Tensor, *others: object) -> None:
-    return None
+_move_kernel = opaque("muon_move", _move_one, ("weight_N",))
+_lead_kernel = opaque("muon_lead", _lead_one, ("code_N", "absmax_B", "u_N"))

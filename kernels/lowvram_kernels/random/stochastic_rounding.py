@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowvram_kernels.dispatch import Launch, card_of, choose, is_simulated, launch, note_work
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.opaque import opaque
 from lowvram_kernels.random.counter_rng import chain, chain_numbers, draw_bits, name_noise
 
 # Elements that a chunked op has at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long),
@@ -98,7 +99,7 @@ def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: T
     if not term.dtype.is_floating_point:
         raise ShapeError(f"add_rounded_: term is {term.dtype}; needs a floating one.")
     if has_kernels(total.device):
-        _add_on_card(total.view(-1), term.reshape(-1), sample, chain_numbers(seed, purpose))
+        _add_kernel(total.view(-1), term.reshape(-1), sample, chain_numbers(seed, purpose))
         return
     named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())))
     flat, new = total.view(-1), term.reshape(-1)
@@ -106,10 +107,6 @@ def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: T
         noise = draw_bits(named, start, end - start)
         flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
         del noise
-
-
-def _add_on_card(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
-    (_add_as_op if torch.compiler.is_compiling() else _launch_add)(total_N, term_N, sample, named)
 
 
 def _launch_add(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
@@ -120,9 +117,4 @@ def _launch_add(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> 
     launch(what, moved_bytes=2 * total_N.nbytes + term_N.nbytes)
 
 
-_add_as_op = torch.library.custom_op("lowvram_kernels::add_rounded", _launch_add, mutates_args=("total_N",))
-
-
-@_add_as_op.register_fake
-def _(total_N: Tensor, term_N: Tensor, sample: Tensor, named: int) -> None:
-    return None
+_add_kernel = opaque("add_rounded", _launch_add, ("total_N",))
