@@ -94,6 +94,7 @@ class HiddenWork(NamedTuple):
     """The cost of work that meta mode skips, so that no dispatch mode can count it.
 
     flops: of attention.  product_flops: of matrix products in 16 bits or more.  low_flops: of those in 8 bits.
+    operand_bytes: of moved_bytes, those that matrix products read of their operands.
     """
 
     flops: float = 0.0
@@ -101,6 +102,7 @@ class HiddenWork(NamedTuple):
     ops: float = 0.0
     product_flops: float = 0.0
     low_flops: float = 0.0
+    operand_bytes: float = 0.0
 
 
 # Operands of 8 bits.
@@ -187,9 +189,9 @@ def note_work(flops: float = 0.0, moved_bytes: float = 0.0, ops: float = 1.0) ->
     _note(HiddenWork(flops, moved_bytes, ops))
 
 
-def note_product(flops: float, moved_bytes: float) -> None:
+def note_product(flops: float, moved_bytes: float, operand_bytes: float) -> None:
     """Report the cost of a matrix product of the library that meta mode skips."""
-    _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, product_flops=flops))
+    _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, product_flops=flops, operand_bytes=operand_bytes))
 
 
 def representative(count: int) -> Iterator[int]:
@@ -286,15 +288,16 @@ def bytes_of(*tensors: Tensor | None) -> int:
     return sum([tensor.nbytes for tensor in tensors if tensor is not None])
 
 
-def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0) -> None:
+def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0, operand_bytes: float = 0.0) -> None:
     """Launch a kernel; in meta mode only report it.
 
     flops, moved_bytes: its operations and the bytes that it reads and writes, from which its roofline follows.
+    operand_bytes: of a matrix product, those that it reads of its operands.
     """
     if _is_simulated:
         _note_launch(what)
         kind = "low_flops" if what.expected_mma in _LOW else "product_flops"
-        _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, **{kind: flops}))
+        _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, operand_bytes=operand_bytes, **{kind: flops}))
         return
     if torch._C._get_dispatch_mode(_FAKE) is not None:
         return  # fake tensors have no values that a kernel could read or write

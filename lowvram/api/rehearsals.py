@@ -113,7 +113,8 @@ def suggest_changes(model: ModelConfig, train: TrainConfig, budget: MemoryBudget
             # As the search does where nothing fits: the states lie in the computer's memory.
             curve = curve.offloaded()
             rehearsal = curve.at("block", curve.sizes[0])
-        speed = estimate(rehearsal, curve.plan("block", curve.sizes[0]), train, profile, budget.measured)
+        plan = curve.plan("block", curve.sizes[0])
+        speed = estimate(rehearsal, plan, train, profile, budget.measured, budget.limit_bytes)
         fits_host = not lacking_bytes(rehearsal.ledger, budget)
         return Weighed(rehearsal.ledger.peak_bytes, speed.tokens_per_second if speed else None, fits_host)
 

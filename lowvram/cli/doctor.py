@@ -110,7 +110,7 @@ def _lines(facts: Facts) -> dict[str, str]:
         "Python": facts.python,
         "torch": _describe_torch(facts),
         "Triton": facts.triton.version if facts.triton else "not installed",
-        "bitsandbytes": facts.bitsandbytes.version if facts.bitsandbytes else "not installed",
+        "bitsandbytes": _describe_bitsandbytes(facts),
         "trains on": "nothing" if facts.says.problem else _DEVICES[facts.says.device],
     }
     return {name: words for name, words in lines.items() if words}
@@ -132,6 +132,14 @@ def _describe_card(facts: Facts) -> str:
     major, minor = card.capability
     room = f"{show_bytes(card.total_bytes)}, {show_bytes(card.free_bytes)} of it free"
     return f"{card.name}, capability {major}.{minor}, {room}"
+
+
+def _describe_bitsandbytes(facts: Facts) -> str:
+    version = facts.bitsandbytes.version if facts.bitsandbytes else "not installed"
+    if facts.says.device != "cuda":
+        return version
+    why = "our own kernel is the default, since it never waits for the processor"
+    return f'{version}; optimizer.backend = "bitsandbytes" takes its 8-bit AdamW, and {why}'
 
 
 def _describe_torch(facts: Facts) -> str:

@@ -27,7 +27,7 @@ from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
 from lowvram.fit.memory_curve import Work
 from lowvram.fit.rehearse import LiveStorage, rehearse
-from lowvram.fit.throughput import Calibration, Rates, launch_seconds, work_seconds
+from lowvram.fit.throughput import Calibration, Rates, hidden_bytes, launch_seconds, work_seconds
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, MATMUL_FORMATS, Batch, Loss, count_targets
@@ -174,7 +174,7 @@ def _explain_rest(work: Work, seconds: float, rates: Rates, platform: str) -> Ra
     products_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
     rest_s = seconds - products_s - (launching_s if platform == "cpu" else 0.0)
     slowest, fastest = rates.bytes_per_s * _SLOWEST_BYTES, rates.bytes_per_s
-    implied = work.moved_bytes / rest_s if rest_s > 0.0 else fastest
+    implied = (work.moved_bytes - hidden_bytes(work, platform)) / rest_s if rest_s > 0.0 else fastest
     return rates._replace(bytes_per_s=min(fastest, max(slowest, implied)))
 
 
@@ -216,7 +216,8 @@ def _time_loads(
 
     def rate_of(load: Callable[..., object], operations: Callable[[Work], float], *shapes: tuple[int, ...]) -> float:
         work, seconds = time_load(load, *shapes)
-        return operations(work) / _compute_seconds(work, bytes_per_s, seconds)
+        exposed_s = (work.moved_bytes - hidden_bytes(work, card.platform)) / bytes_per_s
+        return operations(work) / max(seconds - exposed_s, seconds / 2)  # caches serve some of the traffic
 
     operands = ((tokens, model.dim), (hidden, model.dim))
     product_flops_per_s = rate_of(product, lambda work: work.flops, *operands)
@@ -235,11 +236,6 @@ def _time_loads(
 
 def _head_dim(model: ModelConfig) -> int:
     return model.attention.head_dim if model.attention.kind == "gqa" else model.attention.query_dim
-
-
-def _compute_seconds(work: Work, bytes_per_s: float, seconds: float) -> float:
-    """Return a load's seconds without its memory traffic: at least half, since caches serve some of the traffic."""
-    return max(seconds - work.moved_bytes / bytes_per_s, seconds / 2)
 
 
 def _median_seconds(

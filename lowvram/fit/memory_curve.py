@@ -29,6 +29,7 @@ class Work(NamedTuple):
     flops: of matrix products.  moved_bytes: read and written by all ops, matrix products included, so that narrow
     layers cost more per FLOP.  ops: kernel launches.  attention_flops: of fused attention, which is slower than a
     matrix product.  host_bytes: copied between the card and host memory.  low_flops: of matrix products in 8 bits.
+    operand_bytes: of moved_bytes, those that matrix products read of their operands.
     """
 
     flops: float
@@ -37,6 +38,7 @@ class Work(NamedTuple):
     attention_flops: float = 0.0
     host_bytes: float = 0.0
     low_flops: float = 0.0
+    operand_bytes: float = 0.0
 
 
 class Rehearsal(NamedTuple):

@@ -7,7 +7,7 @@ reads the rows that it picks, a scatter writes those that it sets, and a result 
 from __future__ import annotations
 
 from collections.abc import Iterator, ValuesView
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -71,23 +71,33 @@ def _size(tensor: Tensor) -> int:
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def products_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[float, int]:
-    """Return the FLOPs of an op's matrix products, 0 if it has none, and its launches.
+class Products(NamedTuple):
+    """An op's matrix products: their FLOPs, its launches, and the bytes that they read of their operands."""
+
+    flops: float
+    launches: int
+    operand_bytes: int = 0
+
+
+def products_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Products:
+    """Return the matrix products of an op; without any, 0 FLOPs and its launches.
 
     Meta tensors do not say which experts are chosen: all are assumed to have the same number of rows.
     """
     if name in ("mm", "bmm"):
-        return 2.0 * inputs[0].numel() * inputs[1].shape[-1], 1
+        return Products(2.0 * inputs[0].numel() * inputs[1].shape[-1], 1, sum(map(_size, inputs[:2])))
     if name in ("addmm", "addmm_", "baddbmm"):
-        return 2.0 * inputs[1].numel() * inputs[2].shape[-1], 1
+        return Products(2.0 * inputs[1].numel() * inputs[2].shape[-1], 1, sum(map(_size, inputs[1:3])))
     if name == "multiply_slices":
-        return 2.0 * inputs[0].numel() * inputs[1].shape[2], inputs[2].shape[0]
+        flops = 2.0 * inputs[0].numel() * inputs[1].shape[2]
+        return Products(flops, inputs[2].shape[0], sum(map(_size, inputs[:2])))
     if name.startswith("_foreach_"):
-        return 0.0, _launches_of_many(inputs)
+        return Products(0.0, _launches_of_many(inputs))
     if name == "sum_outer_slices":
         learning, experts = outputs[0].shape[0], inputs[2].shape[0]
-        return 2.0 * inputs[0].numel() * inputs[1].shape[1] * learning / experts, learning
-    return 0.0, 1
+        flops = 2.0 * inputs[0].numel() * inputs[1].shape[1] * learning / experts
+        return Products(flops, learning, sum(map(_size, inputs[:2])) * learning // experts)
+    return Products(0.0, 1)
 
 
 def _launches_of_many(tensors: list[Tensor]) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
@@ -100,12 +101,18 @@ class Receipt(FrozenConfig):
 class ReceiptSummary(NamedTuple):
     """The receipts of one card that have both speeds.
 
-    ratio: the median of measured / predicted.  error: the median of |predicted / measured - 1|.
+    ratio: the median of measured / predicted.  error: the median of |predicted / measured - 1|.  ratios: the medians of
+    the receipts whose blocks were compiled or not, and whose passes were recorded or not, by both.
     """
 
     receipts: int
     ratio: float
     error: float
+    ratios: Mapping[tuple[bool, bool], float] = MappingProxyType({})
+
+    def ratio_of(self, compiled: bool, recorded: bool) -> float:
+        """Return the median of receipts of such runs; that of all where there is none."""
+        return self.ratios.get((compiled, recorded), self.ratio)
 
 
 def write_receipt(receipt: Receipt, path: Path, disk: Disk = DISK) -> None:
@@ -153,11 +160,16 @@ def receipts_of(profile_id: str, precision: str, paths: Sequence[Path] | None = 
 
 def summarize(receipts: Sequence[Receipt]) -> ReceiptSummary | None:
     """Return how many receipts have both speeds, and their median; None where none has."""
-    ratios = [receipt.speed_ratio for receipt in receipts if receipt.speed_ratio is not None]
+    by_way: dict[tuple[bool, bool], list[float]] = {}
+    for receipt in receipts:
+        if receipt.speed_ratio is not None:
+            by_way.setdefault((receipt.compiled, receipt.recorded), []).append(receipt.speed_ratio)
+    ratios = [ratio for found in by_way.values() for ratio in found]
     if not ratios:
         return None
     error = statistics.median(abs(1.0 / ratio - 1.0) for ratio in ratios)
-    return ReceiptSummary(len(ratios), statistics.median(ratios), error)
+    medians = {way: statistics.median(found) for way, found in by_way.items()}
+    return ReceiptSummary(len(ratios), statistics.median(ratios), error, medians)
 
 
 def _digest(contents: dict[str, Any]) -> str:

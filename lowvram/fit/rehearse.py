@@ -173,12 +173,12 @@ class LiveStorage(TorchDispatchMode):
         if is_free(func, inputs, outputs):
             return
         name = func._schema.name.partition("::")[2]
-        flops, launches = products_of(name, inputs, outputs)
+        flops, launches, operand_bytes = products_of(name, inputs, outputs)
         moved = bytes_moved(func, args, kwargs, outputs)
         if any(self._lies_on_host(tensor) for tensor in inputs):
             self._add(Work(0.0, 0.0, launches, host_bytes=moved / 2))  # read on one side, written on the other
             return
-        self._add(Work(flops, moved, launches, attention_flops(name, inputs)))
+        self._add(Work(flops, moved, launches, attention_flops(name, inputs), operand_bytes=operand_bytes))
 
     def _lies_on_host(self, tensor: Tensor) -> bool:
         entry = self._alive.get(tensor.untyped_storage()._cdata)
@@ -187,7 +187,8 @@ class LiveStorage(TorchDispatchMode):
     def add_hidden(self, work: HiddenWork) -> None:
         """Count the work of a kernel that does not run on meta tensors."""
         self._reported += 1
-        self._add(Work(work.product_flops, work.moved_bytes, work.ops, work.flops, low_flops=work.low_flops))
+        launched = Work(work.product_flops, work.moved_bytes, work.ops, work.flops)
+        self._add(launched._replace(low_flops=work.low_flops, operand_bytes=work.operand_bytes))
 
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))

@@ -12,7 +12,7 @@ from lowvram.config.train import TrainConfig
 from lowvram.fit.memory_curve import MemoryCurve, Rehearsal
 from lowvram.fit.receipts import ReceiptSummary
 from lowvram.fit.search import ANY, PlanConstraints, SearchResult, search, spend_the_rest
-from lowvram.fit.throughput import Calibration, Speed, days, estimate, kwh, step_seconds
+from lowvram.fit.throughput import Calibration, Speed, days, estimate, is_replayed, kwh, step_seconds
 from lowvram.hardware.profile import Profile
 
 # Host memory that an operating system and a browser take.
@@ -139,7 +139,8 @@ def evaluate_fit(
     how = (train, budget.profile, budget.measured, budget.limit_bytes)
     speed = estimate(result.rehearsal, result.plan, *how) if fits_headless else None
     if speed is not None and budget.receipts is not None:
-        speed = speed.times(budget.receipts.ratio)
+        recorded = is_replayed(result.rehearsal, budget.limit_bytes)
+        speed = speed.times(budget.receipts.ratio_of(result.plan.compile, recorded))
     run_days = days(train.tokens, speed) if speed else None
     return FitReport(
         name,

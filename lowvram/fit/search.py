@@ -18,8 +18,8 @@ from lowvram.units import count_of
 RECOMPUTING_COSTS = 0.05
 # Plans whose times differ by a smaller share count as equally fast; the one that takes less memory is chosen.
 EQUALLY_FAST = 0.02
-# Rows of logits that exist at a time, in the order in which they are tried.
-LOSS_CHUNKS = (512, 1024, 2048)
+# Rows of logits that exist at a time, in the order in which they are tried; a micro-batch of fewer is one chunk.
+LOSS_CHUNKS = (512, 1024, 2048, 4096, 8192)
 # By what share a step must be faster for memory that is left over to be spent on it.
 WORTH_ITS_MEMORY = 0.003
 _SMALLEST = "this is the smallest plan: one sequence at a time, every block computed again in backward"
@@ -98,19 +98,27 @@ def spend_the_rest(
 ) -> SearchResult:
     """Return the plan with what else makes its step faster and fits beside it, each try rehearsed.
 
-    Each chunk of the loss adds a whole gradient of the output matrix to its sum, so longer chunks are faster; by
-    default bytes bound them, which for large vocabularies means few rows.  Kept casts save two casts of each weight and
-    micro-batch.
+    Each chunk of the loss adds a whole gradient of the output matrix to its sum, so longer chunks are faster, each
+    doubling by less; by default bytes bound them, which for large vocabularies means few rows.  Kept casts save two
+    casts of each weight and micro-batch.
     """
-    rows = [{"loss_chunk": count} for count in LOSS_CHUNKS if count < result.plan.micro_batch * curve.seq_len]
-    for changes in (rows, [{"keep_casts": True}]):
+    tokens = result.plan.micro_batch * curve.seq_len
+    counts = dict.fromkeys(min(count, tokens) for count in LOSS_CHUNKS)
+    for changes in ([{"loss_chunk": count} for count in counts], [{"keep_casts": True}]):
+        was_faster = False
         for change in changes:
             plan = result.plan.model_copy(update=change)
             rehearsal = curve.of(plan)
             if rehearsal.ledger.peak_bytes > limit_bytes:
                 break
-            if step_seconds(rehearsal, plan) * (1 + WORTH_ITS_MEMORY) < step_seconds(result.rehearsal, result.plan):
+            is_faster = step_seconds(rehearsal, plan) * (1 + WORTH_ITS_MEMORY) < step_seconds(
+                result.rehearsal, result.plan
+            )
+            if is_faster:
                 result = result._replace(plan=plan, rehearsal=rehearsal)
+            elif was_faster:
+                break
+            was_faster = is_faster
     return result
 
 

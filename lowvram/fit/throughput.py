@@ -1,7 +1,8 @@
 """Predicts how fast a rehearsed step is on a card, from published figures or a measurement; never imports torch.
 
-The times of matrix products, fused attention and memory traffic are added up.  A GPU runs kernels asynchronously, so
-launches cost nothing until they take longer than all of the work; on a CPU the launch time is added to the work.
+The times of matrix products, fused attention and memory traffic are added up; on an NVIDIA card products read their
+operands while they compute.  A GPU runs kernels asynchronously, so launches cost nothing until they take longer than
+all of the work; on a CPU the launch time is added to the work.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 REST_OF_MACHINE_WATTS = 60.0
 
 # By what factor the real speed may differ from an estimate, up or down.
-# For published figures, on top of the card's own uncertainty.  Compared with an RTX 4090 training Llama-shaped models
-# eagerly (30 M parameters 251,153 tokens/s, 113 M 84,554; yandesbiens.com/blog/forgelm-4090-cost, 2026): tr-25m is
-# estimated at 0.92 of the first and tr-125m at 0.76 of the second.
+# For published figures, on top of the card's own uncertainty.  profiles/measured/promised.md compares them with what
+# others measured.
 SPREAD_UNMEASURED = 1.4
+# The same in 8 bits: of a card's figure for these products, kernels have reached 0.34 to 0.63 (ours, on an H200), 0.47
+# and 0.57 (others', on an RTX 5090), and at least 0.57 (LLMQ with cuBLAS on an RTX 4090: 20,300 tokens/s of 1.5 B).
+SPREAD_UNMEASURED_LOW = 1.7
 # After a measurement, for another model: with tr-25m measured, the steps of tr-60m, tiny-llm-v1 and tr-130m-moe were
 # predicted at 0.78 to 1.16 of their real seconds (EPYC, one thread, bf16 and fp32, torch 2.13, 2026).
 SPREAD_MEASURED = 1.3
@@ -38,7 +41,8 @@ class Efficiency(NamedTuple):
 
     product: of the figure for matrix products.  attention: what fused kernels reach, of the product's rate.  memory: of
     the bandwidth.  launch_s: host seconds per op.  compiled: the share of bytes and of launches that remain with
-    torch.compile.  low: of the figure for 8 bits.
+    torch.compile.  low: of the figure for 8 bits.  hides_operands: whether products read their operands while they
+    compute, so that only the slower of the two takes time.
     """
 
     product: float
@@ -47,16 +51,17 @@ class Efficiency(NamedTuple):
     launch_s: float
     compiled: float
     low: float = 1.0
+    hides_operands: bool = False
 
 
 _EFFICIENCIES = {
-    # Products: a 1 B model on an RTX 4070 Ti SUPER, 9.2 k tokens/s, is 0.7 of its best product with everything else
-    # included; the products' own bytes are counted separately.  Attention: FlashAttention 2 reaches at most 0.73
-    # forward and 0.63 backward (Dao 2023, section 4), on longer sequences and wider heads than here.  Memory: streaming
-    # kernels.  Launch: 5 to 10 µs from Python with autograd.  Compiled: 126,078 tokens/s, and 84,554 eagerly, on the
-    # RTX 4090 above.  Low: products of 8 bits on an RTX 5090, of 419 (FP8) and 838 (INT8, MXFP8) TFLOP/s in theory,
-    # reached 190 to 207 and 480.
-    "cuda": Efficiency(0.9, 0.5, 0.85, 8e-6, 0.5, 0.5),
+    # profiles/measured/promised.md holds product, memory and low against each kernel timed on an H200.  Product: of
+    # what the best shape reaches in cuBLAS, which a profile states; what a product writes takes its time after that.
+    # Attention: FlashAttention 2 reaches at most 0.73 forward and 0.63 backward (Dao 2023, section 4), on longer
+    # sequences and wider heads than here.  Launch: 5 to 10 µs from Python with autograd.  Compiled: what it fuses, our
+    # kernels have fused already.  Low: products of 8 bits on an RTX 5090, of 419 (FP8) and 838 (INT8, MXFP8) TFLOP/s in
+    # theory, reached 190 to 207 and 480.
+    "cuda": Efficiency(0.97, 0.5, 0.85, 8e-6, 1.0, 0.5, True),
     # Metal writes out every score, so there is no fused attention; its command buffers cost more to fill.
     "mps": Efficiency(0.9, 0.5, 0.7, 15e-6, 0.5),
     # The profile's figures are those of training already.  Attention: 0.45 of a product in bf16, 0.8 in fp32 (EPYC
@@ -97,7 +102,7 @@ class Calibration(FrozenConfig):
     peak_bytes: the allocator's peak, None where it reports none.  date: ISO 8601.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     profile_id: str
     precision: Number
     timed: str
@@ -152,7 +157,8 @@ def estimate(
     if not is_measured and published_rates(profile, train.precision) is None:
         return None
     speed = train.batch_tokens / step_seconds(rehearsal, plan, train, profile, measured, limit_bytes)
-    spread = SPREAD_UNMEASURED * (1.0 + profile.uncertainty)
+    spread = SPREAD_UNMEASURED_LOW if train.precision in LOW_PRECISIONS else SPREAD_UNMEASURED
+    spread *= 1.0 + profile.uncertainty
     if measured is not None and is_measured:
         is_same = (rehearsal.micro, rehearsal.update) == (measured.micro, measured.update)
         is_known = not plan.compile or measured.compiled_ratio is not None
@@ -198,12 +204,19 @@ def is_replayed(rehearsal: Rehearsal, limit_bytes: int) -> bool:
 
 def work_seconds(work: Work, rates: Rates, platform: str) -> float:
     """Return the seconds that a part of the step takes."""
-    busy_s = work.flops / rates.product_flops_per_s + work.attention_flops / rates.attention_flops_per_s
-    busy_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
-    busy_s += work.moved_bytes / rates.bytes_per_s
+    products_s = work.flops / rates.product_flops_per_s
+    products_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
+    hidden = hidden_bytes(work, platform)
+    busy_s = max(products_s, hidden / rates.bytes_per_s) + work.attention_flops / rates.attention_flops_per_s
+    busy_s += (work.moved_bytes - hidden) / rates.bytes_per_s
     busy_s += work.host_bytes / (LINK_BYTES_PER_S if platform == "cuda" else rates.bytes_per_s)
     launching_s = work.ops * rates.launch_s
     return busy_s + launching_s if platform == "cpu" else max(busy_s, launching_s)
+
+
+def hidden_bytes(work: Work, platform: str) -> float:
+    """Return the bytes that are read while matrix products compute."""
+    return work.operand_bytes if _EFFICIENCIES[platform].hides_operands else 0.0
 
 
 def published_rates(profile: Profile, precision: Number) -> Rates | None:

@@ -216,7 +216,7 @@ def check_headers(facts: Facts) -> Finding | None:
 
 
 def check_bitsandbytes(facts: Facts) -> Finding | None:
-    """An installed bitsandbytes must include its native library; in this project only tests use it."""
+    """An installed bitsandbytes must include its native library; runs that ask for its AdamW need it, and tests."""
     installed, build = facts.bitsandbytes, facts.build
     if installed is None:
         return None
@@ -225,7 +225,7 @@ def check_bitsandbytes(facts: Facts) -> Finding | None:
     if any(name.startswith(wanted) for name in installed.libraries):
         return None
     library = "library" if major is None else f"library for CUDA {major}"
-    consequence = "the tests that compare with it fail; training does not use it"
+    consequence = 'a run with optimizer.backend = "bitsandbytes" cannot start, and tests that compare with it fail'
     command = 'pip install --force-reinstall --no-deps "bitsandbytes>=0.50"'
     return Finding(f"bitsandbytes {installed.version} has no native {library}", consequence, command)
 

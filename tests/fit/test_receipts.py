@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from lowvram.errors import DataError
-from lowvram.fit.receipts import read_receipt, receipts_of, summarize, write_receipt
+from lowvram.fit.receipts import Receipt, read_receipt, receipts_of, summarize, write_receipt
 from lowvram.hardware.profile import find_receipts, profile_names
 from tests.receipts import invent
 
@@ -79,6 +79,19 @@ def test_receipts_of_a_card_are_summarized_by_their_medians(tmp_path: Path) -> N
     assert summary.receipts == 3
     assert (summary.ratio, summary.error) == pytest.approx((0.8, 0.5))
     assert summarize([invent()]) is None
+
+
+def test_recorded_and_compiled_runs_are_summarized_apart_too() -> None:
+    def run(tokens: int, **ways: bool) -> Receipt:
+        return invent(**ways).add(tokens, 1.0, 1 << 30)
+
+    recorded = {"compiled": False, "recorded": True}
+    launched = {"compiled": False, "recorded": False}
+    summary = summarize([run(50_000, **recorded), run(100_000, **launched), run(150_000, **launched)])
+    assert summary is not None
+    assert summary.ratio_of(compiled=False, recorded=True) == pytest.approx(1.0)
+    assert summary.ratio_of(compiled=False, recorded=False) == pytest.approx(2.5)
+    assert summary.ratio_of(compiled=True, recorded=False) == pytest.approx(2.0), "none of these: the median of all"
 
 
 def test_receipts_that_were_sent_in_are_sound() -> None:

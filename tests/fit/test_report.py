@@ -156,3 +156,7 @@ def test_receipts_correct_an_estimated_speed_by_their_median() -> None:
     assert corrected.speed is not None
     assert corrected.speed[:3] == pytest.approx([0.8 * value for value in plain.speed[:3]])
     assert corrected.days == pytest.approx((plain.days or 0.0) / 0.8)
+    way = {(False, False): 0.5}
+    of_launched = report_on(ROOMY._replace(receipts=ReceiptSummary(3, 0.8, 0.25, way))).speed
+    assert of_launched is not None
+    assert of_launched[:3] == pytest.approx([0.5 * value for value in plain.speed[:3]])

@@ -233,7 +233,7 @@ def test_more_memory_never_makes_a_step_slower(overhead: float) -> None:
 @pytest.mark.parametrize(
     ("room", "faster", "chunk", "keeps"),
     [
-        pytest.param(10_000, 0.1, 2048, True, id="room-for-all"),
+        pytest.param(10_000, 0.1, 4000, True, id="room-for-all"),
         pytest.param(2_000, 0.1, 1024, True, id="room-for-a-shorter-chunk-and-the-casts"),
         pytest.param(1_100, 0.1, 1024, False, id="room-for-a-shorter-chunk"),
         pytest.param(0, 0.1, None, False, id="no-room"),
@@ -258,8 +258,22 @@ def test_memory_that_is_left_goes_to_longer_chunks_of_the_loss_and_then_to_kept_
     assert spent.plan.micro_batch == found.plan.micro_batch
 
 
+def test_no_longer_chunk_is_tried_after_a_doubling_that_gained_too_little() -> None:
+    tried: list[int | None] = []
+
+    def rehearse(plan: Plan) -> Rehearsal:
+        tried.append(plan.loss_chunk)
+        return Rehearsal(Ledger(FIXED, 0, 0, 0, 0, 0, "loss"), NOTHING, NOTHING)
+
+    curve = MemoryCurve([16], rehearse, 1_000)
+    found = search(curve, FIXED, lambda _, plan: 1.0, exact=True)
+    spent = spend_the_rest(found, curve, FIXED, lambda _, plan: 1.0 + 8 / (plan.loss_chunk or 400))
+    assert spent.plan.loss_chunk == 2048, "4096 rows would be faster by 0.2 %"
+    assert 8192 not in tried
+
+
 def test_no_chunk_is_longer_than_a_micro_batch() -> None:
     curve = MemoryCurve(divisors(2), Model(samples=2)._rehearse, 600)
     found = search(curve, FIXED + 10_000, lambda _, plan: 1.0, exact=True, constraints=PlanConstraints(micro_batch=1))
     spent = spend_the_rest(found, curve, FIXED + 10_000, lambda _, plan: 1.0 / (plan.loss_chunk or 1))
-    assert spent.plan.loss_chunk == 512
+    assert spent.plan.loss_chunk == 600, "one chunk is all"

@@ -165,4 +165,5 @@ def test_a_product_moves_its_operands_too() -> None:
     with simulate_card(CPU), counter:
         x @ weight
     (values,) = counter.work.values()
-    assert Work(*values) == Work(2.0 * 30 * 50 * 70, 4 * (30 * 50 + 50 * 70 + 30 * 70), 1, 0.0)
+    operand_bytes = 4 * (30 * 50 + 50 * 70)
+    assert Work(*values) == Work(2.0 * 30 * 50 * 70, operand_bytes + 4 * 30 * 70, 1, operand_bytes=operand_bytes)

@@ -79,7 +79,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, is_first: bool = False) ->
         total.copy_(product) if is_first else total.add_(product)
     elif is_simulated():  # torch below 2.13 has no right form of these for meta tensors
         moved = bytes_of(a, b, total) + (0 if is_first else bytes_of(total))
-        note_product(2.0 * a.numel() * b.shape[1], moved)
+        note_product(2.0 * a.numel() * b.shape[1], moved, bytes_of(a, b))
     elif is_first:
         torch.mm(a, b, out_dtype=total.dtype, out=total)
     else:

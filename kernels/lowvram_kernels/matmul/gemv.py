@@ -137,7 +137,8 @@ def _launch_kernel(
     blocks = -(-I // BLOCK)
     arguments = (x_NI, code_OI, scale, part, N, O, I, -(-blocks // splits))
     what = Launch("matmul.gemv_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, expected_mma)
-    launch(what, flops=2.0 * N * O * I, moved_bytes=bytes_of(x_NI, code_OI, scale, part))
+    read = bytes_of(x_NI, code_OI, scale)
+    launch(what, flops=2.0 * N * O * I, moved_bytes=read + bytes_of(part), operand_bytes=read)
 
 
 _launch_bands = opaque("small_matmul", _launch_kernel, ("part",))

@@ -187,11 +187,11 @@ def _launch_kernel(
         operands = (a_code.view(torch.float8_e4m3fn), b_code.view(torch.float8_e4m3fn))
     arguments = (operands[0], a_scale, operands[1], b_scale, y_MN, M, N, K)
     grid = (_count(chosen, M, N),)
-    moved = bytes_of(a_code, a_scale, b_code, b_scale, y_MN)
+    read = bytes_of(a_code, a_scale, b_code, b_scale)
     what = Launch(
         "matmul.scaled_matmul_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, expected_mma
     )
-    launch(what, flops=2.0 * M * N * K, moved_bytes=moved)
+    launch(what, flops=2.0 * M * N * K, moved_bytes=read + bytes_of(y_MN), operand_bytes=read)
 
 
 _launch_tiles = opaque("scaled_matmul", _launch_kernel, ("y_MN",))

@@ -233,7 +233,8 @@ def _launch_multiply(
     share = count / ends_E.shape[0]
     read = bytes_of(rows_MK, rows_scale) if order_M is None else rows * inputs * rows_MK.element_size()
     moved = share * (read + bytes_of(order_M, out_MN)) + bytes_of(code_CNK, scale)
-    launch(what, 2.0 * share * rows * outputs * inputs, moved)
+    operand_bytes = share * read + bytes_of(code_CNK, scale)
+    launch(what, 2.0 * share * rows * outputs * inputs, moved, operand_bytes)
 
 
 _multiply_op = opaque("grouped_matmul", _launch_multiply, ("out_MN",))

@@ -96,7 +96,7 @@ def _launch_outer(
     share = count / ends_E.shape[0]
     read = rows * (outputs + inputs) * left.element_size() + bytes_of(left_scale, right_scale)
     moved = share * (read + bytes_of(left_order_M, right_order_M)) + (2 if adds else 1) * bytes_of(out_WOI)
-    launch(what, 2.0 * share * rows * outputs * inputs, moved)
+    launch(what, 2.0 * share * rows * outputs * inputs, moved, share * read)
 
 
 _outer_op = opaque("grouped_outer", _launch_outer, ("out_WOI",))
