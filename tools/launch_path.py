@@ -25,11 +25,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch
 import triton
+from lowvram_kernels.attention.latent_attention import latent_attention
 from lowvram_kernels.dispatch import Card, override_card
 from lowvram_kernels.layers import rms_norm, rotary, swiglu
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.matmul.gemv import gemv
 from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
+from lowvram_kernels.moe.grouped_matmul import grouped_matmul
+from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
+from lowvram_kernels.moe.routing import route
+from lowvram_kernels.moe.sorting import combine, sort_choices
+from lowvram_kernels.moe.weighted_swiglu import weighted_product, weighted_product_backward
 from lowvram_kernels.optim.adamw8 import adamw8_, build_maps, new_moments
 from lowvram_kernels.optim.muon_launch import lead, move
 from lowvram_kernels.quant.quantise import quantise_rows, quantise_weight
@@ -91,6 +97,11 @@ def entries() -> Iterator[tuple[str, Call]]:
     yield from _positions()
     yield from _products(x)
     yield from _optimizer()
+    yield from _experts(x)
+    query, cache = torch.zeros(1, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 128, 64, dtype=torch.bfloat16)
+    lengths = torch.full((1,), 100, dtype=torch.int32)
+    turned, keys = query[..., :16].contiguous(), cache[..., :16].contiguous()
+    yield "latent attention", lambda: latent_attention(query, turned, cache, keys, lengths, 0.1)
     target, table = torch.zeros(64, dtype=torch.int64), torch.zeros(512, 256, dtype=torch.bfloat16)
     yield "loss, with its products", lambda: linear_cross_entropy(x, table, target)
 
@@ -122,6 +133,25 @@ def _optimizer() -> Iterator[tuple[str, Call]]:
     yield "muon behind", lambda: move(flat, u, step, rate, 0.2, 0.1, step, 0, 7)
     total, sample = torch.zeros(64, 256, dtype=torch.bfloat16), torch.zeros((), dtype=torch.int64)
     yield "rounded sum", lambda: add_rounded_(total, gradient, 1, 2, sample)
+
+
+def _experts(x: torch.Tensor) -> Iterator[tuple[str, Call]]:
+    experts, choices = 4, 2
+    router, bias = torch.zeros(experts, x.shape[1]), torch.zeros(experts)
+    yield "routing", lambda: route(x, router, bias, choices, 1.0)
+    ids = torch.arange(2 * x.shape[0]).view(-1, choices) % experts
+    count = ids.numel()
+    yield "sorting", lambda: sort_choices(ids, experts)
+    stack = torch.zeros(experts, 2 * x.shape[1], x.shape[1], dtype=x.dtype)
+    rows, wide = torch.zeros(count, x.shape[1], dtype=x.dtype), torch.zeros(count, 2 * x.shape[1], dtype=x.dtype)
+    ends = torch.arange(1, experts + 1) * (count // experts)
+    order = torch.arange(count, dtype=torch.int32)
+    yield "grouped product", lambda: grouped_matmul(rows, stack, ends)
+    yield "grouped gradient", lambda: grouped_wgrad(wide, rows, ends, experts, x.dtype)
+    weights = torch.zeros(ids.shape)
+    yield "weighted swiglu", lambda: weighted_product(wide, weights, order)
+    yield "weighted swiglu backward", lambda: weighted_product_backward(rows, wide, weights, order, True)
+    yield "return of rows", lambda: combine(rows, order, choices)
 
 
 def measure(call: Call, driver: StubDriver, repeats: int) -> tuple[float, float]:

@@ -65,16 +65,22 @@ class Features(NamedTuple):
     has_flash: bool
 
 
+_features: dict[ComputeCapability, Features] = {}
+
+
 def features_of(capability: ComputeCapability) -> Features:
     """Return what a compute capability, (major, minor), can do.
 
     One whose shared memory is not known, such as a card that is newer than this table, is taken to have the least of
     any card since 8.0.
     """
+    known = _features.get(capability)
+    if known is not None:
+        return known
     has_dot = capability >= FIRST_WITH_TRITON_DOT
     has_e4m3 = capability >= (8, 9)
     least_bytes = 101_376 if has_dot else 65_536 if capability >= (7, 0) else 49_152
-    return Features(
+    features = _features[capability] = Features(
         shared_bytes=_SHARED_BYTES.get(capability, least_bytes),
         has_triton=capability >= FIRST_WITH_TRITON,
         has_triton_dot=has_dot,
@@ -85,3 +91,4 @@ def features_of(capability: ComputeCapability) -> Features:
         fp8=("mxfp8" if capability[0] == 12 else "tensor") if has_e4m3 else "storage",
         has_flash=has_dot,
     )
+    return features

@@ -6,11 +6,12 @@ same allocations, so what is counted there is what the card will hold.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ from lowvram_kernels.capabilities import (
     features_of,
 )
 from lowvram_kernels.compiled_launch import start
+
+Key = ParamSpec("Key")
+Chosen = TypeVar("Chosen")
+# Choices that `remembered` keeps of one function: prompts and texts have many lengths.
+_MOST_REMEMBERED = 4_096
 
 
 class Card(NamedTuple):
@@ -283,20 +289,47 @@ def as_read(x: Tensor) -> Tensor:
     return x.view(torch.int16) if is_interpreted() and x.dtype == torch.bfloat16 else x
 
 
+def remembered(choose: Callable[Key, Chosen]) -> Callable[Key, Chosen]:
+    """Return a choice that is asked once for each of its arguments, which are values; compilers ask it as it is."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(choose)
+    def choose_once(*key: Key.args, **named: Key.kwargs) -> Chosen:
+        if named or torch.compiler.is_compiling():
+            return choose(*key, **named)
+        try:
+            chosen: Chosen = known[key]
+        except KeyError:
+            if len(known) >= _MOST_REMEMBERED:
+                known.clear()
+            chosen = known[key] = choose(*key, **named)
+        return chosen
+
+    return choose_once
+
+
 def bytes_of(*tensors: Tensor | None) -> int:
     """Return the bytes of the elements of all tensors that are not None, gaps between strided rows not counted."""
     return sum([tensor.nbytes for tensor in tensors if tensor is not None])
 
 
-def launch(what: Launch, flops: float = 0.0, moved_bytes: float = 0.0, operand_bytes: float = 0.0) -> None:
+def launch(
+    what: Launch,
+    flops: float = 0.0,
+    moved_bytes: float = 0.0,
+    operand_bytes: float = 0.0,
+    moved: Sequence[Tensor | None] = (),
+) -> None:
     """Launch a kernel; in meta mode only report it.
 
     flops, moved_bytes: its operations and the bytes that it reads and writes, from which its roofline follows.
-    operand_bytes: of a matrix product, those that it reads of its operands.
+    operand_bytes: of a matrix product, those that it reads of its operands.  moved: tensors that it reads or writes
+    once, in addition to moved_bytes; their bytes are counted in meta mode only.
     """
     if _is_simulated:
         _note_launch(what)
         kind = "low_flops" if what.expected_mma in _LOW else "product_flops"
+        moved_bytes += bytes_of(*moved)
         _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, operand_bytes=operand_bytes, **{kind: flops}))
         return
     if torch._C._get_dispatch_mode(_FAKE) is not None:

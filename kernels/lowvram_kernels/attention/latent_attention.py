@@ -33,7 +33,7 @@ import math
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch, remembered
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant import e4m3
@@ -95,6 +95,7 @@ def has_kernel(q_latent: Tensor, rope: Tensor) -> bool:
     return is_half and is_narrow and choose("latent_attention", card_of(q_latent.device)).backend == "triton"
 
 
+@remembered
 def choose_attention_tile(card: Card, channels: int, rotated: int, is_coded: bool) -> Tile:
     """Choose a tile for C and R; is_coded: the cache is bytes."""
     width = _padded(channels)
@@ -182,7 +183,7 @@ def _launch_both(
     what = Launch(
         "attention.latent_attention_triton", "combine_kernel", grid, (partial, largest, total, out, splits), constants
     )
-    launch(what, moved_bytes=bytes_of(partial, largest, total, out))
+    launch(what, moved=(partial, largest, total, out))
 
 
 # One op, which a compiler does not look into; its memory is allocated outside, where a rehearsal sees it.

@@ -51,7 +51,7 @@ class _WidenedHeads(torch.autograd.Function):
         arguments = (*tensors, *map(as_read, wide), *sizes)
         module = "attention.widened_heads_triton"
         what = Launch(module, "widened_heads_kernel", (batch * tokens,), arguments, constants, 1)
-        launch(what, moved_bytes=bytes_of(q, k, v, q_HC, k_TC, *wide))
+        launch(what, moved=(q, k, v, q_HC, k_TC, *wide))
         return wide[0], wide[1], wide[2]
 
     @staticmethod

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, Tile, as_read, bytes_of, card_of, launch, runs_kernels
+from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, remembered, runs_kernels
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 
@@ -59,6 +59,7 @@ def apply_scales(x: Tensor, rstd_N1: Tensor, weight: Tensor) -> Tensor:
     return scaled_ND.mul_(weight.float()).to(x.dtype).view(x.shape)
 
 
+@remembered
 def norm_tile(width: int, is_backward: bool) -> Tile:
     """Return the rows that a program takes at a time, rounded columns, and warps.  width: at most `WIDEST`."""
     columns, held = 1 << max(width - 1, 1).bit_length(), _BACKWARD_WIDTH if is_backward else _FORWARD_WIDTH
@@ -113,7 +114,7 @@ def _normalise_on_card(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor |
     arguments = (*tensors, count, width, *strides, eps)
     grid = (-(-count // tile.rows),)
     what = Launch("layers.rms_norm_triton", "rms_norm_kernel", grid, arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(x, added, weight, rstd_N1, stream, y))
+    launch(what, moved=(x, added, weight, rstd_N1, stream, y))
     return Normed(y, rstd_N1, x if stream is None else stream)
 
 
@@ -126,7 +127,7 @@ def sum_parts(part_PD: Tensor, weight: Tensor) -> Tensor | None:
     grid = (-(-part_PD.shape[1] // tile.columns),)
     arguments = (part_PD, as_read(result), *part_PD.shape)
     what = Launch("layers.rms_norm_triton", "sum_parts_kernel", grid, arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(part_PD, result, total))
+    launch(what, moved=(part_PD, result, total))
     return result if total is None else None
 
 
@@ -162,7 +163,7 @@ def gradients_on_card(
     arguments = (*tensors, count, width, *strides, share)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     what = Launch("layers.rms_norm_triton", "rms_norm_backward_kernel", (programs,), arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(dy, x, weight, rstd_N1, d_stream_ND, dx, normed, partial_PD))
+    launch(what, moved=(dy, x, weight, rstd_N1, d_stream_ND, dx, normed, partial_PD))
     return dx, None if partial_PD is None else sum_parts(partial_PD, weight)
 
 

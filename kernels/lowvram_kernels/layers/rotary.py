@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, as_read, bytes_of, launch
+from lowvram_kernels.dispatch import Launch, as_read, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
 from lowvram_kernels.matmul.fp32_sums import leaves_of
@@ -124,7 +124,7 @@ def _launch_forward(
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INTERLEAVED": interleaved, "TURNS_BACK": turns_back}
     grid = (-(-rows // tile.rows),)
     what = Launch("layers.rotary_triton", "rotary_kernel", grid, (*tensors, *sizes), constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(x_BTHK, weight, *table, rstd_N, y))
+    launch(what, moved=(x_BTHK, weight, *table, rstd_N, y))
     return y, rstd_N
 
 
@@ -143,7 +143,7 @@ def _launch_backward(
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "INTERLEAVED": interleaved}
     kernel = "rotary_norm_backward_kernel"
     what = Launch("layers.rotary_triton", kernel, (programs,), arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(dy_BTHK, x_BTHK, weight, *table, rstd_N, dx, partial_PK))
+    launch(what, moved=(dy_BTHK, x_BTHK, weight, *table, rstd_N, dx, partial_PK))
     return dx, norm.sum_parts(partial_PK, weight)
 
 
@@ -168,9 +168,13 @@ def rotate(x: Tensor, table: Table, interleaved: bool, weight: Tensor | None = N
         shapes = f"x is {list(x.shape)}, the table {list(cos_TR.shape)} and {list(sin_TR.shape)}"
         raise ShapeError(f"rotate: {shapes}; they need [B, T, H, K] and [T, R] twice, 2R at most K.")
     if weight is None:
+        if not torch.is_grad_enabled():
+            return _rotate(x, cos_TR, sin_TR, interleaved, turns_back=False)
         return _Rotate.apply(x, cos_TR, sin_TR, interleaved)  # type: ignore[no-untyped-call]
     norm.check(x, weight)
     if norm.has_kernels(x):
         cos_TR, sin_TR = _as_table(table)
+        if not torch.is_grad_enabled():
+            return _launch_forward(x, weight, (cos_TR, sin_TR), interleaved, eps, turns_back=False)[0]
         return _NormRotate.apply(x, weight, cos_TR, sin_TR, interleaved, eps)  # type: ignore[no-untyped-call]
     return _Rotate.apply(norm.rms_norm(x, weight, eps), cos_TR, sin_TR, interleaved)  # type: ignore[no-untyped-call]

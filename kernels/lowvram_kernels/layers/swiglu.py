@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, Tile, as_read, bytes_of, card_of, launch, runs_kernels
+from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.quant_linear import (
@@ -70,7 +70,7 @@ def _launch(kernel: str, *tensors: Tensor) -> None:
     constants = {"ROWS": TILE.rows, "COLUMNS": TILE.columns}
     arguments = (*map(as_read, tensors), rows, width)
     what = Launch("layers.swiglu_triton", kernel, grid, arguments, constants, TILE.warps)
-    launch(what, moved_bytes=bytes_of(*tensors))
+    launch(what, moved=(*tensors,))
 
 
 def gated_product_backward(d_product: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch, remembered
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import rows_of_scale
 from lowvram_kernels.opaque import opaque
@@ -60,6 +60,7 @@ def gemv_tiles(kernel: str) -> list[Tile]:
     return list(_TILES[kernel])
 
 
+@remembered
 def choose_gemv_tile(card: Card, kernel: str, outputs: int) -> Tile:
     """Choose the largest tile whose programs keep every multiprocessor busy, else the smallest."""
     for tile in _TILES[kernel]:
@@ -68,6 +69,7 @@ def choose_gemv_tile(card: Card, kernel: str, outputs: int) -> Tile:
     return _TILES[kernel][-1]
 
 
+@remembered
 def choose_splits(card: Card, tile: Tile, outputs: int, inputs: int) -> int:
     """Choose into how many parts the inputs are cut: no more than fill the card, nor shorter than is worth it."""
     warps, blocks = -(-outputs // tile.columns) * tile.warps, -(-inputs // BLOCK)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, launch, remembered
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, dequantise, fill_lines
@@ -87,16 +87,26 @@ def rows_of_scale(scaled: QuantTensor, what: str) -> int:
     if code.dim() != 2 or code.dtype not in (torch.uint8, torch.int8) or not code.is_contiguous() or not code.shape[1]:
         found = f"{list(code.shape)} {code.dtype}, strides {list(code.stride())}"
         raise ShapeError(f"{what}: code is {found}; needs [N, K] uint8 or int8, contiguous, K ≥ 1.")
-    rows, blocks = code.shape[0], -(-code.shape[1] // BLOCK)
-    fitting: dict[tuple[int, ...], int] = {(-(-rows // BLOCK), blocks): BLOCK, (rows, blocks): 1}
-    if code.dtype == torch.int8:
-        fitting = {(rows, 1): 1}
-    found_rows = fitting.get(tuple(scale.shape))
-    if found_rows is None or scale.dtype != torch.float32 or scale.device != code.device:
+    found_rows = _rows_of_scale(code.dtype, code.shape, scale.shape)
+    if not found_rows or scale.dtype != torch.float32 or scale.device != code.device:
         found = f"{list(scale.shape)} {scale.dtype} on {scale.device}"
-        needed = " or ".join(str(list(shape)) for shape in fitting)
+        needed = " or ".join(str(list(shape)) for shape in _fitting_scales(code.dtype, *code.shape))
         raise ShapeError(f"{what}: scale is {found}; this code needs {needed}, fp32 on {code.device}.")
     return found_rows
+
+
+def _fitting_scales(dtype: torch.dtype, rows: int, columns: int) -> dict[tuple[int, ...], int]:
+    """Return the shapes that a code's scale may have, each with the rows that share one."""
+    if dtype == torch.int8:
+        return {(rows, 1): 1}
+    blocks = -(-columns // BLOCK)
+    return {(-(-rows // BLOCK), blocks): BLOCK, (rows, blocks): 1}
+
+
+@remembered
+def _rows_of_scale(dtype: torch.dtype, code: torch.Size, scale: torch.Size) -> int:
+    """Return how many rows share a scale; 0 where the two shapes do not fit together."""
+    return _fitting_scales(dtype, *code).get(tuple(scale), 0)
 
 
 def backend_of(code_dtype: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
@@ -113,6 +123,7 @@ def matmul_tiles(card: Card, backend: str) -> list[Tile]:
     return [tile for tile in _TILES[backend] if _shared_bytes(tile, card) <= card.shared_bytes]
 
 
+@remembered
 def choose_matmul_tile(card: Card, backend: str, rows: int, columns: int) -> Tile:
     """Choose the largest tile that gives every multiprocessor one, else the smallest."""
     fitting = matmul_tiles(card, backend)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, launch
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, is_interpreted, launch, remembered
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant import e4m3
@@ -152,6 +152,7 @@ def grouped_tiles(card: Card, kind: str, is_outer: bool = False) -> list[Tile]:
     ]
 
 
+@remembered
 def choose_grouped_tile(card: Card, kind: str, rows: float, columns: int, count: int, is_outer: bool = False) -> Tile:
     """Choose the tile for `count` products of rows × columns numbers; rows: of one expert, in the mean.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, Tile, as_read, bytes_of, card_of, launch, runs_kernels
+from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers.rms_norm import rows_of, sum_parts
 from lowvram_kernels.matmul.fp32_sums import leaves_of
@@ -90,7 +90,7 @@ class _Route(torch.autograd.Function):
         constants = sizes | _choices(top_k)
         grid = (-(-count // tile.rows),)
         what = Launch("moe.routing_triton", "route_kernel", grid, arguments, constants, tile.warps)
-        launch(what, moved_bytes=bytes_of(x, weight, bias, weights_NK, ids_NK, score_NK))
+        launch(what, moved=(x, weight, bias, weights_NK, ids_NK, score_NK))
         ctx.save_for_backward(x, weight, ids_NK, score_NK)
         ctx.leaves, ctx.factor = leaves_of(weight), factor
         ctx.mark_non_differentiable(ids_NK)
@@ -119,7 +119,7 @@ class _Route(torch.autograd.Function):
         constants = sizes | _choices(ids_NK.shape[1])
         grid = (across, programs)
         what = Launch("moe.routing_triton", "route_backward_kernel", grid, arguments, constants, tile.warps)
-        launch(what, moved_bytes=bytes_of(d_weights, ids_NK, score_NK, x, weight, dx, partial_PED))
+        launch(what, moved=(d_weights, ids_NK, score_NK, x, weight, dx, partial_PED))
         return dx, sum_parts(partial_PED, weight), None, None, None
 
 

@@ -98,7 +98,7 @@ def _sort_on_card(ids: Tensor, experts: int, slots: Tensor | None) -> Sorted:
     constants = {"SHARE": _SHARE, "BLOCK": max(16, min(_SHARE, _TABLE // columns)), "EXPERTS": columns}
     warps = 8 if columns > 64 else 4
     what = Launch("moe.sorting_triton", "count_kernel", (programs,), (ids, count_PE, count), constants, warps)
-    launch(what, moved_bytes=bytes_of(ids, count_PE))
+    launch(what, moved=(ids, count_PE))
     arguments = (ids, slots, count_PE, order_M, place_M, ends_E, load_E, count, programs, experts)
     what = Launch("moe.sorting_triton", "place_kernel", (programs,), arguments, constants, warps)
     launch(what, moved_bytes=bytes_of(ids, slots, order_M, place_M, ends_E, load_E) + programs * bytes_of(count_PE))
@@ -121,5 +121,5 @@ def combine(sorted_MD: Tensor, place_M: Tensor, choices: int, added: Tensor | No
     arguments = (as_read(sorted_MD), place_M, beside, as_read(out_ND), *out_ND.shape)
     constants = {"CHOICES": choices, "ROWS": tile.rows, "COLUMNS": tile.columns}
     what = Launch("moe.sorting_triton", "combine_kernel", grid, arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(sorted_MD, place_M, added, out_ND))
+    launch(what, moved=(sorted_MD, place_M, added, out_ND))
     return out_ND

@@ -41,7 +41,7 @@ def weighted_product(gate_up_MI: Tensor, weights_NK: Tensor, order_M: Tensor) ->
     arguments = (as_read(gate_up_MI), as_read(weights_NK.contiguous()), order_M, as_read(product_MI), rows, twice // 2)
     constants = {"ROWS": tile.rows, "COLUMNS": tile.columns}
     what = Launch("moe.weighted_swiglu_triton", "weighted_swiglu_kernel", grid, arguments, constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(gate_up_MI, weights_NK, order_M, product_MI))
+    launch(what, moved=(gate_up_MI, weights_NK, order_M, product_MI))
     return product_MI
 
 

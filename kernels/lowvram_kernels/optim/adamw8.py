@@ -335,13 +335,10 @@ def _step_on_card(
 ) -> None:
     """Make the step in one launch.  named: the hash of seed and purpose."""
     (rate, _), (scale, _) = split(rule.learning_rate), split(rule.gradient_scale)
-    skip, step = None if skip is None else skip.reshape(()), step.reshape(())
     if any(scalar is not None and scalar.device != weight.device for scalar in (step, rate, scale, skip)):
         raise ShapeError(f"adamw8_: step, learning_rate, gradient_scale and skip need to lie on {weight.device}.")
-    w_N, g_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B = (t.detach().view(-1) for t in (weight, gradient, *moments))
     tables = [maps.first.value, maps.second.value, maps.first.midpoint, maps.second.midpoint]
-    state, scalars = (code_m_N, code_v_N, absmax_m_B, absmax_v_B), (step, rate, scale, skip)
-    _step_kernel(w_N, g_N, *state, tables, *scalars, rule.numbers(), first, named)
+    _step_kernel(weight, gradient, *moments, tables, step, rate, scale, skip, rule.numbers(), first, named)
 
 
 def _launch_step(
@@ -360,7 +357,10 @@ def _launch_step(
     first: int,
     named: int,
 ) -> None:
-    """Launch the kernel; scalars are tensors of one element, or None where they are plain numbers."""
+    """Launch the kernel; scalars are tensors of one element, or None where they are plain numbers.
+
+    Weight, gradient and moments are contiguous, of any shape.
+    """
     changing = (weight_N, code_m_N, code_v_N, absmax_m_B, absmax_v_B)
     tensors = (
         bits_of(weight_N),
@@ -381,7 +381,7 @@ def _launch_step(
     }
     arguments = (*tensors, weight_N.numel(), first, named, *numbers)
     what = Launch("optim.adamw8_triton", "adamw8_kernel", programs(weight_N.numel()), arguments, constants)
-    launch(what, moved_bytes=gradient_N.nbytes + 2 * sum(tensor.nbytes for tensor in changing))
+    launch(what, moved=(gradient_N, *changing, *changing))
 
 
 _step_kernel = opaque("adamw8", _launch_step, ("weight_N", "code_m_N", "code_v_N", "absmax_m_B", "absmax_v_B"))

@@ -42,7 +42,10 @@ def programs(count: int) -> tuple[int]:
 
 def bits_of(tensor: Tensor) -> Tensor:
     """Return a view as kernels read and write it: bf16 as int16, bool as uint8, others as they are."""
-    return tensor.view({torch.bfloat16: torch.int16, torch.bool: torch.uint8}.get(tensor.dtype, tensor.dtype))
+    dtype = tensor.dtype
+    if dtype == torch.bfloat16:
+        return tensor.view(torch.int16)
+    return tensor.view(torch.uint8) if dtype == torch.bool else tensor
 
 
 def split(value: Tensor | float) -> tuple[Tensor | None, float]:
