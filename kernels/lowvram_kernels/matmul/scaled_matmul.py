@@ -109,6 +109,7 @@ def _rows_of_scale(dtype: torch.dtype, code: torch.Size, scale: torch.Size) -> i
     return _fitting_scales(dtype, *code).get(tuple(scale), 0)
 
 
+@remembered
 def backend_of(code_dtype: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
     """Return how codes of a dtype are multiplied: a key of the tables here, "decode" or "reference"."""
     if code_dtype == torch.int8:
@@ -188,8 +189,8 @@ def _launch_kernel(
     kernel, expected_mma = _KERNELS[backend]
     constants = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "BLOCK_K": chosen.depth, "GROUP": _GROUP}
     if backend != "int8":
-        constants["A_ROWS"] = rows_of_scale(QuantTensor(a_code, a_scale), "a")
-        constants["B_ROWS"] = rows_of_scale(QuantTensor(b_code, b_scale), "b")
+        constants["A_ROWS"] = _rows_of_scale(a_code.dtype, a_code.shape, a_scale.shape)
+        constants["B_ROWS"] = _rows_of_scale(b_code.dtype, b_code.shape, b_scale.shape)
     if kernel == "e4m3_kernel":
         constants["DECODES"] = backend == "storage"
     operands = (a_code, b_code)
