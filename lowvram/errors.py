@@ -111,11 +111,17 @@ def argument(name: str, value: object = None) -> str:
     return f"`{name}={json.dumps(value if is_plain else str(value), ensure_ascii=False)}`"
 
 
+# By how much less alike a known word may be than the nearest one to be named beside it, of 1 for the same word.
+_ABOUT_AS_NEAR = 0.2
+
+
 def name_nearest(word: str, known: Iterable[str]) -> str:
     """Return a sentence with the known words nearest to `word`, or with all of them where none is near."""
     choices = sorted(known)
     near = difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
     if near:
+        best = difflib.SequenceMatcher(None, near[0], word).ratio()
+        near = [name for name in near if difflib.SequenceMatcher(None, name, word).ratio() > best - _ABOUT_AS_NEAR]
         return f"Did you mean {' or '.join(near)}?"
     return f"Known: {', '.join(choices)}."
 

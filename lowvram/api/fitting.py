@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What stands for "the presets" where one must be named: the smallest.
 _SMALLEST = "tr-25m"
+# A smaller number is meant in another unit.
+_LEAST_MEMORY_BYTES = 64 << 20
 
 
 def fit(
@@ -95,6 +97,9 @@ def _read_size(name: str, value: str | int | None) -> int | None:
     refuse_type(name, value, int, str)
     if value is None or isinstance(value, int):
         refuse_count(name, value)
+        if value is not None and value < _LEAST_MEMORY_BYTES:
+            why = "A number is a size in bytes, and no machine has so few."
+            raise ConfigError(f"{argument(name)} is {value}.", why, f"Write {argument(name, f'{value}GB')}.")
         return value
     try:
         return parse_memory(value)

@@ -49,7 +49,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "and remember the result",
     )
     parser.add_argument("--explain", action="store_true", help="show why each choice was made")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write a run file that `lowvram train` takes, without --set"
+    )
     parser.add_argument(
         "--data",
         type=Path,

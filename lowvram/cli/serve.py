@@ -164,7 +164,9 @@ def _require_extra() -> None:
         import uvicorn
     except ImportError as error:
         raise MachineError(
-            "The server's packages are not installed.", f"{error}.", "Type: pip install 'lowvram[serve]'."
+            "The server's packages are not installed.",
+            f"{error}.",
+            "Type in the folder of lowvram: pip install -e '.[serve]'.",
         ) from error
     del starlette, uvicorn
 

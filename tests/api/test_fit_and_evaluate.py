@@ -47,6 +47,12 @@ def test_a_card_is_named_by_its_memory_too(memory: str | int) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["memory", "ram"])
+def test_a_size_that_is_no_bytes_of_any_machine_is_refused_with_the_size_that_was_meant(name: str) -> None:
+    with pytest.raises(ConfigError, match=f'`{name}` is 12. A number is a size in bytes.*`{name}="12GB"`'):
+        fit(gpu="rtx5070", **{name: 12})  # type: ignore[arg-type]
+
+
 def test_a_run_file_is_judged_as_the_command_judges_it(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = fit(home / "run.toml", overrides={"optimizer.bits": 8}, micro_batch=2, **NAMED)  # type: ignore[arg-type]
     words = ("--set", "optimizer.bits=8", "--micro-batch", 2, *NAMED_WORDS)

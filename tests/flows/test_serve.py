@@ -218,4 +218,4 @@ def test_without_its_packages_it_says_what_to_install(run: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     answer = typed("serve", run)
     assert answer.code == 1
-    assert "pip install 'lowvram[serve]'" in answer.err
+    assert "pip install -e '.[serve]'" in answer.err

@@ -111,7 +111,7 @@ def _import_gguf() -> Any:
         raise MachineError(
             "GGUF files need the package gguf, which is not installed.",
             f"{error}.",
-            "Install it: pip install 'lowvram[export]'",
+            "Install it in the folder of lowvram: pip install -e '.[export]'",
         ) from error
     return gguf
 
