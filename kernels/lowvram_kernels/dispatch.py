@@ -6,12 +6,11 @@ same allocations, so what is counted there is what the card will hold.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +24,12 @@ from lowvram_kernels.capabilities import (
 )
 from lowvram_kernels.compiled_launch import start
 
-Key = ParamSpec("Key")
-Chosen = TypeVar("Chosen")
-# Choices that `remembered` keeps of one function: prompts and texts have many lengths.
-_MOST_REMEMBERED = 4_096
-
 
 class Card(NamedTuple):
     """What ops ask of a device and its torch.
 
-    platform: "cuda", "mps" or "cpu".  capability: CUDA's compute capability, (major, minor).  has_flash: torch was
-    built with FlashAttention, which its wheels for Windows are not.  has_triton: Triton is installed beside it.
-    multiprocessors: how many blocks of a launch run side by side, at least.
+    platform: "cuda", "mps" or "cpu".  capability: CUDA's, (major, minor).  has_flash: torch has FlashAttention, which
+    its wheels for Windows have not.  multiprocessors: how many blocks of a launch run side by side, at least.
     """
 
     platform: str
@@ -111,6 +104,7 @@ class HiddenWork(NamedTuple):
     operand_bytes: float = 0.0
 
 
+_ON_MPS = "Triton does not compile for Apple's GPUs"
 # Operands of 8 bits.
 _LOW = ("e4m3", "mxf8", "s8")
 
@@ -131,6 +125,7 @@ _is_simulated = False
 _note_launch: Callable[[Launch], None] = _forget
 _note: Callable[[HiddenWork], None] = _forget
 _note_host: Callable[[Tensor], None] = _forget
+_Tensors = Sequence[Tensor | None]
 # What was asked before, since an op asks at every launch.
 _cards: dict[torch.device, Card] = {}
 _choices: dict[tuple[str, Card], Choice] = {}
@@ -289,42 +284,18 @@ def as_read(x: Tensor) -> Tensor:
     return x.view(torch.int16) if is_interpreted() and x.dtype == torch.bfloat16 else x
 
 
-def remembered(choose: Callable[Key, Chosen]) -> Callable[Key, Chosen]:
-    """Return a choice that is asked once for each of its arguments, which are values; compilers ask it as it is."""
-    known: dict[tuple[Any, ...], Any] = {}
-
-    @functools.wraps(choose)
-    def choose_once(*key: Key.args, **named: Key.kwargs) -> Chosen:
-        if named or torch.compiler.is_compiling():
-            return choose(*key, **named)
-        try:
-            chosen: Chosen = known[key]
-        except KeyError:
-            if len(known) >= _MOST_REMEMBERED:
-                known.clear()
-            chosen = known[key] = choose(*key, **named)
-        return chosen
-
-    return choose_once
-
-
 def bytes_of(*tensors: Tensor | None) -> int:
     """Return the bytes of the elements of all tensors that are not None, gaps between strided rows not counted."""
     return sum([tensor.nbytes for tensor in tensors if tensor is not None])
 
 
 def launch(
-    what: Launch,
-    flops: float = 0.0,
-    moved_bytes: float = 0.0,
-    operand_bytes: float = 0.0,
-    moved: Sequence[Tensor | None] = (),
+    what: Launch, flops: float = 0.0, moved_bytes: float = 0.0, operand_bytes: float = 0.0, moved: _Tensors = ()
 ) -> None:
     """Launch a kernel; in meta mode only report it.
 
     flops, moved_bytes: its operations and the bytes that it reads and writes, from which its roofline follows.
-    operand_bytes: of a matrix product, those that it reads of its operands.  moved: tensors that it reads or writes
-    once, in addition to moved_bytes; their bytes are counted in meta mode only.
+    operand_bytes: of a product, those that it reads of its operands.  moved: more tensors, each read or written once.
     """
     if _is_simulated:
         _note_launch(what)
@@ -412,9 +383,6 @@ def choose(op: str, card: Card) -> Choice:
     if op == "int8_matmul":
         return Choice("tensor", f"{_name(card)} has INT8 tensor cores")
     return Choice("triton", f"{_name(card)} runs our kernel")
-
-
-_ON_MPS = "Triton does not compile for Apple's GPUs"
 
 
 def _name(card: Card) -> str:

@@ -33,11 +33,12 @@ import math
 import torch
 from torch import Tensor
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch, remembered
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant import e4m3
 from lowvram_kernels.quant.quantise import BLOCK, QuantTensor, quantise_rows
+from lowvram_kernels.remembered import remembered
 
 _MOST_CHANNELS, _MOST_ROTATED = 512, 128
 # Rows of the smallest product on tensor cores; of one tile's heads.  More heads are more tiles, which find the cache

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, remembered, runs_kernels
+from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
+from lowvram_kernels.remembered import remembered
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

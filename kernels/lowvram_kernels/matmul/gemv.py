@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch, remembered
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.scaled_matmul import rows_of_scale
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, QuantTensor, dequantise
+from lowvram_kernels.remembered import remembered
 
 MOST_ROWS = 16
 # Rows of a program without tensor cores.

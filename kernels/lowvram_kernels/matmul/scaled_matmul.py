@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, launch, remembered
+from lowvram_kernels.dispatch import Card, Launch, Tile, bytes_of, card_of, choose, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant.quantise import BLOCK, FLOATING, MOST_INT8, QuantTensor, dequantise, fill_lines
+from lowvram_kernels.remembered import remembered
 
 # Tiles of rows that run before the next tile of columns begins, so that operands come from the L2 cache.
 _GROUP = 8
