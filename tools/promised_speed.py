@@ -165,7 +165,8 @@ def _times_of_product(
     plain = Work(flops, 2.0 * read + written, 1.0, operand_bytes=2.0 * read)
     low = Work(0.0, read + written, 1.0, low_flops=flops, operand_bytes=read)
     if form == "bf16":
-        yield Timed(_GROUPED, "bf16", plain, row["seconds"])
+        grouped = plain._replace(flops=0.0, grouped_flops=flops)
+        yield Timed(_GROUPED, "bf16", grouped, row["seconds"])
     elif experts == 1:
         yield Timed(_OURS, {"e4m3": "fp8", "int8": "int8"}[form], low, row["seconds"])
     for rival in row.get("rivals", ()):

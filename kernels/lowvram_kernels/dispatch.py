@@ -93,7 +93,8 @@ class HiddenWork(NamedTuple):
     """The cost of work that meta mode skips, so that no dispatch mode can count it.
 
     flops: of attention.  product_flops: of matrix products in 16 bits or more.  low_flops: of those in 8 bits.
-    operand_bytes: of moved_bytes, those that matrix products read of their operands.
+    grouped_flops: of experts' products in 16 bits or more, one launch for all.  operand_bytes: of moved_bytes, those
+    that matrix products read of their operands.
     """
 
     flops: float = 0.0
@@ -102,9 +103,11 @@ class HiddenWork(NamedTuple):
     product_flops: float = 0.0
     low_flops: float = 0.0
     operand_bytes: float = 0.0
+    grouped_flops: float = 0.0
 
 
 _ON_MPS = "Triton does not compile for Apple's GPUs"
+_FLOPS_OF = {"moe.grouped_matmul_triton": "grouped_flops", "moe.grouped_wgrad_triton": "grouped_flops"}
 # Operands of 8 bits.
 _LOW = ("e4m3", "mxf8", "s8")
 
@@ -129,8 +132,7 @@ _Tensors = Sequence[Tensor | None]
 # What was asked before, since an op asks at every launch.
 _cards: dict[torch.device, Card] = {}
 _choices: dict[tuple[str, Card], Choice] = {}
-# How many repetitions the work that is simulated now stands for.
-_multiplier = 1
+_multiplier = 1  # how many repetitions the work that is simulated now stands for
 
 
 @contextmanager
@@ -142,9 +144,8 @@ def simulate_card(
 ) -> Iterator[None]:
     """Meta mode: ops take `card`'s path with meta tensors, make its allocations and launch nothing.
 
-    note: called with the cost of work that is skipped.  note_host: called with each tensor that lies in host memory and
-    not on the card.  note_launch: called with each kernel that would be launched; without it the enclosing
-    `simulate_card`'s is kept.
+    note: called with the cost of work that is skipped.  note_host: called with each tensor that lies in host memory.
+    note_launch: called with each kernel that would be launched; without it the enclosing `simulate_card`'s is kept.
     """
     global _overriding_card, _is_simulated, _note, _note_host, _note_launch
     before = _overriding_card, _is_simulated, _note, _note_host, _note_launch
@@ -168,10 +169,9 @@ def override_card(card: Card) -> Iterator[None]:
 
 
 def empty_on_host(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor in host memory for data that belongs to a card; with `to_host` the only way off a card.
+    """Return a tensor in host memory for data of a card ("cpu" where there is none); with `to_host` the only way there.
 
-    Not page-locked: torch rounds each such block up to a power of two, half as much again for large stacks, and Windows
-    lends little of it.  device: the card, "cpu" where there is none.
+    Not page-locked: torch rounds each such block up to a power of two, and Windows lends little of it.
     """
     if is_simulated():
         tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -209,7 +209,7 @@ def representative(count: int) -> Iterator[int]:
 
 
 def uncounted() -> AbstractContextManager[None]:
-    """In meta mode, count the memory of what is done inside and none of its work, which is reported separately."""
+    """In meta mode, count the memory of what is done inside and none of its work, reported separately."""
     return _counting(0)
 
 
@@ -299,7 +299,7 @@ def launch(
     """
     if _is_simulated:
         _note_launch(what)
-        kind = "low_flops" if what.expected_mma in _LOW else "product_flops"
+        kind = "low_flops" if what.expected_mma in _LOW else _FLOPS_OF.get(what.module, "product_flops")
         moved_bytes += bytes_of(*moved)
         _note(HiddenWork(moved_bytes=moved_bytes, ops=1.0, operand_bytes=operand_bytes, **{kind: flops}))
         return

@@ -27,7 +27,7 @@ from lowvram.config.train import TrainConfig
 from lowvram.errors import MachineError
 from lowvram.fit.memory_curve import Work
 from lowvram.fit.rehearse import LiveStorage, rehearse
-from lowvram.fit.throughput import Calibration, Rates, hidden_bytes, launch_seconds, work_seconds
+from lowvram.fit.throughput import Calibration, Rates, hidden_bytes, launch_seconds, product_seconds, work_seconds
 from lowvram.hardware.profile import Profile
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES, MATMUL_FORMATS, Batch, Loss, count_targets
@@ -170,8 +170,7 @@ def _explain_rest(work: Work, seconds: float, rates: Rates, platform: str) -> Ra
     launching_s = work.ops * rates.launch_s
     if platform != "cpu" and seconds < _HIDDEN * launching_s:
         return rates  # the card waits for its host, so this time says nothing about the card
-    products_s = work.flops / rates.product_flops_per_s + work.attention_flops / rates.attention_flops_per_s
-    products_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
+    products_s = product_seconds(work, rates, platform) + work.attention_flops / rates.attention_flops_per_s
     rest_s = seconds - products_s - (launching_s if platform == "cpu" else 0.0)
     slowest, fastest = rates.bytes_per_s * _SLOWEST_BYTES, rates.bytes_per_s
     implied = (work.moved_bytes - hidden_bytes(work, platform)) / rest_s if rest_s > 0.0 else fastest

@@ -29,7 +29,8 @@ class Work(NamedTuple):
     flops: of matrix products.  moved_bytes: read and written by all ops, matrix products included, so that narrow
     layers cost more per FLOP.  ops: kernel launches.  attention_flops: of fused attention, which is slower than a
     matrix product.  host_bytes: copied between the card and host memory.  low_flops: of matrix products in 8 bits.
-    operand_bytes: of moved_bytes, those that matrix products read of their operands.
+    operand_bytes: of moved_bytes, those that matrix products read of their operands.  grouped_flops: of the products
+    of a card's experts that are one launch of ours for all, which are slower than one product and not in flops.
     """
 
     flops: float
@@ -39,6 +40,7 @@ class Work(NamedTuple):
     host_bytes: float = 0.0
     low_flops: float = 0.0
     operand_bytes: float = 0.0
+    grouped_flops: float = 0.0
 
 
 class Rehearsal(NamedTuple):

@@ -188,7 +188,8 @@ class LiveStorage(TorchDispatchMode):
         """Count the work of a kernel that does not run on meta tensors."""
         self._reported += 1
         launched = Work(work.product_flops, work.moved_bytes, work.ops, work.flops)
-        self._add(launched._replace(low_flops=work.low_flops, operand_bytes=work.operand_bytes))
+        others = {name: getattr(work, name) for name in ("low_flops", "operand_bytes", "grouped_flops")}
+        self._add(launched._replace(**others))
 
     def _add(self, part: Work) -> None:
         total = self.work.setdefault(self.phase, [0.0] * len(Work._fields))

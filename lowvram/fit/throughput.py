@@ -42,7 +42,8 @@ class Efficiency(NamedTuple):
     product: of the figure for matrix products.  attention: what fused kernels reach, of the product's rate.  memory: of
     the bandwidth.  launch_s: host seconds per op.  compiled: the share of bytes and of launches that remain with
     torch.compile.  low: of the figure for 8 bits.  hides_operands: whether products read their operands while they
-    compute, so that only the slower of the two takes time.
+    compute, so that only the slower of the two takes time.  grouped: what experts' products reach, of the product's
+    rate.
     """
 
     product: float
@@ -52,16 +53,17 @@ class Efficiency(NamedTuple):
     compiled: float
     low: float = 1.0
     hides_operands: bool = False
+    grouped: float = 1.0
 
 
 _EFFICIENCIES = {
-    # profiles/measured/promised.md holds product, memory and low against each kernel timed on an H200.  Product: of
+    # profiles/measured/promised.md holds all but two against each kernel timed on an H200.  Product: of
     # what the best shape reaches in cuBLAS, which a profile states; what a product writes takes its time after that.
     # Attention: FlashAttention 2 reaches at most 0.73 forward and 0.63 backward (Dao 2023, section 4), on longer
     # sequences and wider heads than here.  Launch: 5 to 10 µs from Python with autograd.  Compiled: what it fuses, our
     # kernels have fused already.  Low: products of 8 bits on an RTX 5090, of 419 (FP8) and 838 (INT8, MXFP8) TFLOP/s in
     # theory, reached 190 to 207 and 480.
-    "cuda": Efficiency(0.97, 0.5, 0.85, 8e-6, 1.0, 0.5, True),
+    "cuda": Efficiency(0.97, 0.5, 0.85, 8e-6, 1.0, 0.5, True, 0.65),
     # Metal writes out every score, so there is no fused attention; its command buffers cost more to fill.
     "mps": Efficiency(0.9, 0.5, 0.7, 15e-6, 0.5),
     # The profile's figures are those of training already.  Attention: 0.45 of a product in bf16, 0.8 in fp32 (EPYC
@@ -204,14 +206,20 @@ def is_replayed(rehearsal: Rehearsal, limit_bytes: int) -> bool:
 
 def work_seconds(work: Work, rates: Rates, platform: str) -> float:
     """Return the seconds that a part of the step takes."""
-    products_s = work.flops / rates.product_flops_per_s
-    products_s += work.low_flops / (rates.low_flops_per_s or rates.product_flops_per_s)
     hidden = hidden_bytes(work, platform)
-    busy_s = max(products_s, hidden / rates.bytes_per_s) + work.attention_flops / rates.attention_flops_per_s
+    busy_s = max(product_seconds(work, rates, platform), hidden / rates.bytes_per_s)
+    busy_s += work.attention_flops / rates.attention_flops_per_s
     busy_s += (work.moved_bytes - hidden) / rates.bytes_per_s
     busy_s += work.host_bytes / (LINK_BYTES_PER_S if platform == "cuda" else rates.bytes_per_s)
     launching_s = work.ops * rates.launch_s
     return busy_s + launching_s if platform == "cpu" else max(busy_s, launching_s)
+
+
+def product_seconds(work: Work, rates: Rates, platform: str) -> float:
+    """Return the seconds that matrix products compute, attention's left out."""
+    wide_flops = work.flops + work.grouped_flops / _EFFICIENCIES[platform].grouped
+    low_flops_per_s = rates.low_flops_per_s or rates.product_flops_per_s
+    return wide_flops / rates.product_flops_per_s + work.low_flops / low_flops_per_s
 
 
 def hidden_bytes(work: Work, platform: str) -> float:

@@ -83,6 +83,11 @@ def test_products_on_an_nvidia_card_read_their_operands_while_they_compute() -> 
     ]
 
 
+def test_experts_products_take_longer_on_a_card_than_one_product_of_as_many_operations() -> None:
+    one, many = Work(4e12, 0.0, 0.0), Work(0.0, 0.0, 0.0, grouped_flops=4e12)
+    assert work_seconds(many, RATES, "cuda") == pytest.approx(work_seconds(one, RATES, "cuda") / 0.65, rel=EXACT)
+
+
 def test_launches_hide_behind_a_card_and_add_up_on_a_processor() -> None:
     busy_s = work_seconds(MICRO._replace(ops=0), RATES, "cuda")
     assert work_seconds(MICRO, RATES, "cuda") == busy_s

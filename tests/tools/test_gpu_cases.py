@@ -62,7 +62,7 @@ def test_what_a_case_declares_is_what_its_launches_do(kernel: Kernel) -> None:
     work, launches = simulated_work(kernel)
     assert launches
     if kernel.operations and kernel.op != "latent_attention":
-        assert work.product_flops + work.low_flops == pytest.approx(kernel.operations)
+        assert work.product_flops + work.grouped_flops + work.low_flops == pytest.approx(kernel.operations)
         is_low = any(launch.expected_mma in ("e4m3", "s8", "mxf8") for launch in launches)
         assert is_low <= (kernel.numbers != "bf16")
     # The least, without scales: launches tell of those too, of partial sums and of a second reading.

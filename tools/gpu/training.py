@@ -142,7 +142,7 @@ def _aim(tokens_per_second: float) -> tuple[Aim, ...]:
 def _operations(rehearsal: Rehearsal, plan: Plan) -> float:
     """Return the operations of a whole step, as the rehearsal counts them, recomputation included."""
     parts = [rehearsal.micro] * plan.accumulate + [rehearsal.update]
-    return sum(part.flops + part.attention_flops + part.low_flops for part in parts)
+    return sum(part.flops + part.attention_flops + part.low_flops + part.grouped_flops for part in parts)
 
 
 class _Steps:
