@@ -19,7 +19,7 @@ from lowvram_kernels.matmul import gemv, scaled_matmul
 from lowvram_kernels.moe import grouped_matmul, grouped_wgrad, routing, sorting, weighted_swiglu
 from lowvram_kernels.moe.grouped_matmul import Gathered
 from lowvram_kernels.optim import adamw8
-from lowvram_kernels.quant import quantise
+from lowvram_kernels.quant import both_ways, quantise
 from lowvram_kernels.quant.quantise import QuantTensor
 from lowvram_kernels.random import stochastic_rounding
 from torch import Tensor
@@ -147,7 +147,15 @@ def quantise_cases() -> Iterator[Call]:
                 x = meta(512, width, dtype=dtype)
                 yield partial(quantise.quantise_rows, x, form)
             x = meta(688, 1376, dtype=dtype)
-            yield partial(quantise.quantise_columns, x, form)
+            for columns in (
+                meta(300, 1376, dtype=dtype),
+                x,
+                meta(2048, 1376, dtype=dtype),
+                meta(4096, 1376, dtype=dtype),
+            ):
+                yield partial(quantise.quantise_columns, columns, form)
+            for size in ((688, 1376), (687, 1375)):
+                yield partial(both_ways.quantise_both_ways, meta(*size, dtype=dtype), form)
             for weight in (x, meta(4, 1024, 512, dtype=dtype)):
                 yield partial(quantise.quantise_weight, weight, form)
                 yield partial(quantise.quantise_weight, weight, form, transposed=True)
@@ -168,6 +176,9 @@ def scaled_matmul_cases(card: Card) -> Iterator[Call]:
                 for inputs, dtype, block_rows in ((1376, BF16, BLOCK), (1024, FP32, 1), (100, BF16, 1)):
                     a, b = scaled(1024, inputs, form), scaled(688, inputs, form, block_rows)
                     yield partial(scaled_matmul.multiply_tiles, a, b, dtype, backend, tile)
+                    if inputs != 100:
+                        total = meta(1024, 688, dtype=dtype)
+                        yield partial(scaled_matmul.multiply_tiles, a, b, dtype, backend, tile, total)
 
 
 def small_matmul_cases(card: Card) -> Iterator[Call]:

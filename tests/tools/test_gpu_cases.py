@@ -98,6 +98,8 @@ def test_the_aims_that_were_set_stand_with_their_cases() -> None:
         ("quantise_rows", 0.8),
         ("quantise_columns", 0.8),
         ("quantise_weight", 0.8),
+        ("quantise_both_ways", 0.8),
+        ("quantise_both_ways", 0.5),
         ("small_matmul", 0.75),
         ("latent_attention", 0.45),
         *(
