@@ -35,6 +35,7 @@ from lowvram_kernels.matmul.quant_linear import (
     backward_weight,
     check_matmul_format,
     forward,
+    gradient_operands,
 )
 
 # 16 numbers of each half a thread, two reads of 16 bytes.
@@ -115,8 +116,10 @@ class _SwiGLU(torch.autograd.Function):
             (down_DI,) = ctx.leaves
         needs_input, needs_down, _ = ctx.needs_input_grad
         dy_ND, d_gate_up = dy.reshape(-1, down_DI.shape[0]), None
+        rows, columns = gradient_operands(dy_ND, matmul_format, needs_input, needs_down)
         if needs_input:
-            d_product_NI = backward_input(along_rows(dy_ND, matmul_format), down_DI, matmul_format, dy.dtype)
+            d_product_NI = backward_input(rows, down_DI, matmul_format, dy.dtype)
+            del rows
             d_gate_up, product = gated_product_backward(d_product_NI.view(*dy.shape[:-1], -1), gate_up)
             del d_product_NI
         else:
@@ -124,8 +127,7 @@ class _SwiGLU(torch.autograd.Function):
         if not needs_down:
             return d_gate_up, None, None
         product_NI = product.reshape(-1, down_DI.shape[1])
-        ddown = backward_weight(along_columns(dy_ND, matmul_format), along_columns(product_NI, matmul_format), down_DI)
-        return d_gate_up, ddown, None
+        return d_gate_up, backward_weight(columns, along_columns(product_NI, matmul_format), down_DI), None
 
 
 def swiglu(gate_up: Tensor, down: Tensor, matmul_format: MatmulFormat = "plain") -> Tensor:

@@ -36,6 +36,7 @@ from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_simulated, no
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 from lowvram_kernels.matmul.kept_casts import cast
+from lowvram_kernels.matmul.kept_codes import codes_of
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
 from lowvram_kernels.moe.grouped_matmul import Gathered, grouped_matmul, operand_of
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
@@ -49,7 +50,6 @@ from lowvram_kernels.quant.quantise import (
     parts_of,
     quantise_columns,
     quantise_rows,
-    quantise_weight,
 )
 
 
@@ -158,7 +158,7 @@ def _multiply_tokens(
         return _multiply(rows, master_WOI, idle, ends_E, is_transposed, matmul_format)
     code, scale = quantise_rows(x_NI, matmul_format)
     token_M = order_M // choices
-    weight = quantise_weight(master_WOI, matmul_format, transposed=not is_transposed)
+    weight = codes_of(master_WOI, matmul_format, transposed=not is_transposed)
     return grouped_matmul(QuantTensor(code[token_M], scale[token_M]), weight, ends_E, dtype=x_NI.dtype)
 
 
@@ -191,7 +191,7 @@ def _multiply(
         stack = cast(master, rows_MI.dtype)
         stack = stack.mT if is_transposed else stack
     else:
-        stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_transposed), rows_MI.dtype).mT
+        stack = dequantise(codes_of(master, matmul_format, transposed=not is_transposed), rows_MI.dtype).mT
         rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], matmul_format)
     scratch = None
     if code is not None and needs_decoding(code, rows_MI.dtype):
@@ -209,7 +209,7 @@ def _multiply_residents(
     if isinstance(rows, Gathered) or matmul_format == "plain":
         stack = cast(master, operand_of(rows)[0].dtype)
         return grouped_matmul(rows, stack if is_transposed else stack.mT, ends_E)
-    weight = quantise_weight(master, matmul_format, transposed=not is_transposed)
+    weight = codes_of(master, matmul_format, transposed=not is_transposed)
     return grouped_matmul(quantise_rows(rows, matmul_format), weight, ends_E, dtype=rows.dtype)
 
 
