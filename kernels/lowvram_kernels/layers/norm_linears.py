@@ -5,7 +5,8 @@
 
 A norm costs a pass over memory; keeping its result costs 2 bytes × D a row and layer in bf16, a sixth of a dense
 block's activations.  So backward computes n again from x and the kept fp32 of each row: on a card in the pass that
-makes dx, where n takes dn's place.
+makes dx, where n takes dn's place.  In E4M3, of which only codes are read, n is never written: forward and backward
+write its codes (`codes.py`).
 Saved for backward: x, one fp32 per row, and the masters.
 Source: the chain rule; not keeping what is cheap to compute again is Chen et al. 2016, applied to one op.
 
@@ -23,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers import codes
 from lowvram_kernels.layers import rms_norm as norm
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.kept_casts import joined
@@ -60,13 +62,17 @@ class _NormLinears(torch.autograd.Function):
         matmul_format: MatmulFormat,
         *projections: Tensor,
     ) -> tuple[Tensor, ...]:
-        normed, rstd_N1, stream = norm.normalise(x, weight, eps, added=added)
+        operand: Operand
+        if codes.norms_to_codes(x, matmul_format):
+            operand, rstd_N1, stream = codes.normalise_to_codes(x, weight, eps, matmul_format, added)
+        else:
+            normed, rstd_N1, stream = norm.normalise(x, weight, eps, added=added)
+            operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
+            del normed
         ctx.save_for_backward(stream, weight, rstd_N1, *projections)
         ctx.leaves = leaves_of(weight, *projections)
         ctx.matmul_format = matmul_format
         ctx.set_materialize_grads(False)
-        operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
-        del normed
         whole = _product_of_all(operand, projections, x.dtype)
         if whole is not None:
             return stream, *whole.view(*x.shape[:-1], -1).split([p.shape[0] for p in projections], -1)
@@ -93,15 +99,23 @@ class _NormLinears(torch.autograd.Function):
             rows, columns = _gradient_operands(dys, projections, needs_projections, matmul_format)
             dn_ND = _sum_inputs(rows, projections, matmul_format, x.dtype)
             del rows
-            dx, dweight = norm.gradients_on_card(dn_ND, x, weight, rstd_N1, needs, d_stream, normed=dn_ND)
-            d_projections = _weight_gradients(columns, dn_ND, projections, needs_projections, matmul_format)
+            is_coded = matmul_format == "e4m3" and codes.norms_to_codes(x, matmul_format)
+            normed_ND = None if is_coded else dn_ND
+            dx, dweight = norm.gradients_on_card(dn_ND, x, weight, rstd_N1, needs, d_stream, normed=normed_ND)
+            del dn_ND
+            if normed_ND is None:
+                operand: Operand = codes.normed_columns(x, weight, rstd_N1)
+            else:
+                operand = along_columns(normed_ND, matmul_format)
+            d_projections = _weight_gradients(columns, operand, projections, needs_projections)
             return dx if needs_x else None, dx if needs_added else None, dweight, None, None, *d_projections
         d_projections = [None] * len(projections)
         if any(needs_projections):
             normed_ND = norm.normalise(x, weight, 0.0, rstd_N1).y.reshape(-1, x.shape[-1])
             columns = [along_columns(dy, matmul_format) for dy in dys]
-            d_projections = _weight_gradients(columns, normed_ND, projections, needs_projections, matmul_format)
-            del normed_ND, columns
+            operand = along_columns(normed_ND, matmul_format)
+            d_projections = _weight_gradients(columns, operand, projections, needs_projections)
+            del normed_ND, columns, operand
         if not any(needs):
             return None, None, None, None, None, *d_projections
         dn_ND = _sum_inputs([along_rows(dy, matmul_format) for dy in dys], projections, matmul_format, x.dtype)
@@ -133,13 +147,8 @@ def _gradient_operands(
 
 
 def _weight_gradients(
-    columns: list[Operand],
-    normed_ND: Tensor,
-    projections: list[Tensor],
-    needed: Sequence[bool],
-    matmul_format: MatmulFormat,
+    columns: list[Operand], operand: Operand, projections: list[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    operand = along_columns(normed_ND, matmul_format)
     return [
         backward_weight(dy, operand, projection) if is_needed else None
         for dy, projection, is_needed in zip(columns, projections, needed, strict=True)

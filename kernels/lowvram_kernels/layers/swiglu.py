@@ -9,8 +9,8 @@ The products are made in a format of `quant_linear.py`.
 
 Saved for backward: gate_up and the master; silu and the product are computed again.
 Source: Shazeer 2020, eq. 6; the gradient is its derivative.
-On a card one launch gates, and one makes gate_up's gradient and the product again; nothing else is allocated.  In
-compiled blocks torch.compile fuses the plain form.
+On a card one launch gates, to codes where 8 bits are multiplied (`codes.py`), and one makes gate_up's gradient and the
+product again; nothing else is allocated.  In compiled blocks torch.compile fuses the plain form.
 
 Shapes: N rows, I inner width, D out.
 """
@@ -26,9 +26,11 @@ from torch.nn import functional as F
 
 from lowvram_kernels.dispatch import Launch, Tile, as_read, bytes_of, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers import codes
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
+    Operand,
     along_columns,
     along_rows,
     backward_input,
@@ -105,7 +107,11 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up, down)
         ctx.leaves = leaves_of(down)
         ctx.matmul_format = matmul_format
-        product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), matmul_format)
+        product: Operand
+        if codes.gates_to_codes(gate_up, matmul_format):
+            product = codes.gate_to_codes(gate_up.reshape(-1, gate_up.shape[-1]), matmul_format)
+        else:
+            product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), matmul_format)
         return forward(product, down, matmul_format, gate_up.dtype).view(*gate_up.shape[:-1], down.shape[0])
 
     @staticmethod

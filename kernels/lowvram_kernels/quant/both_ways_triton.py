@@ -15,39 +15,49 @@ BLOCK: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
+def block_at(ptr, block_row, block_column, stride_row, stride_column):
+    """Return the addresses of a block [128, 128]: offsets within it have 32 bits, which halves what they take."""
+    first = block_row.to(tl.int64) * BLOCK * stride_row + block_column.to(tl.int64) * BLOCK * stride_column
+    index = tl.arange(0, BLOCK)
+    return ptr + first + (index[:, None] * stride_row + index[None, :] * stride_column)
+
+
+@triton.jit
+def block_mask(block_row, block_column, N, K):
+    """Say which numbers of a block [128, 128] lie inside of [N, K]."""
+    index = tl.arange(0, BLOCK)
+    return (index < N - block_row * BLOCK)[:, None] & (index < K - block_column * BLOCK)[None, :]
+
+
+@triton.jit
+def load_block(x_ptr, block_row, block_column, N, K, stride_n, stride_k):
+    """Return a block [128, 128] in fp32, 0 beyond the edges."""
+    at = block_at(x_ptr, block_row, block_column, stride_n, stride_k)
+    return tl.load(at, mask=block_mask(block_row, block_column, N, K), other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_e4m3_rows(
     x, code_ptr, scale_ptr, block_row, block_column, N, K, stride_code, stride_scale, NATIVE: tl.constexpr
 ):
     """Round a block [128, 128] of fp32 along its rows and store it: code [N, K], scale [N, ⌈K/128⌉] of such rows."""
-    row = block_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = block_column * BLOCK + tl.arange(0, BLOCK)
     scale, factor = e4m3_scale(tl.max(magnitude_bits(x), axis=1), False)
     code = e4m3_code(x, factor[:, None], False, NATIVE)
-    inside = (row < N)[:, None] & (column < K)[None, :]
-    tl.store(code_ptr + row[:, None] * stride_code + column[None, :], code, mask=inside)
+    code_at = block_at(code_ptr, block_row, block_column, stride_code, 1)
+    tl.store(code_at, code, mask=block_mask(block_row, block_column, N, K))
+    row = block_row.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(scale_ptr + row * stride_scale + block_column, scale, mask=row < N)
 
 
 @triton.jit
 def store_e4m3_columns(x, code_ptr, scale_ptr, block_row, block_column, N, K, NATIVE: tl.constexpr):
     """Round a block [128, 128] of fp32 along its columns and store it turned: code [K, N], scale [K, ⌈N/128⌉]."""
-    row = block_row * BLOCK + tl.arange(0, BLOCK)
-    column = block_column.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scale, factor = e4m3_scale(tl.max(magnitude_bits(x), axis=0), False)
     code = tl.trans(e4m3_code(x, factor[None, :], False, NATIVE))
-    inside = (column < K)[:, None] & (row < N)[None, :]
-    tl.store(code_ptr + column[:, None] * N + row[None, :], code, mask=inside)
+    code_at = block_at(code_ptr, block_column, block_row, N, 1)
+    tl.store(code_at, code, mask=block_mask(block_column, block_row, K, N))
+    column = block_column.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.store(scale_ptr + column * tl.cdiv(N, BLOCK) + block_row, scale, mask=column < K)
-
-
-@triton.jit
-def load_block(x_ptr, N, K, stride_n, stride_k):
-    """Return a program's block [128, 128] in fp32, 0 beyond the edges."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (row < N)[:, None] & (column < K)[None, :]
-    at = x_ptr + row[:, None] * stride_n + column[None, :] * stride_k
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def e4m3_both_ways_kernel(
 ):
     """Round one block of x along its rows and along its columns.  stride_code, stride_scale: of the rows' results."""
     at_row, at_column = tl.program_id(0), tl.program_id(1)
-    x = load_block(x_ptr, N, K, stride_n, stride_k)
+    x = load_block(x_ptr, at_row, at_column, N, K, stride_n, stride_k)
     store_e4m3_rows(x, code_ptr, scale_ptr, at_row, at_column, N, K, stride_code, stride_scale, NATIVE)
     store_e4m3_columns(x, turned_code_ptr, turned_scale_ptr, at_row, at_column, N, K, NATIVE)
 
@@ -77,7 +87,7 @@ def absmax_both_ways_kernel(x_ptr, row_absmax_ptr, column_absmax_ptr, N, K, stri
     """Write the bits of the absmax of a block's rows, [⌈K/128⌉, N], and of its columns, [⌈N/128⌉, K]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = magnitude_bits(load_block(x_ptr, N, K, stride_n, stride_k))
+    bits = magnitude_bits(load_block(x_ptr, tl.program_id(0), tl.program_id(1), N, K, stride_n, stride_k))
     tl.store(row_absmax_ptr + tl.program_id(1).to(tl.int64) * N + row, tl.max(bits, axis=1), mask=row < N)
     tl.store(column_absmax_ptr + tl.program_id(0).to(tl.int64) * K + column, tl.max(bits, axis=0), mask=column < K)
 
@@ -110,15 +120,15 @@ def int8_both_ways_kernel(
     """Round one block of x both ways, with the scales of its whole rows and columns."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = load_block(x_ptr, N, K, stride_n, stride_k)
+    at_row, at_column = tl.program_id(0), tl.program_id(1)
+    x = load_block(x_ptr, at_row, at_column, N, K, stride_n, stride_k)
     scale, factor = scale_of_slices(row_absmax_ptr, row, N, tl.num_programs(1))
     code = int8_code(x, factor[:, None])
-    tl.store(code_ptr + row[:, None] * K + column[None, :], code, mask=(row < N)[:, None] & (column < K)[None, :])
+    tl.store(block_at(code_ptr, at_row, at_column, K, 1), code, mask=block_mask(at_row, at_column, N, K))
     if tl.program_id(1) == 0:
         tl.store(scale_ptr + row, scale, mask=row < N)
     scale, factor = scale_of_slices(column_absmax_ptr, column, K, tl.num_programs(0))
     code = tl.trans(int8_code(x, factor[None, :]))
-    turned_at = turned_code_ptr + column[:, None] * N + row[None, :]
-    tl.store(turned_at, code, mask=(column < K)[:, None] & (row < N)[None, :])
+    tl.store(block_at(turned_code_ptr, at_column, at_row, N, 1), code, mask=block_mask(at_column, at_row, K, N))
     if tl.program_id(0) == 0:
         tl.store(turned_scale_ptr + column, scale, mask=column < K)

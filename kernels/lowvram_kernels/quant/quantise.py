@@ -230,10 +230,11 @@ def _block_of(code: Tensor, scale: Tensor) -> tuple[int, int]:
 
 def _new(x: Tensor, format: str, block: tuple[int, int]) -> QuantTensor:
     """Allocate the result for x."""
-    return _new_codes(x.shape, format, block, x.device)
+    return new_codes(x.shape, format, block, x.device)
 
 
-def _new_codes(shape: Sequence[int], format: str, block: tuple[int, int], device: torch.device) -> QuantTensor:
+def new_codes(shape: Sequence[int], format: str, block: tuple[int, int], device: torch.device) -> QuantTensor:
+    """Allocate codes of this shape, and scales for blocks of so many rows and columns."""
     *stack, rows, width = shape
     code = torch.empty(*stack, rows, width, dtype=torch.uint8 if format == "e4m3" else torch.int8, device=device)
     blocks_of_code = (*stack, -(-rows // block[0]), -(-width // block[1]))
@@ -247,7 +248,7 @@ def new_rows(x: Tensor, format: str) -> QuantTensor:
 
 def new_weight(shape: Sequence[int], format: str, device: torch.device) -> QuantTensor:
     """Allocate the codes and scales of a weight or a stack of them.  shape: of the codes."""
-    return _new_codes(shape, format, (BLOCK, BLOCK) if format == "e4m3" else (1, shape[-1]), device)
+    return new_codes(shape, format, (BLOCK, BLOCK) if format == "e4m3" else (1, shape[-1]), device)
 
 
 def _quantise_rows(x: Tensor, format: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
