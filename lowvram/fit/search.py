@@ -100,7 +100,7 @@ def spend_the_rest(
 
     Each chunk of the loss adds a whole gradient of the output matrix to its sum, so longer chunks are faster; by
     default bytes bound them, which for large vocabularies means few rows.  Kept casts save two casts of each weight and
-    micro-batch.
+    micro-batch, or two times of quantising it.
     """
     rows = [{"loss_chunk": count} for count in LOSS_CHUNKS if count < result.plan.micro_batch * curve.seq_len]
     for changes in (rows, [{"keep_casts": True}]):

@@ -2,7 +2,7 @@
 
     n = rms_norm(x)        [gate | up] = n @ gate_upᵀ        y = (silu(gate) · up) @ downᵀ
 
-It is `norm_linears` and `swiglu` in a row, with their gradients.  Where E4M3 is multiplied on a card, and x has 16 bits,
+It is `norm_linears` and `swiglu` in a row, with their gradients.  Where E4M3 is multiplied on a card and x has 16 bits,
 the gradient of [gate | up], the largest of a layer, is read by two products alone: the kernel that makes it writes
 their operands in the place of numbers.
 Saved for backward: x, one fp32 per row, [gate | up] and the masters, as by the two ops.

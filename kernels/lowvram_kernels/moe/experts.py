@@ -43,6 +43,7 @@ from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import Stack, check_stack, needs_decoding, read_copy
 from lowvram_kernels.moe.sorting import Sorted, combine, inverse_of, sort_choices
 from lowvram_kernels.moe.weighted_swiglu import weighted_product, weighted_product_backward
+from lowvram_kernels.quant.both_ways import quantise_both_ways
 from lowvram_kernels.quant.quantise import (
     QuantTensor,
     dequantise,
@@ -223,13 +224,22 @@ def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul
 
 
 def _sum_outer(
-    left: Tensor | Gathered, right: Tensor | Gathered, ends_E: Tensor, master: Tensor, matmul_format: MatmulFormat
+    left: Tensor | Gathered | QuantTensor,
+    right: Tensor | Gathered,
+    ends_E: Tensor,
+    master: Tensor,
+    matmul_format: MatmulFormat,
 ) -> Tensor | None:
     """Sum leftᵀ @ right over each resident expert's slice: the master's gradient, [W, O, I] in its dtype.
+
+    left: its columns' codes where they exist.
 
     None where it has been added to the master's `.grad`: see `fp32_sums.py`.
     """
     resident, dtype = master.shape[0], master.dtype
+    if isinstance(left, QuantTensor):
+        assert isinstance(right, Tensor), "tokens' rows are gathered where they are not rounded"
+        return grouped_wgrad(left, quantise_columns(right, matmul_format), ends_E, resident, dtype)
     if isinstance(left, Gathered) or isinstance(right, Gathered):
         total = sum_of(master)
         sums = grouped_wgrad(left, right, ends_E, resident, dtype if total is None else torch.float32, total=total)
@@ -310,13 +320,23 @@ class _Experts(torch.autograd.Function):
             ddown = _sum_outer(dy_MD, h_MI, ends_E, down, matmul_format)
             del dy_MD
         del h_MI
+        rows: Tensor | QuantTensor = d_gate_up_MI
+        columns: Tensor | QuantTensor = d_gate_up_MI
+        if needs_dgate_up and needs_dx and matmul_format != "plain" and idle[0] is None and _is_one_launch(x.device):
+            rows, columns = quantise_both_ways(d_gate_up_MI, matmul_format)
+        del d_gate_up_MI
         if needs_dgate_up:
             x_MD = _rows_of_tokens(x, order_M, choices, matmul_format)
-            dgate_up = _sum_outer(d_gate_up_MI, x_MD, ends_E, gate_up, matmul_format)
+            dgate_up = _sum_outer(columns, x_MD, ends_E, gate_up, matmul_format)
             del x_MD
+        del columns
         if needs_dx:
             place_M = inverse_of(order_M) if place_M is None else place_M
-            dx = combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, matmul_format), place_M, choices)
+            if isinstance(rows, QuantTensor):
+                dx_MD = grouped_matmul(rows, codes_of(gate_up, matmul_format, True), ends_E, dtype=x.dtype)
+            else:
+                dx_MD = _multiply(rows, gate_up, idle_gate_up, ends_E, False, matmul_format)
+            dx = combine(dx_MD, place_M, choices)
         return dx, dgate_up, ddown, dweights, dy if needs_added else None, *(None,) * 8
 
 
