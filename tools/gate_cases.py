@@ -13,13 +13,14 @@ from lowvram_kernels.attention import latent_attention
 from lowvram_kernels.attention.mla_heads import mla_heads_
 from lowvram_kernels.attention.widened_heads import widened_heads
 from lowvram_kernels.dispatch import Card, Launch, choose, launch, simulate_card
-from lowvram_kernels.layers import rms_norm, rotary, swiglu
+from lowvram_kernels.layers import codes, rms_norm, rotary, swiglu
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.matmul import gemv, scaled_matmul
+from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.moe import grouped_matmul, grouped_wgrad, routing, sorting, weighted_swiglu
 from lowvram_kernels.moe.grouped_matmul import Gathered
 from lowvram_kernels.optim import adamw8
-from lowvram_kernels.quant import quantise
+from lowvram_kernels.quant import both_ways, quantise
 from lowvram_kernels.quant.quantise import QuantTensor
 from lowvram_kernels.random import stochastic_rounding
 from torch import Tensor
@@ -36,6 +37,7 @@ BLOCK = 128
 # Sizes of a preset's simulated step: a shallow model has the shapes of a deep one, a short context those of a long one.
 _LAYERS, _SEQ_LEN = 2, 512
 PRECISIONS = ("bf16", "fp8", "int8")
+CODED: tuple[MatmulFormat, ...] = ("e4m3", "int8")
 
 
 def meta(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -87,6 +89,7 @@ def cases(card: Card) -> Iterator[Call]:
     yield from head_cases()
     yield from optimizer_cases()
     yield from layer_cases()
+    yield from code_cases()
     yield from loss_cases()
 
 
@@ -114,6 +117,23 @@ def layer_cases() -> Iterator[Call]:
         gate_up = meta(512, 1376, dtype=dtype)
         yield partial(swiglu.gated_product, gate_up)
         yield partial(swiglu.gated_product_backward, meta(512, 688, dtype=dtype), gate_up)
+
+
+def code_cases() -> Iterator[Call]:
+    """Yield norms and SwiGLU that write codes, of widths that a model may have."""
+    for dtype in (BF16, FP16, FP32):
+        for width in (64, 256, 768, 1000, 2048, 8192) if dtype == BF16 else (768,):
+            x, weight, rstd = meta(512, width, dtype=dtype), meta(width, dtype=FP32), meta(512, 1, dtype=FP32)
+            for form in CODED:
+                yield partial(codes.normalise_to_codes, x, weight, 1e-6, form)
+                yield partial(codes.normalise_to_codes, x, weight, 1e-6, form, x)
+            yield partial(codes.normed_columns, x, weight, rstd)
+        for inner in (128, 688, 2048, 8192):
+            for form in CODED:
+                yield partial(codes.gate_to_codes, meta(512, 2 * inner, dtype=dtype), form)
+        for rows in (512, 500) if dtype != FP32 else ():
+            gate_up, d_product = meta(rows, 4096, dtype=dtype), meta(rows, 2048, dtype=dtype)
+            yield partial(codes.gate_to_codes_backward, gate_up, d_product)
 
 
 def _rotate_and_back(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool, weight: Tensor | None) -> None:
@@ -147,7 +167,16 @@ def quantise_cases() -> Iterator[Call]:
                 x = meta(512, width, dtype=dtype)
                 yield partial(quantise.quantise_rows, x, form)
             x = meta(688, 1376, dtype=dtype)
-            yield partial(quantise.quantise_columns, x, form)
+            for columns in (
+                meta(300, 1376, dtype=dtype),
+                x,
+                meta(2048, 1376, dtype=dtype),
+                meta(4096, 1376, dtype=dtype),
+            ):
+                yield partial(quantise.quantise_columns, columns, form)
+            yield partial(both_ways.quantise_both_ways, x, form)
+            if dtype == BF16:  # gradients of 16 bits have odd sizes, masters' are even
+                yield partial(both_ways.quantise_both_ways, meta(687, 1375), form)
             for weight in (x, meta(4, 1024, 512, dtype=dtype)):
                 yield partial(quantise.quantise_weight, weight, form)
                 yield partial(quantise.quantise_weight, weight, form, transposed=True)
@@ -168,6 +197,9 @@ def scaled_matmul_cases(card: Card) -> Iterator[Call]:
                 for inputs, dtype, block_rows in ((1376, BF16, BLOCK), (1024, FP32, 1), (100, BF16, 1)):
                     a, b = scaled(1024, inputs, form), scaled(688, inputs, form, block_rows)
                     yield partial(scaled_matmul.multiply_tiles, a, b, dtype, backend, tile)
+                    if inputs != 100:
+                        total = meta(1024, 688, dtype=dtype)
+                        yield partial(scaled_matmul.multiply_tiles, a, b, dtype, backend, tile, total)
 
 
 def small_matmul_cases(card: Card) -> Iterator[Call]:

@@ -255,7 +255,7 @@ def describe_plan(plan: Plan, reason: str) -> str:
     again = "" if plan.recompute == "none" else f", {plan.recompute} computed again in backward"
     moved = ", the optimizer's states in the computer's memory" if plan.offload == "optimizer" else ""
     compiled = ", blocks compiled" if plan.compile else ""
-    kept = ", 16-bit copies of the weights kept" if plan.keep_casts else ""
+    kept = ", copies of the weights as they are multiplied kept" if plan.keep_casts else ""
     chunk = f", {plan.loss_chunk:,} rows of logits at a time" if plan.loss_chunk else ""
     cut = f"{count_of(plan.micro_batch, 'sequence')} × {plan.accumulate} a step"
     return f"Plan: {cut}{again}{moved}{compiled}{kept}{chunk} ({reason})."

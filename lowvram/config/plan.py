@@ -25,7 +25,8 @@ class Plan(FrozenConfig):
     recompute: what each block computes again in backward instead of keeping it (gradient checkpointing, Chen et al.
     2016).  loss_chunk: rows of logits that exist at a time (None: the op chooses).  offload: what is kept in host
     memory and copied to the card for the update.  compile: whether blocks go through torch.compile.  keep_casts:
-    whether 16-bit copies of fp32 weights are kept for all micro-batches of a step, instead of being made at each use.
+    whether 16-bit copies of fp32 weights, and codes of those that are multiplied in 8 bits, are kept for all
+    micro-batches of a step, instead of being made at each use.
     """
 
     micro_batch: PositiveInt

@@ -100,7 +100,7 @@ def spend_the_rest(
 
     Each chunk of the loss adds a whole gradient of the output matrix to its sum, so longer chunks are faster, each
     doubling by less; by default bytes bound them, which for large vocabularies means few rows.  Kept casts save two
-    casts of each weight and micro-batch.
+    casts of each weight and micro-batch, or two times of quantising it.
     """
     tokens = result.plan.micro_batch * curve.seq_len
     counts = dict.fromkeys(min(count, tokens) for count in LOSS_CHUNKS)

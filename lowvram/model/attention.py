@@ -123,8 +123,11 @@ class GqaAttention(Fp32Buffers):
         """Return the weights whose products may be views of one: those of a whole that is kept for backward anyway."""
         # Queries and keys are kept for their norms; where all three are widened for ALiBi, the whole lives no longer.
         is_widened = self.slope_H is not None and runs_kernels("rms_norm", self.q_proj.weight.device)
-        is_kept = self.q_norm is not None or is_widened
-        return (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight) if is_kept else ()
+        return self.weights_of_norm() if self.q_norm is not None or is_widened else ()
+
+    def weights_of_norm(self) -> tuple[Tensor, ...]:
+        """Return the weights that multiply the rows of the layer's norm."""
+        return self.q_proj.weight, self.k_proj.weight, self.v_proj.weight
 
     def forward(
         self, x_BTD: Tensor, table: Table, cache: CacheSlot | None = None, added_BTD: Tensor | None = None
@@ -188,8 +191,10 @@ class MlaAttention(nn.Module):
     def joinable_weights(self) -> tuple[Tensor, ...]:
         """Return the weights whose products may be views of one: those of a whole that is kept for backward anyway."""
         # Both latents are kept for their norms; queries are kept too where they are turned in their product's memory.
-        if not runs_kernels("rms_norm", self.kv_a_proj.weight.device):
-            return ()
+        return self.weights_of_norm() if runs_kernels("rms_norm", self.kv_a_proj.weight.device) else ()
+
+    def weights_of_norm(self) -> tuple[Tensor, ...]:
+        """Return the weights that multiply the rows of the layer's norm."""
         return (self.q_proj if self.config.q_lora_rank is None else self.q_a_proj).weight, self.kv_a_proj.weight
 
     def forward(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from lowvram_kernels.layers.norm_swiglu import norm_swiglu
 from lowvram_kernels.layers.swiglu import gated_product, swiglu
 from lowvram_kernels.moe.experts import experts
 from lowvram_kernels.moe.idle import Stack, new_idle
@@ -32,8 +33,11 @@ class SwiGluFfn(nn.Module):
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, added: [..., D].  Returns x + added, with which the residual stream goes on, and SwiGLU of its norm."""
-        stream, (gate_up,) = project(self.norm, x, self.gate_up_proj, added=added)
-        return stream, _gate_and_project(gate_up, self.down_proj)
+        up, down, norm = self.gate_up_proj, self.down_proj, self.norm
+        if up.weight_scale is None and down.weight_scale is None:
+            return norm_swiglu(x, norm.weight, up.weight, down.weight, norm.eps, up.matmul_format, added)
+        stream, (gate_up,) = project(norm, x, up, added=added)
+        return stream, _gate_and_project(gate_up, down)
 
 
 def _gate_and_project(gate_up: Tensor, down_proj: Linear) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from lowvram_kernels.layers.dropout import dropout
 from lowvram_kernels.layers.embedding import embedding
 from lowvram_kernels.matmul.kept_casts import KeptCasts
+from lowvram_kernels.matmul.kept_codes import KeptCodes
 from lowvram_kernels.matmul.linear import linear
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
 from lowvram_kernels.matmul.weight_only import decoded, look_up, weight_only_linear
@@ -128,20 +129,26 @@ class Transformer(nn.Module):
         if config.positions.kind == "rope":
             self.table = RotaryTable(config.positions, config.attention.rope_dim, device)
         self.is_compiled = False  # whether the blocks go through torch.compile now
-        # 16-bit copies of the weights, where the plan keeps them; only gradients are computed with them.
+        # 16-bit copies or codes of the weights, where the plan keeps them; only gradients are computed with them.
         self.kept_casts: KeptCasts | None = None
         if seed is not None:
             initialise(self, seed)
 
     def keep_casts(self, dtype: torch.dtype) -> None:
-        """Make the copies in dtype of the matrices that are multiplied in it; `kept_casts.refresh` fills them."""
-        multiplied = {self.head_VD}
-        if self.matmul_format == "plain":
-            skipped = {self.embedding, *(layer.router.weight for layer in self.moe_layers())}
-            multiplied |= {weight for weight in self.parameters() if weight.dim() > 1 and weight not in skipped}
+        """Make the copies of the matrices that are multiplied: in dtype, or as codes where products are of 8 bits.
+
+        `kept_casts.refresh` fills them.
+        """
+        skipped = {self.embedding, self.head_VD, *(layer.router.weight for layer in self.moe_layers())}
+        in_blocks = [weight for weight in self.parameters() if weight.dim() > 1 and weight not in skipped]
         layers = [block.attention for block in self.blocks if isinstance(block, Block)]
-        groups = [layer.joinable_weights() for layer in layers if self.matmul_format == "plain"]
-        self.kept_casts = KeptCasts([weight for weight in self.parameters() if weight in multiplied], dtype, groups)
+        viewed = [layer.joinable_weights() for layer in layers]
+        if self.matmul_format == "plain":
+            self.kept_casts = KeptCasts([*in_blocks, self.head_VD], dtype, viewed)
+            return
+        groups = [layer.weights_of_norm() for layer in layers]
+        codes = KeptCodes(in_blocks, self.matmul_format, groups, viewed)
+        self.kept_casts = KeptCasts([self.head_VD], dtype, codes=codes)
 
     @property
     def head_VD(self) -> Tensor:

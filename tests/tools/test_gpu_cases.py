@@ -98,6 +98,8 @@ def test_the_aims_that_were_set_stand_with_their_cases() -> None:
         ("quantise_rows", 0.8),
         ("quantise_columns", 0.8),
         ("quantise_weight", 0.8),
+        ("quantise_both_ways", 0.8),
+        ("quantise_both_ways", 0.5),
         ("small_matmul", 0.75),
         ("latent_attention", 0.45),
         *(
@@ -105,6 +107,7 @@ def test_the_aims_that_were_set_stand_with_their_cases() -> None:
             for op in ("rms_norm", "rms_norm_backward", "rotate", "rotate_and_back", "swiglu", "swiglu_backward")
         ),
         *((op, 0.8) for op in ("mla_heads", "mla_heads_and_back", "widened_heads", "widened_heads_and_back")),
+        *((op, 0.8) for op in ("rms_norm_codes", "normed_columns", "swiglu_codes", "swiglu_backward_codes")),
         *((op, 0.8) for op in ("combine", "weighted_swiglu", "weighted_swiglu_backward")),
     }
     assert ("scaled_matmul", "cuBLAS bf16", 1.0) in found

@@ -56,7 +56,7 @@ def learn(name: str, precision: str, keep_casts: bool) -> TrainState:
     return state
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
 @pytest.mark.parametrize("name", ["gqa-qk_norm", "gqa-moe-untied", "mla-moe"])
 def test_a_run_that_keeps_casts_learns_the_same_to_the_bit(name: str, precision: str) -> None:
     own, plain = (learn(name, precision, keep_casts) for keep_casts in (True, False))

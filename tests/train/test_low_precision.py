@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowvram_kernels.matmul import quant_linear
-from lowvram_kernels.moe import experts
+from lowvram_kernels.matmul import kept_codes
 from torch import Tensor
 
 from lowvram.objective import Batch, causal_loss
@@ -51,14 +50,13 @@ def test_attention_and_feed_forward_layers_multiply_in_8_bits_and_nothing_else_d
     home: Path, kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    quantise_weight = quant_linear.quantise_weight
+    quantise_weight = kept_codes.quantise_weight
 
     def watched(weight: Tensor, *rest: Any, **more: Any) -> Any:
         seen.append(weight)
         return quantise_weight(weight, *rest, **more)
 
-    for module in (quant_linear, experts):
-        monkeypatch.setattr(module, "quantise_weight", watched)
+    monkeypatch.setattr(kept_codes, "quantise_weight", watched)
     trainer = trainer_of(tiny_run(home, kind, f"which-{kind}-{precision}", precision=precision))
     model = trainer.state.model
     batch = Batch(trainer.loader.batch(0, 2), torch.arange(2))

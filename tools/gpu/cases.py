@@ -20,6 +20,7 @@ from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 from lowvram_kernels.loss.linear_cross_entropy import reference as cross_entropy
 from lowvram_kernels.optim import adamw8, muon
 from lowvram_kernels.quant import quantise as q8
+from lowvram_kernels.quant.both_ways import quantise_both_ways
 from lowvram_kernels.quant.quantise import QuantTensor
 from lowvram_kernels.random.stochastic_rounding import BLOCK, add_rounded_
 from torch import Tensor
@@ -79,6 +80,31 @@ def _quantise(scene: Scene) -> Iterator[Kernel]:
                     aims=(Aim("copy", 0.8),) if index == 0 else (),
                     rank=0 if index == 0 and what != "weight" else 1,
                 )
+
+    yield from _both_ways(scene, *shapes[0])
+
+
+def _both_ways(scene: Scene, rows: int, width: int) -> Iterator[Kernel]:
+    for form in q8.FORMATS:
+        run = functools.partial(quantise_both_ways, format=form)
+
+        def error(x: Tensor, run: Callable[[Tensor], tuple[QuantTensor, QuantTensor]] = run) -> float:
+            pairs = zip(run(x), plainly(run)(x), strict=True)
+            return max(distance(*(q8.dequantise(codes, torch.float32) for codes in pair)) for pair in pairs)
+
+        by_rows, by_columns = rows * -(-width // 128), width * -(-rows // 128)
+        scales = by_rows + by_columns if form == "e4m3" else rows + width
+        yield Kernel(
+            op="quantise_both_ways",
+            shape=f"{form} {rows} × {width}",
+            inputs=functools.partial(_one, scene, rows, width),
+            run=run,
+            error=error,
+            tolerance=_SAME,
+            moved_bytes=4.0 * rows * width + 4.0 * scales,
+            aims=(Aim("copy", 0.8 if form == "e4m3" else 0.5),),
+            rank=0,
+        )
 
 
 def _one(scene: Scene, *shape: int) -> Inputs:

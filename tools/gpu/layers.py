@@ -1,4 +1,7 @@
-"""The GPU report's passes over activations: norms, rotary positions, heads and SwiGLU, forward and backward."""
+"""The GPU report's passes over activations: norms, rotary positions, heads and SwiGLU, forward and backward.
+
+Norms and SwiGLU also write codes of 8 bits in the place of numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 import torch
 from lowvram_kernels.attention.mla_heads import mla_heads_
 from lowvram_kernels.attention.widened_heads import widened_heads
-from lowvram_kernels.layers import rms_norm, rotary, swiglu
+from lowvram_kernels.layers import codes, rms_norm, rotary, swiglu
+from lowvram_kernels.quant.quantise import QuantTensor, dequantise, quantise_columns, quantise_rows
 from torch import Tensor
 
 from tools.gpu.kernel import Aim, Inputs, Kernel, Scene, plainly
@@ -28,6 +32,7 @@ def layers(scene: Scene) -> Iterator[Kernel]:
     yield from _mla_heads(scene, *((2, 8, 3, 16, 8, 24) if scene.is_tiny else (8, 1_024, 8, 64, 32, 96)))
     yield from _widened_heads(scene, *((2, 8, 3, 1, 16) if scene.is_tiny else (32, 512, 8, 2, 32)))
     yield from _gates(scene, rows, inner)
+    yield from _codes(scene, rows, width, 128 if scene.is_tiny else inner)
 
 
 def case(
@@ -173,3 +178,72 @@ def _gates(scene: Scene, rows: int, inner: int) -> Iterator[Kernel]:
     shape = f"{rows} × 2 · {inner}"
     yield case("swiglu", shape, given, forward, 3 * rows * inner)
     yield case("swiglu_backward", shape, with_gradient, swiglu.gated_product_backward, 6 * rows * inner)
+
+
+def _codes(scene: Scene, rows: int, width: int, inner: int) -> Iterator[Kernel]:
+    """Yield the passes of a layer in E4M3; expected are the codes of two launches, which tests hold to be the same."""
+
+    def sum_given() -> Inputs:
+        return scene.randn(rows, width), scene.randn(rows, width), scene.randn(width, dtype=torch.float32)
+
+    def norm(x: Tensor, added: Tensor, weight: Tensor) -> tuple[QuantTensor, ...]:
+        return (codes.normalise_to_codes(x, weight, 1e-6, "e4m3", added).operand,)
+
+    def norm_apart(x: Tensor, added: Tensor, weight: Tensor) -> tuple[QuantTensor, ...]:
+        return (codes.reference(x, weight, 1e-6, "e4m3", added).operand,)
+
+    def scaled() -> Inputs:
+        x, _, weight = sum_given()
+        return x, weight, torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+
+    def columns(x: Tensor, weight: Tensor, scale_N1: Tensor) -> tuple[QuantTensor, ...]:
+        return (codes.normed_columns(x, weight, scale_N1),)
+
+    def columns_apart(x: Tensor, weight: Tensor, scale_N1: Tensor) -> tuple[QuantTensor, ...]:
+        return (quantise_columns(rms_norm.normalise(x, weight, 0.0, scale_N1).y, "e4m3"),)
+
+    def gate_given() -> Inputs:
+        return (scene.randn(rows, 2 * inner),)
+
+    def gate(gate_up: Tensor) -> tuple[QuantTensor, ...]:
+        return (codes.gate_to_codes(gate_up, "e4m3"),)
+
+    def gate_apart(gate_up: Tensor) -> tuple[QuantTensor, ...]:
+        return (quantise_rows(swiglu.gated_product(gate_up), "e4m3"),)
+
+    def with_gradient() -> Inputs:
+        return scene.randn(rows, 2 * inner), scene.randn(rows, inner)
+
+    of_width, of_inner = f"e4m3 {rows} × {width}", f"e4m3 {rows} × 2 · {inner}"
+    size, wide = rows * width, rows * inner
+    yield _code_case("rms_norm_codes", f"of a sum {of_width}", sum_given, norm, norm_apart, 7.0 * size)
+    yield _code_case("normed_columns", of_width, scaled, columns, columns_apart, 3.0 * size)
+    yield _code_case("swiglu_codes", of_inner, gate_given, gate, gate_apart, 5.0 * wide)
+    back, apart = codes.gate_to_codes_backward, codes.reference_of_gate
+    yield _code_case("swiglu_backward_codes", of_inner, with_gradient, back, apart, 11.0 * wide)
+
+
+def _code_case(
+    op: str,
+    shape: str,
+    inputs: Callable[[], Inputs],
+    run: Callable[..., tuple[QuantTensor, ...]],
+    apart: Callable[..., tuple[QuantTensor, ...]],
+    moved_bytes: float,
+) -> Kernel:
+    def error(*values: Any) -> float:
+        pairs = zip(run(*values), apart(*values), strict=True)
+        return max(distance(*(dequantise(codes, torch.float32) for codes in pair)) for pair in pairs)
+
+    # A number that two ways of computing exp round apart moves to the next of E4M3's, a sixteenth away.
+    return Kernel(
+        op=op,
+        shape=shape,
+        inputs=inputs,
+        run=run,
+        error=error,
+        tolerance=_ROUNDED,
+        moved_bytes=moved_bytes,
+        aims=(Aim("copy", 0.8),),
+        rank=0,
+    )

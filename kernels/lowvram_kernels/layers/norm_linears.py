@@ -5,7 +5,8 @@
 
 A norm costs a pass over memory; keeping its result costs 2 bytes × D a row and layer in bf16, a sixth of a dense
 block's activations.  So backward computes n again from x and the kept fp32 of each row: on a card in the pass that
-makes dx, where n takes dn's place.
+makes dx, where n takes dn's place.  In E4M3, of which only codes are read, n is never written: forward and backward
+write its codes (`codes.py`).
 Saved for backward: x, one fp32 per row, and the masters.
 Source: the chain rule; not keeping what is cheap to compute again is Chen et al. 2016, applied to one op.
 
@@ -23,18 +24,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers import codes
 from lowvram_kernels.layers import rms_norm as norm
 from lowvram_kernels.matmul.fp32_sums import leaves_of
-from lowvram_kernels.matmul.kept_casts import cast, joined
+from lowvram_kernels.matmul.kept_casts import joined
+from lowvram_kernels.matmul.kept_codes import joined_codes
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
+    Operand,
     along_columns,
     along_rows,
     backward_input,
     backward_weight,
     check_matmul_format,
     forward,
+    gradient_operands,
 )
+from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
+from lowvram_kernels.quant.both_ways import quantise_beside
+from lowvram_kernels.quant.quantise import QuantTensor
 
 
 def reference(x: Tensor, weight: Tensor, projections: list[Tensor], eps: float = 1e-6) -> list[Tensor]:
@@ -54,18 +62,20 @@ class _NormLinears(torch.autograd.Function):
         matmul_format: MatmulFormat,
         *projections: Tensor,
     ) -> tuple[Tensor, ...]:
-        normed, rstd_N1, stream = norm.normalise(x, weight, eps, added=added)
+        operand: Operand
+        if codes.norms_to_codes(x, matmul_format):
+            operand, rstd_N1, stream = codes.normalise_to_codes(x, weight, eps, matmul_format, added)
+        else:
+            normed, rstd_N1, stream = norm.normalise(x, weight, eps, added=added)
+            operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
+            del normed
         ctx.save_for_backward(stream, weight, rstd_N1, *projections)
         ctx.leaves = leaves_of(weight, *projections)
         ctx.matmul_format = matmul_format
         ctx.set_materialize_grads(False)
-        operand = along_rows(normed.reshape(-1, x.shape[-1]), matmul_format)
-        del normed
-        whole = joined(projections, x.dtype) if matmul_format == "plain" else None
+        whole = _product_of_all(operand, projections, x.dtype)
         if whole is not None:
-            assert isinstance(operand, Tensor), "of the plain format"
-            ys = F.linear(operand, whole).view(*x.shape[:-1], -1).split([p.shape[0] for p in projections], -1)
-            return stream, *ys
+            return stream, *whole.view(*x.shape[:-1], -1).split([p.shape[0] for p in projections], -1)
         ys = [forward(operand, p, matmul_format, x.dtype).view(*x.shape[:-1], p.shape[0]) for p in projections]
         return stream, *ys
 
@@ -86,42 +96,81 @@ class _NormLinears(torch.autograd.Function):
         needs = needs_dx, needs_dweight
         if any(needs) and any(needs_projections) and norm.has_kernels(x):
             # One pass makes the norm's gradient and its rows again, which take the place of their gradient.
-            dn_ND = _sum_inputs(dys, projections, matmul_format, x.dtype)
-            dx, dweight = norm.gradients_on_card(dn_ND, x, weight, rstd_N1, needs, d_stream, normed=dn_ND)
-            d_projections = _weight_gradients(dys, dn_ND, projections, needs_projections, matmul_format)
+            rows, columns = _gradient_operands(dys, projections, needs_projections, matmul_format)
+            dn_ND = _sum_inputs(rows, projections, matmul_format, x.dtype)
+            del rows
+            is_coded = matmul_format == "e4m3" and codes.norms_to_codes(x, matmul_format)
+            normed_ND = None if is_coded else dn_ND
+            dx, dweight = norm.gradients_on_card(dn_ND, x, weight, rstd_N1, needs, d_stream, normed=normed_ND)
+            del dn_ND
+            if normed_ND is None:
+                operand: Operand = codes.normed_columns(x, weight, rstd_N1)
+            else:
+                operand = along_columns(normed_ND, matmul_format)
+            d_projections = _weight_gradients(columns, operand, projections, needs_projections)
             return dx if needs_x else None, dx if needs_added else None, dweight, None, None, *d_projections
         d_projections = [None] * len(projections)
         if any(needs_projections):
             normed_ND = norm.normalise(x, weight, 0.0, rstd_N1).y.reshape(-1, x.shape[-1])
-            d_projections = _weight_gradients(dys, normed_ND, projections, needs_projections, matmul_format)
-            del normed_ND
+            columns = [along_columns(dy, matmul_format) for dy in dys]
+            operand = along_columns(normed_ND, matmul_format)
+            d_projections = _weight_gradients(columns, operand, projections, needs_projections)
+            del normed_ND, columns, operand
         if not any(needs):
             return None, None, None, None, None, *d_projections
-        dn_ND = _sum_inputs(dys, projections, matmul_format, x.dtype)
+        dn_ND = _sum_inputs([along_rows(dy, matmul_format) for dy in dys], projections, matmul_format, x.dtype)
         dx, dweight = norm.gradients(dn_ND, x, weight, rstd_N1, needs, d_stream)
         return dx if needs_x else None, dx if needs_added else None, dweight, None, None, *d_projections
 
 
+def _product_of_all(operand: Operand, projections: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Return the outputs of all projections as one matrix [N, Σ O]; None where their kept copies are not joined."""
+    if isinstance(operand, QuantTensor):
+        codes = joined_codes(projections)
+        return None if codes is None else scaled_matmul(operand, codes, dtype)
+    whole = joined(projections, dtype)
+    return None if whole is None else F.linear(operand, whole)
+
+
+def _gradient_operands(
+    dys: list[Tensor], projections: list[Tensor], needed: Sequence[bool], matmul_format: MatmulFormat
+) -> tuple[list[Operand], list[Operand]]:
+    """Return the gradients along their rows and along their columns.
+
+    Where the turned codes of the projections are kept as one matrix, the rows are one operand too: side by side.
+    """
+    if joined_codes(projections, transposed=True) is not None:
+        whole, columns = quantise_beside(dys)
+        return [whole], list(columns)
+    pairs = [gradient_operands(dy, matmul_format, True, needs) for dy, needs in zip(dys, needed, strict=True)]
+    return [rows for rows, _ in pairs], [columns for _, columns in pairs]
+
+
 def _weight_gradients(
-    dys: list[Tensor], normed_ND: Tensor, projections: list[Tensor], needed: Sequence[bool], matmul_format: MatmulFormat
+    columns: list[Operand], operand: Operand, projections: list[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    operand = along_columns(normed_ND, matmul_format)
     return [
-        backward_weight(along_columns(dy_NO, matmul_format), operand, projection) if is_needed else None
-        for dy_NO, projection, is_needed in zip(dys, projections, needed, strict=True)
+        backward_weight(dy, operand, projection) if is_needed else None
+        for dy, projection, is_needed in zip(columns, projections, needed, strict=True)
     ]
 
 
 def _sum_inputs(
-    dys: list[Tensor], projections: list[Tensor], matmul_format: MatmulFormat, dtype: torch.dtype
+    rows: list[Operand], projections: list[Tensor], matmul_format: MatmulFormat, dtype: torch.dtype
 ) -> Tensor:
-    """Return the gradient of the normalised rows, which all projections read: [N, D], contiguous."""
-    dn_ND = backward_input(along_rows(dys[0], matmul_format), projections[0], matmul_format, dtype)
-    for dy_NO, projection in zip(dys[1:], projections[1:], strict=True):
-        if matmul_format == "plain":
-            dn_ND = torch.addmm(dn_ND, dy_NO, cast(projection, dtype))
-        else:
-            dn_ND.add_(backward_input(along_rows(dy_NO, matmul_format), projection, matmul_format, dtype))
+    """Return the gradient of the normalised rows, which all projections read: [N, D], contiguous.
+
+    rows: one operand for each projection, or one of all of them beside each other.
+    """
+    if len(rows) < len(projections):
+        whole, codes = rows[0], joined_codes(projections, transposed=True)
+        assert isinstance(whole, QuantTensor), "only codes are joined"
+        assert codes is not None, "rows lie beside each other because these exist"
+        return scaled_matmul(whole, codes, dtype)
+    dn_ND = None
+    for row, projection in zip(rows, projections, strict=True):
+        dn_ND = backward_input(row, projection, matmul_format, dtype, dn_ND)
+    assert dn_ND is not None, "there is a projection"
     return dn_ND
 
 

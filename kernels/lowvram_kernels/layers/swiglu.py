@@ -9,8 +9,8 @@ The products are made in a format of `quant_linear.py`.
 
 Saved for backward: gate_up and the master; silu and the product are computed again.
 Source: Shazeer 2020, eq. 6; the gradient is its derivative.
-On a card one launch gates, and one makes gate_up's gradient and the product again; nothing else is allocated.  In
-compiled blocks torch.compile fuses the plain form.
+On a card one launch gates, to codes where 8 bits are multiplied (`codes.py`), and one makes gate_up's gradient and the
+product again; nothing else is allocated.  In compiled blocks torch.compile fuses the plain form.
 
 Shapes: N rows, I inner width, D out.
 """
@@ -26,15 +26,18 @@ from torch.nn import functional as F
 
 from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers import codes
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 from lowvram_kernels.matmul.quant_linear import (
     MatmulFormat,
+    Operand,
     along_columns,
     along_rows,
     backward_input,
     backward_weight,
     check_matmul_format,
     forward,
+    gradient_operands,
 )
 
 # 16 numbers of each half a thread, two reads of 16 bytes.
@@ -70,7 +73,7 @@ def _launch(kernel: str, *tensors: Tensor) -> None:
     constants = {"ROWS": TILE.rows, "COLUMNS": TILE.columns}
     arguments = (*map(as_read, tensors), rows, width)
     what = Launch("layers.swiglu_triton", kernel, grid, arguments, constants, TILE.warps)
-    launch(what, moved=(*tensors,))
+    launch(what, moved=tensors)
 
 
 def gated_product_backward(d_product: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +107,11 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate_up, down)
         ctx.leaves = leaves_of(down)
         ctx.matmul_format = matmul_format
-        product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), matmul_format)
+        product: Operand
+        if codes.gates_to_codes(gate_up, matmul_format):
+            product = codes.gate_to_codes(gate_up.reshape(-1, gate_up.shape[-1]), matmul_format)
+        else:
+            product = along_rows(gated_product(gate_up).reshape(-1, down.shape[1]), matmul_format)
         return forward(product, down, matmul_format, gate_up.dtype).view(*gate_up.shape[:-1], down.shape[0])
 
     @staticmethod
@@ -115,8 +122,10 @@ class _SwiGLU(torch.autograd.Function):
             (down_DI,) = ctx.leaves
         needs_input, needs_down, _ = ctx.needs_input_grad
         dy_ND, d_gate_up = dy.reshape(-1, down_DI.shape[0]), None
+        rows, columns = gradient_operands(dy_ND, matmul_format, needs_input, needs_down)
         if needs_input:
-            d_product_NI = backward_input(along_rows(dy_ND, matmul_format), down_DI, matmul_format, dy.dtype)
+            d_product_NI = backward_input(rows, down_DI, matmul_format, dy.dtype)
+            del rows
             d_gate_up, product = gated_product_backward(d_product_NI.view(*dy.shape[:-1], -1), gate_up)
             del d_product_NI
         else:
@@ -124,8 +133,7 @@ class _SwiGLU(torch.autograd.Function):
         if not needs_down:
             return d_gate_up, None, None
         product_NI = product.reshape(-1, down_DI.shape[1])
-        ddown = backward_weight(along_columns(dy_ND, matmul_format), along_columns(product_NI, matmul_format), down_DI)
-        return d_gate_up, ddown, None
+        return d_gate_up, backward_weight(columns, along_columns(product_NI, matmul_format), down_DI), None
 
 
 def swiglu(gate_up: Tensor, down: Tensor, matmul_format: MatmulFormat = "plain") -> Tensor:

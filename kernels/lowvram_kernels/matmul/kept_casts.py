@@ -3,15 +3,18 @@
 Without them each use of an fp32 master casts it anew: twice for each weight and micro-batch.  They cost 2 bytes for
 each number of the weights that have one, and never differ from a cast at use, so no result changes; where projections
 of the same rows are joined, one product makes all of them, up to rounding the same.  Compiled code does not read them.
+Of weights that are multiplied in 8 bits their codes are kept instead: see `kept_codes.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+
+from lowvram_kernels.matmul.kept_codes import KeptCodes
 
 _copies: dict[Tensor, Tensor] = {}
 _joined: dict[tuple[Tensor, ...], Tensor] = {}
@@ -21,12 +24,18 @@ class KeptCasts:
     """The copies of some weights.
 
     weights: masters; those that have the dtype already get no copy.  joined: groups of them that multiply the same
-    rows, whose copies lie below each other as one matrix.
+    rows, whose copies lie below each other as one matrix.  codes: those kept of other weights, refreshed and used with
+    the copies.
     """
 
     def __init__(
-        self, weights: Iterable[Tensor], dtype: torch.dtype, joined: Iterable[tuple[Tensor, ...]] = ()
+        self,
+        weights: Iterable[Tensor],
+        dtype: torch.dtype,
+        joined: Iterable[tuple[Tensor, ...]] = (),
+        codes: KeptCodes | None = None,
     ) -> None:
+        self._codes = codes
         self._copy_of: dict[Tensor, Tensor] = {}
         self._joined: dict[tuple[Tensor, ...], Tensor] = {}
         for group in joined:
@@ -44,6 +53,8 @@ class KeptCasts:
         """Copy the weights again, after they have changed: few launches on a card, whatever their number."""
         if self._copy_of:
             torch._foreach_copy_(list(self._copy_of.values()), list(self._copy_of))
+        if self._codes is not None:
+            self._codes.refresh()
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -52,7 +63,8 @@ class KeptCasts:
         before = _copies, _joined
         _copies, _joined = self._copy_of, self._joined
         try:
-            yield
+            with self._codes.in_use() if self._codes is not None else nullcontext():
+                yield
         finally:
             _copies, _joined = before
 

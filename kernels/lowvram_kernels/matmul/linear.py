@@ -29,6 +29,7 @@ from lowvram_kernels.matmul.quant_linear import (
     backward_weight,
     check_matmul_format,
     forward,
+    gradient_operands,
 )
 
 
@@ -57,12 +58,12 @@ class _CastLinear(torch.autograd.Function):
         needs_dx, needs_dweight, _ = ctx.needs_input_grad
         dy_NO, x_NI = dy.reshape(-1, weight_OI.shape[0]), x.reshape(-1, weight_OI.shape[1])
         dx = dweight = None
+        rows, columns = gradient_operands(dy_NO, matmul_format, needs_dx, needs_dweight)
         if needs_dx:
-            dx = backward_input(along_rows(dy_NO, matmul_format), weight_OI, matmul_format, dy.dtype).view(x.shape)
+            dx = backward_input(rows, weight_OI, matmul_format, dy.dtype).view(x.shape)
+        del rows
         if needs_dweight:
-            dweight = backward_weight(
-                along_columns(dy_NO, matmul_format), along_columns(x_NI, matmul_format), weight_OI
-            )
+            dweight = backward_weight(columns, along_columns(x_NI, matmul_format), weight_OI)
         return dx, dweight, None
 
 

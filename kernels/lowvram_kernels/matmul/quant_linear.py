@@ -11,6 +11,9 @@ What is summed over lies along a row's 128 blocks in all three products: x and d
 and dx, along their columns for dW, always from the numbers themselves and never from codes; W's blocks are square, so
 that one set of codes serves both its uses in E4M3.  The operands of several products of the same rows are made once.
 
+Where dy is needed both ways one pass makes both (`both_ways.py`); a plan may keep the weights' codes for all
+micro-batches of a step (`kept_codes.py`); products are added to sums that exist in the pass that makes them.
+
 Saved for backward by the ops that multiply: the same as in the plain format, so low precision saves no activation
 memory; codes live for one product.  Alive in a product: 1 byte for each number of both operands, and their scales.
 
@@ -29,10 +32,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.matmul.fp32_sums import product_for
+from lowvram_kernels.matmul.fp32_sums import product_for, sum_of
 from lowvram_kernels.matmul.kept_casts import cast
+from lowvram_kernels.matmul.kept_codes import codes_of
 from lowvram_kernels.matmul.scaled_matmul import scaled_matmul
-from lowvram_kernels.quant.quantise import QuantTensor, quantise_columns, quantise_rows, quantise_weight
+from lowvram_kernels.quant.both_ways import quantise_both_ways
+from lowvram_kernels.quant.quantise import QuantTensor, quantise_columns, quantise_rows
 
 MatmulFormat = Literal["plain", "e4m3", "int8"]
 MATMUL_FORMATS = ("plain", "e4m3", "int8")
@@ -54,18 +59,37 @@ def along_columns(x_NI: Tensor, matmul_format: MatmulFormat) -> Operand:
     return x_NI if matmul_format == "plain" else quantise_columns(x_NI, matmul_format)
 
 
+def gradient_operands(
+    dy_NO: Tensor, matmul_format: MatmulFormat, needs_rows: bool = True, needs_columns: bool = True
+) -> tuple[Operand, Operand]:
+    """Return dy as an operand of dx and as one of dW, from one read where both are needed.  dy: [N, O] floating.
+
+    What is not needed is dy itself.
+    """
+    if matmul_format != "plain" and needs_rows and needs_columns:
+        return quantise_both_ways(dy_NO, matmul_format)
+    rows = along_rows(dy_NO, matmul_format) if needs_rows else dy_NO
+    return rows, along_columns(dy_NO, matmul_format) if needs_columns else dy_NO
+
+
 def forward(x: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: torch.dtype) -> Tensor:
     """Return y = x @ Wᵀ: [N, O] in dtype.  x: what `along_rows` made.  weight_OI: a master of any floating dtype."""
     if isinstance(x, QuantTensor):
-        return scaled_matmul(x, quantise_weight(weight_OI, matmul_format), dtype)
+        return scaled_matmul(x, codes_of(weight_OI, matmul_format), dtype)
     return F.linear(x, cast(weight_OI, dtype))
 
 
-def backward_input(dy: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: torch.dtype) -> Tensor:
-    """Return dx = dy @ W: [N, I] in dtype.  dy: what `along_rows` made."""
+def backward_input(
+    dy: Operand, weight_OI: Tensor, matmul_format: MatmulFormat, dtype: torch.dtype, total: Tensor | None = None
+) -> Tensor:
+    """Return dx = dy @ W: [N, I] in dtype.  dy: what `along_rows` made.
+
+    total: dx of other projections of the same x, to which this one is added; codes add to it in place.
+    """
     if isinstance(dy, QuantTensor):
-        return scaled_matmul(dy, quantise_weight(weight_OI, matmul_format, transposed=True), dtype)
-    return dy @ cast(weight_OI, dtype)
+        return scaled_matmul(dy, codes_of(weight_OI, matmul_format, transposed=True), dtype, total=total)
+    weight_OI = cast(weight_OI, dtype)
+    return dy @ weight_OI if total is None else torch.addmm(total, dy, weight_OI)
 
 
 def backward_weight(dy: Operand, x: Operand, weight_OI: Tensor) -> Tensor | None:
@@ -74,7 +98,9 @@ def backward_weight(dy: Operand, x: Operand, weight_OI: Tensor) -> Tensor | None
     None where it has been added to the master's `.grad`: see `fp32_sums.py`.  dy, x: what `along_columns` made.
     """
     if isinstance(dy, QuantTensor) and isinstance(x, QuantTensor):
-        return scaled_matmul(dy, x, weight_OI.dtype)
+        total = sum_of(weight_OI)
+        product = scaled_matmul(dy, x, weight_OI.dtype if total is None else total.dtype, total=total)
+        return product if total is None else None
     assert not isinstance(dy, QuantTensor), "both of one format"
     assert not isinstance(x, QuantTensor), "both of one format"
     return product_for(weight_OI, dy.mT, x)

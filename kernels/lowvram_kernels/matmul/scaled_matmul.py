@@ -19,7 +19,7 @@ All three products of a layer have this form, with codes that lie contiguous alo
 NaN must be in a scale, where quantisation puts it: fp16 has no room for E4M3's NaN byte beside its other numbers.
 Alive inside: y; copies of both codes where K is no multiple of 16.  decode and reference hold both operands decoded
 instead, and y in fp32.
-Operations: 2·M·N·K.  Bytes moved, at least: M·K + N·K of codes, their scales, y.
+Operations: 2·M·N·K.  Bytes moved, at least: M·K + N·K of codes, their scales, y; y twice where it is added to a sum.
 
 Sources: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3 (scales by block, promotion to fp32); Open Compute Project 2023,
 "Microscaling Formats (MX)", section 5 (E8M0).
@@ -145,11 +145,14 @@ def _count(tile: Tile, rows: int, columns: int) -> int:
     return -(-rows // tile.rows) * -(-columns // tile.columns)
 
 
-def scaled_matmul(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_scales: bool = False) -> Tensor:
+def scaled_matmul(
+    a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_scales: bool = False, total: Tensor | None = None
+) -> Tensor:
     """Multiply a by b transposed: [M, N] in dtype.
 
     a: code [M, K], scale [M, ⌈K/128⌉] for E4M3, [M, 1] for INT8; E4M3 may also have [⌈M/128⌉, ⌈K/128⌉].  b: the same
     of [N, K].  dtype: bf16|fp16|fp32.  has_fp32_scales: E4M3's scales may be other than powers of two.
+    total: [M, N] of that dtype, contiguous, to which the product is added in place, and which is returned.
     Sums are fp32 (INT8: int32) and rounded once.  Nothing is saved: this is no node of autograd.
     Raises ShapeError if the two do not fit together, a code is not contiguous, or K is over 133,144 for INT8.
     Source: DeepSeek-AI 2024 (DeepSeek-V3), section 3.3.
@@ -163,32 +166,54 @@ def scaled_matmul(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, has_fp32_s
         raise ShapeError(f"scaled_matmul: dtype is {dtype}; needs bf16, fp16 or fp32.")
     if a.code.dtype == torch.int8 and a.code.shape[1] > MOST_INT8:
         raise ShapeError(f"scaled_matmul: K is {a.code.shape[1]}; int32 holds INT8 sums over {MOST_INT8} at most.")
+    shape = (a.code.shape[0], b.code.shape[0])
+    if total is not None and (total.shape != shape or total.dtype != dtype or not total.is_contiguous()):
+        wrong = f"{list(total.shape)} {total.dtype}, strides {list(total.stride())}"
+        raise ShapeError(f"scaled_matmul: total is {wrong}; needs {list(shape)} {dtype}, contiguous.")
     card = card_of(a.code.device)
     if not (a.code.numel() and b.code.numel()):
-        return torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
+        return torch.empty(shape, dtype=dtype, device=a.code.device) if total is None else total
     a, b = (QuantTensor(operand.code, operand.scale.contiguous()) for operand in (a, b))
     backend = backend_of(a.code.dtype, card, has_fp32_scales)
     if backend not in _TILES:
-        return _multiply_decoded(a, b, dtype, card, has_fp32_scales)
-    return multiply_tiles(a, b, dtype, backend, choose_matmul_tile(card, backend, a.code.shape[0], b.code.shape[0]))
+        product = _multiply_decoded(a, b, dtype, card, has_fp32_scales)
+        return product if total is None else total.add_(product)
+    return multiply_tiles(a, b, dtype, backend, choose_matmul_tile(card, backend, *shape), total)
 
 
-def multiply_tiles(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, backend: str, tile: Tile) -> Tensor:
+def multiply_tiles(
+    a: QuantTensor, b: QuantTensor, dtype: torch.dtype, backend: str, tile: Tile, total: Tensor | None = None
+) -> Tensor:
     """Multiply by a kernel, tile by tile; `scaled_matmul` has checked the arguments.
 
     backend: a key of `matmul_tiles`, for the gate and the tests, which force each one.
     """
-    y_MN = torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
-    _launch_tiles(fill_lines(a.code), a.scale, fill_lines(b.code), b.scale, y_MN, backend, list(tile))
-    return y_MN
+    adds = total is not None
+    if total is None:
+        total = torch.empty(a.code.shape[0], b.code.shape[0], dtype=dtype, device=a.code.device)
+    _launch_tiles(fill_lines(a.code), a.scale, fill_lines(b.code), b.scale, total, backend, list(tile), adds)
+    return total
 
 
 def _launch_kernel(
-    a_code: Tensor, a_scale: Tensor, b_code: Tensor, b_scale: Tensor, y_MN: Tensor, backend: str, tile: list[int]
+    a_code: Tensor,
+    a_scale: Tensor,
+    b_code: Tensor,
+    b_scale: Tensor,
+    y_MN: Tensor,
+    backend: str,
+    tile: list[int],
+    adds: bool,
 ) -> None:
     (M, K), N, chosen = a_code.shape, b_code.shape[0], Tile(*tile)
     kernel, expected_mma = _KERNELS[backend]
-    constants = {"BLOCK_M": chosen.rows, "BLOCK_N": chosen.columns, "BLOCK_K": chosen.depth, "GROUP": _GROUP}
+    constants = {
+        "BLOCK_M": chosen.rows,
+        "BLOCK_N": chosen.columns,
+        "BLOCK_K": chosen.depth,
+        "GROUP": _GROUP,
+        "ADDS": adds,
+    }
     if backend != "int8":
         constants["A_ROWS"] = _rows_of_scale(a_code.dtype, a_code.shape, a_scale.shape)
         constants["B_ROWS"] = _rows_of_scale(b_code.dtype, b_code.shape, b_scale.shape)
@@ -204,7 +229,7 @@ def _launch_kernel(
     what = Launch(
         "matmul.scaled_matmul_triton", kernel, grid, arguments, constants, chosen.warps, chosen.stages, expected_mma
     )
-    launch(what, flops=2.0 * M * N * K, moved_bytes=read + bytes_of(y_MN), operand_bytes=read)
+    launch(what, flops=2.0 * M * N * K, moved_bytes=read + (2 if adds else 1) * bytes_of(y_MN), operand_bytes=read)
 
 
 _launch_tiles = opaque("scaled_matmul", _launch_kernel, ("y_MN",))

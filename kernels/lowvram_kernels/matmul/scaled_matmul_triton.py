@@ -40,12 +40,15 @@ def groups_of(scale, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store a tile of y [M, N], in y's dtype."""
+def store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ADDS: tl.constexpr):
+    """Store a tile of y [M, N], in y's dtype; ADDS: added in fp32 to what is there."""
     row_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     at = y_ptr + row_m.to(tl.int64)[:, None] * N + row_n[None, :]
-    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=(row_m[:, None] < M) & (row_n[None, :] < N))
+    inside = (row_m[:, None] < M) & (row_n[None, :] < N)
+    if ADDS:
+        y += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -64,6 +67,7 @@ def e4m3_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ADDS: tl.constexpr,
     DECODES: tl.constexpr,
 ):
     """y = deq(a) · deq(b)ᵀ: each block's product is scaled in fp32 and added.
@@ -96,7 +100,7 @@ def e4m3_kernel(
             y += product * a_scale[:, None] * b_scale[None, :]
     if DECODES:
         y *= 65536.0
-    store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+    store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N, ADDS)
 
 
 @triton.jit
@@ -115,6 +119,7 @@ def mxfp8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """y = deq(a) · deq(b)ᵀ by the instruction that scales groups of 32: scales must be powers of two.  BLOCK_K: 128."""
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -133,7 +138,7 @@ def mxfp8_kernel(
         a_scale = groups_of(tl.load(a_scale_at + block), BLOCK_M)
         b_scale = groups_of(tl.load(b_scale_at + block), BLOCK_N)
         y = tl.dot_scaled(a, a_scale, "e4m3", b, b_scale, "e4m3", acc=y)
-    store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+    store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N, ADDS)
 
 
 @triton.jit
@@ -150,6 +155,7 @@ def int8_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """y = (a · bᵀ) scaled by row and by column, once: the sums are whole numbers in int32."""
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP)
@@ -163,4 +169,4 @@ def int8_kernel(
         b = tl.load(b_at + start, mask=k[:, None] < K - start, other=0.0)
         total = tl.dot(a, b, total, out_dtype=tl.int32)
     y = total.to(tl.float32) * tl.load(a_scale_ptr + row_m)[:, None] * tl.load(b_scale_ptr + row_n)[None, :]
-    store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N)
+    store_tile(y_ptr, y, tile_m, tile_n, M, N, BLOCK_M, BLOCK_N, ADDS)

@@ -36,12 +36,14 @@ from lowvram_kernels.dispatch import bytes_of, card_of, choose, is_simulated, no
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 from lowvram_kernels.matmul.kept_casts import cast
+from lowvram_kernels.matmul.kept_codes import codes_of
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
 from lowvram_kernels.moe.grouped_matmul import Gathered, grouped_matmul, operand_of
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import Stack, check_stack, needs_decoding, read_copy
 from lowvram_kernels.moe.sorting import Sorted, combine, inverse_of, sort_choices
 from lowvram_kernels.moe.weighted_swiglu import weighted_product, weighted_product_backward
+from lowvram_kernels.quant.both_ways import quantise_both_ways
 from lowvram_kernels.quant.quantise import (
     QuantTensor,
     dequantise,
@@ -49,7 +51,6 @@ from lowvram_kernels.quant.quantise import (
     parts_of,
     quantise_columns,
     quantise_rows,
-    quantise_weight,
 )
 
 
@@ -158,7 +159,7 @@ def _multiply_tokens(
         return _multiply(rows, master_WOI, idle, ends_E, is_transposed, matmul_format)
     code, scale = quantise_rows(x_NI, matmul_format)
     token_M = order_M // choices
-    weight = quantise_weight(master_WOI, matmul_format, transposed=not is_transposed)
+    weight = codes_of(master_WOI, matmul_format, transposed=not is_transposed)
     return grouped_matmul(QuantTensor(code[token_M], scale[token_M]), weight, ends_E, dtype=x_NI.dtype)
 
 
@@ -191,7 +192,7 @@ def _multiply(
         stack = cast(master, rows_MI.dtype)
         stack = stack.mT if is_transposed else stack
     else:
-        stack = dequantise(quantise_weight(master, matmul_format, transposed=not is_transposed), rows_MI.dtype).mT
+        stack = dequantise(codes_of(master, matmul_format, transposed=not is_transposed), rows_MI.dtype).mT
         rows_MI = _round_residents_rows(rows_MI, ends_E, master.shape[0], matmul_format)
     scratch = None
     if code is not None and needs_decoding(code, rows_MI.dtype):
@@ -209,7 +210,7 @@ def _multiply_residents(
     if isinstance(rows, Gathered) or matmul_format == "plain":
         stack = cast(master, operand_of(rows)[0].dtype)
         return grouped_matmul(rows, stack if is_transposed else stack.mT, ends_E)
-    weight = quantise_weight(master, matmul_format, transposed=not is_transposed)
+    weight = codes_of(master, matmul_format, transposed=not is_transposed)
     return grouped_matmul(quantise_rows(rows, matmul_format), weight, ends_E, dtype=rows.dtype)
 
 
@@ -223,13 +224,22 @@ def _round_residents_rows(rows_MI: Tensor, ends_E: Tensor, resident: int, matmul
 
 
 def _sum_outer(
-    left: Tensor | Gathered, right: Tensor | Gathered, ends_E: Tensor, master: Tensor, matmul_format: MatmulFormat
+    left: Tensor | Gathered | QuantTensor,
+    right: Tensor | Gathered,
+    ends_E: Tensor,
+    master: Tensor,
+    matmul_format: MatmulFormat,
 ) -> Tensor | None:
     """Sum leftᵀ @ right over each resident expert's slice: the master's gradient, [W, O, I] in its dtype.
+
+    left: its columns' codes where they exist.
 
     None where it has been added to the master's `.grad`: see `fp32_sums.py`.
     """
     resident, dtype = master.shape[0], master.dtype
+    if isinstance(left, QuantTensor):
+        assert isinstance(right, Tensor), "tokens' rows are gathered where they are not rounded"
+        return grouped_wgrad(left, quantise_columns(right, matmul_format), ends_E, resident, dtype)
     if isinstance(left, Gathered) or isinstance(right, Gathered):
         total = sum_of(master)
         sums = grouped_wgrad(left, right, ends_E, resident, dtype if total is None else torch.float32, total=total)
@@ -310,13 +320,23 @@ class _Experts(torch.autograd.Function):
             ddown = _sum_outer(dy_MD, h_MI, ends_E, down, matmul_format)
             del dy_MD
         del h_MI
+        rows: Tensor | QuantTensor = d_gate_up_MI
+        columns: Tensor | QuantTensor = d_gate_up_MI
+        if needs_dgate_up and needs_dx and matmul_format != "plain" and idle[0] is None and _is_one_launch(x.device):
+            rows, columns = quantise_both_ways(d_gate_up_MI, matmul_format)
+        del d_gate_up_MI
         if needs_dgate_up:
             x_MD = _rows_of_tokens(x, order_M, choices, matmul_format)
-            dgate_up = _sum_outer(d_gate_up_MI, x_MD, ends_E, gate_up, matmul_format)
+            dgate_up = _sum_outer(columns, x_MD, ends_E, gate_up, matmul_format)
             del x_MD
+        del columns
         if needs_dx:
             place_M = inverse_of(order_M) if place_M is None else place_M
-            dx = combine(_multiply(d_gate_up_MI, gate_up, idle_gate_up, ends_E, False, matmul_format), place_M, choices)
+            if isinstance(rows, QuantTensor):
+                dx_MD = grouped_matmul(rows, codes_of(gate_up, matmul_format, True), ends_E, dtype=x.dtype)
+            else:
+                dx_MD = _multiply(rows, gate_up, idle_gate_up, ends_E, False, matmul_format)
+            dx = combine(dx_MD, place_M, choices)
         return dx, dgate_up, ddown, dweights, dy if needs_added else None, *(None,) * 8
 
 

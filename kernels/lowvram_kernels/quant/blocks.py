@@ -1,7 +1,7 @@
 """Quantisation of blocks to 8 bits in plain PyTorch: for CPU, MPS and where there is no Triton.
 
     scale of e4m3 = the least normal power of two with absmax ≤ 448 · scale, or absmax / 448 in fp32
-    scale of int8 = absmax / 127
+    scale of int8 = absmax / 127, by whose reciprocal numbers are multiplied
 
 A matrix is processed in parts that stay in a CPU's cache.
 Alive inside: 8 bytes for each of the `CHUNK` numbers at work; on MPS, where integer arithmetic rounds to E4M3, 30.
@@ -53,6 +53,9 @@ def _encode_part_(code_ARBC: Tensor, scale_AB: Tensor, x_ARBC: Tensor, fp32_scal
     if x_ARBC.dtype == torch.bfloat16 and not is_int8 and not fp32_scales:
         # Powers of two divide exactly in bf16 too, whose exponents are fp32's.
         scaled_ARBC = x_ARBC / scale_AB.to(torch.bfloat16)[:, None, :, None]
+    elif is_int8:
+        # One division a scale and a product a number: at most 127 · (1 + 2⁻²²), which rounds to 127.
+        scaled_ARBC = x_ARBC.float() * scale_AB.reciprocal()[:, None, :, None]
     else:
         scaled_ARBC = x_ARBC.float() / scale_AB[:, None, :, None]
     if is_int8:

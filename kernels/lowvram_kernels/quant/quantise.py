@@ -2,7 +2,7 @@
 
     e4m3    x ≈ code · scale     scale = the least normal power of two with absmax ≤ 448 · scale, of each block:
                                  1 × 128 numbers (rows) or 128 × 128 (weights)
-    int8    x ≈ code · scale     scale = absmax / 127 of each row; code = x / scale to the nearest, ties to even
+    int8    x ≈ code · scale     scale = absmax / 127 of each row; code = x · (1 / scale) to the nearest, ties to even
 
 Every operand of a product is contiguous along the summed dimension, so that one kernel serves a layer's three products:
     y = x Wᵀ: rows of x, weight    dx = dy W: rows of dy, transposed weight    dW = dyᵀ x: columns of dy, columns of x
@@ -11,7 +11,7 @@ One round trip errs by at most 2⁻⁴·|x| (e4m3; 2⁻¹⁰·scale where |x| < 
 NaN or infinity makes the scale of its block (int8: of its row) NaN, so that all of it decodes to NaN.
 A block of zeros has codes 0.  The two backends agree bit for bit.
 
-Bytes moved on a card: x once, 1 for each number and 4 for each scale; x twice for int8 of columns and of rows that one
+Bytes moved on a card: x once, 1 for each number and 4 for each scale; x twice for int8 of rows and columns that one
 program cannot hold.  Some twenty integer operations for each number: bound by memory.
 Alive inside: on a card the results, and for those int8 rows 4 bytes for each slice of 512 or 2,048 numbers; else the
 results, for transposed ones a byte more for each number, and what `blocks.py` has at work.
@@ -23,17 +23,18 @@ Shapes: N rows, K numbers that a product sums, A × B blocks of R × C numbers; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowvram_kernels.dispatch import Launch, Tile, bytes_of, card_of, choose, converts_e4m3, launch
+from lowvram_kernels.dispatch import Launch, Tile, card_of, choose, converts_e4m3, launch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.opaque import opaque
 from lowvram_kernels.quant import blocks, e4m3
+from lowvram_kernels.remembered import remembered
 
 FORMATS = ("e4m3", "int8")
 BLOCK = 128
@@ -68,8 +69,12 @@ def join_parts(code: Tensor, scale: Tensor | None) -> Tensor | QuantTensor:
 _E4M3_ROWS = (Tile(8, 512, 512), Tile(32, 128, 128))
 _E4M3_COLUMNS = (Tile(64, 128, 128, warps=8),)
 _INT8_ROWS = (Tile(4, 1024, 1024), Tile(2, 2048, 2048), Tile(1, 4096, 4096), Tile(1, 8192, 8192, warps=8))
+# Columns that a program holds whole: 16 of them are 32 bytes of bf16, what memory gives at once.
+_INT8_COLUMNS = (Tile(16, 512, 512, 8), Tile(16, 1024, 1024, 16), Tile(16, 2048, 2048, 32))
 # Rows too long for a program, and columns (32 of them are 64 bytes of bf16), in slices of four steps.
 _INT8_SLICES = (Tile(8, 2048, 512), Tile(32, 512, 128))
+# Of INT8's kernels: the product with the reciprocal is rounded before it is rounded to a code.
+ROUNDED_PRODUCTS = {"enable_fp_fusion": False}
 _DEQUANTISE = Tile(32, 128, 128)
 
 
@@ -77,9 +82,10 @@ def quantise_tiles(format: str, is_transposed: bool) -> list[Tile]:
     """Return every tile that may be chosen to quantise rows or, is_transposed, columns: the same on every card."""
     if format == "e4m3":
         return list(_E4M3_COLUMNS if is_transposed else _E4M3_ROWS)
-    return [_INT8_SLICES[1]] if is_transposed else [*_INT8_ROWS, _INT8_SLICES[0]]
+    return [*_INT8_COLUMNS, _INT8_SLICES[1]] if is_transposed else [*_INT8_ROWS, _INT8_SLICES[0]]
 
 
+@remembered
 def choose_quantise_tile(format: str, width: int, is_transposed: bool) -> Tile:
     """Choose the tile for rows of `width` numbers, or is_transposed for columns."""
     found = quantise_tiles(format, is_transposed)
@@ -226,10 +232,25 @@ def _block_of(code: Tensor, scale: Tensor) -> tuple[int, int]:
 
 def _new(x: Tensor, format: str, block: tuple[int, int]) -> QuantTensor:
     """Allocate the result for x."""
-    *stack, rows, width = x.shape
-    code = torch.empty(*stack, rows, width, dtype=torch.uint8 if format == "e4m3" else torch.int8, device=x.device)
-    shape = (*stack, -(-rows // block[0]), -(-width // block[1]))
-    return QuantTensor(code, torch.empty(shape, dtype=torch.float32, device=x.device))
+    return new_codes(x.shape, format, block, x.device)
+
+
+def new_codes(shape: Sequence[int], format: str, block: tuple[int, int], device: torch.device) -> QuantTensor:
+    """Allocate codes of this shape, and scales for blocks of so many rows and columns."""
+    *stack, rows, width = shape
+    code = torch.empty(*stack, rows, width, dtype=torch.uint8 if format == "e4m3" else torch.int8, device=device)
+    blocks_of_code = (*stack, -(-rows // block[0]), -(-width // block[1]))
+    return QuantTensor(code, torch.empty(blocks_of_code, dtype=torch.float32, device=device))
+
+
+def new_rows(x: Tensor, format: str) -> QuantTensor:
+    """Allocate the codes and scales of x's rows."""
+    return _new(x, format, (1, BLOCK if format == "e4m3" else x.shape[-1]))
+
+
+def new_weight(shape: Sequence[int], format: str, device: torch.device) -> QuantTensor:
+    """Allocate the codes and scales of a weight or a stack of them.  shape: of the codes."""
+    return new_codes(shape, format, (BLOCK, BLOCK) if format == "e4m3" else (1, shape[-1]), device)
 
 
 def _quantise_rows(x: Tensor, format: str, fp32_scales: bool, tile: Tile | None = None) -> QuantTensor:
@@ -266,7 +287,7 @@ def _quantise_blocks(
         found = _encode(w, "e4m3", fp32_scales, block)
         return found, _transpose(found) if transposed else None
     results = _new(w, "e4m3", block) if plain else None, _new(w.mT, "e4m3", block) if transposed else None
-    _launch_e4m3_blocks(w, *(results[0] or (None, None)), *(results[1] or (None, None)), fp32_scales)
+    launch_e4m3_blocks(w, *(results[0] or (None, None)), *(results[1] or (None, None)), fp32_scales)
     return results
 
 
@@ -303,11 +324,11 @@ def _launch_e4m3_rows(x: Tensor, code: Tensor, scale: Tensor, fp32_scales: bool,
     constants = {"ROWS": rows, "COLUMNS": columns, "HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(x.device)}
     grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     what = Launch("quant.quantise_triton", "e4m3_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
-    launch(what, moved_bytes=bytes_of(x, code, scale))
+    launch(what, moved=(x, code, scale))
 
 
 @_opaque("quantise_e4m3_blocks", "code", "scale", "transposed_code", "transposed_scale")
-def _launch_e4m3_blocks(
+def launch_e4m3_blocks(
     w: Tensor,
     code: Tensor | None,
     scale: Tensor | None,
@@ -315,40 +336,43 @@ def _launch_e4m3_blocks(
     transposed_scale: Tensor | None,
     fp32_scales: bool,
 ) -> None:
+    """Round the blocks of [O, I] or [E, O, I] into memory that exists; turned codes may be columns of a whole."""
     count, *axes = _axes(w)
     results = (code, scale, transposed_code, transposed_scale)
     constants = {"HAS_FP32_SCALES": fp32_scales, "NATIVE": converts_e4m3(w.device)}
     grid = (-(-axes[0] // BLOCK), -(-axes[1] // BLOCK), count)
-    what = Launch("quant.quantise_triton", "e4m3_blocks_kernel", grid, (w, *results, *axes), constants, warps=16)
-    launch(what, moved_bytes=bytes_of(w, *results))
+    strides = [0 if part is None else part.stride(-2) for part in (transposed_code, transposed_scale)]
+    arguments = (w, *results, *axes, *strides)
+    what = Launch("quant.quantise_triton", "e4m3_blocks_kernel", grid, arguments, constants, warps=16)
+    launch(what, moved=(w, *results))
 
 
 @_opaque("quantise_int8_rows", "code", "scale")
 def _launch_int8_rows(x: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -> None:
     count, *axes = _axes(x)
     rows, columns, _, warps, _ = tile
-    constants = {"ROWS": rows, "COLUMNS": columns}
+    constants = {"ROWS": rows, "COLUMNS": columns, **ROUNDED_PRODUCTS}
     grid = (-(-axes[0] // rows), 1, count)
     what = Launch("quant.quantise_triton", "int8_rows_kernel", grid, (x, code, scale, *axes), constants, warps)
-    launch(what, moved_bytes=bytes_of(x, code, scale))
+    launch(what, moved=(x, code, scale))
 
 
 @_opaque("quantise_absmax", "absmax")
 def _launch_absmax(x: Tensor, absmax: Tensor, tile: list[int]) -> None:
     what = _sliced("absmax_kernel", x, (x, absmax), tile)
-    launch(what, moved_bytes=bytes_of(x, absmax))
+    launch(what, moved=(x, absmax))
 
 
 @_opaque("quantise_int8_slices", "code", "scale")
 def _launch_int8_slices(x: Tensor, absmax: Tensor, code: Tensor, scale: Tensor, tile: list[int]) -> None:
     what = _sliced("int8_slices_kernel", x, (x, absmax, code, scale), tile)
-    launch(what, moved_bytes=bytes_of(x, absmax, code, scale))
+    launch(what, moved=(x, absmax, code, scale))
 
 
 def _sliced(kernel: str, x: Tensor, tensors: tuple[Tensor, ...], tile: list[int]) -> Launch:
     count, *axes = _axes(x)
     rows, columns, depth, warps, _ = tile
-    constants = {"ROWS": rows, "COLUMNS": depth, "TURNS": columns // depth}
+    constants = {"ROWS": rows, "COLUMNS": depth, "TURNS": columns // depth, **ROUNDED_PRODUCTS}
     grid = (-(-axes[0] // rows), -(-axes[1] // columns), count)
     return Launch("quant.quantise_triton", kernel, grid, (*tensors, *axes), constants, warps)
 
@@ -361,4 +385,4 @@ def _launch_dequantise(code: Tensor, scale: Tensor, x: Tensor, block_rows: int) 
     constants = {"BLOCK_ROWS": block_rows, "ROWS": tile.rows, "COLUMNS": tile.columns, "IS_E4M3": is_e4m3}
     grid = (-(-rows // tile.rows), -(-width // tile.columns), count)
     what = Launch("quant.quantise_triton", "dequantise_kernel", grid, (code, scale, x, *sizes), constants, tile.warps)
-    launch(what, moved_bytes=bytes_of(code, scale, x))
+    launch(what, moved=(code, scale, x))

@@ -45,15 +45,17 @@ def e4m3_code(x, factor, HAS_FP32_SCALES: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def int8_scale(bits):
-    """Return the scale of each absmax, given as bits."""
+    """Return the scale of each absmax, given as bits, and its reciprocal: one division a row and none a number."""
     scale = tl.maximum(bits.to(tl.float32, bitcast=True) * (1.0 / 127.0), 1.1754943508222875e-38)
-    return tl.where(bits >= INFINITY, float("nan"), scale)
+    scale = tl.where(bits >= INFINITY, float("nan"), scale)
+    return scale, tl.div_rn(1.0, scale)
 
 
 @triton.jit
-def int8_code(x, scale):
-    """Round x over its scale to the nearest, ties to even: beside 1.5·2²³ an addition keeps no bit below 1."""
-    return ((tl.div_rn(x, scale) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+def int8_code(x, factor):
+    """Round x times factor to the nearest, ties to even: beside 1.5·2²³ an addition keeps no bit below 1."""
+    # Compiled without fused additions: the product must be rounded as plain PyTorch rounds it, or ties differ.
+    return ((x * factor + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
 
 
 @triton.jit
@@ -101,10 +103,15 @@ def e4m3_blocks_kernel(
     stride_e,
     stride_n,
     stride_k,
+    stride_turned_code,
+    stride_turned_scale,
     HAS_FP32_SCALES: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """Encode one block of 128×128 and write it as it lies, turned, or both; None stands for what is not wanted."""
+    """Encode one block of 128×128 and write it as it lies, turned, or both; None stands for what is not wanted.
+
+    stride_turned_code, stride_turned_scale: of the turned results' rows, N and their blocks unless they lie in a whole.
+    """
     matrix = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -119,9 +126,9 @@ def e4m3_blocks_kernel(
         tl.store(code_ptr + matrix * N * K + row[:, None] * K + column[None, :], code, mask=is_inside)
         tl.store(scale_ptr + start + tl.program_id(0) * width + tl.program_id(1), scale)
     if turned_code_ptr is not None:
-        turned_at = matrix * N * K + column[:, None] * N + row[None, :]
+        turned_at = matrix * N * K + column[:, None] * stride_turned_code + row[None, :]
         tl.store(turned_code_ptr + turned_at, tl.trans(code), mask=(column < K)[:, None] & (row < N)[None, :])
-        tl.store(turned_scale_ptr + start + tl.program_id(1) * height + tl.program_id(0), scale)
+        tl.store(turned_scale_ptr + start + tl.program_id(1) * stride_turned_scale + tl.program_id(0), scale)
 
 
 @triton.jit
@@ -135,8 +142,8 @@ def int8_rows_kernel(
     is_inside = (row < N)[:, None] & (column < K)[None, :]
     x_at = matrix * stride_e + row[:, None] * stride_n + column[None, :] * stride_k
     x = tl.load(x_ptr + x_at, mask=is_inside, other=0.0).to(tl.float32)
-    scale = int8_scale(tl.max(magnitude_bits(x), axis=1))
-    code = int8_code(x, scale[:, None])
+    scale, factor = int8_scale(tl.max(magnitude_bits(x), axis=1))
+    code = int8_code(x, factor[:, None])
     tl.store(code_ptr + matrix * N * K + row[:, None] * K + column[None, :], code, mask=is_inside)
     tl.store(scale_ptr + matrix * N + row, scale, mask=row < N)
 
@@ -192,7 +199,7 @@ def int8_slices_kernel(
     for index in range(slices):
         at = (matrix * slices + index) * N + row
         bits = tl.maximum(bits, tl.load(absmax_ptr + at, mask=row < N, other=0))
-    scale = int8_scale(bits)
+    scale, factor = int8_scale(bits)
     if tl.program_id(1) == 0:
         tl.store(scale_ptr + matrix * N + row, scale, mask=row < N)
     first = tl.program_id(1).to(tl.int64) * (TURNS * COLUMNS) + tl.arange(0, COLUMNS)
@@ -202,7 +209,7 @@ def int8_slices_kernel(
         column = first + turn * COLUMNS
         is_inside = (row < N)[:, None] & (column < K)[None, :]
         x = tl.load(x_ptr + x_at + column[None, :] * stride_k, mask=is_inside, other=0.0).to(tl.float32)
-        tl.store(code_ptr + code_at + column[None, :], int8_code(x, scale[:, None]), mask=is_inside)
+        tl.store(code_ptr + code_at + column[None, :], int8_code(x, factor[:, None]), mask=is_inside)
 
 
 @triton.jit

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import norm_linears, swiglu
 from lowvram_kernels.matmul import quant_linear
+from lowvram_kernels.matmul.fp32_sums import adding_to_grads
 from lowvram_kernels.matmul.linear import linear
-from lowvram_kernels.matmul.quant_linear import along_columns, along_rows, backward_input, backward_weight, forward
+from lowvram_kernels.matmul.quant_linear import (
+    along_columns,
+    along_rows,
+    backward_input,
+    backward_weight,
+    forward,
+    gradient_operands,
+)
 from torch import Tensor
 
+from tests.kernels.cards import running_on
 from tests.kernels.measures import relative_error, saved_bytes
 
 # A number of three bits behind its leading one errs by up to 1/16, 2.6 % in the root mean square of an even spread; a
@@ -106,6 +116,39 @@ def test_a_low_precision_keeps_for_backward_what_the_plain_form_keeps(
         return saved_bytes(lambda: op(*given), given[1:])
 
     assert kept(form) == kept("plain")
+
+
+@each_form
+@pytest.mark.parametrize("name", ["linear", "norm_linears", "swiglu"])
+def test_gradients_are_added_to_sums_that_exist_and_given_otherwise(form: quant_linear.MatmulFormat, name: str) -> None:
+    op, given, _ = ops(form)[name]
+    own = [tensor.clone().requires_grad_() for tensor in given]
+    weights = own[-1:] if name != "norm_linears" else own[1:]
+    op(*own).square().sum().backward()
+    first = [tensor.grad.clone() for tensor in own]  # type: ignore[union-attr]
+    places = [tensor.grad.data_ptr() for tensor in weights]  # type: ignore[union-attr]
+    with adding_to_grads():
+        op(*own).square().sum().backward()
+    for tensor, once in zip(own, first, strict=True):
+        assert torch.equal(tensor.grad, once + once)  # type: ignore[arg-type]
+    assert [tensor.grad.data_ptr() for tensor in weights] == places  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("card", ["sm86", "cpu"])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@each_form
+def test_a_gradients_operands_are_those_of_two_calls(
+    form: quant_linear.MatmulFormat, needs: tuple[bool, bool], card: str
+) -> None:
+    dy = numbers(130, 70)
+    with nullcontext() if card == "cpu" else running_on(card):
+        found = gradient_operands(dy, form, *needs)
+        expected = along_rows(dy, form), along_columns(dy, form)
+    for own, right, is_needed in zip(found, expected, needs, strict=True):
+        if is_needed:
+            assert all(torch.equal(a, b) for a, b in zip(own, right, strict=True))
+        else:
+            assert own is dy
 
 
 @each_form

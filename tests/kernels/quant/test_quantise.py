@@ -156,12 +156,13 @@ def test_every_tile_gives_the_same_bits(form: str, is_turned: bool) -> None:
 
 
 def test_each_width_gets_a_tile_that_holds_it() -> None:
-    for width in (1, 100, 640, 1024, 1025, 1376, 2048, 4096, 8192):
-        tile = quantise.choose_quantise_tile("int8", width, False)
-        assert tile.depth == tile.columns
-        assert tile.columns >= width
-    assert quantise.choose_quantise_tile("int8", 8193, False) in quantise._INT8_SLICES
-    assert quantise.choose_quantise_tile("int8", 64, True) in quantise._INT8_SLICES
+    for most, is_transposed in ((8192, False), (2048, True)):
+        for width in (1, 100, 640, 1024, 1025, 1376, 2048, 4096, 8192):
+            tile = quantise.choose_quantise_tile("int8", width, is_transposed)
+            assert (tile.depth == tile.columns) == (width <= most)
+            assert tile.columns >= min(width, 512)
+            assert tile.columns >= width or width > most
+        assert quantise.choose_quantise_tile("int8", most + 1, is_transposed) in quantise._INT8_SLICES
     assert quantise.choose_quantise_tile("e4m3", 100, False).columns == 128
     assert quantise.choose_quantise_tile("e4m3", 640, False).columns == 512
 

@@ -35,6 +35,7 @@ RESULTS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     "turned-e4m3": (lambda x: quantise_weight(x, "e4m3", transposed=True), N * K + 3 * 6 * 4),
     "both-e4m3": (lambda x: quantise_weight_both(x, "e4m3"), 2 * (N * K + 3 * 6 * 4)),
     "rows-int8": (lambda x: quantise_rows(x, "int8"), N * K + N * 4),
+    "columns-int8": (lambda x: quantise_columns(x, "int8"), N * K + K * 4),
     "weight-int8": (lambda x: quantise_weight(x, "int8"), N * K + N * 4),
 }
 each_result = pytest.mark.parametrize("name", list(RESULTS))
@@ -199,7 +200,7 @@ def test_kernels_write_all_of_their_results_and_nothing_else(shape: tuple[int, i
         back, back_end = guarded(rows, width, dtype=torch.float32)
         quantise._launch_e4m3_rows(x, code, scale, False, [*quantise.choose_quantise_tile("e4m3", width, False)])
         quantise._launch_dequantise(code, scale, back, 1)
-        quantise._launch_e4m3_blocks(x, code, block, turned, turned_block, False)
+        quantise.launch_e4m3_blocks(x, code, block, turned, turned_block, False)
         quantise._launch_absmax(x, absmax, [*quantise._INT8_SLICES[0]])
         quantise._launch_int8_slices(x, absmax, int8, row, [*quantise._INT8_SLICES[0]])
         quantise._launch_int8_rows(x, int8, row, [*quantise.choose_quantise_tile("int8", width, False)])
