@@ -16,7 +16,7 @@ from lowvram.model import slot_attention as of_rows
 from lowvram.model.decode import decode_one_token
 from lowvram.model.kv_cache import CacheFormat, KvCache
 from lowvram.model.positions import rotate_one, turn_at
-from lowvram.model.slot_attention import BatchedAttention, PerSlotAttention, SlotAttention
+from lowvram.model.slot_attention import BatchedAttention, JoinedAttention, PerSlotAttention, SlotAttention
 from lowvram.model.transformer import Transformer, lay_by_columns
 from tests.kernels.measures import relative_error
 from tests.model.outside import randomise
@@ -38,7 +38,11 @@ def together(cache: KvCache) -> SlotAttention:
     return BatchedAttention(cache, lengths, starts, torch.ones(cache.slots, dtype=torch.bool), max(cache.lengths) + 1)
 
 
-both = pytest.mark.parametrize("make", [each, together], ids=["each text", "all texts"])
+def joined(cache: KvCache) -> SlotAttention:
+    return JoinedAttention(cache, range(cache.slots))
+
+
+ways = pytest.mark.parametrize("make", [each, together, joined], ids=["each text", "all texts", "joined"])
 
 
 def tokens(texts: int = 2, seed: int = 0) -> torch.Tensor:
@@ -57,7 +61,7 @@ def decoded(model: Transformer, token_NT: torch.Tensor, cache: KvCache, make: Ma
     return torch.stack(steps, dim=1)
 
 
-@both
+@ways
 @every_variant
 def test_decoding_token_by_token_equals_the_full_forward_at_every_position(config: ModelConfig, make: MakeRows) -> None:
     model = randomise(Transformer(config))
@@ -75,7 +79,7 @@ def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
     torch.testing.assert_close(beside[:1], alone, atol=ABSOLUTE, rtol=0)
 
 
-@both
+@ways
 @every_variant
 def test_bf16_stays_near_fp32(config: ModelConfig, make: MakeRows) -> None:
     model = randomise(Transformer(config))
@@ -86,7 +90,7 @@ def test_bf16_stays_near_fp32(config: ModelConfig, make: MakeRows) -> None:
     assert (found.float() - exact).norm() < 0.06 * exact.norm()
 
 
-@both
+@ways
 @pytest.mark.parametrize("name", ["mla-rope", "mla-window", "mla-yarn-q_lora"])
 def test_latents_in_8_bits_stay_near_and_both_ways_agree(name: str, make: MakeRows) -> None:
     model = randomise(Transformer(VARIANTS[name]))
