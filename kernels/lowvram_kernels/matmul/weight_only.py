@@ -2,21 +2,21 @@
 
     y[n, o] = Σᵢ x[n, i] · code[o, i] · scale[o, i]        what `quantise.py` makes of a weight
 
-x is not quantised, so that many rows and few compute the same function.  Few rows on a card go to `gemv`; otherwise the
+x keeps its 16 bits, so that many rows and few compute the same function.  Few rows on a card go to `gemv`; else the
 weight is decoded to x's dtype for one product of the library and freed after it.
 
 On processors and Macs torch's own kernel multiplies up to `PACKED_ROWS` rows of bf16 by INT8 codes, which it decodes in
 registers; the row's scale is rounded to bf16 there, which errs by at most 2⁻⁹.
 
 A processor whose INT8 product is fast and exact takes up to `SPLIT_ROWS` rows of bf16 as two rows of INT8 each:
-x = unit · (256 · high + low), the unit being the row's greatest number over 32,512.  Sums of codes are exact, the codes are
-read once and never decoded, and x errs by at most 2⁻¹⁶ of its row's greatest number, where bf16 itself errs by 2⁻⁹.
+x = unit · (256 · high + low), the unit being the row's greatest number over 32,512.  Sums are exact, codes are read
+once and never decoded, and x errs by at most 2⁻¹⁶ of its row's greatest number.
 
 Otherwise a processor decodes as many of the weight's rows as its cache holds and multiplies them before the next:
 torch's own cast from E4M3 alone would take thirty times as long as the product of one row in fp32, this decoding three
 times.
 
-Alive inside: on a processor 6 to 10 bytes for each of the `CHUNK` numbers at work, or 16 for each number of y where rows
+Alive inside: on a processor 6 to 10 bytes for each of the `CHUNK` numbers at work, 16 for each number of y where rows
 are split; on a card the decoded weight, unless
 rows are few and Triton is there.
 Source: the definition.
@@ -42,9 +42,9 @@ CHUNK = 2**20
 # From more rows on, decoding the weight for a product of many rows is as fast.  Measured: EPYC (AVX-512 with bf16),
 # torch 2.13, one thread, 2816×512: 0.31 ms against 0.38 at 8 rows, 0.62 and 0.49 at 16.
 PACKED_ROWS = 8
-# Rows that are split where that is possible.  Measured: Xeon (AMX), torch 2.13, one thread, 2816×512, packed against split:
-# 0.24 ms and 0.39 at 4 rows, 0.48 and 0.41 at 8, 0.95 and 0.55 at 16; decoded for a product in bf16 against split: 0.79
-# and 0.83 at 32, 0.77 and 1.51 at 64.  With AVX-512 alone 0.74 packed and 0.41 split at 16.
+# Rows that are split where that is possible.  Measured: Xeon (AMX), torch 2.13, one thread, 2816×512, milliseconds
+# packed and split: 0.24 and 0.39 at 4 rows, 0.48 and 0.41 at 8, 0.95 and 0.55 at 16 (without AMX 0.74 and 0.41);
+# decoded for a product in bf16 and split: 0.79 and 0.83 at 32, 0.77 and 1.51 at 64.
 _FEWEST_SPLIT_ROWS, SPLIT_ROWS = 5, 32
 _MOST_SPLIT = 127 * 256
 # torch's kernel reads whole vectors of so many inputs: with AVX-512 it reads past the end of a row of another length.
