@@ -12,6 +12,7 @@ from lowvram_kernels.layers.rotary import rotate
 from lowvram.config.model import ModelConfig
 from lowvram.generate.weights import convert, is_matrix, put
 from lowvram.model import decode as one_token
+from lowvram.model import slot_attention
 from lowvram.model import slot_attention as of_rows
 from lowvram.model.decode import decode_one_token
 from lowvram.model.kv_cache import CacheFormat, KvCache
@@ -77,6 +78,53 @@ def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
     alone = decoded(model, tokens()[:1], KvCache(config, 1, LENGTH), each)
     beside = decoded(model, tokens(), KvCache(config, 2, LENGTH), each)
     torch.testing.assert_close(beside[:1], alone, atol=ABSOLUTE, rtol=0)
+
+
+@every_variant
+@pytest.mark.parametrize("cost", [0, 4, 400], ids=lambda places: f"a call costs {places} places")
+def test_texts_of_any_length_in_any_slots_decode_joined_as_one_by_one(
+    config: ModelConfig, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_attention, "_PLACES_OF_A_CALL", cost)
+    model, slot_N, read = randomise(Transformer(config)), [5, 0, 3, 1], [3, 17, 1, 4]
+    found = []
+    for way in (PerSlotAttention, JoinedAttention):
+        cache = KvCache(config, 7, 32, chunk=4)
+        with torch.no_grad():
+            for slot, count in zip(slot_N, read, strict=True):
+                for token in range(count):
+                    cache.make_room(slot, 1)
+                    decode_one_token(model, torch.tensor([token + slot]), PerSlotAttention(cache, [slot]), cache.dtype)
+                    cache.lengths[slot] += 1
+            for part in (part for parts in cache.layers for part in parts):
+                part[4] = torch.nan  # a slot between them whose text is broken
+            for step in range(3):
+                for slot in slot_N:
+                    cache.make_room(slot, 1)
+                found.append(decode_one_token(model, torch.tensor([7, 8, 9, step]), way(cache, slot_N), cache.dtype))
+                for slot in slot_N:
+                    cache.lengths[slot] += 1
+            found.extend(part[[0, 1, 2, 3, 5, 6]] for parts in cache.layers for part in parts)
+    half = len(found) // 2
+    for one, other in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(other, one, atol=ABSOLUTE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "lengths, slots, joined",
+    [
+        ([100, 120, 90], [0, 1, 2], [0, 1, 2]),
+        ([100, 5000, 90], [0, 1, 2], [0, 2]),
+        ([5000, 4900, 90, 80], [3, 2, 1, 0], [2, 3]),
+        ([1000, 1010], [0, 30], []),
+        ([100], [0], []),
+        ([9, 9, 9], [4, 6, 5], [0, 1, 2]),
+    ],
+)
+def test_rows_are_joined_where_reading_more_places_is_cheaper_than_a_call(
+    lengths: list[int], slots: list[int], joined: list[int]
+) -> None:
+    assert slot_attention.rows_to_join(lengths, slots) == joined
 
 
 @ways
