@@ -12,7 +12,7 @@ from lowvram.generate.sampling import Sampler, Wish, launch_draws
 from lowvram.model.kv_cache import CacheFormat
 from lowvram.model.transformer import Transformer
 
-# What takes most: a penalty, a filter for which all tokens are sorted, and log-probabilities.
+# What takes most: a penalty, a filter of all tokens, and log-probabilities.
 _COSTLIEST = Wish(Sampler(top_k=0, top_p=0.5, repetition_penalty=1.5), 0, top=20)
 
 
@@ -33,7 +33,7 @@ def rehearse_inference(
         decoder.prefill(0, [0] * (max_context - 1))
         logit_NV = decoder.decode_one_token(range(slots), [0] * slots)
         seen_SV = torch.zeros(slots, logit_NV.shape[1], dtype=torch.bool, device="meta")
-        launch_draws(logit_NV, [_COSTLIEST] * slots, seen_SV[list(range(slots))], logit_NV.shape[1])
+        launch_draws(logit_NV, [_COSTLIEST] * slots, seen_SV[list(range(slots))])
     return counter.find_peak(begin)[0] - weights
 
 

@@ -1,6 +1,7 @@
 """Draws next tokens from logits: a frozen Sampler, one draw for several texts on their device; knows no model.
 
-Legend: N texts that take a token, R some of them, V vocabulary, C likeliest tokens of a text, S slots.
+Legend: N texts that take a token, R some of them, V vocabulary, C likeliest tokens of a text, S slots,
+D values of a digit.
 """
 
 from __future__ import annotations
@@ -36,11 +37,6 @@ class Sampler(FrozenConfig):
     repetition_penalty: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.1
     seed: int = 0
 
-    @property
-    def is_filtered(self) -> bool:
-        """Say whether tokens are left out."""
-        return bool(self.top_k) or self.top_p < 1.0 or self.min_p > 0.0
-
 
 class Wish(NamedTuple):
     """What one text's next token is drawn by.
@@ -65,11 +61,10 @@ class Drawn(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-# Without top_k, only so many of the likeliest tokens are sorted at first, and all of them only if these do not suffice:
-# top_p and min_p seldom keep more, and sorting a vocabulary of 32,768 takes longer than all the rest.
-_FIRST_LOOK = 1024
-# Logits at work at once, in whole rows; they take up to 50 bytes each.  A processor keeps them in its caches.
+# Logits at work at once, in whole rows; they take up to 60 bytes each.  A processor keeps them in its caches.
 _LOGITS_AT_ONCE, _LOGITS_IN_CACHE = 2**20, 2**17
+# The digits, greatest first, of a number's 32 bits by which tokens are sought: how far right each lies, and its bits.
+_DIGITS = ((21, 11), (10, 11), (0, 10))
 
 
 class History:
@@ -151,42 +146,29 @@ def sample(logit_V: Tensor, sampler: Sampler, seen: Tensor, index: int) -> int:
 
 
 def draw_rows(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None) -> list[Drawn | NumbersError]:
-    """Draw a token for each row; the host reads once, and once more where a row's filters keep very many tokens.
+    """Draw a token for each row; the host reads once.
 
     seen: which ids each text has already, bool; None where no sampler has a penalty.
     """
-    found: list[list[float]] = launch_draws(logit_NV, wishes, seen_NV).tolist()
-    short = [row for row, numbers in enumerate(found) if numbers[_IS_SHORT]]
-    if short:
-        row_R = torch.tensor(short, device=logit_NV.device)
-        seen = None if seen_NV is None else seen_NV[row_R]
-        again = launch_draws(logit_NV[row_R], [wishes[row] for row in short], seen, logit_NV.shape[-1]).tolist()
-        for row, numbers in zip(short, again, strict=True):
-            found[row] = numbers
+    found = launch_draws(logit_NV, wishes, seen_NV).tolist()
     return [_unpack(numbers, wish) for numbers, wish in zip(found, wishes, strict=True)]
 
 
-def launch_draws(
-    logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None, first_look: int = _FIRST_LOOK
-) -> Tensor:
-    """Draw a token for each row without reading anything on the host; returns [N, X] fp64, by the columns below.
-
-    first_look: how many of the likeliest tokens are sorted where a sampler has no top_k.
-    """
+def launch_draws(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None) -> Tensor:
+    """Draw a token for each row without reading anything on the host; returns [N, X] fp64, by the columns below."""
     at_once = _LOGITS_AT_ONCE if card_of(logit_NV.device).platform == "cuda" else _LOGITS_IN_CACHE
     height = max(1, at_once // logit_NV.shape[-1])
     parts = [slice(start, start + height) for start in range(0, len(wishes), height)]
     most = min(max(wish.top or 0 for wish in wishes), logit_NV.shape[-1])
     packed = [
-        _launch_draw(logit_NV[part], wishes[part], None if seen_NV is None else seen_NV[part], first_look, most)
-        for part in parts
+        _launch_draw(logit_NV[part], wishes[part], None if seen_NV is None else seen_NV[part], most) for part in parts
     ]
     return packed[0] if len(packed) == 1 else torch.cat(packed)
 
 
-# Columns of a packed draw: the id, the greatest logit, whether more tokens must be sorted, the token's log-probability;
-# behind them the likeliest ids, and as many log-probabilities.
-_ID, _GREATEST, _IS_SHORT, _LOGPROB, _TOP = range(5)
+# Columns of a packed draw: the id, the greatest logit, the token's log-probability; behind them the likeliest ids, and
+# as many log-probabilities.
+_ID, _GREATEST, _LOGPROB, _TOP = range(4)
 
 
 def _unpack(numbers: Sequence[float], wish: Wish) -> Drawn | NumbersError:
@@ -204,9 +186,7 @@ def _unpack(numbers: Sequence[float], wish: Wish) -> Drawn | NumbersError:
     return Drawn(int(numbers[_ID]), numbers[_LOGPROB], tuple(top[: wish.top]))
 
 
-def _launch_draw(
-    logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None, first_look: int, most: int
-) -> Tensor:
+def _launch_draw(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None, most: int) -> Tensor:
     """Draw for so many rows as are at work at once.  most: of the likeliest tokens' log-probabilities."""
     logit_NV = logit_NV.float()
     options = [
@@ -216,31 +196,34 @@ def _launch_draw(
     options_N6 = torch.tensor(options, dtype=torch.float64).to(logit_NV.device)
     fair_NV = logit_NV if seen_NV is None else _penalise(logit_NV, options_N6[:, 4:5].float(), seen_NV)
     greatest_N, id_N = fair_NV.max(-1)
-    is_short_N = torch.zeros_like(id_N, dtype=torch.bool)
-    # Rows that sort as many tokens, rounded so that there are few such groups; 0: all tokens, unsorted.
-    groups = defaultdict[int, list[int]](list)
+    # Rows of one kind are drawn together: those that sort as many tokens, rounded so that there are few such kinds.
+    groups = defaultdict[int | str, list[int]](list)
     for row, (sampler, _, _) in enumerate(wishes):
+        if 0 < sampler.top_k < logit_NV.shape[-1]:
+            kind: int | str = min(1 << (sampler.top_k - 1).bit_length(), logit_NV.shape[-1])
+        else:
+            kind = "nucleus" if sampler.top_p < 1.0 else "all"
         if sampler.temperature > 0.0:
-            count = 1 << (sampler.top_k - 1).bit_length() if sampler.top_k else first_look
-            groups[min(count, logit_NV.shape[-1]) if sampler.is_filtered else 0].append(row)
-    for count, rows in groups.items():
+            groups[kind].append(row)
+    for kind, rows in groups.items():
         row_R = slice(None) if len(rows) == len(wishes) else torch.tensor(rows, device=logit_NV.device)
         part = fair_NV[row_R], greatest_N[row_R], options_N6[row_R]
-        if count:
-            id_N[row_R], is_short_N[row_R] = _draw_from_likeliest(*part, count)
-        else:
-            id_N[row_R] = _draw_from_all(*part)
-    return torch.cat([torch.stack([id_N.double(), greatest_N.double(), is_short_N.double()], 1),
-                      _logprobs(logit_NV, id_N, wishes, most)], 1)  # fmt: skip
+        id_N[row_R] = _draw_from_likeliest(*part, kind) if isinstance(kind, int) else _draw_from_all(*part, kind)
+    packed_N2 = torch.stack([id_N.double(), greatest_N.double()], 1)
+    return torch.cat([packed_N2, _logprobs(logit_NV, id_N, wishes, most)], 1)
 
 
 def _penalise(logit_NV: Tensor, penalty_N1: Tensor, seen_NV: Tensor) -> Tensor:
     return torch.where(seen_NV, torch.where(logit_NV > 0, logit_NV / penalty_N1, logit_NV * penalty_N1), logit_NV)
 
 
-def _draw_from_all(logit_RV: Tensor, greatest_R: Tensor, options_R6: Tensor) -> Tensor:
-    """Return ids [R] of rows without filters."""
-    return _find(_weigh(logit_RV, greatest_R, options_R6), options_R6)[:, 0]
+def _draw_from_all(logit_RV: Tensor, greatest_R: Tensor, options_R6: Tensor, kind: str) -> Tensor:
+    """Return ids [R] of rows without top_k.  kind: "nucleus" where a row has top_p."""
+    weight_RV = _weigh(logit_RV, greatest_R, options_R6)
+    keep_RV = weight_RV >= options_R6[:, 3:4]
+    if kind == "nucleus":
+        keep_RV &= _find_nucleus(logit_RV, weight_RV, options_R6[:, 2:3] * weight_RV.sum(-1, keepdim=True))
+    return _find(weight_RV.mul_(keep_RV), options_R6)[:, 0]
 
 
 def _weigh(logit_RV: Tensor, greatest_R: Tensor, options_R6: Tensor) -> Tensor:
@@ -255,8 +238,8 @@ def _find(weight_RC: Tensor, options_R6: Tensor) -> Tensor:
     return place_R1.clamp_max_(weight_RC.shape[1] - 1)  # NaN is found nowhere
 
 
-def _draw_from_likeliest(logit_RV: Tensor, greatest_R: Tensor, options_R6: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return ids [R] of rows with filters, and whether a row's filters might keep more than `count` tokens [R]."""
+def _draw_from_likeliest(logit_RV: Tensor, greatest_R: Tensor, options_R6: Tensor, count: int) -> Tensor:
+    """Return ids [R] of rows with a top_k of at most `count`."""
     top_k_R1, top_p_R1, min_p_R1 = options_R6[:, 1:4].split(1, 1)
     weight_RV, id_RC = _weigh(logit_RV, greatest_R, options_R6), _likeliest(logit_RV, count)
     weight_RC = weight_RV.gather(1, id_RC)
@@ -264,28 +247,50 @@ def _draw_from_likeliest(logit_RV: Tensor, greatest_R: Tensor, options_R6: Tenso
     keep_RC = torch.arange(count, device=id_RC.device) < top_k_R1
     keep_RC &= weight_RC >= min_p_R1
     keep_RC &= weight_RC.cumsum(-1) - weight_RC < most_R1
-    is_short_R = keep_RC[:, -1] & (count < torch.clamp_max(top_k_R1[:, 0], logit_RV.shape[1]))
     # In the order of their ids, as all tokens would be; those that are left out weigh nothing and are never found.
-    if count == logit_RV.shape[1]:
-        weight_RV *= torch.empty_like(keep_RC).scatter_(1, id_RC, keep_RC)
-        return _find(weight_RV, options_R6)[:, 0], is_short_R
     id_RC, order_RC = id_RC.sort(-1)
     weight_RC = (weight_RC * keep_RC).gather(1, order_RC)
-    return id_RC.gather(1, _find(weight_RC, options_R6))[:, 0], is_short_R
+    return id_RC.gather(1, _find(weight_RC, options_R6))[:, 0]
+
+
+def _ordered_bits(logit_RV: Tensor) -> Tensor:
+    """Return each number's bits as int32 of the numbers' order."""
+    bits_RV = (logit_RV + 0.0).view(torch.int32)  # -0 becomes 0
+    return bits_RV ^ ((bits_RV >> 31) & 0x7FFFFFFF)
 
 
 def _likeliest(logit_RV: Tensor, count: int) -> Tensor:
     """Return the ids [R, count] of the greatest logits, the greatest first; of equal ones the first id comes first.
 
-    Each number's bits, as an integer of the same order, and below them its id are one key, so that no two are equal.
+    A number's bits and below them its id are one key, so that no two are equal.
     """
-    bits_RV = (logit_RV + 0.0).view(torch.int32)  # -0 becomes 0
-    key_RV = (bits_RV ^ ((bits_RV >> 31) & 0x7FFFFFFF)).long()
     last = logit_RV.shape[1] - 1
-    key_RV = key_RV.bitwise_left_shift_(32).bitwise_or_(torch.arange(last, -1, -1, device=logit_RV.device))
-    if count > last:
-        return key_RV.sort(-1, descending=True).indices
-    return key_RV.topk(count).indices
+    key_RV = _ordered_bits(logit_RV).long().bitwise_left_shift_(32)
+    return key_RV.bitwise_or_(torch.arange(last, -1, -1, device=logit_RV.device)).topk(count).indices
+
+
+def _find_nucleus(logit_RV: Tensor, weight_RV: Tensor, most_R1: Tensor) -> Tensor:
+    """Return which tokens are kept, [R, V] bool: those before which the likelier ones weigh less than `most`.
+
+    Nothing is sorted: the first number that is not kept is found digit by digit, by the weight of all tokens with each
+    digit (radix selection).  Of equal tokens the first ids are kept.
+    """
+    order_RV = _ordered_bits(logit_RV)
+    keep_RV = torch.zeros_like(order_RV, dtype=torch.bool)
+    is_left_RV, above_R1 = ~keep_RV, torch.zeros_like(most_R1)  # tokens with the digits so far, and what is above them
+    for shift, bits in _DIGITS:
+        # Counted down from the greatest digit; the sign makes the first one's half of what it has.
+        digit_RV = ((1 << bits) - 1 - ((order_RV >> shift) & ((1 << bits) - 1))).long()
+        if shift == _DIGITS[0][0]:
+            digit_RV ^= 1 << (bits - 1)
+        mass_RD = weight_RV.new_zeros(len(weight_RV), 1 << bits).scatter_add_(1, digit_RV, weight_RV * is_left_RV)
+        sum_RD = mass_RD.cumsum(-1)
+        found_R1 = torch.searchsorted(sum_RD, most_R1 - above_R1).clamp_max_((1 << bits) - 1)
+        above_R1 = above_R1 + sum_RD.gather(1, found_R1) - mass_RD.gather(1, found_R1)
+        keep_RV |= is_left_RV & (digit_RV < found_R1)
+        is_left_RV &= digit_RV == found_R1
+    number_RV = is_left_RV.cumsum(-1) - 1
+    return keep_RV | (is_left_RV & (above_R1 + number_RV * weight_RV < most_R1))
 
 
 def _logprobs(logit_NV: Tensor, id_N: Tensor, wishes: Sequence[Wish], most: int) -> Tensor:
