@@ -98,13 +98,15 @@ def _attend_latent(layer: MlaAttention, x_ND: Tensor, turn: Turn | None, rows: S
     q_nope, q_rope = q_NHK.split([config.nope_dim, config.rope_dim], dim=-1)
     latent_NC, k_rope_NR = new_NL.split([config.kv_lora_rank, config.rope_dim], dim=-1)
     rotated = rotate_one(torch.cat([q_rope, k_rope_NR[:, None]], dim=1), turn)
-    up_k_HNC, up_v_HVC = layer.up_matrices(x_ND.dtype)
-    q_latent_NHC = torch.bmm(q_nope.transpose(0, 1), up_k_HNC).transpose(0, 1)
+    # In fp32 where the matrices are: a cast of a row costs less than one of a matrix.
+    wide = torch.float32 if layer.kv_b_proj.weight.dtype == torch.float32 else x_ND.dtype
+    up_k_HNC, up_v_HVC = layer.up_matrices(wide)
+    q_latent_NHC = torch.bmm(q_nope.transpose(0, 1).to(wide), up_k_HNC).transpose(0, 1).to(x_ND.dtype)
     q_NHL = torch.cat([q_latent_NHC, rotated[:, :-1]], dim=-1)
     normed_NC = _normed(layer.kv_a_norm, latent_NC[0])[None] if x_ND.dim() == 1 else _normed(layer.kv_a_norm, latent_NC)
     new_NL = torch.cat([normed_NC, rotated[:, -1]], dim=-1)
     mixed_NHC = rows.attend_latent(layer.layer, q_NHL, new_NL, config.kv_lora_rank, layer.scale)
-    out_HNV = torch.bmm(mixed_NHC.transpose(0, 1), up_v_HVC.mT)
+    out_HNV = torch.bmm(mixed_NHC.transpose(0, 1).to(wide), up_v_HVC.mT).to(x_ND.dtype)
     return _project(layer.o_proj, out_HNV.transpose(0, 1).reshape(*x_ND.shape[:-1], -1))
 
 
