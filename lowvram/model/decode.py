@@ -9,10 +9,12 @@ C kv_lora_rank, R rotated width, L = C + R, E experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.layers.swiglu import gated_product
-from lowvram_kernels.quant.quantise import join_parts
+from lowvram_kernels.quant.quantise import QuantTensor, join_parts
 from torch import Tensor
 
 from lowvram.model.attention import GqaAttention, MlaAttention
@@ -119,19 +121,35 @@ def _swiglu(layer: SwiGluFfn | SharedExpert, y_ND: Tensor) -> Tensor:
 
 
 def _moe_ffn(layer: MoeFfn, x_ND: Tensor) -> Tensor:
-    stacks = layer.gate_up_EHD, layer.down_EDI
-    scales = layer.gate_up_EHD_scale, layer.down_EDI_scale
     is_plain = layer.matmul_format == "plain" and layer.slot_E is None
-    if not is_plain or x_ND.dim() > 1:
+    if not is_plain or x_ND.device.type != "cpu":
         return layer(x_ND.view(1, -1, x_ND.shape[-1]))[1].view(x_ND.shape)
-    # For one row on a CPU, only the few chosen experts are multiplied, as ordinary matrices.
+    # On a CPU only the experts that a row chose are multiplied, as ordinary matrices.
     y_ND = _normed(layer.norm, x_ND)
     out_ND = _swiglu(layer.shared, y_ND)
-    weight_NK, id_NK = layer.router(y_ND[None])
-    for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
-        gate_up, down = (
-            join_parts(stack[expert], None if scale is None else scale[expert])
-            for stack, scale in zip(stacks, scales, strict=True)
-        )
-        out_ND += multiply(gated_product(multiply(y_ND, gate_up)).mul_(weight), down)
+    weight_NK, id_NK = layer.router(y_ND.view(-1, y_ND.shape[-1]))
+    if x_ND.dim() == 1:
+        for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
+            gate_up, down = _matrices_of(layer, expert)
+            out_ND += multiply(gated_product(multiply(y_ND, gate_up)).mul_(weight), down)
+        return out_ND
+    rows = defaultdict[int, list[int]](list)
+    for row, experts in enumerate(id_NK.tolist()):
+        for expert in experts:
+            rows[expert].append(row)
+    for expert in sorted(rows):
+        gate_up, down = _matrices_of(layer, expert)
+        row_R = torch.tensor(rows[expert])
+        weight_R1 = weight_NK[row_R].masked_fill(id_NK[row_R] != expert, 0.0).sum(-1, keepdim=True)
+        product_RI = gated_product(multiply(y_ND[row_R], gate_up)).mul_(weight_R1)
+        out_ND.index_add_(0, row_R, multiply(product_RI, down))
     return out_ND
+
+
+def _matrices_of(layer: MoeFfn, expert: int) -> tuple[Tensor | QuantTensor, Tensor | QuantTensor]:
+    """Return an expert's two matrices: gate and up, and down."""
+    gate_up, down = layer.gate_up_EHD_scale, layer.down_EDI_scale
+    return (
+        join_parts(layer.gate_up_EHD[expert], None if gate_up is None else gate_up[expert]),
+        join_parts(layer.down_EDI[expert], None if down is None else down[expert]),
+    )

@@ -181,6 +181,27 @@ def test_one_row_looks_at_its_own_experts_alone(name: str, monkeypatch: pytest.M
     torch.testing.assert_close(found, whole, atol=ABSOLUTE, rtol=0)
 
 
+def test_rows_share_the_products_of_an_expert_that_several_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Transformer(VARIANTS["mla-moe"]))
+    given = tokens()[:1].expand(6, -1).clone()
+    given[5] = tokens()[1]
+    sizes = []
+    true, stack = one_token.multiply, model.blocks[1].ffn.gate_up_EHD
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.untyped_storage().data_ptr() == stack.data_ptr():
+            sizes.append(len(x))
+        return true(x, weight)
+
+    monkeypatch.setattr(one_token, "multiply", multiply)
+    found = decoded(model, given, KvCache(model.config, 6, LENGTH), joined)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.logits(given), atol=ABSOLUTE, rtol=0)
+    assert set(sizes) <= {1, 5, 6}
+    assert sum(sizes) == 6 * 2 * LENGTH, "each text has two experts"
+    assert len(sizes) <= 4 * LENGTH, "five equal texts choose the same two, in one product each"
+
+
 @pytest.mark.parametrize("texts", [1, 2])
 @every_variant
 def test_int8_weights_decode_as_the_whole_forward_pass_reads_them(config: ModelConfig, texts: int) -> None:
