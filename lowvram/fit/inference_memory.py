@@ -8,15 +8,19 @@ from torch import nn
 
 from lowvram.fit.rehearse import BLOCK_BYTES, LiveStorage
 from lowvram.generate.decoder import Decoder
+from lowvram.generate.sampling import Sampler, Wish, launch_draws
 from lowvram.model.kv_cache import CacheFormat
 from lowvram.model.transformer import Transformer
+
+# What takes most: a penalty, a filter of all tokens, and log-probabilities.
+_COSTLIEST = Wish(Sampler(top_k=0, top_p=0.5, repetition_penalty=1.5), 0, top=20)
 
 
 @torch.no_grad()
 def rehearse_inference(
     model: Transformer, dtype: torch.dtype, slots: int, max_context: int, card: Card, cache: CacheFormat = "plain"
 ) -> int:
-    """Fill one slot's context on meta tensors, decode one more token in every slot, and return the peak in bytes.
+    """Fill one slot's context on meta tensors, draw one more token in every slot, and return the peak in bytes.
 
     The model's weights, which are in memory already, are not counted.  The peak is affine in max_context.
     cache: the number format of the decoder's KV cache.
@@ -27,7 +31,9 @@ def rehearse_inference(
         weights, begin = counter.alive_bytes(), counter.moment
         decoder = Decoder(meta_model, max_context, slots, dtype, cache)
         decoder.prefill(0, [0] * (max_context - 1))
-        decoder.decode_one_token(range(slots), [0] * slots)
+        logit_NV = decoder.decode_one_token(range(slots), [0] * slots)
+        seen_SV = torch.zeros(slots, logit_NV.shape[1], dtype=torch.bool, device="meta")
+        launch_draws(logit_NV, [_COSTLIEST] * slots, seen_SV[list(range(slots))])
     return counter.find_peak(begin)[0] - weights
 
 

@@ -18,7 +18,7 @@ from lowvram.generate.graphs import Graphs
 from lowvram.model.decode import decode_one_token, read_out
 from lowvram.model.kv_cache import CacheFormat, CacheSlot, KvCache
 from lowvram.model.linear import is_slow_in_half
-from lowvram.model.slot_attention import PerSlotAttention
+from lowvram.model.slot_attention import JoinedAttention, PerSlotAttention
 from lowvram.model.transformer import Transformer
 
 
@@ -85,7 +85,8 @@ class Decoder:
             self.cache.make_room(slot, 1)
         if self._graphs is None:
             token = torch.tensor(list(token_N), device=self.model.embedding.device)
-            logit_NV = decode_one_token(self.model, token, PerSlotAttention(self.cache, slot_N), self.dtype)
+            attention = PerSlotAttention if len(slot_N) == 1 else JoinedAttention
+            logit_NV = decode_one_token(self.model, token, attention(self.cache, slot_N), self.dtype)
         else:
             logit_NV = self._graphs.read(slot_N, token_N)
         for slot in slot_N:

@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lowvram.data.tokenizer import Tokenizer, TokenStream
-from lowvram.errors import PromptError
+from lowvram.errors import NumbersError, PromptError
 from lowvram.generate.decoder import Decoder
-from lowvram.generate.sampling import Sampler, sample
+from lowvram.generate.sampling import BatchSampler, Sampler, Wish
 from lowvram.units import count_of
 
 
@@ -44,6 +43,7 @@ class Engine:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, slot: int = 0) -> None:
         self.decoder, self.tokenizer, self.slot = decoder, tokenizer, slot
+        self._sampler = BatchSampler(1)
         self.ids: list[int] = []
         self.ended: Literal["text", "tokens", "context"] = "tokens"
         self.counts = Counts()
@@ -81,22 +81,22 @@ class Engine:
     def _decode(self, sampler: Sampler, max_tokens: int) -> Iterator[str]:
         stop_ids = set(self.tokenizer.stop_ids)
         stream = TokenStream(self.tokenizer)
-        seen = torch.empty(self.max_context, dtype=torch.int64)
-        seen[: len(self.ids)] = torch.tensor(self.ids)
+        self._sampler.begin(0, sampler, self.ids)
         logit_V = self._prefill()
         for number in range(1, max_tokens + 1):
             began = time.perf_counter()
             if number > 1:
                 logit_V = self.decoder.decode_one_token([self.slot], self.ids[-1:])[0]
-            token = sample(logit_V, sampler, seen[: len(self.ids)], len(self.ids))
-            if token in stop_ids:
+            (drawn,) = self._sampler.draw([0], [Wish(sampler, len(self.ids))], logit_V[None])
+            if isinstance(drawn, NumbersError):
+                raise drawn
+            if drawn.id in stop_ids:
                 self.ended = "text"
                 break
-            seen[len(self.ids)] = token
-            self.ids.append(token)
+            self.ids.append(drawn.id)
             written_s = self.counts.written_s + time.perf_counter() - began
             self.counts = self.counts._replace(written=number, written_s=written_s)
-            if piece := stream.push(token):
+            if piece := stream.push(drawn.id):
                 yield piece
             if len(self.ids) == self.max_context:
                 self.ended = "context"

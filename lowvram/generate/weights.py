@@ -2,7 +2,8 @@
 
 Every matrix gets the requested precision: layers, experts, embedding and head alike.  There are two exceptions: norms,
 routers and balancing biases stay in fp32, and with 8 bits MLA's `kv_b_proj` stays in 16 bits, because decoding
-multiplies by its parts in another order and would need decoded copies of them beside the codes.
+multiplies by its parts in another order and would need decoded copies of them beside the codes.  A processor that
+decodes keeps those 16 bits in fp32 (`lay_by_columns`).
 """
 
 from __future__ import annotations

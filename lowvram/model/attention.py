@@ -264,6 +264,13 @@ class MlaAttention(nn.Module):
         up_k_HNC, up_v_HVC = up.split([config.nope_dim, config.value_dim], dim=1)
         return up_k_HNC, up_v_HVC
 
+    @torch.no_grad()
+    def widen_by_head(self) -> None:
+        """Make `kv_b_proj` fp32 where it is in 16 bits."""
+        layer = self.kv_b_proj
+        if layer.weight.dtype in (torch.bfloat16, torch.float16):
+            layer.weight = nn.Parameter(layer.weight.float(), requires_grad=layer.weight.requires_grad)
+
     @property
     def _min_expanded_queries(self) -> float:
         """The number of queries from which on the expanded form costs less than the absorbed one.

@@ -9,10 +9,12 @@ C kv_lora_rank, R rotated width, L = C + R, E experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 import torch.nn.functional as F
 from lowvram_kernels.layers.swiglu import gated_product
-from lowvram_kernels.quant.quantise import join_parts
+from lowvram_kernels.quant.quantise import QuantTensor, join_parts
 from torch import Tensor
 
 from lowvram.model.attention import GqaAttention, MlaAttention
@@ -98,13 +100,15 @@ def _attend_latent(layer: MlaAttention, x_ND: Tensor, turn: Turn | None, rows: S
     q_nope, q_rope = q_NHK.split([config.nope_dim, config.rope_dim], dim=-1)
     latent_NC, k_rope_NR = new_NL.split([config.kv_lora_rank, config.rope_dim], dim=-1)
     rotated = rotate_one(torch.cat([q_rope, k_rope_NR[:, None]], dim=1), turn)
-    up_k_HNC, up_v_HVC = layer.up_matrices(x_ND.dtype)
-    q_latent_NHC = torch.bmm(q_nope.transpose(0, 1), up_k_HNC).transpose(0, 1)
+    # In fp32 where the matrices are: a cast of a row costs less than one of a matrix.
+    wide = torch.float32 if layer.kv_b_proj.weight.dtype == torch.float32 else x_ND.dtype
+    up_k_HNC, up_v_HVC = layer.up_matrices(wide)
+    q_latent_NHC = torch.bmm(q_nope.transpose(0, 1).to(wide), up_k_HNC).transpose(0, 1).to(x_ND.dtype)
     q_NHL = torch.cat([q_latent_NHC, rotated[:, :-1]], dim=-1)
     normed_NC = _normed(layer.kv_a_norm, latent_NC[0])[None] if x_ND.dim() == 1 else _normed(layer.kv_a_norm, latent_NC)
     new_NL = torch.cat([normed_NC, rotated[:, -1]], dim=-1)
     mixed_NHC = rows.attend_latent(layer.layer, q_NHL, new_NL, config.kv_lora_rank, layer.scale)
-    out_HNV = torch.bmm(mixed_NHC.transpose(0, 1), up_v_HVC.mT)
+    out_HNV = torch.bmm(mixed_NHC.transpose(0, 1).to(wide), up_v_HVC.mT).to(x_ND.dtype)
     return _project(layer.o_proj, out_HNV.transpose(0, 1).reshape(*x_ND.shape[:-1], -1))
 
 
@@ -117,19 +121,35 @@ def _swiglu(layer: SwiGluFfn | SharedExpert, y_ND: Tensor) -> Tensor:
 
 
 def _moe_ffn(layer: MoeFfn, x_ND: Tensor) -> Tensor:
-    stacks = layer.gate_up_EHD, layer.down_EDI
-    scales = layer.gate_up_EHD_scale, layer.down_EDI_scale
     is_plain = layer.matmul_format == "plain" and layer.slot_E is None
-    if not is_plain or x_ND.dim() > 1:
+    if not is_plain or x_ND.device.type != "cpu":
         return layer(x_ND.view(1, -1, x_ND.shape[-1]))[1].view(x_ND.shape)
-    # For one row on a CPU, only the few chosen experts are multiplied, as ordinary matrices.
+    # On a CPU only the experts that a row chose are multiplied, as ordinary matrices.
     y_ND = _normed(layer.norm, x_ND)
     out_ND = _swiglu(layer.shared, y_ND)
-    weight_NK, id_NK = layer.router(y_ND[None])
-    for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
-        gate_up, down = (
-            join_parts(stack[expert], None if scale is None else scale[expert])
-            for stack, scale in zip(stacks, scales, strict=True)
-        )
-        out_ND += multiply(gated_product(multiply(y_ND, gate_up)).mul_(weight), down)
+    weight_NK, id_NK = layer.router(y_ND.view(-1, y_ND.shape[-1]))
+    if x_ND.dim() == 1:
+        for weight, expert in zip(weight_NK[0].tolist(), id_NK[0].tolist(), strict=True):
+            gate_up, down = _matrices_of(layer, expert)
+            out_ND += multiply(gated_product(multiply(y_ND, gate_up)).mul_(weight), down)
+        return out_ND
+    rows = defaultdict[int, list[int]](list)
+    for row, experts in enumerate(id_NK.tolist()):
+        for expert in experts:
+            rows[expert].append(row)
+    for expert in sorted(rows):
+        gate_up, down = _matrices_of(layer, expert)
+        row_R = torch.tensor(rows[expert])
+        weight_R1 = weight_NK[row_R].masked_fill(id_NK[row_R] != expert, 0.0).sum(-1, keepdim=True)
+        product_RI = gated_product(multiply(y_ND[row_R], gate_up)).mul_(weight_R1)
+        out_ND.index_add_(0, row_R, multiply(product_RI, down))
     return out_ND
+
+
+def _matrices_of(layer: MoeFfn, expert: int) -> tuple[Tensor | QuantTensor, Tensor | QuantTensor]:
+    """Return an expert's two matrices: gate and up, and down."""
+    gate_up, down = layer.gate_up_EHD_scale, layer.down_EDI_scale
+    return (
+        join_parts(layer.gate_up_EHD[expert], None if gate_up is None else gate_up[expert]),
+        join_parts(layer.down_EDI[expert], None if down is None else down[expert]),
+    )

@@ -104,9 +104,9 @@ class KvCache:
             self.starts[slot] = 0
         return length
 
-    def latent(self, layer: int, slot: int, places: slice, dtype: torch.dtype) -> Tensor:
-        """Return the latents at some places, [1, places, L] in dtype: a view of the cache if it has that dtype."""
-        parts = [part[slot : slot + 1, places] for part in self.layers[layer]]
+    def latent(self, layer: int, slots: slice, places: slice, dtype: torch.dtype) -> Tensor:
+        """Return latents, [slots, places, L] in dtype: a view of the cache if it has that dtype."""
+        parts = [part[slots, places] for part in self.layers[layer]]
         if len(parts) == 1:
             return parts[0].to(dtype)
         code, scale, rope = parts
@@ -136,7 +136,7 @@ class CacheSlot:
         """Append the latents of new tokens; returns all latents stored so far, [1, S, L] in new's dtype."""
         self._write(layer, self.cache.parts_of_latent(new_1TL[0]))
         end = self.length + new_1TL.shape[1] - self.cache.first(self.slot, layer)
-        return self.cache.latent(layer, self.slot, slice(end), new_1TL.dtype)
+        return self.cache.latent(layer, slice(self.slot, self.slot + 1), slice(end), new_1TL.dtype)
 
     def store_keys(self, layer: int, k_1TGK: Tensor, v_1TGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens; returns all stored so far, [1, G, S, K] each, in k's dtype."""

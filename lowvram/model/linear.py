@@ -11,7 +11,7 @@ from lowvram_kernels.layers.norm_linears import norm_linears
 from lowvram_kernels.layers.rms_norm import add_rms_norm, rms_norm
 from lowvram_kernels.matmul.linear import linear
 from lowvram_kernels.matmul.quant_linear import MatmulFormat
-from lowvram_kernels.matmul.weight_only import PACKED_ROWS, decoded, multiply_packed, takes_packed, weight_only_linear
+from lowvram_kernels.matmul.weight_only import decoded, multiply_packed, takes_packed, weight_only_linear
 from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor, nn
 
@@ -91,9 +91,8 @@ def multiply(x_NI: Tensor, weight_OI: Tensor | QuantTensor) -> Tensor:
     x: [N, inputs], or one row as a vector.
     """
     if isinstance(weight_OI, QuantTensor):
-        is_vector = x_NI.dim() == 1
-        if (is_vector or x_NI.shape[0] <= PACKED_ROWS) and takes_packed(x_NI, weight_OI.code):
-            return multiply_packed(x_NI[None], weight_OI)[0] if is_vector else multiply_packed(x_NI, weight_OI)
+        if x_NI.dim() == 1 and takes_packed(x_NI, weight_OI.code):
+            return multiply_packed(x_NI[None], weight_OI)[0]
         return weight_only_linear(x_NI, weight_OI)
     if weight_OI.dtype != x_NI.dtype:
         weight_OI = weight_OI.to(x_NI.dtype)

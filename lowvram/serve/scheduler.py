@@ -15,7 +15,7 @@ from torch import Tensor
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import LowvramError, NumbersError
 from lowvram.generate.decoder import Decoder
-from lowvram.generate.sampling import Sampler, sample
+from lowvram.generate.sampling import BatchSampler, Drawn, Sampler, Wish
 from lowvram.serve.detokenizer import Detokenizer, Logprobs, Piece
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.slots import Slots
@@ -74,11 +74,6 @@ class ActiveJob:
     def __init__(self, job: GenerationJob, tokenizer: Tokenizer, deliver: Callable[[Event], None]) -> None:
         self.job, self.deliver = job, deliver
         self.ids = list(job.ids)
-        # For the repetition penalty, which reads all ids at each new token: allocated once, and filled in place.
-        self._seen = None
-        if job.sampler.repetition_penalty != 1.0:
-            self._seen = torch.empty(len(self.ids) + job.max_tokens, dtype=torch.int64)
-            self._seen[: len(self.ids)] = torch.tensor(self.ids)
         self.detokenizer = Detokenizer(tokenizer, job.stops)
         self.is_cancelled = False
         self.reused = 0
@@ -88,17 +83,6 @@ class ActiveJob:
     def written(self) -> int:
         """Tokens of the answer so far."""
         return len(self.ids) - len(self.job.ids)
-
-    @property
-    def seen(self) -> Tensor:
-        """The ids so far [T], a view, where the sampler needs them; else an empty tensor."""
-        return torch.empty(0, dtype=torch.int64) if self._seen is None else self._seen[: len(self.ids)]
-
-    def append(self, id: int) -> None:
-        """Add a token to the text."""
-        if self._seen is not None:
-            self._seen[len(self.ids)] = id
-        self.ids.append(id)
 
 
 class Scheduler:
@@ -113,7 +97,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[ActiveJob] = deque()
         self._running: dict[int, ActiveJob] = {}
-        self._slots = Slots(decoder)
+        self._slots, self._sampler = Slots(decoder), BatchSampler(decoder.slots)
         self._failures, self._stop_at = 0, float("inf")
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="lowvram-batcher", daemon=True)
@@ -218,13 +202,19 @@ class Scheduler:
         """Do one round: drop cancelled jobs, give waiting ones a slot, read parts of prompts, write one token each."""
         self._drop_cancelled()
         self._assign_slots()
-        budget = PIECE_TOKENS
+        budget, whole = PIECE_TOKENS, dict[int, Tensor]()
         for slot, active in list(self._running.items()):
             unread = self._unread(slot, active)
             # A last unread token is read in the batch with the other jobs' tokens.
             if unread > 1 and budget > 0:
-                budget -= self._prefill(slot, active, min(unread, budget))
-        ready = [slot for slot, active in self._running.items() if self._unread(slot, active) == 1]
+                count = min(unread, budget)
+                budget -= count
+                logit_V = self._prefill(slot, active, count)
+                if logit_V is not None and count == unread:
+                    whole[slot] = logit_V
+        if whole:
+            self._sample_next(list(whole), torch.stack(list(whole.values())))
+        ready = sorted(slot for slot, active in self._running.items() if self._unread(slot, active) == 1)
         if ready:
             self._decode(ready)
 
@@ -244,23 +234,22 @@ class Scheduler:
                 active = self._waiting.popleft()
                 active.reused = self._slots.take(slot, active.ids)
                 self._running[slot] = active
+                self._sampler.begin(slot, active.job.sampler, active.ids)
                 self.metrics.count("tokens_reused_total", active.reused)
 
     def _free(self, slot: int) -> None:
         self._slots.release(slot, self._running.pop(slot).ids)
 
-    def _prefill(self, slot: int, active: ActiveJob, count: int) -> int:
-        """Read `count` tokens of a prompt; if that was the rest of it, sample the first token.  Returns `count`."""
+    def _prefill(self, slot: int, active: ActiveJob, count: int) -> Tensor | None:
+        """Read `count` tokens of a prompt; returns the logits [V] after them, None where that failed."""
         start = self.decoder.length(slot)
         try:
             logit_V = self.decoder.prefill(slot, active.ids[start : start + count])
         except (RuntimeError, MemoryError, LowvramError) as error:
             self._fail_slots(error, [slot])
-            return count
+            return None
         self.metrics.count("tokens_read_total", count)
-        if start + count == len(active.ids):
-            self._sample_next([slot], logit_V[None])
-        return count
+        return logit_V
 
     def _decode(self, slots: Sequence[int]) -> None:
         try:
@@ -273,30 +262,33 @@ class Scheduler:
 
     def _sample_next(self, slots: Sequence[int], logit_NV: Tensor) -> None:
         """Sample each job's next token, deliver its text, and free the slots of the jobs that are done."""
-        logit_NV = logit_NV.detach().to("cpu", torch.float32)
-        for slot, logit_V in zip(slots, logit_NV, strict=True):
-            active = self._running[slot]
-            try:
-                id = sample(logit_V, active.job.sampler, active.seen, len(active.ids))
-            except NumbersError as error:
-                self._fail_slots(error, [slot])
+        jobs = [self._running[slot] for slot in slots]
+        wishes = [Wish(active.job.sampler, len(active.ids), active.job.top) for active in jobs]
+        try:
+            tokens = self._sampler.draw(slots, wishes, logit_NV)
+        except (RuntimeError, MemoryError) as error:
+            self._fail_slots(error, slots)
+            return
+        for slot, active, token in zip(slots, jobs, tokens, strict=True):
+            if isinstance(token, NumbersError):
+                self._fail_slots(token, [slot])
                 continue
             self._failures = 0
             if not active.written:
                 self.metrics.time("first_token_seconds", time.monotonic() - active.asked_at)
-            if reason := self._append(active, id, logit_V):
+            if reason := self._append(active, token):
                 self._deliver(active, active.detokenizer.finish())
                 active.deliver(Finished(reason, active.reused, active.written))
                 self._free(slot)
 
-    def _append(self, active: ActiveJob, id: int, logit_V: Tensor) -> Literal["stop", "length"] | None:
+    def _append(self, active: ActiveJob, token: Drawn) -> Literal["stop", "length"] | None:
         """Add a token to the job's text; returns the reason if it is the last, else None."""
-        if id in self._stop_ids:
+        if token.id in self._stop_ids:
             return "stop"
-        active.append(id)
+        active.ids.append(token.id)
         self.metrics.count("tokens_written_total")
-        logprobs = None if active.job.top is None else logprobs_of(logit_V, id, active.job.top)
-        self._deliver(active, active.detokenizer.push(id, logprobs))
+        logprobs = None if token.logprob is None else Logprobs(token.logprob, token.top)
+        self._deliver(active, active.detokenizer.push(token.id, logprobs))
         if active.detokenizer.is_stopped:
             return "stop"
         is_full = active.written >= active.job.max_tokens or len(active.ids) >= self.decoder.max_context
@@ -322,10 +314,3 @@ class Scheduler:
         assert error is not None, "a scheduler that ends jobs is stopping"
         for active in active_jobs:
             active.deliver(Failed(error))
-
-
-def logprobs_of(logit_V: Tensor, id: int, top: int) -> Logprobs:
-    """Return a token's log-probability and the `top` likeliest ones, greatest first.  logit_V: [V] fp32."""
-    logprob_V = logit_V.log_softmax(-1)
-    value, index = logprob_V.topk(min(top, len(logprob_V)))
-    return Logprobs(float(logprob_V[id]), tuple(zip(index.tolist(), value.tolist(), strict=True)))

@@ -8,6 +8,7 @@ from lowvram_kernels.dispatch import Card
 
 from lowvram.fit.inference_memory import rehearse_inference
 from lowvram.generate.decoder import Decoder
+from lowvram.generate.sampling import BatchSampler, Sampler, Wish
 from lowvram.generate.weights import load_for_inference
 from lowvram.model.transformer import Transformer
 from tests.generate.test_weights import source_of
@@ -29,7 +30,12 @@ def test_paper_tells_the_bytes_of_a_real_reading(kind: str, precision: str) -> N
     with torch.no_grad(), LiveBytes().ignore(*tensors) as live:
         decoder = Decoder(model, length, slots, torch.float32)
         decoder.prefill(0, [0] * (length - 1))
-        decoder.decode_one_token(range(slots), [0] * slots)
+        logit_NV = decoder.decode_one_token(range(slots), [0] * slots)
+        sampler = BatchSampler(slots)
+        wish = Wish(Sampler(top_k=0, top_p=0.9, repetition_penalty=1.1), length, top=3)
+        for slot in range(slots):
+            sampler.begin(slot, wish.sampler, [0])
+        sampler.draw(range(slots), [wish] * slots, logit_NV)
     told = rehearse_inference(model, torch.float32, slots, length, Card("cpu"))
     assert told == pytest.approx(live.peak, rel=0.05)
 

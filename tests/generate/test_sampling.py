@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 from pydantic import ValidationError
 
 from lowvram.errors import NumbersError
-from lowvram.generate.sampling import Sampler, keyed_uniform, sample
+from lowvram.generate import sampling
+from lowvram.generate.sampling import BatchSampler, Drawn, Sampler, Wish, keyed_uniform, launch_draws, sample
 
 DRAWS = 4_000
 NOTHING = torch.tensor([], dtype=torch.long)
@@ -128,8 +130,14 @@ def test_the_last_token_can_be_drawn_and_none_behind_it() -> None:
     assert drawn(torch.tensor([-torch.inf, -torch.inf, 0.0]), PLAIN) == {2}
 
 
-def by_sorting_everything(logit_V: torch.Tensor, sampler: Sampler, index: int) -> int:
+def by_sorting_everything(logit_V: torch.Tensor, sampler: Sampler, index: int, seen: Sequence[int] = ()) -> int:
     """The definition: all tokens in their order, cut by each rule, then one draw among what is left."""
+    logit_V = logit_V.clone()
+    for id in set(seen):
+        value = logit_V[id]
+        logit_V[id] = value / sampler.repetition_penalty if value > 0 else value * sampler.repetition_penalty
+    if sampler.temperature == 0.0:
+        return int(logit_V.argmax())
     probability_V = ((logit_V.double() - logit_V.max()) / sampler.temperature).softmax(-1)
     sorted_V, order_V = probability_V.sort(descending=True, stable=True)
     keep_V = sorted_V >= sampler.min_p * sorted_V[0]
@@ -148,9 +156,7 @@ def by_sorting_everything(logit_V: torch.Tensor, sampler: Sampler, index: int) -
     [{}, {"top_k": 50}, {"top_p": 0.95}, {"min_p": 0.02}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, {"top_k": 9000}],
     ids=str,
 )
-def test_no_more_is_sorted_than_is_needed_and_the_draw_is_that_of_sorting_all(
-    options: dict[str, float], spread: float
-) -> None:
+def test_the_draw_is_that_of_sorting_all_tokens(options: dict[str, float], spread: float) -> None:
     generator = torch.Generator().manual_seed(1)
     # Rounded, so that many are equal at every cut.
     logit_V = (spread * torch.randn(5000, generator=generator)).bfloat16().float()
@@ -184,3 +190,115 @@ def test_keyed_numbers_fill_the_unit_interval_evenly() -> None:
 def test_an_impossible_sampler_cannot_be_made(options: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Sampler(**options)
+
+
+# Every kind of sampler that a client may have, all of one crowd.
+CROWD = [
+    Sampler(temperature=0.0, repetition_penalty=1.0),
+    Sampler(seed=3),
+    with_options(seed=5),
+    with_options(top_p=0.9, seed=-7),
+    with_options(min_p=0.05, temperature=1.5, repetition_penalty=1.4, seed=2**62),
+    with_options(top_k=7, top_p=0.6, temperature=0.3),
+    Sampler(temperature=0.0, repetition_penalty=1.8),
+    with_options(top_k=3000, repetition_penalty=0.7, seed=1),
+    with_options(top_p=0.999, temperature=3.0, seed=9),
+    with_options(top_p=1e-6, min_p=0.3, seed=9),
+]
+
+
+@pytest.mark.parametrize("at_once", [2**20, 12_000, 1], ids=lambda count: f"{count} logits")
+def test_each_of_a_crowd_draws_what_its_own_definition_says_and_what_it_draws_alone(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_LOGITS_IN_CACHE", at_once)
+    generator, slots = torch.Generator().manual_seed(2), [4, 0, 8, 1, 9, 7, 2, 3, 6, 5]
+    together, alone = BatchSampler(len(CROWD)), [BatchSampler(1) for _ in CROWD]
+    texts = [list(range(row, 40 + 9 * row)) for row in range(len(CROWD))]
+    for row, sampler in enumerate(CROWD):
+        together.begin(slots[row], CROWD[row - 1], range(4000))  # what a slot held before is forgotten
+        together.begin(slots[row], sampler, texts[row])
+        alone[row].begin(0, sampler, texts[row])
+    for _ in range(6):
+        # Rounded, so that many are equal at every cut.
+        logit_NV = (2 * torch.randn(len(CROWD), 5000, generator=generator)).bfloat16()
+        wishes = [Wish(sampler, len(text)) for sampler, text in zip(CROWD, texts, strict=True)]
+        drawn = together.draw(slots, wishes, logit_NV)
+        for row, one in enumerate(drawn):
+            assert [one] == alone[row].draw([0], [wishes[row]], logit_NV[row : row + 1])
+            assert isinstance(one, Drawn)
+            assert one.id == by_sorting_everything(logit_NV[row].float(), CROWD[row], len(texts[row]), texts[row])
+            texts[row].append(one.id)
+
+
+def test_a_history_is_one_row_of_bytes_a_slot_and_made_for_a_penalty_alone() -> None:
+    sampler, logit_NV = BatchSampler(3), torch.zeros(1, 50)
+    sampler.begin(0, PLAIN, [1, 2])
+    sampler.draw([0], [Wish(PLAIN, 2)], logit_NV)
+    assert sampler._history._seen_SV is None
+    places = set()
+    for slot in (2, 1, 2):
+        penalised = with_options(repetition_penalty=2.0, seed=slot)
+        sampler.begin(slot, penalised, [1, 2])
+        for position in range(2, 12):
+            sampler.draw([slot], [Wish(penalised, position)], logit_NV)
+            seen_SV = sampler._history._seen_SV
+            assert seen_SV is not None
+            places.add(seen_SV.data_ptr())
+            assert 2 <= int(seen_SV[slot].sum()) <= position + 1
+    assert seen_SV.nbytes == 3 * 50
+    assert len(places) == 1, "no token allocates it anew"
+
+
+def test_a_row_that_is_no_distribution_ends_alone() -> None:
+    samplers = [PLAIN, with_options(temperature=0.0), with_options(top_p=0.5), Sampler()]
+    logit_NV = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
+    wishes = [Wish(sampler, 9, top=2) for sampler in samplers * 2]
+
+    def draw() -> list[Drawn | NumbersError]:
+        sampler = BatchSampler(8)
+        for slot, wish in enumerate(wishes):
+            sampler.begin(slot, wish.sampler, [5])
+        return sampler.draw(range(8), wishes, logit_NV)
+
+    whole = draw()
+    for row, bad in ((0, math.nan), (1, math.inf), (2, math.nan), (3, math.inf)):
+        logit_NV[row, 17] = bad
+    found = draw()
+    assert [type(one) for one in found] == [NumbersError] * 4 + [Drawn] * 4
+    assert "greatest logit is nan" in str(found[0])
+    assert "greatest logit is inf" in str(found[1])
+    assert [one.id for one in found[4:]] == [one.id for one in whole[4:]]  # type: ignore[union-attr]
+
+
+def test_log_probabilities_are_the_models_own_and_only_of_those_who_wish_for_them() -> None:
+    logit_NV = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
+    tops, sampler = [None, 0, 3, 20, 1], Sampler(repetition_penalty=5.0, top_k=10)
+    batch = BatchSampler(5)
+    for slot in range(5):
+        batch.begin(slot, sampler, range(200))
+    drawn = batch.draw(range(5), [Wish(sampler, 4, top) for top in tops], logit_NV)
+    for logit_V, top, one in zip(logit_NV, tops, drawn, strict=True):
+        assert isinstance(one, Drawn)
+        logprob_V = logit_V.log_softmax(-1)
+        if top is None:
+            assert one[1:] == (None, ())
+            continue
+        assert one.logprob == pytest.approx(float(logprob_V[one.id]), abs=1e-6)
+        value_T, id_T = logprob_V.topk(top)
+        assert [id for id, _ in one.top] == id_T.tolist()
+        assert [value for _, value in one.top] == pytest.approx(value_T.tolist(), abs=1e-6)
+
+
+def test_more_log_probabilities_than_tokens_are_all_of_them() -> None:
+    (drawn,) = BatchSampler(1).draw([0], [Wish(PLAIN, 0, top=20)], torch.zeros(1, 7))
+    assert isinstance(drawn, Drawn)
+    assert sorted(id for id, _ in drawn.top) == list(range(7))
+
+
+def test_a_draw_reads_nothing_on_the_host_until_all_texts_have_theirs() -> None:
+    # A meta tensor has nothing to read: any question of the host would raise.
+    logit_NV = torch.empty(len(CROWD), 5000, dtype=torch.bfloat16, device="meta")
+    seen_NV = torch.empty(len(CROWD), 5000, dtype=torch.bool, device="meta")
+    packed_NX = launch_draws(logit_NV, [Wish(sampler, 3, top=2) for sampler in CROWD], seen_NV)
+    assert packed_NX.shape == (len(CROWD), 7)

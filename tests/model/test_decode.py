@@ -12,11 +12,12 @@ from lowvram_kernels.layers.rotary import rotate
 from lowvram.config.model import ModelConfig
 from lowvram.generate.weights import convert, is_matrix, put
 from lowvram.model import decode as one_token
+from lowvram.model import slot_attention
 from lowvram.model import slot_attention as of_rows
 from lowvram.model.decode import decode_one_token
 from lowvram.model.kv_cache import CacheFormat, KvCache
 from lowvram.model.positions import rotate_one, turn_at
-from lowvram.model.slot_attention import BatchedAttention, PerSlotAttention, SlotAttention
+from lowvram.model.slot_attention import BatchedAttention, JoinedAttention, PerSlotAttention, SlotAttention
 from lowvram.model.transformer import Transformer, lay_by_columns
 from tests.kernels.measures import relative_error
 from tests.model.outside import randomise
@@ -38,7 +39,11 @@ def together(cache: KvCache) -> SlotAttention:
     return BatchedAttention(cache, lengths, starts, torch.ones(cache.slots, dtype=torch.bool), max(cache.lengths) + 1)
 
 
-both = pytest.mark.parametrize("make", [each, together], ids=["each text", "all texts"])
+def joined(cache: KvCache) -> SlotAttention:
+    return JoinedAttention(cache, range(cache.slots))
+
+
+ways = pytest.mark.parametrize("make", [each, together, joined], ids=["each text", "all texts", "joined"])
 
 
 def tokens(texts: int = 2, seed: int = 0) -> torch.Tensor:
@@ -57,7 +62,7 @@ def decoded(model: Transformer, token_NT: torch.Tensor, cache: KvCache, make: Ma
     return torch.stack(steps, dim=1)
 
 
-@both
+@ways
 @every_variant
 def test_decoding_token_by_token_equals_the_full_forward_at_every_position(config: ModelConfig, make: MakeRows) -> None:
     model = randomise(Transformer(config))
@@ -75,7 +80,54 @@ def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
     torch.testing.assert_close(beside[:1], alone, atol=ABSOLUTE, rtol=0)
 
 
-@both
+@every_variant
+@pytest.mark.parametrize("cost", [0, 4, 400], ids=lambda places: f"a call costs {places} places")
+def test_texts_of_any_length_in_any_slots_decode_joined_as_one_by_one(
+    config: ModelConfig, cost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slot_attention, "_PLACES_OF_A_CALL", cost)
+    model, slot_N, read = randomise(Transformer(config)), [5, 0, 3, 1], [3, 17, 1, 4]
+    found = []
+    for way in (PerSlotAttention, JoinedAttention):
+        cache = KvCache(config, 7, 32, chunk=4)
+        with torch.no_grad():
+            for slot, count in zip(slot_N, read, strict=True):
+                for token in range(count):
+                    cache.make_room(slot, 1)
+                    decode_one_token(model, torch.tensor([token + slot]), PerSlotAttention(cache, [slot]), cache.dtype)
+                    cache.lengths[slot] += 1
+            for part in (part for parts in cache.layers for part in parts):
+                part[4] = torch.nan  # a slot between them whose text is broken
+            for step in range(3):
+                for slot in slot_N:
+                    cache.make_room(slot, 1)
+                found.append(decode_one_token(model, torch.tensor([7, 8, 9, step]), way(cache, slot_N), cache.dtype))
+                for slot in slot_N:
+                    cache.lengths[slot] += 1
+            found.extend(part[[0, 1, 2, 3, 5, 6]] for parts in cache.layers for part in parts)
+    half = len(found) // 2
+    for one, other in zip(found[:half], found[half:], strict=True):
+        torch.testing.assert_close(other, one, atol=ABSOLUTE, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "lengths, slots, joined",
+    [
+        ([100, 120, 90], [0, 1, 2], [0, 1, 2]),
+        ([100, 5000, 90], [0, 1, 2], [0, 2]),
+        ([5000, 4900, 90, 80], [3, 2, 1, 0], [2, 3]),
+        ([1000, 1010], [0, 30], []),
+        ([100], [0], []),
+        ([9, 9, 9], [4, 6, 5], [0, 1, 2]),
+    ],
+)
+def test_rows_are_joined_where_reading_more_places_is_cheaper_than_a_call(
+    lengths: list[int], slots: list[int], joined: list[int]
+) -> None:
+    assert slot_attention.rows_to_join(lengths, slots) == joined
+
+
+@ways
 @every_variant
 def test_bf16_stays_near_fp32(config: ModelConfig, make: MakeRows) -> None:
     model = randomise(Transformer(config))
@@ -86,7 +138,7 @@ def test_bf16_stays_near_fp32(config: ModelConfig, make: MakeRows) -> None:
     assert (found.float() - exact).norm() < 0.06 * exact.norm()
 
 
-@both
+@ways
 @pytest.mark.parametrize("name", ["mla-rope", "mla-window", "mla-yarn-q_lora"])
 def test_latents_in_8_bits_stay_near_and_both_ways_agree(name: str, make: MakeRows) -> None:
     model = randomise(Transformer(VARIANTS[name]))
@@ -127,6 +179,27 @@ def test_one_row_looks_at_its_own_experts_alone(name: str, monkeypatch: pytest.M
     with torch.no_grad():
         whole = model.logits(tokens()[:1])
     torch.testing.assert_close(found, whole, atol=ABSOLUTE, rtol=0)
+
+
+def test_rows_share_the_products_of_an_expert_that_several_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomise(Transformer(VARIANTS["mla-moe"]))
+    given = tokens()[:1].expand(6, -1).clone()
+    given[5] = tokens()[1]
+    sizes = []
+    true, stack = one_token.multiply, model.blocks[1].ffn.gate_up_EHD
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.untyped_storage().data_ptr() == stack.data_ptr():
+            sizes.append(len(x))
+        return true(x, weight)
+
+    monkeypatch.setattr(one_token, "multiply", multiply)
+    found = decoded(model, given, KvCache(model.config, 6, LENGTH), joined)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model.logits(given), atol=ABSOLUTE, rtol=0)
+    assert set(sizes) <= {1, 5, 6}
+    assert sum(sizes) == 6 * 2 * LENGTH, "each text has two experts"
+    assert len(sizes) <= 4 * LENGTH, "five equal texts choose the same two, in one product each"
 
 
 @pytest.mark.parametrize("texts", [1, 2])

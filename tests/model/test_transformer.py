@@ -83,6 +83,15 @@ def test_a_model_laid_by_columns_is_the_same_model(config: ModelConfig) -> None:
     assert laid.blocks[0].ffn.down_proj.weight.is_contiguous(), "36 x 52 is not taller than wide"
 
 
+def test_heads_parts_of_a_16_bit_matrix_lie_in_fp32_without_changing() -> None:
+    model = randomise(Transformer(VARIANTS["mla-moe"])).to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    laid = lay_by_columns(model.requires_grad_(False))
+    for name, weight in laid.state_dict().items():
+        assert weight.dtype == (torch.float32 if name.endswith("kv_b_proj.weight") else before[name].dtype)
+        assert torch.equal(weight.to(before[name].dtype), before[name])
+
+
 def test_a_model_without_seed_is_left_for_a_load_to_fill() -> None:
     config = VARIANTS["mla-moe"]
     model = randomise(Transformer(config))

@@ -20,7 +20,6 @@ from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.model.transformer import Transformer
-from lowvram.serve import scheduler as scheduler_module
 from lowvram.serve.detokenizer import Piece
 from lowvram.serve.metrics import Metrics
 from lowvram.serve.scheduler import (
@@ -50,6 +49,7 @@ class Watched(Decoder):
         self.gate.set()
         self.error: Exception | None = None
         self.poison = False
+        self.poisoned_slot: int | None = None
 
     def _visit(self, what: str, slots: Sequence[int], tokens: int) -> None:
         self.gate.wait(30)
@@ -64,6 +64,9 @@ class Watched(Decoder):
     def decode_one_token(self, slot_N: Sequence[int], token_N: Sequence[int]) -> Tensor:
         self._visit("decode", slot_N, len(slot_N))
         logit_NV = super().decode_one_token(slot_N, token_N)
+        if self.poisoned_slot in slot_N:
+            logit_NV = logit_NV.clone()
+            logit_NV[list(slot_N).index(self.poisoned_slot)] = float("nan")
         return logit_NV * float("nan") if self.poison else logit_NV
 
 
@@ -142,28 +145,51 @@ def test_a_seeded_answer_does_not_depend_on_its_company(
         assert write(0) == write(3) == write(7)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_a_texts_ids_are_kept_as_a_tensor_only_for_a_penalty_and_grow_in_place(
-    small_tokenizer: Tokenizer, model: Transformer, monkeypatch: pytest.MonkeyPatch, penalty: float
+# Samplers that clients of one server may have at the same time.
+CROWD = [
+    Sampler(seed=1),
+    Sampler(temperature=0.0, repetition_penalty=1.3),
+    Sampler(temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, seed=2),
+    Sampler(temperature=1.4, top_k=0, top_p=0.9, seed=3),
+    Sampler(temperature=0.9, min_p=0.05, top_k=0, repetition_penalty=0.8, seed=4),
+    GREEDY,
+    Sampler(seed=1),
+]
+
+
+@pytest.mark.parametrize("slots", [2, 7])
+def test_whoever_writes_beside_whom_gets_the_tokens_of_a_conversation_alone(
+    small_tokenizer: Tokenizer, model: Transformer, slots: int
 ) -> None:
-    seen = list[Tensor]()
-    real = scheduler_module.sample
-    monkeypatch.setattr(scheduler_module, "sample", lambda *words: seen.append(words[2]) or real(*words))
-    sampler = Sampler(temperature=0.0, repetition_penalty=penalty)
-    asked = job_for(small_tokenizer, TURKISH[0][:30], 20, sampler)
-    with batching(Decoder(model, CONTEXT, 2), small_tokenizer) as scheduler:
-        inbox = Inbox()
-        scheduler.submit(asked, inbox.events.put)
-        text = inbox.take()[0]
+    jobs = [
+        job_for(small_tokenizer, TURKISH[number % len(TURKISH)][: 9 + 5 * number], 12 + number, sampler)
+        for number, sampler in enumerate(CROWD)
+    ]
     engine = Engine(Decoder(model, CONTEXT), small_tokenizer)
-    assert text == "".join(engine.generate(list(asked.ids), sampler, 20))
-    assert len(seen) > 10
-    if penalty == 1.0:
-        assert {ids.numel() for ids in seen} == {0}
-    else:
-        assert [ids.numel() for ids in seen] == list(range(len(asked.ids), len(asked.ids) + len(seen)))
-        assert seen[-1].tolist() == engine.ids[: seen[-1].numel()]
-        assert len({ids.data_ptr() for ids in seen}) == 1, "no token copies the text"
+    expected = ["".join(engine.generate(list(job.ids), job.sampler, job.max_tokens)) for job in jobs]
+    with batching(Decoder(model, CONTEXT, slots), small_tokenizer) as scheduler:
+        for _ in range(2):  # the second time every slot had another text's history
+            inboxes = [Inbox() for _ in jobs]
+            for job, inbox in zip(jobs, inboxes, strict=True):
+                scheduler.submit(job, inbox.events.put)
+            assert [inbox.take()[0] for inbox in inboxes] == expected
+            jobs, expected = jobs[::-1], expected[::-1]
+
+
+def test_a_text_of_broken_numbers_ends_and_the_others_go_on(small_tokenizer: Tokenizer, model: Transformer) -> None:
+    decoder = Watched(model, CONTEXT, 4)
+    with batching(decoder, small_tokenizer) as scheduler:
+        expected = [ask(scheduler, small_tokenizer, text[:20], 20).take() for text in TURKISH[:3]]
+    decoder = Watched(model, CONTEXT, 4)
+    decoder.gate.clear()
+    decoder.poisoned_slot = 1
+    with batching(decoder, small_tokenizer) as scheduler:
+        inboxes = [ask(scheduler, small_tokenizer, text[:20], 20) for text in TURKISH[:3]]
+        decoder.gate.set()
+        found = [inbox.take() for inbox in inboxes]
+    assert isinstance(found[1][1], Failed)
+    assert "greatest logit is nan" in str(found[1][1].error)
+    assert [found[0][0], found[2][0]] == [expected[0][0], expected[2][0]]
 
 
 def test_who_comes_later_joins_between_two_tokens(small_tokenizer: Tokenizer, model: Transformer) -> None:

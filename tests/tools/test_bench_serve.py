@@ -24,11 +24,13 @@ def test_no_two_prompts_begin_alike_and_the_same_seed_asks_the_same() -> None:
 def test_the_tokenizer_has_bytes_for_every_id_of_the_model() -> None:
     tokenizer = tokenizer_of(1000)
     assert tokenizer.size == 1000
-    assert tokenizer.token_bytes(999) == b"x"
+    assert len({tokenizer.token_bytes(id) for id in range(600, 1000)}) == 400, "no two texts look alike by chance"
 
 
-def test_texts_that_differ_are_counted_and_of_the_others_the_greatest_gap_is_told() -> None:
+def test_texts_that_part_are_counted_and_the_greatest_gap_before_is_told() -> None:
     first = [answer(["a", "b"], [-1.0, -2.0]), answer(["a"], [-1.0])]
     second = [answer(["a", "b"], [-1.0, -2.5]), answer(["c"], [-9.0])]
+    parted = [answer(["a", "c"], [-1.25, -9.0]), answer(["a"], [-1.0])]
     assert difference(first, first) == (0, 0.0)
     assert difference(first, second) == (1, pytest.approx(0.5))
+    assert difference(first, parted) == (1, pytest.approx(0.25)), "what follows the first other token is another text"

@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +38,7 @@ from lowvram.model.kv_cache import CacheFormat
 from lowvram.model.transformer import Transformer
 from tests.model.outside import outside_twin
 from tests.model.variants import VARIANTS
-from tools.bench.reading_model import DTYPES, lay_for_reading
+from tools.bench.reading_model import DTYPES, describe_machine, lay_for_reading
 
 GREEDY = Sampler(temperature=0.0, repetition_penalty=1.0)
 NOTHING = torch.empty(0, dtype=torch.int64)
@@ -132,21 +130,6 @@ def measure(
     return Figures(ours_s, theirs_s, first_s, forward_s, bytes_per_token, theirs_bytes_per_token, ratio)
 
 
-def describe_machine() -> str:
-    """Return date, processor, threads and versions, which must accompany every figure."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    load = f", load {os.getloadavg()[0]:.1f} of {os.cpu_count()}" if hasattr(os, "getloadavg") else ""
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {name or platform.processor() or platform.machine()} "
-        f"({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread{load}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-
-
 def show(name: str, dtype: str, context: int, figures: Figures) -> str:
     """Return one line of a table."""
     rates = (
@@ -170,7 +153,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two tiny models instead of presets, to try the tool")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(describe_machine())
+    print(describe_machine(), f"transformers {transformers.__version__}", sep=", ")
     for name in TINY if options.tiny else options.preset:
         config = TINY[name] if options.tiny else load_preset(name)[0]
         for dtype in options.dtype:

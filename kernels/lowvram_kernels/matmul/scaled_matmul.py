@@ -56,7 +56,7 @@ def _sums_int8_exactly() -> bool:
 
 
 # Found once, at import: Dynamo cannot trace the question, and a rehearsal would count its tensors.
-_INT8_IS_EXACT: bool = _sums_int8_exactly()
+INT8_IS_EXACT: bool = _sums_int8_exactly()
 
 
 # Largest first.  Eight warps, because a tile has two accumulators: the sum and the block's product.
@@ -241,7 +241,7 @@ def _multiply_decoded(a: QuantTensor, b: QuantTensor, dtype: torch.dtype, card: 
     if card.platform == "cuda" and (dtype != torch.bfloat16 or not has_bf16 or a.code.dtype == torch.int8):
         return _multiply_halves(a, b, dtype)
     if a.code.dtype == torch.int8:
-        if card.platform == "cpu" and _INT8_IS_EXACT:
+        if card.platform == "cpu" and INT8_IS_EXACT:
             total_MN = torch._int_mm(a.code, b.code.mT).float()
         else:
             total_MN = F.linear(a.code.float(), b.code.float())

@@ -164,6 +164,7 @@ def test_ids_of_another_dtype_are_named() -> None:
 def test_a_processor_multiplies_few_rows_of_bf16_by_int8_codes_as_they_are(
     rows: int, inputs: int, is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(weight_only, "INT8_IS_EXACT", False)
     calls, true = [], weight_only.multiply_packed
     monkeypatch.setattr(weight_only, "multiply_packed", lambda x, w: calls.append(x) or true(x, w))
     weight = quantise_weight(random(70, inputs, seed=1), "int8")
@@ -175,3 +176,55 @@ def test_a_processor_multiplies_few_rows_of_bf16_by_int8_codes_as_they_are(
     assert len(calls) == is_packed
     assert found.dtype == torch.bfloat16
     assert relative_error(found, truth_of(x, weight)) < 2.0**-7  # the scale and the sum are rounded to bf16
+
+
+@pytest.mark.parametrize("rows", [5, 16, weight_only.SPLIT_ROWS])
+@pytest.mark.parametrize("inputs, outputs", [(48, 70), (61, 3), (512, 200)])
+def test_a_processor_multiplies_rows_in_two_halves_as_closely_as_fp32_would(
+    rows: int, inputs: int, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where this processor would saturate, its sums are made elsewise: what is tested is the split.
+    monkeypatch.setattr(weight_only, "INT8_IS_EXACT", True)
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).to(torch.int32))
+    weight = quantise_weight(random(outputs, inputs, seed=1), "int8")
+    x = random(rows, inputs).bfloat16()
+    x[1] = 0.0
+    x[2] *= 2.0**100
+    x[3] *= 2.0**-100
+    with override_card(Card("cpu")):
+        found = weight_only_linear(x, weight)
+    truth, fp32 = truth_of(x, weight), truth_of(x, weight).float()
+    assert found.dtype == torch.bfloat16
+    # Beside the rounding to bf16: the halves' error, 2⁻¹⁷ of the row's greatest number for every weight.
+    halves = (
+        x.double().abs().amax(-1, keepdim=True) * 2.0**-16.9 * dequantise(weight, torch.float32).double().abs().sum(-1)
+    )
+    assert ((found.double() - truth).abs() <= halves + 2.0**-8 * fp32.abs()).all()
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_row_that_is_not_finite_stays_so_and_changes_no_other(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_only, "INT8_IS_EXACT", True)
+    weight, x = quantise_weight(random(40, 64, seed=1), "int8"), random(6, 64).bfloat16()
+    with override_card(Card("cpu")):
+        whole = weight_only_linear(x, weight)
+        x[2, 5] = bad
+        found = weight_only_linear(x, weight)
+    assert not found[2].isfinite().any()
+    others = [row for row in range(6) if row != 2]
+    assert torch.equal(found[others], whole[others])
+
+
+def test_rows_are_split_only_where_sums_of_int8_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, true = [], weight_only._multiply_split
+    monkeypatch.setattr(weight_only, "_multiply_split", lambda x, w: calls.append(len(x)) or true(x, w))
+    weight = quantise_weight(random(40, 64, seed=1), "int8")
+    for is_exact in (False, True):
+        monkeypatch.setattr(weight_only, "INT8_IS_EXACT", is_exact)
+        with override_card(Card("cpu")):
+            for rows in (4, 5, weight_only.SPLIT_ROWS, weight_only.SPLIT_ROWS + 1):
+                weight_only_linear(random(rows, 64).bfloat16(), weight)
+            weight_only_linear(random(16, 64), weight)
+            weight_only_linear(random(16, 64).bfloat16(), quantise_weight(random(40, 64, seed=1), "e4m3"))
+    assert calls == [5, weight_only.SPLIT_ROWS]
