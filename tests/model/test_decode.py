@@ -81,15 +81,15 @@ def test_one_text_alone_decodes_as_beside_another(config: ModelConfig) -> None:
 
 
 @every_variant
-@pytest.mark.parametrize("cost", [0, 4, 400], ids=lambda places: f"a call costs {places} places")
 def test_texts_of_any_length_in_any_slots_decode_joined_as_one_by_one(
-    config: ModelConfig, cost: int, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slot_attention, "_PLACES_OF_A_CALL", cost)
     model, slot_N, read = randomise(Transformer(config)), [5, 0, 3, 1], [3, 17, 1, 4]
-    found = []
-    for way in (PerSlotAttention, JoinedAttention):
-        cache = KvCache(config, 7, 32, chunk=4)
+    found: list[list[torch.Tensor]] = []
+    # One by one, all in one call, and the three short ones in one call.
+    for way, cost in ((PerSlotAttention, 0), (JoinedAttention, 400), (JoinedAttention, 15)):
+        monkeypatch.setattr(slot_attention, "_PLACES_OF_A_CALL", cost)
+        cache, results = KvCache(config, 7, 32, chunk=4), []
         with torch.no_grad():
             for slot, count in zip(slot_N, read, strict=True):
                 for token in range(count):
@@ -101,13 +101,16 @@ def test_texts_of_any_length_in_any_slots_decode_joined_as_one_by_one(
             for step in range(3):
                 for slot in slot_N:
                     cache.make_room(slot, 1)
-                found.append(decode_one_token(model, torch.tensor([7, 8, 9, step]), way(cache, slot_N), cache.dtype))
+                rows = way(cache, slot_N)
+                results.append(decode_one_token(model, torch.tensor([7, 8, 9, step]), rows, cache.dtype))
                 for slot in slot_N:
                     cache.lengths[slot] += 1
-            found.extend(part[[0, 1, 2, 3, 5, 6]] for parts in cache.layers for part in parts)
-    half = len(found) // 2
-    for one, other in zip(found[:half], found[half:], strict=True):
-        torch.testing.assert_close(other, one, atol=ABSOLUTE, rtol=0)
+            results.extend(part[[0, 1, 2, 3, 5, 6]] for parts in cache.layers for part in parts)
+        found.append(results)
+    assert slot_attention.rows_to_join([length + 1 for length in read], slot_N) == [0, 2, 3]
+    for results in found[1:]:
+        for one, other in zip(found[0], results, strict=True):
+            torch.testing.assert_close(other, one, atol=ABSOLUTE, rtol=0)
 
 
 @pytest.mark.parametrize(
