@@ -74,6 +74,7 @@ def evaluate(
     choices: Paths | None = None,
     suffixes: Paths | None = None,
     samples: int | None = None,
+    harness: str | Sequence[str] | None = None,
     items: int | None = None,
     field: str = "text",
     precision: Precision | None = None,
@@ -84,7 +85,8 @@ def evaluate(
 
     data: shards to measure on; None: the run's own `data.valid`, unless one of the following is given.  text: text
     files or folders, each with bits per byte of its own.  pairs: minimal pairs.  choices: questions with choices.
-    suffixes: sentences with gold analyses.  samples: how many texts the model writes.  tokens: only the first so many
+    suffixes: sentences with gold analyses.  samples: how many texts the model writes.  harness: tasks of
+    lm-evaluation-harness (package lm_eval), by their names or as paths of YAML files.  tokens: only the first so many
     of each text; items: only so many of each file's pairs, questions and sentences, evenly spread.  field: of text in
     JSON lines and Parquet.  precision: of the weights, None: what the run validates in.  progress: show a progress bar,
     in a terminal or a notebook.
@@ -99,10 +101,12 @@ def evaluate(
     for name, count in (("tokens", tokens), ("samples", samples), ("items", items)):
         refuse_count(name, count)
     refuse_missing("field", field, str)
+    refuse_type("harness", harness, str, list, tuple)
     refuse_missing("device", device, str)
     given = {"text": text, "pairs": pairs, "choices": choices, "suffixes": suffixes}
     files = {name: read_paths(name, paths) for name, paths in given.items() if paths is not None}
-    wanted = Measures(**files, samples=samples or 0, field=field, items=items)
+    tasks = (harness,) if isinstance(harness, str) else tuple(harness or ())
+    wanted = Measures(**files, samples=samples or 0, harness=tasks, field=field, items=items)
     task = evaluate_task(Path(checkpoint), Path(data) if data is not None else None, tokens, precision, device, wanted)
     found, notices = carry_out(task, progress)
     return dataclasses.replace(found, notices=notices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
     from lowvram.api.loading import LoadedModel
+    from lowvram.evaluate.harness import HarnessRow
     from lowvram.evaluate.minimal_pairs import Pair, PairsReport
     from lowvram.evaluate.multiple_choice import ChoicesReport, Item
     from lowvram.evaluate.scorer import Scorer
@@ -28,7 +30,8 @@ class Measures:
     """The files to measure on, and how many samples to write.
 
     text: text files, folders of them or of shards.  field: of JSON lines and Parquet, the text.  items: at most so many
-    of each file's pairs, questions and sentences, evenly spread.
+    of each file's pairs, questions and sentences, evenly spread, and the first so many of a task of the harness.
+    harness: tasks of lm-evaluation-harness, by their names or as paths of YAML files.
     """
 
     text: tuple[Path, ...] = ()
@@ -36,13 +39,14 @@ class Measures:
     choices: tuple[Path, ...] = ()
     suffixes: tuple[Path, ...] = ()
     samples: int = 0
+    harness: tuple[str, ...] = ()
     field: str = "text"
     items: int | None = None
 
     @property
     def any_asked(self) -> bool:
         """Whether anything is to be measured."""
-        return bool(self.text or self.pairs or self.choices or self.suffixes or self.samples)
+        return bool(self.text or self.pairs or self.choices or self.suffixes or self.samples or self.harness)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Measured:
     choices: tuple[ChoicesReport, ...] = ()
     suffixes: tuple[SuffixReport, ...] = ()
     samples: tuple[Sample, ...] = ()
+    harness: tuple[HarnessRow, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what was measured as values that JSON has; a number that is not finite is None."""
@@ -92,13 +97,20 @@ class Items:
 
 
 def read_items_task(wanted: Measures) -> Task[Items]:
-    """Read all files but the texts, of which only the names are looked up; raises DataError for one of a wrong form."""
+    """Read all files but the texts, of which only the names are looked up.
+
+    Raises DataError for a file of a wrong form, MachineError where a package is not installed.
+    """
+    from lowvram.errors import MachineError
     from lowvram.evaluate.minimal_pairs import read_pairs
     from lowvram.evaluate.multiple_choice import read_items
     from lowvram.evaluate.records import spread
     from lowvram.evaluate.suffix_loss import read_sentences
     from lowvram.evaluate.text_score import find_domains
 
+    if wanted.harness and importlib.util.find_spec("lm_eval") is None:
+        what = "Tasks of lm-evaluation-harness need the package lm_eval."
+        raise MachineError(what, "It is not installed.", "Type: pip install 'lowvram[eval]'")
     domains = tuple(find_domains(list(wanted.text))) if wanted.text else ()
     pairs, choices, suffixes = [], [], []
     for file in wanted.pairs:
@@ -135,7 +147,13 @@ def measure_task(loaded: LoadedModel, wanted: Measures, items: Items, tokens: in
         yield from _tell_cut(paid.cut, f"sentences of {file}", scorer.max_context)
         suffixes.append(paid)
     samples = yield from _write_samples(loaded, wanted.samples)
-    return Measured(tuple(text), tuple(pairs), tuple(choices), tuple(suffixes), tuple(samples))
+    harness = []
+    if wanted.harness:
+        from lowvram.evaluate.harness import run_harness
+
+        yield Progress("Running lm-evaluation-harness")
+        harness = run_harness(scorer, wanted.harness, wanted.items)
+    return Measured(tuple(text), tuple(pairs), tuple(choices), tuple(suffixes), tuple(samples), tuple(harness))
 
 
 def open_scorer(loaded: LoadedModel) -> Scorer:

@@ -42,6 +42,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--samples", type=count, metavar="N", help="let the model write N texts, behind the run's prompts"
     )
+    what = "tasks of lm-evaluation-harness, by its names or as paths of YAML files (pip install 'lowvram[eval]')"
+    parser.add_argument("--harness", nargs="+", metavar="TASK", action="extend", help=what)
     what = "only N of each file's pairs, questions and sentences, evenly spread (default: all)"
     parser.add_argument("--items", type=count, metavar="N", help=what)
     parser.add_argument(
@@ -97,6 +99,7 @@ def _read_wanted(arguments: argparse.Namespace) -> Measures:
         choices=tuple(arguments.choices or ()),
         suffixes=tuple(arguments.suffixes or ()),
         samples=arguments.samples or 0,
+        harness=tuple(name for names in arguments.harness or () for name in names.split(",") if name),
         field=arguments.field,
         items=arguments.items,
     )

@@ -13,6 +13,7 @@ from lowvram.units import count_of, show_count
 
 if TYPE_CHECKING:
     from lowvram.api.evaluation import Evaluation
+    from lowvram.evaluate.harness import HarnessRow
     from lowvram.evaluate.minimal_pairs import PairsReport, PairsRow
     from lowvram.evaluate.multiple_choice import ChoicesReport
     from lowvram.evaluate.suffix_loss import SuffixReport
@@ -23,7 +24,7 @@ def show_measured(found: Evaluation) -> None:
     """Print a table for each kind of file, and the samples."""
     measured = found.measured
     is_first = found.data is None
-    if measured.text or measured.pairs or measured.choices or measured.suffixes:
+    if measured.text or measured.pairs or measured.choices or measured.suffixes or measured.harness:
         result(f"{'' if is_first else chr(10)}{found.checkpoint}, weights in {found.precision}")
     if measured.text:
         _show_text(measured.text, found.seq_len)
@@ -33,6 +34,8 @@ def show_measured(found: Evaluation) -> None:
         _show_choices(measured.choices)
     for suffixes in measured.suffixes:
         _show_suffixes(suffixes)
+    if measured.harness:
+        _show_harness(measured.harness)
     for sample in measured.samples:
         result()
         result(f"{sample.prompt} …", "bold")
@@ -106,6 +109,16 @@ def _show_choices(reports: Sequence[ChoicesReport]) -> None:
     for report in reports:
         if report.is_chance:
             result(f"{report.file.name}: chance lies within the interval, so the model cannot be told from guessing.")
+
+
+def _show_harness(rows: Sequence[HarnessRow]) -> None:
+    result()
+    cells = [(row.task, row.metric, f"{row.value:.4f}", _show_error(row)) for row in rows]
+    lay_out(_tabulate(("harness", "figure", "value", "standard error"), cells), is_folded=True)
+
+
+def _show_error(row: HarnessRow) -> str:
+    return "–" if row.error is None else f"{row.error:.4f}"
 
 
 def _show_suffixes(report: SuffixReport) -> None:

@@ -30,6 +30,8 @@ LENGTH_CONTROLLED = (
     "scrambling",
     "subject_verb_agreement",
 )
+# The harness names a phenomenon otherwise than TurBLiMP's files do.
+_OTHER_NAMES = {"subject_agreement": "subject_verb_agreement"}
 _NEEDED = 'A pair has two texts: "sentence_good" and "sentence_bad", or "good" and "bad"'
 
 
@@ -101,6 +103,7 @@ def _read_pair(record: Record) -> Pair:
     phenomenon = next((record.text(name) for name in ("phenomenon", "UID") if name in record.values), "all pairs")
     if subtype := record.values.get("subtype"):
         phenomenon = f"{phenomenon}_{subtype}"
+    phenomenon = _OTHER_NAMES.get(phenomenon, phenomenon)
     if (subset := record.values.get("subset")) not in (None, "", "base"):
         phenomenon = f"{phenomenon} ({subset})"
     return Pair(good, bad, phenomenon)
