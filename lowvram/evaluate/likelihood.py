@@ -133,7 +133,8 @@ def _find_groups(texts: Sequence[_Text], batch_tokens: int) -> Iterator[_Group]:
     for text in texts:
         joint = _count_shared([*members, text])
         saved = len(members) * joint - (len(members) - 1) * shared
-        is_full = len(members) == _MOST_MEMBERS or (len(members) + 1) * len(text.ids) > batch_tokens
+        rest = max(len(each.ids) for each in (*members, text)) - 1 - joint
+        is_full = len(members) == _MOST_MEMBERS or joint + (len(members) + 1) * rest > batch_tokens
         if members and (saved < _MIN_SAVED or is_full):
             yield _Group(shared, members)
             members, shared = [], 0

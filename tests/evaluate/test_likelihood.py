@@ -107,6 +107,9 @@ def test_a_shared_beginning_is_read_once_and_a_repeat_not_at_all(monkeypatch: py
     score(model, choices * 3)
     assert sum(read) == 30 + 4 * 2
     read.clear()
+    score(model, choices, batch_tokens=48)
+    assert sum(read) == 30 + 4 * 2, "what fits is the beginning and four short ends, not four whole texts"
+    read.clear()
     score(model, [Request((0, number), (*context[:20],)) for number in range(60, 64)])
     assert sum(read) == 4 * 21, "texts that differ early share nothing"
 
