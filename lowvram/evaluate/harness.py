@@ -96,8 +96,10 @@ def run_harness(scorer: Scorer, tasks: Sequence[str], items: int | None = None) 
 
     Raises DataError where a task is not known or its data cannot be read.
     """
+    # The index of the harness's own thousands of tasks takes a while to read.
+    manager = TaskManager(include_defaults=not all(task.endswith((".yaml", ".yml")) for task in tasks))
     try:
-        loaded = TaskManager().load(list(tasks))
+        loaded = manager.load(list(tasks))
     except (OSError, KeyError, ValueError) as error:
         what = f"lm-evaluation-harness cannot load {', '.join(tasks)}."
         fix = "Look names up with `lm-eval ls tasks`; tasks of its own fetch their data from the network."
@@ -106,9 +108,8 @@ def run_harness(scorer: Scorer, tasks: Sequence[str], items: int | None = None) 
     inside = {name for group in groups for name in group.child_names}
     inside |= {task.task_name for group in groups for task in group.get_all_tasks()}
     wanted = [each for kind in ("groups", "tasks") for name, each in loaded[kind].items() if name not in inside]
-    found = simple_evaluate(
-        HarnessModel(scorer), tasks=wanted, limit=items, bootstrap_iters=_RESAMPLES, log_samples=False
-    )
+    settings = {"limit": items, "bootstrap_iters": _RESAMPLES, "log_samples": False}
+    found = simple_evaluate(HarnessModel(scorer), tasks=wanted, task_manager=manager, **settings)
     assert found is not None, "there is one process"
     return [row for task, figures in found["results"].items() for row in _read_figures(task, figures)]
 

@@ -24,7 +24,7 @@ from lowvram.evaluate.prefix_cache import PrefixCache
 from lowvram.model.transformer import Transformer
 
 # Tokens that are read at once, padding included, on a processor and elsewhere.  Of 1,024 to 8,192 a processor was
-# fastest with up to 2,048 (EPYC, AVX2, one thread, tr-25m, 1,500 minimal pairs: 19.5 s of CPU, 22.9 with 8,192).
+# fastest with up to 2,048 (Xeon, AVX-512, one thread, tr-25m, fp32, 1,500 minimal pairs: 19.5 s of CPU, 22.9 with 8,192).
 _CPU_TOKENS, _CARD_TOKENS = 2048, 16384
 # Tokens that must be saved before a beginning is read in a pass of its own.
 _MIN_SAVED = 4
