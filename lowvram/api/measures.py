@@ -71,16 +71,15 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """Return what was measured as values that JSON has; a number that is not finite is None."""
         kinds = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name: [_plain(dataclasses.asdict(report)) for report in found] for name, found in kinds.items() if found
-        }
+        return {name: [plain(dataclasses.asdict(report)) for report in found] for name, found in kinds.items() if found}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: paths as texts, and None for a number that is not finite."""
     if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
+        return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
