@@ -63,7 +63,9 @@ def _show(found: Comparison) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("recipe", "seeds", "bits per byte", "seed to seed", "more than the best", "95 %"):
-        table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
+        table.add_column(
+            name, justify="left" if name == "recipe" else "right", overflow="fold", no_wrap=name != "recipe"
+        )
     for place, recipe in enumerate(found.recipes):
         spread = f"{min(recipe.of_runs):.4f}–{max(recipe.of_runs):.4f}" if len(recipe.runs) > 1 else "–"
         cells = [_name(recipe), str(len(recipe.runs)), f"{recipe.bits_per_byte:.4f}", spread]

@@ -14,6 +14,7 @@ from lowvram.units import count_of, show_count
 if TYPE_CHECKING:
     from lowvram.api.evaluation import Evaluation
     from lowvram.evaluate.harness import HarnessRow
+    from lowvram.evaluate.intervals import Interval
     from lowvram.evaluate.minimal_pairs import PairsReport, PairsRow
     from lowvram.evaluate.multiple_choice import ChoicesReport
     from lowvram.evaluate.suffix_loss import SuffixReport
@@ -43,10 +44,10 @@ def show_measured(found: Evaluation) -> None:
 
 
 def _tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> Table:
-    """Return a table whose first column is text and whose others are numbers."""
+    """Return a table whose first column is text, which a narrow window folds, and whose others are numbers."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
     for row in rows:
         table.add_row(*(Cell(clean(cell)) if isinstance(cell, str) else cell for cell in row))
     return table
@@ -65,39 +66,48 @@ def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
 
 def _show_pairs(report: PairsReport) -> None:
     result()
-    names = ("minimal pairs", "pairs", "right", "95 %", "per byte", "untrained", "per byte", "shorter")
+    names = ("minimal pairs, in %", "pairs", "right", "95 %", "/byte", "untrained", "/byte", "shorter")
     means = [report.mean, *([report.controlled_mean] if report.controlled_mean is not None else [])]
     rows = [*(_pairs_cells(row, "") for row in report.rows), *(_pairs_cells(row, "bold") for row in means)]
     lay_out(_tabulate(names, rows), is_folded=True)
     same = f"; {count_of(report.identical, 'pair')} of identical sentences left out" if report.identical else ""
     result(f"{report.file}{same}.")
     result(
-        "right: the sum of the better sentence's log-probabilities is greater; per byte: their mean.  untrained: the "
+        "right: the sum of the better sentence's log-probabilities is greater; /byte: their mean.  untrained: the "
         "same model before training.  shorter: the rule that takes the shorter sentence.  Where that rule or the "
         "untrained model are as good as the model, the phenomenon says nothing."
     )
     if report.controlled_mean is not None:
-        result("The mean of the nine phenomena in which length gives nothing away is the figure to compare.")
+        result("The mean of the nine phenomena in which length gives little away is the figure to compare.")
 
 
 def _pairs_cells(row: PairsRow, style: str) -> list[str | Cell]:
-    interval = f"{row.interval.low:.1%}–{row.interval.high:.1%}".replace("%–", "–")
-    shares = [f"{share:.1%}" for share in (row.per_byte, row.untrained, row.untrained_per_byte, row.shorter)]
-    return [Cell(clean(cell), style) for cell in (row.name, f"{row.count:,}", f"{row.by_sum:.1%}", interval, *shares)]
+    interval = _show_interval(row.interval)
+    shares = [_percent(share) for share in (row.per_byte, row.untrained, row.untrained_per_byte, row.shorter)]
+    name = row.name.replace("_", " ")  # a narrow window breaks it between words
+    return [Cell(clean(cell), style) for cell in (name, f"{row.count:,}", _percent(row.by_sum), interval, *shares)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _show_interval(interval: Interval) -> str:
+    return f"{_percent(interval.low)}–{_percent(interval.high)}"
 
 
 def _show_choices(reports: Sequence[ChoicesReport]) -> None:
     result()
-    names = ("multiple choice", "questions", "right", "95 %", "by sum", "chance", "longest")
+    names = ("multiple choice, in %", "questions", "right", "95 %", "by sum", "chance", "longest")
     rows = [
         (
             report.file.name,
             f"{report.count:,}",
-            f"{report.per_byte:.1%}",
-            f"{report.interval.low:.1%}–{report.interval.high:.1%}".replace("%–", "–"),
-            f"{report.by_sum:.1%}",
-            f"{report.chance:.1%}",
-            f"{report.longest:.1%}",
+            _percent(report.per_byte),
+            _show_interval(report.interval),
+            _percent(report.by_sum),
+            _percent(report.chance),
+            _percent(report.longest),
         )
         for report in reports
     ]

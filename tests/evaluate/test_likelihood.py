@@ -136,3 +136,13 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
         model.norm.weight.fill_(float("nan"))
     with pytest.raises(NumbersError, match="not finite"):
         score(model, [Request((0,), (1, 2))])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_card_says_what_a_processor_says(kind: str) -> None:
+    model = randomise(Transformer(VARIANTS[kind]))
+    requests = requests_of(VARIANTS[kind].vocabulary)
+    expected = score(model, requests)
+    for likelihood, truth in zip(score(model.cuda(), requests), expected, strict=True):
+        np.testing.assert_allclose(likelihood.nat_T, truth.nat_T, rtol=0, atol=10 * CLOSE)

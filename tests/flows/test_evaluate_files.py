@@ -42,7 +42,9 @@ def test_all_measures_are_one_table_each_and_the_next_command(home: Path) -> Non
     lines = evaluated(home).out.splitlines()
     assert lines[0] == f"{home / 'run/step-00000006'}, weights in fp32"
     heads = [line.split("  ")[0] for line in lines]
-    assert [name for name in ("text", "minimal pairs", "multiple choice", "class") if name not in heads] == []
+    assert [
+        name for name in ("text", "minimal pairs, in %", "multiple choice, in %", "class") if name not in heads
+    ] == []
     assert f"{home / 'pairs.jsonl'}; 1 pair of identical sentences left out." in lines
     assert any("chance lies within the interval" in line for line in lines)
     assert [line for line in lines if line.startswith("Kış …")] == ["Kış …"] * 2
