@@ -99,7 +99,7 @@ def score_requests(
     parts = [_cut(request, max_context) for request in requests]
     texts = sorted({text for cut in parts for text in cut})
     groups = sorted(_find_groups(texts, batch_tokens), key=_order, reverse=True)
-    head_VD = model.head_matrix(torch.float32)
+    head_VD = model.head_matrix(torch.float32).detach()
     found: dict[_Text, _Found] = {}
     for batch in _fill_batches(groups, batch_tokens):
         found |= _score_batch(model, head_VD, batch, dtype)
@@ -180,7 +180,7 @@ def _fill_batches(groups: Sequence[_Group], batch_tokens: int) -> Iterator[list[
         yield batch
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _score_batch(
     model: Transformer, head_VD: Tensor, batch: Sequence[_Group], dtype: torch.dtype
 ) -> dict[_Text, _Found]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from lowvram.data.nfc import nfc
 from lowvram.data.tokenizer import count_bytes
 from lowvram.evaluate.intervals import Interval, of_mean, wilson
-from lowvram.evaluate.records import Record, read_records
+from lowvram.evaluate.records import Record, read_records, spread
 from lowvram.evaluate.scorer import Scorer
 
 # TurBLiMP's phenomena whose two sentences are about equally long; in the others length gives the answer away.
@@ -107,6 +107,14 @@ def _read_pair(record: Record) -> Pair:
     if (subset := record.values.get("subset")) not in (None, "", "base"):
         phenomenon = f"{phenomenon} ({subset})"
     return Pair(good, bad, phenomenon)
+
+
+def choose_light_subset(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """Return a few pairs for a curve: of the length-controlled phenomena where the file has all, evenly spread."""
+    differing = [pair for pair in pairs if pair.good != pair.bad]
+    controlled = [pair for pair in differing if pair.phenomenon in LENGTH_CONTROLLED]
+    has_all = {pair.phenomenon for pair in controlled} == set(LENGTH_CONTROLLED)
+    return spread(controlled if has_all else differing, most)
 
 
 def answer_pairs(scorer: Scorer, pairs: Sequence[Pair]) -> Generator[tuple[int, int], None, Answers]:

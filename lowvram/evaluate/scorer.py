@@ -15,12 +15,16 @@ from lowvram.model.transformer import Transformer
 
 
 class Scorer(NamedTuple):
-    """A model, the dtype that it computes in, its tokenizer, and how many tokens it reads at once."""
+    """A model, the dtype that it computes in, its tokenizer, and the longest text that it reads, in tokens.
+
+    batch_tokens: tokens that are read at once, None: what suits the device.
+    """
 
     model: Transformer
     dtype: torch.dtype
     tokenizer: Tokenizer
     max_context: int
+    batch_tokens: int | None = None
 
     def encode(self, context: str, continuation: str) -> Request:
         """Return BOS and both texts in NFC as ids; a token that holds the border belongs to the continuation."""
@@ -32,7 +36,7 @@ class Scorer(NamedTuple):
 
     def score(self, requests: Sequence[Request]) -> Scoring:
         """Return the likelihood of each request; see `score_requests`."""
-        return score_requests(self.model, requests, self.dtype, self.max_context)
+        return score_requests(self.model, requests, self.dtype, self.max_context, self.batch_tokens)
 
     def untrained(self) -> Scorer:
         """Return a scorer with a model of the same form as it was before its first step, weights drawn from seed 0."""
