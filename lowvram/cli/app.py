@@ -23,6 +23,7 @@ COMMANDS = (
     "train",
     "receipt",
     "evaluate",
+    "compare",
     "chat",
     "serve",
     "export",

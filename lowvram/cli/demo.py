@@ -352,9 +352,9 @@ def _write(path: Path, texts: Iterable[str]) -> None:
 
 
 def _evaluate(run_dir: Path, device: str) -> None:
-    from lowvram.cli.evaluate import run as evaluate
+    from lowvram.cli.evaluate import show_held_out
 
-    evaluate(argparse.Namespace(checkpoint=run_dir, data=None, tokens=None, json=False, device=device, precision=None))
+    show_held_out(run_dir, device)
 
 
 def _answer(run_dir: Path, device: str) -> None:

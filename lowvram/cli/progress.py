@@ -106,7 +106,8 @@ class TrainingScreen:
         elif isinstance(event, Evaluated):
             self.evaluated = event
             how = ", experts read from their masters" if event.reads_masters else ""
-            found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how})"
+            pairs = "" if event.pairs_right is None else f", {event.pairs_right:.1%} of the minimal pairs right"
+            found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how}{pairs})"
             notice(f"step {event.step:>6}  valid {found}", "cyan")
         elif isinstance(event, Rotated):
             where = (

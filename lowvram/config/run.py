@@ -69,6 +69,8 @@ class RunOptions(FrozenConfig):
     """Tokens of a sample."""
     prompts: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ("Bir gün", "Türkiye'nin", "Bu yüzden")
     """Texts that samples continue; `[]` for none."""
+    pairs: Path | None = None
+    """Minimal pairs, as for `lowvram evaluate --pairs`: each validation shows how many of 256 of them are right."""
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
     """Where figures go beside `log.jsonl`: `"tensorboard"`, `"wandb"` or both."""
 

@@ -233,7 +233,7 @@ def _map_paths(tables: Table, change: Callable[[str], str]) -> None:
         data["train"] = corpora = [{"path": one} if isinstance(one, str) else one for one in corpora]
     path_keys: list[tuple[Any, tuple[str, ...]]] = [
         (data, ("valid", "tokenizer", "train")),
-        (tables.get("run", {}), ("dir",)),
+        (tables.get("run", {}), ("dir", "pairs")),
         (tables.get("train", {}), ("start_from",)),
         *((corpus, ("path",)) for corpus in corpora),
     ]

@@ -52,18 +52,35 @@ def open_text(file: Path) -> Iterator[TextStream]:
     MachineError if the package that reads this kind of file is not installed.
     """
     kind = _kind_by_name(file)
+    with _opened(file) as (raw, stream):
+        head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
+        kind = kind or (".jsonl" if _JSON.match(head) else ".txt")
+        if kind != ".parquet":
+            _refuse_other_formats(file, head)
+        yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, stream is raw and raw.seekable())
+
+
+@contextmanager
+def open_table(file: Path) -> Iterator[io.BufferedReader]:
+    """Open a file of text with any ending, or standard input (`-`), as its decompressed bytes; errors as `open_text`.
+
+    For files whose columns have meanings, whoever reads them decides what an ending means.
+    """
+    with _opened(file) as (_, stream):
+        _refuse_other_formats(file, stream.peek(8).removeprefix(b"\xef\xbb\xbf"))
+        yield stream
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
+    """Open a file as its bytes on disk and as its decompressed bytes, and explain what fails while it is read."""
     if file != STANDARD_INPUT and not file.exists():
         raise DataError(f"{file} does not exist.", "", "Name a file that exists.")
     try:
         is_file = file != STANDARD_INPUT
         raw: io.BufferedReader = io.BufferedReader(io.FileIO(file if is_file else 0, closefd=is_file), _BUFFER_BYTES)
         with raw:
-            stream = _unpack(file, raw)
-            head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
-            kind = kind or (".jsonl" if _JSON.match(head) else ".txt")
-            if kind != ".parquet":
-                _refuse_other_formats(file, head)
-            yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, stream is raw and raw.seekable())
+            yield raw, _unpack(file, raw)
     except (OSError, EOFError, zlib.error) as error:
         why = f"{type(error).__name__}: {error}."
         raise DataError(f"{file} cannot be read to its end.", why, "Fetch or compress it anew.") from error

@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 
-from lowvram.data.shards import ShardSet
 from lowvram.model.transformer import Transformer
 
 _IGNORED = -100
 # This is enough for the bigram baseline; the pairs of a corpus of billions of tokens would not fit into memory.
 BIGRAM_TOKENS = 20_000_000
+
+
+class TokenSource(Protocol):
+    """Where ids are read from: a `ShardSet`, or anything that holds as many and reads them alike."""
+
+    tokens: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` ids from number `start` on."""
 
 
 class Score(NamedTuple):
@@ -47,7 +55,7 @@ Windows = Generator[tuple[int, int], None, Score]
 
 def score(
     model: Transformer,
-    shards: ShardSet,
+    shards: TokenSource,
     bos_id: int,
     byte_count_V: np.ndarray,
     seq_len: int,
@@ -70,7 +78,7 @@ def score(
 @torch.no_grad()
 def score_windows(
     model: Transformer,
-    shards: ShardSet,
+    shards: TokenSource,
     bos_id: int,
     byte_count_V: np.ndarray,
     seq_len: int,
@@ -103,7 +111,7 @@ def score_windows(
 
 
 def bigram_score(
-    train: ShardSet, valid: ShardSet, bos_id: int, byte_count_V: np.ndarray, most_tokens: int | None = None
+    train: TokenSource, valid: TokenSource, bos_id: int, byte_count_V: np.ndarray, most_tokens: int | None = None
 ) -> Score:
     """Score the first `most_tokens` tokens of `valid` (all if None) by token bigrams, the baseline for a model.
 
@@ -131,5 +139,5 @@ def bigram_score(
     return Score(float(-np.log(probability).sum()), len(after), int(byte_count_V[after].sum()))
 
 
-def _count_tokens(shards: ShardSet, most_tokens: int | None) -> int:
+def _count_tokens(shards: TokenSource, most_tokens: int | None) -> int:
     return min(shards.tokens, most_tokens + 1) if most_tokens else shards.tokens

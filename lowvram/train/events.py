@@ -80,12 +80,16 @@ class Rotated:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Validation after a step.  reads_masters: frozen experts were read from their masters, not from their copies."""
+    """Validation after a step.  reads_masters: frozen experts were read from their masters, not from their copies.
+
+    pairs_right: the share of right answers to the run's minimal pairs, None where it has none.
+    """
 
     step: int
     loss: float
     bits_per_byte: float
     reads_masters: bool = False
+    pairs_right: float | None = None
 
 
 @dataclass(frozen=True)

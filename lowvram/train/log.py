@@ -67,7 +67,8 @@ def scalars(event: Event) -> dict[str, float]:
         }
     if isinstance(event, Evaluated):
         name = "valid_masters" if event.reads_masters else "valid"
-        return {f"{name}/loss": event.loss, f"{name}/bits_per_byte": event.bits_per_byte}
+        found = {f"{name}/loss": event.loss, f"{name}/bits_per_byte": event.bits_per_byte}
+        return found if event.pairs_right is None else found | {f"{name}/pairs_right": event.pairs_right}
     if isinstance(event, Rotated):
         return {"rotation/card_bytes": event.card_bytes, "rotation/host_bytes": event.host_bytes}
     return {}

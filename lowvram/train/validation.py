@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 
 from lowvram.config.run import RunConfig
 from lowvram.data.shards import ShardSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import NumbersError
+from lowvram.errors import DataError, NumbersError
 from lowvram.evaluate.bits_per_byte import score
+from lowvram.evaluate.minimal_pairs import Pair, answer_pairs, choose_light_subset, read_pairs
+from lowvram.evaluate.scorer import Scorer
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
@@ -17,13 +21,44 @@ from lowvram.train.events import Evaluated, Sampled
 from lowvram.train.rotation import ExpertRotation
 from lowvram.train.state import TrainState
 
+# Some seconds on a processor for 25 M parameters.
+PAIRS = 256
+
 
 def evaluate(config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int) -> Evaluated:
     """Validate on the first `run.validate_tokens` tokens of `valid`.  batch: windows at a time."""
     dtype, most = DTYPES[config.train.precision], config.run.validate_tokens
     bos_id, byte_count_V = tokenizer.bos_id, tokenizer.byte_count_V
     result = score(state.model, valid, bos_id, byte_count_V, config.train.seq_len, dtype, most, batch)
-    return Evaluated(state.step, result.loss, result.bits_per_byte)
+    return Evaluated(
+        state.step, result.loss, result.bits_per_byte, pairs_right=_answer_pairs(config, state, tokenizer, batch)
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def read_run_pairs(file: Path) -> list[Pair]:
+    """Return the pairs that each validation of a run asks; raises DataError where the file is none of pairs."""
+    pairs = choose_light_subset(read_pairs(file), PAIRS)
+    if not pairs:
+        raise DataError(f"{file} holds no pair whose sentences differ.", "run.pairs names it.", "Name another file.")
+    return pairs
+
+
+def _answer_pairs(config: RunConfig, state: TrainState, tokenizer: Tokenizer, batch: int) -> float | None:
+    """Return the share of right answers, None where the run has no pairs or the model's numbers are broken."""
+    if config.run.pairs is None:
+        return None
+    pairs, seq_len = read_run_pairs(config.run.pairs), config.train.seq_len
+    # No more tokens at once than in a step, whose memory the plan has counted.
+    scorer = Scorer(state.model, DTYPES[config.train.precision], tokenizer, seq_len, batch_tokens=batch * seq_len)
+    work = answer_pairs(scorer, pairs)
+    try:
+        while True:
+            next(work)
+    except StopIteration as end:
+        return sum(end.value.by_sum) / len(pairs)
+    except NumbersError:  # later steps may repair the weights; a diverged run is stopped by the trainer
+        return None
 
 
 def evaluate_masters(

@@ -1,0 +1,154 @@
+"""Shows what was measured on files as tables, each with what its columns mean; measures nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text as Cell
+
+from lowvram.cli.console import clean, lay_out, result
+from lowvram.units import count_of, show_count
+
+if TYPE_CHECKING:
+    from lowvram.api.evaluation import Evaluation
+    from lowvram.evaluate.harness import HarnessRow
+    from lowvram.evaluate.intervals import Interval
+    from lowvram.evaluate.minimal_pairs import PairsReport, PairsRow
+    from lowvram.evaluate.multiple_choice import ChoicesReport
+    from lowvram.evaluate.suffix_loss import SuffixReport
+    from lowvram.evaluate.text_score import TextScore
+
+
+def show_measured(found: Evaluation) -> None:
+    """Print a table for each kind of file, and the samples."""
+    measured = found.measured
+    is_first = found.data is None
+    if measured.text or measured.pairs or measured.choices or measured.suffixes or measured.harness:
+        result(f"{'' if is_first else chr(10)}{found.checkpoint}, weights in {found.precision}")
+    if measured.text:
+        _show_text(measured.text, found.seq_len)
+    for pairs in measured.pairs:
+        _show_pairs(pairs)
+    if measured.choices:
+        _show_choices(measured.choices)
+    for suffixes in measured.suffixes:
+        _show_suffixes(suffixes)
+    if measured.harness:
+        _show_harness(measured.harness)
+    for sample in measured.samples:
+        result()
+        result(f"{sample.prompt} …", "bold")
+        result(sample.text.strip("\n"))
+
+
+def _tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> Table:
+    """Return a table whose first column is text, which a narrow window folds, and whose others are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Cell(clean(cell)) if isinstance(cell, str) else cell for cell in row))
+    return table
+
+
+def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
+    result()
+    names = ("text", "bits per byte", "nats per token", "tokens", "bytes")
+    cells = [
+        (str(row.name), f"{row.bits_per_byte:.4f}", f"{row.loss:.4f}", f"{row.tokens:,}", f"{row.text_bytes:,}")
+        for row in rows
+    ]
+    lay_out(_tabulate(names, cells), is_folded=True)
+    result(f"In windows of {seq_len} tokens, as shards are read.  Bits per byte compare models of any tokenizer.")
+
+
+def _show_pairs(report: PairsReport) -> None:
+    result()
+    names = ("minimal pairs, in %", "pairs", "right", "95 %", "/byte", "untrained", "/byte", "shorter")
+    means = [report.mean, *([report.controlled_mean] if report.controlled_mean is not None else [])]
+    rows = [*(_pairs_cells(row, "") for row in report.rows), *(_pairs_cells(row, "bold") for row in means)]
+    lay_out(_tabulate(names, rows), is_folded=True)
+    same = f"; {count_of(report.identical, 'pair')} of identical sentences left out" if report.identical else ""
+    result(f"{report.file}{same}.")
+    result(
+        "right: the sum of the better sentence's log-probabilities is greater; /byte: their mean.  untrained: the "
+        "same model before training.  shorter: the rule that takes the shorter sentence.  Where that rule or the "
+        "untrained model are as good as the model, the phenomenon says nothing."
+    )
+    if report.controlled_mean is not None:
+        result("The mean of the nine phenomena in which length gives little away is the figure to compare.")
+
+
+def _pairs_cells(row: PairsRow, style: str) -> list[str | Cell]:
+    interval = _show_interval(row.interval)
+    shares = [_percent(share) for share in (row.per_byte, row.untrained, row.untrained_per_byte, row.shorter)]
+    name = row.name.replace("_", " ")  # a narrow window breaks it between words
+    return [Cell(clean(cell), style) for cell in (name, f"{row.count:,}", _percent(row.by_sum), interval, *shares)]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _show_interval(interval: Interval) -> str:
+    return f"{_percent(interval.low)}–{_percent(interval.high)}"
+
+
+def _show_choices(reports: Sequence[ChoicesReport]) -> None:
+    result()
+    names = ("multiple choice, in %", "questions", "right", "95 %", "by sum", "chance", "longest")
+    rows = [
+        (
+            report.file.name,
+            f"{report.count:,}",
+            _percent(report.per_byte),
+            _show_interval(report.interval),
+            _percent(report.by_sum),
+            _percent(report.chance),
+            _percent(report.longest),
+        )
+        for report in reports
+    ]
+    lay_out(_tabulate(names, rows), is_folded=True)
+    result(
+        "right: the choice with the greatest log-probability per byte; by sum: with the greatest sum.  chance: what "
+        "guessing gets.  longest: what the rule gets that takes the longest choice."
+    )
+    for report in reports:
+        if report.is_chance:
+            result(f"{report.file.name}: chance lies within the interval, so the model cannot be told from guessing.")
+
+
+def _show_harness(rows: Sequence[HarnessRow]) -> None:
+    result()
+    cells = [(row.task, row.metric, f"{row.value:.4f}", _show_error(row)) for row in rows]
+    lay_out(_tabulate(("harness", "figure", "value", "standard error"), cells), is_folded=True)
+
+
+def _show_error(row: HarnessRow) -> str:
+    return "–" if row.error is None else f"{row.error:.4f}"
+
+
+def _show_suffixes(report: SuffixReport) -> None:
+    result()
+    names = ("class", "bits per byte", "bits each", "count", "bytes")
+    rows = [
+        (
+            row.name,
+            "–" if row.bits_per_byte is None else f"{row.bits_per_byte:.3f}",
+            "–" if row.bits_each is None else f"{row.bits_each:.2f}",
+            f"{row.count:,}" if row.count else "–",
+            f"{row.text_bytes:,}",
+        )
+        for row in report.rows
+    ]
+    lay_out(_tabulate(names, rows), is_folded=True)
+    sentences = count_of(report.sentences, "sentence")
+    result(f"{report.file}: {sentences}, {show_count(report.words)} words, {report.bits_per_byte:.4f} bits per byte.")
+    share = report.unexplained / max(1, report.words)
+    result(
+        f'"other" is punctuation, and the {share:.1%} of the words that their analysis does not explain.  The blank '
+        "before a word belongs to its stem; a token's cost is spread evenly over its bytes."
+    )

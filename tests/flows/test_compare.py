@@ -1,0 +1,63 @@
+"""`lowvram compare` and `lowvram.api.compare`: recipes with their seeds, on text of any tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowvram.api import LowvramError, compare, evaluate
+from tests.flows.typed import fill_home, typed
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    fill_home(folder)
+    tuned = ("--set", "optimizer.lr=2e-2")
+    for name, words in {"a0": (), "a1": ("--set", "train.seed=1"), "b0": tuned}.items():
+        words = ("train", folder / "run.toml", "--set", f"run.dir={folder / name}", *words, "--device", "cpu")
+        assert typed(*words).code == 0
+    return folder
+
+
+def test_runs_that_differ_in_their_seed_are_one_recipe(home: Path) -> None:
+    runs = [home / name for name in ("a0", "a1", "b0")]
+    answer = typed("compare", *runs, "--device", "cpu")
+    assert answer.code == 0, answer.err
+    lines = answer.out.splitlines()
+    assert [line.split()[0] for line in lines[:3]] == ["recipe", str(home / "b0"), str(home / "a0")]
+    assert "and 1 more" in lines[2]
+    assert lines[-1] == f"Next: lowvram evaluate {home / 'b0'} --device cpu  (measure the best one)"
+    assert "Fewer than 3 seeds" in answer.err
+    told = json.loads(typed("compare", *runs, "--device", "cpu", "--json").out)
+    found = compare(runs, device="cpu")
+    assert json.loads(json.dumps(found.as_dict())) == told
+    assert [len(recipe["runs"]) for recipe in told["recipes"]] == [1, 2]
+    assert told["documents"] == 16
+    assert any("Fewer than 3 seeds" in notice.text for notice in found.notices)
+    low, high = told["differences"][0]["interval"]
+    assert low < told["differences"][0]["bits_per_byte"] < high
+
+
+def test_held_out_shards_and_their_text_give_the_same(home: Path) -> None:
+    runs = [home / "a0", home / "b0"]
+    of_shards, of_text = compare(runs, device="cpu"), compare(runs, text=home / "valid.txt", device="cpu")
+    assert of_shards.as_dict() == of_text.as_dict()
+    ranked = [recipe.runs[0] for recipe in of_shards.comparison.recipes]
+    scores = {run: evaluate(run, device="cpu").bits_per_byte for run in runs}
+    assert ranked == sorted(scores, key=scores.__getitem__)
+    few = compare(runs, items=5, device="cpu").comparison
+    assert few.documents == 5
+
+
+@pytest.mark.parametrize(
+    "names, says",
+    [(("a0",), "fewer than two runs"), (("a0", "a0"), "fewer than two"), (("a0", "a1"), "differ in train.seed alone")],
+    ids=["one", "twice the same", "one recipe"],
+)
+def test_what_cannot_be_compared_is_told(names: tuple[str, ...], says: str, home: Path) -> None:
+    with pytest.raises(LowvramError, match=says):
+        compare([home / name for name in names], device="cpu")
+    assert typed("compare", *(home / name for name in names), "--device", "cpu").code == 1
