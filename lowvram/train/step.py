@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
+from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.matmul.fp32_sums import adding_to_grads
 from lowvram_kernels.random.stochastic_rounding import add_rounded_
 from torch import Tensor
@@ -25,6 +26,9 @@ from lowvram.objective import DTYPES, Batch, Loss, causal_loss
 from lowvram.train.loss_scale import LossScale
 from lowvram.train.muon_stacks import on_device
 from lowvram.train.optim import LeanOptimizer
+
+# Elements of a gradient whose norm a processor takes at once.
+_NORM_PART = 2**16
 
 
 class StepStats(NamedTuple):
@@ -158,6 +162,9 @@ def _adding_rounded(model: Transformer, seed: int, sample: Tensor) -> Iterator[N
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Return the norm of all tensors together, summed in fp32, on the device."""
     # Few launches on a card, whatever the number of weights; torch's get_total_norm would round norms of bf16 to bf16.
+    if tensors and card_of(tensors[0].device).platform == "cpu":
+        # torch's norm copies 16 bits to fp32 whole; parts of such copies stay in the processor's cache.
+        tensors = [part for tensor in tensors for part in tensor.reshape(-1).split(_NORM_PART)]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, torch.float32)))
 
 

@@ -10,7 +10,8 @@ Source: Zhang & Sennrich 2019, eq. 4; the gradient is its derivative.
 
 On a card a row is held whole by one program, mostly by one warp.  Bytes moved: x and y once, and 4 a row; backward x,
 dy and dx once, 4 a row, and 4·D for each program's part of dweight, which one more launch adds up.  Nothing else is
-allocated.  In compiled blocks torch.compile fuses the plain form with its neighbours.
+allocated.  On a processor rows go through in parts whose fp32 copies stay in its cache (`row_parts.py`).  In compiled
+blocks torch.compile fuses the plain form with its neighbours.
 
 Shapes: N rows, D width, P programs.
 """
@@ -25,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from lowvram_kernels.dispatch import Launch, Tile, as_read, card_of, launch, runs_kernels
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers.row_parts import row_parts, works_in_parts
 from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 from lowvram_kernels.remembered import remembered
 
@@ -85,9 +87,31 @@ def normalise(
     """
     if has_kernels(x):
         return _normalise_on_card(x, weight, eps, rstd_N1, added)
+    if works_in_parts(x.device):
+        return _normalise_in_parts(x, weight, eps, rstd_N1, added)
     stream = x if added is None else x + added
     rstd_N1 = row_scales(stream, eps) if rstd_N1 is None else rstd_N1
     return Normed(apply_scales(stream, rstd_N1, weight), rstd_N1, stream)
+
+
+def _normalise_in_parts(x: Tensor, weight: Tensor, eps: float, known_N1: Tensor | None, added: Tensor | None) -> Normed:
+    """Do as the plain form does, bit for bit, with fp32 copies of some rows at a time."""
+    width, weight_D = x.shape[-1], weight.float()
+    x_ND = x.reshape(-1, width)
+    added_ND = None if added is None else added.reshape(-1, width)
+    stream = x if added is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    stream_ND, y_ND = stream.reshape(-1, width), y.view(-1, width)
+    rstd_N1 = x.new_empty(x_ND.shape[0], 1, dtype=torch.float32) if known_N1 is None else known_N1
+    for rows in row_parts(x_ND.shape[0], width, x.device):
+        if added_ND is not None:
+            torch.add(x_ND[rows], added_ND[rows], out=stream_ND[rows])
+        wide_CD = stream_ND[rows].float()
+        if known_N1 is None:
+            rstd_N1[rows] = row_scales(wide_CD, eps)
+        y_ND[rows] = torch.mul(wide_CD, rstd_N1[rows]).mul_(weight_D)
+        del wide_CD
+    return Normed(y, rstd_N1, stream)
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -177,6 +201,8 @@ def gradients(
     """
     if has_kernels(x) and any(needs):
         return gradients_on_card(dy, x, weight, rstd_N1, needs, d_stream)
+    if works_in_parts(x.device):
+        return _gradients_in_parts(dy, x, weight, rstd_N1, needs, d_stream)
     x_ND = x.reshape(-1, x.shape[-1]).float()
     dy_ND = dy.reshape(-1, x.shape[-1]).float()
     weight_D = weight.float()
@@ -189,6 +215,30 @@ def gradients(
     torch.mul(dy_ND, weight_D, out=buffer_ND).mul_(rstd_N1).addcmul_(x_ND, slope_N1, value=-1.0)
     dx = buffer_ND.to(x.dtype).view(x.shape)
     return dx if d_stream is None else dx.add_(d_stream), dweight
+
+
+def _gradients_in_parts(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd_N1: Tensor, needs: tuple[bool, bool], d_stream: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Do as the plain form does, with fp32 copies of some rows at a time; the stream's gradient is added in fp32."""
+    width, weight_D = x.shape[-1], weight.float()
+    x_ND, dy_ND = x.reshape(-1, width), dy.reshape(-1, width)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    dx_ND = None if dx is None else dx.view(-1, width)
+    d_stream_ND = None if d_stream is None else d_stream.reshape(-1, width)
+    dweight_D = torch.zeros_like(weight_D) if needs[1] else None
+    for rows in row_parts(x_ND.shape[0], width, x.device):
+        wide_CD, dy_CD, rstd_C1 = x_ND[rows].float(), dy_ND[rows].float(), rstd_N1[rows]
+        buffer_CD = dy_CD * wide_CD
+        if dweight_D is not None:
+            dweight_D += rstd_C1[:, 0] @ buffer_CD
+        if dx_ND is not None:
+            slope_C1 = (buffer_CD @ weight_D).div_(width)[:, None] * rstd_C1 * rstd_C1 * rstd_C1
+            torch.mul(dy_CD, weight_D, out=buffer_CD).mul_(rstd_C1).addcmul_(wide_CD, slope_C1, value=-1.0)
+            del slope_C1
+            dx_ND[rows] = buffer_CD if d_stream_ND is None else buffer_CD.add_(d_stream_ND[rows])
+        del wide_CD, dy_CD, buffer_CD
+    return dx, None if dweight_D is None else dweight_D.to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -8,7 +8,8 @@
 Pairs are neighbours where `interleaved` (as in DeepSeek-V3), else (i, i + R) (as in Llama).
 Saved for backward: the tables, and with a norm x and one fp32 per row; what is rotated is never kept.
 On a card one launch each way, and one that adds up dweight.  Bytes moved: x and y once; backward x, dy and dx once.
-In compiled blocks torch.compile fuses the plain form with its neighbours.
+On a processor parts of the tokens in fp32, neighbours as complex numbers.  In compiled blocks torch.compile fuses the
+plain form with its neighbours.
 Source: Su et al. 2021, section 3.4.2; Zhang & Sennrich 2019, eq. 4.
 
 Shapes: B batch, T tokens, H heads, K width of a head, R half the rotated width, N = B·T·H rows, P programs.
@@ -22,9 +23,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowvram_kernels.dispatch import Launch, as_read, launch
+from lowvram_kernels.dispatch import Launch, as_read, launch, representative
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.layers import rms_norm as norm
+from lowvram_kernels.layers.row_parts import row_parts, works_in_parts
 from lowvram_kernels.matmul.fp32_sums import leaves_of
 
 Table = tuple[Tensor, Tensor]
@@ -87,7 +89,11 @@ def _rotate(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool, t
     unrotated = x_BTHK.shape[-1] - 2 * pairs
     if unrotated:
         y_BTHK[..., :unrotated] = x_BTHK[..., :unrotated]
-    cos, sin = cos_TR[:, None], (-sin_TR if turns_back else sin_TR)[:, None]
+    sin_TR = -sin_TR if turns_back else sin_TR
+    if works_in_parts(x_BTHK.device):
+        _rotate_in_parts(x_BTHK[..., unrotated:], y_BTHK[..., unrotated:], cos_TR, sin_TR, interleaved)
+        return y_BTHK
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
     first, second = (
         (slice(unrotated, None, 2), slice(unrotated + 1, None, 2))
         if interleaved
@@ -97,6 +103,28 @@ def _rotate(x_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool, t
     y_BTHK[..., first] = a * cos - b * sin
     y_BTHK[..., second] = b * cos + a * sin
     return y_BTHK
+
+
+def _rotate_in_parts(x_BTHK: Tensor, y_BTHK: Tensor, cos_TR: Tensor, sin_TR: Tensor, interleaved: bool) -> None:
+    """Write x, of which everything is rotated, into y; some tokens' heads at a time, in fp32."""
+    wide = torch.promote_types(x_BTHK.dtype, torch.float32)
+    batch, tokens, heads, width = x_BTHK.shape
+    cos_T1R, sin_T1R = (part[:, None].to(wide) for part in (cos_TR, sin_TR))
+    # Neighbours are the two parts of a complex number, whose products are vectorised where strided ones are not.
+    turn_T1R = torch.complex(cos_T1R, sin_T1R) if interleaved else None
+    for sample in representative(batch):
+        for rows in row_parts(tokens, heads * width, x_BTHK.device):
+            x_CHK = torch.empty(x_BTHK[sample, rows].shape, dtype=wide, device=x_BTHK.device)
+            x_CHK.copy_(x_BTHK[sample, rows])
+            if turn_T1R is not None:
+                torch.view_as_complex(x_CHK.unflatten(-1, (-1, 2))).mul_(turn_T1R[rows])
+                y_BTHK[sample, rows] = x_CHK
+                continue
+            turned_CHK, (cos, sin), (a, b) = torch.empty_like(x_CHK), (cos_T1R[rows], sin_T1R[rows]), x_CHK.chunk(2, -1)
+            turned_a, turned_b = turned_CHK.chunk(2, -1)
+            torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-1.0)
+            torch.mul(b, cos, out=turned_b).addcmul_(a, sin)
+            y_BTHK[sample, rows] = turned_CHK
 
 
 def _as_table(table: Table) -> Table:

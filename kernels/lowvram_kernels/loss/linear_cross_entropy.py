@@ -51,6 +51,7 @@ from lowvram_kernels.dispatch import (
     runs_kernels,
 )
 from lowvram_kernels.errors import ShapeError
+from lowvram_kernels.layers.row_parts import row_parts, works_in_parts
 from lowvram_kernels.matmul.fp32_sums import add_product_
 from lowvram_kernels.matmul.kept_casts import cast
 
@@ -59,6 +60,8 @@ from lowvram_kernels.matmul.kept_casts import cast
 _MOST_ROWS = 1024
 _LEAST_ROWS = 128
 _CHUNK_BYTES = 32 * 2**20
+# Logits that a processor takes from its products to their gradient at once: several passes over 16 bits in its cache.
+_LOGITS_AT_ONCE = 2**19
 _BYTES_PER_LOGIT = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 6}
 
 
@@ -106,6 +109,18 @@ def _loss_and_slope_(logits_CV: Tensor, z_C: Tensor, target_C: Tensor, keep_C: T
     return loss_C, torch.where(keep_C, torch.sigmoid(odds_C) / rest_C, 0.0)
 
 
+def _loss_and_slope_in_parts_(
+    logits_CV: Tensor, z_C: Tensor, target_C: Tensor, keep_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Do as `_loss_and_slope_` does, on a processor with some rows at a time."""
+    if not works_in_parts(logits_CV.device):
+        return _loss_and_slope_(logits_CV, z_C, target_C, keep_C)
+    loss_C, slope_C = torch.empty_like(z_C), torch.empty_like(z_C)
+    for some in row_parts(logits_CV.shape[0], logits_CV.shape[1], logits_CV.device, _LOGITS_AT_ONCE):
+        loss_C[some], slope_C[some] = _loss_and_slope_(logits_CV[some], z_C[some], target_C[some], keep_C[some])
+    return loss_C, slope_C
+
+
 def _forward(
     x_ND: Tensor, master_VD: Tensor, target_N: Tensor, rows: int, ignore: int, needs: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -126,7 +141,7 @@ def _forward(
         target_C = torch.where(keep_C, target_C, 0)
         z_C = (x_CD.float() * weight_VD.index_select(0, target_C).float()).sum(-1)  # refuses −1, [] wraps it
         logits_CV = torch.mm(x_CD, weight_VD.mT, out=logits[: x_CD.shape[0]])
-        loss_C, slope_C = _loss_and_slope_(logits_CV, z_C, target_C, keep_C)
+        loss_C, slope_C = _loss_and_slope_in_parts_(logits_CV, z_C, target_C, keep_C)
         loss += loss_C.sum()
         slope_C1, p_CV = slope_C[:, None], logits_CV
         if dx is not None:
@@ -137,7 +152,9 @@ def _forward(
                 dweight.addmm_(p_CV.mT, scaled_CD, beta=float(start > 0))  # 0 ignores what was in memory
             else:
                 torch.mm(p_CV.mT, scaled_CD, out=part)
-                dweight = dweight.add_(part) if start else dweight.copy_(part)
+                for of_vocabulary in row_parts(part.shape[0], part.shape[1], part.device):
+                    total, term = dweight[of_vocabulary], part[of_vocabulary]
+                    total.add_(term) if start else total.copy_(term)
     return loss, dx, dweight
 
 
@@ -222,6 +239,16 @@ def _forward_on_card(
     return loss_N.sum(), dx, dweight
 
 
+def _scaled_(dweight_VD: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return dweight · upstream in dtype; in place where that is dweight's own."""
+    if dweight_VD.dtype == dtype or not works_in_parts(dweight_VD.device):
+        return dweight_VD.mul_(upstream).to(dtype)
+    scaled_VD = torch.empty_like(dweight_VD, dtype=dtype)
+    for rows in row_parts(dweight_VD.shape[0], dweight_VD.shape[1], dweight_VD.device):
+        scaled_VD[rows] = dweight_VD[rows].float() * upstream
+    return scaled_VD
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -239,7 +266,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         # In place: a second [V, D] would stand at the step's peak.  Autograd refuses a second backward.
         dx = dx.mul_(upstream) if dx is not None else None
-        dweight = dweight.mul_(upstream).to(ctx.weight_dtype) if dweight is not None else None
+        dweight = _scaled_(dweight, upstream, ctx.weight_dtype) if dweight is not None else None
         return dx, dweight, None, None, None, None
 
 

@@ -14,7 +14,7 @@ are the resident ones.
 Where Triton runs, one launch multiplies all slices of a stack (`grouped_matmul.py`, `grouped_wgrad.py`): the host never
 waits for the device, and idle matrices are decoded in registers.  Elsewhere a loop over the experts calls the library,
 the slices' ends lie on the host, and an idle matrix whose numbers no product takes is decoded, at each use, into a
-scratch buffer of one matrix.
+scratch buffer of one matrix.  On a processor that loop cuts 16-bit slices into shapes that come back (`slices.py`).
 
 Saved for backward: x, weights, the sort order [N·K], the slices' ends [E], [g | u] [N·K, 2I], the masters and the idle
 copies (as stored, not decoded); everything else is computed again.
@@ -38,6 +38,7 @@ from lowvram_kernels.matmul.fp32_sums import leaves_of, sum_of
 from lowvram_kernels.matmul.kept_casts import cast
 from lowvram_kernels.matmul.kept_codes import codes_of
 from lowvram_kernels.matmul.quant_linear import MatmulFormat, check_matmul_format
+from lowvram_kernels.matmul.slices import multiply_slice_, outer_slice_, takes_parts
 from lowvram_kernels.moe.grouped_matmul import Gathered, grouped_matmul, operand_of
 from lowvram_kernels.moe.grouped_wgrad import grouped_wgrad
 from lowvram_kernels.moe.idle import Stack, check_stack, needs_decoding, read_copy
@@ -95,13 +96,14 @@ def _multiply_slices(
     in rows' dtype, needed where the code must be decoded; what is left in it means nothing.
     """
     out_MO = rows_MI.new_empty(rows_MI.shape[0], stack_WIO.shape[2])
-    resident, start = stack_WIO.shape[0], 0
+    resident, start, in_parts = stack_WIO.shape[0], 0, takes_parts(rows_MI)
     for expert, end in enumerate(ends_E.tolist()):
         if expert < resident:
-            torch.mm(rows_MI[start:end], stack_WIO[expert], out=out_MO[start:end])
+            multiply_slice_(out_MO[start:end], rows_MI[start:end], stack_WIO[expert], in_parts)
         elif start < end and code is not None:
             matrix = read_copy(join_parts(code, scale), expert - resident, rows_MI.dtype, scratch)
-            torch.mm(rows_MI[start:end], matrix.mT if is_transposed else matrix, out=out_MO[start:end])
+            matrix = matrix.mT if is_transposed else matrix
+            multiply_slice_(out_MO[start:end], rows_MI[start:end], matrix, in_parts)
         start = end
     return out_MO
 
@@ -115,14 +117,9 @@ def _(rows_MI: Tensor, stack_WIO: Tensor, *_: Any) -> Tensor:
 def _sum_outer_slices(left_MO: Tensor, right_MI: Tensor, ends_E: Tensor, dtype: torch.dtype, resident: int) -> Tensor:
     """Sum leftᵀ @ right over each resident expert's slice, zero where it is empty: [W, O, I] in dtype."""
     out_WOI = left_MO.new_empty(resident, left_MO.shape[1], right_MI.shape[1], dtype=dtype)
-    start = 0
+    start, in_parts = 0, takes_parts(left_MO)
     for expert, end in enumerate(ends_E[:resident].tolist()):
-        if start == end:
-            out_WOI[expert].zero_()
-        elif dtype == left_MO.dtype:
-            torch.mm(left_MO[start:end].mT, right_MI[start:end], out=out_WOI[expert])
-        else:
-            out_WOI[expert].copy_(left_MO[start:end].mT @ right_MI[start:end])
+        outer_slice_(out_WOI[expert], left_MO[start:end], right_MI[start:end], in_parts)
         start = end
     return out_WOI
 
@@ -136,7 +133,7 @@ def _rows_of_tokens(x_NI: Tensor, order_M: Tensor, choices: int, matmul_format: 
     """Return the tokens' rows, repeated and sorted, [M, I]: on a card read where they lie, unless they are rounded."""
     if order_M.dtype == torch.int32 and matmul_format == "plain":
         return Gathered(x_NI, order_M, choices)
-    return x_NI[order_M // choices]
+    return x_NI.index_select(0, order_M // choices)
 
 
 def _multiply_tokens(

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lowvram_kernels.dispatch import card_of
 from lowvram_kernels.errors import ShapeError
-from lowvram_kernels.optim.adamw8 import CodeMap, recall, remember_, rounding_noise, store_weight_
+from lowvram_kernels.optim.adamw8 import CodeMap, recall, remember_, rounding_noise, store_weight_, times
 from lowvram_kernels.optim.muon_launch import lead, move
 from lowvram_kernels.random.counter_rng import Noise, chain_numbers
 from lowvram_kernels.random.stochastic_rounding import BLOCK, has_kernels, ranges
@@ -78,7 +78,7 @@ AT_ONCE = 2**22
 # As in `adamw8`: bytes moved for each element and launches for each chunk, by what the momentum is kept in, and by what
 # the weight is.
 _LEAD_WORK = {torch.bfloat16: (88, 10), torch.uint8: (162, 24)}
-_STORE_WORK = {torch.float32: (42, 5), torch.bfloat16: (205, 66)}
+_STORE_WORK = {torch.float32: (42, 5), torch.bfloat16: (205, 26)}
 
 
 class Momentum(NamedTuple):
@@ -189,8 +189,8 @@ def _lead(
         lead(gradient_N, *kept, u_N, codes.value, codes.midpoint, gradient_scale, skip, beta)
         return u_N
     skip = None if skip is None else skip.reshape(()) != 0
-    for low, high in ranges(u_N, *_LEAD_WORK[kept.code.dtype]):
-        g_N = gradient_N[low:high].float() * gradient_scale
+    for low, high in ranges(u_N, *_LEAD_WORK[kept.code.dtype], masked=(9, 3)):
+        g_N = times(gradient_N[low:high], gradient_scale)
         code_N, absmax_B = kept.code[low:high], kept.absmax[low // BLOCK : -(-high // BLOCK)]
         m_BK = recall(code_N, absmax_B, codes)
         m_BK.mul_(beta).add_(g_N.view(m_BK.shape), alpha=1.0 - beta)
@@ -262,8 +262,8 @@ def _move_in_chunks(
     first: int,
 ) -> None:
     skip = None if skip is None else skip.reshape(()) != 0
-    for low, high in ranges(weight_N, *_STORE_WORK[weight_N.dtype]):
-        new_N = weight_N[low:high].float() * kept
+    for low, high in ranges(weight_N, *_STORE_WORK[weight_N.dtype], masked=(9, 2)):
+        new_N = times(weight_N[low:high], kept)
         new_N.sub_(o_N[low:high].float().mul_(rate))
         store_weight_(weight_N[low:high], new_N, skip, noise, first + low)
         del new_N

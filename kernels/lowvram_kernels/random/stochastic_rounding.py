@@ -23,9 +23,9 @@ from lowvram_kernels.random.counter_rng import chain, chain_numbers, draw_bits, 
 # Elements that a chunked op has at work at once, a multiple of 256.  On CPU fewer cost calls (2¹⁴ take twice as long),
 # more gain nothing from 2¹⁷ on and leave the cache.  A card is launched some 50 times for each chunk, so there it is
 # longer.
-CHUNK, CARD_CHUNK = 2**18, 2**21
+CHUNK, CARD_CHUNK = 2**17, 2**21
 BLOCK = 256
-_MOVED_BYTES, _LAUNCHES = 190, 64
+_MOVED_BYTES, _LAUNCHES = 190, 22
 # Blocks that one program of a kernel takes: one for each of its four warps, eight elements for each thread.
 ROWS = 4
 
@@ -55,13 +55,19 @@ def split(value: Tensor | float) -> tuple[Tensor | None, float]:
     return value if value.dim() == 0 else value.reshape(()), 0.0
 
 
-def ranges(weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK) -> Iterator[tuple[int, int]]:
+def ranges(
+    weight: Tensor, moved_bytes: float, launches: float, block: int = BLOCK, masked: tuple[float, float] = (0.0, 0.0)
+) -> Iterator[tuple[int, int]]:
     """Cut a weight's elements into chunks of whole blocks, and what is left over as one shorter block.
 
     In meta mode the first chunk stands for all: every other one allocates the same, moves moved_bytes for each of its
-    elements and is so many launches.  block: 1 where elements are independent, so that nothing is left over.
+    elements and is so many launches.  block: 1 where elements are independent, so that nothing is left over.  masked:
+    the bytes and launches of stores under a skip that a processor has in addition.
     """
-    count, chunk = weight.numel(), CHUNK if card_of(weight.device).platform == "cpu" else CARD_CHUNK
+    count, on_processor = weight.numel(), card_of(weight.device).platform == "cpu"
+    chunk = CHUNK if on_processor else CARD_CHUNK
+    if on_processor:
+        moved_bytes, launches = moved_bytes + masked[0], launches + masked[1]
     whole = count // block * block
     shown = min(whole, chunk) if is_simulated() else whole
     yield from ((start, min(start + chunk, whole)) for start in range(0, shown, chunk))
@@ -82,11 +88,20 @@ def reference(x: Tensor, uniform: Tensor) -> Tensor:
 
 def round_to_bf16(x: Tensor, noise: Tensor) -> Tensor:
     """Round fp32 to bf16, up in magnitude with the probability of the part cut off; noise: 16 bits are used."""
-    bits = x.view(torch.int32) + (noise & 0xFFFF).int()
-    rounded = bits.bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
-    del bits
+    return round_drawn(x * 1.0, (noise & 0xFFFF).int())  # a product is no signalling NaN
+
+
+def round_drawn(x: Tensor, bits: Tensor) -> Tensor:
+    """Round as `round_to_bf16` does what arithmetic has made.
+
+    bits: int32 in [0, 2¹⁶), of x's shape.  Both are overwritten.
+    """
+    rounded = bits.add_(x.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32)
     # A NaN of CUDA has all bits set but the sign's: noise would carry it over into -0, and hide it.
-    return rounded.masked_fill_(x.isnan(), torch.nan)
+    if card_of(x.device).platform != "cpu":
+        return rounded.to(torch.bfloat16).masked_fill_(x.isnan(), torch.nan)
+    # Numbers are divided by 1, and that zero by 0.  On CPU a mask of bool takes four times as long.
+    return rounded.div_(x.eq_(x)).to(torch.bfloat16)
 
 
 @torch.no_grad()
@@ -104,11 +119,11 @@ def add_rounded_(total: Tensor, term: Tensor, seed: int, purpose: int, sample: T
     if has_kernels(total.device):
         _add_kernel(total.view(-1), term.reshape(-1), sample, chain_numbers(seed, purpose))
         return
-    named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())))
+    named = name_noise(chain(torch.zeros_like(sample.reshape(())), seed, purpose, sample.reshape(())), total.numel())
     flat, new = total.view(-1), term.reshape(-1)
     for start, end in ranges(total, _MOVED_BYTES, _LAUNCHES, block=1):
         noise = draw_bits(named, start, end - start)
-        flat[start:end] = round_to_bf16(flat[start:end].float().add_(new[start:end]), noise)
+        flat[start:end] = round_drawn(flat[start:end].float().add_(new[start:end]), noise)
         del noise
 
 

@@ -12,7 +12,7 @@ import torch
 from lowvram_kernels.dispatch import Card, simulate_card
 from lowvram_kernels.errors import ShapeError
 from lowvram_kernels.optim.adamw8 import CodeMap, Maps, Moments, adamw8_, build_maps, decode, encode, new_moments
-from lowvram_kernels.random.stochastic_rounding import CHUNK
+from lowvram_kernels.random.stochastic_rounding import CHUNK, round_to_bf16
 from torch import Tensor
 
 from tests.kernels.measures import LiveBytes, relative_error
@@ -246,7 +246,7 @@ def test_chunks_and_slices_of_experts_change_no_bit(dtype: torch.dtype, monkeypa
 def test_rounding_to_bf16_is_unbiased_and_never_further_than_a_neighbour() -> None:
     exact = torch.cat([torch.tensor([1.0, -1.0, 0.0, 2.0**-100]), torch.randn(60)])
     noise = torch.randint(0, 2**32, (40_000, 64))
-    rounded = op.round_to_bf16(exact.expand(40_000, 64).contiguous(), noise).double()
+    rounded = round_to_bf16(exact.expand(40_000, 64).contiguous(), noise).double()
     assert torch.equal(rounded[:, :4], exact[:4].double().expand(40_000, 4))
     gap = exact.abs().log2().floor().exp2().mul(2.0**-7).nan_to_num(neginf=0.0)
     assert ((rounded - exact).abs() < gap.clamp_min(1e-45)).all()
