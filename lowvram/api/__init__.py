@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lowvram.api.cleaning import Cleaned as Cleaned
+    from lowvram.api.cleaning import clean as clean
     from lowvram.api.evaluation import Evaluation as Evaluation
     from lowvram.api.evaluation import evaluate as evaluate
     from lowvram.api.fit_result import FitOptions as FitOptions
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from lowvram.train.settings import RunSettings as RunSettings
 
 _HOMES = {
+    "Cleaned": "lowvram.api.cleaning",
     "Evaluated": "lowvram.train.events",
     "Evaluation": "lowvram.api.evaluation",
     "Event": "lowvram.train.events",
@@ -76,6 +79,7 @@ _HOMES = {
     "TrainedTokenizer": "lowvram.api.tokenizer_training",
     "TrainingRun": "lowvram.api.training",
     "check_texts": "lowvram.api.texts",
+    "clean": "lowvram.api.cleaning",
     "evaluate": "lowvram.api.evaluation",
     "fit": "lowvram.api.fitting",
     "import_model": "lowvram.api.importing",
@@ -87,6 +91,7 @@ _HOMES = {
     "write_run_file": "lowvram.api.run_file",
 }
 __all__ = [
+    "Cleaned",
     "Evaluated",
     "Evaluation",
     "Event",
@@ -114,6 +119,7 @@ __all__ = [
     "TrainedTokenizer",
     "TrainingRun",
     "check_texts",
+    "clean",
     "evaluate",
     "fit",
     "import_model",
