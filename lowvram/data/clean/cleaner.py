@@ -162,7 +162,7 @@ class _Cleaning:
         for index, file in enumerate(self.files):
             for number, text in enumerate(documents(file, self.field, tell, self.bad_rows), 1):
                 data = text.encode("utf-8")
-                digest.update(f"{index} {len(data)} ".encode())
+                digest.update(f"{index} {number} {len(data)} ".encode())
                 digest.update(data)
                 batch.texts.append(text)
                 batch.files.append(index)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 from lowvram.data.clean.duplicates import Found, left_documents
 from lowvram.data.clean.part import Part
 from lowvram.data.clean.work_folder import WorkFolder
-from lowvram.data.text_files import STANDARD_INPUT, is_stream
+from lowvram.data.text_files import DATASET, STANDARD_INPUT, is_dataset, is_stream
 from lowvram.errors import DataError
 from lowvram.storage.disk import Disk, explain_full_disk
 
@@ -49,6 +50,8 @@ def _is_nameless(file: Path) -> bool:
 
 
 def _relative(file: Path, home: Path, is_whole: bool) -> Path:
+    if is_dataset(file):
+        return Path(f"{re.sub('[^0-9A-Za-z@._]+', '-', str(file).removeprefix(DATASET)).strip('-')}{ENDING}")
     if _is_nameless(file):
         return Path(f"{'stdin' if file == STANDARD_INPUT else file.name}{ENDING}")
     absolute = Path(os.path.abspath(file))
@@ -97,6 +100,7 @@ class Output:
 
     def _read_done(self, number: int) -> Written | None:
         stated = self._folder.read(self._mark(number))
+        stated.pop("output", None)
         is_same = stated.pop("text", "") == self._text_hash
         path = self._folder.out / self._outputs[number]
         if not is_same or stated.keys() != Written().__dict__.keys():
@@ -157,7 +161,8 @@ class Output:
         done.bytes = handle.tell()
         self._disk.sync_handle(handle)
         handle.close()
-        self._folder.write(self._mark(number), done.__dict__ | {"text": self._text_hash})
+        name = self._outputs[number].as_posix()
+        self._folder.write(self._mark(number), done.__dict__ | {"output": name, "text": self._text_hash})
         path = self._folder.out / self._outputs[number]
         if done.documents:
             path.parent.mkdir(parents=True, exist_ok=True)

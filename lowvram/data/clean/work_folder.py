@@ -70,6 +70,9 @@ class WorkFolder:
             raise DataError(what, f"{REPORT} there says so.", fix)
         stated = self.read(self.work / "key.json")
         if stated.get("key") != self.key:
+            for mark in self.work.glob("written-*.json"):
+                if output := self.read(mark).get("output"):
+                    (self.out / str(output)).unlink(missing_ok=True)
             for path in self.work.iterdir():
                 self._disk.delete(path)
             if not self.finished:
