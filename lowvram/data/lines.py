@@ -48,29 +48,34 @@ class LineReader:
         """Yield each line as it is in the file, and decoded, or what is wrong with it."""
         offset = 0
         for number, raw in enumerate(cut_lines(self._stream), 1):
-            yield raw, self._decode(raw, f"{self._file}:{number}", offset)
-            offset += raw.size if isinstance(raw, _LongLine) else len(raw)
+            yield raw, self._decode(raw, number, offset)
+            offset += raw.size if type(raw) is _LongLine else len(raw)
 
-    def _decode(self, raw: bytes, where: str, offset: int) -> str | BadRow:
+    def _decode(self, raw: bytes, number: int, offset: int) -> str | BadRow:
+        try:
+            line = raw.decode("utf-8")
+            if "\0" not in line and type(raw) is not _LongLine:
+                return line
+        except UnicodeDecodeError as error:
+            return self._explain(raw, f"{self._file}:{number}", offset, error)
+        return self._explain(raw, f"{self._file}:{number}", offset, None)
+
+    def _explain(self, raw: bytes, where: str, offset: int, error: UnicodeDecodeError | None) -> str | BadRow:
+        """Return what is wrong with a line, or the line in Windows-1254 where it is that for certain."""
         if isinstance(raw, _LongLine):
             what = f"{where} is a line of {show_bytes(raw.size)}."
             why = f"Lines of more than {show_bytes(MOST_LINE_BYTES)} are no documents; its end is damaged or missing."
             return BadRow("longer than lines may be", what, why, "Mend or delete it.", characters=raw.size)
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if b"\0" not in raw:
-                if self._is_windows or is_windows_1254(self._sample + raw):
-                    return self._decode_windows(raw)
-                self._advice = self._advice or explain_not_utf8(self._sample + raw)
-                what = f"{where} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x}."
-                return BadRow("not UTF-8", what, self._advice.why, self._advice.fix, characters=len(raw))
-        if b"\0" in raw:
-            what = f"{where} is not text: byte {offset + raw.index(0)} is NUL."
-            why = "The file is binary, or text in UTF-16 without its mark, or that line is damaged."
-            fix = "Leave it out, mend the line, or convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
-            return BadRow("with NUL", what, why, fix, characters=len(raw))
-        return line
+        if error is not None and b"\0" not in raw:
+            if self._is_windows or is_windows_1254(self._sample + raw):
+                return self._decode_windows(raw)
+            self._advice = self._advice or explain_not_utf8(self._sample + raw)
+            what = f"{where} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x}."
+            return BadRow("not UTF-8", what, self._advice.why, self._advice.fix, characters=len(raw))
+        what = f"{where} is not text: byte {offset + raw.index(0)} is NUL."
+        why = "The file is binary, or text in UTF-16 without its mark, or that line is damaged."
+        fix = "Leave it out, mend the line, or convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
+        return BadRow("with NUL", what, why, fix, characters=len(raw))
 
     def _decode_windows(self, raw: bytes) -> str:
         if not self._is_windows:

@@ -139,11 +139,13 @@ def _has_blanks(text: str) -> bool:
 def _suspect_bits() -> NDArray[np.uint8]:
     mojibake = {spoilt[0] for spoilt in _SPOILT} - {"â"} | set("\x80€ýþðÝÞÐ")
     bits = np.zeros(_PLANE, np.uint8)
-    for code in range(_PLANE):
-        character = chr(code)
-        is_invisible = bool(_INVISIBLE.match(character) or _LINE_ENDS.match(character)) or character in "\u200c\u200d"
-        is_wide = bool(_WIDE_SPACES.match(character))
+    bits[0x300:] |= 2
+    bits[[ord(character) for character in mojibake]] |= 1
+    # A surrogate is no character, and one is not encoded.
+    all_characters = "".join(chr(code) for code in range(_PLANE) if not 0xD800 <= code < 0xE000)
+    for pattern in (_INVISIBLE, _LINE_ENDS, re.compile("[\u200c\u200d]")):
         # What the repair of invisible characters makes of line ends may leave blanks before them.
-        bits[code] = (character in mojibake) | (code >= 0x300) << 1 | is_invisible * 12 | is_wide << 3
+        bits[[ord(found[0][0]) for found in pattern.finditer(all_characters)]] |= 12
+    bits[[ord(found[0]) for found in _WIDE_SPACES.finditer(all_characters)]] |= 8
     bits[_PLANE - 1] |= 14  # stands for all characters beyond
     return bits
