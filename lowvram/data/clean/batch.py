@@ -62,10 +62,12 @@ class Batch:
         starts, ends = self._edges
         letters = self._small[self.kinds <= DIGIT]
         lengths = ends - starts
-        begins = np.cumsum(lengths) - lengths
-        position = np.arange(len(letters)) - np.repeat(begins, lengths)
-        values = _tables()[1][letters]
-        values *= _factors(_WORD_FACTORS)[position & (_WORD_FACTORS - 1)]
+        begins = (np.cumsum(lengths) - lengths).astype(np.int32)
+        position = np.arange(len(letters), dtype=np.int32)
+        position -= np.repeat(begins, lengths)
+        position &= _WORD_FACTORS - 1
+        values = np.take(_tables()[1], letters)
+        values *= np.take(_factors(_WORD_FACTORS), position)
         sums = np.zeros(len(letters) + 1, U64)
         np.cumsum(values, out=sums[1:])
         return sums

@@ -39,7 +39,8 @@ class Change:
 class Outcome:
     """Documents after the rules.
 
-    kept: indices of the documents that are left; texts: what they are now.  batch: of these texts, None where none is.
+    kept: indices of the documents that are left; texts: what they are now.  batch: of these texts and of some that were
+    removed, None where none is left; left: the places of `texts` in it.
     removed, changed: documents by rule; parts: lines and private data by kind.  characters: taken away, by rule.
     examples: up to the number asked for, of each rule.
     """
@@ -47,6 +48,7 @@ class Outcome:
     kept: list[int]
     texts: list[str]
     batch: Batch | None = None
+    left: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     removed: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     parts: Counter[str] = field(default_factory=Counter)
@@ -89,8 +91,8 @@ class DocumentRules:
         left = self._remove(outcome, indices, batch)
         outcome.kept = [indices[place] for place in left]
         outcome.texts = [batch.texts[place] for place in left]
-        if outcome.texts:
-            outcome.batch = batch if len(left) == len(batch.texts) else Batch(outcome.texts)
+        if left:
+            outcome.batch, outcome.left = batch, np.array(left, np.int64)
         return outcome
 
     def _take_too_long(self, outcome: Outcome, texts: Sequence[str]) -> tuple[list[str], list[int]]:

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowvram.config.cleaning import CleaningRules
-from lowvram.data.clean.batch import Batch
 from lowvram.data.clean.contamination import EvaluationIndex
 from lowvram.data.clean.document_rules import Change, DocumentRules, Outcome
 from lowvram.data.clean.signature import FUNCTIONS, sign
@@ -91,7 +90,7 @@ def clean_part(task: PartTask) -> tuple[Path, dict[str, Any]]:
         places = [first + index for index in outcome.kept]
         arrays["files"].append(np.array([task.files[place] for place in places], "<u4"))
         arrays["numbers"].append(np.array([task.numbers[place] for place in places], "<u8"))
-        _add_hashes(arrays, outcome.batch, task.rules, documents)
+        _add_hashes(arrays, outcome, task.rules, documents)
         documents += len(encoded)
         text_bytes += int(ends[-1])
     sidecar = {
@@ -129,23 +128,31 @@ def _add_counts(total: Outcome, outcome: Outcome, first: int) -> None:
             total.examples.append(Change(change.rule, first + change.document, change.before, change.after, change.why))
 
 
-def _add_hashes(arrays: dict[str, list[NDArray[Any]]], batch: Batch, rules: CleaningRules, documents: int) -> None:
-    """Add what finding duplicates needs.  documents: how many documents of the part stand before this batch."""
-    hashes = batch.document_hashes.copy()
-    for place in np.flatnonzero(batch.word_counts == 0).tolist():  # only where the rule of length is off
-        hashes[place] = hash_text(batch.texts[place])
+def _add_hashes(arrays: dict[str, list[NDArray[Any]]], outcome: Outcome, rules: CleaningRules, documents: int) -> None:
+    """Add what finding duplicates needs.  documents: how many documents of the part stand before these."""
+    batch, left = outcome.batch, outcome.left
+    assert batch is not None
+    # The number in the part of each document of the batch, -1 for those that were removed.
+    numbers = np.full(len(batch.texts), -1, np.int64)
+    numbers[left] = documents + np.arange(len(left))
+    hashes = batch.document_hashes[left]
+    for place in np.flatnonzero(batch.word_counts[left] == 0).tolist():  # only where the rule of length is off
+        hashes[place] = hash_text(outcome.texts[place])
     arrays["document_hashes"].append(hashes)
     if rules.duplicate_lines.on:
-        lines = np.flatnonzero(batch.line_words >= rules.duplicate_lines.least_words)
+        lines = np.flatnonzero(
+            (batch.line_words >= rules.duplicate_lines.least_words) & (numbers[batch.line_documents] >= 0)
+        )
         owners = batch.line_documents[lines]
         first_lines = np.searchsorted(batch.line_documents, np.arange(len(batch.texts)))
         arrays["line_hashes"].append(batch.line_hashes[lines])
-        arrays["line_documents"].append((owners + documents).astype("<u4"))
+        arrays["line_documents"].append(numbers[owners].astype("<u4"))
         arrays["line_numbers"].append((lines - first_lines[owners]).astype("<u4"))
     if rules.near_duplicates.on:
         which, signatures = sign(batch, rules.near_duplicates.least_words)
-        arrays["signed"].append((which + documents).astype("<u4"))
-        arrays["signatures"].append(signatures)
+        is_left = numbers[which] >= 0
+        arrays["signed"].append(numbers[which[is_left]].astype("<u4"))
+        arrays["signatures"].append(signatures[is_left])
 
 
 def hash_text(text: str) -> int:
