@@ -106,14 +106,14 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
     from lowvram.data.clean.work_folder import PAGE
 
     rules = cleaning.load_rules()
-    yield from find_texts(options)
+    files = yield from find_texts(options)
     skipped = SkippedRows(options.on_bad_row)
 
     def note() -> list[str]:
         return [notice.text for notice in skipped.summarise()]
 
     work = clean_each_part(
-        options.paths,
+        files,
         cleaning.out,
         rules,
         options.field,

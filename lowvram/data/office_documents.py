@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from lowvram.errors import DataError
 def pdf_document(file: Path, plain: IO[bytes]) -> Iterator[str | BadRow]:
     """Yield the text of all pages; a scanned page has none.  Raises DataError for a damaged or encrypted file."""
     pypdf = need("pypdf")
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every fault that it reads past
     try:
         reader = pypdf.PdfReader(plain)
         if reader.is_encrypted and not reader.decrypt(""):

@@ -126,7 +126,8 @@ def test_lines_of_web_pages_are_left_out_and_a_poem_of_one_line_stays() -> None:
 def test_documents_with_items_of_an_evaluation_set_are_found_and_passages_are_not_compared(tmp_path: Path) -> None:
     words = [f"söz{number}" for number in range(60)]
     long, short, tiny = " ".join(words[:20]), " ".join(words[30:39]), " ".join(words[40:47])
-    rows = [{"soru": long, "context": " ".join(words[47:])}, {"seçenekler": [short, tiny]}]
+    passage = " ".join(words[47:])
+    rows = [{"soru": long, "context": f"Önce {passage} sonra", "yanıt": passage}, {"seçenekler": [short, tiny]}]
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     index = build_index(ContaminationRule(), [tmp_path / "set.jsonl"])
     assert (index.items, index.short) == (3, 1)
@@ -134,7 +135,7 @@ def test_documents_with_items_of_an_evaluation_set_are_found_and_passages_are_no
         f"Önce {' '.join(words[5:18]).upper()}, sonra.",
         f"Önce {' '.join(words[5:17])} değil.",
         f"Evet {short}!",
-        f"Evet {tiny} ve {' '.join(words[47:])}",
+        f"Evet {tiny} ve {passage}",
         PROSE,
     ]
     assert (index.count(Batch(texts)) > 0).tolist() == [True, False, True, False, False]

@@ -208,7 +208,6 @@ def main() -> None:
     options = parser.parse_args()
     train = [file for file in find_files([options.text]) if ".valid." not in file.name and file.name.startswith("tr_")]
     mixed = [file for file in train if "mix" in file.name] or train
-    whole = [file for file in train if file not in mixed] or train
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}, python {platform.python_version()}, "
         f"numpy {np.__version__}, load {os.getloadavg()[0]:.1f}"
@@ -219,7 +218,7 @@ def main() -> None:
         if "speed" in wanted:
             measure_speed(mixed, scratch)
         if "memory" in wanted:
-            measure_memory(whole, scratch, [int(size) for size in options.sizes.split(",")])
+            measure_memory(mixed, scratch, [int(size) for size in options.sizes.split(",")])
         if "near" in wanted:
             measure_near(mixed, scratch)
         if "loss" in wanted:

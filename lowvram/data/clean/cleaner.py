@@ -26,7 +26,7 @@ from lowvram.data.clean.work_folder import FORMAT, PAGE, REPORT, WorkFolder, ref
 from lowvram.data.text import documents, find_files
 from lowvram.data.text_files import is_stream, size_of
 from lowvram.data.worker_pool import WorkerPool
-from lowvram.errors import DataError
+from lowvram.errors import DataError, argument
 from lowvram.storage.disk import DISK, Disk
 from lowvram.units import count_of
 
@@ -266,7 +266,8 @@ class _Cleaning:
             eaters = name_eaters(describe_rules(totals, self.rules))
             what = f"Nothing is left of {count_of(totals.documents, 'document')}."
             why = f"Documents were removed by: {eaters}."
-            raise DataError(what, why, "Loosen these rules, or switch them off, as in --set length.on=false.")
+            fix = f"Loosen these rules, or switch them off, as in {argument('overrides', ['length.on=false'])}."
+            raise DataError(what, why, fix)
 
     def _report(self, found: Found, notes: Sequence[str]) -> dict[str, Any]:
         for rule, pairs in found.examples.items():

@@ -53,7 +53,7 @@ def _build_filter(hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 
 def build_index(rule: ContaminationRule, files: Sequence[Path]) -> EvaluationIndex:
-    """Return the index of evaluation sets: every string of every row, but those in the fields `rule.passages`.
+    """Return the index of evaluation sets: every string of every row, but passages and what is quoted from them.
 
     A string of at least `rule.words` words gives all its sequences of that length; a shorter one is found as a whole,
     if it has at least `rule.least_words`.  files: .jsonl, .json lines, .tsv, .csv, .txt and .parquet.
@@ -102,17 +102,17 @@ def _read_items(file: Path, passages: frozenset[str]) -> Iterator[str]:
             from lowvram.data.text_stream import need
 
             for row in need("pyarrow.parquet").ParquetFile(stream.bytes).iter_batches():
-                yield from _strings(row.to_pylist(), passages)
+                yield from (text for record in row.to_pylist() for text in _items_of(record, passages))
             return
         text = io.TextIOWrapper(stream.bytes, encoding="utf-8-sig", errors="replace", newline="")
         if stream.kind in (".csv", ".tsv"):
             for record in csv.DictReader(text, delimiter="\t" if stream.kind == ".tsv" else ","):
-                yield from _strings(record, passages)
+                yield from _items_of(record, passages)
         elif stream.kind == ".txt":
             yield from (line for line in text if not line.isspace())
         else:
             for number, line in enumerate(text, 1):
-                yield from _strings(_read_json(f"{file}:{number}", line), passages) if not line.isspace() else ()
+                yield from _items_of(_read_json(f"{file}:{number}", line), passages) if not line.isspace() else ()
         text.detach()
 
 
@@ -123,11 +123,18 @@ def _read_json(where: str, line: str) -> Any:
         raise DataError(f"{where} is not JSON.", f"{error}.", "An evaluation set has one object a line.") from error
 
 
+def _items_of(record: Any, passages: frozenset[str]) -> Iterator[str]:
+    """Yield every string of a row that is neither a passage nor quoted from one, as an extractive answer is."""
+    table = record if isinstance(record, dict) else {}
+    quoted = [value for name, value in table.items() if name in passages and isinstance(value, str)]
+    return (text for text in _strings(record, passages) if not any(text in passage for passage in quoted))
+
+
 def _strings(value: Any, passages: frozenset[str]) -> Iterator[str]:
     """Yield every string inside a value, but those below a field of passages."""
     if isinstance(value, str):
         if value and not value.isspace():
-            yield " ".join(value.split("\n"))
+            yield value
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in passages:
