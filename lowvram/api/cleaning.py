@@ -103,7 +103,7 @@ def clean(
 def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int | None = None) -> Task[Cleaned]:
     """Do what `clean` does, and yield its notices and its progress.  processes: None for one per core."""
     from lowvram.data.clean.cleaner import clean_each_part
-    from lowvram.data.clean.work_folder import PAGE
+    from lowvram.data.text_files import REPORT_PAGE
 
     rules = cleaning.load_rules()
     files = yield from find_texts(options)
@@ -126,7 +126,7 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
     yield from skipped.summarise()
     return Cleaned(
         cleaning.out,
-        cleaning.out / PAGE,
+        cleaning.out / REPORT_PAGE,
         report["documents_read"],
         report["documents"],
         report["bytes"],

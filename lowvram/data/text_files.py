@@ -22,6 +22,8 @@ LOOKED_FOR = (
     f"lowvram reads {', '.join(KINDS)}, each plain or with .gz or .zst at the end; where they are named, also "
     f"{', '.join(NAMED_KINDS)}."
 )
+# What `data clean` writes beside cleaned text, which needs no notice when that is read.
+REPORT, REPORT_PAGE = "report.json", "report.md"
 # A data set of Hugging Face's package, by its name or folder: `hf:owner/name`.
 DATASET = "hf:"
 STANDARD_INPUT = Path("-")
@@ -120,6 +122,8 @@ def _walk(folder: Path, found: TextFiles) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found.linked_folders += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.name in (REPORT, REPORT_PAGE):
+                continue
             if not path.exists():
                 found.broken_links.append(path)
             elif path.name.lower().endswith(ENDINGS) and path.is_file():

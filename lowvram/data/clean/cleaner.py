@@ -22,12 +22,12 @@ from lowvram.data.clean.output import Output, name_outputs
 from lowvram.data.clean.part import Lists, Part, PartTask, clean_part
 from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write_page
 from lowvram.data.clean.toxicity import read_words
-from lowvram.data.clean.work_folder import FORMAT, PAGE, REPORT, WorkFolder, refuse_text_inside
+from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
 from lowvram.data.text import documents, find_files
-from lowvram.data.text_files import is_stream, size_of
+from lowvram.data.text_files import REPORT, REPORT_PAGE, is_stream, size_of
 from lowvram.data.worker_pool import WorkerPool
 from lowvram.errors import DataError, argument
-from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.disk import DISK, Disk, explain_full_disk
 from lowvram.units import count_of
 
 PART_BYTES = 2 << 20
@@ -141,7 +141,7 @@ class _Cleaning:
             report = self._report(found, notes())
         finally:
             found.close()
-        self.folder.out.joinpath(PAGE).write_text(write_page(report), encoding="utf-8")
+        self.disk.write(self.folder.out / REPORT_PAGE, write_page(report).encode("utf-8"))
         self.folder.write(self.folder.out / REPORT, report)
         return report
 
@@ -250,8 +250,9 @@ class _Cleaning:
         pairs = self.folder.work / "pairs"
         if pairs.exists():
             self.disk.remove_tree(pairs)
-        for share in find_duplicates(self.parts, pairs, self.rules, found):
-            yield CleanProgress("Finding duplicates", share, 1.0)
+        with explain_full_disk(self.folder.out):
+            for share in find_duplicates(self.parts, pairs, self.rules, found):
+                yield CleanProgress("Finding duplicates", share, 1.0)
 
     def _write(self, found: Found) -> Iterator[CleanProgress]:
         for done in self.output.write(self.parts, found, self.input.hexdigest()):

@@ -11,13 +11,13 @@ from typing import Any
 
 import filelock
 
+from lowvram.data.text_files import REPORT, REPORT_PAGE
 from lowvram.errors import BusyError, DataError
 from lowvram.storage.disk import Disk, sha256
 from lowvram.storage.json_files import JsonError, read_object
 
-REPORT, PAGE = "report.json", "report.md"
-# Hidden, so that no command takes it for text.
-_WORK = ".cleaning"
+# Both are hidden, so that no command takes them for text.
+_WORK, _LOCK = ".cleaning", ".lock"
 _UNFINISHED = re.compile(r".*\.[0-9]+\.tmp")
 FORMAT = 1
 
@@ -38,7 +38,7 @@ class WorkFolder:
         """
         try:
             self.work.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.out / "lock", timeout=0).acquire()
+            lock = filelock.FileLock(self.out / _LOCK, timeout=0).acquire()
         except (FileExistsError, NotADirectoryError) as error:
             what, why = f"{self.out} is no folder.", "Cleaned text needs one of its own."
             raise DataError(what, why, "Name another `out`.") from error
@@ -62,7 +62,7 @@ class WorkFolder:
         if finished and self._replace:
             for row in finished.get("files", []):
                 (self.out / str(row.get("output"))).unlink(missing_ok=True)
-            for name in (REPORT, PAGE):
+            for name in (REPORT, REPORT_PAGE):
                 (self.out / name).unlink(missing_ok=True)
         elif finished and finished.get("key") != self.key:
             what = f"{self.out} holds text that was cleaned by other rules, or by another version of lowvram."
