@@ -21,7 +21,7 @@ def hub_documents(name: Path, field: str) -> Iterator[str | BadRow]:
     Raises DataError where it cannot be opened or read, MachineError where the package datasets is not installed.
     """
     datasets = need("datasets")
-    place, _, split = str(name).removeprefix(DATASET).partition("@")
+    place, _, split = name.as_posix().removeprefix(DATASET).partition("@")
     try:
         rows = iter(datasets.load_dataset(place, split=split or _SPLIT, streaming=True))
         for number, row in enumerate(rows):

@@ -19,7 +19,7 @@ from lowvram.data.clean.contamination import build_index
 from lowvram.data.clean.duplicates import Found, find_duplicates, open_flags
 from lowvram.data.clean.language import check_languages
 from lowvram.data.clean.output import Output, name_outputs
-from lowvram.data.clean.part import Lists, Part, PartTask, clean_part
+from lowvram.data.clean.part import SHOWN_CHARACTERS, Lists, Part, PartTask, clean_part, read_row
 from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write_page
 from lowvram.data.clean.toxicity import read_words
 from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
@@ -316,10 +316,5 @@ class _Cleaning:
     def _show(self, document: int) -> dict[str, Any]:
         part = next(part for part in reversed(self.parts) if part.first_document <= document)
         place = document - part.first_document
-        start = int(part.read("text_ends")[place - 1]) if place else 0
-        text = part.read("text")[start : int(part.read("text_ends")[place])].tobytes().decode("utf-8")
-        return {
-            "file": int(part.read("files")[place]),
-            "document": int(part.read("numbers")[place]),
-            "before": text[:300],
-        }
+        number, text = read_row(part.rows()[place])
+        return {"file": int(part.read("files")[place]), "document": number, "before": text[:SHOWN_CHARACTERS]}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from lowvram.data.clean.duplicates import Found, left_documents
-from lowvram.data.clean.part import Part
+from lowvram.data.clean.part import Part, read_row, write_row
 from lowvram.data.clean.work_folder import WorkFolder
 from lowvram.data.text_files import DATASET, STANDARD_INPUT, is_dataset, is_stream
 from lowvram.errors import DataError
@@ -119,7 +118,8 @@ class Output:
                 for count, part in enumerate(parts, 1):
                     files = part.read("files").tolist()
                     for place, row in enumerate(_rows(part, found)):
-                        self._count(row)
+                        if row.rule:
+                            self._count(row)
                         if files[place] != current:
                             self._finish(current, done, handle, temporary, is_skipped)
                             self._pass_over(current + 1, files[place])
@@ -127,7 +127,7 @@ class Output:
                             before = self._read_done(current)
                             is_skipped, done = before is not None, before or Written()
                             handle = None if is_skipped else open(temporary, "wb")  # noqa: SIM115 (open across parts)
-                        if row.text and not is_skipped and handle is not None:
+                        if row.data and not is_skipped and handle is not None:
                             self._write_row(handle, done, row)
                     yield count
                 self._finish(current, done, handle, temporary, is_skipped)
@@ -139,14 +139,13 @@ class Output:
     def _count(self, row: _Row) -> None:
         self.lines += row.lines
         self.characters[row.rule] += row.characters
-        self.removed[row.rule] += not row.text
-        self.changed[row.rule] += bool(row.text and row.lines)
+        self.removed[row.rule] += not row.data
+        self.changed[row.rule] += bool(row.data and row.lines)
 
     def _write_row(self, handle: IO[bytes], done: Written, row: _Row) -> None:
         done.documents += 1
-        done.characters += len(row.text)
-        data = json.dumps({"document": row.number, "text": row.text}, ensure_ascii=False).encode("utf-8")
-        self._disk.write_handle(handle, data + b"\n")
+        done.characters += row.length
+        self._disk.write_handle(handle, row.data)
 
     def _pass_over(self, start: int, stop: int) -> None:
         """Note files of which no document reached the parts."""
@@ -172,13 +171,13 @@ class Output:
 
 
 class _Row(NamedTuple):
-    """A document: its number in its file, and what is left of it: nothing if it is left out.
+    """A document as it is written: nothing if it is left out.  length: of its text, in characters.
 
     rule: what took `lines` lines, or all of it, `characters` in all.
     """
 
-    number: int
-    text: str
+    data: bytes
+    length: int
     rule: str = ""
     lines: int = 0
     characters: int = 0
@@ -188,20 +187,22 @@ def _rows(part: Part, found: Found) -> Iterator[_Row]:
     """Yield each document of a part."""
     is_copy = (found.documents.read(part.first_document, part.documents) != 0).tolist()
     left = left_documents(part, found).tolist()
-    numbers = part.read("numbers").tolist()
+    lengths = part.read("lengths").tolist()
     dropped = np.flatnonzero(found.lines.read(part.first_line, part.lines))
     by_document: dict[int, set[int]] = {}
     owners, lines = part.read("line_documents")[dropped].tolist(), part.read("line_numbers")[dropped].tolist()
     for owner, line in zip(owners, lines, strict=True):
         by_document.setdefault(owner, set()).add(line)
-    for place, text in enumerate(part.texts()):
+    for place, data in enumerate(part.rows()):
         out = by_document.get(place)
         if not left[place]:
             rule = "duplicate_documents" if is_copy[place] else "near_duplicates"
-            yield _Row(numbers[place], "", rule, 0, len(text))
+            yield _Row(b"", 0, rule, 0, lengths[place])
         elif not out:
-            yield _Row(numbers[place], text)
+            yield _Row(data, lengths[place])
         else:
+            document, text = read_row(data)
             kept = "\n".join(line for number, line in enumerate(text.split("\n")) if number not in out).strip("\n")
             kept = "" if kept.isspace() else kept
-            yield _Row(numbers[place], kept, "duplicate_lines", len(out), len(text) - len(kept))
+            after = write_row(document, kept) if kept else b""
+            yield _Row(after, len(kept), "duplicate_lines", len(out), len(text) - len(kept))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -31,10 +32,10 @@ _EXAMPLES = 3
 # An example is shown from and up to so many characters around its first change.
 SHOWN_CHARACTERS = 300
 ARRAYS: dict[str, tuple[str, int]] = {
-    "text": ("u1", 1),
-    "text_ends": ("<u8", 1),
+    "rows": ("u1", 1),
+    "row_ends": ("<u8", 1),
+    "lengths": ("<u4", 1),
     "files": ("<u4", 1),
-    "numbers": ("<u8", 1),
     "document_hashes": ("<u8", 1),
     "line_hashes": ("<u8", 1),
     "line_documents": ("<u4", 1),
@@ -77,22 +78,22 @@ def clean_part(task: PartTask) -> tuple[Path, dict[str, Any]]:
     rules = _load_rules(task.rules, task.lists)
     arrays: dict[str, list[NDArray[Any]]] = {name: [] for name in ARRAYS}
     total = Outcome([], [])
-    documents = text_bytes = 0
+    documents = row_bytes = 0
     for first, texts in _batches(task.texts):
         outcome = rules.apply(texts)
         _add_counts(total, outcome, first)
         if outcome.batch is None:
             continue
-        encoded = [text.encode("utf-8") for text in outcome.texts]
-        ends = np.cumsum([len(data) for data in encoded]).astype("<u8")
-        arrays["text"].append(np.frombuffer(b"".join(encoded), "u1"))
-        arrays["text_ends"].append(ends + np.uint64(text_bytes))
         places = [first + index for index in outcome.kept]
+        encoded = [write_row(task.numbers[place], text) for place, text in zip(places, outcome.texts, strict=True)]
+        ends = np.cumsum([len(row) for row in encoded]).astype("<u8")
+        arrays["rows"].append(np.frombuffer(b"".join(encoded), "u1"))
+        arrays["row_ends"].append(ends + np.uint64(row_bytes))
+        arrays["lengths"].append(np.array([len(text) for text in outcome.texts], "<u4"))
         arrays["files"].append(np.array([task.files[place] for place in places], "<u4"))
-        arrays["numbers"].append(np.array([task.numbers[place] for place in places], "<u8"))
         _add_hashes(arrays, outcome, task.rules, documents)
         documents += len(encoded)
-        text_bytes += int(ends[-1])
+        row_bytes += int(ends[-1])
     sidecar = {
         "documents": len(task.texts),
         "characters": sum(map(len, task.texts)),
@@ -155,6 +156,17 @@ def _add_hashes(arrays: dict[str, list[NDArray[Any]]], outcome: Outcome, rules: 
         arrays["signatures"].append(signatures[is_left])
 
 
+def write_row(number: int, text: str) -> bytes:
+    """Return a document as a row of the result, with its line end."""
+    return json.dumps({"document": number, "text": text}, ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def read_row(row: bytes) -> tuple[int, str]:
+    """Return the number and the text of a document from its row."""
+    value = json.loads(row)
+    return value["document"], value["text"]
+
+
 def hash_text(text: str) -> int:
     """Return 64 bits of a text's BLAKE2b."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
@@ -211,7 +223,7 @@ class Part:
     @property
     def documents(self) -> int:
         """How many documents are left."""
-        return int(self.sidecar["arrays"]["text_ends"][1])
+        return int(self.sidecar["arrays"]["row_ends"][1])
 
     @property
     def lines(self) -> int:
@@ -241,7 +253,7 @@ class Part:
                 data += file.read(size)
         return np.frombuffer(data, "<u2").reshape(-1, FUNCTIONS)
 
-    def texts(self) -> list[str]:
-        """Return the documents that are left."""
-        data, ends = self.read("text").tobytes(), self.read("text_ends").tolist()
-        return [data[start:end].decode("utf-8") for start, end in itertools.pairwise([0, *ends])]
+    def rows(self) -> list[bytes]:
+        """Return the documents that are left, each as the row that is written."""
+        data, ends = self.read("rows").tobytes(), self.read("row_ends").tolist()
+        return [data[start:end] for start, end in itertools.pairwise([0, *ends])]
