@@ -27,7 +27,7 @@ from lowvram.data.clean.toxicity import ToxicWords
 from lowvram.storage.disk import Disk, explain_full_disk
 
 # So many characters are arrays at once: they stay in a processor's cache, and in tens of megabytes.
-_BATCH_CHARACTERS = 1 << 18
+_BATCH_CHARACTERS = 1 << 17
 _EXAMPLES = 3
 # An example is shown from and up to so many characters around its first change.
 SHOWN_CHARACTERS = 300
