@@ -23,14 +23,16 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from lowvram.cli import app
+from lowvram.config.cleaning import CleaningRules
 from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset, preset_names
 from lowvram.config.train import TrainConfig
+from lowvram.data.clean.report import DESCRIPTIONS
 from lowvram.units import show_bytes, show_count, show_duration_range
 
-# Of commands that only have others below them, the one that is shown.
-_SHOWN = {"tokenizer": "tokenizer train", "data": "data pack"}
-COMMANDS = tuple(_SHOWN.get(name, name) for name in app.COMMANDS)
+# Of commands that only have others below them, those that are shown.
+_SHOWN = {"tokenizer": ("tokenizer train",), "data": ("data clean", "data pack")}
+COMMANDS = tuple(command for name in app.COMMANDS for command in _SHOWN.get(name, (name,)))
 CARD = "lowvram fit --gpu rtx5070"
 # The README's table: five presets on cards of 8 and 12 GB.
 CARDS = ("rtx4060", "rtx3060-12gb", "rtx5060", "rtx5070")
@@ -63,6 +65,7 @@ def blocks() -> dict[tuple[str, str], str]:
         ("docs/fit.md", "fit"): fit,
         ("README.md", "fit"): table_of_cards(),
         ("docs/presets.md", "presets"): table_of_presets(),
+        ("docs/cleaning.md", "rules"): table_of_rules(),
     }
 
 
@@ -104,6 +107,17 @@ def table_of_presets() -> str:
             f"{model.active_parameters():,}",
         )
         lines.append(f"| `{name}` | {' | '.join(cells)} | {sizes} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_of_rules() -> str:
+    """Return what each rule of `data clean` does, and its thresholds."""
+    lines = ["| rule | what it does | thresholds |", "| --- | --- | --- |"]
+    for name, rule in CleaningRules():
+        values = rule.model_dump(mode="json", exclude={"on"})
+        shown = ", ".join(f"`{key} = {json.dumps(value)}`" for key, value in values.items() if value is not None)
+        unset = ", ".join(f"`{key}` (none)" for key, value in values.items() if value is None)
+        lines.append(f"| `{name}` | {DESCRIPTIONS[name]} | {', '.join(filter(None, (shown, unset)))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lowvram.api.cleaning import Cleaned as Cleaned
+    from lowvram.api.cleaning import clean as clean
     from lowvram.api.comparing import Compared as Compared
     from lowvram.api.comparing import compare as compare
     from lowvram.api.evaluation import Evaluation as Evaluation
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from lowvram.train.settings import RunSettings as RunSettings
 
 _HOMES = {
+    "Cleaned": "lowvram.api.cleaning",
     "Compared": "lowvram.api.comparing",
     "Evaluated": "lowvram.train.events",
     "Evaluation": "lowvram.api.evaluation",
@@ -79,6 +82,7 @@ _HOMES = {
     "TrainedTokenizer": "lowvram.api.tokenizer_training",
     "TrainingRun": "lowvram.api.training",
     "check_texts": "lowvram.api.texts",
+    "clean": "lowvram.api.cleaning",
     "compare": "lowvram.api.comparing",
     "evaluate": "lowvram.api.evaluation",
     "fit": "lowvram.api.fitting",
@@ -91,6 +95,7 @@ _HOMES = {
     "write_run_file": "lowvram.api.run_file",
 }
 __all__ = [
+    "Cleaned",
     "Compared",
     "Evaluated",
     "Evaluation",
@@ -119,6 +124,7 @@ __all__ = [
     "TrainedTokenizer",
     "TrainingRun",
     "check_texts",
+    "clean",
     "compare",
     "evaluate",
     "fit",

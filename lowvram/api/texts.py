@@ -92,6 +92,7 @@ def check_texts_task(options: TextOptions, tell: Callable[[BadRow], None]) -> Ta
     files, bad_rows = (yield from find_texts(options)), BadRows("report", tell)
     yield Progress("Reading")
     yield from _read(files, options.field, bad_rows)
+    yield from map(Notice, bad_rows.describe_encodings())
     return TextCheck(len(files), bad_rows.rows, bad_rows.count, bad_rows.describe(), bad_rows.can_be_skipped)
 
 
@@ -155,9 +156,10 @@ class SkippedRows:
             yield Notice(f"Skipped: {self._untold.popleft().what}")
 
     def summarise(self) -> Iterator[Notice]:
-        """Yield a notice of how many rows were skipped, if any were."""
+        """Yield notices of files in other encodings, and of how many rows were skipped, if any were."""
         from lowvram.units import count_of
 
         found = self.bad_rows
+        yield from map(Notice, found.describe_encodings())
         if found.count:
             yield Notice(f"Skipped {found.count:,} of {count_of(found.rows, 'row')}: {found.describe()}.")

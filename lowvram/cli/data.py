@@ -1,4 +1,4 @@
-"""`lowvram data`: text into shards of tokens."""
+"""`lowvram data`: text cleaned, and text into shards of tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.api.packing import DEFAULT_OUT, DEFAULT_TOKENIZER
+from lowvram.cli.data_clean import add_clean
 from lowvram.cli.options import add_holdout, process_count
 from lowvram.cli.texts import add_reading, read_options, report
 
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("data", help="pack text into shards of tokens", description="Training data.")
+    parser = commands.add_parser("data", help="clean text, pack it into shards of tokens", description="Training data.")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add_clean(actions)
     pack = actions.add_parser(
         "pack",
         help="tokenize text into memory-mapped shards",

@@ -14,8 +14,8 @@ MOST_CONTEXT = 2**20
 MOST_PROCESSES = 256
 MOST_SLOTS = 1024
 TEXTS = (
-    ".txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst; folders of them, patterns such as 'data/*.txt', or - for "
-    "standard input"
+    ".txt, .jsonl, .ndjson, .parquet, .csv or .tsv, plain, .gz or .zst; folders of them, patterns such as 'data/*.txt' "
+    "or - for standard input; named themselves also .json lines, .pdf, .docx and hf:owner/name"
 )
 _MOST_BYTES = 2**42  # more than any computer here has: a bare number of bytes was meant in another unit
 
@@ -113,7 +113,11 @@ def add_precision(parser: argparse.ArgumentParser, default: str = "by the card")
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the texts to read, and --field."""
     parser.add_argument("text", nargs="+", type=Path, help=TEXTS)
-    parser.add_argument("--field", default="text", help="field of .jsonl, .ndjson and .parquet (default: %(default)s)")
+    parser.add_argument(
+        "--field",
+        default="text",
+        help="field or column that holds the text, as text, meta.text or messages[].content (default: %(default)s)",
+    )
 
 
 def add_holdout(parser: argparse.ArgumentParser, what: str) -> None:

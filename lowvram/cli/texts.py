@@ -1,10 +1,10 @@
-"""What `tokenizer train` and `data pack` share: which texts, rows that are not text, words for the next step."""
+"""What commands that read text share: which texts, rows that are not text, words for the next step."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lowvram.cli.options import add_texts
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRow
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add the texts to read, --field and --on-bad-row."""
+def add_reading(parser: argparse.ArgumentParser, on_bad_row: Literal["stop", "skip"] = "stop") -> None:
+    """Add the texts to read, --field and --on-bad-row.  on_bad_row: the default."""
     add_texts(parser)
+    stop, skip = (" (default)" if on_bad_row == each else "" for each in ("stop", "skip"))
     parser.add_argument(
         "--on-bad-row",
         choices=("stop", "skip", "report"),
-        default="stop",
-        help="rows that are not text: stop at the first (default); skip them, up to 1%% of rows and text and 10,000 "
+        default=on_bad_row,
+        help=f"rows that are not text: stop at the first{stop}; skip them{skip}, up to 1%% of rows and text and 10,000 "
         "rows, but stop at a file that cannot be read to its end; or report: read everything, list them all and do "
         "nothing else",
     )
@@ -30,7 +31,8 @@ def read_options(arguments: argparse.Namespace) -> TextOptions:
     """Return which texts are read, and how; not where --on-bad-row is report, which makes nothing of them."""
     from lowvram.api.texts import TextOptions
 
-    return TextOptions(tuple(arguments.text), arguments.field, arguments.on_bad_row, arguments.holdout)
+    holdout = getattr(arguments, "holdout", None)
+    return TextOptions(tuple(arguments.text), arguments.field, arguments.on_bad_row, holdout)
 
 
 def report(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, final
 
 from lowvram.errors import DataError
@@ -62,6 +63,7 @@ class BadRows:
     characters: int = 0
     lost_characters: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
+    encodings: dict[str, list[Path]] = field(default_factory=dict)
     _first: list[str] = field(default_factory=list)
 
     @property
@@ -73,6 +75,20 @@ class BadRows:
         """Count a good row."""
         self.rows += 1
         self.characters += characters
+
+    def note_encoding(self, file: Path, encoding: str) -> None:
+        """Note that a file, or lines of it, were converted from another encoding than UTF-8."""
+        files = self.encodings.setdefault(encoding, [])
+        if file not in files[-1:]:
+            files.append(file)
+
+    def describe_encodings(self) -> list[str]:
+        """Return one sentence for each encoding that files were converted from."""
+        return [
+            f"Read as {encoding}: {', '.join(map(str, files[:_SHOWN]))}"
+            + (f" and {len(files) - _SHOWN:,} more." if len(files) > _SHOWN else ".")
+            for encoding, files in self.encodings.items()
+        ]
 
     def take(self, row: BadRow) -> None:
         """Count a bad row and report it, or raise DataError."""

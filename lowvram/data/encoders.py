@@ -1,33 +1,24 @@
-"""Encodes documents into the bytes of a shard, in several processes that end at once on request; knows no folder."""
+"""Encodes documents into the bytes of a shard; knows no folder."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import multiprocessing
-import os
 import re
-import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from lowvram.data.hf_tokenizer import load_tokenizer
-from lowvram.data.interruptible import run_interruptibly
 from lowvram.data.nfc import nfc
 from lowvram.data.shard_set import DTYPES
 from lowvram.data.tokenizer import Tokenizer, count_bytes
-from lowvram.errors import MachineError, TokenizerError
+from lowvram.data.worker_pool import WorkerPool
+from lowvram.errors import TokenizerError
 from lowvram.storage.disk import Disk, explain_full_disk
 
 # This is longer than the runs of white space that the tokenizer cuts, so that a piece is cut as in the whole text.
@@ -47,61 +38,9 @@ class EncodeTask:
     disk: Disk
 
 
-class Encoders:
-    """Encodes tasks in order; processes = 1 means in this process.  If an exception leaves the block, all work ends."""
-
-    def __init__(self, processes: int) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._hang_up: Connection | None = None
-        if processes > 1:
-            self._pool, self._hang_up = _start_pool(processes)
-        self.most_waiting = 1 if processes == 1 else 2 * processes
-
-    def __enter__(self) -> Encoders:
-        """Return the encoders; their processes have started."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Wait for submitted tasks, or end them after an exception.  Raises MachineError where a process died."""
-        if not self._pool or not self._hang_up:
-            return
-        if kind:
-            self._hang_up.close()
-        self._pool.shutdown(cancel_futures=True)
-        self._hang_up.close()
-        if isinstance(error, BrokenProcessPool):
-            raise MachineError(
-                "A packing process died.",
-                "Most often the system ran out of memory and ended it.",
-                "Pack again with fewer `processes`; finished shards are kept.",
-            ) from error
-
-    def submit(self, task: EncodeTask) -> Callable[[], tuple[Path, dict[str, Any]]]:
-        """Return a function that waits for the task and returns the written file and its counts for the sidecar."""
-        if self._pool:
-            return self._pool.submit(encode, task).result
-        return functools.partial(run_interruptibly, functools.partial(encode, task))
-
-
-def _start_pool(processes: int) -> tuple[ProcessPoolExecutor, Connection]:
-    """Return the pool and a connection; the workers exit when it is closed, or when this process dies."""
-    context = multiprocessing.get_context("spawn")
-    listen, hang_up = context.Pipe(duplex=False)
-    if sys.platform == "win32":
-        processes = min(processes, 61)  # Windows cannot wait for more at once, and ProcessPoolExecutor refuses more
-    return ProcessPoolExecutor(processes, context, _prepare_worker, (listen,)), hang_up
-
-
-def _prepare_worker(listen: Connection) -> None:
-    # Ctrl-C reaches the whole process group; only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(listen,), daemon=True).start()
-
-
-def _end_with_parent(listen: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        listen.recv_bytes()
-    os._exit(1)
+def encode_in(processes: int) -> WorkerPool[EncodeTask, tuple[Path, dict[str, Any]]]:
+    """Return a pool that encodes tasks in order; a result is the written file and its counts for the sidecar."""
+    return WorkerPool(processes, encode, "packing", "Pack again with fewer `processes`; finished shards are kept.")
 
 
 def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:

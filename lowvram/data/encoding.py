@@ -16,6 +16,15 @@ _LEAST_WHOLE = 0.1
 _LEAST_LETTERS = 0.8
 
 
+# Windows-1254 is certain where so many bytes of such a share are letters and marks of Turkish text, and some of them
+# letters that Latin-1 has not.
+_LEAST_CERTAIN = 20
+_CERTAIN_SHARE = 0.98
+_LEAST_OWN = 4
+_OWN = set("ğışĞİŞ".encode("cp1254"))
+_MARKS = "€‚„…‘’“”•–—™ «»°·§©®½¼²³éèÉñäÄß´`"
+
+
 class Advice(NamedTuple):
     """Why bytes are not UTF-8, and what to do, as two sentences."""
 
@@ -35,6 +44,21 @@ def explain_not_utf8(sample: bytes) -> Advice:
     if shares[name] >= _LEAST_LETTERS:
         return Advice(f"Its letters are Turkish if read as {name}.", f"Convert it: iconv -f {name} -t UTF-8")
     return Advice("Its encoding could not be guessed.", "Find out which it is, and convert it with iconv -t UTF-8")
+
+
+def is_windows_1254(sample: bytes) -> bool:
+    """Return whether bytes that are not UTF-8 are Turkish text in Windows-1254 for certain."""
+    high = _HIGH.findall(sample)
+    whole = len(_SEQUENCE.findall(sample))
+    if len(high) < _LEAST_CERTAIN or whole >= _LEAST_WHOLE * len(high):
+        return False
+    known = set((_LETTERS + _MARKS).encode("cp1254"))
+    others = max(_share_of_letters(high, codec) for codec in ("cp857", "mac_turkish"))
+    return (
+        sum(byte[0] in known for byte in high) >= _CERTAIN_SHARE * len(high)
+        and sum(byte[0] in _OWN for byte in high) >= _LEAST_OWN
+        and others < _LEAST_LETTERS
+    )
 
 
 def _share_of_letters(high: list[bytes], codec: str) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.data.bad_rows import BadRows
-from lowvram.data.encoders import Encoders, EncodeTask
+from lowvram.data.encoders import EncodeTask, encode_in
 from lowvram.data.holdout import Holdout
 from lowvram.data.shard_folder import ShardFolder, holds_shards
 from lowvram.data.shard_set import COUNTS, ShardSet
@@ -236,7 +236,7 @@ def _packed(
         part.folder.add(part.number, sidecar | counts, beside)
         return part, encoded is not None
 
-    with Encoders(processes if len(head) > 1 else 1) as encoders:
+    with encode_in(processes if len(head) > 1 else 1) as encoders:
         for part in itertools.chain(head, parts):
             finished = part.folder.find_done(part.number, part.hash)
             if finished:

@@ -1,4 +1,4 @@
-"""Reads documents from text files (.txt, .jsonl, .parquet, each plain, .gz or .zst); knows nothing of tokens."""
+"""Reads documents from files of every kind that lowvram reads; knows nothing of tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from lowvram.data.bad_rows import BadRow, BadRows
-from lowvram.data.encoding import Advice, explain_not_utf8
-from lowvram.data.text_files import ENDINGS, KINDS, find_files, size_of
+from lowvram.data.fields import EACH, check_text, find_text, no_field, split_field
+from lowvram.data.hub_rows import hub_documents
+from lowvram.data.lines import MOST_LINE_BYTES, LineReader
+from lowvram.data.office_documents import docx_document, pdf_document
+from lowvram.data.table_rows import table_documents
+from lowvram.data.text_files import ENDINGS, KINDS, find_files, is_dataset, size_of
 from lowvram.data.text_stream import COPY_BYTES, TextStream, need, open_text
 from lowvram.errors import DataError
 from lowvram.storage.disk import explain_full_disk
@@ -22,8 +27,8 @@ __all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 
 _BOM = "\ufeff"
 _PARQUET_ROWS = 1024
-# This much of a file is enough to guess its encoding.
-_SAMPLE_BYTES = 1 << 16
+# Called with the name of an encoding that a file is converted from.
+Convert = Callable[[str], None]
 
 
 def documents(
@@ -35,8 +40,9 @@ def documents(
     """Yield the documents of one file, in its order, with one document (or 1,024 rows) in memory at a time.
 
     .txt: documents are separated by blank lines, and where another file with a byte order mark was appended; line ends
-    inside a document are kept.  .jsonl: `field` of each line.  .parquet: the column `field`; `a.b` means field b of
-    field a.  Documents of nothing but white space are skipped.
+    inside a document are kept.  .jsonl, .json: `field` of each line.  .parquet, .csv, .tsv: the column `field`; `a.b`
+    means field b of field a, `a[].b` those of a list.  .pdf, .docx: one document.  Documents of nothing but white
+    space are skipped.
     tell: called before each document with the number of bytes read from the file as stored on disk.
     bad_rows: what is done with rows that are not text; None stops at the first.
     Raises DataError, depending on `bad_rows`: missing, unreadable, damaged, binary, not UTF-8, malformed, without
@@ -44,7 +50,7 @@ def documents(
     """
     bad_rows = bad_rows or BadRows()
     any_yet = False
-    for row in _rows(file, field, tell):
+    for row in _rows(file, field, tell, partial(bad_rows.note_encoding, file)):
         any_yet = True
         if type(row) is BadRow:
             bad_rows.take(row)
@@ -73,12 +79,14 @@ def documents_of(
         before += size_of(file)
 
 
-def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterator[str | BadRow]:
+def _rows(file: Path, field: str, tell: Callable[[int], None] | None, convert: Convert) -> Iterator[str | BadRow]:
     """Yield the documents and bad rows of a file; if an error ends the file early, it is the last bad row."""
-    read = {".txt": _text_documents, ".parquet": _parquet_documents}
     try:
+        if is_dataset(file):
+            yield from (row for row in hub_documents(file, field) if row and not (type(row) is str and row.isspace()))
+            return
         with open_text(file) as stream:
-            for row in read.get(stream.kind, _json_documents)(file, stream, field):
+            for row in _READERS.get(stream.kind, _json_documents)(file, stream, field, convert):
                 if type(row) is BadRow:
                     yield row
                 elif row and not row.isspace():
@@ -89,57 +97,11 @@ def _rows(file: Path, field: str, tell: Callable[[int], None] | None) -> Iterato
         yield BadRow.of("unreadable", error, ends_file=True)
 
 
-def _lines(stream: TextStream) -> Iterator[bytes]:
-    """Return the lines of a file with their ends; a CR alone ends a line if the first block has CR but no LF."""
-    head = stream.bytes.peek(1)
-    return _lines_with_cr(stream) if b"\r" in head and b"\n" not in head else iter(stream.bytes)
-
-
-def _lines_with_cr(stream: TextStream) -> Iterator[bytes]:
-    parts: list[bytes] = []  # the parts of one line, joined only once, because a line may be many blocks long
-    for block in iter(partial(stream.bytes.read1, COPY_BYTES), b""):
-        if parts and (parts[-1].endswith(b"\n") or (parts[-1].endswith(b"\r") and not block.startswith(b"\n"))):
-            yield b"".join(parts)
-            parts = []
-        first, *lines = block.splitlines(keepends=True)
-        parts.append(first)
-        if lines:
-            yield b"".join(parts)
-            yield from lines[:-1]
-            parts = lines[-1:]
-    if parts:
-        yield b"".join(parts)
-
-
-def _decoded(file: Path, stream: TextStream) -> Iterator[str | BadRow]:
-    sample = bytes(stream.bytes.peek(1)[:_SAMPLE_BYTES])
-    advice: Advice | None = None
-    offset = 0
-    for number, raw in enumerate(_lines(stream), 1):
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if b"\0" not in raw:
-                advice = advice or explain_not_utf8(sample + raw)
-                what = f"{file}:{number} is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x}."
-                yield BadRow("not UTF-8", what, advice.why, advice.fix, characters=len(raw))
-                offset += len(raw)
-                continue
-        if b"\0" in raw:
-            what = f"{file}:{number} is not text: byte {offset + raw.index(0)} is NUL."
-            why = "The file is binary, or text in UTF-16, or that line is damaged."
-            fix = "Leave it out, mend the line, or convert it to UTF-8: iconv -f UTF-16 -t UTF-8"
-            yield BadRow("with NUL", what, why, fix, characters=len(raw))
-        else:
-            yield line
-        offset += len(raw)
-
-
-def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
+def _text_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
     lines: list[str] = []
     bad: BadRow | None = None
-    lost = 0
-    for line in _decoded(file, stream):
+    lost = size = 0
+    for _, line in LineReader(file, stream, convert).read():
         if type(line) is BadRow:
             lost += line.characters + sum(map(len, lines))
             bad, lines = bad or line, []
@@ -147,15 +109,20 @@ def _text_documents(file: Path, stream: TextStream, field: str) -> Iterator[str 
         if line[0] == _BOM:
             # Another file was appended here; no blank line comes before it, but the document ends all the same.
             yield replace(bad, characters=lost) if bad else _join(lines)
-            bad, lost, line = None, 0, line.lstrip(_BOM)
+            bad, lost, size, line = None, 0, 0, line.lstrip(_BOM)
         if not line.isspace():
             if bad:
                 lost += len(line)
             else:
                 lines.append(line)
+                size += len(line)
+                if size > MOST_LINE_BYTES:
+                    # A file of gigabytes without a blank line, such as one sentence a line, is cut at a line's end.
+                    yield _join(lines)
+                    size = 0
         elif lines or bad:
             yield replace(bad, characters=lost) if bad else _join(lines)
-            bad, lost = None, 0
+            bad, lost, size = None, 0, 0
     yield replace(bad, characters=lost) if bad else _join(lines)
 
 
@@ -168,8 +135,8 @@ def _join(lines: list[str]) -> str:
     return text
 
 
-def _json_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
-    for number, line in enumerate(_decoded(file, stream), 1):
+def _json_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+    for number, (_, line) in enumerate(LineReader(file, stream, convert).read(), 1):
         if type(line) is BadRow:
             yield line
         elif not line.isspace():
@@ -187,55 +154,46 @@ def _read_line(where: str, line: str, field: str) -> str | BadRow:
         what = f"{where} is a JSON {type(record).__name__}, not an object."
         why = "Each line must be one object that holds the text in a field."
         return BadRow("not an object", what, why, f'Write lines like {{"{field}": "..."}}.')
-    value: Any = record
-    for name in [field] if field in record else field.split("."):
-        if not isinstance(value, dict) or name not in value:
-            return BadRow.of("without the field", _no_field(where, field, record))
-        value = value[name]
-    return _check_text(where, field, value)
+    return find_text(where, record, field)
 
 
-def _check_text(where: str, field: str, value: object) -> str | BadRow:
-    """Return a valid text unchanged, or a bad row for any other value; JSON lines and Parquet share these rules."""
-    if not isinstance(value, str):
-        is_null = value is None
-        what = f"{where}: the field {field!r} " + (
-            "is null." if is_null else f"holds {type(value).__name__}, not text."
-        )
-        fix = "Name another field, or mend the file."
-        return BadRow("null" if is_null else "not text", what, "Only strings can be documents.", fix)
-    if "\0" in value:
-        what = f"{where} is not text: its character {value.index(chr(0))} is NUL."
-        return BadRow("with NUL", what, "NUL belongs to no text; the row is damaged, or binary.", "Mend or delete it.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        what = f"{where} holds half a character: \\u{ord(value[error.start]):04x} at {error.start}."
-        why = "A lone surrogate is no Unicode text; whoever wrote the file cut a pair in two."
-        return BadRow("with half a character", what, why, "Mend or delete that line.")
-    return value
+def _csv_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+    return table_documents(file, LineReader(file, stream, convert), field, stream.kind == ".tsv")
 
 
-def _no_field(where: str, field: str, known: Any) -> DataError:
-    names = ", ".join(map(str, known)) or "none"
-    return DataError(f"{where} has no field {field!r}.", f"Fields there: {names}.", "Name one of them.")
-
-
-def _parquet_documents(file: Path, stream: TextStream, field: str) -> Iterator[str | BadRow]:
-    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+@contextmanager
+def _seekable(stream: TextStream) -> Iterator[IO[bytes]]:
+    """Yield the bytes of a file as one that can be read in any order: a compressed stream is copied first."""
+    if stream.is_seekable:
+        yield stream.bytes
+        return
     with tempfile.TemporaryFile() as copy:
-        plain: IO[bytes] = stream.bytes
-        if not stream.is_seekable:
-            # Parquet is read from its end, so a compressed stream, which cannot seek, is copied first.
-            with explain_full_disk(Path(tempfile.gettempdir())):
-                shutil.copyfileobj(stream.bytes, copy, COPY_BYTES)
-            plain = copy
+        with explain_full_disk(Path(tempfile.gettempdir())):
+            shutil.copyfileobj(stream.bytes, copy, COPY_BYTES)
+        copy.seek(0)
+        yield copy
+
+
+def _office_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+    read = pdf_document if stream.kind == ".pdf" else docx_document
+    with _seekable(stream) as plain:
+        yield from read(file, plain)
+
+
+def _parquet_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    with _seekable(stream) as plain:
         try:
             table = parquet.ParquetFile(plain)
             path = _find_column(str(file), field, table.schema_arrow)
             row = 0
-            for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]):
+            for batch in table.iter_batches(_PARQUET_ROWS, columns=[path[0] if EACH in field else field]):
                 column = batch.column(0)
+                if EACH in field:
+                    for value in column:
+                        yield find_text(f"{file}, row {row}", {path[0]: value.as_py()}, field)
+                        row += 1
+                    continue
                 for name in path[1:]:
                     column = need("pyarrow.compute").struct_field(column, name)
                 for value in column:
@@ -254,10 +212,12 @@ def _find_column(file: str, field: str, schema: Any) -> list[str]:
     if field in schema.names:
         return [field]
     names = field.split(".")
+    if EACH in field and split_field(field)[0] in schema.names:
+        return split_field(field)[:1]
     fields = {each.name: each for each in schema}  # Arrow's own look-up by name fails for names that occur twice
     for name in names:
         if name not in fields:
-            raise _no_field(file, field, schema.names)
+            raise no_field(file, field, schema.names)
         inner = fields[name].type
         children = [inner.field(index) for index in range(inner.num_fields)] if is_struct(inner) else []
         fields = {each.name: each for each in children}
@@ -272,4 +232,14 @@ def _read_cell(where: str, field: str, cell: Any) -> str | BadRow:
         return BadRow("not UTF-8", what, f"({error.reason}.)", "Mend or delete that row.")
     except (ValueError, OverflowError):  # for example a time in nanoseconds, which Python cannot represent
         value = cell
-    return _check_text(where, field, value)
+    return check_text(where, field, value)
+
+
+_READERS: dict[str, Callable[[Path, TextStream, str, Convert], Iterator[str | BadRow]]] = {
+    ".txt": _text_documents,
+    ".parquet": _parquet_documents,
+    ".csv": _csv_documents,
+    ".tsv": _csv_documents,
+    ".pdf": _office_documents,
+    ".docx": _office_documents,
+}

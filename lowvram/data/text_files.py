@@ -12,9 +12,20 @@ from pathlib import Path
 from lowvram.errors import DataError
 from lowvram.units import count_of
 
-KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")
-ENDINGS = tuple(kind + packing for kind in KINDS for packing in ("", ".gz", ".zst"))
-LOOKED_FOR = f"lowvram reads {', '.join(KINDS)}, each plain or with .gz or .zst at the end."
+KINDS = (".txt", ".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
+# Of these most files are no texts to learn from, so that they are read where they are named and not where a folder is.
+NAMED_KINDS = (".json", ".pdf", ".docx")
+_PACKINGS = ("", ".gz", ".zst")
+ENDINGS = tuple(kind + packing for kind in KINDS for packing in _PACKINGS)
+NAMED_ENDINGS = tuple(kind + packing for kind in NAMED_KINDS for packing in _PACKINGS)
+LOOKED_FOR = (
+    f"lowvram reads {', '.join(KINDS)}, each plain or with .gz or .zst at the end; where they are named, also "
+    f"{', '.join(NAMED_KINDS)}."
+)
+# What `data clean` writes beside cleaned text, which needs no notice when that is read.
+REPORT, REPORT_PAGE = "report.json", "report.md"
+# A data set of Hugging Face's package, by its name or folder: `hf:owner/name`.
+DATASET = "hf:"
 STANDARD_INPUT = Path("-")
 _SHOWN = 5
 
@@ -68,7 +79,7 @@ def find_text_files(paths: Sequence[Path]) -> TextFiles:
     found = TextFiles()
     named: set[Path] = set()
     for path in [match for pattern in paths for match in _expand(Path(pattern))]:
-        if path == STANDARD_INPUT or is_stream(path):
+        if is_stream(path):
             named.add(path)
         elif path.is_dir():
             inside = list(_walk(path, found))
@@ -79,7 +90,7 @@ def find_text_files(paths: Sequence[Path]) -> TextFiles:
         elif not path.exists():
             what = f"{path} is a link that leads nowhere." if path.is_symlink() else f"{path} does not exist."
             raise DataError(what, LOOKED_FOR, "Name a file or a folder that exists.")
-        elif not path.name.lower().endswith(ENDINGS):
+        elif not path.name.lower().endswith(ENDINGS + NAMED_ENDINGS):
             raise unknown_ending(path)
         else:
             named.add(path)
@@ -95,7 +106,7 @@ def find_text_files(paths: Sequence[Path]) -> TextFiles:
 
 def _expand(path: Path) -> list[Path]:
     """Return the files that a pattern matches (cmd.exe does not expand patterns), or a plain name unchanged."""
-    if path.exists() or not glob.has_magic(str(path)):
+    if path.exists() or is_dataset(path) or not glob.has_magic(str(path)):
         return [path]
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not found:
@@ -111,6 +122,8 @@ def _walk(folder: Path, found: TextFiles) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         found.linked_folders += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
+            if path.name in (REPORT, REPORT_PAGE):
+                continue
             if not path.exists():
                 found.broken_links.append(path)
             elif path.name.lower().endswith(ENDINGS) and path.is_file():
@@ -125,8 +138,13 @@ def unknown_ending(path: Path) -> DataError:
 
 
 def is_stream(path: Path) -> bool:
-    """Return whether a path is standard input, a pipe or a device: it can be read only once and has no known size."""
-    return path == STANDARD_INPUT or (path.exists() and not path.is_file() and not path.is_dir())
+    """Return whether a path is standard input, a pipe, a device or a data set: its size is not known."""
+    return path == STANDARD_INPUT or is_dataset(path) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def is_dataset(path: Path) -> bool:
+    """Return whether a path names a data set of Hugging Face's package."""
+    return str(path).startswith(DATASET)
 
 
 def size_of(path: Path) -> int:
@@ -135,7 +153,7 @@ def size_of(path: Path) -> int:
 
 
 def _identify(path: Path) -> tuple[int, int] | Path:
-    if path == STANDARD_INPUT:
+    if path == STANDARD_INPUT or is_dataset(path):
         return path
     status = path.stat()
     # A few file systems on Windows have no inode numbers.

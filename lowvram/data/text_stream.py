@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import importlib
 import io
@@ -12,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lowvram.data.text_files import KINDS, STANDARD_INPUT, is_stream, unknown_ending
+from lowvram.data.text_files import KINDS, NAMED_KINDS, STANDARD_INPUT, is_stream, unknown_ending
 from lowvram.errors import DataError, MachineError
 
 COPY_BYTES = 1 << 20
 # Few bytes are read at a time, because a .zst can expand very far: one repeated word takes about 5 bytes per 128 KiB.
 _ZSTD_BYTES = 128
 _BUFFER_BYTES = 1 << 17
+_UTF16_BYTES = 1 << 16
 _MAGIC = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}
 # The beginning of an object, or of an array of objects or strings; the rest may not have arrived yet.  A line of plain
 # text may begin with a bracket, too: `[Müzik]`.
@@ -27,21 +29,29 @@ _JSON = re.compile(rb"\s*(\{\s*([\"}]|$)|\[\s*[\[{\"])")
 _OTHERS = {
     b"PAR1": ("a Parquet file", "Rename it so that it ends in .parquet."),
     b"PK\x03\x04": ("a ZIP archive, or a document of an office program", "Unpack it, or save it as plain text."),
-    b"%PDF": ("a PDF", "Convert it to text first, for example with pdftotext."),
-    b"\xff\xfe": ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8"),
-    b"\xfe\xff": ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8"),
+    b"%PDF": ("a PDF", "Rename it so that it ends in .pdf."),
+    b"\xff\xfe\0\0": ("text in UTF-32", "Convert it: iconv -f UTF-32 -t UTF-8"),
     b"BZh": ("compressed by bzip2", "Unpack it first: bunzip2"),
     b"\xfd7zXZ": ("compressed by xz", "Unpack it first: unxz"),
 }
 
 
+# Formats with a structure of their own, which are not looked at as text.
+BINARY_KINDS = (".parquet", ".pdf", ".docx")
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
 class TextStream(NamedTuple):
-    """An open file.  kind: one of KINDS.  read_bytes: returns how many bytes were read from the file on disk."""
+    """An open file.  kind: its ending.  read_bytes: returns how many bytes were read from the file on disk.
+
+    bytes: of text in UTF-8, whatever `encoding` it was in, but for damaged lines; or of a binary format.
+    """
 
     kind: str
     bytes: io.BufferedReader
     read_bytes: Callable[[], int]
     is_seekable: bool
+    encoding: str = "UTF-8"
 
 
 @contextmanager
@@ -55,9 +65,13 @@ def open_text(file: Path) -> Iterator[TextStream]:
     with _opened(file) as (raw, stream):
         head = stream.peek(8).removeprefix(b"\xef\xbb\xbf")
         kind = kind or (".jsonl" if _JSON.match(head) else ".txt")
-        if kind != ".parquet":
+        is_seekable, encoding = stream is raw and raw.seekable(), "UTF-8"
+        if kind not in BINARY_KINDS:
             _refuse_other_formats(file, head)
-        yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, stream is raw and raw.seekable())
+            if head.startswith(_UTF16_MARKS):
+                stream, encoding = io.BufferedReader(_Utf16Stream(stream), _BUFFER_BYTES), "UTF-16"
+                is_seekable = False
+        yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, is_seekable, encoding)
 
 
 @contextmanager
@@ -89,7 +103,7 @@ def _opened(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]
 def _kind_by_name(file: Path) -> str | None:
     """Return the kind that a file's ending means, None for a stream without one."""
     name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(KINDS):
+    if name.endswith(KINDS + NAMED_KINDS):
         return name[name.rindex(".") :]
     if is_stream(file):
         return None
@@ -114,6 +128,31 @@ def _refuse_other_formats(file: Path, head: bytes) -> None:
     for magic, (what, fix) in _OTHERS.items():
         if head.startswith(magic):
             raise DataError(f"{file} is {what}.", "Its first bytes say so, whatever its name.", fix)
+
+
+class _Utf16Stream(io.RawIOBase):
+    """Text in UTF-16, in UTF-8; a file that is cut short, or half a character, is an error."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._decoder = codecs.getincrementaldecoder("utf-16")()
+        self._ready = b""
+        self._is_over = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        while not self._ready and not self._is_over:
+            block = self._raw.read(_UTF16_BYTES)
+            self._is_over = not block
+            try:
+                self._ready = self._decoder.decode(block, self._is_over).encode("utf-8")
+            except UnicodeDecodeError as error:
+                raise EOFError(f"it is damaged UTF-16: {error.reason}") from error
+        count = min(len(target), len(self._ready))
+        target[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 class _ZstdStream(io.RawIOBase):
@@ -147,11 +186,14 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def need(module: str) -> Any:
-    """Return an imported module; raises MachineError where its package is not installed."""
+def need(module: str, package: str = "") -> Any:
+    """Return an imported module; raises MachineError where its package is not installed.
+
+    package: its name for pip, where that is not the module's.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
+        package = package or module.partition(".")[0]
         what = f"Reading this file needs the package {package}."
         raise MachineError(what, "It is not installed.", f"Type: pip install {package}") from error

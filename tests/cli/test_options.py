@@ -8,7 +8,7 @@ import pytest
 
 from lowvram.cli.app import build_parser
 from lowvram.cli.options import MOST_CONTEXT, MOST_PROCESSES, MOST_SLOTS
-from lowvram.data import encoders
+from lowvram.data import worker_pool
 from lowvram.data.text_files import KINDS
 from tests.flows.typed import typed
 
@@ -46,11 +46,11 @@ def test_a_sampler_needs_finite_numbers(flag: str, number: str) -> None:
 
 
 def test_windows_is_given_no_more_encoders_than_it_can_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "ProcessPoolExecutor", lambda processes, *_: processes)
+    monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", lambda processes, *_: processes)
     for platform, most in (("linux", MOST_PROCESSES), ("darwin", MOST_PROCESSES), ("win32", 61)):
         monkeypatch.setattr(sys, "platform", platform)
         for processes in (2, 61, 62, MOST_PROCESSES):
-            started, hang_up = encoders._start_pool(processes)
+            started, hang_up = worker_pool._start_pool(processes)
             hang_up.close()
             assert started == min(processes, most)
 

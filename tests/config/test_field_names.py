@@ -125,7 +125,7 @@ def test_a_wrong_kind_of_value_is_answered_without_the_validators_words(
     "line, said",
     [
         ("", "lowvram: error: which command? demo, doctor, fit"),
-        ("data", "lowvram data: error: which command? pack"),
+        ("data", "lowvram data: error: which command? clean, pack"),
         ("fti", "lowvram: error: there is no command fti. Did you mean fit"),
         ("generate", "there is no command generate. It is called `lowvram chat` here."),
         ("tokenizer trian", "lowvram tokenizer: error: there is no command trian. Did you mean train?"),

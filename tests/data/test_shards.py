@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lowvram.data import encoders
+from lowvram.data import worker_pool
 from lowvram.data.shards import ShardSet, pack, pack_each_shard
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.errors import BusyError, DataError, DiskFullError, MachineError, TokenizerError
@@ -257,8 +257,8 @@ def test_processes_are_started_for_more_than_one_part_however_small_its_file(
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert (tmp_path / name).stat().st_size < PART_BYTES
     started: list[int] = []
-    real = encoders._start_pool
-    monkeypatch.setattr(encoders, "_start_pool", lambda count: started.append(count) or real(count))
+    real = worker_pool._start_pool
+    monkeypatch.setattr(worker_pool, "_start_pool", lambda count: started.append(count) or real(count))
     assert pack([tmp_path / name], small_tokenizer, tmp_path / "out", processes=2).documents == documents
     assert started == [2] * starts
 

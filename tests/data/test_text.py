@@ -36,6 +36,10 @@ def content(kind: str, texts: list[str]) -> bytes:
         return "\n\n".join(texts).encode("utf-8")
     if kind in (".jsonl", ".ndjson"):
         return "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(texts)).encode("utf-8")
+    if kind in (".csv", ".tsv"):
+        quotes, comma = ('"', ",") if kind == ".csv" else ("", "\t")
+        rows = [f"{quotes}{text}{quotes}{comma}{number}" for number, text in enumerate(texts)]
+        return "\n".join([f"text{comma}id", *rows]).encode("utf-8")
     return parquet_bytes({"text": texts, "id": list(range(len(texts)))})
 
 
@@ -56,8 +60,9 @@ def refusal(path: Path, field: str = "text", error: type[Exception] = DataError)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_ending_gives_the_same_documents(tmp_path: Path, ending: str) -> None:
     kind = next(kind for kind in KINDS if ending.startswith(kind))
-    packed = PACKINGS[ending.removeprefix(kind)](content(kind, TEXTS))
-    assert list(documents(write(tmp_path / f"a{ending}", packed))) == TEXTS
+    texts = [text.replace("\n", " ") for text in TEXTS] if kind == ".tsv" else TEXTS
+    packed = PACKINGS[ending.removeprefix(kind)](content(kind, texts))
+    assert list(documents(write(tmp_path / f"a{ending}", packed))) == texts
 
 
 def test_an_ending_in_capitals_is_read(tmp_path: Path) -> None:
@@ -131,7 +136,9 @@ def test_a_missing_path_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_text_says_which_endings_were_looked_for(tmp_path: Path) -> None:
     write(tmp_path / "notes.md", b"x")
-    with pytest.raises(DataError, match=r"\.txt, \.jsonl, \.ndjson, \.parquet, each plain or with \.gz or \.zst"):
+    with pytest.raises(
+        DataError, match=r"\.txt, \.jsonl, \.ndjson, \.parquet, \.csv, \.tsv, each plain or with \.gz or \.zst"
+    ):
         find_files([tmp_path])
 
 

@@ -16,7 +16,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from lowvram.data.text import _lines_with_cr, documents
+from lowvram.data.lines import _lines_with_cr
+from lowvram.data.text import documents
 from lowvram.data.text_files import find_text_files
 from lowvram.data.text_stream import TextStream
 from lowvram.errors import DataError
@@ -114,7 +115,7 @@ def test_compression_is_known_by_its_first_bytes(tmp_path: Path, name: str, data
         (b"PAR1....", r"is a Parquet file\. .*ends in \.parquet"),
         (b"PK\x03\x04....", "is a ZIP archive"),
         (b"%PDF-1.7", "is a PDF"),
-        ("\ufeffmetin".encode("utf-16-le"), "is text in UTF-16.*iconv -f UTF-16"),
+        ("\ufeffmetin".encode("utf-32-le"), "is text in UTF-32.*iconv -f UTF-32"),
         (b"BZh91AY", "is compressed by bzip2"),
         (b"\xfd7zXZ\0", "is compressed by xz"),
     ],

@@ -33,7 +33,7 @@ SMALL = (
     *("model.layers=1", "model.dim=64", "attention.heads=2", "attention.kv_heads=1", "attention.head_dim=32"),
     *("ffn.hidden=64", "train.seq_len=128", "train.batch_tokens=256", "train.tokens=1024", "train.precision=fp32"),
 )
-_BLOCK = re.compile(r"(?:^<!-- (?P<note>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+_BLOCK = re.compile(r"(?:^<!-- (?P<note>(?:(?!-->).)+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 _SHELL = re.compile(r"[|<>;]")
 
 

@@ -70,7 +70,7 @@ TEXTS = {
     "binary": ("bad/binary.txt", r"binary\.txt:1 is not text: byte 7 is NUL"),
     "no text inside": ("bad/nothing", r"nothing holds no text files\. 1 file .*\(1 \.pdf\)\. lowvram reads \.txt, "),
     "one bad file inside": ("bad/mixed", r"mixed.b\.txt:1 is not UTF-8: byte 5 is 0xfc"),
-    "unknown ending": ("bad/nothing/notes.pdf", r"notes\.pdf has an unknown ending"),
+    "unknown ending": ("bad/a-file", r"a-file has an unknown ending"),
     "torn archive": ("bad/torn.txt.gz", r"torn\.txt\.gz cannot be read to its end"),
     "another field": ("bad/rows.jsonl", r"rows\.jsonl:1 has no field 'text'\. Fields there: body"),
 }

@@ -1,0 +1,1 @@
+"""Cleaning of text: rules, duplicates, the folder of the result and its report."""

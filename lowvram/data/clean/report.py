@@ -1,0 +1,155 @@
+"""What a cleaning did, rule by rule, as JSON and as a page to read; knows no text but the examples."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowvram.config.cleaning import CleaningRules
+from lowvram.units import count_of, show_bytes
+
+_EXAMPLES = 5
+_LINE_CHARACTERS = 160
+# What each rule does, for the page.
+DESCRIPTIONS = {
+    "mojibake": "letters repaired that were read in another encoding",
+    "composed": "Unicode's composed form (NFC)",
+    "invisible": "control and zero-width characters removed",
+    "spaces": "blanks at line ends, empty lines, special blanks",
+    "private": "e-mail addresses, telephone numbers, IBANs and national numbers replaced",
+    "boilerplate": "lines of web pages left out",
+    "length": "too short, too long, or words that are too long",
+    "symbols": "too many symbols or digits",
+    "repetition": "repeats itself",
+    "language": "another language",
+    "toxicity": "too many offensive words",
+    "contamination": "holds items of an evaluation set",
+    "duplicate_documents": "the same words as an earlier document",
+    "near_duplicates": "similar to an earlier document",
+    "duplicate_lines": "lines that stand in many documents",
+}
+
+
+@dataclass
+class Totals:
+    """Counts over all parts."""
+
+    documents: int = 0
+    characters: int = 0
+    removed: Counter[str] = field(default_factory=Counter)
+    changed: Counter[str] = field(default_factory=Counter)
+    parts: Counter[str] = field(default_factory=Counter)
+    characters_removed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def add(self, sidecar: dict[str, Any]) -> None:
+        """Add the counts of a part; parts come in order."""
+        self.documents += sidecar["documents"]
+        self.characters += sidecar["characters"]
+        self.removed.update(sidecar["removed"])
+        self.changed.update(sidecar["changed"])
+        self.parts.update(sidecar["parts"])
+        self.characters_removed.update(sidecar["characters_removed"])
+        for example in sidecar["examples"]:
+            known = self.examples.setdefault(example["rule"], [])
+            if len(known) < _EXAMPLES:
+                known.append(example)
+
+
+def describe_rules(totals: Totals, rules: CleaningRules) -> list[dict[str, Any]]:
+    """Return for each rule, in order, whether it is on, its thresholds, what it did, and examples."""
+    rows = []
+    for name in CleaningRules.model_fields:
+        rule = getattr(rules, name)
+        settings = rule.model_dump(mode="json")
+        is_on = settings.pop("on") and not (name == "language" and not rule.keep)
+        is_on = is_on and not (name == "contamination" and not rule.against)
+        row: dict[str, Any] = {
+            "rule": name,
+            "on": is_on,
+            "settings": settings,
+            "documents_removed": totals.removed[name],
+            "documents_changed": totals.changed[name],
+            "characters_removed": totals.characters_removed[name],
+        }
+        kinds = ("email", "phone", "iban", "national_number")
+        if name == "private":
+            row["replaced"] = {kind: totals.parts[kind] for kind in kinds if totals.parts[kind]}
+        if name in ("boilerplate", "duplicate_lines"):
+            row["lines_removed"] = totals.parts[name]
+        row["examples"] = totals.examples.get(name, [])
+        rows.append(row)
+    return rows
+
+
+def name_eaters(rows: Sequence[dict[str, Any]]) -> str:
+    """Return which rules removed how many documents, the greediest first."""
+    eaters = sorted((row for row in rows if row["documents_removed"]), key=lambda row: -row["documents_removed"])
+    return ", ".join(f"{row['rule']} {row['documents_removed']:,}" for row in eaters)
+
+
+def write_page(report: dict[str, Any]) -> str:
+    """Return the report as Markdown."""
+    removed = report["documents_read"] - report["documents"]
+    share = removed / max(1, report["documents_read"])
+    lines = [
+        "# Cleaned text",
+        "",
+        f"{count_of(report['documents_read'], 'document')} of {count_of(len(report['files']), 'file')} were read, "
+        f"{report['documents']:,} are left ({share:.2%} removed): {show_bytes(report['bytes'])}.",
+        "",
+    ]
+    lines += [*report["notes"], ""] if report["notes"] else []
+    lines += ["| rule | removed | changed | what |", "| --- | ---: | ---: | --- |"]
+    for row in report["rules"]:
+        counts = f"{row['documents_removed']:,} | {row['documents_changed']:,}" if row["on"] else "off | off"
+        what = DESCRIPTIONS[row["rule"]]
+        if row.get("lines_removed"):
+            what += f" ({count_of(row['lines_removed'], 'line')})"
+        if row.get("replaced"):
+            what += f" ({', '.join(f'{count:,} {kind}' for kind, count in row['replaced'].items())})"
+        lines.append(f"| `{row['rule']}` | {counts} | {what} |")
+    lines += ["", "Each document is removed by the first rule that it breaks.", ""]
+    for row in report["rules"]:
+        if row["examples"]:
+            lines += [f"## {row['rule']}", ""]
+            stated = {key: value for key, value in row["settings"].items() if value not in ([], None)}
+            settings = ", ".join(f"{key} = {value}" for key, value in stated.items())
+            lines += [f"`{settings}`", ""] if settings else []
+            for example in row["examples"]:
+                lines += _show_example(example)
+            lines.append("")
+    lines += ["## Files", "", "| read | documents | left | written |", "| --- | ---: | ---: | --- |"]
+    lines += [
+        f"| {_plain(row['file'])} | {row['documents_read']:,} | {row['documents']:,} | {_plain(row['output'] or '–')} |"
+        for row in report["files"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _show_example(example: dict[str, Any]) -> list[str]:
+    where = f"{_plain(example['file'])}, document {example['document']}"
+    why = f" ({_plain(example['why'])})" if example.get("why") else ""
+    shown = [f"- {where}{why}", f"  - {_quote(example['before'])}"]
+    if "after" in example:
+        shown.append(f"  - became {_quote(example['after'])}")
+    if "like" in example:
+        like = example["like"]
+        shown.append(f"  - as {_plain(like['file'])}, document {like['document']}: {_quote(like['before'])}")
+    return shown
+
+
+def _quote(text: str) -> str:
+    shown = " ".join(text.split())
+    return f"“{_plain(shown[:_LINE_CHARACTERS])}{'…' if len(shown) > _LINE_CHARACTERS else ''}”"
+
+
+def _plain(text: str | Path) -> str:
+    """Return text whose signs mean nothing in Markdown or HTML."""
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
+    for sign in "\\`*_[]<>|&#":
+        shown = shown.replace(sign, f"\\{sign}")
+    return shown

@@ -1,0 +1,32 @@
+"""Reads the rows of a data set of Hugging Face's hub, or of a folder of its form, as they come; knows no file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowvram.data.bad_rows import BadRow
+from lowvram.data.fields import find_text
+from lowvram.data.text_files import DATASET
+from lowvram.data.text_stream import need
+from lowvram.errors import DataError
+
+_SPLIT = "train"
+
+
+def hub_documents(name: Path, field: str) -> Iterator[str | BadRow]:
+    """Yield the field of each row of a data set's split.
+
+    name: `hf:owner/name`, `hf:FOLDER`, each with `@SPLIT` behind it for another split than train.
+    Raises DataError where it cannot be opened or read, MachineError where the package datasets is not installed.
+    """
+    datasets = need("datasets")
+    place, _, split = name.as_posix().removeprefix(DATASET).partition("@")
+    try:
+        rows = iter(datasets.load_dataset(place, split=split or _SPLIT, streaming=True))
+        for number, row in enumerate(rows):
+            yield find_text(f"{name}, row {number}", row, field)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        why = f"{type(error).__name__}: {error}."
+        fix = "Check its name and the network, or name a folder of files that were fetched before."
+        raise DataError(f"The data set {place} cannot be read.", why, fix) from error

@@ -1,0 +1,55 @@
+"""Reads the text of a PDF or DOCX as one document, by the packages pypdf and python-docx; knows no other format."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lowvram.data.bad_rows import BadRow
+from lowvram.data.fields import check_text
+from lowvram.data.text_stream import need
+from lowvram.errors import DataError
+
+
+def pdf_document(file: Path, plain: IO[bytes]) -> Iterator[str | BadRow]:
+    """Yield the text of all pages; a scanned page has none.  Raises DataError for a damaged or encrypted file."""
+    pypdf = need("pypdf")
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every fault that it reads past
+    try:
+        reader = pypdf.PdfReader(plain)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise DataError(f"{file} is encrypted.", "It opens with a password alone.", "Save it without one.")
+        pages = [page.extract_text() for page in reader.pages]
+    except (pypdf.errors.PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file} is a damaged PDF.", f"{type(error).__name__}: {error}.", "Fetch it anew.") from error
+    # NUL stands for letters of fonts without a table of characters.
+    text = (
+        "\n".join(page.replace("\0", "") for page in pages)
+        .encode("utf-16", "surrogatepass")
+        .decode("utf-16", "replace")
+    )
+    if not text.strip():
+        raise DataError(f"{file} holds no text.", "Its pages are pictures.", "Recognise its text first (OCR).")
+    yield check_text(str(file), "text", text)
+
+
+def docx_document(file: Path, plain: IO[bytes]) -> Iterator[str | BadRow]:
+    """Yield paragraphs and cells of tables, in their order.  Raises DataError for a damaged file."""
+    docx = need("docx", "python-docx")
+    try:
+        document = docx.Document(plain)
+        lines = [line for block in document.iter_inner_content() for line in _lines_of(block)]
+    except (zipfile.BadZipFile, KeyError, ValueError, docx.opc.exceptions.OpcError, SyntaxError) as error:
+        raise DataError(f"{file} is a damaged DOCX.", f"{type(error).__name__}: {error}.", "Fetch it anew.") from error
+    yield check_text(str(file), "text", "\n".join(lines))
+
+
+def _lines_of(block: Any) -> Iterator[str]:
+    if hasattr(block, "rows"):
+        for row in block.rows:
+            yield "\t".join(cell.text for cell in row.cells)
+    else:
+        yield block.text
