@@ -45,7 +45,8 @@ def test_the_kernels_shape_error_is_shown_again_and_not_another_one() -> None:
         ("lr", "Did you mean lr?"),
         ("zzz", "Known: batch_tokens, lr, seq_len, tokens."),
         ("", "Known: batch_tokens, lr, seq_len, tokens."),
-        ("token", "Did you mean tokens or batch_tokens?"),
+        ("token", "Did you mean tokens?"),
+        ("tokes_len", "Did you mean tokens or seq_len?"),
     ],
 )
 def test_the_nearest_known_words_are_named_or_else_all_of_them(word: str, sentence: str) -> None:

@@ -109,7 +109,7 @@ def read_items_task(wanted: Measures) -> Task[Items]:
 
     if wanted.harness and importlib.util.find_spec("lm_eval") is None:
         what = "Tasks of lm-evaluation-harness need the package lm_eval."
-        raise MachineError(what, "It is not installed.", "Type: pip install 'lowvram[eval]'")
+        raise MachineError(what, "It is not installed.", "Type: pip install -e '.[eval]'")
     domains = tuple(find_domains(list(wanted.text))) if wanted.text else ()
     pairs, choices, suffixes = [], [], []
     for file in wanted.pairs:

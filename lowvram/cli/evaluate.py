@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--samples", type=count, metavar="N", help="let the model write N texts, behind the run's prompts"
     )
-    what = "tasks of lm-evaluation-harness, by its names or as paths of YAML files (pip install 'lowvram[eval]')"
+    what = "tasks of lm-evaluation-harness, by its names or as paths of YAML files (pip install -e '.[eval]')"
     parser.add_argument("--harness", nargs="+", metavar="TASK", action="extend", help=what)
     what = "only N of each file's pairs, questions and sentences, evenly spread (default: all)"
     parser.add_argument("--items", type=count, metavar="N", help=what)

@@ -272,7 +272,7 @@ def test_on_paper_low_forms_make_low_products_alone_and_round_each_token_once(fo
     rounded = [what.arguments[0].shape for what in launches[:forward] if "rows" in what.kernel]
     assert (96, 64) in rounded
     assert (192, 64) not in rounded, "the tokens, repeated"
-    assert sum(part.low_flops + part.product_flops for part in work) == 3 * 2 * 192 * 64 * (96 + 48)
+    assert sum(part.low_flops + part.product_flops + part.grouped_flops for part in work) == 3 * 2 * 192 * 64 * (96 + 48)
 
 
 def on_paper_of(card: Card, form: str | None, tokens: int = 96) -> tuple[list[str], list[HiddenWork], int]:
@@ -301,7 +301,7 @@ def test_on_paper_each_product_is_a_launch_that_tells_of_its_operations(form: st
     kernels, work, _ = on_paper_of(CARDS["sm86"], form)
     assert kernels.count("multiply_kernel") == (4 if form is None else 8)
     assert kernels.count("outer_kernel") == 2
-    told = sum(part.product_flops for part in work)
+    told = sum(part.product_flops + part.grouped_flops for part in work)
     both = 2 * 192 * 64 * (80 + 40)
     assert told == pytest.approx(2 * both + both * (1 if form is None else 2 / 8))
 
