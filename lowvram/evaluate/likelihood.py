@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from lowvram_kernels.matmul.weight_only import look_up
+from lowvram_kernels.quant.quantise import QuantTensor
 from torch import Tensor
 
 from lowvram.errors import NumbersError
@@ -32,6 +34,8 @@ _MIN_SAVED = 4
 _MOST_MEMBERS = 64
 # fp32 logits that exist at once: 64 MiB.
 _LOGITS = 2**24
+# Numbers of the output matrix that are copied to fp32 at once where it is kept in fewer bits: 32 MiB.
+_HEAD_NUMBERS = 2**23
 
 
 class Request(NamedTuple):
@@ -99,10 +103,9 @@ def score_requests(
     parts = [_cut(request, max_context) for request in requests]
     texts = sorted({text for cut in parts for text in cut})
     groups = sorted(_find_groups(texts, batch_tokens), key=_order, reverse=True)
-    head_VD = model.head_matrix(torch.float32).detach()
     found: dict[_Text, _Found] = {}
     for batch in _fill_batches(groups, batch_tokens):
-        found |= _score_batch(model, head_VD, batch, dtype)
+        found |= _score_batch(model, batch, dtype)
         yield len(found), len(texts)
     return [
         Likelihood(
@@ -181,10 +184,8 @@ def _fill_batches(groups: Sequence[_Group], batch_tokens: int) -> Iterator[list[
 
 
 @torch.no_grad()
-def _score_batch(
-    model: Transformer, head_VD: Tensor, batch: Sequence[_Group], dtype: torch.dtype
-) -> dict[_Text, _Found]:
-    shared, device = batch[0].shared, head_VD.device
+def _score_batch(model: Transformer, batch: Sequence[_Group], dtype: torch.dtype) -> dict[_Text, _Found]:
+    shared, device = batch[0].shared, model.embedding.device
     texts = [text for group in batch for text in group.texts]
     streams, cache = [], None
     # Of each scored token: its row among the streams, and its id.
@@ -208,7 +209,7 @@ def _score_batch(
         scored.add(text.ids, places, len(batch) * shared + row * longest - shared - 1)
     stream_BTD, _ = model(torch.from_numpy(rest_BT).to(device), dtype, cache=cache)
     streams.append(stream_BTD.flatten(0, 1))
-    nat_Q, is_best_Q = _read_targets(head_VD, torch.cat(streams), scored)
+    nat_Q, is_best_Q = _read_targets(model, torch.cat(streams), scored)
     return _distribute(batch, nat_Q, is_best_Q, scored.spans)
 
 
@@ -229,18 +230,18 @@ class _Scored:
         self.spans.append(slice(begin, len(self.rows)))
 
 
-def _read_targets(head_VD: Tensor, stream_ND: Tensor, scored: _Scored) -> tuple[np.ndarray, np.ndarray]:
+def _read_targets(model: Transformer, stream_ND: Tensor, scored: _Scored) -> tuple[np.ndarray, np.ndarray]:
     """Return the nats of each scored token, float64, and whether it was the likeliest one."""
-    row_Q = torch.tensor(scored.rows, device=head_VD.device)
-    target_Q = torch.tensor(scored.targets, device=head_VD.device)
+    row_Q = torch.tensor(scored.rows, device=stream_ND.device)
+    target_Q = torch.tensor(scored.targets, device=stream_ND.device)
     nats, bests = [], []
-    step = max(1, _LOGITS // head_VD.shape[0])
+    step = max(1, _LOGITS // model.config.vocabulary)
     for start in range(0, len(scored.rows), step):
-        logit_QV = stream_ND[row_Q[start : start + step]].float() @ head_VD.mT
+        logit_QV = _read_out(model, stream_ND[row_Q[start : start + step]].float())
         target_Q1 = logit_QV.gather(1, target_Q[start : start + step, None])
         nats.append(logit_QV.logsumexp(1) - target_Q1[:, 0])
         bests.append(target_Q1[:, 0] >= logit_QV.amax(1))
-    nat_Q = torch.cat(nats).double().cpu().numpy()
+    nat_Q = torch.cat(nats).cpu().double().numpy()  # MPS has no float64
     if not np.isfinite(nat_Q).all():
         raise NumbersError(
             "The model's likelihoods are not finite numbers.",
@@ -248,6 +249,22 @@ def _read_targets(head_VD: Tensor, stream_ND: Tensor, scored: _Scored) -> tuple[
             "Evaluate an earlier checkpoint of the run.",
         )
     return nat_Q, torch.cat(bests).cpu().numpy()
+
+
+def _read_out(model: Transformer, stream_QD: Tensor) -> Tensor:
+    """Return logits, [Q, V] fp32; of an output matrix in fewer bits only a part is in fp32 at once."""
+    head_VD, scale = model.head_parts()
+    if head_VD.dtype == torch.float32:
+        return stream_QD @ head_VD.mT
+    logit_QV = stream_QD.new_empty(len(stream_QD), len(head_VD))
+    step = max(1, _HEAD_NUMBERS // head_VD.shape[1])
+    for start in range(0, len(head_VD), step):
+        part_VD = head_VD[start : start + step]
+        if scale is not None:
+            row_V = torch.arange(start, start + len(part_VD), device=head_VD.device)
+            part_VD = look_up(row_V, QuantTensor(head_VD, scale), torch.float32)
+        logit_QV[:, start : start + len(part_VD)] = stream_QD @ part_VD.float().mT
+    return logit_QV
 
 
 def _distribute(

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lowvram_kernels.matmul.weight_only import decoded
+from torch.overrides import TorchFunctionMode
 
 from lowvram.errors import NumbersError
+from lowvram.evaluate import likelihood as module
 from lowvram.evaluate.likelihood import Likelihood, Request, score_requests
+from lowvram.generate.weights import load_for_inference
 from lowvram.model.transformer import Transformer
+from tests.generate.test_weights import source_of
 from tests.model.outside import randomise
 from tests.model.variants import VARIANTS
 
@@ -81,6 +87,53 @@ def test_every_token_costs_what_the_plain_forward_pass_says(kind: str) -> None:
         assert likelihood.is_greedy == is_greedy
         assert likelihood.was_cut == (len(request.context) + len(request.continuation) - 1 > CONTEXT)
     assert {likelihood.is_greedy for likelihood in found} == {True, False}
+
+
+class FindsDoubles(TorchFunctionMode):
+    """Collects what becomes float64 before it is on the processor: MPS has no float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[torch.Tensor] = []
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            source = args[0] if args else None
+            if func is torch.Tensor.cpu:
+                self.fetched.append(result)
+            elif result.dtype == torch.float64 and not any(source is each for each in self.fetched):
+                self.found.append(str(func))
+            elif result.dtype == torch.float64:
+                self.fetched.append(result)
+        return result
+
+
+def test_nothing_becomes_double_on_the_device() -> None:
+    model = randomise(Transformer(VARIANTS["mla-moe"]))
+    with FindsDoubles() as doubles:
+        score(model, requests_of(VARIANTS["mla-moe"].vocabulary))
+    assert doubles.fetched
+    assert doubles.found == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int8"])
+def test_an_output_matrix_in_fewer_bits_is_read_in_parts(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_for_inference(source_of(VARIANTS["gqa-moe-untied"]), precision)
+    requests = requests_of(VARIANTS["gqa-moe-untied"].vocabulary)
+    monkeypatch.setattr(module, "_HEAD_NUMBERS", 7 * VARIANTS["gqa-moe-untied"].dim)
+    monkeypatch.setattr(Transformer, "head_matrix", None)
+    found = score(model, requests)
+    whole = whole_head_of(model)
+    monkeypatch.setattr(module, "_read_out", lambda _, stream_QD: stream_QD @ whole.mT)
+    for one, other in zip(found, score(model, requests), strict=True):
+        np.testing.assert_allclose(one.nat_T, other.nat_T, rtol=0, atol=1e-5)
+
+
+def whole_head_of(model: Transformer) -> torch.Tensor:
+    """The output matrix in fp32, decoded at once."""
+    return decoded(*model.head_parts(), torch.float32)
 
 
 def test_the_order_of_requests_and_repeats_change_no_bit() -> None:
