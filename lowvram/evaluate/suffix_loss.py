@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from lowvram.data.nfc import nfc
+from lowvram.data.turkish import lower_case
 from lowvram.evaluate.likelihood import Request
 from lowvram.evaluate.records import Record, read_records
 from lowvram.evaluate.scorer import Scorer
-from lowvram.evaluate.turkish import lower_case
 from lowvram.evaluate.turkish_suffixes import CLASSES, Part, cut_word, read_features
 
 _COLUMNS = ("id", "form", "lemma", "upos", "feats")

@@ -1,14 +1,10 @@
-"""Turkish letters: lower case, and which vowels and consonants suffixes look at; knows no suffix."""
+"""Turkish sentences as items need them, and which vowels suffixes look at; knows no suffix."""
 
 from __future__ import annotations
 
-_LOWER = str.maketrans({"I": "ı", "İ": "i"})
+from lowvram.data.turkish import lower_case
+
 VOWELS = "aeıioöuüâîû"
-
-
-def lower_case(text: str) -> str:
-    """Return the text in Turkish lower case, letter for letter: I becomes ı and İ becomes i."""
-    return text.translate(_LOWER).lower()
 
 
 def lower_first(text: str) -> str:

@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from lowvram.evaluate.turkish import VOWELS, lower_case
+from lowvram.data.turkish import lower_case
+from lowvram.evaluate.turkish import VOWELS
 
 # Negation and ability count as tense, aspect and mood; voice, participles and verbal nouns as derivation.
 CLASSES = ("stem", "plural", "possessive", "case", "tense, aspect, mood", "person", "derivation", "other")

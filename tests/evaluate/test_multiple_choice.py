@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lowvram.data.tokenizer import Tokenizer
+from lowvram.data.turkish import lower_case
 from lowvram.errors import DataError
 from lowvram.evaluate.multiple_choice import Item, choose, read_items
-from lowvram.evaluate.turkish import lower_case, lower_first
+from lowvram.evaluate.turkish import lower_first
 from tests.evaluate.scored import finish, nats_by_hand, scorer_of, write
 
 DATA = Path(__file__).parents[3] / "shared/data/eval"

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lowvram.data.turkish import lower_case
+
 LETTER, DIGIT, SPACE, LINE_END, PUNCTUATION, SYMBOL = range(1, 7)
 Array = NDArray[np.generic]
 U64 = np.uint64
@@ -192,11 +194,6 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> U64(31))
 
 
-def lower(text: str) -> str:
-    """Return a text in lower case by Turkish rules."""
-    return text.replace("İ", "i").replace("I", "ı").lower()
-
-
 @functools.cache
 def _factors(count: int) -> NDArray[np.uint64]:
     """Return odd random factors for the places in a sequence."""
@@ -213,7 +210,7 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
         category = unicodedata.category(character)
         if category[0] in "LM":
             kinds[code] = LETTER
-            small = lower(character)
+            small = lower_case(character)
             if len(small) == 1:
                 lowered[code] = ord(small)
         elif category == "Nd":

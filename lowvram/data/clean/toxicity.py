@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lowvram.data.clean.batch import Batch, hash_words, lower
+from lowvram.data.clean.batch import Batch, hash_words
+from lowvram.data.turkish import lower_case
 from lowvram.errors import DataError
 
 _NOUNS = """
@@ -60,7 +61,7 @@ class ToxicWords:
         for root in _UNCHANGED.split():
             self._add(root, [_NO_CHAIN])
         for root in extra:
-            self._add(lower(root), [_NOUN_CHAIN, _VERB_CHAIN])
+            self._add(lower_case(root), [_NOUN_CHAIN, _VERB_CHAIN])
         by_length: dict[int, list[int]] = {}
         for root in self._chains:
             by_length.setdefault(len(root), []).append(int(hash_words(root)[0]))
@@ -97,7 +98,7 @@ class ToxicWords:
         for index in np.unique(np.concatenate(candidates)):
             document = int(batch.word_documents[index])
             text, start = batch.texts[document], int(batch.starts[document])
-            word = lower(text[int(batch.word_starts[index]) - start : int(batch.word_ends[index]) - start])
+            word = lower_case(text[int(batch.word_starts[index]) - start : int(batch.word_ends[index]) - start])
             # Who types no ı writes `sıkıldım` as `sikildim`, so that such a text says nothing.
             marks[index] = self.is_listed(word) and not (word.startswith(_VERBS) and "ı" not in text)
         return marks
