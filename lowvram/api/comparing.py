@@ -13,8 +13,12 @@ from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
     from lowvram.api.loading import LoadedModel
+    from lowvram.errors import LowvramError
     from lowvram.evaluate.comparison import Comparison
     from lowvram.generate.precision import Precision
+
+# Ids of held-out text in which beginnings of documents are looked for at once: 64 MiB at most.
+_TOKENS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,12 @@ def compare(
 ) -> Compared:
     """Compare runs by what they pay for the same documents; those that differ in `train.seed` alone are one recipe.
 
+    Checkpoints of different steps are different recipes, of one run too.
+
     text: text files or folders, None: what the first run holds out.  items: at most so many documents, evenly spread.
     field: of text in JSON lines and Parquet.  precision: of the weights, None: what each run validates in.
-    Raises ConfigError for fewer than two runs, CheckpointError, DataError where there is no text.
+    Raises ConfigError for fewer than two runs or two of one recipe, seed and step, CheckpointError, DataError where
+    there is no text.
     """
     from lowvram.api.arguments import read_paths, refuse_count, refuse_missing
     from lowvram.api.progress import carry_out
@@ -77,24 +84,32 @@ def compare_task(
     from lowvram.errors import ConfigError
     from lowvram.evaluate.comparison import Paid, warn_of_few_seeds
     from lowvram.evaluate.comparison import compare as compare_paid
-    from lowvram.evaluate.records import spread
+    from lowvram.train.oom import free_memory
 
     if len(set(runs)) < 2:
         raise ConfigError("There are fewer than two runs.", "A comparison needs two.", "Name several runs.")
     documents: list[str] = []
     recipes: dict[str, list[tuple[Path, np.ndarray]]] = {}
+    seeds: dict[tuple[str, int | None], tuple[Path, Path]] = {}
     checkpoints = []
     for path in dict.fromkeys(runs):
         loaded = yield from load_model(path, device, precision, as_trained=True)
+        recipe, seed = _name_recipe(loaded), loaded.run.train.seed if loaded.run is not None else None
+        if (recipe, seed) in seeds:
+            raise _explain_one_seed(path, loaded, *seeds[recipe, seed])
+        seeds[recipe, seed] = path, loaded.path
         if not documents:
-            found = yield from _read_documents(loaded, texts, field)
-            documents = spread(found, items)
+            documents = yield from _read_documents(loaded, texts, field, items)
         nats_N = yield from _pay(loaded, documents, path)
-        recipes.setdefault(_name_recipe(loaded), []).append((path, nats_N))
+        recipes.setdefault(recipe, []).append((path, nats_N))
         checkpoints.append(loaded.path)
+        where = loaded.model.embedding.device
+        # Two models may not fit into the memory together.
+        del loaded
+        free_memory(where)
     paid = [Paid(tuple(path for path, _ in each), np.stack([nats for _, nats in each])) for each in recipes.values()]
     if len(paid) < 2:
-        what = "All runs are of one recipe: they differ in train.seed alone."
+        what = "All runs are of one recipe, at the same step: they differ in train.seed alone."
         raise ConfigError(what, "There is nothing to compare.", "Name runs of several recipes.")
     result = compare_paid(paid, np.array([count_bytes(text) for text in documents]))
     if warning := warn_of_few_seeds(result):
@@ -103,35 +118,61 @@ def compare_task(
 
 
 def _name_recipe(loaded: LoadedModel) -> str:
-    """Return the same text for runs that differ in `train.seed` and in where they are kept alone."""
-    if loaded.run is None:
-        return str(loaded.path)
-    return repr((loaded.run.model, loaded.run.data, loaded.run.train.model_copy(update={"seed": 0})))
+    """Return the same text for runs of as many steps that differ in `train.seed` and in where they are kept alone."""
+    if loaded.run is None or loaded.checkpoint is None:
+        return str(loaded.path.resolve())
+    train = loaded.run.train.model_copy(update={"seed": 0})
+    return repr((loaded.run.model, loaded.run.data, train, loaded.checkpoint.step))
 
 
-def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str) -> Task[list[str]]:
-    """Return the documents of the files in NFC, or those that the run holds out, decoded from their ids."""
+def _explain_one_seed(path: Path, loaded: LoadedModel, other: Path, other_checkpoint: Path) -> LowvramError:
+    """Return the error of two paths that would count as two seeds of a recipe and are of one."""
+    from lowvram.errors import ConfigError
+
+    if loaded.run is None or loaded.path.resolve() == other_checkpoint.resolve():
+        return ConfigError(f"{path} and {other} are the same model, {loaded.path}.", "It counts once.", "Name one.")
+    assert loaded.checkpoint is not None, "runs have checkpoints"
+    return ConfigError(
+        f"{path} and {other} are of one recipe, of one seed (train.seed = {loaded.run.train.seed}), and at the same "
+        f"step, {loaded.checkpoint.step}.",
+        "They count as one run: nothing but rounding tells them apart.",
+        "Name one of them.",
+    )
+
+
+def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str, items: int | None) -> Task[list[str]]:
+    """Return at most `items` documents of the files in NFC, or of those that the run holds out, as their ids say."""
+    import numpy as np
+
     from lowvram.data.nfc import nfc
     from lowvram.data.shards import ShardSet
     from lowvram.data.text import documents
     from lowvram.data.text_files import find_text_files
     from lowvram.errors import DataError
+    from lowvram.evaluate.records import spread
 
     if texts:
         found = []
         for file in find_text_files(list(texts)).files:
             yield Progress(f"Reading {file.name}")
             found += [nfc(document) for document in documents(file, field)]
-        return found
+        return spread(found, items)
     shards_path = loaded.run.data.valid if loaded.run is not None else None
     if shards_path is None:
         raise DataError("The first run names no data.valid.", "A comparison needs text.", "Name files with `text`.")
     tokenizer = loaded.tokenizer
     shards = ShardSet.open(shards_path, tokenizer.hash, tokenizer.size)
-    ids = shards.read(0, shards.tokens).tolist()
-    starts = [place for place, id in enumerate(ids) if id == tokenizer.bos_id]
-    ends = [*starts[1:], len(ids)]
-    return [tokenizer.decode(ids[start + 1 : end]) for start, end in zip(starts, ends, strict=True)]
+    starts = []
+    for first in range(0, shards.tokens, _TOKENS_AT_ONCE):
+        yield Progress(f"Finding documents in {shards_path.name}", first, shards.tokens)
+        id_T = shards.read(first, min(_TOKENS_AT_ONCE, shards.tokens - first))
+        starts.append(first + np.flatnonzero(id_T == tokenizer.bos_id))
+    borders = np.append(np.concatenate(starts), shards.tokens)
+    found = []
+    for number in spread(range(len(borders) - 1), items):
+        start, end = int(borders[number]), int(borders[number + 1])
+        found.append(tokenizer.decode(shards.read(start, end - start)[1:].tolist()))
+    return found
 
 
 def _pay(loaded: LoadedModel, documents: Sequence[str], path: Path) -> Task[Any]:

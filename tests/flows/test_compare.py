@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lowvram.api import LowvramError, compare, evaluate
+from lowvram.api import LowvramError, compare, comparing, evaluate, loading
+from lowvram.data.text import documents
+from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import fill_home, typed
 
 
@@ -16,7 +22,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     fill_home(folder)
     tuned = ("--set", "optimizer.lr=2e-2")
-    for name, words in {"a0": (), "a1": ("--set", "train.seed=1"), "b0": tuned}.items():
+    runs = {
+        "a0": ("--set", "run.save_every_minutes=1e-9", "--set", "run.keep=9"),
+        "a1": ("--set", "train.seed=1"),
+        "b0": tuned,
+    }
+    for name, words in runs.items():
         words = ("train", folder / "run.toml", "--set", f"run.dir={folder / name}", *words, "--device", "cpu")
         assert typed(*words).code == 0
     return folder
@@ -52,10 +63,51 @@ def test_held_out_shards_and_their_text_give_the_same(home: Path) -> None:
     assert few.documents == 5
 
 
+def test_checkpoints_of_one_run_are_no_seeds_of_a_recipe(home: Path) -> None:
+    early, late = home / "a0/step-00000003", home / "a0/step-00000006"
+    found = compare([early, late, home / "a1"], device="cpu").comparison
+    assert {recipe.runs for recipe in found.recipes} == {(early,), (late, home / "a1")}
+    assert len(compare([early, late], device="cpu").comparison.recipes) == 2
+
+
+def test_a_copy_of_a_run_counts_as_no_second_seed(home: Path) -> None:
+    if not (home / "copy").exists():
+        shutil.copytree(home / "a0", home / "copy")
+    with pytest.raises(LowvramError, match=r"copy and .*a0 are of one recipe, of one seed \(train\.seed = 0\), and"):
+        compare([home / "a0", home / "copy", home / "b0"], device="cpu")
+
+
+def test_one_model_is_in_memory_at_a_time_and_few_documents_are_decoded(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[object]] = []
+    load, decode, decoded = loading.load_model, Tokenizer.decode, []
+
+    def load_alone(*given: Any, **named: Any) -> Any:
+        gc.collect()
+        assert all(model() is None for model in alive)
+        loaded = yield from load(*given, **named)
+        alive.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(loading, "load_model", load_alone)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: decoded.append(decode(self, ids)) or decoded[-1])
+    monkeypatch.setattr(comparing, "_TOKENS_AT_ONCE", 100)
+    compare([home / "a0", home / "b0"], items=4, device="cpu")
+    assert len(alive) == 2
+    texts = list(documents(home / "valid.txt"))
+    assert decoded == [texts[number * len(texts) // 4] for number in range(4)]
+
+
 @pytest.mark.parametrize(
     "names, says",
-    [(("a0",), "fewer than two runs"), (("a0", "a0"), "fewer than two"), (("a0", "a1"), "differ in train.seed alone")],
-    ids=["one", "twice the same", "one recipe"],
+    [
+        (("a0",), "fewer than two runs"),
+        (("a0", "a0"), "fewer than two"),
+        (("a0", "a1"), "at the same step: they differ in train.seed alone"),
+        (("a0", "b0", "a0/step-00000006"), "are the same model"),
+    ],
+    ids=["one", "twice the same", "one recipe", "one checkpoint"],
 )
 def test_what_cannot_be_compared_is_told(names: tuple[str, ...], says: str, home: Path) -> None:
     with pytest.raises(LowvramError, match=says):
