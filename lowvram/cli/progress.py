@@ -34,6 +34,7 @@ class TrainingScreen:
 
     def __init__(self, trainer: Trainer) -> None:
         self.evaluated: Evaluated | None = None
+        self._told_pairs_problem = False
         self._trainer, self._steps = trainer, trainer.config.train.steps
         self._memory_of = _MEMORY_OF.get(trainer.state.model.embedding.device.type, "process")
         self._told_at, self._last_at = 0.0, time.monotonic()
@@ -109,6 +110,9 @@ class TrainingScreen:
             pairs = "" if event.pairs_right is None else f", {event.pairs_right:.1%} of the minimal pairs right"
             found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how}{pairs})"
             notice(f"step {event.step:>6}  valid {found}", "cyan")
+            if event.pairs_problem and not self._told_pairs_problem:
+                notice(f"step {event.step:>6}  {event.pairs_problem}", "yellow")
+                self._told_pairs_problem = True
         elif isinstance(event, Rotated):
             where = (
                 f"{show_bytes(event.card_bytes)} on the card, {show_bytes(event.host_bytes)} in the computer's memory"

@@ -82,7 +82,8 @@ class Rotated:
 class Evaluated:
     """Validation after a step.  reads_masters: frozen experts were read from their masters, not from their copies.
 
-    pairs_right: the share of right answers to the run's minimal pairs, None where it has none.
+    pairs_right: the share of right answers to the run's minimal pairs, None where it has none or they
+    could not be asked; pairs_problem: why that was so where memory ran out, else empty.
     """
 
     step: int
@@ -90,6 +91,7 @@ class Evaluated:
     bits_per_byte: float
     reads_masters: bool = False
     pairs_right: float | None = None
+    pairs_problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.objective import DTYPES
 from lowvram.train.events import Evaluated, Sampled
+from lowvram.train.oom import free_memory, is_out_of_memory
 from lowvram.train.rotation import ExpertRotation
 from lowvram.train.state import TrainState
 
@@ -30,9 +31,8 @@ def evaluate(config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: 
     dtype, most = DTYPES[config.train.precision], config.run.validate_tokens
     bos_id, byte_count_V = tokenizer.bos_id, tokenizer.byte_count_V
     result = score(state.model, valid, bos_id, byte_count_V, config.train.seq_len, dtype, most, batch)
-    return Evaluated(
-        state.step, result.loss, result.bits_per_byte, pairs_right=_answer_pairs(config, state, tokenizer, batch)
-    )
+    right, problem = _answer_pairs(config, state, tokenizer, batch)
+    return Evaluated(state.step, result.loss, result.bits_per_byte, pairs_right=right, pairs_problem=problem)
 
 
 @functools.lru_cache(maxsize=1)
@@ -44,10 +44,13 @@ def read_run_pairs(file: Path) -> list[Pair]:
     return pairs
 
 
-def _answer_pairs(config: RunConfig, state: TrainState, tokenizer: Tokenizer, batch: int) -> float | None:
-    """Return the share of right answers, None where the run has no pairs or the model's numbers are broken."""
+def _answer_pairs(config: RunConfig, state: TrainState, tokenizer: Tokenizer, batch: int) -> tuple[float | None, str]:
+    """Return the share of right answers, and why memory did not suffice for them, else an empty text.
+
+    None where the run has no pairs, where the model's numbers are broken or memory ran out: a run goes on without them.
+    """
     if config.run.pairs is None:
-        return None
+        return None, ""
     pairs, seq_len = read_run_pairs(config.run.pairs), config.train.seq_len
     # No more tokens at once than in a step, whose memory the plan has counted.
     scorer = Scorer(state.model, DTYPES[config.train.precision], tokenizer, seq_len, batch_tokens=batch * seq_len)
@@ -56,9 +59,16 @@ def _answer_pairs(config: RunConfig, state: TrainState, tokenizer: Tokenizer, ba
         while True:
             next(work)
     except StopIteration as end:
-        return sum(end.value.by_sum) / len(pairs)
+        return sum(end.value.by_sum) / len(pairs), ""
     except NumbersError:  # later steps may repair the weights; a diverged run is stopped by the trainer
-        return None
+        return None, ""
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    # Behind the handler, since the error's frames keep the tensors alive.
+    del work
+    free_memory(state.model.embedding.device)
+    return None, "Memory ran out while the minimal pairs were asked; training goes on without their share."
 
 
 def evaluate_masters(

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowvram.cli.progress import TrainingScreen
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.evaluate.minimal_pairs import LENGTH_CONTROLLED, Pair, answer_pairs, choose_light_subset, read_pairs
-from lowvram.train.events import Evaluated
+from lowvram.train.events import Evaluated, Stopped
 from lowvram.train.log import scalars
 from tests.conftest import TURKISH
 from tests.evaluate.scored import finish, write
@@ -57,6 +58,31 @@ def test_pairs_change_no_bit_of_what_is_learnt(home: Path) -> None:
         assert "valid/pairs_right" in scalars(told[0]) or pairs is None
         weights.append([weight.detach().clone() for weight in trainer.state.model.parameters()])  # type: ignore[attr-defined]
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("words", ["MPS backend out of memory", "shapes do not fit"])
+def test_a_run_goes_on_where_memory_runs_out_in_the_pairs_alone(
+    words: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> object:
+        raise RuntimeError(words)
+
+    trainer = with_pairs(home, f"full-{len(words)}", home / "pairs.jsonl")
+    monkeypatch.setattr("lowvram.evaluate.likelihood._read_out", fail)
+    if "memory" not in words:
+        with pytest.raises(RuntimeError, match=words):
+            list(trainer.run())  # type: ignore[attr-defined]
+        return
+    events = list(trainer.run())  # type: ignore[attr-defined]
+    told = [event for event in events if isinstance(event, Evaluated)]
+    assert len(told) == 2
+    assert all(event.pairs_right is None and "Memory ran out" in event.pairs_problem for event in told)
+    assert isinstance(events[-1], Stopped)
+    assert events[-1].is_finished
+    screen = TrainingScreen(trainer)  # type: ignore[arg-type]
+    for event in told:
+        screen.show(event)
+    assert capsys.readouterr().err.count("Memory ran out") == 1
 
 
 def test_a_file_of_no_pairs_is_told_before_the_first_step(home: Path) -> None:
