@@ -6,7 +6,9 @@ are near chance, so chance and a 95 % interval stand beside every share.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +72,8 @@ def read_items(file: Path) -> tuple[str, list[Item]]:
     """Read questions of XCOPA, ARC, TruthfulQA or SIB-200, or with `question` or `context`, `choices` and `answer`.
 
     Returns how they are asked, and the items.  `answer` is the number of the right choice counted from 0, its text, or
-    one of `labels`.  Raises DataError, naming the line, where a record is of no such form, or two lines are of two.
+    one of `labels`.  In a table, lists and objects are written as JSON in their cell.
+    Raises DataError, naming the line, where a record is of no such form, or two lines are of two.
     """
     kind = ""
     items: list[Item] = []
@@ -104,7 +107,7 @@ def _read_xcopa(record: Record) -> Item:
 
 
 def _read_truthfulqa(record: Record) -> Item:
-    targets = record.values["mc1_targets"]
+    targets = _unpack(record.values["mc1_targets"])
     if not isinstance(targets, dict) or not isinstance(targets.get("labels"), list) or targets["labels"].count(1) != 1:
         raise record.refuse("its mc1_targets are no object with choices and with labels of which one is 1")
     choices = _choices_of(record, targets.get("choices"))
@@ -137,16 +140,30 @@ def _ask(question: str) -> str:
 
 
 def _choices_of(record: Record, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(choice, str) for choice in value):
-        raise record.refuse("its choices are no list of texts")
-    return tuple(f" {choice.strip()}" for choice in value)
+    choices = _unpack(value)
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise record.refuse('its choices are no list of texts, which in a table is written as ["…", "…"]')
+    return tuple(f" {choice.strip()}" for choice in choices)
+
+
+def _unpack(value: Any) -> Any:
+    """Return the list or object that a cell of a table holds as JSON; anything else as it is."""
+    if isinstance(value, str) and value.strip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
 def _find_answer(record: Record, name: str, choices: Sequence[str]) -> int:
     """Return the number of the right choice, from its number, its label or its text."""
-    answer, labels = record.values[name], record.values.get("labels")
-    if isinstance(labels, list) and len(labels) == len(choices) and labels.count(answer) == 1:
-        return labels.index(answer)
+    answer, labels = record.values[name], _unpack(record.values.get("labels"))
+    if isinstance(labels, list) and len(labels) == len(choices):
+        # A cell of a table is text, also where its labels are numbers.
+        for known, given in ((labels, answer), ([str(label) for label in labels], answer)):
+            if known.count(given) == 1:
+                return known.index(given)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
     texts = [choice.strip() for choice in choices]
@@ -155,6 +172,8 @@ def _find_answer(record: Record, name: str, choices: Sequence[str]) -> int:
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(choices)]
     if labels is None and isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in letters:
         return letters.index(answer.strip())
+    if isinstance(answer, str) and re.fullmatch("[0-9]{1,9}", answer.strip()) and int(answer) < len(choices):
+        return int(answer)
     raise record.refuse(f"its {name} is {answer!r}, which is none of its {len(choices)} choices")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,10 +63,31 @@ def test_the_other_forms(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields, answer",
+    [
+        ({"premise": "Adam geldi.", "choice1": "a", "choice2": "b", "question": "effect", "label": 1}, 1),
+        ({"question": "Kim?", "mc1_targets": {"choices": ["a", "b", "c"], "labels": [0, 0, 1]}}, 2),
+        (QUESTION | {"answer": 2}, 2),
+        (QUESTION | {"answer": 2, "labels": [1, 2, 3]}, 1),
+        (QUESTION | {"answer": "taş"}, 1),
+        ({"context": "Bir", "choices": ["1", "0"], "answer": "0"}, 1),
+    ],
+    ids=["XCOPA", "TruthfulQA", "number", "label", "text", "text of digits"],
+)
+def test_a_table_asks_what_json_lines_ask(fields: dict[str, Any], answer: int, tmp_path: Path) -> None:
+    cells = [each if isinstance(each, str) else json.dumps(each, ensure_ascii=False) for each in fields.values()]
+    table = write(tmp_path / "items.tsv", "\t".join(fields), "\t".join(cells))
+    found = read_items(table)
+    assert found == read_items(write(tmp_path / "items.jsonl", json.dumps(fields)))
+    assert found[1][0].answer == answer
+
+
+@pytest.mark.parametrize(
     "fields, says",
     [
         ({"soru": "Kim?"}, "Its fields are soru, and questions have one of XCOPA: choice1"),
         (QUESTION | {"answer": "D"}, r"Its answer is 'D', which is none of its 3 choices"),
+        (QUESTION | {"answer": "3"}, "Its answer is '3'"),
         (QUESTION | {"answer": True}, "Its answer is True"),
         (QUESTION | {"answer": 3}, "Its answer is 3"),
         (QUESTION | {"choices": "süt", "answer": 0}, "no list of texts"),
@@ -77,7 +99,7 @@ def test_the_other_forms(tmp_path: Path) -> None:
             "has the fields of context and choices, and the lines",
         ),
     ],
-    ids=["other fields", "letter", "truth", "number", "a text", "one", "two right", "topic", "two forms"],
+    ids=["other fields", "letter", "digits", "truth", "number", "a text", "one", "two right", "topic", "two forms"],
 )
 def test_a_question_of_another_form_is_refused_with_its_line(
     fields: dict[str, object], says: str, tmp_path: Path
