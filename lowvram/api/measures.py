@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from lowvram.api.tasks import Notice, Progress, Task, count_progress
 if TYPE_CHECKING:
     from lowvram.api.loading import LoadedModel
     from lowvram.evaluate.harness import HarnessRow
-    from lowvram.evaluate.minimal_pairs import Pair, PairsReport
+    from lowvram.evaluate.minimal_pairs import Answers, Pair, PairsReport
     from lowvram.evaluate.multiple_choice import ChoicesReport, Item
     from lowvram.evaluate.scorer import Scorer
     from lowvram.evaluate.suffix_loss import Sentence, SuffixReport
@@ -208,13 +209,40 @@ def _measure_pairs(scorer: Scorer, files: tuple[tuple[Path, list[Pair], int], ..
     trained = []
     for file, pairs, _ in files:
         trained.append((yield from count_progress(answer_pairs(scorer, pairs), f"Comparing {file.name}")))
+    untrained = yield from _ask_untrained(scorer, files)
+    return [
+        report_pairs(file, pairs, answers, before, identical)
+        for (file, pairs, identical), answers, before in zip(files, trained, untrained, strict=True)
+    ]
+
+
+def _ask_untrained(scorer: Scorer, files: tuple[tuple[Path, list[Pair], int], ...]) -> Task[Sequence[Answers | None]]:
+    """Return the answers of the untrained model to each file; None, with a notice, where memory runs out for it."""
+    from lowvram.train.oom import free_memory, is_out_of_memory
+    from lowvram.units import show_bytes
+
+    found: list[Answers] = []
+    try:
+        yield from _add_untrained(scorer, files, found)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return found
+    # Behind the handler, since the error's frames keep the tensors alive.
+    free_memory(scorer.model.embedding.device)
+    what = f"Memory ran out for the untrained model, which takes {show_bytes(scorer.untrained_bytes())} beside the"
+    yield Notice(f"{what} trained one and what it computes with: its answers are left out.", "warning")
+    return [*found, *[None] * (len(files) - len(found))]
+
+
+def _add_untrained(scorer: Scorer, files: tuple[tuple[Path, list[Pair], int], ...], found: list[Answers]) -> Task[None]:
+    from lowvram.evaluate.minimal_pairs import answer_pairs
+
     before = scorer.untrained()
-    reports = []
-    for (file, pairs, identical), answers in zip(files, trained, strict=True):
+    for file, pairs, _ in files:
         asked = answer_pairs(before, pairs)
-        untrained = yield from count_progress(asked, f"Comparing {file.name} with the untrained model")
-        reports.append(report_pairs(file, pairs, answers, untrained, identical))
-    return reports
+        found.append((yield from count_progress(asked, f"Comparing {file.name} with the untrained model")))
 
 
 def _write_samples(loaded: LoadedModel, count: int) -> Task[list[Sample]]:

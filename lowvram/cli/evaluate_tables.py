@@ -83,7 +83,8 @@ def _show_pairs(report: PairsReport) -> None:
 
 def _pairs_cells(row: PairsRow, style: str) -> list[str | Cell]:
     interval = _show_interval(row.interval)
-    shares = [_percent(share) for share in (row.per_byte, row.untrained, row.untrained_per_byte, row.shorter)]
+    given = (row.per_byte, row.untrained, row.untrained_per_byte, row.shorter)
+    shares = ["–" if share is None else _percent(share) for share in given]
     name = row.name.replace("_", " ")  # a narrow window breaks it between words
     return [Cell(clean(cell), style) for cell in (name, f"{row.count:,}", _percent(row.by_sum), interval, *shares)]
 

@@ -7,7 +7,7 @@ by a rule that counts letters.  Each phenomenon is therefore shown with that rul
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -55,8 +55,8 @@ class PairsRow:
     """Shares of right answers on `count` pairs of one phenomenon, or means of several phenomena.
 
     by_sum: by the probability of the whole sentence, with its 95 % interval.  per_byte: by that of a byte.
-    untrained, untrained_per_byte: the same of the model before training.  shorter: of the rule that takes the shorter
-    sentence, which guesses where both have as many bytes.
+    untrained, untrained_per_byte: the same of the model before training, None where it was not asked.  shorter: of the
+    rule that takes the shorter sentence, which guesses where both have as many bytes.
     """
 
     name: str
@@ -64,8 +64,8 @@ class PairsRow:
     by_sum: float
     interval: Interval
     per_byte: float
-    untrained: float
-    untrained_per_byte: float
+    untrained: float | None
+    untrained_per_byte: float | None
     shorter: float
 
 
@@ -129,19 +129,22 @@ def answer_pairs(scorer: Scorer, pairs: Sequence[Pair]) -> Generator[tuple[int, 
 
 
 def report_pairs(
-    file: Path, pairs: Sequence[Pair], trained: Answers, untrained: Answers, identical: int
+    file: Path, pairs: Sequence[Pair], trained: Answers, untrained: Answers | None, identical: int
 ) -> PairsReport:
-    """Sum up the answers of a model and of the same model before training to the same pairs."""
+    """Sum up the answers of a model and, if it was asked, of the same model before training to the same pairs."""
     rows = []
     for phenomenon in sorted({pair.phenomenon for pair in pairs}):
         places = [place for place, pair in enumerate(pairs) if pair.phenomenon == phenomenon]
-        answers = (trained.by_sum, trained.per_byte, untrained.by_sum, untrained.per_byte)
-        right = [sum(each[place] for place in places) for each in answers]
         count = len(places)
-        by_sum, per_byte, before, before_per_byte = (number / count for number in right)
+
+        def share(answers: Sequence[bool], of: Sequence[int] = places) -> float:
+            return sum(answers[place] for place in of) / len(of)
+
+        before, before_per_byte = map(share, untrained) if untrained is not None else (None, None)
         shorter = math.fsum(_guess_shorter(pairs[place]) for place in places) / count
-        interval = wilson(right[0], count)
-        rows.append(PairsRow(phenomenon, count, by_sum, interval, per_byte, before, before_per_byte, shorter))
+        interval = wilson(sum(trained.by_sum[place] for place in places), count)
+        shares = share(trained.by_sum), interval, share(trained.per_byte), before, before_per_byte, shorter
+        rows.append(PairsRow(phenomenon, count, *shares))
     controlled = [row for row in rows if row.name in LENGTH_CONTROLLED]
     has_all = len(controlled) == len(LENGTH_CONTROLLED)
     mean = _average("mean of all phenomena", rows)
@@ -156,12 +159,20 @@ def _guess_shorter(pair: Pair) -> float:
 
 
 def _average(name: str, rows: Sequence[PairsRow]) -> PairsRow:
-    def mean(values: Sequence[float]) -> float:
-        return math.fsum(values) / len(values)
+    def mean(values: Iterable[float]) -> float:
+        return math.fsum(values) / len(rows)
 
-    interval = of_mean([row.by_sum for row in rows], [row.count for row in rows])
-    others = [
-        mean([getattr(row, field) for row in rows])
-        for field in ("per_byte", "untrained", "untrained_per_byte", "shorter")
-    ]
-    return PairsRow(name, sum(row.count for row in rows), mean([row.by_sum for row in rows]), interval, *others)
+    def mean_before(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return mean(known) if known else None
+
+    return PairsRow(
+        name,
+        sum(row.count for row in rows),
+        mean(row.by_sum for row in rows),
+        of_mean([row.by_sum for row in rows], [row.count for row in rows]),
+        mean(row.per_byte for row in rows),
+        mean_before([row.untrained for row in rows]),
+        mean_before([row.untrained_per_byte for row in rows]),
+        mean(row.shorter for row in rows),
+    )

@@ -11,6 +11,7 @@ import torch
 from lowvram.data.nfc import nfc
 from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.evaluate.likelihood import Request, Scoring, score_requests
+from lowvram.generate.weights import weight_bytes
 from lowvram.model.transformer import Transformer
 
 
@@ -42,3 +43,7 @@ class Scorer(NamedTuple):
         """Return a scorer with a model of the same form as it was before its first step, weights drawn from seed 0."""
         device = self.model.embedding.device
         return self._replace(model=Transformer(self.model.config, 0, device, self.dtype))
+
+    def untrained_bytes(self) -> int:
+        """Return the memory of the model of `untrained`, which is kept in the compute dtype however this one is."""
+        return weight_bytes(Transformer(self.model.config, None, "meta", self.dtype))

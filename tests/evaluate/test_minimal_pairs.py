@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from lowvram.api import measures, tasks
+from lowvram.cli import evaluate_tables
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.evaluate.intervals import of_mean, wilson
+from lowvram.evaluate.likelihood import Request, Scoring, score_requests
 from lowvram.evaluate.minimal_pairs import Answers, Pair, answer_pairs, read_pairs, report_pairs
 from lowvram.evaluate.records import spread
+from lowvram.evaluate.scorer import Scorer
+from lowvram.units import show_bytes
 from tests.evaluate.scored import finish, nats_by_hand, scorer_of, write
 
 DATA = Path(__file__).parents[3] / "shared/data/eval/turblimp.jsonl.gz"
@@ -60,6 +67,33 @@ def test_a_report_counts_by_phenomenon_beside_the_untrained_model_and_the_length
     assert report.mean.by_sum == pytest.approx((2 / 3 + 1 + 0) / 3)
     assert report.mean.count == 5
     assert report.controlled_mean is None
+
+
+def test_without_memory_for_the_untrained_model_the_trained_ones_answers_are_told(
+    small_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(small_tokenizer)._replace(dtype=torch.bfloat16)
+    twin = scorer.untrained().model
+    assert scorer.untrained_bytes() == sum(part.nbytes for part in (*twin.parameters(), *twin.buffers()))
+    files = ((Path("one.jsonl"), PAIRS, 1), (Path("two.jsonl"), PAIRS[:2], 0))
+    whole, notices = tasks.finish(measures._measure_pairs(scorer, files))
+    assert notices == ()
+    asked = []
+
+    def fail_at_the_second(self: Scorer, requests: Sequence[Request]) -> Scoring:
+        asked.append(self.model is not scorer.model)
+        if sum(asked) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return score_requests(self.model, requests, self.dtype, self.max_context)
+
+    monkeypatch.setattr(Scorer, "score", fail_at_the_second)
+    (one, two), notices = tasks.finish(measures._measure_pairs(scorer, files))
+    assert one == whole[0]
+    assert [row.by_sum for row in two.rows] == [row.by_sum for row in whole[1].rows]
+    assert {row.untrained for row in (*two.rows, two.mean)} == {None}
+    assert [notice.level for notice in notices] == ["warning"]
+    assert show_bytes(scorer.untrained_bytes()) in notices[0].text
+    evaluate_tables._show_pairs(two)
 
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
