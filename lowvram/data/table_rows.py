@@ -33,10 +33,12 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> 
         delimiter = "\t" if is_tsv else _find_delimiter(header, field)
         [names] = csv.reader([header], delimiter=delimiter, quoting=quoting)
     except csv.Error as error:
-        what, why, fix = _explain(f"{file}:1", error, len(header))
+        what, why, fix = _explain(f"{file}:1", error)
         raise DataError(what, why, fix) from error
     if field not in names:
         raise no_field(f"{file}:1", field, names)
+    if feed.bad is not None:
+        yield feed.bad
     column = names.index(field)
     # Where it is not strict, the reader takes for text what follows a closed mark, and a mark left open for a field.
     reader = csv.reader(feed, delimiter=delimiter, quoting=quoting, strict=True)
@@ -60,11 +62,11 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> 
 def _give_up(feed: _Feed, where: str, error: csv.Error) -> BadRow:
     """Return what is wrong with the first line of a row that cannot be read; the lines behind it are read anew."""
     characters = feed.give_back()
-    return feed.bad or BadRow("damaged in its quotation marks or line ends", *_explain(where, error, characters),
-                              characters=characters)
+    what, why, fix = _explain(where, error)
+    return feed.bad or BadRow("with damaged marks or line ends", what, why, fix, characters=characters)
 
 
-def _explain(where: str, error: csv.Error, characters: int) -> tuple[str, str, str]:
+def _explain(where: str, error: csv.Error) -> tuple[str, str, str]:
     """Return what is wrong with a line, why, and what to do.  The sentences of Python's csv name its own settings."""
     reason = str(error)
     if "field larger" in reason:
@@ -130,7 +132,7 @@ class _Feed:
         return (raw.decode("utf-8", "replace").replace("\0", " "), line) if isinstance(line, BadRow) else (line, None)
 
     def begin_row(self) -> None:
-        """Forget the lines read before, unless a line of them is bad and no row told it: that of the header."""
+        """Forget the lines of the row before."""
         self._row.clear()
 
     def give_back(self) -> int:
