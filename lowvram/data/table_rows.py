@@ -1,4 +1,4 @@
-"""Reads the documents of a .csv or .tsv: one column, a row at a time; knows no other format."""
+"""Reads the rows of a .csv or .tsv, or one column of them, a row at a time; knows no other format."""
 
 from __future__ import annotations
 
@@ -22,6 +22,33 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> 
     A .tsv has a tab between columns and no quotation marks.  A .csv has a comma, semicolon, tab or bar: what parts the
     header so that a column is `field`; quotation marks may hold line ends.
     """
+    rows = _read_rows(file, lines, field, is_tsv)
+    _, names = next(rows, ("", None))
+    if not isinstance(names, list):
+        return
+    if field not in names:
+        raise no_field(f"{file}:1", field, names)
+    column = names.index(field)
+    for where, row in rows:
+        yield row if isinstance(row, BadRow) else check_text(where, field, row[column])
+
+
+def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[dict[str, str] | BadRow]:
+    """Yield each row below the header by the names of its columns, or what is wrong with it; otherwise as above.
+
+    The delimiter of a .csv is the one that stands most often in the header.
+    """
+    rows = _read_rows(file, lines, None, is_tsv)
+    _, names = next(rows, ("", None))
+    if isinstance(names, list):
+        for _, row in rows:
+            yield row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
+
+
+def _read_rows(
+    file: Path, lines: LineReader, field: str | None, is_tsv: bool
+) -> Iterator[tuple[str, list[str] | BadRow]]:
+    """Yield where each row stands and its columns, the header first."""
     feed = _Feed(lines)
     header = feed.read_line()
     if header is None:
@@ -35,11 +62,9 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> 
     except csv.Error as error:
         what, why, fix = _explain(f"{file}:1", error)
         raise DataError(what, why, fix) from error
-    if field not in names:
-        raise no_field(f"{file}:1", field, names)
+    yield f"{file}:1", names
     if feed.bad is not None:
-        yield feed.bad
-    column = names.index(field)
+        yield f"{file}:1", feed.bad
     # Where it is not strict, the reader takes for text what follows a closed mark, and a mark left open for a field.
     reader = csv.reader(feed, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
@@ -48,15 +73,14 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> 
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield _give_up(feed, where, error)
+            yield where, _give_up(feed, where, error)
             continue
-        bad = feed.bad
-        if bad is not None:
-            yield bad
+        if feed.bad is not None:
+            yield where, feed.bad
         elif row is None:
             return
         elif row:
-            yield _read_row(where, row, names, column, field)
+            yield where, row if len(row) == len(names) else _refuse_columns(where, row, names)
 
 
 def _give_up(feed: _Feed, where: str, error: csv.Error) -> BadRow:
@@ -71,7 +95,11 @@ def _explain(where: str, error: csv.Error) -> tuple[str, str, str]:
     reason = str(error)
     if "field larger" in reason:
         what = f"{where} begins a field that is longer than {MOST_LINE_BYTES} characters."
-        return what, "A quotation mark is not closed, or it is no text.", "Close the quotation mark, or delete the line."
+        return (
+            what,
+            "A quotation mark is not closed, or it is no text.",
+            "Close the quotation mark, or delete the line.",
+        )
     if "new-line character" in reason:
         what = f"{where} has a carriage return (CR) inside a line."
         return what, "Lines of a table end alike, by LF or by CR and LF.", "Delete it, or put quotation marks around."
@@ -83,15 +111,13 @@ def _explain(where: str, error: csv.Error) -> tuple[str, str, str]:
     return what, why, "Mend the marks of this row, or of one shortly behind it."
 
 
-def _read_row(where: str, row: list[str], names: list[str], column: int, field: str) -> str | BadRow:
-    if len(row) != len(names):
-        what = f"{where} has {len(row)} columns, and the header {len(names)}."
-        why = "Its delimiters or quotation marks are damaged, so that columns are not what they are called."
-        return BadRow("with other columns", what, why, "Mend or delete it.", characters=sum(map(len, row)))
-    return check_text(where, field, row[column])
+def _refuse_columns(where: str, row: list[str], names: list[str]) -> BadRow:
+    what = f"{where} has {len(row)} columns, and the header {len(names)}."
+    why = "Its delimiters or quotation marks are damaged, so that columns are not what they are called."
+    return BadRow("with other columns", what, why, "Mend or delete it.", characters=sum(map(len, row)))
 
 
-def _find_delimiter(header: str, field: str) -> str:
+def _find_delimiter(header: str, field: str | None) -> str:
     found = [mark for mark in _DELIMITERS if field in next(csv.reader([header], delimiter=mark))]
     return found[0] if found else max(_DELIMITERS, key=header.count)
 

@@ -240,7 +240,7 @@ def test_work_of_other_rules_or_text_is_not_mixed_in(texts: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("again", ["kısa", "copy"], ids=["removed by a rule", "a copy of another"])
-def test_an_output_of_a_start_before_does_not_stay_where_nothing_of_its_file_is_left(tmp_path: Path, again: str) -> None:
+def test_an_output_of_a_start_before_goes_where_nothing_of_its_file_is_left(tmp_path: Path, again: str) -> None:
     generator = random.Random(3)
     first, second = write_document(generator), write_document(generator)
     texts, out = tmp_path / "in", tmp_path / "out"
