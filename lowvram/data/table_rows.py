@@ -1,8 +1,9 @@
-"""Reads the documents of a .csv or .tsv: one column, a row at a time; knows no other format."""
+"""Reads the rows of a .csv or .tsv, or one column of them, a row at a time; knows no other format."""
 
 from __future__ import annotations
 
 import csv
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,46 +22,102 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> 
     A .tsv has a tab between columns and no quotation marks.  A .csv has a comma, semicolon, tab or bar: what parts the
     header so that a column is `field`; quotation marks may hold line ends.
     """
+    rows = _read_rows(file, lines, field, is_tsv)
+    _, names = next(rows, ("", None))
+    if not isinstance(names, list):
+        return
+    if field not in names:
+        raise no_field(f"{file}:1", field, names)
+    column = names.index(field)
+    for where, row in rows:
+        yield row if isinstance(row, BadRow) else check_text(where, field, row[column])
+
+
+def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[dict[str, str] | BadRow]:
+    """Yield each row below the header by the names of its columns, or what is wrong with it; otherwise as above.
+
+    The delimiter of a .csv is the one that stands most often in the header.
+    """
+    rows = _read_rows(file, lines, None, is_tsv)
+    _, names = next(rows, ("", None))
+    if isinstance(names, list):
+        for _, row in rows:
+            yield row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
+
+
+def _read_rows(
+    file: Path, lines: LineReader, field: str | None, is_tsv: bool
+) -> Iterator[tuple[str, list[str] | BadRow]]:
+    """Yield where each row stands and its columns, the header first."""
     feed = _Feed(lines)
     header = feed.read_line()
     if header is None:
         return
-    delimiter = "\t" if is_tsv else _find_delimiter(header, field)
     # A quotation mark that is never closed would make one field of the whole rest.
     csv.field_size_limit(MOST_LINE_BYTES)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-    [names] = csv.reader([header], delimiter=delimiter, quoting=quoting)
-    if field not in names:
-        raise no_field(f"{file}:1", field, names)
-    column = names.index(field)
-    reader = csv.reader(feed, delimiter=delimiter, quoting=quoting)
+    try:
+        delimiter = "\t" if is_tsv else _find_delimiter(header, field)
+        [names] = csv.reader([header], delimiter=delimiter, quoting=quoting)
+    except csv.Error as error:
+        what, why, fix = _explain(f"{file}:1", error)
+        raise DataError(what, why, fix) from error
+    yield f"{file}:1", names
+    if feed.bad is not None:
+        yield f"{file}:1", feed.bad
+    # Where it is not strict, the reader takes for text what follows a closed mark, and a mark left open for a field.
+    reader = csv.reader(feed, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
+        feed.begin_row()
         where = f"{file}:{feed.number + 1}"
         try:
             row = next(reader, None)
         except csv.Error as error:
-            fix = "Close the quotation mark."
-            raise DataError(
-                f"{where} begins a field of more than {MOST_LINE_BYTES} bytes.", f"{error}.", fix
-            ) from error
-        bad = feed.take_bad()
-        if bad is not None:
-            yield bad
+            yield where, _give_up(feed, where, error)
+            continue
+        if feed.bad is not None:
+            yield where, feed.bad
         elif row is None:
             return
         elif row:
-            yield _read_row(where, row, names, column, field)
+            yield where, row if len(row) == len(names) else _refuse_columns(where, row, names)
 
 
-def _read_row(where: str, row: list[str], names: list[str], column: int, field: str) -> str | BadRow:
-    if len(row) != len(names):
-        what = f"{where} has {len(row)} columns, and the header {len(names)}."
-        why = "Its delimiters or quotation marks are damaged, so that columns are not what they are called."
-        return BadRow("with other columns", what, why, "Mend or delete it.", characters=sum(map(len, row)))
-    return check_text(where, field, row[column])
+def _give_up(feed: _Feed, where: str, error: csv.Error) -> BadRow:
+    """Return what is wrong with the first line of a row that cannot be read; the lines behind it are read anew."""
+    characters = feed.give_back()
+    what, why, fix = _explain(where, error)
+    return feed.bad or BadRow("with damaged marks or line ends", what, why, fix, characters=characters)
 
 
-def _find_delimiter(header: str, field: str) -> str:
+def _explain(where: str, error: csv.Error) -> tuple[str, str, str]:
+    """Return what is wrong with a line, why, and what to do.  The sentences of Python's csv name its own settings."""
+    reason = str(error)
+    if "field larger" in reason:
+        what = f"{where} begins a field that is longer than {MOST_LINE_BYTES} characters."
+        return (
+            what,
+            "A quotation mark is not closed, or it is no text.",
+            "Close the quotation mark, or delete the line.",
+        )
+    if "new-line character" in reason:
+        what = f"{where} has a carriage return (CR) inside a line."
+        return what, "Lines of a table end alike, by LF or by CR and LF.", "Delete it, or put quotation marks around."
+    if "unexpected end" in reason:
+        what = f"{where} opens a quotation mark that is not closed up to the end of the file."
+        return what, "The rest of the file would be one field.", "Close the quotation mark."
+    what = f"{where} has a quotation mark in the wrong place."
+    why = "A mark opens where a field begins and closes where it ends, and one inside is written twice."
+    return what, why, "Mend the marks of this row, or of one shortly behind it."
+
+
+def _refuse_columns(where: str, row: list[str], names: list[str]) -> BadRow:
+    what = f"{where} has {len(row)} columns, and the header {len(names)}."
+    why = "Its delimiters or quotation marks are damaged, so that columns are not what they are called."
+    return BadRow("with other columns", what, why, "Mend or delete it.", characters=sum(map(len, row)))
+
+
+def _find_delimiter(header: str, field: str | None) -> str:
     found = [mark for mark in _DELIMITERS if field in next(csv.reader([header], delimiter=mark))]
     return found[0] if found else max(_DELIMITERS, key=header.count)
 
@@ -73,7 +130,8 @@ class _Feed:
 
     def __init__(self, lines: LineReader) -> None:
         self._lines, self.number = lines.read(), 0
-        self._bad: BadRow | None = None
+        self._row: list[tuple[str, BadRow | None]] = []
+        self._again: deque[tuple[str, BadRow | None]] = deque()
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -85,17 +143,32 @@ class _Feed:
         return line
 
     def read_line(self) -> str | None:
+        read = self._again.popleft() if self._again else self._decode()
+        if read is None:
+            return None
+        self.number += 1
+        self._row.append(read)
+        return read[0].lstrip("\ufeff") if self.number == 1 else read[0]
+
+    def _decode(self) -> tuple[str, BadRow | None] | None:
         found = next(self._lines, None)
         if found is None:
             return None
         raw, line = found
-        self.number += 1
-        if isinstance(line, BadRow):
-            self._bad = self._bad or line
-            return raw.decode("utf-8", "replace").replace("\0", " ")
-        return line.lstrip("\ufeff") if self.number == 1 else line
+        return (raw.decode("utf-8", "replace").replace("\0", " "), line) if isinstance(line, BadRow) else (line, None)
 
-    def take_bad(self) -> BadRow | None:
-        """Return the first bad line since the last call, None where there was none."""
-        bad, self._bad = self._bad, None
-        return bad
+    def begin_row(self) -> None:
+        """Forget the lines of the row before."""
+        self._row.clear()
+
+    def give_back(self) -> int:
+        """Keep the first line of the row alone and let the others be read again; return its length in characters."""
+        self._again.extendleft(reversed(self._row[1:]))
+        self.number -= len(self._row) - 1
+        del self._row[1:]
+        return len(self._row[0][0])
+
+    @property
+    def bad(self) -> BadRow | None:
+        """The first bad line of the row, None where there is none."""
+        return next((bad for _, bad in self._row if bad is not None), None)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lowvram.data.bad_rows import BadRow, BadRows
 from lowvram.data.fields import EACH, check_text, find_text, no_field, split_field
@@ -19,9 +16,8 @@ from lowvram.data.lines import MOST_LINE_BYTES, LineReader
 from lowvram.data.office_documents import docx_document, pdf_document
 from lowvram.data.table_rows import table_documents
 from lowvram.data.text_files import ENDINGS, KINDS, find_files, is_dataset, size_of
-from lowvram.data.text_stream import COPY_BYTES, TextStream, need, open_text
+from lowvram.data.text_stream import TextStream, need, open_seekable, open_text
 from lowvram.errors import DataError
-from lowvram.storage.disk import explain_full_disk
 
 __all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 
@@ -161,28 +157,15 @@ def _csv_documents(file: Path, stream: TextStream, field: str, convert: Convert)
     return table_documents(file, LineReader(file, stream, convert), field, stream.kind == ".tsv")
 
 
-@contextmanager
-def _seekable(stream: TextStream) -> Iterator[IO[bytes]]:
-    """Yield the bytes of a file as one that can be read in any order: a compressed stream is copied first."""
-    if stream.is_seekable:
-        yield stream.bytes
-        return
-    with tempfile.TemporaryFile() as copy:
-        with explain_full_disk(Path(tempfile.gettempdir())):
-            shutil.copyfileobj(stream.bytes, copy, COPY_BYTES)
-        copy.seek(0)
-        yield copy
-
-
 def _office_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
     read = pdf_document if stream.kind == ".pdf" else docx_document
-    with _seekable(stream) as plain:
+    with open_seekable(stream) as plain:
         yield from read(file, plain)
 
 
 def _parquet_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
     pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
-    with _seekable(stream) as plain:
+    with open_seekable(stream) as plain:
         try:
             table = parquet.ParquetFile(plain)
             path = _find_column(str(file), field, table.schema_arrow)

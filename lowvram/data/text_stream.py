@@ -7,6 +7,8 @@ import gzip
 import importlib
 import io
 import re
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from lowvram.data.text_files import KINDS, NAMED_KINDS, STANDARD_INPUT, is_stream, unknown_ending
 from lowvram.errors import DataError, MachineError
+from lowvram.storage.disk import explain_full_disk
 
 COPY_BYTES = 1 << 20
 # Few bytes are read at a time, because a .zst can expand very far: one repeated word takes about 5 bytes per 128 KiB.
@@ -72,6 +75,19 @@ def open_text(file: Path) -> Iterator[TextStream]:
                 stream, encoding = io.BufferedReader(_Utf16Stream(stream), _BUFFER_BYTES), "UTF-16"
                 is_seekable = False
         yield TextStream(kind, stream, raw.tell if raw.seekable() else lambda: 0, is_seekable, encoding)
+
+
+@contextmanager
+def open_seekable(stream: TextStream) -> Iterator[IO[bytes]]:
+    """Yield the bytes of a file as one that can be read in any order: a compressed stream is copied first."""
+    if stream.is_seekable:
+        yield stream.bytes
+        return
+    with tempfile.TemporaryFile() as copy:
+        with explain_full_disk(Path(tempfile.gettempdir())):
+            shutil.copyfileobj(stream.bytes, copy, COPY_BYTES)
+        copy.seek(0)
+        yield copy
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lowvram.config.cleaning import CleaningRules, ContaminationRule, load_rules
@@ -144,6 +148,38 @@ def test_documents_with_items_of_an_evaluation_set_are_found_and_passages_are_no
         build_index(ContaminationRule(), [tmp_path / "tiny.tsv"])
 
 
+def test_evaluation_sets_of_every_kind_are_read_and_what_cannot_be_is_told_in_words(tmp_path: Path) -> None:
+    item = " ".join(f"söz{number}" for number in range(13))
+    table = pyarrow.table({"soru": [item]})
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer)
+    readable = {
+        "a.parquet": buffer.getvalue(),
+        "a.parquet.gz": gzip.compress(buffer.getvalue()),
+        "a.csv": f'id;soru\n1;"{item}"\n2;{"x" * 200_000}\n'.encode(),
+        "b.csv": f"soru\n{item.replace('söz', 'şöz')}\n".encode("cp1254"),
+        "a.txt": f"\ufeff{item}\n\n".encode(),
+        "a.json": f'\ufeff{{"soru": "{item}"}}\n'.encode(),
+    }
+    for name, data in readable.items():
+        (tmp_path / name).write_bytes(data)
+        text = item.replace("söz", "şöz") if name == "b.csv" else item
+        assert build_index(ContaminationRule(), [tmp_path / name]).count(Batch([text])).tolist() == [1], name
+    damaged = {
+        "c.csv": (f'soru\n"{item}\n'.encode(), "c.csv:2 opens a quotation mark"),
+        "d.csv": (f"soru,id\n{item}\n".encode(), "d.csv:2 has 1 columns"),
+        "c.jsonl": (b'{"soru": "bir\0"}\n', "c.jsonl:1 is not text"),
+        "c.parquet": (b"PAR1 torn", "is not a Parquet file"),
+        "c.pdf": (b"%PDF-1.7", "is no evaluation set"),
+    }
+    for name, (data, message) in damaged.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=message):
+            build_index(ContaminationRule(), [tmp_path / name])
+    with pytest.raises(DataError, match="is a data set"):
+        build_index(ContaminationRule(), [Path("hf:owner/name")])
+
+
 def test_a_signature_estimates_the_share_of_common_sequences() -> None:
     generator = random.Random(7)
     words = [f"w{number}" for number in range(400)]
@@ -169,7 +205,7 @@ def test_a_signature_estimates_the_share_of_common_sequences() -> None:
     "sets, message",
     [
         (["lenght.least_words=5"], "there is no rule lenght. Did you mean length?"),
-        (["length.least_word=5"], "length has no key least_word. Did you mean least_words or"),
+        (["length.least_word=5"], "length has no key least_word. Did you mean least_words?"),
         (["length.least_words=-5"], "length.least_words is -5: input should be greater than or equal to 0"),
         (["toxicity.most_share=7"], "toxicity.most_share is 7: "),
         (["toxicity=false"], "is not an assignment. Write length.least_words=5."),

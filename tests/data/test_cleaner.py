@@ -239,6 +239,24 @@ def test_work_of_other_rules_or_text_is_not_mixed_in(texts: Path, tmp_path: Path
     assert seen(tmp_path / "out") == seen(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("again", ["kısa", "copy"], ids=["removed by a rule", "a copy of another"])
+def test_an_output_of_a_start_before_goes_where_nothing_of_its_file_is_left(tmp_path: Path, again: str) -> None:
+    generator = random.Random(3)
+    first, second = write_document(generator), write_document(generator)
+    texts, out = tmp_path / "in", tmp_path / "out"
+    texts.mkdir()
+    for name, text in (("a", first), ("b", second), ("c", first.upper())):
+        (texts / f"{name}.txt").write_text(text, encoding="utf-8")
+    work = clean_each_part([texts], out, load_rules(), processes=1, notes=lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        follow(work)
+    assert sorted(path.name for path in out.glob("*.jsonl")) == ["a.jsonl", "b.jsonl"]
+    (texts / "b.txt").write_text(first if again == "copy" else again, encoding="utf-8")
+    report = run(texts, out)
+    assert [row["output"] for row in report["files"]] == ["a.jsonl", None, None]
+    assert [path.name for path in out.glob("*.jsonl")] == ["a.jsonl"]
+
+
 def test_what_is_not_ours_is_never_written_over(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "out/news").mkdir(parents=True)
     (tmp_path / "out/news/b.jsonl").write_text("precious", encoding="utf-8")

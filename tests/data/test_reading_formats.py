@@ -67,11 +67,30 @@ def test_bad_rows_of_a_table_are_named_by_their_line_and_rows_behind_them_keep_t
         list(documents(tmp_path / "a.csv", "body"))
 
 
-def test_a_quotation_mark_that_is_never_closed_costs_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowvram.data.table_rows.MOST_LINE_BYTES", 1_000)
-    write(tmp_path / "a.csv", 'text\nbir\n"iki\n' + "üç\n" * 1_000)
-    with pytest.raises(DataError, match=r"a\.csv:3 begins a field of more than 1000 bytes"):
-        list(documents(tmp_path / "a.csv"))
+@pytest.mark.parametrize("most", [1_000, 64 << 20], ids=["up to the limit", "up to the end"])
+@pytest.mark.parametrize("quote", ["", '"'], ids=["plain rows", "rows in marks"])
+def test_a_quotation_mark_that_is_never_closed_costs_its_line_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int, quote: str
+) -> None:
+    monkeypatch.setattr("lowvram.data.table_rows.MOST_LINE_BYTES", most)
+    rows = "".join(f"{number},{quote}satır{quote}\n" for number in range(1_000))
+    texts, bad, _ = read(write(tmp_path / "a.csv", f'id,text\n1,bir\n2,"iki\n{rows}'))
+    assert texts == ["bir", *["satır"] * 1_000]
+    [row] = bad
+    reason = "has a quotation mark in the wrong place" if quote else "longer than" if most < 10_000 else "is not closed"
+    assert "a.csv:3 " in row.what
+    assert reason in row.what
+
+
+def test_a_carriage_return_inside_a_line_costs_its_row_alone_and_is_named_as_such(tmp_path: Path) -> None:
+    for name, mark in (("a.csv", ","), ("a.tsv", "\t")):
+        data = "id,text\n1,bir\n2,i\rki\n3,üç\n".replace(",", mark)
+        texts, bad, _ = read(write(tmp_path / name, data))
+        assert texts == ["bir", "üç"]
+        assert [f"{name}:3 has a carriage return" in row.what and "longer" not in row.what for row in bad] == [True]
+        with pytest.raises(DataError, match=rf"{name}:1 has a carriage return \(CR\) inside"):
+            list(documents(write(tmp_path / name, "i\rd,text\n1,bir\n".replace(",", mark))))
+    assert read(write(tmp_path / "b.csv", 'id,text\n1,"i\rki"\n'))[0] == ["i\rki"]
 
 
 def test_the_texts_of_a_list_are_joined_in_every_format(tmp_path: Path) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowvram.config.cleaning import ContaminationRule
+from lowvram.data.bad_rows import BadRow
 from lowvram.data.clean.batch import Batch, hash_sequences
-from lowvram.data.text_stream import open_text
+from lowvram.data.lines import LineReader
+from lowvram.data.table_rows import table_records
+from lowvram.data.text_files import is_dataset
+from lowvram.data.text_stream import TextStream, need, open_seekable, open_text
 from lowvram.errors import DataError, argument
 
+_Row = TypeVar("_Row")
 _FILTER_BITS = 22
 _MOST_SEQUENCES = 20_000_000
 _ITEMS_AT_ONCE = 2_000
@@ -97,28 +100,50 @@ def _groups(texts: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _read_items(file: Path, passages: frozenset[str]) -> Iterator[str]:
+    fix = "Name files of .jsonl, .json lines, .csv, .tsv, .txt or .parquet."
+    if is_dataset(file):
+        raise DataError(f"{file} is a data set, not a file.", "Evaluation sets are read from files.", fix)
     with open_text(file) as stream:
+        if stream.kind in (".pdf", ".docx"):
+            raise DataError(f"{file} is no evaluation set.", f"A {stream.kind} has no rows.", fix)
         if stream.kind == ".parquet":
-            from lowvram.data.text_stream import need
-
-            for row in need("pyarrow.parquet").ParquetFile(stream.bytes).iter_batches():
-                yield from (text for record in row.to_pylist() for text in _items_of(record, passages))
+            yield from (text for record in _parquet_records(file, stream) for text in _items_of(record, passages))
             return
-        text = io.TextIOWrapper(stream.bytes, encoding="utf-8-sig", errors="replace", newline="")
+        lines = LineReader(file, stream)
         if stream.kind in (".csv", ".tsv"):
-            for record in csv.DictReader(text, delimiter="\t" if stream.kind == ".tsv" else ","):
-                yield from _items_of(record, passages)
-        elif stream.kind == ".txt":
-            yield from (line for line in text if not line.isspace())
-        else:
-            for number, line in enumerate(text, 1):
-                yield from _items_of(_read_json(f"{file}:{number}", line), passages) if not line.isspace() else ()
-        text.detach()
+            for record in table_records(file, lines, stream.kind == ".tsv"):
+                yield from _items_of(_refuse_bad(record), passages)
+            return
+        for number, (_, read) in enumerate(lines.read(), 1):
+            line = _refuse_bad(read)
+            if line.isspace():
+                continue
+            elif stream.kind == ".txt":
+                yield line
+            else:
+                yield from _items_of(_read_json(f"{file}:{number}", line), passages)
+
+
+def _parquet_records(file: Path, stream: TextStream) -> Iterator[dict[str, Any]]:
+    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
+    with open_seekable(stream) as plain:
+        try:
+            for rows in parquet.ParquetFile(plain).iter_batches():
+                yield from rows.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            raise DataError(f"{file} is not a Parquet file of texts.", f"{error}.", "Fetch it anew.") from error
+
+
+def _refuse_bad(row: _Row | BadRow) -> _Row:
+    """Return a row, or raise DataError: an item that cannot be read would be found in no document."""
+    if isinstance(row, BadRow):
+        raise DataError(row.what, row.why, row.fix)
+    return row
 
 
 def _read_json(where: str, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.strip("\ufeff \t\r\n"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON.", f"{error}.", "An evaluation set has one object a line.") from error
 

@@ -104,7 +104,7 @@ class Output:
         path = self._folder.out / self._outputs[number]
         if not is_same or stated.keys() != Written().__dict__.keys():
             return None
-        is_there = path.is_file() and path.stat().st_size == stated["bytes"] if stated["documents"] else True
+        is_there = path.is_file() and path.stat().st_size == stated["bytes"]
         return Written(**stated) if is_there else None
 
     def write(self, parts: Sequence[Part], found: Found, text_hash: str) -> Iterator[int]:
@@ -148,8 +148,16 @@ class Output:
         self._disk.write_handle(handle, row.data)
 
     def _pass_over(self, start: int, stop: int) -> None:
-        """Note files of which no document reached the parts."""
-        self.written += [Written() for _ in range(start, stop)]
+        """Note files of which no document reached the parts, and delete what an earlier start wrote of them."""
+        for number in range(start, stop):
+            self._forget(number)
+            self.written.append(Written())
+
+    def _forget(self, number: int) -> None:
+        """Delete an output of an earlier start, whose text was another; what is not ours was refused before."""
+        if self._is_done(number):
+            (self._folder.out / self._outputs[number]).unlink(missing_ok=True)
+            self._mark(number).unlink()
 
     def _finish(self, number: int, done: Written, handle: IO[bytes] | None, temporary: Path, is_skipped: bool) -> None:
         if number < 0:
@@ -160,14 +168,15 @@ class Output:
         done.bytes = handle.tell()
         self._disk.sync_handle(handle)
         handle.close()
+        if not done.documents:
+            self._forget(number)
+            temporary.unlink()
+            return
         name = self._outputs[number].as_posix()
         self._folder.write(self._mark(number), done.__dict__ | {"output": name, "text": self._text_hash})
         path = self._folder.out / self._outputs[number]
-        if done.documents:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._disk.rename(temporary, path)
-        else:
-            temporary.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._disk.rename(temporary, path)
 
 
 class _Row(NamedTuple):
