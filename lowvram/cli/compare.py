@@ -30,7 +30,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", action="extend", help=text)
     parser.add_argument("--items", type=count, metavar="N", help="only N documents, evenly spread (default: all)")
     parser.add_argument(
-        "--field", default="text", help="field of text in JSON lines and Parquet (default: %(default)s)"
+        "--field", default="text", help="field of text in rows, such as page.body (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_precision(parser, "what each run validates in")

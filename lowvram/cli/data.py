@@ -24,7 +24,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "pack",
         help="tokenize text into memory-mapped shards",
         description="Tokenize text into memory-mapped shards.  Documents end at a blank line, or are one field of "
-        "a .jsonl or .parquet row.  If it is interrupted, the same command continues where it stopped.",
+        "a row of JSON lines, a table or Parquet.  If it is interrupted, the same command continues where it stopped.",
     )
     add_reading(pack)
     pack.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, metavar="DIR", help="(default: %(default)s)")

@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     what = "only N of each file's pairs, questions and sentences, evenly spread (default: all)"
     parser.add_argument("--items", type=count, metavar="N", help=what)
     parser.add_argument(
-        "--field", default="text", help="field of text in JSON lines and Parquet (default: %(default)s)"
+        "--field", default="text", help="field of text in rows, such as page.body (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     add_precision(parser, "what the run validates in")
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     show_measured(found)
     if wanted.any_asked and not wanted.samples:
         words = next_step(
-            "evaluate", arguments.checkpoint, "--samples", "3", *device_words(arguments), why="read it write"
+            "evaluate", arguments.checkpoint, "--samples", "3", *device_words(arguments), why="read what it writes"
         )
     else:
         words = next_step("chat", arguments.checkpoint, *device_words(arguments), why="talk to it")

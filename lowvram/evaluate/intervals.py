@@ -32,8 +32,14 @@ def wilson(right: float, count: int) -> Interval:
 
 
 def of_mean(shares: Sequence[float], counts: Sequence[int]) -> Interval:
-    """Return the interval of the unweighted mean of shares, each of so many independent answers."""
+    """Return the interval of the unweighted mean of shares, each of so many independent answers.
+
+    It follows from their own intervals, so that a share of 0 or 1 is no more certain than its answers are many.
+    Source: Zou and Donner 2008, the method of variance estimates recovery (MOVER).
+    """
     mean = math.fsum(shares) / len(shares)
-    variance = math.fsum(share * (1 - share) / count for share, count in zip(shares, counts, strict=True))
-    half = _DEVIATIONS * math.sqrt(variance) / len(shares)
-    return Interval(max(0.0, mean - half), min(1.0, mean + half))
+    ends = [wilson(share * count, count) for share, count in zip(shares, counts, strict=True)]
+    below = math.fsum((share - end.low) ** 2 for share, end in zip(shares, ends, strict=True))
+    above = math.fsum((end.high - share) ** 2 for share, end in zip(shares, ends, strict=True))
+    low, high = mean - math.sqrt(below) / len(shares), mean + math.sqrt(above) / len(shares)
+    return Interval(max(0.0, low), min(1.0, high))

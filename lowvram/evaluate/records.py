@@ -48,6 +48,9 @@ def read_records(file: Path) -> Iterator[Record]:
     Each may be plain, .gz or .zst.  An empty line of a table is a record without fields: it separates sentences.
     Raises DataError: missing, of another kind, damaged, not UTF-8, not JSON, a row with another number of columns.
     """
+    if not file.is_file():
+        what = f"{file} is a folder." if file.is_dir() else f"{file} does not exist."
+        raise DataError(what, "Items are read from files.", "Name a file that exists.")
     name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
     if not name.endswith(_ENDINGS):
         what = f"{file} is neither JSON lines nor a table with tabs."

@@ -211,7 +211,7 @@ def test_a_finished_result_is_recognised_and_other_text_or_rules_never_replace_i
     first = clean(texts, out)
     before = seen(out)
     assert clean(texts, out).report == first.report
-    with pytest.raises(DataError, match=r"cleaned by other rules.*`replace=True`"):
+    with pytest.raises(DataError, match=r"text cleaned by other rules.*`replace=True`"):
         clean(texts, out, overrides={"length.least_words": 9})
     more = texts / "law/a.txt"
     more.write_text(more.read_text(encoding="utf-8") + "\n\nBir belge daha geldi, hem de uzunca.", encoding="utf-8")

@@ -101,7 +101,8 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
         assert wilson(right, count) == pytest.approx((low, high), abs=5e-5)
     assert wilson(1, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
-    assert of_mean([0.5], [100]) == pytest.approx((0.402, 0.598), abs=1e-4)
+    assert of_mean([0.5], [100]) == pytest.approx(wilson(50, 100))
+    assert of_mean([1.0, 0.0], [1, 1]) == pytest.approx((0.5 - 0.7935 / 2, 0.5 + 0.7935 / 2), abs=1e-4)
     assert wilson(50, 100).contains(0.5)
     assert not wilson(90, 100).contains(0.5)
 

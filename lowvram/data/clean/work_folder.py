@@ -65,7 +65,7 @@ class WorkFolder:
             for name in (REPORT, REPORT_PAGE):
                 (self.out / name).unlink(missing_ok=True)
         elif finished and finished.get("key") != self.key:
-            what = f"{self.out} holds text that was cleaned by other rules, or by another version of lowvram."
+            what = f"{self.out} holds other text, or text cleaned by other rules or another version of lowvram."
             fix = "Name another `out`, or add `replace=True` to put this text in its place."
             raise DataError(what, f"{REPORT} there says so.", fix)
         stated = self.read(self.work / "key.json")
