@@ -1,7 +1,10 @@
 """Draws next tokens from logits: a frozen Sampler, one draw for several texts on their device; knows no model.
 
+A card draws for all texts together, and nothing is read before all have their tokens.  A processor draws for one text
+after the other: it may look at any number at once, and so sorts only tokens that may be kept.  Both draw the same.
+
 Legend: N texts that take a token, R some of them, V vocabulary, C likeliest tokens of a text, S slots,
-D values of a digit.
+D values of a digit, W columns in which a processor lays out a vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +15,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 from lowvram_kernels.dispatch import card_of
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -61,10 +66,12 @@ class Drawn(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-# Logits at work at once, in whole rows; they take up to 60 bytes each.  A processor keeps them in its caches.
+# Logits at work at once, in whole rows; they take up to 60 bytes each, and fewer where a processor draws.
 _LOGITS_AT_ONCE, _LOGITS_IN_CACHE = 2**20, 2**17
 # The digits, greatest first, of a number's 32 bits by which tokens are sought: how far right each lies, and its bits.
 _DIGITS = ((21, 11), (10, 11), (0, 10))
+# Without top_k a processor looks at so many of the likeliest tokens first, and at all where these do not suffice.
+_FIRST_LOOK = 1024
 
 
 class History:
@@ -146,10 +153,20 @@ def sample(logit_V: Tensor, sampler: Sampler, seen: Tensor, index: int) -> int:
 
 
 def draw_rows(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None) -> list[Drawn | NumbersError]:
-    """Draw a token for each row; the host reads once.
+    """Draw a token for each row; of a card the host reads once.
 
     seen: which ids each text has already, bool; None where no sampler has a penalty.
     """
+    draw = _draw_in_turn if logit_NV.device.type == "cpu" else _draw_together
+    return draw(logit_NV, wishes, seen_NV)
+
+
+def _draw_in_turn(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None) -> list[Drawn | NumbersError]:
+    seen_of_rows = [None] * len(wishes) if seen_NV is None else seen_NV
+    return [_draw_row(*row) for row in zip(logit_NV, wishes, seen_of_rows, strict=True)]
+
+
+def _draw_together(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None) -> list[Drawn | NumbersError]:
     found = launch_draws(logit_NV, wishes, seen_NV).tolist()
     return [_unpack(numbers, wish) for numbers, wish in zip(found, wishes, strict=True)]
 
@@ -189,10 +206,7 @@ def _unpack(numbers: Sequence[float], wish: Wish) -> Drawn | NumbersError:
 def _launch_draw(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | None, most: int) -> Tensor:
     """Draw for so many rows as are at work at once.  most: of the likeliest tokens' log-probabilities."""
     logit_NV = logit_NV.float()
-    options = [
-        (s.temperature, s.top_k or math.inf, s.top_p, s.min_p, s.repetition_penalty, keyed_uniform(s.seed, position))
-        for s, position, _ in wishes
-    ]
+    options = [_options(sampler, keyed_uniform(sampler.seed, position)) for sampler, position, _ in wishes]
     options_N6 = torch.tensor(options, dtype=torch.float64).to(logit_NV.device)
     fair_NV = logit_NV if seen_NV is None else _penalise(logit_NV, options_N6[:, 4:5].float(), seen_NV)
     greatest_N, id_N = fair_NV.max(-1)
@@ -211,6 +225,11 @@ def _launch_draw(logit_NV: Tensor, wishes: Sequence[Wish], seen_NV: Tensor | Non
         id_N[row_R] = _draw_from_likeliest(*part, kind) if isinstance(kind, int) else _draw_from_all(*part, kind)
     packed_N2 = torch.stack([id_N.double(), greatest_N.double()], 1)
     return torch.cat([packed_N2, _logprobs(logit_NV, id_N, wishes, most)], 1)
+
+
+def _options(sampler: Sampler, uniform: float) -> tuple[float, ...]:
+    s = sampler
+    return s.temperature, s.top_k or math.inf, s.top_p, s.min_p, s.repetition_penalty, uniform
 
 
 def _penalise(logit_NV: Tensor, penalty_N1: Tensor, seen_NV: Tensor) -> Tensor:
@@ -291,6 +310,69 @@ def _find_nucleus(logit_RV: Tensor, weight_RV: Tensor, most_R1: Tensor) -> Tenso
         is_left_RV &= digit_RV == found_R1
     number_RV = is_left_RV.cumsum(-1) - 1
     return keep_RV | (is_left_RV & (above_R1 + number_RV * weight_RV < most_R1))
+
+
+def _draw_row(logit_V: Tensor, wish: Wish, seen_V: Tensor | None) -> Drawn | NumbersError:
+    """Draw one text's token on a processor.  numpy takes less time than torch for so few numbers."""
+    sampler, fair_V = wish.sampler, logit_V.float().numpy()
+    if seen_V is not None and sampler.repetition_penalty != 1.0:
+        id_C, penalty = seen_V.numpy().nonzero()[0], np.float32(sampler.repetition_penalty)
+        value_C, fair_V = fair_V[id_C], fair_V.copy()
+        fair_V[id_C] = np.where(value_C > 0, value_C / penalty, value_C * penalty)
+    id = int(fair_V.argmax())
+    greatest = float(fair_V[id])
+    if sampler.temperature > 0.0 and math.isfinite(greatest):
+        uniform = keyed_uniform(sampler.seed, wish.position)
+        id = _draw_by_weight(fair_V, greatest, sampler, uniform)
+    numbers = [float(id), greatest]
+    if wish.top is not None:
+        most = min(wish.top, len(logit_V))
+        numbers += _logprobs(logit_V.float()[None], torch.tensor([id]), [wish], most)[0].tolist()
+    return _unpack(numbers, wish)
+
+
+def _draw_by_weight(logit_V: NDArray[np.float32], greatest: float, sampler: Sampler, uniform: float) -> int:
+    """Return the id of a row whose likeliest token is not simply taken."""
+    options_16 = torch.tensor([_options(sampler, uniform)], dtype=torch.float64)
+    row_1V, greatest_1 = torch.from_numpy(logit_V)[None], torch.tensor([greatest], dtype=torch.float64)
+    count, most = min(sampler.top_k or _FIRST_LOOK, len(logit_V)), math.inf
+    if not sampler.top_k and sampler.top_p == 1.0:
+        if sampler.min_p == 0.0:
+            return int(_find(_weigh(row_1V, greatest_1, options_16), options_16))
+        return int(_draw_from_all(row_1V, greatest_1, options_16, "all"))
+    if sampler.top_p < 1.0:
+        most = sampler.top_p * float(_weigh(row_1V, greatest_1, options_16).sum())
+    id_C = _likeliest_of_row(logit_V, count)
+    weight_C = _weigh(torch.from_numpy(logit_V[id_C])[None], greatest_1, options_16)[0].numpy()
+    keep_C = (weight_C >= sampler.min_p) & (weight_C.cumsum() - weight_C < most)
+    if not sampler.top_k and keep_C[-1]:
+        return int(_draw_from_all(row_1V, greatest_1, options_16, "nucleus"))
+    id_C, weight_C = id_C[keep_C], weight_C[keep_C]
+    order_C = id_C.argsort()
+    cumulated_C = weight_C[order_C].cumsum()
+    place = cumulated_C.searchsorted(uniform * cumulated_C[-1], side="right")
+    return int(id_C[order_C[min(place, len(id_C) - 1)]])
+
+
+def _likeliest_of_row(logit_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the ids [count] of a row's greatest logits, the greatest first; of equal ones the first id comes first.
+
+    Of columns in which the vocabulary is laid out, the one with the `count`-th greatest maximum gives a number that at
+    least `count` logits reach: only columns that reach it are looked at, and what is left over behind whole rows.
+    """
+    width = max(1024, 1 << (4 * count - 1).bit_length())
+    end = len(logit_V) // width * width
+    if end < 2 * width:
+        least = np.partition(logit_V, -count)[-count]
+        id_C = (logit_V >= least).nonzero()[0]
+    else:
+        greatest_W = logit_V[:end].reshape(-1, width).max(0)
+        least = np.partition(greatest_W, -count)[-count]
+        column_C = (greatest_W >= least).nonzero()[0]
+        id_C = (np.arange(0, end, width)[:, None] + column_C).ravel()
+        id_C = np.concatenate([id_C, np.arange(end, len(logit_V))])
+        id_C = id_C[logit_V[id_C] >= least]
+    return id_C[(-logit_V[id_C]).argsort(kind="stable")[:count]]
 
 
 def _logprobs(logit_NV: Tensor, id_N: Tensor, wishes: Sequence[Wish], most: int) -> Tensor:

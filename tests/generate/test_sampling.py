@@ -18,6 +18,14 @@ NOTHING = torch.tensor([], dtype=torch.long)
 PLAIN = Sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
 
 
+@pytest.fixture(params=["in turn", "together"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A processor's way to draw and a card's, which a processor runs as well."""
+    if request.param == "together":
+        monkeypatch.setattr(sampling, "_draw_in_turn", sampling._draw_together)
+    return str(request.param)
+
+
 def with_options(**options: float) -> Sampler:
     return PLAIN.model_copy(update=options)
 
@@ -35,6 +43,7 @@ def within(share: float, draws: int = DRAWS) -> float:
     return 5 * math.sqrt(share * (1 - share) / draws) + 1e-9
 
 
+@pytest.mark.usefixtures("way")
 def test_temperature_zero_takes_the_likeliest_token_whatever_the_seed() -> None:
     logit_V = torch.tensor([0.3, 2.0, -1.0, 1.999])
     greedy = Sampler(temperature=0.0, repetition_penalty=1.0)
@@ -57,12 +66,14 @@ def test_tokens_come_as_often_as_softmax_says(temperature: float) -> None:
         assert abs(found.count(token) / DRAWS - share) < within(share), token
 
 
+@pytest.mark.usefixtures("way")
 def test_filtered_tokens_keep_their_relative_shares() -> None:
     found = [sample(logits_of(0.1, 0.4, 0.2, 0.3), with_options(top_k=2), NOTHING, index) for index in range(DRAWS)]
     assert set(found) == {1, 3}
     assert abs(found.count(1) / DRAWS - 4 / 7) < within(4 / 7)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "options, kept",
     [
@@ -86,10 +97,12 @@ def test_a_filter_keeps_exactly_the_tokens_that_it_should(options: dict[str, flo
     assert drawn(logits_of(0.1, 0.4, 0.2, 0.3), with_options(**options)) == kept
 
 
+@pytest.mark.usefixtures("way")
 def test_of_equal_tokens_top_k_keeps_the_first_ones() -> None:
     assert drawn(torch.zeros(5), with_options(top_k=2)) == {0, 1}
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "seen, best",
     [((), 0), ((0,), 1), ((0, 0, 0), 1), ((0, 1), 2), ((0, 1, 2), 0)],
@@ -125,6 +138,7 @@ def test_low_precision_logits_are_sampled_in_fp32(dtype: torch.dtype) -> None:
     assert max(drawn(logit_V, PLAIN, draws=100)) > 50_000
 
 
+@pytest.mark.usefixtures("way")
 def test_the_last_token_can_be_drawn_and_none_behind_it() -> None:
     assert drawn(torch.zeros(3), PLAIN) == {0, 1, 2}
     assert drawn(torch.tensor([-torch.inf, -torch.inf, 0.0]), PLAIN) == {2}
@@ -150,6 +164,7 @@ def by_sorting_everything(logit_V: torch.Tensor, sampler: Sampler, index: int, s
     return int(torch.searchsorted(cumulated_V, point, right=True))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0], ids=["flat", "wide", "steep"])
 @pytest.mark.parametrize(
     "options",
@@ -165,6 +180,21 @@ def test_the_draw_is_that_of_sorting_all_tokens(options: dict[str, float], sprea
     assert drawn_ids == [by_sorting_everything(logit_V, sampler, index) for index in range(40)]
 
 
+@pytest.mark.parametrize("size", [3, 2047, 2048, 5000, 20_001])
+def test_a_processor_finds_the_likeliest_tokens_as_a_stable_sort_does(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    steep_V = torch.randn(size, generator=generator) * torch.arange(
+        size
+    )  # most of the likeliest are in the last columns
+    masked_V = torch.where(torch.rand(size, generator=generator) < 0.99, -torch.inf, steep_V)
+    for logit_V in (steep_V, steep_V.bfloat16().float(), masked_V, torch.zeros(size), steep_V.sign() * 0.0):
+        sorted_V = logit_V.sort(descending=True, stable=True).indices.tolist()
+        for count in {1, 2, 50, 300, 1024, size - 1, size}:
+            found_C = sampling._likeliest_of_row(logit_V.numpy(), min(count, size))
+            assert found_C.tolist() == sorted_V[:count], count
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_numbers_that_are_no_distribution_are_an_error(bad: float, temperature: float) -> None:
@@ -209,8 +239,10 @@ CROWD = [
 
 @pytest.mark.parametrize("at_once", [2**20, 12_000, 1], ids=lambda count: f"{count} logits")
 def test_each_of_a_crowd_draws_what_its_own_definition_says_and_what_it_draws_alone(
-    at_once: int, monkeypatch: pytest.MonkeyPatch
+    at_once: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if way == "in turn" and at_once != 1:
+        pytest.skip("one text is drawn for at once, whatever the limit")
     monkeypatch.setattr(sampling, "_LOGITS_IN_CACHE", at_once)
     generator, slots = torch.Generator().manual_seed(2), [4, 0, 8, 1, 9, 7, 2, 3, 6, 5]
     together, alone = BatchSampler(len(CROWD)), [BatchSampler(1) for _ in CROWD]
@@ -229,6 +261,17 @@ def test_each_of_a_crowd_draws_what_its_own_definition_says_and_what_it_draws_al
             assert isinstance(one, Drawn)
             assert one.id == by_sorting_everything(logit_NV[row].float(), CROWD[row], len(texts[row]), texts[row])
             texts[row].append(one.id)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["flat", "steep"])
+def test_both_ways_to_draw_give_the_same_tokens_of_a_whole_vocabulary(spread: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logit_NV = spread * torch.randn(len(CROWD), 40_003, generator=generator)
+    seen_NV = torch.rand(logit_NV.shape, generator=generator) < 0.01
+    for position in range(2):
+        wishes = [Wish(sampler, position, top=3) for sampler in CROWD]
+        in_turn = [sampling._draw_row(*row) for row in zip(logit_NV, wishes, seen_NV, strict=True)]
+        assert in_turn == sampling._draw_together(logit_NV, wishes, seen_NV)
 
 
 def test_a_history_is_one_row_of_bytes_a_slot_and_made_for_a_penalty_alone() -> None:
@@ -250,6 +293,7 @@ def test_a_history_is_one_row_of_bytes_a_slot_and_made_for_a_penalty_alone() -> 
     assert len(places) == 1, "no token allocates it anew"
 
 
+@pytest.mark.usefixtures("way")
 def test_a_row_that_is_no_distribution_ends_alone() -> None:
     samplers = [PLAIN, with_options(temperature=0.0), with_options(top_p=0.5), Sampler()]
     logit_NV = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0))
@@ -271,6 +315,7 @@ def test_a_row_that_is_no_distribution_ends_alone() -> None:
     assert [one.id for one in found[4:]] == [one.id for one in whole[4:]]  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("way")
 def test_log_probabilities_are_the_models_own_and_only_of_those_who_wish_for_them() -> None:
     logit_NV = torch.randn(5, 400, generator=torch.Generator().manual_seed(0))
     tops, sampler = [None, 0, 3, 20, 1], Sampler(repetition_penalty=5.0, top_k=10)
@@ -290,6 +335,7 @@ def test_log_probabilities_are_the_models_own_and_only_of_those_who_wish_for_the
         assert [value for _, value in one.top] == pytest.approx(value_T.tolist(), abs=1e-6)
 
 
+@pytest.mark.usefixtures("way")
 def test_more_log_probabilities_than_tokens_are_all_of_them() -> None:
     (drawn,) = BatchSampler(1).draw([0], [Wish(PLAIN, 0, top=20)], torch.zeros(1, 7))
     assert isinstance(drawn, Drawn)
