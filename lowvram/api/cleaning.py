@@ -103,10 +103,15 @@ def clean(
 def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int | None = None) -> Task[Cleaned]:
     """Do what `clean` does, and yield its notices and its progress.  processes: None for one per core."""
     from lowvram.data.clean.cleaner import clean_each_part
-    from lowvram.data.text_files import REPORT_PAGE
+    from lowvram.data.clean.work_folder import refuse_text_inside
+    from lowvram.data.text_files import REPORT_PAGE, find_text_files, is_stream
 
     rules = cleaning.load_rules()
     files = yield from find_texts(options)
+    refuse_text_inside(cleaning.out, [path for path in options.paths if not is_stream(path)])
+    against = [Path(name) for name in rules.contamination.against] if rules.contamination.on else []
+    for sentence in find_text_files(against).describe():
+        yield Notice(f"Of the evaluation sets: {sentence}")
     skipped = SkippedRows(options.on_bad_row)
 
     def note() -> list[str]:

@@ -228,6 +228,18 @@ def test_the_text_of_a_pdf_is_one_document(tmp_path: Path) -> None:
             list(documents(write(tmp_path / "b.pdf", data)))
 
 
+def test_an_encrypted_pdf_names_the_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pypdf = pytest.importorskip("pypdf")
+
+    def decrypt(*_: object) -> int:
+        raise pypdf.errors.DependencyError("cryptography>=3.1 is required for AES algorithm")
+
+    monkeypatch.setattr(pypdf.PdfReader, "is_encrypted", True)
+    monkeypatch.setattr(pypdf.PdfReader, "decrypt", decrypt)
+    with pytest.raises(MachineError, match=r"a\.pdf needs the package cryptography"):
+        list(documents(write(tmp_path / "a.pdf", pdf_bytes("Merhaba"))))
+
+
 def test_the_paragraphs_and_tables_of_a_docx_are_one_document(tmp_path: Path) -> None:
     docx = pytest.importorskip("docx")
     document = docx.Document()
@@ -242,7 +254,11 @@ def test_the_paragraphs_and_tables_of_a_docx_are_one_document(tmp_path: Path) ->
     empty = io.BytesIO()
     with zipfile.ZipFile(empty, "w") as archive:
         archive.writestr("a", "b")
-    for data in (b"PK\x03\x04 torn", empty.getvalue(), b"text"):
+    junk = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(buffer.getvalue())) as whole, zipfile.ZipFile(junk, "w") as archive:
+        for name in whole.namelist():
+            archive.writestr(name, b"<junk/>" if name == "word/document.xml" else whole.read(name))
+    for data in (b"PK\x03\x04 torn", empty.getvalue(), junk.getvalue(), b"text"):
         with pytest.raises(DataError, match="is a damaged DOCX"):
             list(documents(write(tmp_path / "b.docx", data)))
 

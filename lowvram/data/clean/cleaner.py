@@ -24,7 +24,7 @@ from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write
 from lowvram.data.clean.toxicity import read_words
 from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
 from lowvram.data.text import documents, find_files
-from lowvram.data.text_files import REPORT, REPORT_PAGE, is_stream, size_of
+from lowvram.data.text_files import REPORT, is_stream, size_of
 from lowvram.data.worker_pool import WorkerPool
 from lowvram.errors import DataError, argument
 from lowvram.storage.disk import DISK, Disk, explain_full_disk
@@ -78,7 +78,7 @@ def clean_each_part(
     DiskFullError, MachineError.
     """
     files = find_files(paths)
-    refuse_text_inside(out, [file for file in files if not is_stream(file)])
+    refuse_text_inside(out, [path for path in (*paths, *files) if not is_stream(path)])
     if rules.language.on and rules.language.keep:
         check_languages(rules.language.keep)
     work = _Cleaning(files, out, rules, field, disk, bad_rows or BadRows("skip"), replace)
@@ -141,8 +141,7 @@ class _Cleaning:
             report = self._report(found, notes())
         finally:
             found.close()
-        self.disk.write(self.folder.out / REPORT_PAGE, write_page(report).encode("utf-8"))
-        self.folder.write(self.folder.out / REPORT, report)
+        self.folder.write_report(report, write_page(report))
         return report
 
     def _batches(self) -> Generator[_Batch, None, None]:

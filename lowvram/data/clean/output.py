@@ -83,12 +83,14 @@ class Output:
         self._text_hash = ""
 
     def refuse_others(self) -> None:
-        """Raise DataError where a file that is not ours has the name of an output."""
+        """Raise DataError where a file that is not ours has the name of an output, or of the report."""
+        fix = "Name a folder of its own as `out`, or move that file."
         for number, name in enumerate(self._outputs):
             path = self._folder.out / name
             if path.exists() and not self._is_done(number):
-                fix = "Name a folder of its own as `out`, or move that file."
                 raise DataError(f"{path} is in the way.", "A cleaned text would get that name.", fix)
+        if foreign := self._folder.find_foreign_report():
+            raise DataError(f"{foreign} is in the way.", "The report of the cleaning would get that name.", fix)
 
     def _mark(self, number: int) -> Path:
         return self._folder.work / f"written-{number:05d}.json"

@@ -60,8 +60,8 @@ class WorkFolder:
         """Delete unfinished work of other rules, and a finished result where it may be replaced."""
         finished = self.finished
         if finished and self._replace:
-            for row in finished.get("files", []):
-                (self.out / str(row.get("output"))).unlink(missing_ok=True)
+            for row in finished["files"] if isinstance(finished["files"], list) else ():
+                self._delete_output(row.get("output") if isinstance(row, dict) else None)
             for name in (REPORT, REPORT_PAGE):
                 (self.out / name).unlink(missing_ok=True)
         elif finished and finished.get("key") != self.key:
@@ -71,18 +71,45 @@ class WorkFolder:
         stated = self.read(self.work / "key.json")
         if stated.get("key") != self.key:
             for mark in self.work.glob("written-*.json"):
-                if output := self.read(mark).get("output"):
-                    (self.out / str(output)).unlink(missing_ok=True)
+                self._delete_output(self.read(mark).get("output"))
             for path in self.work.iterdir():
                 self._disk.delete(path)
             if not self.finished:
                 self.write(self.work / "key.json", {"format": FORMAT, "key": self.key})
+
+    def _delete_output(self, name: object) -> None:
+        """Delete an output by its name in a report or a mark; raise DataError where that leads out of the folder."""
+        if not isinstance(name, str) or not name:
+            return
+        path = self.out / name
+        if not path.parent.resolve().is_relative_to(self.out.resolve()) or path.name in ("", ".."):
+            why = "Somebody changed its report, and cleaning deletes nothing outside its folder."
+            raise DataError(f"{self.out} names {name} as an output.", why, "Name another `out`.")
+        if path.is_file() or path.is_symlink():
+            path.unlink()
 
     @property
     def finished(self) -> dict[str, Any]:
         """The report of a cleaning that was finished, empty where there is none."""
         found = self.read(self.out / REPORT)
         return found if found.keys() >= {"format", "key", "input", "files"} else {}
+
+    def find_foreign_report(self) -> Path | None:
+        """Return a file that has the name of the report or its page and is not ours, where none may be replaced."""
+        is_ours = {REPORT: bool(self.finished), REPORT_PAGE: bool(self.finished) or self._page_mark.is_file()}
+        foreign = [self.out / name for name, is_so in is_ours.items() if not is_so and (self.out / name).exists()]
+        return foreign[0] if foreign and not self._replace else None
+
+    def write_report(self, report: dict[str, Any], page: str) -> None:
+        """Write the page and then the report, with which the result is finished."""
+        # The mark is there before the page is, as for the outputs.
+        self.write(self._page_mark, {"output": REPORT_PAGE})
+        self._disk.write(self.out / REPORT_PAGE, page.encode("utf-8"))
+        self.write(self.out / REPORT, report)
+
+    @property
+    def _page_mark(self) -> Path:
+        return self.work / "written-page.json"
 
     def path(self, number: int, kind: str = "bin") -> Path:
         """Return the path of a part (`bin`) or of its sidecar (`json`)."""
@@ -112,10 +139,18 @@ class WorkFolder:
             return {}
 
 
-def refuse_text_inside(out: Path, files: Sequence[Path]) -> None:
-    """Raise DataError where a text that is to be cleaned lies in the folder of the result."""
+def refuse_text_inside(out: Path, paths: Sequence[Path]) -> None:
+    """Raise DataError where text that is to be cleaned lies in the folder of the result, or that in a folder of text.
+
+    paths: files, and folders whose files are text.
+    """
     folder = out.resolve()
-    for file in files:
-        if folder in file.resolve().parents:
-            why = f"{file} lies in it, and cleaning never changes what it reads."
+    for path in paths:
+        place = path.resolve()
+        if folder in place.parents:
+            why = f"{path} lies in it, and cleaning never changes what it reads."
             raise DataError(f"{out} holds text that is to be cleaned.", why, "Name a folder of its own as `out`.")
+        # Hidden folders are not read where the folder around them is.
+        if place in folder.parents and not any(part.startswith(".") for part in folder.relative_to(place).parts):
+            why = "Cleaned text there would be read with the other when that folder is read again."
+            raise DataError(f"{out} lies in {path}, which is to be cleaned.", why, "Name a folder outside it as `out`.")
