@@ -114,3 +114,8 @@ def test_one_wrong_digit_is_no_number_of_a_person_and_no_iban() -> None:
             for digit in "0123456789":
                 if digit != number[place]:
                     assert not check(number[:place] + digit + number[place + 1 :]), (place, digit)
+
+
+def test_a_mark_behind_an_invisible_character_is_composed_with_its_letter() -> None:
+    assert repair_texts(["gu\u00ad\u0308n"], ["composed", "invisible"])[0] == ["gün"]
+    assert repair_texts(["gu\u00ad\u0308n"], ["invisible"])[0] == ["gu\u0308n"]

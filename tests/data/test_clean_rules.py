@@ -106,10 +106,13 @@ def test_a_listed_word_counts_whole_and_with_suffixes_that_follow_its_vowels(wor
 def test_words_of_the_user_take_suffixes_and_texts_typed_without_dotless_letters_are_not_accused(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "words.txt").write_text("# benim\nDANGALAK\n\niki kelime\n", encoding="utf-8")
+    (tmp_path / "words.txt").write_text("# benim\nDANGALAK!\n\niki kelime\n", encoding="utf-8")
     toxic = ToxicWords(read_words(tmp_path / "words.txt"))
     batch = Batch(["Dangalaklar dangalağın dangalakça iki", "Cok sikildim sikiyor", "Işık yok, sikiyor"])
     assert toxic.mark(batch).tolist() == [True, True, True, False, False, False, False, False, False, True]
+    (tmp_path / "signs.txt").write_text("salak\nC++\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"has the line C\+\+"):
+        read_words(tmp_path / "signs.txt")
     (tmp_path / "none.txt").write_text("# yok\n", encoding="utf-8")
     for name in ("none.txt", "missing.txt"):
         with pytest.raises(DataError, match=name):

@@ -178,8 +178,10 @@ def _shorten(change: Change, task: PartTask) -> dict[str, Any]:
     if after is not None:
         differs = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(after))
         start = max(0, min(differs, len(before) - 1) - SHOWN_CHARACTERS // 3)
-    shown = {"before": before[start : start + SHOWN_CHARACTERS]}
-    if after is not None:
+    # The report must not hold what the rule took out of the text.
+    is_private = change.rule == "private"
+    shown = {"before": (after or "" if is_private else before)[start : start + SHOWN_CHARACTERS]}
+    if after is not None and not is_private:
         shown["after"] = after[start : start + SHOWN_CHARACTERS]
     place = {"file": task.files[change.document], "document": task.numbers[change.document]}
     return {"rule": change.rule, **place, **shown} | ({"why": change.why} if change.why else {})

@@ -114,6 +114,9 @@ def repair_texts(texts: Sequence[str], repairs: Collection[str]) -> tuple[list[s
         for bit, (name, repair) in enumerate(REPAIRS.items()):
             if name in changed and suspects >> bit & 1:
                 text = repair(repaired[index])
+                if name == "invisible" and "composed" in changed and text != repaired[index]:
+                    # What stood between a letter and its mark is gone.
+                    text = nfc(text)
                 if text != repaired[index]:
                     repaired[index] = text
                     changed[name].append(index)

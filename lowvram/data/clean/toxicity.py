@@ -134,7 +134,19 @@ def read_words(file: Path) -> list[str]:
         fix = "Name a text file in UTF-8 with one word a line as toxicity.words."
         raise DataError(f"The list of words {file} cannot be read.", f"{error}.", fix) from error
     words = [line.partition("#")[0].strip() for line in lines]
-    words = [word for word in words if len(hash_words(word)) == 1][:_MOST_LISTED]
+    words = [each for word in words if word for each in _letters_of(file, word)][:_MOST_LISTED]
     if not words:
         raise DataError(f"The list of words {file} holds no word.", "One word a line is read.", "Name another file.")
     return words
+
+
+def _letters_of(file: Path, line: str) -> list[str]:
+    """Return the one word of a line as it stands in a text, without signs around it; nothing for several words."""
+    batch = Batch([line])
+    if len(batch.words) != 1:
+        return []
+    word = line[int(batch.word_starts[0]) : int(batch.word_ends[0])]
+    if len(word) == 1 and word != line:
+        why = "Its signs are no part of a word, and the letter alone is in no way offensive."
+        raise DataError(f"The list of words {file} has the line {line}.", why, "Delete that line.")
+    return [word]
