@@ -33,7 +33,7 @@ LADDER = [
     ["model", "data"],
     ["storage"],
     ["config", "hardware"],
-    ["errors", "units", "shell"],
+    ["errors", "units", "shell", "finish"],
     ["lowvram_kernels", "lowvram"],
 ]
 

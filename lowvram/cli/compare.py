@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.next_step import next_step
-from lowvram.cli.options import TEXTS, add_device, add_precision, count, device_words
+from lowvram.cli.options import TEXTS, add_device, add_field, add_precision, count, device_words
 
 if TYPE_CHECKING:
     from lowvram.evaluate.comparison import Comparison, Recipe
@@ -29,9 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     text = f"{TEXTS} (default: what the first run holds out)"
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", action="extend", help=text)
     parser.add_argument("--items", type=count, metavar="N", help="only N documents, evenly spread (default: all)")
-    parser.add_argument(
-        "--field", default="text", help="field of text in rows, such as page.body (default: %(default)s)"
-    )
+    add_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     add_precision(parser, "what each run validates in")
     add_device(parser)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.cli.next_step import next_step
-from lowvram.cli.options import TEXTS, add_device, add_precision, count, device_words
+from lowvram.cli.options import TEXTS, add_device, add_field, add_precision, count, device_words
 
 if TYPE_CHECKING:
     from lowvram.api.evaluation import Evaluation
@@ -46,9 +46,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--harness", nargs="+", metavar="TASK", action="extend", help=what)
     what = "only N of each file's pairs, questions and sentences, evenly spread (default: all)"
     parser.add_argument("--items", type=count, metavar="N", help=what)
-    parser.add_argument(
-        "--field", default="text", help="field of text in rows, such as page.body (default: %(default)s)"
-    )
+    add_field(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     add_precision(parser, "what the run validates in")
     add_device(parser)

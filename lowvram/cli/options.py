@@ -113,6 +113,11 @@ def add_precision(parser: argparse.ArgumentParser, default: str = "by the card")
 def add_texts(parser: argparse.ArgumentParser) -> None:
     """Add the texts to read, and --field."""
     parser.add_argument("text", nargs="+", type=Path, help=TEXTS)
+    add_field(parser)
+
+
+def add_field(parser: argparse.ArgumentParser) -> None:
+    """Add --field: where a row has its text."""
     parser.add_argument(
         "--field",
         default="text",

@@ -9,6 +9,8 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, TypeVar
 
+from lowvram.finish import finish
+
 _Result = TypeVar("_Result")
 _WAIT_S = 0.1
 
@@ -20,13 +22,7 @@ def run_interruptibly(work: Callable[[], _Result]) -> _Result:
     """
     if threading.current_thread() is not threading.main_thread():
         return work()  # only the main thread receives signals
-    waiting = wait_for(work)
-    while True:
-        try:
-            next(waiting)
-        except StopIteration as end:
-            result: _Result = end.value
-            return result
+    return finish(wait_for(work))
 
 
 def wait_for(work: Callable[[], _Result]) -> Generator[None, None, _Result]:

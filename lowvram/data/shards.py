@@ -21,6 +21,7 @@ from lowvram.data.text import documents, find_files
 from lowvram.data.text_files import is_stream, size_of
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
+from lowvram.finish import finish
 from lowvram.storage.disk import DISK, Disk
 
 __all__ = ["PackProgress", "ShardSet", "pack", "pack_each_shard"]
@@ -75,12 +76,8 @@ def pack(
 ) -> ShardSet:
     """Do what `pack_each_shard` does without a holdout, all at once."""
     work = pack_each_shard(paths, tokenizer, out, field, processes, disk, replace=replace, bad_rows=bad_rows)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            [shards] = end.value
-            return shards
+    [shards] = finish(work)
+    return shards
 
 
 def pack_each_shard(

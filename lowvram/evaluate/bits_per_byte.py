@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lowvram_kernels.loss.linear_cross_entropy import linear_cross_entropy
 
+from lowvram.finish import finish
 from lowvram.model.transformer import Transformer
 
 _IGNORED = -100
@@ -67,12 +68,7 @@ def score(
 
     byte_count_V: the bytes behind each id (`Tokenizer.byte_count_V`).
     """
-    windows = score_windows(model, shards, bos_id, byte_count_V, seq_len, dtype, most_tokens, batch)
-    while True:
-        try:
-            next(windows)
-        except StopIteration as end:
-            return end.value
+    return finish(score_windows(model, shards, bos_id, byte_count_V, seq_len, dtype, most_tokens, batch))
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ Scores are those of `likelihood`, so an accuracy of the harness and one of ours 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -18,11 +18,11 @@ from lowvram.data.nfc import nfc
 from lowvram.errors import DataError
 from lowvram.evaluate.likelihood import Request
 from lowvram.evaluate.scorer import Scorer
+from lowvram.finish import finish
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 
-Result = TypeVar("Result")
 # As the harness's own models have it where a task names no length.
 _ANSWER_TOKENS = 256
 _RESAMPLES = 1000
@@ -48,7 +48,7 @@ class HarnessModel(LM):
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Return of each pair (context, continuation) the log-probability, and whether greedy decoding writes it."""
-        found = _finish(self._scorer.score([self._scorer.encode(*request.args) for request in requests]))
+        found = finish(self._scorer.score([self._scorer.encode(*request.args) for request in requests]))
         return [(-likelihood.nats, likelihood.is_greedy) for likelihood in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
@@ -60,7 +60,7 @@ class HarnessModel(LM):
             starts = range(0, len(id_T), self._scorer.max_context)
             counts.append(len(starts))
             parts += [Request(context + id_T[:start], id_T[start : start + starts.step]) for start in starts]
-        nats = iter([likelihood.nats for likelihood in _finish(self._scorer.score(parts))])
+        nats = iter([likelihood.nats for likelihood in finish(self._scorer.score(parts))])
         return [-sum(next(nats) for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
@@ -123,11 +123,3 @@ def _read_figures(task: str, figures: dict[str, Any]) -> list[HarnessRow]:
             named = metric if filtered == "none" else f"{metric} ({filtered})"
             rows.append(HarnessRow(task, named, float(value), error if isinstance(error, float) else None))
     return rows
-
-
-def _finish(work: Generator[Any, None, Result]) -> Result:
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value

@@ -13,6 +13,7 @@ from lowvram.errors import DataError, NumbersError
 from lowvram.evaluate.bits_per_byte import score
 from lowvram.evaluate.minimal_pairs import Pair, answer_pairs, choose_light_subset, read_pairs
 from lowvram.evaluate.scorer import Scorer
+from lowvram.finish import finish
 from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
@@ -56,10 +57,7 @@ def _answer_pairs(config: RunConfig, state: TrainState, tokenizer: Tokenizer, ba
     scorer = Scorer(state.model, DTYPES[config.train.precision], tokenizer, seq_len, batch_tokens=batch * seq_len)
     work = answer_pairs(scorer, pairs)
     try:
-        while True:
-            next(work)
-    except StopIteration as end:
-        return sum(end.value.by_sum) / len(pairs), ""
+        return sum(finish(work).by_sum) / len(pairs), ""
     except NumbersError:  # later steps may repair the weights; a diverged run is stopped by the trainer
         return None, ""
     except RuntimeError as error:

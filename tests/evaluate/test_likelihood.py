@@ -145,8 +145,9 @@ def test_the_order_of_requests_and_repeats_change_no_bit() -> None:
         np.testing.assert_array_equal(likelihood.nat_T, first[request].nat_T)
 
 
-def test_a_shared_beginning_is_read_once_and_a_repeat_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomise(Transformer(VARIANTS["gqa-rope"]))
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of each forward pass of any model."""
     read: list[int] = []
     forward = Transformer.forward
 
@@ -155,6 +156,11 @@ def test_a_shared_beginning_is_read_once_and_a_repeat_not_at_all(monkeypatch: py
         return forward(self, token_BT, *given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Transformer, "forward", counted)
+    return read
+
+
+def test_a_shared_beginning_is_read_once_and_a_repeat_not_at_all(read: list[int]) -> None:
+    model = randomise(Transformer(VARIANTS["gqa-rope"]))
     context = tuple(range(1, 31))
     choices = [Request((0, *context), (40 + number, 50)) for number in range(4)]
     score(model, choices * 3)
@@ -167,16 +173,8 @@ def test_a_shared_beginning_is_read_once_and_a_repeat_not_at_all(monkeypatch: py
     assert sum(read) == 4 * 21, "texts that differ early share nothing"
 
 
-def test_a_batch_keeps_within_its_tokens_however_many_texts_share_a_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_keeps_within_its_tokens_however_many_texts_share_a_beginning(read: list[int]) -> None:
     model = randomise(Transformer(VARIANTS["gqa-rope"]))
-    read: list[int] = []
-    forward = Transformer.forward
-
-    def counted(self: Transformer, token_BT: torch.Tensor, *given: object, **named: object) -> object:
-        read.append(token_BT.numel())
-        return forward(self, token_BT, *given, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Transformer, "forward", counted)
     requests = [Request((0, *range(1, 21)), (one, two)) for one in range(1, 20) for two in range(1, 20)]
     score(model, requests, batch_tokens=128)
     assert max(read) <= 128
