@@ -23,6 +23,7 @@ from lowvram_kernels.capabilities import (
     features_of,
 )
 from lowvram_kernels.compiled_launch import start
+from lowvram_kernels.remembered import remembered
 
 
 class Card(NamedTuple):
@@ -131,7 +132,6 @@ _note_host: Callable[[Tensor], None] = _forget
 _Tensors = Sequence[Tensor | None]
 # What was asked before, since an op asks at every launch.
 _cards: dict[torch.device, Card] = {}
-_choices: dict[tuple[str, Card], Choice] = {}
 _multiplier = 1  # how many repetitions the work that is simulated now stands for
 
 
@@ -272,11 +272,7 @@ def runs_kernels(op: str, device: torch.device) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    card = card_of(device)
-    choice = _choices.get((op, card))
-    if choice is None:
-        choice = _choices[op, card] = choose(op, card)
-    return choice.backend == "triton"
+    return choose(op, card_of(device)).backend == "triton"
 
 
 def as_read(x: Tensor) -> Tensor:
@@ -361,6 +357,7 @@ _TRITON_FROM = {
 OPS = tuple(_TRITON_FROM)
 
 
+@remembered
 def choose(op: str, card: Card) -> Choice:
     """Choose the backend of an op on a card; the same in meta mode as on the card.
 

@@ -102,7 +102,7 @@ def spend_the_rest(
     doubling by less; by default bytes bound them, which for large vocabularies means few rows.  Kept casts save two
     casts of each weight and micro-batch, or two times of quantising it.
     """
-    tokens = result.plan.micro_batch * curve.seq_len
+    tokens, seconds = result.plan.micro_batch * curve.seq_len, step_seconds(result.rehearsal, result.plan)
     counts = dict.fromkeys(min(count, tokens) for count in LOSS_CHUNKS)
     for changes in ([{"loss_chunk": count} for count in counts], [{"keep_casts": True}]):
         was_faster = False
@@ -111,11 +111,10 @@ def spend_the_rest(
             rehearsal = curve.of(plan)
             if rehearsal.ledger.peak_bytes > limit_bytes:
                 break
-            is_faster = step_seconds(rehearsal, plan) * (1 + WORTH_ITS_MEMORY) < step_seconds(
-                result.rehearsal, result.plan
-            )
+            took = step_seconds(rehearsal, plan)
+            is_faster = took * (1 + WORTH_ITS_MEMORY) < seconds
             if is_faster:
-                result = result._replace(plan=plan, rehearsal=rehearsal)
+                result, seconds = result._replace(plan=plan, rehearsal=rehearsal), took
             elif was_faster:
                 break
             was_faster = is_faster

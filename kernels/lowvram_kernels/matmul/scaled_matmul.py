@@ -110,7 +110,6 @@ def _rows_of_scale(dtype: torch.dtype, code: torch.Size, scale: torch.Size) -> i
     return _fitting_scales(dtype, *code).get(tuple(scale), 0)
 
 
-@remembered
 def backend_of(code_dtype: torch.dtype, card: Card, has_fp32_scales: bool = False) -> str:
     """Return how codes of a dtype are multiplied: a key of the tables here, "decode" or "reference"."""
     if code_dtype == torch.int8:
