@@ -158,9 +158,11 @@ def _data(contents: CardContents) -> str:
     lines = ["## Data", "", "| shards | share | tokens | documents | text | SHA-256 |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
     corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in contents.what.data.train]
-    held_out = [(contents.what.data.valid, "held out")] if contents.what.data.valid is not None else []
+    held_out = [(path, "held out") for _, path in contents.what.data.held_out]
+    is_mixed = len(corpora) > 1 or len(held_out) > 1  # then the folders of shards have one name
     for path, share in [*corpora, *held_out]:
-        lines.append(f"| {path.name} | {share} | {_describe_shards(path)} |")
+        name = f"{path.parent.name}/{path.name}" if is_mixed else path.name
+        lines.append(f"| {name} | {share} | {_describe_shards(path)} |")
     lines += ["", "| what | SHA-256 |", "| --- | --- |"]
     lines += [f"| {name} | `{value}` |" for name, value in sorted(hashes.items())]
     weights = contents.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]
