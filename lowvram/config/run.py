@@ -93,7 +93,9 @@ class DataConfig(FrozenConfig):
     def _check(self) -> DataConfig:
         names = [name for name, _ in self.held_out]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f'data.valid names the source "{twice[0]}" twice; write {{ source, path }} with other names')
+            raise ValueError(
+                f'data.valid names the source "{twice[0]}" twice; write {{ source, path }} with other names'
+            )
         return self
 
 

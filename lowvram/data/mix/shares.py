@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lowvram.data.holdout import show_share
 from lowvram.data.loader import BLOCK
 from lowvram.data.mix.sources import match
 from lowvram.errors import DataError, argument
@@ -75,7 +76,7 @@ def _refuse_twice(fixed: Mapping[str, list[str]]) -> None:
 
 
 def _refuse_impossible(rest: list[str], left: float) -> None:
-    whole = f"The shares that are given add up to {(1 - left):.4g} of the whole"
+    whole = f"The shares that are given add up to {show_share(1 - left)} of the whole"
     if rest and left < LEAST_SHARE:
         raise DataError(f"{whole}.", f"Nothing is left for {', '.join(rest[:5])}.", "Give smaller shares.")
     if not rest and abs(left) > 1e-9:
