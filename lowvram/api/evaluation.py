@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +151,7 @@ def evaluate_task(
 
 def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, before: Evaluation) -> Task[Evaluation]:
     """Return the evaluation with what the model scores on shards."""
+    from lowvram.config.mix import find_common
     from lowvram.data.source_set import SourceSet, open_sources
     from lowvram.evaluate.bits_per_byte import score_windows
     from lowvram.evaluate.by_source import add_up, score_sources
@@ -176,7 +176,7 @@ def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, 
         baseline = yield from score_bigrams(loaded.run, tokenizer, shards, tokens)
     return dataclasses.replace(
         before,
-        data=Path(os.path.commonpath([path for _, path in named])),
+        data=find_common([path for _, path in named]) or named[0][1],
         by_source=by_source,
         bits_per_byte=found.bits_per_byte,
         loss=found.loss,

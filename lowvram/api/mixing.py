@@ -227,6 +227,7 @@ class _Packer:
         )
         what = f"Packing {source.name} ({self._number} of {self._count})"
         sides = yield from skipped.tell_beside(show_packing(packing, what))
+        _drop_stale(self._wanted.out, source.name, sides[0])
         yield from skipped.summarise()
         return tuple(sides)
 
@@ -235,6 +236,22 @@ class _Packer:
         if self._without:
             few = "too few documents for that share, and all of them are learnt"
             yield Notice(f"Nothing is held out of {', '.join(self._without)}: {few}.")
+
+
+def _drop_stale(out: Path, name: str, train: ShardSet) -> None:
+    """Delete the file of an earlier mix whose source had another text: its shares would be taken for those of this."""
+    from lowvram.config.mix import MIX, is_mix, read_mix
+    from lowvram.errors import ConfigError
+    from lowvram.storage.disk import DISK
+
+    if not is_mix(out):
+        return
+    try:
+        before = {each.name: (each.tokens, each.documents, each.text_bytes) for each in read_mix(out).sources}
+    except ConfigError:  # damaged; it is written anew in the end
+        before = {}
+    if before.get(name) != (train.tokens, train.documents, train.text_bytes):
+        DISK.delete(out / MIX)
 
 
 def _refuse_held_out(valid: Path, replace: bool) -> None:

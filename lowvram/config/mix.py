@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -68,6 +70,23 @@ def read_mix(folder: Path) -> Mix:
         why = f"{where}: {problem['msg']}." if where else f"{problem['msg']}."
         fix = "Type the command `lowvram data mix` again that wrote it."
         raise ConfigError(f"{folder / MIX} cannot be read.", why, fix) from error
+
+
+def name_folders(paths: Sequence[Path]) -> list[str]:
+    """Return short names of folders of shards: of several that are each called train or valid, the way to them."""
+    if len({path.name for path in paths}) == len(paths):
+        return [path.name for path in paths]
+    homes = [path.parent if path.name in ("train", "valid") else path for path in paths]
+    above = find_common([home.parent for home in homes])
+    return [(home.relative_to(above) if above is not None else home).as_posix() for home in homes]
+
+
+def find_common(paths: Sequence[Path]) -> Path | None:
+    """Return the folder that all paths lie in, which may be one of them; None where there is none, as on two drives."""
+    try:
+        return Path(os.path.commonpath(paths))
+    except ValueError:
+        return None
 
 
 def expand_mixes(data: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowvram.config.base import flatten
+from lowvram.config.mix import name_folders
 from lowvram.config.run import RunConfig
 from lowvram.data.shard_set import ShardSet
 from lowvram.errors import DataError
@@ -159,10 +160,9 @@ def _data(contents: CardContents) -> str:
     lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
     corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in contents.what.data.train]
     held_out = [(path, "held out") for _, path in contents.what.data.held_out]
-    is_mixed = len(corpora) > 1 or len(held_out) > 1  # then the folders of shards have one name
-    for path, share in [*corpora, *held_out]:
-        name = f"{path.parent.name}/{path.name}" if is_mixed else path.name
-        lines.append(f"| {name} | {share} | {_describe_shards(path)} |")
+    for rows in (corpora, held_out):
+        for name, (path, share) in zip(name_folders([path for path, _ in rows]), rows, strict=True):
+            lines.append(f"| {name} | {share} | {_describe_shards(path)} |")
     lines += ["", "| what | SHA-256 |", "| --- | --- |"]
     lines += [f"| {name} | `{value}` |" for name, value in sorted(hashes.items())]
     weights = contents.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lowvram.config.mix import is_mix, read_mix
+from lowvram.config.mix import is_mix, name_folders, read_mix
 from lowvram.config.model import ModelConfig
 from lowvram.config.run import DataConfig
 from lowvram.config.run_file import load_preset, preset_names
@@ -185,15 +184,6 @@ def _count(parts: Sequence[Part], passes: Sequence[float], train: TrainConfig) -
         each = [*(each[number] for number in named), f"{len(others)} other sources are read {rest}"]
     read = "; ".join(each)
     return f"{show_count(train.tokens)} tokens in {count_of(train.steps, 'step')}: {read}."
-
-
-def name_folders(paths: Sequence[Path]) -> list[str]:
-    """Return short names of folders of shards: of several that are each called train, the way to them is named."""
-    if len({path.name for path in paths}) == len(paths):
-        return [path.name for path in paths]
-    homes = [path.parent if path.name == "train" else path for path in paths]
-    above = Path(os.path.commonpath([home.parent for home in homes]))
-    return [home.relative_to(above).as_posix() for home in homes]
 
 
 def _propose(text: RunText, most: float, train: TrainConfig) -> str:

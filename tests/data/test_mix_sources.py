@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowvram.config.mix import name_folders
 from lowvram.data.holdout import Holdout
 from lowvram.data.loader import BLOCK, _share_out
 from lowvram.data.mix.caps import Sizes, apply_caps
@@ -219,6 +220,19 @@ def test_generated_text_of_more_bytes_begins_with_that_of_fewer(tmp_path: Path) 
     more, _ = follow(write_demo_text(tmp_path, LEAST_BYTES + 5_000))
     assert more.read_text(encoding="utf-8").startswith(text)
     assert sorted(path.name for path in tmp_path.iterdir()) == [more.name, "notes.txt"]
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["/a/shards/train"], ["train"]),
+        (["/a/law", "/b/news"], ["law", "news"]),
+        (["/m/tr/law/train", "/m/kk/news/train", "/m/demo/train"], ["tr/law", "kk/news", "demo"]),
+        (["/a/one/train", "b/two/train"], ["/a/one", "b/two"]),
+    ],
+)
+def test_folders_of_one_name_are_told_apart_by_the_way_to_them(paths: list[str], names: list[str]) -> None:
+    assert name_folders([Path(path) for path in paths]) == names
 
 
 def test_a_mix_that_is_read_as_shards_is_told_what_it_is(tmp_path: Path) -> None:

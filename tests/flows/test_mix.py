@@ -120,9 +120,18 @@ def test_other_weights_pack_nothing_again_and_another_text_is_not_replaced_unask
     refused = typed(*words(place, "--cap", "tr/wiki=60kB"))
     assert refused.code == 1
     assert re.search(r"mix/tr/\w+/\w+ holds another text: .* add --replace", refused.err)
+    assert [source.name for source in read_mix(place / "mix").sources] == ["demo", *SOURCES], "nothing was replaced"
     blind = typed("data", "mix", place / "texts", "--tokenizer", place / "tok", "--out", place / "mix", "--levels", 2)
     assert blind.code == 1
     assert "kk/news/valid holds text that was held out." in blind.err
+    replacing = mix_task(
+        TextOptions((place / "texts",), holdout=0.05),
+        MixOptions(place / "tok", place / "mix", caps={"tr/wiki": 60_000}, levels=2, replace=True),
+        processes=1,
+    )
+    while (place / "mix/mix.json").exists():  # until a source has another text, whose shares the file would not know
+        next(replacing)
+    replacing.close()
     assert typed(*words(place, "--cap", "tr/wiki=60kB", "--replace")).code == 0
     assert [source.name for source in read_mix(place / "mix").sources] == list(SOURCES)
 
@@ -211,6 +220,8 @@ def test_a_run_over_a_mix_resumes_to_the_bit(trained: Path) -> None:
     assert [look.step for look in told[0][:-1]] == [2, 4, 6]
     assert told[0][1:-1] == told[1][:-1]
     assert unequal(told[0][-1], told[1][-1]) == []
+    compared = typed("compare", trained / "plain", trained / "parts/step-00000003", "--items", 20)
+    assert compared.code == 0, compared.err
     remixed = Mix.model_validate_json((trained / "mix/mix.json").read_bytes())
     other = tuple(source.model_copy(update={"share": 1 / 5}) for source in remixed.sources)
     kept = (trained / "mix/mix.json").read_bytes()
