@@ -242,6 +242,9 @@ def test_evaluate_measures_the_sources_of_a_run_or_of_a_mix(trained: Path) -> No
     }
     again = json.loads(typed("evaluate", trained / "whole", "--tokens", 900, "--data", trained / "mix", "--json").out)
     assert again == found
+    as_text = json.loads(typed("evaluate", trained / "whole", "--text", trained / "mix", "--json").out)["text"]
+    held_out = [str(path) for _, path in read_mix(trained / "mix").valid(trained / "mix")]
+    assert [row["name"] for row in as_text] == [*held_out, "all"]
     told = typed("evaluate", trained / "whole", "--tokens", 900).out
     for name, each in found["by_source"].items():
         assert f"    {name}  {each['bits_per_byte']:.4f}   ({each['targets']:,} tokens, " in told
