@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # A source must have one window of the run that reads it; presets read 1,024 tokens or more at once.
 _WINDOW = 1024
+# On the disk: of a smaller source processes would take as long to start as its text to encode.
+_SMALL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,7 @@ class _Packer:
         self, source: TextSource, takes: Taken | None, replace: bool, is_split: bool
     ) -> Task[tuple[ShardSet, ...]]:
         from lowvram.data.shards import SIDES, pack_each_shard
+        from lowvram.data.text_files import size_of
 
         home = self._wanted.out / source.name
         if not is_split:
@@ -219,7 +222,7 @@ class _Packer:
             self._tokenizer,
             home if is_split else home / SIDES[0],
             self._options.field,
-            self._processes,
+            1 if sum(map(size_of, source.files)) < _SMALL_BYTES else self._processes,
             holdout=self._options.build_holdout() if is_split else None,
             replace=replace,
             bad_rows=skipped.bad_rows,
