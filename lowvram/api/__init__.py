@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lowvram.api.fitting import fit as fit
     from lowvram.api.importing import Imported as Imported
     from lowvram.api.importing import import_model as import_model
+    from lowvram.api.mixing import Mixed as Mixed
+    from lowvram.api.mixing import mix as mix
     from lowvram.api.models import Model as Model
     from lowvram.api.models import load as load
     from lowvram.api.packing import Packed as Packed
@@ -66,6 +68,7 @@ _HOMES = {
     "Imported": "lowvram.api.importing",
     "LowvramError": "lowvram.errors",
     "MemoryBudget": "lowvram.fit.report",
+    "Mixed": "lowvram.api.mixing",
     "Model": "lowvram.api.models",
     "Notice": "lowvram.api.tasks",
     "Packed": "lowvram.api.packing",
@@ -88,6 +91,7 @@ _HOMES = {
     "fit": "lowvram.api.fitting",
     "import_model": "lowvram.api.importing",
     "load": "lowvram.api.models",
+    "mix": "lowvram.api.mixing",
     "pack": "lowvram.api.packing",
     "receipt": "lowvram.api.receipts",
     "train": "lowvram.api.training",
@@ -106,6 +110,7 @@ __all__ = [
     "Imported",
     "LowvramError",
     "MemoryBudget",
+    "Mixed",
     "Model",
     "Notice",
     "Packed",
@@ -130,6 +135,7 @@ __all__ = [
     "fit",
     "import_model",
     "load",
+    "mix",
     "pack",
     "receipt",
     "train",

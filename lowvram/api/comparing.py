@@ -145,7 +145,7 @@ def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str, item
     import numpy as np
 
     from lowvram.data.nfc import nfc
-    from lowvram.data.shards import ShardSet
+    from lowvram.data.source_set import open_sources
     from lowvram.data.text import documents
     from lowvram.data.text_files import find_text_files
     from lowvram.errors import DataError
@@ -157,14 +157,14 @@ def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str, item
             yield Progress(f"Reading {file.name}")
             found += [nfc(document) for document in documents(file, field)]
         return spread(found, items)
-    shards_path = loaded.run.data.valid if loaded.run is not None else None
-    if shards_path is None:
+    held_out = loaded.run.data.held_out if loaded.run is not None else ()
+    if not held_out:
         raise DataError("The first run names no data.valid.", "A comparison needs text.", "Name files with `text`.")
     tokenizer = loaded.tokenizer
-    shards = ShardSet.open(shards_path, tokenizer.hash, tokenizer.size)
+    shards = open_sources(held_out, tokenizer.hash, tokenizer.size)
     starts = []
     for first in range(0, shards.tokens, _TOKENS_AT_ONCE):
-        yield Progress(f"Finding documents in {shards_path.name}", first, shards.tokens)
+        yield Progress(f"Finding documents in {held_out[0][1].name}", first, shards.tokens)
         id_T = shards.read(first, min(_TOKENS_AT_ONCE, shards.tokens - first))
         starts.append(first + np.flatnonzero(id_T == tokenizer.bos_id))
     borders = np.append(np.concatenate(starts), shards.tokens)

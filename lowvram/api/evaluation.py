@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
     from lowvram.api.loading import LoadedModel
-    from lowvram.config.run import RunConfig
+    from lowvram.config.run import Corpus, RunConfig
     from lowvram.data.shards import ShardSet
+    from lowvram.data.source_set import SourceSet
     from lowvram.data.tokenizer import Tokenizer
-    from lowvram.evaluate.bits_per_byte import Score
+    from lowvram.evaluate.bits_per_byte import Score, TokenSource
     from lowvram.generate.precision import Precision
 
 
@@ -30,7 +31,7 @@ class Evaluation:
     data: the shards; None where other measures alone were asked for, and then the rest is empty.  bits_per_byte: what
     the model needs for one byte of their text.  loss: nats per predicted token, of which there are `targets`.  Both are
     not finite where the model's numbers are broken.  bigram_bits_per_byte: of a bigram model counted on `bigrams_of`,
-    None where the training shards are not here.
+    None where the training shards are not here.  by_source: the score of each source, where there are several.
     """
 
     checkpoint: Path
@@ -44,6 +45,7 @@ class Evaluation:
     targets: int = 0
     bigram_bits_per_byte: float | None = None
     bigrams_of: str = ""
+    by_source: Mapping[str, Score] = dataclasses.field(default_factory=dict)
     notices: tuple[Notice, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,7 +60,19 @@ class Evaluation:
                 "targets": self.targets,
                 "bigram_bits_per_byte": self.bigram_bits_per_byte,
             }
+            if self.by_source:
+                found["by_source"] = {name: _plain_score(score) for name, score in self.by_source.items()}
         return found | self.measured.as_dict()
+
+
+def _plain_score(score: Score) -> dict[str, Any]:
+    is_finite = math.isfinite(score.nats)
+    return {
+        "bits_per_byte": score.bits_per_byte if is_finite else None,
+        "loss": score.loss if is_finite else None,
+        "targets": score.targets,
+        "text_bytes": score.text_bytes,
+    }
 
 
 Paths = str | Path | Sequence[str | Path]
@@ -137,20 +151,24 @@ def evaluate_task(
 
 def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, before: Evaluation) -> Task[Evaluation]:
     """Return the evaluation with what the model scores on shards."""
-    from lowvram.data.shards import ShardSet
-    from lowvram.errors import DataError
+    from lowvram.config.mix import find_common
+    from lowvram.data.source_set import SourceSet, open_sources
     from lowvram.evaluate.bits_per_byte import score_windows
+    from lowvram.evaluate.by_source import add_up, score_sources
     from lowvram.evaluate.verdict import warn_of_few_tokens
 
-    shards_path = data or (loaded.run.data.valid if loaded.run is not None else None)
-    if shards_path is None:
-        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Name shards with `data`.")
+    named = _name_held_out(loaded, data)
     tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
-    shards = ShardSet.open(shards_path, tokenizer.hash, tokenizer.size)
-    scoring = score_windows(
-        loaded.model, shards, tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype, tokens
-    )
-    found = yield from count_progress(scoring, "Reading held-out text")
+    shards = open_sources(named, tokenizer.hash, tokenizer.size)
+    given = tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype
+    by_source: dict[str, Score] = {}
+    if isinstance(shards, SourceSet):
+        scoring_all = score_sources(loaded.model, shards.limit(tokens), *given)
+        by_source = yield from count_progress(scoring_all, "Reading held-out text")
+        found = add_up(by_source.values())
+    else:
+        scoring = score_windows(loaded.model, shards, *given, tokens)
+        found = yield from count_progress(scoring, "Reading held-out text")
     if warning := warn_of_few_tokens(found.targets):
         yield Notice(warning, "warning")
     baseline = None
@@ -158,7 +176,8 @@ def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, 
         baseline = yield from score_bigrams(loaded.run, tokenizer, shards, tokens)
     return dataclasses.replace(
         before,
-        data=shards_path,
+        data=find_common([path for _, path in named]) or named[0][1],
+        by_source=by_source,
         bits_per_byte=found.bits_per_byte,
         loss=found.loss,
         targets=found.targets,
@@ -167,27 +186,66 @@ def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, 
     )
 
 
+def _name_held_out(loaded: LoadedModel, data: Path | None) -> Sequence[tuple[str, Path]]:
+    """Return the names and folders of the shards to measure on; raises DataError where there are none."""
+    from lowvram.config.mix import MIX, is_mix, read_mix
+    from lowvram.errors import DataError
+
+    if data is None and (loaded.run is None or not loaded.run.data.held_out):
+        raise DataError("The run names no data.valid.", "Bits per byte need held-out text.", "Name shards with `data`.")
+    if data is None:
+        assert loaded.run is not None, "checked above"
+        return loaded.run.data.held_out
+    if not is_mix(data):
+        return [("", data)]
+    named = read_mix(data).valid(data)
+    if not named:
+        why = f"{data / MIX} names no source with held-out text."
+        raise DataError(f"The mix {data} holds nothing out.", why, "Name the shards of a source with `data`.")
+    return named
+
+
 def score_bigrams(
-    run: RunConfig, tokenizer: Tokenizer, valid: ShardSet, most_tokens: int | None
+    run: RunConfig, tokenizer: Tokenizer, valid: ShardSet | SourceSet, most_tokens: int | None
 ) -> Task[tuple[Score, str] | None]:
     """Return the bigram model's score on the first `most_tokens` of `valid`, and what it was counted on.
 
-    None, with a notice, where the training shards cannot be read.
+    Of several corpora it is counted on as much of each as its share is, or all of it.  None, with a notice, where the
+    training shards cannot be read.
     """
-    from lowvram.data.shards import ShardSet
+    from lowvram.data.source_set import SourceSet
     from lowvram.errors import DataError
     from lowvram.evaluate.bits_per_byte import BIGRAM_TOKENS, bigram_score
-    from lowvram.units import show_count
 
-    path = run.data.train[0].path
-    if not path.exists():  # of a model that was imported or moved nobody has it here
+    corpora = run.data.train
+    if not all(corpus.path.exists() for corpus in corpora):  # of an imported or moved model nobody has them here
         yield Notice("No bigram model to compare with: the shards that the model was trained on are not here.")
         return None
     try:
-        train = ShardSet.open(path, tokenizer.hash, tokenizer.size)
+        train, counted_on = _open_corpora(corpora, tokenizer, BIGRAM_TOKENS)
     except DataError as error:
         yield Notice(f"No bigram model to compare with: {error}")
         return None
-    part = f"the first {show_count(BIGRAM_TOKENS)} tokens of " if train.tokens > BIGRAM_TOKENS else ""
+    if isinstance(valid, SourceSet):
+        valid, most_tokens = valid.limit(most_tokens), None
     yield Progress("Counting bigrams to compare with")
-    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.byte_count_V, most_tokens), f"{part}{path}"
+    return bigram_score(train, valid, tokenizer.bos_id, tokenizer.byte_count_V, most_tokens), counted_on
+
+
+def _open_corpora(corpora: Sequence[Corpus], tokenizer: Tokenizer, most: int) -> tuple[TokenSource, str]:
+    """Return at most `most` tokens of the corpora, of each as much as its share is, and words for what that is."""
+    from lowvram.data.shard_set import ShardSet
+    from lowvram.data.source_set import Source, SourceSet
+    from lowvram.units import show_count
+
+    opened = [ShardSet.open(corpus.path, tokenizer.hash, tokenizer.size) for corpus in corpora]
+    if len(opened) == 1:
+        part = f"the first {show_count(most)} tokens of " if opened[0].tokens > most else ""
+        return opened[0], f"{part}{corpora[0].path}"
+    total = sum(corpus.weight for corpus in corpora)
+    sources = [
+        Source(str(corpus.path), shards, max(1, min(shards.tokens, round(most * corpus.weight / total))))
+        for shards, corpus in zip(opened, corpora, strict=True)
+    ]
+    found = SourceSet(sources)
+    return found, f"{show_count(found.tokens)} tokens of {len(sources)} corpora, by their shares"

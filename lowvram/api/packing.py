@@ -101,36 +101,37 @@ def pack_task(
     packing = pack_each_shard(
         files, loaded, out, options.field, processes, holdout=holdout, replace=replace, bad_rows=skipped.bad_rows
     )
-    sides = yield from skipped.tell_beside(_show_progress(packing))
+    sides = yield from skipped.tell_beside(show_packing(packing))
     yield from skipped.summarise()
     is_split = holdout is not None
     if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
         yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
     has_validation = is_split or out.name == "valid" or (out.parent / "valid").is_dir()
     home = out.parent if not is_split and out.name in ("train", "valid") else out
-    return Packed(tuple(map(_describe, sides)), has_validation, _find_data(home, tokenizer))
+    return Packed(tuple(map(_describe, sides)), has_validation, find_data(home, tokenizer))
 
 
-def _show_progress(
-    packing: Generator[PackProgress, None, tuple[ShardSet, ...]],
+def show_packing(
+    packing: Generator[PackProgress, None, tuple[ShardSet, ...]], what: str = "Packing"
 ) -> Generator[Progress, None, Sequence[ShardSet]]:
+    """Turn a packing into progress.  what: what is done, in words."""
     from lowvram.units import show_count
 
-    yield Progress("Packing")
+    yield Progress(what)
     while True:
         try:
             found = next(packing)
         except StopIteration as end:
             return end.value
-        yield Progress("Packing", found.read_bytes, found.total_bytes or None, f"{show_count(found.tokens)} tokens")
+        yield Progress(what, found.read_bytes, found.total_bytes or None, f"{show_count(found.tokens)} tokens")
 
 
 def _describe(shards: ShardSet) -> PackedShards:
     return PackedShards(shards.directory, shards.tokens, shards.documents, shards.text_bytes)
 
 
-def _find_data(home: Path, tokenizer: Path) -> Path | None:
-    """Return `home` where `fit` finds shards and this tokenizer from it."""
+def find_data(home: Path, tokenizer: Path) -> Path | None:
+    """Return `home` where `fit` finds shards and this tokenizer from it, else None."""
     from lowvram.errors import ConfigError
     from lowvram.fit.folders import find_folders
 

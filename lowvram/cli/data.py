@@ -1,4 +1,4 @@
-"""`lowvram data`: text cleaned, and text into shards of tokens."""
+"""`lowvram data`: text cleaned, packed into shards of tokens, and mixed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.packing import DEFAULT_OUT, DEFAULT_TOKENIZER
 from lowvram.cli.data_clean import add_clean
+from lowvram.cli.data_mix import add_mix
 from lowvram.cli.options import add_holdout, process_count
 from lowvram.cli.texts import add_reading, read_options, report
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("data", help="clean text, pack it into shards of tokens", description="Training data.")
+    parser = commands.add_parser(
+        "data", help="clean text, pack it into shards of tokens, mix sources", description="Training data."
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     add_clean(actions)
     pack = actions.add_parser(
@@ -35,6 +38,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
     pack.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
     pack.set_defaults(run=run_pack)
+    add_mix(actions)
 
 
 def run_pack(arguments: argparse.Namespace) -> int:

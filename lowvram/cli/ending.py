@@ -14,11 +14,14 @@ from lowvram.shell import quote_command
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
     from lowvram.data.shards import ShardSet
+    from lowvram.data.source_set import SourceSet
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.train.events import Evaluated, Stopped
 
 
-def show_verdict(what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | None, evaluated: Evaluated | None) -> None:
+def show_verdict(
+    what: RunConfig, tokenizer: Tokenizer, valid: ShardSet | SourceSet | None, evaluated: Evaluated | None
+) -> None:
     """Compare the last validation of a finished run with bigrams; Ctrl-C leaves the comparison out."""
     from lowvram.api.evaluation import score_bigrams
     from lowvram.cli.console import notice

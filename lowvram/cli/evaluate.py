@@ -107,12 +107,15 @@ def _show_shards(found: Evaluation) -> None:
     """Print what the model scores on shards, if it was measured."""
     from lowvram.cli.console import result
     from lowvram.evaluate.verdict import compare_with_bigrams
+    from lowvram.units import show_bytes
 
     if found.data is None:
         return
     where = f"{found.checkpoint} on {found.data}"
     result(f"{where}: {found.targets:,} tokens in windows of {found.seq_len}, weights in {found.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
+    for name, score in found.by_source.items():
+        result(f"    {name}  {score.bits_per_byte:.4f}   ({score.targets:,} tokens, {show_bytes(score.text_bytes)})")
     if found.bigram_bits_per_byte is not None:
         result(f"  bigram model   {found.bigram_bits_per_byte:.4f}   (counted on {found.bigrams_of})")
         result(compare_with_bigrams(found.bits_per_byte, found.bigram_bits_per_byte))

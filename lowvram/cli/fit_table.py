@@ -65,8 +65,10 @@ def show_table(reports: Sequence[FitReport], budget: MemoryBudget, advised: Advi
 
 
 def _show_text(text: RunText) -> None:
+    many = len(text.parts) > 1
+    which = f"the source that they read most often, of {len(text.parts)} with" if many else "this text of"
     result(
-        f"Passes: how often a preset's own tokens read this text of {show_count(text.tokens)} tokens; beyond about "
+        f"Passes: how often a preset's own tokens read {which} {show_count(text.tokens)} tokens; beyond about "
         f"{ENOUGH_PASSES:.0f} a model memorises rather than learns."
     )
 

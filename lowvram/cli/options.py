@@ -110,9 +110,9 @@ def add_precision(parser: argparse.ArgumentParser, default: str = "by the card")
     )
 
 
-def add_texts(parser: argparse.ArgumentParser) -> None:
-    """Add the texts to read, and --field."""
-    parser.add_argument("text", nargs="+", type=Path, help=TEXTS)
+def add_texts(parser: argparse.ArgumentParser, what: str = TEXTS) -> None:
+    """Add the texts to read, and --field.  what: what they may be."""
+    parser.add_argument("text", nargs="+", type=Path, help=what)
     add_field(parser)
 
 

@@ -110,6 +110,9 @@ class TrainingScreen:
             pairs = "" if event.pairs_right is None else f", {event.pairs_right:.1%} of the minimal pairs right"
             found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how}{pairs})"
             notice(f"step {event.step:>6}  valid {found}", "cyan")
+            if event.by_source:
+                each = ", ".join(f"{name} {loss.bits_per_byte:.3f}" for name, loss in event.by_source.items())
+                notice(f"step {event.step:>6}  by source: {each}", "cyan")
             if event.pairs_problem and not self._told_pairs_problem:
                 notice(f"step {event.step:>6}  {event.pairs_problem}", "yellow")
                 self._told_pairs_problem = True

@@ -9,9 +9,10 @@ from lowvram.shell import quote_command
 
 # The options whose name is not the argument's.
 _OTHER_NAMES = {"max_context": "context", "max_tokens": "tokens", "overrides": "set", "preset": "model"}
+_OTHER_NAMES |= {"caps": "cap", "weights": "weight"}
 _SAME_NAMES = (
-    "against cache compile data desktop device dtype gpu graphs holdout language license measure memory micro_batch "
-    "newest on_bad_row out precision processes ram recompute replace to tokenizer verify"
+    "against cache compile data demo desktop device dtype gpu graphs holdout language levels license measure memory "
+    "micro_batch newest on_bad_row out precision processes ram recompute replace temperature to tokenizer verify"
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}

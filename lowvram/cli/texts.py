@@ -6,16 +6,18 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lowvram.cli.options import add_texts
+from lowvram.cli.options import TEXTS, add_texts
 
 if TYPE_CHECKING:
     from lowvram.api.texts import TextOptions
     from lowvram.data.bad_rows import BadRow
 
 
-def add_reading(parser: argparse.ArgumentParser, on_bad_row: Literal["stop", "skip"] = "stop") -> None:
-    """Add the texts to read, --field and --on-bad-row.  on_bad_row: the default."""
-    add_texts(parser)
+def add_reading(
+    parser: argparse.ArgumentParser, on_bad_row: Literal["stop", "skip"] = "stop", what: str = TEXTS
+) -> None:
+    """Add the texts to read, --field and --on-bad-row.  on_bad_row: the default; what: what the texts may be."""
+    add_texts(parser, what)
     stop, skip = (" (default)" if on_bad_row == each else "" for each in ("stop", "skip"))
     parser.add_argument(
         "--on-bad-row",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from lowvram.config.base import Count, FrozenConfig, Size, as_list
 from lowvram.config.model import ModelConfig
@@ -34,15 +34,69 @@ def _as_corpora(value: Any) -> Any:
     return [{"path": one} if isinstance(one, str | Path) else one for one in several]
 
 
+class HeldOut(FrozenConfig):
+    """Packed text that is held out of one source."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """Its name in validations."""
+    path: Path
+    """Directory that `lowvram data pack` wrote."""
+
+
+def _as_held_out(value: Any) -> Any:
+    """Name the folders of a list: the folder `valid` of a source is called as the source."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not value:
+        raise ValueError("data.valid names no folder; leave the key out")
+    tables = [{"path": one} if isinstance(one, str | Path) else one for one in value]
+    return [{"source": _name_source(each["path"])} | each if _lacks_name(each) else each for each in tables]
+
+
+def _lacks_name(table: Any) -> bool:
+    return isinstance(table, dict) and "source" not in table and isinstance(table.get("path"), str | Path)
+
+
+def _name_source(path: str | Path) -> str:
+    path = Path(path)
+    return path.parent.name if path.name == "valid" and path.parent.name else path.name
+
+
+def _one_or_several(value: Any) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
 class DataConfig(FrozenConfig):
     """Where the tokens are."""
 
     train: Annotated[tuple[Corpus, ...], BeforeValidator(_as_corpora), Field(min_length=1)]
-    """Packed text to learn: one folder, a list of folders, or a list of `{ path, weight }`."""
-    valid: Path | None = None
-    """Packed text that is held out, for validation; without it overfitting cannot be seen."""
+    """Packed text to learn: one folder, a list of folders, or a list of `{ path, weight }`.  A folder that
+    `lowvram data mix` wrote stands for its sources and their shares."""
+    valid: Annotated[
+        Annotated[Path | None, Tag("one")] | Annotated[tuple[HeldOut, ...], Tag("several")],
+        Discriminator(_one_or_several),
+        BeforeValidator(_as_held_out),
+    ] = None
+    """Packed text that is held out, for validation; without it overfitting cannot be seen.  A list of folders, or of
+    `{ source, path }`, is measured by source too; beside a mix this follows from it."""
     tokenizer: Path
     """Directory of the tokenizer with which the text was packed."""
+
+    @property
+    def held_out(self) -> tuple[tuple[str, Path], ...]:
+        """The names and folders of what is held out; a single folder has an empty name."""
+        if self.valid is None:
+            return ()
+        return (("", self.valid),) if isinstance(self.valid, Path) else tuple((o.source, o.path) for o in self.valid)
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        names = [name for name, _ in self.held_out]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f'data.valid names the source "{twice[0]}" twice; write {{ source, path }} with other names'
+            )
+        return self
 
 
 class RunOptions(FrozenConfig):
@@ -62,7 +116,8 @@ class RunOptions(FrozenConfig):
     validate_every: PositiveInt = 250
     """Steps between two validations."""
     validate_tokens: Count = 262_144
-    """Tokens of `data.valid` that a validation reads."""
+    """Tokens of `data.valid` that a validation reads; of several sources the same number each, and more of the others
+    where one has fewer."""
     sample_every: PositiveInt = 500
     """Steps between two samples."""
     sample_tokens: PositiveInt = 40

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lowvram.config.field_names import answer_key
+from lowvram.config.mix import expand_mixes
 from lowvram.config.model import ModelConfig
 from lowvram.config.run import RunConfig, check_vocabulary
 from lowvram.config.train import TrainConfig, check_rotation
@@ -97,6 +98,7 @@ def load_run(
     _lay_over_preset(model.pop("preset", None), tables)
     gaps = _find_gaps(tables)
     _resolve_paths(tables, path.resolve().parent)
+    expand_mixes(tables.get("data", {}))
     tokenizer = tables.get("data", {}).get("tokenizer")
     if not isinstance(tokenizer, str):
         fix = 'Write [data] tokenizer = "tok".'
@@ -222,20 +224,22 @@ def _assign(tables: Table, assignment: str) -> str:
 
 
 def _resolve_paths(tables: Table, home: Path) -> None:
-    _map_paths(tables, lambda path: os.path.normpath(home / Path(path).expanduser()))
+    map_paths(tables, lambda path: os.path.normpath(home / Path(path).expanduser()))
 
 
-def _map_paths(tables: Table, change: Callable[[str], str]) -> None:
+def map_paths(tables: Table, change: Callable[[str], str]) -> None:
     """Change every path in a run's tables in place; a value that is no text is left for the later check to report."""
     data = tables.get("data", {})
-    corpora = data.get("train") if isinstance(data.get("train"), list) else []
-    if corpora:
-        data["train"] = corpora = [{"path": one} if isinstance(one, str) else one for one in corpora]
+    several: list[Any] = []
+    for part in ("train", "valid"):
+        if isinstance(data.get(part), list):
+            data[part] = [{"path": one} if isinstance(one, str) else one for one in data[part]]
+            several += data[part]
     path_keys: list[tuple[Any, tuple[str, ...]]] = [
         (data, ("valid", "tokenizer", "train")),
         (tables.get("run", {}), ("dir", "pairs")),
         (tables.get("train", {}), ("start_from",)),
-        *((corpus, ("path",)) for corpus in corpora),
+        *((corpus, ("path",)) for corpus in several),
     ]
     for table, keys in path_keys:
         for key in keys:
@@ -356,7 +360,7 @@ def _tags_of(config: type[BaseModel]) -> tuple[Any, ...]:
 def to_portable(what: RunConfig, home: Path) -> Table:
     """Return a run's configuration as plain tables whose paths are relative to `home`, so that both can be moved."""
     tables = what.model_dump(mode="json")
-    _map_paths(tables, lambda path: relate(path, home))
+    map_paths(tables, lambda path: relate(path, home))
     return tables
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowvram.config.base import flatten
+from lowvram.config.mix import name_folders
 from lowvram.config.run import RunConfig
 from lowvram.data.shard_set import ShardSet
 from lowvram.errors import DataError
@@ -158,9 +159,10 @@ def _data(contents: CardContents) -> str:
     lines = ["## Data", "", "| shards | share | tokens | documents | text | SHA-256 |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
     corpora = [(corpus.path, f"{corpus.weight:g}") for corpus in contents.what.data.train]
-    held_out = [(contents.what.data.valid, "held out")] if contents.what.data.valid is not None else []
-    for path, share in [*corpora, *held_out]:
-        lines.append(f"| {path.name} | {share} | {_describe_shards(path)} |")
+    held_out = [(path, "held out") for _, path in contents.what.data.held_out]
+    for rows in (corpora, held_out):
+        for name, (path, share) in zip(name_folders([path for path, _ in rows]), rows, strict=True):
+            lines.append(f"| {name} | {share} | {_describe_shards(path)} |")
     lines += ["", "| what | SHA-256 |", "| --- | --- |"]
     lines += [f"| {name} | `{value}` |" for name, value in sorted(hashes.items())]
     weights = contents.checkpoint.manifest["files"]["weights.safetensors"]["sha256"]

@@ -13,6 +13,10 @@ _HASH_BYTES = 8
 _PIECE_CHARACTERS = 1 << 16
 
 
+class NothingHeldOutError(DataError):
+    """None of the documents is held out: they are too few for the share."""
+
+
 class Holdout:
     """Holds out a share of all documents, and counts all documents and those held out.
 
@@ -28,7 +32,7 @@ class Holdout:
 
     def takes(self, text: str) -> bool:
         """Return whether this document is held out, and count it."""
-        position = _hash_position(nfc(text))
+        position = hash_position(nfc(text))
         is_held_out = position < self.share
         self.documents += 1
         self.held_out += is_held_out
@@ -52,19 +56,22 @@ class Holdout:
         if self.documents == 1:
             why = "Text files separate documents by blank lines; .jsonl and .parquet have one in a row."
             fix = "Separate the documents, or leave `holdout` out and pack other files for validation."
-            raise DataError("Nothing can be held out of one document.", why, fix)
+            raise NothingHeldOutError("Nothing can be held out of one document.", why, fix)
         if not self.held_out:
             why = "Documents are chosen by their hash, each with that probability."
             fix = f"The smallest share that holds one out is {_show_above(self._lowest)}; or leave `holdout` out."
-            raise DataError(f"{argument('holdout', share)} holds out none of {count}.", why, fix)
+            raise NothingHeldOutError(f"{argument('holdout', share)} holds out none of {count}.", why, fix)
         raise DataError(
             f"{argument('holdout', share)} holds out all {count}.", "Nothing is left to learn.", "Ask for less."
         )
 
 
-def _hash_position(text: str) -> float:
-    """Return the hash of a document's words, joined by single spaces, as a number from 0 to 1."""
-    hash, has_words, ends_in_space = hashlib.blake2b(digest_size=_HASH_BYTES), False, False
+def hash_position(text: str, purpose: bytes = b"") -> float:
+    """Return the hash of a document's words, joined by single spaces, as a number from 0 to 1.
+
+    purpose: at most 16 bytes; positions of different purposes are independent.
+    """
+    hash, has_words, ends_in_space = hashlib.blake2b(digest_size=_HASH_BYTES, person=purpose), False, False
     # The text is split in pieces, because a list of all words takes many times the memory of the document.
     for start in range(0, len(text), _PIECE_CHARACTERS):
         piece = text[start : start + _PIECE_CHARACTERS]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lowvram.config.mix import is_mix
 from lowvram.data.unpacked import explain_unpacked
 from lowvram.errors import DataError
 from lowvram.storage.disk import sha256
@@ -109,6 +110,9 @@ class ShardSet:
         if not Path(directory).is_dir():
             fix = "Name the folder that `lowvram data pack` wrote."
             raise DataError(f"The folder {directory} does not exist.", "Shards were to be read from it.", fix)
+        if is_mix(Path(directory)):
+            why = "Each of them has shards of its own, in its folders train and valid."
+            raise DataError(f"{directory} is a mix of several sources.", why, "Name the shards of one.")
         if not index.exists():
             inside = [
                 str(Path(directory) / name) for name in ("train", "valid") if (Path(directory) / name / INDEX).exists()

@@ -91,6 +91,7 @@ def pack_each_shard(
     holdout: Holdout | None = None,
     replace: bool = False,
     bad_rows: BadRows | None = None,
+    takes: Callable[[str], bool] | None = None,
 ) -> Generator[PackProgress, None, tuple[ShardSet, ...]]:
     """Encode the documents of `paths` into shards in `out`, and yield after each shard how far it is.
 
@@ -99,7 +100,8 @@ def pack_each_shard(
     processes: None for one per core; with more than one, a script must guard its entry with
     `if __name__ == "__main__"`.  holdout: None: one set of shards in `out`; else two, in `out/train`, and in
     `out/valid` the documents that are held out.  replace: whether another text in `out` may be replaced.
-    bad_rows: what is done with rows that are not text; None stops at the first.
+    bad_rows: what is done with rows that are not text; None stops at the first.  takes: which documents are packed at
+    all; None for all of them.
     Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`; a holdout that leaves one
     side without a document), BusyError, DiskFullError.
     """
@@ -117,7 +119,7 @@ def pack_each_shard(
         for folder in folders:
             _refuse_text_inside(folder.out, files)
             stack.enter_context(folder.claim())
-        parts = _parts(files, field, folders, holdout, bad_rows or BadRows())
+        parts = _parts(files, field, folders, holdout, bad_rows or BadRows(), takes)
         packed = stack.enter_context(closing(_packed(parts, tokenizer, processes or os.cpu_count() or 1, disk)))
         for done, (part, is_new) in enumerate(packed, 1):
             reused += not is_new
@@ -194,6 +196,7 @@ def _parts(
     folders: Sequence[ShardFolder],
     holdout: Holdout | None,
     bad_rows: BadRows,
+    takes: Callable[[str], bool] | None = None,
 ) -> Iterator[_Part]:
     """Yield the parts of all folders; the second folder, if there is one, gets the held-out documents."""
     sides = [_Collector(folder) for folder in folders]
@@ -205,6 +208,8 @@ def _parts(
 
     for file in files:
         for text in documents(file, field, tell, bad_rows):
+            if takes is not None and not takes(text):
+                continue
             side = sides[holdout is not None and holdout.takes(text)]
             side.add(text)
             if side.text_bytes >= PART_BYTES:

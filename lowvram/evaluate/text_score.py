@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lowvram.config.mix import is_mix, read_mix
 from lowvram.data.nfc import nfc
 from lowvram.data.shard_set import INDEX
 from lowvram.data.shards import ShardSet
@@ -57,8 +58,10 @@ def find_domains(paths: list[Path]) -> list[Path]:
 
     Raises DataError for a path that is missing or holds neither.
     """
-    shards = [path for path in paths if (path / INDEX).exists()]
-    others = [path for path in paths if path not in shards]
+    # Of a mix that is what it holds out; it may hold generated text too, which is not meant.
+    held_out = [folder for path in paths if is_mix(path) for _, folder in read_mix(path).valid(path)]
+    shards = [path for path in [*paths, *held_out] if (path / INDEX).exists()]
+    others = [path for path in paths if path not in shards and not is_mix(path)]
     return [*shards, *(find_text_files(others).files if others else ())]
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lowvram.config.mix import is_mix, name_folders, read_mix
 from lowvram.config.model import ModelConfig
 from lowvram.config.run import DataConfig
 from lowvram.config.run_file import load_preset, preset_names
@@ -24,6 +25,8 @@ ENOUGH_PASSES = 4.0
 # Source: Hoffmann et al. 2022, Training Compute-Optimal Large Language Models, table 3.
 TOKENS_PER_PARAMETER = 20
 OUR_PRESETS = "tr-"
+# Of so many sources each is named in a sentence.
+_MOST_NAMED = 4
 _MEMORISES = (
     f"Beyond about {ENOUGH_PASSES:.0f} passes over its text a model memorises it rather than learns from it "
     "(Muennighoff et al. 2023)."
@@ -102,22 +105,27 @@ def open_text(data: DataConfig) -> RunText:
     """Return the text of a run's shards, as their indexes describe it; raises DataError if missing or damaged."""
     total = sum(corpus.weight for corpus in data.train)
     parts = tuple(_open(corpus.path, corpus.weight / total) for corpus in data.train)
-    return RunText(parts, data.valid is not None, _count_held_out(data.valid))
+    return RunText(parts, data.valid is not None, _count_held_out(path for _, path in data.held_out))
 
 
 def open_folder(data: Path) -> RunText:
-    """Return the text in a folder of shards, or in one that holds `train` and perhaps `valid`.
+    """Return the text in a folder of shards, in one that holds `train` and perhaps `valid`, or of a mix.
 
     Raises DataError if there are no shards, and ConfigError as `find_folders` does.
     """
     folders = find_folders(data)
+    if is_mix(data):
+        mix = read_mix(data)
+        parts = tuple(_open(path, share) for path, share in mix.train(data))
+        return RunText(parts, folders.valid is not None, _count_held_out(path for _, path in mix.valid(data)))
     part = _open(folders.train if folders.train.is_dir() else data, 1.0)
-    return RunText((part,), folders.valid is not None, _count_held_out(folders.valid))
+    held_out = [] if folders.valid is None else [folders.valid]
+    return RunText((part,), bool(held_out), _count_held_out(held_out))
 
 
-def _count_held_out(valid: Path | None) -> int | None:
+def _count_held_out(valid: Iterable[Path]) -> int | None:
     try:
-        return None if valid is None else _open(valid, 1.0).tokens
+        return sum(_open(path, 1.0).tokens for path in valid) or None
     except DataError:  # told by what reads the text
         return None
 
@@ -164,10 +172,17 @@ def remark_on(text: RunText, model: ModelConfig, train: TrainConfig) -> Iterator
 
 
 def _count(parts: Sequence[Part], passes: Sequence[float], train: TrainConfig) -> str:
-    read = "; ".join(
-        f"{part.path.name} has {show_count(part.tokens)} tokens and is read {times:,.2f} times"
-        for part, times in zip(parts, passes, strict=True)
-    )
+    names = name_folders([part.path for part in parts])
+    each = [
+        f"{name} has {show_count(part.tokens)} tokens and is read {times:,.2f} times"
+        for name, part, times in zip(names, parts, passes, strict=True)
+    ]
+    if len(parts) > _MOST_NAMED:  # those that are read most often are where memorising begins
+        by_passes = sorted(range(len(parts)), key=lambda number: -passes[number])
+        named, others = by_passes[: _MOST_NAMED - 1], by_passes[_MOST_NAMED - 1 :]
+        rest = f"{passes[others[-1]]:,.2f} to {passes[others[0]]:,.2f} times"
+        each = [*(each[number] for number in named), f"{len(others)} other sources are read {rest}"]
+    read = "; ".join(each)
     return f"{show_count(train.tokens)} tokens in {count_of(train.steps, 'step')}: {read}."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from lowvram.config.mix import is_mix, read_mix
 from lowvram.errors import ConfigError, argument
 
 
@@ -12,7 +13,7 @@ class Folders(NamedTuple):
     """The folders in and beside a folder of data.
 
     home: the folder in which train, valid and tok are looked for.  train: may hold no shards yet.  valid, tokenizer:
-    None where there is none.  is_packed: whether `train` holds shards.
+    None where there is none.  is_packed: whether `train` holds shards.  Of a mix train and valid are the mix's folder.
     """
 
     home: Path
@@ -28,13 +29,16 @@ class Folders(NamedTuple):
 
 
 def find_folders(data: Path) -> Folders:
-    """Return the folders for `data`, which holds shards itself, or holds the shards `train` and perhaps `valid`.
+    """Return the folders for `data`, which holds shards itself, or the shards `train` and perhaps `valid`, or is a mix.
 
     The tokenizer is a folder `tok` in `data` or beside it.  Raises ConfigError if `data` holds shards itself and also
     in `train`.
     """
     from lowvram.data.shard_set import INDEX  # imports numpy, which `fit` does not need without a text
 
+    if is_mix(data):
+        valid = data if read_mix(data).valid(data) else None
+        return Folders(data, data, valid, _find_tokenizer(data), True)
     is_itself, has_train = (data / INDEX).is_file(), (data / "train" / INDEX).is_file()
     if is_itself and has_train:
         why = "Which of them is meant cannot be told."
@@ -43,6 +47,10 @@ def find_folders(data: Path) -> Folders:
     home = data.resolve().parent if is_itself and data.resolve().name == "train" else data
     train = data if is_itself else data / "train"
     valid = home / "valid"
+    has_valid = (valid / INDEX).is_file()
+    return Folders(home, train, valid if has_valid else None, _find_tokenizer(home), is_itself or has_train)
+
+
+def _find_tokenizer(home: Path) -> Path | None:
     candidates = (home / "tok", home.resolve().parent / "tok")
-    tokenizer = next((folder for folder in candidates if folder.is_dir()), None)
-    return Folders(home, train, valid if (valid / INDEX).is_file() else None, tokenizer, is_itself or has_train)
+    return next((folder for folder in candidates if folder.is_dir()), None)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lowvram.config.base import flatten
+from lowvram.config.mix import expand_mixes
 from lowvram.config.model import ModelConfig
-from lowvram.config.run_file import PLACEHOLDER, TAGS, Table, load_preset, relate
+from lowvram.config.run_file import PLACEHOLDER, TAGS, Table, load_preset, map_paths, relate
 from lowvram.config.train import TrainConfig
 from lowvram.errors import ConfigError
 from lowvram.storage.disk import DISK
@@ -25,14 +27,14 @@ def write_run(
 
     refuse_overwriting(path)
     has_gaps = folders is None
-    paths = dict.fromkeys(("train", "valid", "tokenizer"), PLACEHOLDER) if folders is None else folders
+    paths: Table = dict.fromkeys(("train", "valid", "tokenizer"), PLACEHOLDER) if folders is None else dict(folders)
     home = path.resolve().parent
     before = load_preset(preset)
     # The vocabulary follows the tokenizer.
     changes = _table_over(before[0].model_dump(mode="json"), model.model_dump(mode="json", exclude={"vocabulary"}))
     tables: dict[str, Table] = {
         "model": {"preset": preset} | flatten(changes),
-        "data": {key: value if has_gaps else relate(value, home) for key, value in paths.items()},
+        "data": paths if has_gaps else _name_data(paths, home),
         "train": flatten(_table_over(before[1].model_dump(mode="json"), train.model_dump(mode="json"))),
         "run": {"dir": f"runs/{preset}"},
     }
@@ -40,13 +42,35 @@ def write_run(
     for name, values in tables.items():
         table = tomlkit.table()
         for key, value in values.items():
-            table.append(tomlkit.key(key.split(".")) if "." in key else key, value)
+            written_value = _write_list(value) if name == "data" and isinstance(value, list) else value
+            table.append(tomlkit.key(key.split(".")) if "." in key else key, written_value)
         if name == "data" and has_gaps:
             table.add(tomlkit.comment("the key valid can be left out: then nothing is held out for validation"))
         if values:
             written.append(name, table)
     path.parent.mkdir(parents=True, exist_ok=True)
     DISK.write(path, tomlkit.dumps(written).encode())
+
+
+def _name_data(folders: Table, home: Path) -> Table:
+    """Return the table `data` over these folders: a mix with each of its sources, whose weights a person may change."""
+    tables: Table = {"data": dict(folders)}
+    expand_mixes(tables["data"])
+    map_paths(tables, lambda path: relate(path, home))
+    data: Table = tables["data"]
+    return data
+
+
+def _write_list(rows: list[Table]) -> Any:
+    """Return tables as a list with one of them in a line."""
+    import tomlkit
+
+    array = tomlkit.array()
+    for row in rows:
+        inline = tomlkit.inline_table()
+        inline.update(row)
+        array.append(inline)
+    return array.multiline(True)
 
 
 def tables_to_go_on(model: ModelConfig, run: Path) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -79,8 +80,19 @@ class Rotated:
 
 
 @dataclass(frozen=True)
+class SourceLoss:
+    """What one source of held-out text costs.  loss: nats per predicted token; text_bytes: what was read."""
+
+    loss: float
+    bits_per_byte: float
+    text_bytes: int
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Validation after a step.  reads_masters: frozen experts were read from their masters, not from their copies.
+
+    by_source: the loss of each source where `data.valid` names several; `loss` and `bits_per_byte` are of all of them.
 
     pairs_right: the share of right answers to the run's minimal pairs, None where it has none or they
     could not be asked; pairs_problem: why that was so where memory ran out, else empty.
@@ -92,6 +104,7 @@ class Evaluated:
     reads_masters: bool = False
     pairs_right: float | None = None
     pairs_problem: str = ""
+    by_source: Mapping[str, SourceLoss] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

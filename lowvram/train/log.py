@@ -8,13 +8,13 @@ import importlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from lowvram.errors import MachineError
 from lowvram.storage.disk import explain_full_disk
-from lowvram.train.events import Evaluated, Event, Rotated, Sampled, StepDone
+from lowvram.train.events import Evaluated, Event, Rotated, Sampled, SourceLoss, StepDone
 
 
 class Log(Protocol):
@@ -41,6 +41,8 @@ class JsonlLog:
     def write(self, event: Event) -> None:
         """Write the event's name, its values and the Unix time in seconds; NaN becomes null, since JSON has no NaN."""
         values = {f.name: _finite(getattr(event, f.name)) for f in dataclasses.fields(event)}
+        if not values.get("by_source", True):  # nothing is said of sources where there are none
+            del values["by_source"]
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
         with explain_full_disk(self._folder):
             self._file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
@@ -53,6 +55,10 @@ class JsonlLog:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, SourceLoss):
+        return _finite(dataclasses.asdict(value))
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -68,6 +74,7 @@ def scalars(event: Event) -> dict[str, float]:
     if isinstance(event, Evaluated):
         name = "valid_masters" if event.reads_masters else "valid"
         found = {f"{name}/loss": event.loss, f"{name}/bits_per_byte": event.bits_per_byte}
+        found |= {f"{name}/bits_per_byte/{source}": each.bits_per_byte for source, each in event.by_source.items()}
         return found if event.pairs_right is None else found | {f"{name}/pairs_right": event.pairs_right}
     if isinstance(event, Rotated):
         return {"rotation/card_bytes": event.card_bytes, "rotation/host_bytes": event.host_bytes}

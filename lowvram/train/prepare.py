@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from lowvram.config.run import RunConfig
 from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
+from lowvram.data.source_set import SourceSet, open_sources
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
 from lowvram.storage.checkpoint import Store
@@ -34,7 +36,7 @@ def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DIS
     if run.pairs is not None:
         read_run_pairs(run.pairs)  # a fault in the file is told now, and not at the first validation
     corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
-    valid = _open(config.data.valid, tokenizer) if config.data.valid else None
+    valid = _open_held_out(config.data.held_out, tokenizer)
     return Trainer(
         config=config,
         plan=settings.plan,
@@ -67,6 +69,14 @@ def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
     shards = ShardSet.open(directory, tokenizer.hash, tokenizer.size)
     shards.verify()
     return shards
+
+
+def _open_held_out(named: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> ShardSet | SourceSet | None:
+    found = open_sources(named, tokenizer.hash, tokenizer.size) if named else None
+    for shards in [source.shards for source in found.sources] if isinstance(found, SourceSet) else [found]:
+        if shards is not None:
+            shards.verify()
+    return found
 
 
 def _check_prompts(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import to_portable
 from lowvram.data.shards import ShardSet
+from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.generate.saved_run import check_readable
@@ -63,7 +64,7 @@ class Trainer(StepLauncher):
     tokenizer: Tokenizer
     store: Store
     hashes: dict[str, str]
-    valid: ShardSet | None = None
+    valid: ShardSet | SourceSet | None = None
     lock: RunLock | None = None
     reads_late: bool = field(default=False, init=False)
     doing: Doing = field(default="starting", init=False)
@@ -335,7 +336,7 @@ class Trainer(StepLauncher):
             yield from self._try("validating", validate)
             self._pace.begin(self.state.tokens)
 
-    def _valid_part(self) -> tuple[RunConfig, TrainState, Tokenizer, ShardSet, int]:
+    def _valid_part(self) -> tuple[RunConfig, TrainState, Tokenizer, ShardSet | SourceSet, int]:
         assert self.valid is not None, "callers have checked it"
         return self.config, self.state, self.tokenizer, self.valid, self.plan.micro_batch
 

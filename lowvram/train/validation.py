@@ -8,9 +8,11 @@ from pathlib import Path
 
 from lowvram.config.run import RunConfig
 from lowvram.data.shards import ShardSet
+from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError, NumbersError
 from lowvram.evaluate.bits_per_byte import score
+from lowvram.evaluate.by_source import add_up, score_sources
 from lowvram.evaluate.minimal_pairs import Pair, answer_pairs, choose_light_subset, read_pairs
 from lowvram.evaluate.scorer import Scorer
 from lowvram.finish import finish
@@ -18,7 +20,7 @@ from lowvram.generate.decoder import Decoder
 from lowvram.generate.engine import Engine
 from lowvram.generate.sampling import Sampler
 from lowvram.objective import DTYPES
-from lowvram.train.events import Evaluated, Sampled
+from lowvram.train.events import Evaluated, Sampled, SourceLoss
 from lowvram.train.oom import free_memory, is_out_of_memory
 from lowvram.train.rotation import ExpertRotation
 from lowvram.train.state import TrainState
@@ -27,13 +29,32 @@ from lowvram.train.state import TrainState
 PAIRS = 256
 
 
-def evaluate(config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int) -> Evaluated:
-    """Validate on the first `run.validate_tokens` tokens of `valid`.  batch: windows at a time."""
+def evaluate(
+    config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet | SourceSet, batch: int
+) -> Evaluated:
+    """Validate on the first `run.validate_tokens` tokens of `valid`, of several sources as `SourceSet.limit` shares.
+
+    batch: windows at a time.
+    """
     dtype, most = DTYPES[config.train.precision], config.run.validate_tokens
-    bos_id, byte_count_V = tokenizer.bos_id, tokenizer.byte_count_V
-    result = score(state.model, valid, bos_id, byte_count_V, config.train.seq_len, dtype, most, batch)
+    bos_id, byte_count_V, seq_len = tokenizer.bos_id, tokenizer.byte_count_V, config.train.seq_len
+    by_source: dict[str, SourceLoss] = {}
+    if isinstance(valid, SourceSet):
+        sources = valid.limit(most)
+        scores = finish(score_sources(state.model, sources, bos_id, byte_count_V, seq_len, dtype, batch))
+        by_source = {name: SourceLoss(s.loss, s.bits_per_byte, s.text_bytes) for name, s in scores.items()}
+        result = add_up(scores.values())
+    else:
+        result = score(state.model, valid, bos_id, byte_count_V, seq_len, dtype, most, batch)
     right, problem = _answer_pairs(config, state, tokenizer, batch)
-    return Evaluated(state.step, result.loss, result.bits_per_byte, pairs_right=right, pairs_problem=problem)
+    return Evaluated(
+        state.step,
+        result.loss,
+        result.bits_per_byte,
+        pairs_right=right,
+        pairs_problem=problem,
+        by_source=by_source,
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,7 +91,12 @@ def _answer_pairs(config: RunConfig, state: TrainState, tokenizer: Tokenizer, ba
 
 
 def evaluate_masters(
-    config: RunConfig, state: TrainState, tokenizer: Tokenizer, valid: ShardSet, batch: int, rotation: ExpertRotation
+    config: RunConfig,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    valid: ShardSet | SourceSet,
+    batch: int,
+    rotation: ExpertRotation,
 ) -> Evaluated:
     """Validate with the experts' masters, which a checkpoint saves, in place of the card's low-precision copies."""
     with rotation.reading_masters():

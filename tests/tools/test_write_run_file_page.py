@@ -49,7 +49,7 @@ def test_types_and_defaults_are_those_that_a_person_writes() -> None:
         "| `disk_budget` | size | none |",
         '| `weights` | `"fp32"` or `"bf16"` | `"fp32"` |',
         "| `dropout` | number | `0.0` |",
-        "| `valid` | path | none |",
+        "| `valid` | path or list of table | none |",
         "| `vocabulary` | whole number | the tokenizer's |",
         '| `positions` | table | `{ kind = "rope" }` |',
         '| `optimizer` | table | `{ name = "adamw" }` |',

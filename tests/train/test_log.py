@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 
 from lowvram.errors import CheckpointError, DiskFullError, MachineError
-from lowvram.train.events import Evaluated, Event, Halved, Recorded, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import (
+    Evaluated,
+    Event,
+    Halved,
+    Recorded,
+    Rotated,
+    Sampled,
+    Saved,
+    SourceLoss,
+    Started,
+    StepDone,
+    Stopped,
+)
 from lowvram.train.log import JsonlLog, open_logs, scalars
 
 STEP = StepDone(3, 768, 5.25, 0.5, 1e-3, 1234.5, 1 << 30, 60.0, skipped=0)
@@ -68,6 +80,18 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
         {"event": "Recorded", "step": 3, "problem": "memory ran out."},
         {"event": "Stopped", "step": 3, "is_finished": False},
     ]  # fmt: skip
+
+
+def test_the_loss_of_each_source_is_in_the_row_and_in_the_charts(tmp_path: Path) -> None:
+    each = {"tr/law": SourceLoss(4.5, 1.25, 800), "kk": SourceLoss(math.nan, math.nan, 200)}
+    event = Evaluated(3, 5.5, 2.75, by_source=each)
+    write_all(tmp_path / "log.jsonl", event)
+    [row] = rows_of(tmp_path / "log.jsonl")
+    assert row["by_source"] == {
+        "tr/law": {"loss": 4.5, "bits_per_byte": 1.25, "text_bytes": 800},
+        "kk": {"loss": None, "bits_per_byte": None, "text_bytes": 200},
+    }
+    assert scalars(event)["valid/bits_per_byte/tr/law"] == 1.25
 
 
 def test_a_row_is_on_the_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
