@@ -9,9 +9,11 @@ from lowvram.shell import quote_command
 
 # The options whose name is not the argument's.
 _OTHER_NAMES = {"max_context": "context", "max_tokens": "tokens", "overrides": "set", "preset": "model"}
+_OTHER_NAMES |= {"all_documents": "all", "hashes": "hash", "least_bytes": "least"}
 _SAME_NAMES = (
-    "against cache compile data desktop device dtype gpu graphs holdout language license measure memory micro_batch "
-    "newest on_bad_row out precision processes ram recompute replace to tokenizer verify"
+    "above against below boring cache compile data desktop device dtype exclude gpu graphs holdout language license "
+    "listed measure memory micro_batch newest on_bad_row out precision processes ram recompute replace strangest to "
+    "tokenizer tokens verify"
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}
