@@ -58,11 +58,11 @@ def run(out, die_at):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     disk = Mortal()
     disk.left = die_at
-    shards, tokenizer = ShardSet.open(Path(sys.argv[1])), Tokenizer.load(Path(sys.argv[2]))
-    listed = {row["hash"]: row for row in read_list(Path(sys.argv[3]))}
-    finish(write_rest(shards, finish(find_documents(shards, tokenizer, listed)), tokenizer, out, disk))
+    finish(write_rest(shards, found, tokenizer, out, disk))
     os._exit(0)
 
+shards, tokenizer = ShardSet.open(Path(sys.argv[1])), Tokenizer.load(Path(sys.argv[2]))
+found = finish(find_documents(shards, tokenizer, {row["hash"]: row for row in read_list(Path(sys.argv[3]))}))
 die_at = 1
 while run(Path(sys.argv[4], f"{die_at:03d}"), die_at) == 9:
     assert run(Path(sys.argv[4], f"{die_at:03d}"), 0) == 0
@@ -143,8 +143,15 @@ def test_what_was_left_out_is_listed_and_packing_with_the_list_gives_the_same_to
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
-    packed: ShardSet, listed: Path, small_tokenizer: Tokenizer, tmp_path: Path
+    folder: Path, texts: list[str], small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lowvram.data.shards.PART_BYTES", 3_000)
+    packed = pack([folder], small_tokenizer, tmp_path / "out", processes=1)
+    *_, middle, end = packed.parts()
+    assert middle.start > 0
+    # The first shard loses two documents, the last all.
+    last = [data.decode() for data in open_documents(packed, end, small_tokenizer).all_bytes()]
+    listed = write_hashes(tmp_path / "listed.txt", [*texts[:2], *last], tuple(range(2 + len(last))))
     before = bytes_of(packed.directory)
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "home").mkdir()
