@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # How wide lines are where there is no window, and how much of a document is shown in the narrowest one.
 _PIPE_WIDTH, _LEAST_EXCERPT = 120, 20
+# Places up to this width are a column; longer ones push the text behind them aside.
+_WIDEST_PLACE = 30
 _DESCRIPTION = (
     "Let a trained model name the documents that it finds strangest and most boring: those that cost it the most and "
     "the fewest bits per byte.  Strange are damaged text, other languages, tables of numbers; boring are text that "
@@ -112,9 +114,11 @@ def _show_documents(found: Looked, documents: tuple[SeenDocument, ...]) -> None:
     width = out.width if out.is_terminal else _PIPE_WIDTH
     for source, pairs in groupby(ordered, lambda pair: pair[0]):
         result(f"  {source}")
-        for _, document in pairs:
-            size = show_bytes(document.text_bytes)
-            head = clean(f"  {document.bits_per_byte:6.3f} {size:>9}  {_place_in(source, document)}  ")
+        shown = [(document, clean(_place_in(source, document))) for _, document in pairs]
+        widest = min(max(cell_len(place) for _, place in shown), _WIDEST_PLACE)
+        for document, place in shown:
+            blanks = " " * (widest - cell_len(place))
+            head = f"  {document.bits_per_byte:6.3f} {show_bytes(document.text_bytes):>9}  {place}{blanks}  "
             literal(head + _cut(clean(document.excerpt), max(width - cell_len(head), _LEAST_EXCERPT)))
 
 
