@@ -17,11 +17,17 @@ if TYPE_CHECKING:
     from lowvram.api.comparing import compare as compare
     from lowvram.api.evaluation import Evaluation as Evaluation
     from lowvram.api.evaluation import evaluate as evaluate
+    from lowvram.api.excluding import ExcludedDocuments as ExcludedDocuments
+    from lowvram.api.excluding import exclude as exclude
     from lowvram.api.fit_result import FitOptions as FitOptions
     from lowvram.api.fit_result import FitResult as FitResult
     from lowvram.api.fitting import fit as fit
     from lowvram.api.importing import Imported as Imported
     from lowvram.api.importing import import_model as import_model
+    from lowvram.api.looking import Looked as Looked
+    from lowvram.api.looking import SeenDocument as SeenDocument
+    from lowvram.api.looking import SourceScore as SourceScore
+    from lowvram.api.looking import look as look
     from lowvram.api.mixing import Mixed as Mixed
     from lowvram.api.mixing import mix as mix
     from lowvram.api.models import Model as Model
@@ -60,12 +66,12 @@ _HOMES = {
     "Evaluated": "lowvram.train.events",
     "Evaluation": "lowvram.api.evaluation",
     "Event": "lowvram.train.events",
+    "ExcludedDocuments": "lowvram.api.excluding",
     "FitOptions": "lowvram.api.fit_result",
     "FitResult": "lowvram.api.fit_result",
     "Halved": "lowvram.train.events",
-    "Receipt": "lowvram.fit.receipts",
-    "Recorded": "lowvram.train.events",
     "Imported": "lowvram.api.importing",
+    "Looked": "lowvram.api.looking",
     "LowvramError": "lowvram.errors",
     "MemoryBudget": "lowvram.fit.report",
     "Mixed": "lowvram.api.mixing",
@@ -73,10 +79,14 @@ _HOMES = {
     "Notice": "lowvram.api.tasks",
     "Packed": "lowvram.api.packing",
     "PackedShards": "lowvram.api.packing",
+    "Receipt": "lowvram.fit.receipts",
+    "Recorded": "lowvram.train.events",
     "Rotated": "lowvram.train.events",
     "RunSettings": "lowvram.train.settings",
     "Sampled": "lowvram.train.events",
     "Saved": "lowvram.train.events",
+    "SeenDocument": "lowvram.api.looking",
+    "SourceScore": "lowvram.api.looking",
     "Started": "lowvram.train.events",
     "StepDone": "lowvram.train.events",
     "Stopped": "lowvram.train.events",
@@ -88,9 +98,11 @@ _HOMES = {
     "clean": "lowvram.api.cleaning",
     "compare": "lowvram.api.comparing",
     "evaluate": "lowvram.api.evaluation",
+    "exclude": "lowvram.api.excluding",
     "fit": "lowvram.api.fitting",
     "import_model": "lowvram.api.importing",
     "load": "lowvram.api.models",
+    "look": "lowvram.api.looking",
     "mix": "lowvram.api.mixing",
     "pack": "lowvram.api.packing",
     "receipt": "lowvram.api.receipts",
@@ -104,10 +116,12 @@ __all__ = [
     "Evaluated",
     "Evaluation",
     "Event",
+    "ExcludedDocuments",
     "FitOptions",
     "FitResult",
     "Halved",
     "Imported",
+    "Looked",
     "LowvramError",
     "MemoryBudget",
     "Mixed",
@@ -121,6 +135,8 @@ __all__ = [
     "RunSettings",
     "Sampled",
     "Saved",
+    "SeenDocument",
+    "SourceScore",
     "Started",
     "StepDone",
     "Stopped",
@@ -132,9 +148,11 @@ __all__ = [
     "clean",
     "compare",
     "evaluate",
+    "exclude",
     "fit",
     "import_model",
     "load",
+    "look",
     "mix",
     "pack",
     "receipt",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.arguments import PATH, refuse_count, refuse_missing
+from lowvram.api.arguments import PATH, refuse_count, refuse_missing, refuse_type
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
 if TYPE_CHECKING:
+    from lowvram.data.exclusion_list import Exclusion
     from lowvram.data.shards import PackProgress, ShardSet
 
 DEFAULT_TOKENIZER, DEFAULT_OUT = Path("tok"), Path("shards")
@@ -57,6 +58,7 @@ def pack(
     holdout: float | str | None = None,
     field: str = "text",
     on_bad_row: OnBadRow = "stop",
+    exclude: str | Path | None = None,
     replace: bool = False,
     processes: int = 1,
     progress: bool = False,
@@ -66,9 +68,10 @@ def pack(
     texts: a file (.txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst), a folder, a pattern, or several of them;
     documents end at a blank line, or are `field` of a row.  tokenizer: its folder.  holdout: the share of the documents
     that is held out, as 0.005 or "0.5%": the shards are then in `out/train` and `out/valid`.  on_bad_row: "stop" at the
-    first row that is no text, or "skip" a few of them.  replace: replace shards of another text in `out`.  processes:
-    with more than one, a script must guard its entry with `if __name__ == "__main__":`.  progress: show a progress bar,
-    in a terminal or a notebook.
+    first row that is no text, or "skip" a few of them.  exclude: a list of documents that are left out, by the hash of
+    their text: part of what `look` writes, or the excluded.json of other shards.  replace: replace shards of another
+    text in `out`.  processes: with more than one, a script must guard its entry with `if __name__ == "__main__":`.
+    progress: show a progress bar, in a terminal or a notebook.
 
     Raises ConfigError for an argument that cannot be meant, TokenizerError where there is no tokenizer, DataError for
     text that cannot be read or where `out` holds something else, BusyError, DiskFullError.
@@ -76,10 +79,12 @@ def pack(
     options = read_text_options(texts, field, on_bad_row, holdout)
     refuse_missing("out", out, *PATH)
     refuse_missing("tokenizer", tokenizer, *PATH)
+    refuse_type("exclude", exclude, *PATH)
     refuse_missing("replace", replace, bool)
     refuse_missing("processes", processes, int)
     refuse_count("processes", processes)
-    found, notices = carry_out(pack_task(options, Path(tokenizer), Path(out), replace, processes), progress)
+    listed = Path(exclude) if exclude is not None else None
+    found, notices = carry_out(pack_task(options, Path(tokenizer), Path(out), replace, processes, listed), progress)
     return dataclasses.replace(found, notices=notices)
 
 
@@ -89,26 +94,55 @@ def pack_task(
     out: Path = DEFAULT_OUT,
     replace: bool = False,
     processes: int | None = None,
+    exclude: Path | None = None,
 ) -> Task[Packed]:
     """Do what `pack` does, and yield its notices and its progress.  processes: None for one per core."""
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.data.shards import pack_each_shard
     from lowvram.evaluate.verdict import warn_of_few_tokens
 
-    loaded = load_tokenizer(tokenizer)
+    loaded, exclusion = load_tokenizer(tokenizer), _read_exclusion(exclude)
     files = yield from find_texts(options)
     skipped, holdout = SkippedRows(options.on_bad_row), options.build_holdout()
     packing = pack_each_shard(
-        files, loaded, out, options.field, processes, holdout=holdout, replace=replace, bad_rows=skipped.bad_rows
+        files,
+        loaded,
+        out,
+        options.field,
+        processes,
+        holdout=holdout,
+        replace=replace,
+        bad_rows=skipped.bad_rows,
+        exclusion=exclusion,
     )
     sides = yield from skipped.tell_beside(show_packing(packing))
     yield from skipped.summarise()
+    yield from _tell_excluded(exclusion)
     is_split = holdout is not None
     if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
         yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
     has_validation = is_split or out.name == "valid" or (out.parent / "valid").is_dir()
     home = out.parent if not is_split and out.name in ("train", "valid") else out
-    return Packed(tuple(map(_describe, sides)), has_validation, find_data(home, tokenizer))
+    return Packed(tuple(map(describe_shards, sides)), has_validation, find_data(home, tokenizer))
+
+
+def _read_exclusion(file: Path | None) -> Exclusion | None:
+    from lowvram.data.exclusion_list import Exclusion, read_list
+
+    if file is None:
+        return None
+    return Exclusion({row["hash"]: row | {"why": row.get("why") or f"in {file.name}"} for row in read_list(file)})
+
+
+def _tell_excluded(exclusion: Exclusion | None) -> Iterator[Notice]:
+    from lowvram.units import count_of
+
+    if exclusion is None:
+        return
+    yield Notice(f"Left out {count_of(len(exclusion.rows), 'listed document')}.")
+    if exclusion.missing:
+        missing = f"{exclusion.missing:,} of {count_of(len(exclusion.listed), 'listed text')}"
+        yield Notice(f"{missing} do not occur in what was packed.", "warning")
 
 
 def show_packing(
@@ -126,7 +160,8 @@ def show_packing(
         yield Progress(what, found.read_bytes, found.total_bytes or None, f"{show_count(found.tokens)} tokens")
 
 
-def _describe(shards: ShardSet) -> PackedShards:
+def describe_shards(shards: ShardSet) -> PackedShards:
+    """Return what a folder of shards holds."""
     return PackedShards(shards.directory, shards.tokens, shards.documents, shards.text_bytes)
 
 

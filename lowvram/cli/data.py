@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.packing import DEFAULT_OUT, DEFAULT_TOKENIZER
 from lowvram.cli.data_clean import add_clean
+from lowvram.cli.data_exclude import add_exclude
+from lowvram.cli.data_look import add_look
 from lowvram.cli.data_mix import add_mix
 from lowvram.cli.options import add_holdout, process_count
 from lowvram.cli.texts import add_reading, read_options, report
@@ -35,10 +37,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_holdout(
         pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
     )
+    what = "leave out the documents that a list names: an excluded.json, or part of what `lowvram data look` wrote"
+    pack.add_argument("--exclude", type=Path, metavar="FILE", help=what)
     pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
     pack.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
     pack.set_defaults(run=run_pack)
     add_mix(actions)
+    add_look(actions)
+    add_exclude(actions)
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
@@ -51,7 +57,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
     if arguments.on_bad_row == "report":
         return report(arguments)
     options = read_options(arguments)
-    given = (arguments.tokenizer, arguments.out, arguments.replace, arguments.processes)
+    given = (arguments.tokenizer, arguments.out, arguments.replace, arguments.processes, arguments.exclude)
     packed = run_task(pack_task(options, *given))
     for shards in packed.shards:
         result(_describe(shards))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowvram.data.bad_rows import BadRow
 from lowvram.data.fields import find_text
+from lowvram.data.places import Cursor
 from lowvram.data.text_files import DATASET
 from lowvram.data.text_stream import need
 from lowvram.errors import DataError
@@ -14,10 +15,11 @@ from lowvram.errors import DataError
 _SPLIT = "train"
 
 
-def hub_documents(name: Path, field: str) -> Iterator[str | BadRow]:
+def hub_documents(name: Path, field: str, cursor: Cursor) -> Iterator[str | BadRow]:
     """Yield the field of each row of a data set's split.
 
-    name: `hf:owner/name`, `hf:FOLDER`, each with `@SPLIT` behind it for another split than train.
+    name: `hf:owner/name`, `hf:FOLDER`, each with `@SPLIT` behind it for another split than train.  cursor: told the
+    number of each row.
     Raises DataError where it cannot be opened or read, MachineError where the package datasets is not installed.
     """
     datasets = need("datasets")
@@ -25,6 +27,7 @@ def hub_documents(name: Path, field: str) -> Iterator[str | BadRow]:
     try:
         rows = iter(datasets.load_dataset(place, split=split or _SPLIT, streaming=True))
         for number, row in enumerate(rows):
+            cursor.line = number
             yield find_text(f"{name}, row {number}", row, field)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         why = f"{type(error).__name__}: {error}."

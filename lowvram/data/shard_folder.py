@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -12,13 +13,25 @@ from typing import Any
 
 import filelock
 
-from lowvram.data.shard_set import COUNTS, FORMAT, INDEX, ShardSet, add_up, has_counts, other_tokenizer, read_json
+from lowvram.data.exclusion_list import EXCLUDED, LEFT_OUT, Excluded
+from lowvram.data.shard_set import (
+    COUNTS,
+    FORMAT,
+    INDEX,
+    PLACES,
+    ShardSet,
+    add_up,
+    has_counts,
+    other_tokenizer,
+    read_bytes,
+    read_json,
+)
 from lowvram.errors import BusyError, DataError
 from lowvram.storage.disk import Disk, sha256
 from lowvram.units import count_of, show_count
 
-_NAME = re.compile(r"([0-9]{5,})\.(bin|json)")
-_UNFINISHED = re.compile(r"([0-9]{5,}\.(bin|json)|shards\.json)\.[0-9]+\.tmp")
+_NAME = re.compile(r"([0-9]{5,})\.(bin|json|places)")
+_UNFINISHED = re.compile(r"([0-9]{5,}\.(bin|json|places)|(shards|excluded)\.json)\.[0-9]+\.tmp")
 # The keys of a sidecar; a file without them is not ours and is never deleted.
 _SIDECAR = {"tokenizer", "text", "dtype", "sha256", *COUNTS}
 _MOST_NAMES = 3
@@ -99,7 +112,7 @@ class ShardFolder:
                 raise other_tokenizer(self.out, str(tokenizer_hash), self._tokenizer_hash, fix)
 
     def path(self, number: int, kind: str = "bin") -> Path:
-        """Return the path of a shard (`bin`) or of its sidecar (`json`)."""
+        """Return the path of a shard (`bin`), of its sidecar (`json`), or of its documents' places (`places`)."""
         return self.out / f"{number:05d}.{kind}"
 
     def find_done(self, number: int, text_hash: str) -> dict[str, Any] | None:
@@ -112,7 +125,7 @@ class ShardFolder:
 
     def check_may_write(self, number: int, text_hash: str, documents: int) -> None:
         """Raise DataError where the shard would replace one of another text, or a file that is not a shard."""
-        for path in (self.path(number), self.path(number, "json")):
+        for path in (self.path(number), self.path(number, "json"), self.path(number, "places")):
             if path.exists() and path not in self._former:
                 why = "A shard would get that name, and this file is no shard of lowvram's."
                 raise DataError(f"{path} is in the way.", why, "Name a folder of its own as `out`, or move that file.")
@@ -155,13 +168,23 @@ class ShardFolder:
         documents = count_of(totals["documents"], "document")
         return f"{show_count(totals['tokens'])} tokens of {documents}{origin}, packed {packed_at}"
 
-    def add(self, number: int, sidecar: dict[str, Any], beside: Path | None) -> None:
-        """Add a shard; one that was just encoded is at `beside` and is renamed here."""
+    def add(self, number: int, sidecar: dict[str, Any], beside: Path | None, places: bytes | None = None) -> None:
+        """Add a shard; one that was just encoded is at `beside` and is renamed here.
+
+        places: of its documents, None where they are not known; also those of a finished shard are brought up to date.
+        """
+        path = self.path(number, PLACES)
+        noted = {} if places is None else {PLACES: hashlib.sha256(places).hexdigest()}
+        is_noted = places is None or (sidecar.get(PLACES) == noted[PLACES] and read_bytes(path) == places)
         if beside:
             # From here on, an older index is no longer true of the folder.
             self._disk.delete(self.out / INDEX)
-            # The sidecar is written first, so that every shard can be recognised as ours.
-            self._write_json(self.path(number, "json"), sidecar)
+        if beside or not is_noted:
+            # The sidecar is written first, so that every file can be recognised as ours.
+            self._write_json(self.path(number, "json"), sidecar | noted)
+        if places is not None and not is_noted:
+            self._disk.write(path, places)
+        if beside:
             self._disk.rename(beside, self.path(number))
         row = {key: sidecar[key] for key in (*COUNTS, "sha256")}
         self.shards.append({"file": self.path(number).name} | row)
@@ -171,18 +194,25 @@ class ShardFolder:
         if any(int(path.stem) >= len(self.shards) for path in self._former):
             self._refuse_other_text()
 
-    def finish(self, files: Sequence[Path]) -> ShardSet:
+    def finish(self, files: Sequence[Path], excluded: Excluded | None = None) -> ShardSet:
         """Write the index, delete the surplus shards of an older, longer packing, and open the packed shards.
 
-        files: the sources of the text; their names are recorded for people.
+        files: the sources of the text; their names are recorded for people.  excluded: what was left out.
         """
         names = sorted(file.name for file in files)
-        sources = {"files": len(names), "first": names[:_MOST_NAMES]}
+        sources: dict[str, Any] = {"files": len(names), "first": names[:_MOST_NAMES]}
+        if excluded is not None:
+            sources = {key: value for key, value in (excluded.sources or sources).items() if key != LEFT_OUT}
+        if excluded is not None and excluded.rows:
+            sources[LEFT_OUT] = len(excluded.rows)
+            self._disk.write(self.out / EXCLUDED, excluded.encode())
+        elif LEFT_OUT in (self._index.get("sources") or {}):
+            self._disk.delete(self.out / EXCLUDED)
         head = {"format": FORMAT, "tokenizer": self._tokenizer_hash, "dtype": self.dtype}
         index = head | add_up(self.shards) | {"sources": sources, "shards": self.shards}
         self._write_json(self.out / INDEX, index)
-        # In sorted order a shard is deleted before its sidecar, so it is still known as ours after an interruption.
-        for path in sorted(self._former | self._find_ours()):
+        # A shard is deleted before its sidecar, so it is still known as ours after an interruption.
+        for path in sorted(self._former | self._find_ours(), key=lambda path: (path.stem, path.suffix == ".json")):
             if int(path.stem) >= len(self.shards):
                 self._disk.delete(path)
         return ShardSet.open(self.out, self._tokenizer_hash)

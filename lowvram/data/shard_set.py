@@ -1,6 +1,7 @@
 """Reads a packed directory of shards as one sequence of tokens, and defines its format; knows no text, batch or model.
 
-A packed directory: 00000.bin (ids, little-endian), 00000.json (its sidecar), … and shards.json, written last.
+A packed directory: 00000.bin (ids, little-endian), 00000.json (its sidecar), 00000.places (where its documents come
+from; older packings have none), … and shards.json, written last.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from lowvram.storage.json_files import JsonError, read_object
 
 FORMAT = 1
 INDEX = "shards.json"
+# The ending of the file with a shard's places, and the key of its SHA-256 in the sidecar.
+PLACES = "places"
 COUNTS = ("tokens", "documents", "text_bytes")
 _SHARD_NAME = re.compile(r"[0-9]{5,}\.bin")
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -34,6 +37,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (OSError, JsonError):
         return {}
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """Return what a file holds, None where there is none."""
+    return path.read_bytes() if path.is_file() else None
 
 
 def has_counts(record: dict[str, Any]) -> bool:
@@ -70,6 +78,17 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
+
+
+class ShardPart(NamedTuple):
+    """One shard of a set.  start: the number of its first token in the set."""
+
+    path: Path
+    start: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    sha256: str
 
 
 class ShardSet:
@@ -133,6 +152,14 @@ class ShardSet:
             raise other_tokenizer(directory, shards.tokenizer_hash, str(tokenizer_hash), fix)
         shards._check_sizes()
         return shards
+
+    def parts(self) -> list[ShardPart]:
+        """Return the shards in their order."""
+        starts = self._starts.tolist()
+        return [
+            ShardPart(path, start, shard["tokens"], shard["documents"], shard["text_bytes"], shard["sha256"])
+            for path, start, shard in zip(self._paths, starts, self._shards, strict=False)
+        ]
 
     def _check_sizes(self) -> None:
         # Reading a mapped file that is too short raises SIGBUS, which ends the process without an error message.

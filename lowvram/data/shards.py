@@ -14,7 +14,9 @@ from typing import Any
 
 from lowvram.data.bad_rows import BadRows
 from lowvram.data.encoders import EncodeTask, encode_in
+from lowvram.data.exclusion_list import Excluded, Exclusion
 from lowvram.data.holdout import Holdout
+from lowvram.data.places import Cursor, PlaceList
 from lowvram.data.shard_folder import ShardFolder, holds_shards
 from lowvram.data.shard_set import COUNTS, ShardSet
 from lowvram.data.text import documents, find_files
@@ -53,6 +55,7 @@ class _Part:
     """Whole documents that become one shard.
 
     file: the file of the last document.  read_bytes: the bytes of all files read up to its end, as stored on disk.
+    places: where the documents stand in their files, as a `PlaceList` writes it.
     """
 
     folder: ShardFolder
@@ -61,6 +64,7 @@ class _Part:
     texts: list[str]
     hash: str
     read_bytes: int
+    places: bytes
 
 
 def pack(
@@ -92,6 +96,7 @@ def pack_each_shard(
     replace: bool = False,
     bad_rows: BadRows | None = None,
     takes: Callable[[str], bool] | None = None,
+    exclusion: Exclusion | None = None,
 ) -> Generator[PackProgress, None, tuple[ShardSet, ...]]:
     """Encode the documents of `paths` into shards in `out`, and yield after each shard how far it is.
 
@@ -101,15 +106,11 @@ def pack_each_shard(
     `if __name__ == "__main__"`.  holdout: None: one set of shards in `out`; else two, in `out/train`, and in
     `out/valid` the documents that are held out.  replace: whether another text in `out` may be replaced.
     bad_rows: what is done with rows that are not text; None stops at the first.  takes: which documents are packed at
-    all; None for all of them.
+    all; None for all of them.  exclusion: takes documents that are left out; the first folder keeps a list of them.
     Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`; a holdout that leaves one
     side without a document), BusyError, DiskFullError.
     """
-    if holdout is None:
-        _refuse_split(out)
-    elif holds_shards(out):
-        why = f"They were packed without `holdout`; beside {out / SIDES[0]} nobody could tell which of them are meant."
-        raise DataError(f"{out} itself holds shards.", why, f"Name another `out`, or delete the shards in {out} first.")
+    refuse_other_form(out, holdout is not None)
     outs = [out] if holdout is None else [out / name for name in SIDES]
     folders = [ShardFolder(folder, tokenizer.hash, _dtype_name(tokenizer), disk, replace) for folder in outs]
     files = find_files(paths)
@@ -119,7 +120,7 @@ def pack_each_shard(
         for folder in folders:
             _refuse_text_inside(folder.out, files)
             stack.enter_context(folder.claim())
-        parts = _parts(files, field, folders, holdout, bad_rows or BadRows(), takes)
+        parts = _parts(files, field, folders, holdout, bad_rows or BadRows(), takes, exclusion)
         packed = stack.enter_context(closing(_packed(parts, tokenizer, processes or os.cpu_count() or 1, disk)))
         for done, (part, is_new) in enumerate(packed, 1):
             reused += not is_new
@@ -127,15 +128,24 @@ def pack_each_shard(
             counts = {"shards": done, "reused": reused, **totals}
             yield PackProgress(part.file, read_bytes=part.read_bytes, total_bytes=total_bytes, **counts)
         if not any(folder.shards for folder in folders):
-            raise DataError("There is no text to pack.", "Every row was skipped.", "Name files that hold text.")
+            raise DataError("There is no text to pack.", "Every row was left out.", "Name files that hold text.")
         for folder in folders:
             folder.check_end()
-        return tuple(folder.finish(files) for folder in folders)
+        excluded = [Excluded(exclusion.rows) if exclusion else None, None]
+        return tuple(folder.finish(files, left_out) for folder, left_out in zip(folders, excluded, strict=False))
     raise AssertionError("the folders' locks let every error through")
 
 
-def _refuse_split(out: Path) -> None:
-    """Raise DataError where `out` holds a split already; a `valid` folder beside shards in `out` itself is allowed."""
+def refuse_other_form(out: Path, is_split: bool) -> None:
+    """Raise DataError where `out` holds a split and is to hold none, or the other way round.
+
+    A `valid` folder beside shards in `out` itself is allowed.
+    """
+    if is_split and holds_shards(out):
+        why = f"They were packed without `holdout`; beside {out / SIDES[0]} nobody could tell which of them are meant."
+        raise DataError(f"{out} itself holds shards.", why, f"Name another `out`, or delete the shards in {out} first.")
+    if is_split:
+        return
     inside = [out / name for name in SIDES if holds_shards(out / name)]
     if inside and not (inside == [out / SIDES[1]] and holds_shards(out)):
         what = f"{' and '.join(map(str, inside))} {'holds' if len(inside) == 1 else 'hold'} shards already."
@@ -159,6 +169,7 @@ class _Collector:
 
     def __init__(self, folder: ShardFolder) -> None:
         self._folder, self._number = folder, 0
+        self.places = PlaceList(folder.out)
         self._clear()
 
     def _clear(self) -> None:
@@ -179,7 +190,7 @@ class _Collector:
 
     def take(self, file: Path, read_bytes: int) -> _Part:
         hash = self._digest.hexdigest()
-        part = _Part(self._folder, self._number, file, self._texts, hash, read_bytes)
+        part = _Part(self._folder, self._number, file, self._texts, hash, read_bytes, self.places.take())
         self._number += 1
         self._clear()
         return part
@@ -196,22 +207,27 @@ def _parts(
     folders: Sequence[ShardFolder],
     holdout: Holdout | None,
     bad_rows: BadRows,
-    takes: Callable[[str], bool] | None = None,
+    takes: Callable[[str], bool] | None,
+    exclusion: Exclusion | None,
 ) -> Iterator[_Part]:
     """Yield the parts of all folders; the second folder, if there is one, gets the held-out documents."""
     sides = [_Collector(folder) for folder in folders]
-    before, inside = 0, 0
+    before, inside, cursor = 0, 0, Cursor()
 
     def tell(read_bytes: int) -> None:
         nonlocal inside
         inside = read_bytes
 
     for file in files:
-        for text in documents(file, field, tell, bad_rows):
+        for text in documents(file, field, tell, bad_rows, cursor):
             if takes is not None and not takes(text):
+                continue
+            place = cursor.origin or (file, cursor.line)
+            if exclusion and exclusion.takes(text, *place):
                 continue
             side = sides[holdout is not None and holdout.takes(text)]
             side.add(text)
+            side.places.add(*place)
             if side.text_bytes >= PART_BYTES:
                 yield side.take(file, before + inside)
         before, inside = before + size_of(file), 0
@@ -235,7 +251,7 @@ def _packed(
         # Only this process, which holds the lock, renames shards; a worker that outlives it must not.
         part, sidecar, encoded = running.popleft()
         beside, counts = encoded() if encoded else (None, {})
-        part.folder.add(part.number, sidecar | counts, beside)
+        part.folder.add(part.number, sidecar | counts, beside, part.places)
         return part, encoded is not None
 
     with encode_in(processes if len(head) > 1 else 1) as encoders:

@@ -11,26 +11,28 @@ from typing import Literal
 from lowvram.data.bad_rows import BadRow
 from lowvram.data.fields import check_text, no_field
 from lowvram.data.lines import MOST_LINE_BYTES, LineReader
+from lowvram.data.places import Cursor
 from lowvram.errors import DataError
 
 _DELIMITERS = ",;\t|"
 
 
-def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool) -> Iterator[str | BadRow]:
+def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool, cursor: Cursor) -> Iterator[str | BadRow]:
     """Yield the column `field` of each row below the header, or what is wrong with it.
 
     A .tsv has a tab between columns and no quotation marks.  A .csv has a comma, semicolon, tab or bar: what parts the
-    header so that a column is `field`; quotation marks may hold line ends.
+    header so that a column is `field`; quotation marks may hold line ends.  cursor: told the first line of each row.
     """
     rows = _read_rows(file, lines, field, is_tsv)
-    _, names = next(rows, ("", None))
+    _, names = next(rows, (1, None))
     if not isinstance(names, list):
         return
     if field not in names:
         raise no_field(f"{file}:1", field, names)
     column = names.index(field)
-    for where, row in rows:
-        yield row if isinstance(row, BadRow) else check_text(where, field, row[column])
+    for number, row in rows:
+        cursor.line = number
+        yield row if isinstance(row, BadRow) else check_text(f"{file}:{number}", field, row[column])
 
 
 def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[dict[str, str] | BadRow]:
@@ -39,7 +41,7 @@ def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[dict[
     The delimiter of a .csv is the one that stands most often in the header.
     """
     rows = _read_rows(file, lines, None, is_tsv)
-    _, names = next(rows, ("", None))
+    _, names = next(rows, (1, None))
     if isinstance(names, list):
         for _, row in rows:
             yield row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
@@ -47,8 +49,8 @@ def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[dict[
 
 def _read_rows(
     file: Path, lines: LineReader, field: str | None, is_tsv: bool
-) -> Iterator[tuple[str, list[str] | BadRow]]:
-    """Yield where each row stands and its columns, the header first."""
+) -> Iterator[tuple[int, list[str] | BadRow]]:
+    """Yield the first line of each row and its columns, the header first."""
     feed = _Feed(lines)
     header = feed.read_line()
     if header is None:
@@ -62,25 +64,25 @@ def _read_rows(
     except csv.Error as error:
         what, why, fix = _explain(f"{file}:1", error)
         raise DataError(what, why, fix) from error
-    yield f"{file}:1", names
+    yield 1, names
     if feed.bad is not None:
-        yield f"{file}:1", feed.bad
+        yield 1, feed.bad
     # Where it is not strict, the reader takes for text what follows a closed mark, and a mark left open for a field.
     reader = csv.reader(feed, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
         feed.begin_row()
-        where = f"{file}:{feed.number + 1}"
+        number = feed.number + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
-            yield where, _give_up(feed, where, error)
+            yield number, _give_up(feed, f"{file}:{number}", error)
             continue
         if feed.bad is not None:
-            yield where, feed.bad
+            yield number, feed.bad
         elif row is None:
             return
         elif row:
-            yield where, row if len(row) == len(names) else _refuse_columns(where, row, names)
+            yield number, row if len(row) == len(names) else _refuse_columns(f"{file}:{number}", row, names)
 
 
 def _give_up(feed: _Feed, where: str, error: csv.Error) -> BadRow:

@@ -14,6 +14,7 @@ from lowvram.data.fields import EACH, check_text, find_text, no_field, split_fie
 from lowvram.data.hub_rows import hub_documents
 from lowvram.data.lines import MOST_LINE_BYTES, LineReader
 from lowvram.data.office_documents import docx_document, pdf_document
+from lowvram.data.places import Cursor, read_origin
 from lowvram.data.table_rows import table_documents
 from lowvram.data.text_files import ENDINGS, KINDS, find_files, is_dataset, size_of
 from lowvram.data.text_stream import TextStream, need, open_seekable, open_text
@@ -32,6 +33,7 @@ def documents(
     field: str = "text",
     tell: Callable[[int], None] | None = None,
     bad_rows: BadRows | None = None,
+    cursor: Cursor | None = None,
 ) -> Iterator[str]:
     """Yield the documents of one file, in its order, with one document (or 1,024 rows) in memory at a time.
 
@@ -40,13 +42,14 @@ def documents(
     means field b of field a, `a[].b` those of a list.  .pdf, .docx: one document.  Documents of nothing but white
     space are skipped.
     tell: called before each document with the number of bytes read from the file as stored on disk.
-    bad_rows: what is done with rows that are not text; None stops at the first.
+    bad_rows: what is done with rows that are not text; None stops at the first.  cursor: told the place of each
+    document before it is yielded.
     Raises DataError, depending on `bad_rows`: missing, unreadable, damaged, binary, not UTF-8, malformed, without
     `field`, without any document; MachineError if the package that reads this kind of file is not installed.
     """
     bad_rows = bad_rows or BadRows()
     any_yet = False
-    for row in _rows(file, field, tell, partial(bad_rows.note_encoding, file)):
+    for row in _rows(file, field, tell, partial(bad_rows.note_encoding, file), cursor or Cursor()):
         any_yet = True
         if type(row) is BadRow:
             bad_rows.take(row)
@@ -75,14 +78,18 @@ def documents_of(
         before += size_of(file)
 
 
-def _rows(file: Path, field: str, tell: Callable[[int], None] | None, convert: Convert) -> Iterator[str | BadRow]:
+def _rows(
+    file: Path, field: str, tell: Callable[[int], None] | None, convert: Convert, cursor: Cursor
+) -> Iterator[str | BadRow]:
     """Yield the documents and bad rows of a file; if an error ends the file early, it is the last bad row."""
+    cursor.reset()
     try:
         if is_dataset(file):
-            yield from (row for row in hub_documents(file, field) if row and not (type(row) is str and row.isspace()))
+            rows = hub_documents(file, field, cursor)
+            yield from (row for row in rows if row and not (type(row) is str and row.isspace()))
             return
         with open_text(file) as stream:
-            for row in _READERS.get(stream.kind, _json_documents)(file, stream, field, convert):
+            for row in _READERS.get(stream.kind, _json_documents)(file, stream, field, convert, cursor):
                 if type(row) is BadRow:
                     yield row
                 elif row and not row.isspace():
@@ -93,11 +100,13 @@ def _rows(file: Path, field: str, tell: Callable[[int], None] | None, convert: C
         yield BadRow.of("unreadable", error, ends_file=True)
 
 
-def _text_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+def _text_documents(
+    file: Path, stream: TextStream, field: str, convert: Convert, cursor: Cursor
+) -> Iterator[str | BadRow]:
     lines: list[str] = []
     bad: BadRow | None = None
     lost = size = 0
-    for _, line in LineReader(file, stream, convert).read():
+    for number, (_, line) in enumerate(LineReader(file, stream, convert).read(), 1):
         if type(line) is BadRow:
             lost += line.characters + sum(map(len, lines))
             bad, lines = bad or line, []
@@ -110,6 +119,8 @@ def _text_documents(file: Path, stream: TextStream, field: str, convert: Convert
             if bad:
                 lost += len(line)
             else:
+                if not lines:
+                    cursor.line = number
                 lines.append(line)
                 size += len(line)
                 if size > MOST_LINE_BYTES:
@@ -131,16 +142,20 @@ def _join(lines: list[str]) -> str:
     return text
 
 
-def _json_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+def _json_documents(
+    file: Path, stream: TextStream, field: str, convert: Convert, cursor: Cursor
+) -> Iterator[str | BadRow]:
     for number, (_, line) in enumerate(LineReader(file, stream, convert).read(), 1):
         if type(line) is BadRow:
             yield line
         elif not line.isspace():
-            row = _read_line(f"{file}:{number}", line, field)
+            cursor.line = number
+            row = _read_line(file, line, field, cursor)
             yield replace(row, characters=len(line)) if type(row) is BadRow else row
 
 
-def _read_line(where: str, line: str, field: str) -> str | BadRow:
+def _read_line(file: Path, line: str, field: str, cursor: Cursor) -> str | BadRow:
+    where = f"{file}:{cursor.line}"
     try:
         # The line end is removed, so that the error for a string without its closing quote is at the right place.
         record = json.loads(line.strip(f"{_BOM} \t\r\n"))
@@ -150,20 +165,27 @@ def _read_line(where: str, line: str, field: str) -> str | BadRow:
         what = f"{where} is a JSON {type(record).__name__}, not an object."
         why = "Each line must be one object that holds the text in a field."
         return BadRow("not an object", what, why, f'Write lines like {{"{field}": "..."}}.')
+    cursor.origin = read_origin(file, record)
     return find_text(where, record, field)
 
 
-def _csv_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
-    return table_documents(file, LineReader(file, stream, convert), field, stream.kind == ".tsv")
+def _csv_documents(
+    file: Path, stream: TextStream, field: str, convert: Convert, cursor: Cursor
+) -> Iterator[str | BadRow]:
+    return table_documents(file, LineReader(file, stream, convert), field, stream.kind == ".tsv", cursor)
 
 
-def _office_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+def _office_documents(
+    file: Path, stream: TextStream, field: str, convert: Convert, cursor: Cursor
+) -> Iterator[str | BadRow]:
     read = pdf_document if stream.kind == ".pdf" else docx_document
     with open_seekable(stream) as plain:
         yield from read(file, plain)
 
 
-def _parquet_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:
+def _parquet_documents(
+    file: Path, stream: TextStream, field: str, convert: Convert, cursor: Cursor
+) -> Iterator[str | BadRow]:
     pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
     with open_seekable(stream) as plain:
         try:
@@ -174,12 +196,14 @@ def _parquet_documents(file: Path, stream: TextStream, field: str, convert: Conv
                 column = batch.column(0)
                 if EACH in field:
                     for value in column:
+                        cursor.line = row
                         yield find_text(f"{file}, row {row}", {path[0]: value.as_py()}, field)
                         row += 1
                     continue
                 for name in path[1:]:
                     column = need("pyarrow.compute").struct_field(column, name)
                 for value in column:
+                    cursor.line = row
                     yield _read_cell(f"{file}, row {row}", field, value)
                     row += 1
         except pyarrow.ArrowException as error:
@@ -218,7 +242,7 @@ def _read_cell(where: str, field: str, cell: Any) -> str | BadRow:
     return check_text(where, field, value)
 
 
-_READERS: dict[str, Callable[[Path, TextStream, str, Convert], Iterator[str | BadRow]]] = {
+_READERS: dict[str, Callable[[Path, TextStream, str, Convert, Cursor], Iterator[str | BadRow]]] = {
     ".txt": _text_documents,
     ".parquet": _parquet_documents,
     ".csv": _csv_documents,

@@ -244,6 +244,23 @@ class Tokenizer:
         """Return the text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
+    @cached_property
+    def _byte_table(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of all ids one after the other, uint8, and where those of each id begin, int64 [size]."""
+        return np.frombuffer(b"".join(self._bytes), np.uint8), np.cumsum(self.byte_count_V) - self.byte_count_V
+
+    def decode_bytes(self, id_T: np.ndarray) -> bytes:
+        """Return the UTF-8 bytes that an array of ids stands for; much faster than `decode` for thousands of them.
+
+        It takes some 30 bytes of memory for each byte of text.
+        """
+        table, begin_V = self._byte_table
+        length_T = self.byte_count_V[id_T]
+        end_T = np.cumsum(length_T)
+        place = np.arange(int(end_T[-1]) if len(end_T) else 0)
+        place += np.repeat(begin_V[id_T] - (end_T - length_T), length_T)
+        return table[place].tobytes()
+
     def stream(self) -> TokenStream:
         """Return a decoder for ids that come one at a time."""
         return TokenStream(self)

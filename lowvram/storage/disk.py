@@ -99,6 +99,24 @@ class Disk:
                 file.truncate(0)
                 raise
 
+    def link(self, source: Path, target: Path) -> bool:
+        """Let `target`, a temporary name, mean the bytes of a file that never changes; a copy where links are refused.
+
+        Returns whether no bytes were copied.  A copy is on the drive when this returns.
+        """
+        try:
+            os.link(source, target)
+            return True
+        except OSError:  # another drive, or a file system without links, each with an error of its own
+            target.unlink(missing_ok=True)
+        with explain_full_disk(target.parent, source.stat().st_size), open(source, "rb") as whole:
+            with open(target, "wb") as copy:
+                self.preallocate(copy, source.stat().st_size)
+                while block := whole.read(_READ_BYTES):
+                    self.write_handle(copy, block)
+                self.sync_handle(copy)
+        return False
+
     def delete(self, path: Path) -> None:
         """Delete a file or a whole directory; a directory is renamed first, so that nobody sees a part of it."""
         if path.is_dir() and not path.is_symlink():

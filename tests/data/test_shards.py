@@ -202,7 +202,7 @@ def test_what_an_older_longer_packing_left_is_deleted_and_other_files_stay(
     (packed.directory / "00004.json").unlink()  # the index alone still says that 00004.bin is ours
     short = pack([folder / "b.txt"], small_tokenizer, packed.directory, processes=1, replace=True)
     numbers = range(len(json.loads((short.directory / "shards.json").read_text(encoding="utf-8"))["shards"]))
-    expected = {"shards.json", *theirs, *(f"{n:05d}.{kind}" for n in numbers for kind in ("bin", "json"))}
+    expected = {"shards.json", *theirs, *(f"{n:05d}.{kind}" for n in numbers for kind in ("bin", "json", "places"))}
     assert set(bytes_of(short.directory)) == expected
 
 
@@ -273,7 +273,7 @@ def test_a_full_disk_is_said_leaves_nothing_torn_and_can_be_resumed(
     assert "type the same command again" in caught.value.fix
     clean = bytes_of(packed.directory)
     left = bytes_of(out)
-    assert sorted(left) == ["00000.bin", "00000.json", "00001.bin", "00001.json"]
+    assert sorted(left) == [f"0000{n}.{kind}" for n in (0, 1) for kind in ("bin", "json", "places")]
     assert all(clean[name] == data for name, data in left.items())
     pack([folder], small_tokenizer, out, processes=1)
     assert bytes_of(out) == clean
@@ -343,7 +343,7 @@ def test_a_packing_that_nobody_follows_any_more_lets_go_of_the_folder(
     work = pack_each_shard([folder], small_tokenizer, tmp_path / "out", processes=2)
     assert next(work).shards == 1
     work.close()
-    assert sorted(bytes_of(tmp_path / "out")) == ["00000.bin", "00000.json"]
+    assert sorted(bytes_of(tmp_path / "out")) == ["00000.bin", "00000.json", "00000.places"]
     pack([folder], small_tokenizer, tmp_path / "out", processes=1).verify()
 
 

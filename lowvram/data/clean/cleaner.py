@@ -23,6 +23,7 @@ from lowvram.data.clean.part import SHOWN_CHARACTERS, Lists, Part, PartTask, cle
 from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write_page
 from lowvram.data.clean.toxicity import read_words
 from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
+from lowvram.data.places import Cursor, Place, name_from
 from lowvram.data.text import documents, find_files
 from lowvram.data.text_files import REPORT, is_stream, size_of
 from lowvram.data.worker_pool import WorkerPool
@@ -51,6 +52,7 @@ class _Batch:
     texts: list[str] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
     hash: str = ""
     read_bytes: int = 0
 
@@ -147,7 +149,7 @@ class _Cleaning:
     def _batches(self) -> Generator[_Batch, None, None]:
         """Yield the documents in parts of about the same size, whose ends depend on the text alone."""
         batch, size, before, inside = _Batch(0), 0, 0, 0
-        digest = hashlib.sha256()
+        digest, cursor = hashlib.sha256(), Cursor()
 
         def tell(read_bytes: int) -> None:
             nonlocal inside
@@ -159,13 +161,17 @@ class _Cleaning:
             return batch
 
         for index, file in enumerate(self.files):
-            for number, text in enumerate(documents(file, self.field, tell, self.bad_rows), 1):
+            folder = (self.folder.out / self.outputs[index]).parent
+            name = name_from(file, folder)
+            for number, text in enumerate(documents(file, self.field, tell, self.bad_rows, cursor), 1):
                 data = text.encode("utf-8")
-                digest.update(f"{index} {number} {len(data)} ".encode())
+                place = _place_of(cursor, name, folder)
+                digest.update(f"{index} {number} {place.line} {len(data)} ".encode())
                 digest.update(data)
                 batch.texts.append(text)
                 batch.files.append(index)
                 batch.numbers.append(number)
+                batch.places.append(place)
                 size += len(data)
                 self.read_documents[index] += 1
                 if size >= PART_BYTES:
@@ -221,11 +227,12 @@ class _Cleaning:
                 sidecar = self.folder.find_done(batch.number, batch.hash)
                 if sidecar is None:
                     target = self.folder.path(batch.number)
-                    task = PartTask(batch.texts, batch.files, batch.numbers, self.rules, lists, target, self.disk)
+                    given = (batch.texts, batch.files, batch.numbers, batch.places)
+                    task = PartTask(*given, self.rules, lists, target, self.disk)
                     running.append((batch, None, pool.submit(task)))
                 else:
                     running.append((batch, sidecar, None))
-                batch.texts, batch.files, batch.numbers = [], [], []
+                batch.texts, batch.files, batch.numbers, batch.places = [], [], [], []
                 while len(running) >= pool.most_waiting:
                     yield finish()
             while running:
@@ -317,3 +324,9 @@ class _Cleaning:
         place = document - part.first_document
         number, text = read_row(part.rows()[place])
         return {"file": int(part.read("files")[place]), "document": number, "before": text[:SHOWN_CHARACTERS]}
+
+
+def _place_of(cursor: Cursor, name: str, folder: Path) -> Place:
+    """Return a document's place: where it was cleaned from before, or its line in the file of this name."""
+    origin = cursor.origin
+    return Place(name, cursor.line) if origin is None else Place(name_from(origin.file, folder), origin.line)

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from lowvram.data.clean.duplicates import Found, left_documents
-from lowvram.data.clean.part import Part, read_row, write_row
+from lowvram.data.clean.part import Part, read_row, replace_text
 from lowvram.data.clean.work_folder import WorkFolder
 from lowvram.data.text_files import DATASET, STANDARD_INPUT, is_dataset, is_stream
 from lowvram.errors import DataError
@@ -212,8 +212,8 @@ def _rows(part: Part, found: Found) -> Iterator[_Row]:
         elif not out:
             yield _Row(data, lengths[place])
         else:
-            document, text = read_row(data)
+            _, text = read_row(data)
             kept = "\n".join(line for number, line in enumerate(text.split("\n")) if number not in out).strip("\n")
             kept = "" if kept.isspace() else kept
-            after = write_row(document, kept) if kept else b""
+            after = replace_text(data, kept) if kept else b""
             yield _Row(after, len(kept), "duplicate_lines", len(out), len(text) - len(kept))

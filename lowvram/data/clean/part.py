@@ -24,6 +24,7 @@ from lowvram.data.clean.contamination import EvaluationIndex
 from lowvram.data.clean.document_rules import Change, DocumentRules, Outcome
 from lowvram.data.clean.signature import FUNCTIONS, sign
 from lowvram.data.clean.toxicity import ToxicWords
+from lowvram.data.places import ORIGIN, Place
 from lowvram.storage.disk import Disk, explain_full_disk
 
 # So many characters are arrays at once: they stay in a processor's cache, and in tens of megabytes.
@@ -55,11 +56,15 @@ class Lists:
 
 @dataclass(frozen=True)
 class PartTask:
-    """Documents to clean.  files, numbers: which file each is of, and which document of it, counted from 1."""
+    """Documents to clean.  files, numbers: which file each is of, and which document of it, counted from 1.
+
+    places: where each stands, with its file's name relative to the folder of the output.
+    """
 
     texts: list[str]
     files: list[int]
     numbers: list[int]
+    places: list[Place]
     rules: CleaningRules
     lists: Lists
     target: Path
@@ -85,7 +90,10 @@ def clean_part(task: PartTask) -> tuple[Path, dict[str, Any]]:
         if outcome.batch is None:
             continue
         places = [first + index for index in outcome.kept]
-        encoded = [write_row(task.numbers[place], text) for place, text in zip(places, outcome.texts, strict=True)]
+        encoded = [
+            write_row(task.numbers[place], task.places[place], text)
+            for place, text in zip(places, outcome.texts, strict=True)
+        ]
         ends = np.cumsum([len(row) for row in encoded]).astype("<u8")
         arrays["rows"].append(np.frombuffer(b"".join(encoded), "u1"))
         arrays["row_ends"].append(ends + np.uint64(row_bytes))
@@ -156,9 +164,19 @@ def _add_hashes(arrays: dict[str, list[NDArray[Any]]], outcome: Outcome, rules: 
         arrays["signatures"].append(signatures[is_left])
 
 
-def write_row(number: int, text: str) -> bytes:
+def write_row(number: int, place: Place, text: str) -> bytes:
     """Return a document as a row of the result, with its line end."""
-    return json.dumps({"document": number, "text": text}, ensure_ascii=False).encode("utf-8") + b"\n"
+    return _encode_row({"document": number, ORIGIN: place._asdict(), "text": text})
+
+
+def replace_text(row: bytes, text: str) -> bytes:
+    """Return a row of the result with another text."""
+    return _encode_row(json.loads(row) | {"text": text})
+
+
+def _encode_row(value: dict[str, Any]) -> bytes:
+    # The name of a file may have bytes that are not UTF-8, which Python keeps as lone surrogates.
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_row(row: bytes) -> tuple[int, str]:
