@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,8 +83,9 @@ class Rotated:
 class Evaluated:
     """Validation after a step.  reads_masters: frozen experts were read from their masters, not from their copies.
 
-    pairs_right: the share of right answers to the run's minimal pairs, None where it has none or they
-    could not be asked; pairs_problem: why that was so where memory ran out, else empty.
+    pairs_right, choices_right: the share of right answers to the run's minimal pairs and questions.  suffix_bits: bits
+    per byte of stems and of each class of suffix.  Each is None where the run names no file for it or it could not be
+    measured; its problem says why that was so where memory ran out, and is empty otherwise.
     """
 
     step: int
@@ -92,6 +94,10 @@ class Evaluated:
     reads_masters: bool = False
     pairs_right: float | None = None
     pairs_problem: str = ""
+    suffix_bits: Mapping[str, float] | None = None
+    suffixes_problem: str = ""
+    choices_right: float | None = None
+    choices_problem: str = ""
 
 
 @dataclass(frozen=True)
