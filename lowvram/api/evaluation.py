@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram.api.measures import Measured, Measures
+from lowvram.api.measures import Measured, Measures, warn_of_learnt_text
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
@@ -122,9 +122,10 @@ def evaluate_task(
 ) -> Task[Evaluation]:
     """Do what `evaluate` does, and yield its notices and its progress."""
     from lowvram.api.loading import load_model
-    from lowvram.api.measures import measure_task, read_items_task
+    from lowvram.api.measures import measure_task, read_items_task, refuse_idle_options
 
     wanted = wanted or Measures()
+    refuse_idle_options(wanted, data, tokens)
     items = yield from read_items_task(wanted)
     loaded = yield from load_model(path, device, precision, as_trained=True)
     step = loaded.checkpoint.step if loaded.checkpoint is not None else None
@@ -150,8 +151,9 @@ def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, 
     scoring = score_windows(
         loaded.model, shards, tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype, tokens
     )
-    found = yield from count_progress(scoring, "Reading held-out text")
-    if warning := warn_of_few_tokens(found.targets):
+    found = yield from count_progress(scoring, f"Reading {shards_path}")
+    warning = warn_of_learnt_text(loaded, shards, shards_path) or warn_of_few_tokens(found.targets)
+    if warning:
         yield Notice(warning, "warning")
     baseline = None
     if loaded.run is not None:
