@@ -140,7 +140,7 @@ def describe_seeds(found: Recipe) -> str:
 
 
 def warn_of_few_seeds(found: Comparison) -> str | None:
-    """Return a sentence where a recipe has too few runs to tell it from its seed; None where there are enough, or one recipe."""
+    """Return a sentence where a recipe has too few runs to tell it from its seed, else None."""
     least = min(len(recipe.runs) for recipe in found.recipes)
     if least >= ENOUGH_SEEDS or not found.differences:
         return None

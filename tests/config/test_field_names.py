@@ -106,7 +106,7 @@ def test_a_list_of_folders_is_a_list_of_corpora_and_one_log_is_a_list_of_one(tmp
         (
             "[run]",
             '[run]\nlog = "tensorbord"',
-            r"run\.log\[0\] is 'tensorbord': input should be 'tensorboard' or 'wandb'",
+            r"run\.log\[0\] is 'tensorbord'; it takes 'tensorboard' or 'wandb'",
         ),
         ("[train]", "[train]\noptimizer = 3", r"train\.optimizer"),
         ("[train]", "[train]\ndropout = 'x'", r"train\.dropout is 'x'; it takes a number\."),
