@@ -158,6 +158,7 @@ def test_a_wrong_kind_of_value_is_answered_without_the_validators_words(
         ("evaluate run --epochs 1", "there is no option --epochs. Did you mean "),
         ("fit --dataset d", "It is called --data here."),
         ("fit --max-tokens 5", "--set train.tokens=VALUE` sets."),
+        ("evaluate --pairs p.jsonl run", "required: RUN. --pairs takes all the words behind it: write RUN before it"),
         ("fit --desktop lniux", "argument --desktop: there is no 'lniux'. Did you mean linux?"),
         ("tokenizer train x --vocab 2.5", "is not a count, because it is no whole number"),
         ("tokenizer train x --vocab 0", "0 is less than 1"),

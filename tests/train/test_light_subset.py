@@ -11,6 +11,7 @@ import torch
 
 from lowvram.cli.progress import TrainingScreen
 from lowvram.config.run import RunOptions
+from lowvram.config.run_file import from_portable, to_portable
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.evaluate.minimal_pairs import LENGTH_CONTROLLED, Pair, answer_pairs, choose_light_subset, read_pairs
@@ -183,6 +184,13 @@ def test_the_work_of_a_light_subset_is_bounded_whatever_the_files_hold(
     few = read_light_subset(RunOptions(dir=tmp_path, pairs=file, suffixes=gold, choices=file))
     assert [len(each) for each in few] == [PAIRS, SENTENCES, QUESTIONS]
     assert few.pairs[-1].good == "398", "they are spread over the whole file"
+
+
+def test_the_files_are_named_relative_to_the_run_file(home: Path) -> None:
+    config = tiny_run(home)
+    config = config.model_copy(update={"run": config.run.model_copy(update=files_of(home))})
+    moved = from_portable(to_portable(config, home / "run"), home / "elsewhere/run")
+    assert {key: getattr(moved.run, key) for key in files_of(home)} == files_of(home / "elsewhere")
 
 
 def test_a_light_subset_is_of_what_length_does_not_give_away() -> None:
