@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text as Cell
 
-from lowvram.cli.console import clean, lay_out, result
+from lowvram.cli.console import clean, lay_out, result, written
 from lowvram.units import count_of, show_count
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def show_measured(found: Evaluation) -> None:
     for sample in measured.samples:
         result()
         result(f"{sample.prompt} …", "bold")
-        result(sample.text.strip("\n"))
+        written(sample.text.strip("\n"))
 
 
 def _tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> Table:

@@ -109,7 +109,7 @@ class TrainingScreen:
             how = ", experts read from their masters" if event.reads_masters else ""
             pairs = "" if event.pairs_right is None else f", {event.pairs_right:.1%} of the minimal pairs right"
             questions = "" if event.choices_right is None else f", {event.choices_right:.1%} of the questions"
-            found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how}{pairs}{questions})"
+            found = f"{event.bits_per_byte:.4f} bits/byte (loss {event.loss:.4f}{how}{pairs}{questions})"
             notice(f"step {event.step:>6}  valid {found}", "cyan")
             if event.suffix_bits:
                 parts = [f"{name.partition(',')[0]} {bits:.2f}" for name, bits in event.suffix_bits.items()]
