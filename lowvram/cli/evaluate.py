@@ -110,8 +110,8 @@ def _show_shards(found: Evaluation) -> None:
 
     if found.data is None:
         return
-    where = f"{found.checkpoint} on {found.data}"
-    result(f"{where}: {found.targets:,} tokens in windows of {found.seq_len}, weights in {found.precision}")
+    tokens = f"{found.targets:,} tokens (BOS not counted) in windows of {found.seq_len}"
+    result(f"{found.checkpoint} on {found.data}: {tokens}, weights in {found.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
     if found.bigram_bits_per_byte is not None:
         result(f"  bigram model   {found.bigram_bits_per_byte:.4f}   (counted on {found.bigrams_of})")

@@ -61,7 +61,9 @@ def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
         for row in rows
     ]
     lay_out(_tabulate(names, cells), is_folded=True)
-    result(f"In windows of {seq_len} tokens, as shards are read.  Bits per byte compare models of any tokenizer.")
+    result(
+        f"In windows of {seq_len} tokens, as shards are read; BOS is read and not counted.  Bits per byte compare models of any tokenizer."
+    )
 
 
 def _show_pairs(report: PairsReport) -> None:
