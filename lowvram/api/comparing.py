@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lowvram.api.measures import plain
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
@@ -49,7 +49,8 @@ def compare(
 ) -> Compared:
     """Compare runs by what they pay for the same documents; those that differ in `train.seed` alone are one recipe.
 
-    Checkpoints of different steps are different recipes, of one run too.
+    Checkpoints of different steps are different recipes, of one run too.  Of one recipe alone the result has its
+    seeds, and no differences.
 
     text: text files or folders, None: what the first run holds out.  items: at most so many documents, evenly spread.
     field: of text in JSON lines and Parquet.  precision: of the weights, None: what each run validates in.
@@ -88,55 +89,77 @@ def compare_task(
 
     if len(set(runs)) < 2:
         raise ConfigError("There are fewer than two runs.", "A comparison needs two.", "Name several runs.")
+    if field != "text" and not texts:
+        what = "`field` is given, and no text that has fields."
+        raise ConfigError(what, "It is an option of `text`.", "Name files with `text`, or leave it out.")
+    named = yield from _identify(tuple(dict.fromkeys(runs)))
     documents: list[str] = []
     recipes: dict[str, list[tuple[Path, np.ndarray]]] = {}
-    seeds: dict[tuple[str, int | None], tuple[Path, Path]] = {}
-    checkpoints = []
-    for path in dict.fromkeys(runs):
-        loaded = yield from load_model(path, device, precision, as_trained=True)
-        recipe, seed = _name_recipe(loaded), loaded.run.train.seed if loaded.run is not None else None
-        if (recipe, seed) in seeds:
-            raise _explain_one_seed(path, loaded, *seeds[recipe, seed])
-        seeds[recipe, seed] = path, loaded.path
+    for each in named:
+        loaded = yield from load_model(each.directory, device, precision, as_trained=True)
         if not documents:
             documents = yield from _read_documents(loaded, texts, field, items)
-        nats_N = yield from _pay(loaded, documents, path)
-        recipes.setdefault(recipe, []).append((path, nats_N))
-        checkpoints.append(loaded.path)
+        nats_N = yield from _pay(loaded, documents, each.path)
+        recipes.setdefault(each.recipe, []).append((each.path, nats_N))
         where = loaded.model.embedding.device
         # Two models may not fit into the memory together.
         del loaded
         free_memory(where)
     paid = [Paid(tuple(path for path, _ in each), np.stack([nats for _, nats in each])) for each in recipes.values()]
-    if len(paid) < 2:
-        what = "All runs are of one recipe, at the same step: they differ in train.seed alone."
-        raise ConfigError(what, "There is nothing to compare.", "Name runs of several recipes.")
     result = compare_paid(paid, np.array([count_bytes(text) for text in documents]))
     if warning := warn_of_few_seeds(result):
         yield Notice(warning, "warning")
-    return Compared(tuple(checkpoints), result)
+    return Compared(tuple(each.directory for each in named), result)
 
 
-def _name_recipe(loaded: LoadedModel) -> str:
-    """Return the same text for runs of as many steps that differ in `train.seed` and in where they are kept alone."""
-    if loaded.run is None or loaded.checkpoint is None:
-        return str(loaded.path.resolve())
-    train = loaded.run.train.model_copy(update={"seed": 0})
-    return repr((loaded.run.model, loaded.run.data, train, loaded.checkpoint.step))
+class _Named(NamedTuple):
+    """A path that was given, what is read of it, and what it counts as.
+
+    directory: the checkpoint, or a model of another program.  recipe: the same text for runs of as many steps that
+    differ in `train.seed` and in where they are kept alone.  seed, step: None of a model of another program.
+    """
+
+    path: Path
+    directory: Path
+    recipe: str
+    seed: int | None = None
+    step: int | None = None
 
 
-def _explain_one_seed(path: Path, loaded: LoadedModel, other: Path, other_checkpoint: Path) -> LowvramError:
+def _identify(paths: Sequence[Path]) -> Task[tuple[_Named, ...]]:
+    """Say what each path counts as, before any model is read; raises ConfigError where two count as one."""
+    from lowvram.api.loading import open_checkpoint
+    from lowvram.api.tasks import finish
+    from lowvram.convert.hf.reader import is_hf_directory
+
+    found: dict[tuple[str, int | None], _Named] = {}
+    for path in paths:
+        if is_hf_directory(path):
+            named = _Named(path, path, str(path.resolve()))
+        else:
+            (checkpoint, run), notices = finish(open_checkpoint(path))
+            # The others come again when the checkpoint is loaded.
+            yield from (notice for notice in notices if notice.level == "warning")
+            recipe = repr((run.model, run.data, run.train.model_copy(update={"seed": 0}), checkpoint.step))
+            named = _Named(path, checkpoint.directory, recipe, run.train.seed, checkpoint.step)
+        if other := found.get((named.recipe, named.seed)):
+            raise _explain_one_seed(named, other)
+        found[named.recipe, named.seed] = named
+    return tuple(found.values())
+
+
+def _explain_one_seed(one: _Named, other: _Named) -> LowvramError:
     """Return the error of two paths that would count as two seeds of a recipe and are of one."""
     from lowvram.errors import ConfigError
 
-    if loaded.run is None or loaded.path.resolve() == other_checkpoint.resolve():
-        return ConfigError(f"{path} and {other} are the same model, {loaded.path}.", "It counts once.", "Name one.")
-    assert loaded.checkpoint is not None, "runs have checkpoints"
+    if one.directory.resolve() == other.directory.resolve():
+        what = f"{one.path} and {other.path} are the same model, {one.directory}."
+        return ConfigError(what, "It counts once.", f"Leave out {one.path}.")
     return ConfigError(
-        f"{path} and {other} are of one recipe, of one seed (train.seed = {loaded.run.train.seed}), and at the same "
-        f"step, {loaded.checkpoint.step}.",
+        f"{one.path} and {other.path} are of one recipe, of one seed (train.seed = {one.seed}), and at the same "
+        f"step, {one.step}.",
         "They count as one run: nothing but rounding tells them apart.",
-        "Name one of them.",
+        f"Leave out {one.path} or {other.path}.",
     )
 
 
@@ -144,6 +167,7 @@ def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str, item
     """Return at most `items` documents of the files in NFC, or of those that the run holds out, as their ids say."""
     import numpy as np
 
+    from lowvram.data.bad_rows import BadRows
     from lowvram.data.nfc import nfc
     from lowvram.data.source_set import open_sources
     from lowvram.data.text import documents
@@ -152,10 +176,12 @@ def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str, item
     from lowvram.evaluate.records import spread
 
     if texts:
-        found = []
-        for file in find_text_files(list(texts)).files:
+        found, files, read = [], find_text_files(list(texts)), BadRows()
+        yield from map(Notice, files.describe())
+        for file in files.files:
             yield Progress(f"Reading {file.name}")
-            found += [nfc(document) for document in documents(file, field)]
+            found += [nfc(document) for document in documents(file, field, bad_rows=read)]
+        yield from map(Notice, read.describe_encodings())
         return spread(found, items)
     held_out = loaded.run.data.held_out if loaded.run is not None else ()
     if not held_out:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram.api.measures import Measured, Measures
+from lowvram.api.measures import Measured, Measures, warn_of_learnt_text
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
@@ -136,9 +136,10 @@ def evaluate_task(
 ) -> Task[Evaluation]:
     """Do what `evaluate` does, and yield its notices and its progress."""
     from lowvram.api.loading import load_model
-    from lowvram.api.measures import measure_task, read_items_task
+    from lowvram.api.measures import measure_task, read_items_task, refuse_idle_options
 
     wanted = wanted or Measures()
+    refuse_idle_options(wanted, data, tokens)
     items = yield from read_items_task(wanted)
     loaded = yield from load_model(path, device, precision, as_trained=True)
     step = loaded.checkpoint.step if loaded.checkpoint is not None else None
@@ -168,8 +169,10 @@ def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, 
         found = add_up(by_source.values())
     else:
         scoring = score_windows(loaded.model, shards, *given, tokens)
-        found = yield from count_progress(scoring, "Reading held-out text")
-    if warning := warn_of_few_tokens(found.targets):
+        found = yield from count_progress(scoring, f"Reading {named[0][1]}")
+    opened = [source.shards for source in shards.sources] if isinstance(shards, SourceSet) else [shards]
+    learnt = (warn_of_learnt_text(loaded, each, path) for each, (_, path) in zip(opened, named, strict=True))
+    if warning := next(filter(None, learnt), None) or warn_of_few_tokens(found.targets):
         yield Notice(warning, "warning")
     baseline = None
     if loaded.run is not None:

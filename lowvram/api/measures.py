@@ -14,6 +14,7 @@ from lowvram.api.tasks import Notice, Progress, Task, count_progress
 
 if TYPE_CHECKING:
     from lowvram.api.loading import LoadedModel
+    from lowvram.data.shards import ShardSet
     from lowvram.evaluate.harness import HarnessRow
     from lowvram.evaluate.minimal_pairs import Answers, Pair, PairsReport
     from lowvram.evaluate.multiple_choice import ChoicesReport, Item
@@ -48,6 +49,22 @@ class Measures:
     def any_asked(self) -> bool:
         """Whether anything is to be measured."""
         return bool(self.text or self.pairs or self.choices or self.suffixes or self.samples or self.harness)
+
+
+def refuse_idle_options(wanted: Measures, data: Path | None, tokens: int | None) -> None:
+    """Raise ConfigError for an option that belongs to measures of which none is asked for."""
+    from lowvram.errors import ConfigError
+
+    reads_text = bool(wanted.text or data is not None or not wanted.any_asked)
+    has_items = bool(wanted.pairs or wanted.choices or wanted.suffixes or wanted.harness)
+    for name, is_idle, of in (
+        ("items", wanted.items is not None and not has_items, "`pairs`, `choices`, `suffixes` and `harness`"),
+        ("tokens", tokens is not None and not reads_text, "`data` and `text`"),
+        ("field", wanted.field != "text" and not wanted.text, "`text`"),
+    ):
+        if is_idle:
+            what = f"`{name}` is given, and nothing that it belongs to."
+            raise ConfigError(what, f"It is an option of {of}.", "Name a file for one of these, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +128,8 @@ def read_items_task(wanted: Measures) -> Task[Items]:
     if wanted.harness and importlib.util.find_spec("lm_eval") is None:
         what = "Tasks of lm-evaluation-harness need the package lm_eval."
         raise MachineError(what, "It is not installed.", "Type: pip install -e '.[eval]'")
-    domains = tuple(find_domains(list(wanted.text))) if wanted.text else ()
+    domains, passed_over = find_domains(list(wanted.text)) if wanted.text else ([], [])
+    yield from map(Notice, passed_over)
     pairs, choices, suffixes = [], [], []
     for file in wanted.pairs:
         yield Progress(f"Reading {file.name}")
@@ -125,7 +143,7 @@ def read_items_task(wanted: Measures) -> Task[Items]:
     for file in wanted.suffixes:
         yield Progress(f"Reading {file.name}")
         suffixes.append((file, spread(read_sentences(file), wanted.items)))
-    return Items(domains, tuple(pairs), tuple(choices), tuple(suffixes))
+    return Items(tuple(domains), tuple(pairs), tuple(choices), tuple(suffixes))
 
 
 def measure_task(loaded: LoadedModel, wanted: Measures, items: Items, tokens: int | None = None) -> Task[Measured]:
@@ -169,6 +187,24 @@ def open_scorer(loaded: LoadedModel) -> Scorer:
     return Scorer(loaded.model, dtype, loaded.tokenizer, loaded.trained_len)
 
 
+def warn_of_learnt_text(loaded: LoadedModel, shards: ShardSet, path: Path) -> str | None:
+    """Return a sentence where the run that a model is of learns from these shards; None where it does not."""
+    from lowvram.data.shards import ShardSet
+    from lowvram.errors import DataError
+
+    for corpus in loaded.run.data.train if loaded.run is not None else ():
+        try:
+            is_same = corpus.path.resolve() == path.resolve() or ShardSet.open(corpus.path).hash == shards.hash
+        except DataError:  # the training shards are not here any more
+            continue
+        if is_same:
+            return (
+                f"{path} is training text of this run: what it scores there says how well the text is remembered, and "
+                "not how the model does on other text."
+            )
+    return None
+
+
 def _tell_cut(count: int, what: str, longest: int) -> Task[None]:
     if count:
         yield Notice(f"{count:,} {what} are longer than the {longest:,} tokens that the model reads.", "warning")
@@ -177,12 +213,17 @@ def _tell_cut(count: int, what: str, longest: int) -> Task[None]:
 def _measure_text(
     loaded: LoadedModel, domains: tuple[Path, ...], field: str, tokens: int | None
 ) -> Task[list[TextScore]]:
+    from lowvram.data.bad_rows import BadRows
+    from lowvram.data.shards import ShardSet
     from lowvram.evaluate.bits_per_byte import Score, score_windows
     from lowvram.evaluate.text_score import TextScore, open_domain
 
-    tokenizer, rows, total = loaded.tokenizer, [], Score(0.0, 0, 0)
+    tokenizer, rows, total, read = loaded.tokenizer, [], Score(0.0, 0, 0), BadRows()
     for path in domains:
-        source = yield from count_progress(open_domain(path, field, tokenizer, tokens), f"Encoding {path.name}")
+        encoding = open_domain(path, field, tokenizer, tokens, read)
+        source = yield from count_progress(encoding, f"Encoding {path.name}")
+        if isinstance(source, ShardSet) and (warning := warn_of_learnt_text(loaded, source, path)):
+            yield Notice(warning, "warning")
         windows = score_windows(
             loaded.model, source, tokenizer.bos_id, tokenizer.byte_count_V, loaded.trained_len, loaded.dtype, tokens
         )
@@ -190,6 +231,7 @@ def _measure_text(
         rows.append(TextScore.of(path, found, source.documents))
         sums = (total.nats + found.nats, total.targets + found.targets, total.text_bytes + found.text_bytes)
         total = Score(*sums)
+    yield from map(Notice, read.describe_encodings())
     if len(rows) > 1:
         documents = sum(row.documents or 0 for row in rows)
         rows.append(TextScore.of(Path("all"), total, documents))

@@ -273,6 +273,7 @@ def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = st
     """
     from pydantic import ValidationError
 
+    from lowvram.config.allowed import describe_allowed
     from lowvram.errors import ConfigError, name_nearest
     from lowvram.generate.sampling import Sampler
 
@@ -285,4 +286,4 @@ def build_sampler(values: Mapping[str, object], spell: Callable[[str], str] = st
     except ValidationError as error:
         problem = error.errors()[0]
         name = spell(str(problem["loc"][0]))
-        raise ConfigError(f"{name} is {problem['input']}: {problem['msg'].lower()}.") from error
+        raise ConfigError(f"{name} is {problem['input']}; {describe_allowed(problem)}.") from error

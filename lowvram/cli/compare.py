@@ -12,7 +12,9 @@ from lowvram.cli.next_step import next_step
 from lowvram.cli.options import TEXTS, add_device, add_field, add_precision, count, device_words
 
 if TYPE_CHECKING:
-    from lowvram.evaluate.comparison import Comparison, Recipe
+    from rich.table import Table
+
+    from lowvram.evaluate.comparison import Comparison
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -23,7 +25,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Compare runs by bits per byte of the same documents, which may have other tokenizers.  The "
         "interval of a difference comes from drawing documents anew, each paired with itself, and no winner is "
         "named where it contains 0.  Runs of as many steps that differ in train.seed alone are one recipe; with "
-        "fewer than three seeds of each, the interval says nothing of how a recipe would do again.",
+        "fewer than three seeds of each, the interval says nothing of how a recipe would do again.  Of one recipe "
+        "alone the spread of its seeds is told.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or their step-… folders")
     text = f"{TEXTS} (default: what the first run holds out)"
@@ -53,33 +56,46 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _show(found: Comparison) -> None:
+    from lowvram.cli.console import lay_out, out, result, table_width
+    from lowvram.evaluate.comparison import describe_difference, describe_seeds
+
+    names = [_join([str(path) for path in recipe.runs]) for recipe in found.recipes]
+    if out.is_terminal and table_width(_tabulate(found, names)) > out.width:
+        letters = [chr(ord("A") + place) if place < 26 else str(place + 1) for place in range(len(names))]
+        for letter, recipe in zip(letters, found.recipes, strict=True):
+            for place, path in enumerate(recipe.runs):
+                result(f"{'' if place else letter:2} {path}")
+        result()
+        names = letters
+    lay_out(_tabulate(found, names), is_folded=True)
+    result(f"{found.documents:,} documents of {found.text_bytes:,} bytes, each read alone.")
+    for difference in found.differences:
+        best, other = (names[found.recipes.index(recipe)] for recipe in (difference.best, difference.other))
+        result(describe_difference(difference, (best, other)))
+    if not found.differences:
+        result(describe_seeds(found.recipes[0]))
+
+
+def _tabulate(found: Comparison, names: Sequence[str]) -> Table:
     from rich.table import Table
     from rich.text import Text as Cell
 
-    from lowvram.cli.console import clean, lay_out, result
-    from lowvram.evaluate.comparison import describe_difference
+    from lowvram.cli.console import clean
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("recipe", "seeds", "bits per byte", "seed to seed", "more than the best", "95 %"):
-        table.add_column(
-            name, justify="left" if name == "recipe" else "right", overflow="fold", no_wrap=name != "recipe"
-        )
+    heads = ("recipe", "seeds", "bits per byte", "seed to seed", "above the best", "95 %")
+    for name in heads if found.differences else heads[:4]:
+        is_name = name == "recipe"
+        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
     for place, recipe in enumerate(found.recipes):
         spread = f"{min(recipe.of_runs):.4f}–{max(recipe.of_runs):.4f}" if len(recipe.runs) > 1 else "–"
-        cells = [_name(recipe), str(len(recipe.runs)), f"{recipe.bits_per_byte:.4f}", spread]
+        cells = [names[place], str(len(recipe.runs)), f"{recipe.bits_per_byte:.4f}", spread]
         if place:
             difference = found.differences[place - 1]
             interval = difference.interval
             cells += [f"{difference.bits_per_byte:+.4f}", f"{interval.low:+.4f} to {interval.high:+.4f}"]
         table.add_row(*(Cell(clean(cell)) for cell in cells))
-    lay_out(table, is_folded=True)
-    result(f"{found.documents:,} documents of {found.text_bytes:,} bytes, each read alone.")
-    for difference in found.differences:
-        result(describe_difference(difference, (_name(difference.best), _name(difference.other))))
-
-
-def _name(recipe: Recipe) -> str:
-    return _join([str(path) for path in recipe.runs])
+    return table
 
 
 def _join(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.next_step import next_step
+from lowvram.cli.next_step import next_step, with_assignment
 from lowvram.cli.options import device_words
 from lowvram.shell import quote_command
 
@@ -57,7 +57,8 @@ def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopp
         copyable(f"or:   {quote_command('lowvram', 'evaluate', run, *device)}  (measure it)")
     export = quote_command("lowvram", "export", run, "--to", "hf", "--out", Path(f"{run}-hf"))
     copyable(f"or:   {export}  (for transformers)")
-    further = quote_command("lowvram", *arguments.typed, "--set", f"train.tokens={2 * what.train.tokens}")
+    typed = with_assignment(arguments.typed, "train.tokens", str(2 * what.train.tokens))
+    further = quote_command("lowvram", *typed)
     copyable(f"or:   {further}  (train it further, to twice the tokens)")
 
 

@@ -111,8 +111,8 @@ def _show_shards(found: Evaluation) -> None:
 
     if found.data is None:
         return
-    where = f"{found.checkpoint} on {found.data}"
-    result(f"{where}: {found.targets:,} tokens in windows of {found.seq_len}, weights in {found.precision}")
+    tokens = f"{found.targets:,} tokens (BOS not counted) in windows of {found.seq_len}"
+    result(f"{found.checkpoint} on {found.data}: {tokens}, weights in {found.precision}")
     result(f"  bits per byte  {found.bits_per_byte:.4f}   (loss {found.loss:.4f} nats per token)")
     for name, score in found.by_source.items():
         result(f"    {name}  {score.bits_per_byte:.4f}   ({score.targets:,} tokens, {show_bytes(score.text_bytes)})")

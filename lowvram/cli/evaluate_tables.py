@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text as Cell
 
-from lowvram.cli.console import clean, lay_out, result
+from lowvram.cli.console import clean, lay_out, result, written
 from lowvram.units import count_of, show_count
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def show_measured(found: Evaluation) -> None:
     """Print a table for each kind of file, and the samples."""
     measured = found.measured
     is_first = found.data is None
-    if measured.text or measured.pairs or measured.choices or measured.suffixes or measured.harness:
+    if measured.as_dict():
         result(f"{'' if is_first else chr(10)}{found.checkpoint}, weights in {found.precision}")
     if measured.text:
         _show_text(measured.text, found.seq_len)
@@ -40,7 +40,7 @@ def show_measured(found: Evaluation) -> None:
     for sample in measured.samples:
         result()
         result(f"{sample.prompt} …", "bold")
-        result(sample.text.strip("\n"))
+        written(sample.text.strip("\n"))
 
 
 def _tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> Table:
@@ -61,32 +61,35 @@ def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
         for row in rows
     ]
     lay_out(_tabulate(names, cells), is_folded=True)
-    result(f"In windows of {seq_len} tokens, as shards are read.  Bits per byte compare models of any tokenizer.")
+    result(
+        f"In windows of {seq_len} tokens, as shards are read; BOS is read and not counted.  Bits per byte compare models of any tokenizer."
+    )
 
 
 def _show_pairs(report: PairsReport) -> None:
     result()
-    names = ("minimal pairs, in %", "pairs", "right", "95 %", "/byte", "untrained", "/byte", "shorter")
-    means = [report.mean, *([report.controlled_mean] if report.controlled_mean is not None else [])]
-    rows = [*(_pairs_cells(row, "") for row in report.rows), *(_pairs_cells(row, "bold") for row in means)]
+    names = ("minimal pairs, in %", "pairs", "right", "95 %", "/byte", "before", "/byte", "shorter")
+    means = {"mean of all": report.mean, "mean, length-controlled": report.controlled_mean}
+    # A narrow window breaks names between words.
+    rows = [_pairs_cells(row.name.replace("_", " "), row, "") for row in report.rows]
+    rows += [_pairs_cells(name, row, "bold") for name, row in means.items() if row is not None]
     lay_out(_tabulate(names, rows), is_folded=True)
     same = f"; {count_of(report.identical, 'pair')} of identical sentences left out" if report.identical else ""
     result(f"{report.file}{same}.")
     result(
-        "right: the sum of the better sentence's log-probabilities is greater; /byte: their mean.  untrained: the "
-        "same model before training.  shorter: the rule that takes the shorter sentence.  Where that rule or the "
-        "untrained model are as good as the model, the phenomenon says nothing."
+        "right: the sum of the better sentence's log-probabilities is greater; /byte: their mean.  before: the same "
+        "model untrained, by the sum and /byte.  shorter: the rule that takes the shorter sentence.  Where that rule "
+        "or the untrained model are as good as the model, the phenomenon says nothing."
     )
     if report.controlled_mean is not None:
         result("The mean of the nine phenomena in which length gives little away is the figure to compare.")
 
 
-def _pairs_cells(row: PairsRow, style: str) -> list[str | Cell]:
-    interval = _show_interval(row.interval)
+def _pairs_cells(name: str, row: PairsRow, style: str) -> list[str | Cell]:
     given = (row.per_byte, row.untrained, row.untrained_per_byte, row.shorter)
     shares = ["–" if share is None else _percent(share) for share in given]
-    name = row.name.replace("_", " ")  # a narrow window breaks it between words
-    return [Cell(clean(cell), style) for cell in (name, f"{row.count:,}", _percent(row.by_sum), interval, *shares)]
+    cells = (name, f"{row.count:,}", _percent(row.by_sum), _show_interval(row.interval), *shares)
+    return [Cell(clean(cell), style) for cell in cells]
 
 
 def _percent(share: float) -> str:
@@ -94,7 +97,7 @@ def _percent(share: float) -> str:
 
 
 def _show_interval(interval: Interval) -> str:
-    return f"{_percent(interval.low)}–{_percent(interval.high)}"
+    return f"{100 * interval.low:.0f}–{100 * interval.high:.0f}"
 
 
 def _show_choices(reports: Sequence[ChoicesReport]) -> None:

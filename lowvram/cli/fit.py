@@ -89,7 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
     for line in explain(found) if arguments.explain else ():
         (notice if arguments.json else result)(line)
     if arguments.out is not None:
-        _write(chosen or run_task(choose_run_task(found)), arguments.out)
+        # A table is followed by the commands that train.
+        is_told = not arguments.json and not options.is_alone
+        _write(chosen or run_task(choose_run_task(found)), arguments.out, is_told)
 
 
 def _read_options(arguments: argparse.Namespace) -> FitOptions:
@@ -169,8 +171,11 @@ def _format_value(value: object) -> str:
     return f"{value // 2**30}GB" if value % 2**30 == 0 else f"{value // 2**20}MiB"
 
 
-def _write(chosen: ChosenRun, out: Path) -> None:
-    """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given."""
+def _write(chosen: ChosenRun, out: Path, is_told: bool) -> None:
+    """Write a run file for a preset, with gaps that `lowvram train` names where --data was not given.
+
+    is_told: the command that trains was shown before.
+    """
     from lowvram.api.run_file import write_chosen_run
     from lowvram.cli.console import notice
     from lowvram.cli.fit_table import describe_time
@@ -178,7 +183,9 @@ def _write(chosen: ChosenRun, out: Path) -> None:
 
     write_chosen_run(chosen, out)
     report = chosen.advice.report
-    begin = "" if chosen.result.options.data is not None else "put your folders into it, then "
+    todo = [] if chosen.result.options.data is not None else ["put your folders into it"]
+    todo += [] if is_told else [quote_command("lowvram", "train", out)]
     lasts = f", {describe_time(chosen.advice)}" if report.days_range is not None else ""
     because = f"; {chosen.reason}" if chosen.reason else ""
-    notice(f"Wrote {out} ({report.name}{lasts}{because}): {begin}{quote_command('lowvram', 'train', out)}", "green")
+    told = f": {', then '.join(todo)}" if todo else "."
+    notice(f"Wrote {out} ({report.name}{lasts}{because}){told}", "green")

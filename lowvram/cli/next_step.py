@@ -7,6 +7,9 @@ from pathlib import Path
 
 from lowvram.shell import quote_command
 
+# As argparse takes it.
+_SET = ("--set", "--se", "--s")
+
 
 def next_step(*words: str | Path, why: str = "") -> str:
     """Return `Next: lowvram WORDS`, and in brackets why it is worth typing."""
@@ -28,3 +31,23 @@ def with_value(typed: Sequence[str], option: str, value: str) -> list[str]:
             words.append(word)
         is_value = is_option and not is_joined
     return words
+
+
+def with_assignment(typed: Sequence[str], key: str, value: str) -> list[str]:
+    """Return the words of a command with `--set KEY=VALUE` at their end, and without what they assign to that key.
+
+    key: its full name; one that is typed may leave out the name of its table.
+    """
+    words: list[str] = []
+    place = 0
+    while place < len(typed):
+        option, is_joined, assignment = typed[place].partition("=")
+        taken = [typed[place]]
+        is_set = option in _SET
+        if is_set and not is_joined and place + 1 < len(typed):
+            assignment = typed[place + 1]
+            taken.append(assignment)
+        place += len(taken)
+        if not (is_set and assignment.partition("=")[0].strip() in (key, key.rpartition(".")[2])):
+            words += taken
+    return [*words, "--set", f"{key}={value}"]

@@ -34,7 +34,7 @@ class TrainingScreen:
 
     def __init__(self, trainer: Trainer) -> None:
         self.evaluated: Evaluated | None = None
-        self._told_pairs_problem = False
+        self._told_problems: set[str] = set()
         self._trainer, self._steps = trainer, trainer.config.train.steps
         self._memory_of = _MEMORY_OF.get(trainer.state.model.embedding.device.type, "process")
         self._told_at, self._last_at = 0.0, time.monotonic()
@@ -108,14 +108,19 @@ class TrainingScreen:
             self.evaluated = event
             how = ", experts read from their masters" if event.reads_masters else ""
             pairs = "" if event.pairs_right is None else f", {event.pairs_right:.1%} of the minimal pairs right"
-            found = f"{event.bits_per_byte:.4f} bits/byte  (loss {event.loss:.4f}{how}{pairs})"
+            questions = "" if event.choices_right is None else f", {event.choices_right:.1%} of the questions"
+            found = f"{event.bits_per_byte:.4f} bits/byte (loss {event.loss:.4f}{how}{pairs}{questions})"
             notice(f"step {event.step:>6}  valid {found}", "cyan")
             if event.by_source:
                 each = ", ".join(f"{name} {loss.bits_per_byte:.3f}" for name, loss in event.by_source.items())
                 notice(f"step {event.step:>6}  by source: {each}", "cyan")
-            if event.pairs_problem and not self._told_pairs_problem:
-                notice(f"step {event.step:>6}  {event.pairs_problem}", "yellow")
-                self._told_pairs_problem = True
+            if event.suffix_bits:
+                parts = [f"{name.partition(',')[0]} {bits:.2f}" for name, bits in event.suffix_bits.items()]
+                notice(f"step {event.step:>6}  bits/byte of {', '.join(parts)}", "cyan")
+            for why in (event.pairs_problem, event.suffixes_problem, event.choices_problem):
+                if why and why not in self._told_problems:
+                    notice(f"step {event.step:>6}  {why}", "yellow")
+                    self._told_problems.add(why)
         elif isinstance(event, Rotated):
             where = (
                 f"{show_bytes(event.card_bytes)} on the card, {show_bytes(event.host_bytes)} in the computer's memory"

@@ -146,6 +146,9 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
         if number in asked and number != _HANG_UP:
             if sys.__stderr__ is not None and os.isatty(2):
                 write_at_once(b"\x1b[?25h")  # the live line has hidden the cursor
+            saved = run.trainer.saved_step
+            goes_on = "nothing had been saved" if saved is None else f"the same command goes on from step {saved}"
+            write_at_once(f"\nStopped at once, without saving; {goes_on}.\n".encode())
             os._exit(130)
         is_first = not asked
         asked.add(number)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from lowvram.config.allowed import describe_allowed
 from lowvram.config.base import FrozenConfig, as_list
 from lowvram.errors import ConfigError, argument, name_nearest
 
@@ -195,5 +196,4 @@ def _explain(problem: Any) -> str:
         return f"{path[0]} has no key {path[1]}. {name_nearest(path[1], rule.model_fields)}"
     if problem["type"] == "model_type":
         return f"{path[0]} is {problem['input']!r}, not a table; to switch the rule off, write {path[0]}.on = false."
-    message = problem["msg"]
-    return f"{'.'.join(path)} is {problem['input']!r}: {message[0].lower()}{message[1:]}."
+    return f"{'.'.join(path)} is {problem['input']!r}; {describe_allowed(problem)}."

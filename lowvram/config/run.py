@@ -126,6 +126,11 @@ class RunOptions(FrozenConfig):
     """Texts that samples continue; `[]` for none."""
     pairs: Path | None = None
     """Minimal pairs, as for `lowvram evaluate --pairs`: each validation shows how many of 256 of them are right."""
+    suffixes: Path | None = None
+    """Analysed sentences, as for `lowvram evaluate --suffixes`: each validation shows what stems and each class of
+    suffix cost in at most 512 of them."""
+    choices: Path | None = None
+    """Questions, as for `lowvram evaluate --choices`: each validation shows how many of at most 96 are right."""
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
     """Where figures go beside `log.jsonl`: `"tensorboard"`, `"wandb"` or both."""
 

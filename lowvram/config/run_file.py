@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from lowvram.config.allowed import describe_allowed
 from lowvram.config.field_names import answer_key
 from lowvram.config.mix import expand_mixes
 from lowvram.config.model import ModelConfig
@@ -29,15 +30,6 @@ _STANDS_IN = 32_768
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
 # What a value must be, for pydantic's types of errors.
-_EXPECTED = {
-    "tuple_type": 'a list, such as ["a", "b"]',
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "bool_parsing": "true or false",
-    "string_type": "text in quotes",
-    "path_type": "a path in quotes",
-}
 Config = typing.TypeVar("Config", bound=BaseModel)
 
 
@@ -237,7 +229,7 @@ def map_paths(tables: Table, change: Callable[[str], str]) -> None:
             several += data[part]
     path_keys: list[tuple[Any, tuple[str, ...]]] = [
         (data, ("valid", "tokenizer", "train")),
-        (tables.get("run", {}), ("dir", "pairs")),
+        (tables.get("run", {}), ("dir", "pairs", "suffixes", "choices")),
         (tables.get("train", {}), ("start_from",)),
         *((corpus, ("path",)) for corpus in several),
     ]
@@ -326,12 +318,12 @@ def _explain(config: type[BaseModel], tables: Table, error: ValidationError, pre
             found.append((tag, f"{tag} is {ctx['tag']!r}; there are {ctx['expected_tags']}."))
         elif kind == "value_error":
             found.append((path, f"{problem['msg'].removeprefix('Value error, ')}."))
-        elif kind in _EXPECTED or (kind.startswith("model_") and level):
-            expected = _EXPECTED.get(kind) or f"a table with {', '.join(level[0].model_fields)}"
+        elif kind.startswith("model_") and level:
+            expected = f"a table with {', '.join(level[0].model_fields)}"
             found.append((path, f"{path} is {problem['input']!r}; it takes {expected}."))
         else:
             given = "" if isinstance(problem["input"], dict) else f" is {problem['input']!r}"
-            found.append((path, f"{path}{given}: {problem['msg'][0].lower()}{problem['msg'][1:]}."))
+            found.append((path, f"{path}{given}; {describe_allowed(problem)}."))
     return found
 
 

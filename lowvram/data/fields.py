@@ -7,6 +7,7 @@ from typing import Any
 
 from lowvram.data.bad_rows import BadRow
 from lowvram.errors import DataError
+from lowvram.storage.json_files import name_kind
 
 # In the name of a field: each element of a list.
 EACH = "[]"
@@ -52,9 +53,7 @@ def check_text(where: str, field: str, value: object) -> str | BadRow:
     """Return a valid text unchanged, or a bad row for any other value; all formats with fields share these rules."""
     if not isinstance(value, str):
         is_null = value is None
-        what = f"{where}: the field {field!r} " + (
-            "is null." if is_null else f"holds {type(value).__name__}, not text."
-        )
+        what = f"{where}: the field {field!r} " + ("is null." if is_null else f"holds {name_kind(value)}, not text.")
         fix = "Name another field, or mend the file."
         return BadRow("null" if is_null else "not text", what, "Only strings can be documents.", fix)
     if "\0" in value:
@@ -72,4 +71,6 @@ def check_text(where: str, field: str, value: object) -> str | BadRow:
 def no_field(where: str, field: str, known: Iterable[Any]) -> DataError:
     """Return the error for a field that a row or a file has not."""
     names = ", ".join(map(str, known)) or "none"
-    return DataError(f"{where} has no field {field!r}.", f"Fields there: {names}.", "Name one of them.")
+    # In one part, since of a row that is skipped or listed no more is shown.
+    what = f"{where} has no field {field!r}. Fields there: {names}."
+    return DataError(what, "", "Name the one that holds the text with `field`.")

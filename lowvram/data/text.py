@@ -19,6 +19,7 @@ from lowvram.data.table_rows import table_documents
 from lowvram.data.text_files import ENDINGS, KINDS, find_files, is_dataset, size_of
 from lowvram.data.text_stream import TextStream, need, open_seekable, open_text
 from lowvram.errors import DataError
+from lowvram.storage.json_files import name_kind
 
 __all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 
@@ -162,7 +163,7 @@ def _read_line(file: Path, line: str, field: str, cursor: Cursor) -> str | BadRo
     except (ValueError, RecursionError) as error:
         return BadRow("not JSON", f"{where} is not JSON.", f"{error}.", "Mend or delete it.")
     if not isinstance(record, dict):
-        what = f"{where} is a JSON {type(record).__name__}, not an object."
+        what = f"{where} is {name_kind(record)}, not an object."
         why = "Each line must be one object that holds the text in a field."
         return BadRow("not an object", what, why, f'Write lines like {{"{field}": "..."}}.')
     cursor.origin = read_origin(file, record)

@@ -8,6 +8,7 @@ Source: Efron & Tibshirani 1993, the percentile bootstrap.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +129,20 @@ def describe_difference(found: Difference, names: tuple[str, str]) -> str:
     return f"{other} pays {found.bits_per_byte:.4f} bits per byte more than {best} (95 %: {ends})."
 
 
+def describe_seeds(found: Recipe) -> str:
+    """Return a sentence on how far the runs of one recipe lie apart; it has several."""
+    low, high, mean = min(found.of_runs), max(found.of_runs), found.bits_per_byte
+    deviation = statistics.stdev(found.of_runs)
+    return (
+        f"All runs are of one recipe: its {len(found.runs)} seeds pay from {low:.4f} to {high:.4f} bits per byte, with "
+        f"a standard deviation of {deviation:.4f}, or {deviation / mean:.2%} of their mean."
+    )
+
+
 def warn_of_few_seeds(found: Comparison) -> str | None:
-    """Return a sentence where a recipe has too few runs to tell it from its seed; None where there are enough."""
+    """Return a sentence where a recipe has too few runs to tell it from its seed, else None."""
     least = min(len(recipe.runs) for recipe in found.recipes)
-    if least >= ENOUGH_SEEDS:
+    if least >= ENOUGH_SEEDS or not found.differences:
         return None
     return (
         f"Fewer than {ENOUGH_SEEDS} seeds: the intervals hold for these runs and not for their recipes, since runs of "

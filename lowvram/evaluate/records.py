@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lowvram.data.text_stream import open_table
 from lowvram.errors import DataError
+from lowvram.storage.json_files import name_kind
 
 Item = TypeVar("Item")
 _TABLES = (".tsv", ".tab")
@@ -33,7 +34,7 @@ class Record(NamedTuple):
                 value = self.values[name]
                 if isinstance(value, str):
                     return value
-                raise self.refuse(f"its field {name!r} is {type(value).__name__}, not text")
+                raise self.refuse(f"its field {name!r} is {name_kind(value)}, not text")
         wanted = " or ".join(map(repr, names))
         raise self.refuse(f"it has no field {wanted}; its fields are {', '.join(self.values) or 'none'}")
 
@@ -93,7 +94,7 @@ def _read_json(lines: Iterator[tuple[str, str]]) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is not JSON.", f"{error}.", "Write one object on each line.") from error
         if not isinstance(values, dict):
-            what = f"{where} is a JSON {type(values).__name__}, not an object."
+            what = f"{where} is {name_kind(values)}, not an object."
             raise DataError(what, "Each line is one item with named fields.", "Write one object on each line.")
         yield Record(where, values)
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
+from lowvram.config.allowed import describe_allowed
 from lowvram.config.base import FrozenConfig
 from lowvram.config.plan import Plan
 from lowvram.errors import DataError
@@ -146,10 +147,10 @@ def read_receipt(path: Path) -> Receipt:
     try:
         return Receipt.model_validate_json(json.dumps(contents))
     except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise DataError(
-            f"{refused}: {key} is not a value that a run writes.", error.errors()[0]["msg"], again
-        ) from error
+        problem = error.errors()[0]
+        key, why = ".".join(map(str, problem["loc"])), describe_allowed(problem)
+        what = f"{refused}: {key} is not a value that a run writes."
+        raise DataError(what, f"{why[0].upper()}{why[1:]}.", again) from error
 
 
 def receipts_of(profile_id: str, precision: str, paths: Sequence[Path] | None = None) -> list[Receipt]:

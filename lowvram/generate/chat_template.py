@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import PromptError, TokenizerError
 from lowvram.generate.template_budget import MOST_SOURCE_CHARACTERS, Budget, BudgetError
+from lowvram.storage.json_files import name_kind
 
 ROLES = ("system", "user", "assistant")
 # Stands before and after each placeholder: white space that nobody types; where it is missing, the template trimmed.
@@ -150,7 +151,7 @@ class ChatTemplate:
         ]
         for message in messages:
             if not isinstance(message.content, str):
-                kind = type(message.content).__name__
+                kind = name_kind(message.content)
                 raise PromptError(f"A message's content is {kind}.", "It must be text.", "Give it as a string.")
             if message.role not in ROLES:  # a role becomes a part of the template's own text
                 raise PromptError(f"Unknown role: {message.role}.", "", f"The roles are {', '.join(ROLES)}.")
@@ -187,7 +188,7 @@ def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise TokenizerError(
-            f"chat_template in {tokenizer.directory} is {type(source).__name__}.",
+            f"chat_template in {tokenizer.directory} is {name_kind(source)}.",
             "It must be text, a template in Jinja.",
             _FIX,
         )

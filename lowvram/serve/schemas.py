@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from lowvram.config.allowed import describe_allowed
 from lowvram.errors import LowvramError, name_nearest
 from lowvram.serve.body import read_body_object
 from lowvram.serve.limits import LONGEST_STOP, MOST_MESSAGES, MOST_PARTS, MOST_STOPS, MOST_TOP
-from lowvram.storage.json_files import JsonError
+from lowvram.storage.json_files import JsonError, name_kind
 
 _SHOWN_CHARACTERS = 60  # how much of a client's value an error repeats
 # OpenAI's fields that change no answer here; they are ignored.
@@ -288,8 +289,10 @@ def _explain(kind: type[BaseModel], data: Mapping[str, Any], error: ValidationEr
     # For a field's name with a lone surrogate, pydantic gives the path of the object that holds it.
     if problem["type"] == "string_unicode" and isinstance(_value_at(data, path), Mapping):
         return _unknown_field(kind, [*path, problem["input"]])
-    why = f"{problem['msg'].removesuffix('.')}."
-    return RequestError(f"{param} is {show_value(problem['input'])}.", why, "Correct that field.", param)
+    why = describe_allowed(problem)
+    return RequestError(
+        f"{param} is {show_value(problem['input'])}.", f"{why[0].upper()}{why[1:]}.", "Correct that field.", param
+    )
 
 
 def _find_path(data: Any, loc: Sequence[int | str], kind: str) -> list[int | str]:
@@ -316,7 +319,7 @@ def show_value(value: Any) -> str:
     """Return a client's value for an error's text: whole where it is short, else its type and size."""
     if isinstance(value, str | list | dict) and (len(value) > _SHOWN_CHARACTERS or not _is_flat(value)):
         kind = {str: "characters", list: "elements", dict: "fields"}[type(value)]
-        return f"{type(value).__name__} of {len(value)} {kind}"
+        return f"{name_kind(value)} of {len(value)} {kind}"
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 

@@ -17,6 +17,18 @@ MOST_BYTES = 256 << 20
 MOST_LEVELS = 64
 
 
+# A truth value is a number for Python.
+_KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
+    (type(None), "null"),
+    (bool, "true or false"),
+    ((int, float), "a number"),
+    (str, "text"),
+    ((list, tuple), "a list"),
+    (dict, "an object"),
+    (bytes, "binary data"),
+)
+
+
 class JsonError(ValueError):
     """The bytes are not one JSON object within the limits; the error's text is half a sentence that says why."""
 
@@ -78,3 +90,11 @@ def _check_levels(top: dict[str, Any], most_levels: int) -> None:
         if not level:
             return
     raise JsonError(_too_deep(most_levels))
+
+
+def name_kind(value: object) -> str:
+    """Return what a value from a file is, in words with their article: "a list", "a number", "text"."""
+    for kinds, name in _KINDS:
+        if isinstance(value, kinds):
+            return name
+    return f"a value of type {type(value).__name__.removesuffix('Scalar')}"

@@ -94,8 +94,9 @@ class Evaluated:
 
     by_source: the loss of each source where `data.valid` names several; `loss` and `bits_per_byte` are of all of them.
 
-    pairs_right: the share of right answers to the run's minimal pairs, None where it has none or they
-    could not be asked; pairs_problem: why that was so where memory ran out, else empty.
+    pairs_right, choices_right: the share of right answers to the run's minimal pairs and questions.  suffix_bits: bits
+    per byte of stems and of each class of suffix.  Each is None where the run names no file for it or it could not be
+    measured; its problem says why that was so where memory ran out, and is empty otherwise.
     """
 
     step: int
@@ -104,6 +105,10 @@ class Evaluated:
     reads_masters: bool = False
     pairs_right: float | None = None
     pairs_problem: str = ""
+    suffix_bits: Mapping[str, float] | None = None
+    suffixes_problem: str = ""
+    choices_right: float | None = None
+    choices_problem: str = ""
     by_source: Mapping[str, SourceLoss] = field(default_factory=dict)
 
 

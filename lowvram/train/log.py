@@ -73,9 +73,12 @@ def scalars(event: Event) -> dict[str, float]:
         }
     if isinstance(event, Evaluated):
         name = "valid_masters" if event.reads_masters else "valid"
-        found = {f"{name}/loss": event.loss, f"{name}/bits_per_byte": event.bits_per_byte}
-        found |= {f"{name}/bits_per_byte/{source}": each.bits_per_byte for source, each in event.by_source.items()}
-        return found if event.pairs_right is None else found | {f"{name}/pairs_right": event.pairs_right}
+        shares = {"pairs_right": event.pairs_right, "choices_right": event.choices_right}
+        found = {"loss": event.loss, "bits_per_byte": event.bits_per_byte}
+        found |= {f"bits_per_byte/{source}": each.bits_per_byte for source, each in event.by_source.items()}
+        found |= {share: value for share, value in shares.items() if value is not None}
+        found |= {f"suffix_bits/{kind}": bits for kind, bits in (event.suffix_bits or {}).items()}
+        return {f"{name}/{figure}": value for figure, value in found.items()}
     if isinstance(event, Rotated):
         return {"rotation/card_bytes": event.card_bytes, "rotation/host_bytes": event.host_bytes}
     return {}

@@ -15,26 +15,26 @@ from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
 from lowvram.storage.checkpoint import Store
 from lowvram.storage.disk import DISK, Disk
+from lowvram.train.light_subset import read_light_subset
 from lowvram.train.oom import is_out_of_memory
 from lowvram.train.settings import RunSettings
 from lowvram.train.start import RunLock
 from lowvram.train.state import TrainState, build_state
 from lowvram.train.trainer import Trainer
-from lowvram.train.validation import read_run_pairs
 
 
 def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DISK) -> Trainer:
     """Return a Trainer at step 0; `run()` then resumes, or takes `start_from`'s weights.
 
     lock: on the run's directory, which the trainer checks before each save.
-    Raises DataError for shards that are damaged or of another tokenizer, and where run.pairs holds no pairs;
+    Raises DataError for shards that are damaged or of another tokenizer, and where run.pairs, run.suffixes or
+    run.choices is of another kind;
     PromptError for a sample prompt too long.
     """
     config, run = settings.config, settings.config.run
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_prompts(config, tokenizer)
-    if run.pairs is not None:
-        read_run_pairs(run.pairs)  # a fault in the file is told now, and not at the first validation
+    read_light_subset(run)  # a fault in a file is told now, and not at the first validation
     corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
     valid = _open_held_out(config.data.held_out, tokenizer)
     return Trainer(

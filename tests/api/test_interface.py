@@ -53,6 +53,10 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(run, lowvram.api.TrainingRun)
     assert run.trainer.state.step == 4
     assert (tmp_path / "model-hf/config.json").is_file()
+    exec("\n".join(blocks), names)
+    run = names["run"]
+    assert isinstance(run, lowvram.api.TrainingRun)
+    assert run.trainer.state.step == 6, "run again, the script goes on"
 
 
 def work() -> Task[int]:

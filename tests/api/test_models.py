@@ -71,7 +71,7 @@ def test_what_is_wrong_is_an_error_in_three_parts_and_nothing_is_printed(
         model.generate("Kış", temprature=1.0)
     with pytest.raises(ConfigError, match=r"There is no zzz\. Known: .*max_tokens, .*newest, .*stream, "):
         model.generate("Kış", zzz=1.0)
-    with pytest.raises(ConfigError, match=r"top_p is 7: .*less than or equal to 1"):
+    with pytest.raises(ConfigError, match=r"top_p is 7; it takes 1 or less"):
         model.generate("Kış", top_p=7)
     with pytest.raises(PromptTooLongError, match="The context holds 32"):
         model.generate("uzun " * 50)

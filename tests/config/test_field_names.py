@@ -106,7 +106,7 @@ def test_a_list_of_folders_is_a_list_of_corpora_and_one_log_is_a_list_of_one(tmp
         (
             "[run]",
             '[run]\nlog = "tensorbord"',
-            r"run\.log\[0\] is 'tensorbord': input should be 'tensorboard' or 'wandb'",
+            r"run\.log\[0\] is 'tensorbord'; it takes 'tensorboard' or 'wandb'",
         ),
         ("[train]", "[train]\noptimizer = 3", r"train\.optimizer"),
         ("[train]", "[train]\ndropout = 'x'", r"train\.dropout is 'x'; it takes a number\."),
@@ -158,6 +158,7 @@ def test_a_wrong_kind_of_value_is_answered_without_the_validators_words(
         ("evaluate run --epochs 1", "there is no option --epochs. Did you mean "),
         ("fit --dataset d", "It is called --data here."),
         ("fit --max-tokens 5", "--set train.tokens=VALUE` sets."),
+        ("evaluate --pairs p.jsonl run", "required: RUN. --pairs takes all the words behind it: write RUN before it"),
         ("fit --desktop lniux", "argument --desktop: there is no 'lniux'. Did you mean linux?"),
         ("tokenizer train x --vocab 2.5", "is not a count, because it is no whole number"),
         ("tokenizer train x --vocab 0", "0 is less than 1"),

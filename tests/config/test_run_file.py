@@ -195,8 +195,8 @@ def test_an_assignment_that_is_wrong_is_blamed_and_not_the_file(tmp_path: Path) 
         ("tokens =", "token =", r"no key train.token. Did you mean.*tokens"),
         ('"1.2e9"', '"lots"', r"'lots' is not a count"),
         ('"1.2e9"', "0", r"train.tokens is 0"),
-        ('"1.2e9"', str(MOST_TOKENS + 1), r"train.tokens is 1000000000000001.*less than or equal to 1000000000000000"),
-        ('"1.2e9"', '"1e17"', r"train.tokens is 100000000000000000: .*less than or equal to 1000000000000000"),
+        ('"1.2e9"', str(MOST_TOKENS + 1), r"train.tokens is 1000000000000001; it takes 1,000,000,000,000,000 or less"),
+        ('"1.2e9"', '"1e17"', r"train.tokens is 100000000000000000; it takes 1,000,000,000,000,000 or less"),
         ('dir = "runs/first"', "", r"run.dir is missing"),
         ('tokenizer = "tok"', "", r"names no tokenizer"),
         (
@@ -207,7 +207,7 @@ def test_an_assignment_that_is_wrong_is_blamed_and_not_the_file(tmp_path: Path) 
         (
             '"1.2e9"',
             '"1e9"\nprecision = "fp12"',
-            r"train.precision is 'fp12': input should be 'fp32', 'bf16', 'fp16', 'fp8' or 'int8'",
+            r"train.precision is 'fp12'; it takes 'fp32', 'bf16', 'fp16', 'fp8' or 'int8'",
         ),
         ('"tr-60m"', '"tr-60m"\nattention = { headz = 3 }', r"no key model.attention.headz. Did you mean heads"),
         ('"tr-60m"', '"tr-60m"\nattention = { heads = 3 }', r"kv_heads is 2; it must divide heads \(3\)"),
@@ -224,7 +224,7 @@ def test_an_assignment_that_is_wrong_is_blamed_and_not_the_file(tmp_path: Path) 
             '"tr-130m-moe"\nattention = { value_dim = 97 }',
             r"value_dim is 97; it must not exceed nope_dim \+ rope_dim \(64 \+ 32\)",
         ),
-        ('"tr-60m"', '"tr-60m"\nlayers = 1025', r"layers is 1025: input should be less than or equal to 1024"),
+        ('"tr-60m"', '"tr-60m"\nlayers = 1025', r"layers is 1025; it takes 1,024 or less"),
         ("[data]", "[data", r"is not TOML"),
     ],
 )

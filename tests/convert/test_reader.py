@@ -199,9 +199,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an infinite theta": (lambda out: say(out, rope_parameters={"rope_theta": math.inf}), "Infinity is not a number"),
     "a theta beyond floats": (
         lambda out: edit_text(out, '"rope_theta": 10000.0', '"rope_theta": 1e999'),
-        "rope_theta is inf: input should be a finite number",
+        "rope_theta is inf; it takes a finite number",
     ),
-    "ten million layers": (lambda out: say(out, num_hidden_layers=10_000_000), "num_hidden_layers is 10000000: "),
+    "ten million layers": (
+        lambda out: say(out, num_hidden_layers=10_000_000),
+        "num_hidden_layers is 10000000; it takes 100,000 or less",
+    ),
     "a thousand layers": (
         lambda out: say(out, num_hidden_layers=1_000),
         "more tensors than there are: num_hidden_layers alone for 1,000. The files hold 20 tensors.",

@@ -259,7 +259,7 @@ def test_the_command_line_stops_skips_and_reports(
 
     stopped, skipped, reported = run("stop"), run("skip"), run("report")
     assert stopped.code == 1
-    assert "a.jsonl:2: the field 'text' holds int" in stopped.err
+    assert "a.jsonl:2: the field 'text' holds a number" in stopped.err
     assert "--on-bad-row skip leaves such rows out" in stopped.err
     assert "1 file in the folders passed over (1 .pdf)" in stopped.err
     assert skipped.code == 0

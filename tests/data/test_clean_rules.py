@@ -209,8 +209,9 @@ def test_a_signature_estimates_the_share_of_common_sequences() -> None:
     [
         (["lenght.least_words=5"], "there is no rule lenght. Did you mean length?"),
         (["length.least_word=5"], "length has no key least_word. Did you mean least_words?"),
-        (["length.least_words=-5"], "length.least_words is -5: input should be greater than or equal to 0"),
-        (["toxicity.most_share=7"], "toxicity.most_share is 7: "),
+        (["length.least_words=-5"], "length.least_words is -5; it takes 0 or more"),
+        (["toxicity.most_share=7"], "toxicity.most_share is 7; it takes 1 or less"),
+        (["length.on=maybe"], "length.on is 'maybe'; it takes true or false."),
         (["toxicity=false"], "is not an assignment. Write length.least_words=5."),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_binary_file_is_refused_and_its_first_nul_named(tmp_path: Path, data: 
         pytest.param(b'{"text": "a"', "a.jsonl:2 is not JSON", id="cut off"),
         pytest.param(b"['a']", "a.jsonl:2 is not JSON", id="python"),
         pytest.param(b"[" * 100_000, "a.jsonl:2 is not JSON", id="nested without end"),
-        pytest.param(b'["a"]', "a.jsonl:2 is a JSON list, not an object", id="a list"),
+        pytest.param(b'["a"]', "a.jsonl:2 is a list, not an object", id="a list"),
         pytest.param(b'{"body": "x", "id": 1}', "a.jsonl:2 has no field 'text'. Fields there: body", id="no field"),
         pytest.param(b"{}", "Fields there: none.", id="no field at all"),
         pytest.param(b'{"text": null}', "a.jsonl:2: the field 'text' is null", id="null"),
@@ -205,7 +205,7 @@ def test_a_bad_json_line_is_named_by_file_and_number(tmp_path: Path, line: bytes
 def test_a_missing_or_numeric_parquet_column_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", parquet_bytes({"body": ["x"], "n": [1]}))
     assert "has no field 'text'. Fields there: body, n." in refusal(path)
-    assert "row 0: the field 'n' holds int, not text" in refusal(path, "n")
+    assert "row 0: the field 'n' holds a number, not text" in refusal(path, "n")
 
 
 def test_a_parquet_row_that_is_not_utf8_is_named(tmp_path: Path) -> None:

@@ -124,9 +124,9 @@ def test_pairs_are_read_in_either_spelling(tmp_path: Path) -> None:
     "line, says",
     [
         ('{"good": "Bir"}', r'A pair has two texts: .*"good" and "bad"; it has good\.'),
-        ('{"good": "Bir", "bad": 3}', r"Its field 'bad' is int, not text"),
+        ('{"good": "Bir", "bad": 3}', r"Its field 'bad' is a number, not text"),
         ('{"good": "Bir", "bad": " "}', "one of the two sentences is empty".capitalize()),
-        ("[1, 2]", "is a JSON list, not an object"),
+        ("[1, 2]", "is a list, not an object"),
         ('{"good": "Bir"', "is not JSON"),
     ],
     ids=["one sentence", "a number", "empty", "a list", "cut short"],

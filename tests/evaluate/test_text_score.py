@@ -54,7 +54,10 @@ def test_each_file_and_each_folder_of_shards_is_a_domain(
     for name in ("news", "law"):
         (folder / f"{name}.txt").write_text(turkish[0], encoding="utf-8")
     pack([folder / "law.txt"], small_tokenizer, tmp_path / "shards", processes=1)
-    assert find_domains([folder, tmp_path / "shards"]) == [tmp_path / "shards", folder / "law.txt", folder / "news.txt"]
+    (folder / "cover.png").write_bytes(b"")
+    found, passed_over = find_domains([folder, tmp_path / "shards"])
+    assert found == [tmp_path / "shards", folder / "law.txt", folder / "news.txt"]
+    assert [sentence[:6] for sentence in passed_over] == ["1 file"]
     with pytest.raises(DataError, match="does not exist"):
         find_domains([tmp_path / "nowhere"])
     (folder / "empty.txt").write_text(" \n", encoding="utf-8")

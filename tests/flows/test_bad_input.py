@@ -136,7 +136,7 @@ COMMANDS = {
         "train {home}/run.toml --set model.preset=tr-60",
         r"model\.preset is \"tr-60\"; there is no such preset\. Did you mean tr-60m",
     ),
-    "value out of range": ("train {home}/run.toml --set dropout=1.5", r"train\.dropout is 1\.5: .*less than 1"),
+    "value out of range": ("train {home}/run.toml --set dropout=1.5", r"train\.dropout is 1\.5; it takes .* below 1"),
     "a changed recipe": (
         "train {home}/run.toml --set optimizer.lr=0.5",
         r"optimizer\.lr was 0\.001 and is now 0\.5\. Put that back to go on",
@@ -158,8 +158,8 @@ COMMANDS = {
         "chat {home}/run --prompt " + "çok_uzun_" * 30,
         r"The text has \d{3} tokens, \d{3} too many\. The context holds 32, .*its newest part alone be read: --newest",
     ),
-    "a temperature below zero": ("chat {home}/run --prompt a --temperature -1", r"--temperature is -1\.0: .*greater"),
-    "a share above one": ("chat {home}/run --prompt a --top-p 3", r"--top-p is 3\.0: .*less than or equal to 1"),
+    "a temperature below zero": ("chat {home}/run --prompt a --temperature -1", r"--temperature is -1\.0; it takes 0"),
+    "a share above one": ("chat {home}/run --prompt a --top-p 3", r"--top-p is 3\.0; it takes 1 or less"),
     "no run to talk to": ("chat {home}/nowhere --prompt a", r"There is no directory"),
 }
 
@@ -201,9 +201,9 @@ RECIPES = {
     ),
     "copies of another kind": (
         (MOE, "rotation={window=1,interval=1,idle='int4'}"),
-        r"train\.rotation\.idle is 'int4': input should be 'bf16', 'int8' or 'e4m3'\.",
+        r"train\.rotation\.idle is 'int4'; it takes 'bf16', 'int8' or 'e4m3'\.",
     ),
-    "a window of nobody": ((MOE, "rotation={window=0}"), r"train\.rotation\.window is 0: .*greater than 0"),
+    "a window of nobody": ((MOE, "rotation={window=0}"), r"train\.rotation\.window is 0; it takes a number above 0"),
     "turns without a window": ((MOE, "rotation={interval=1}"), r"train\.rotation\.window is missing"),
     "no such optimizer": (
         ("optimizer.name=lion",),
@@ -211,7 +211,7 @@ RECIPES = {
     ),
     "Muon in 32 bits": (
         ("optimizer={name='muon',bits=32}",),
-        r"train\.optimizer\.bits is 32: input should be 16 or 8\.",
+        r"train\.optimizer\.bits is 32; it takes 16 or 8\.",
     ),
     "AdamW with Muon's momentum": (
         ("optimizer={name='adamw',momentum=0.9}",),
@@ -221,7 +221,7 @@ RECIPES = {
         ("optimizer.momentum=0.9",),
         r"no key train\.optimizer\.momentum\. Known: backend, beta1, beta2, bits",
     ),
-    "weights in fp16": (("weights=fp16",), r"train\.weights is 'fp16': input should be 'fp32' or 'bf16'"),
+    "weights in fp16": (("weights=fp16",), r"train\.weights is 'fp16'; it takes 'fp32' or 'bf16'"),
 }
 
 

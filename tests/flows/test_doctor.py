@@ -145,7 +145,7 @@ def test_a_machine_that_cannot_train_ends_with_1_and_says_why(be: Callable[[Fact
     assert answer.code == 1
     assert "Fatal: there is no C compiler\n" in answer.out
     assert "  to repair it  sudo apt install gcc\n" in answer.out
-    assert answer.out.endswith("Training would fail here.  Repair what is fatal, then type `lowvram doctor` again.\n")
+    assert answer.out.endswith("Training would fail here. Repair what is fatal, then type `lowvram doctor` again.\n")
     assert not found["can_train"]
 
 

@@ -104,6 +104,40 @@ def test_a_file_of_another_form_is_told_and_nothing_is_printed(
     assert answer.err.replace("\n", " ").count("Error:") == 1
 
 
+def test_training_text_is_called_that_and_another_encoding_is_told(home: Path) -> None:
+    for words in (("--data", home / "shards/train"), ("--text", home / "shards/train")):
+        answer = typed("evaluate", home / "run", *words, "--device", "cpu")
+        assert "shards/train is training text of this run" in answer.err.replace("\n", " ")
+        assert "held-out" not in answer.err + answer.out
+    (home / "old.txt").write_bytes(("Ağaç ışık şeker. " * 20).encode("cp1254"))
+    (home / "wide.txt").write_bytes("Ağaç ışık şeker.".encode("utf-16"))
+    for command in (("evaluate", home / "run"), ("compare", home / "run", home / "run/step-00000006")):
+        answer = typed(*command, "--text", home / "old.txt", home / "wide.txt", "--device", "cpu")
+        if command[0] == "evaluate":
+            assert f"Read as Windows-1254: {home / 'old.txt'}." in answer.err
+            assert f"Read as UTF-16: {home / 'wide.txt'}." in answer.err
+
+
+def test_samples_alone_say_whose_they_are(home: Path) -> None:
+    lines = typed("evaluate", home / "run", "--samples", 1, "--device", "cpu").out.splitlines()
+    assert lines[0] == f"{home / 'run/step-00000006'}, weights in fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "of"),
+    [
+        (("--items", 3), "--pairs, --choices, --suffixes and --harness"),
+        (("--tokens", 100, "--samples", 1), "--data and --text"),
+        (("--field", "body"), "--text"),
+    ],
+    ids=["items", "tokens", "field"],
+)
+def test_an_option_that_belongs_to_nothing_is_refused(words: tuple[object, ...], of: str, home: Path) -> None:
+    answer = typed("evaluate", home / "run", *words, "--device", "cpu")
+    assert answer.code == 1
+    assert f"{words[0]} is given, and nothing that it belongs to. It is an option of {of}." in answer.err
+
+
 @pytest.mark.parametrize("asked", [{"pairs": 3}, {"samples": 0}, {"items": -1}, {"text": []}, {"field": None}])
 def test_arguments_that_cannot_be_meant_are_refused(asked: dict[str, object], home: Path) -> None:
     with pytest.raises(LowvramError, match=f"`{next(iter(asked))}`"):

@@ -65,7 +65,7 @@ def test_a_machine_that_would_take_years_says_so_and_names_what_it_can_do() -> N
     out = typed("fit", "--gpu", "cpu", "--ram", "16GB", "--desktop", "none", "--model", "tr-1b").out
     assert re.search(r"15\.00B tokens in \d+–\d+ years\.", out)
     assert re.search(
-        r"CPU is too slow for tr-1b\.  What it can do: train tr-25m in \d+–\d+ days \(--model tr-25m\)\.", out
+        r"CPU is too slow for tr-1b\. What it can do: train tr-25m in \d+–\d+ days \(--model tr-25m\)\.", out
     )
     rows = table(typed("fit", "--gpu", "cpu", "--ram", "16GB", "--desktop", "none"))
     assert "over a year" in rows["tr-1b"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.cli.ending import show_next_steps
-from lowvram.cli.next_step import next_step, with_value
+from lowvram.cli.next_step import next_step, with_assignment, with_value
 from lowvram.shell import quote_command
 from lowvram.train.events import Stopped
 
@@ -93,6 +93,13 @@ def test_a_stopped_run_goes_on_with_what_was_typed(monkeypatch: pytest.MonkeyPat
 )
 def test_one_value_of_a_typed_command_is_replaced_and_nothing_else(typed: str, proposed: str) -> None:
     assert with_value(typed.split(), "--on-bad-row", "skip") == proposed.split()
+
+
+@pytest.mark.parametrize("before", ["--set train.tokens=8", "--set=tokens=8", "--set tokens=8 --set train.tokens=9"])
+def test_an_assignment_takes_the_place_of_what_was_typed_for_its_key(before: str) -> None:
+    typed = ["train", "a.toml", *before.split(), "--set", "lr=1e-3", "--device", "cpu"]
+    proposed = ["train", "a.toml", "--set", "lr=1e-3", "--device", "cpu", "--set", "train.tokens=16"]
+    assert with_assignment(typed, "train.tokens", "16") == proposed
 
 
 def test_a_path_that_looks_like_an_option_is_not_read_as_one() -> None:

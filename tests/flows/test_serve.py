@@ -55,7 +55,7 @@ def test_it_says_where_it_is_answers_and_ends_in_order(run: Path) -> None:
     with started(run, "--slots", 2, "--precision", "fp32") as (process, url, said):
         assert f"{url}/ is a chat page, {url}/v1 is for OpenAI's clients.\n" in said
         assert re.search(r"run continues texts: [\d,]+ parameters in fp32 \(as asked\)\.", said)
-        assert re.search(r"Context of 32 tokens, .+\.  2 answers at once, 64 requests may wait\.", said)
+        assert re.search(r"Context of 32 tokens, .+\. 2 answers at once, 64 requests may wait\.", said)
         client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         expected = typed("chat", run, "--prompt", "Kış", "--temperature", 0, "--tokens", 7, "--precision", "fp32")
         options = {"max_tokens": 7, "temperature": 0, "extra_body": {"repetition_penalty": 1.1}}

@@ -22,13 +22,13 @@ GOOD: dict[str, dict[str, Any]] = {
 COMPLETIONS, CHAT = GOOD
 # path, what is added to a good body, the field that is named, and a word of the message
 WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "a number as text": (COMPLETIONS, {"temperature": "0.5"}, "temperature", "valid number"),
-    "a truth as a number": (COMPLETIONS, {"max_tokens": True}, "max_tokens", "valid integer"),
-    "half a token": (CHAT, {"max_tokens": 1.5}, "max_tokens", "valid integer"),
-    "no tokens": (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
+    "a number as text": (COMPLETIONS, {"temperature": "0.5"}, "temperature", "takes a number"),
+    "a truth as a number": (COMPLETIONS, {"max_tokens": True}, "max_tokens", "takes a whole number"),
+    "half a token": (CHAT, {"max_tokens": 1.5}, "max_tokens", "takes a whole number"),
+    "no tokens": (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "takes 1 or more"),
     "more tokens than the server writes": (CHAT, {"max_tokens": 5000}, "max_tokens", "at most 95"),
-    "cold below zero": (CHAT, {"temperature": -1}, "temperature", "greater than or equal to 0"),
-    "top_p above one": (COMPLETIONS, {"top_p": 1.5}, "top_p", "less than or equal to 1"),
+    "cold below zero": (CHAT, {"temperature": -1}, "temperature", "takes 0 or more"),
+    "top_p above one": (COMPLETIONS, {"top_p": 1.5}, "top_p", "takes 1 or less"),
     "an unknown field": (COMPLETIONS, {"temprature": 1}, "temprature", "Did you mean temperature"),
     "an unknown field of a message": (
         CHAT,
@@ -51,7 +51,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "None",
     ),
     "no messages": (CHAT, {"messages": []}, "messages", "at least 1"),
-    "messages that are text": (CHAT, {"messages": "Merhaba"}, "messages", "valid list"),
+    "messages that are text": (CHAT, {"messages": "Merhaba"}, "messages", "takes a list"),
     "two answers": (CHAT, {"n": 2}, "n", "does not support that"),
     "true answers": (CHAT, {"n": True}, "n", "does not support that"),
     "a penalty": (COMPLETIONS, {"frequency_penalty": 0.5}, "frequency_penalty", "does not support that"),
@@ -93,7 +93,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "half a character of a stop": (COMPLETIONS, {"stop": "\ud800"}, "stop", "half a character"),
     "half a character of a second stop": (CHAT, {"stop": ["a", "\ud800"]}, "stop.1", "half a character"),
-    "half a character of a role": (CHAT, {"messages": [{"role": "\ud800"}]}, "messages.0.role", "unicode"),
+    "half a character of a role": (CHAT, {"messages": [{"role": "\ud800"}]}, "messages.0.role", "valid Unicode"),
     "half a character of a field's name": (
         COMPLETIONS,
         {"temperature\ud800": 1},
@@ -110,10 +110,10 @@ WRONG: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "an empty stop": (COMPLETIONS, {"stop": ["a", ""]}, "stop.1", "at least 1"),
     "too many stops": (COMPLETIONS, {"stop": ["a"] * 17}, "stop", "at most 16"),
     "chances beside nothing": (CHAT, {"top_logprobs": 2}, "top_logprobs", "logprobs is not true"),
-    "too many chances": (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
-    "chances by truth": (COMPLETIONS, {"logprobs": True}, "logprobs", "valid integer"),
+    "too many chances": (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "takes 20 or less"),
+    "chances by truth": (COMPLETIONS, {"logprobs": True}, "logprobs", "takes a whole number"),
     "options of no stream": (CHAT, {"stream_options": {"include_usage": True}}, "stream_options", "stream is not true"),
-    "a seed beyond 64 bits": (CHAT, {"seed": 2**63}, "seed", "less than"),
+    "a seed beyond 64 bits": (CHAT, {"seed": 2**63}, "seed", "a number below 9,223"),
     "another model": (CHAT, {"model": "gpt-5"}, "model", "'small' alone"),
     "half a character of a model": (CHAT, {"model": "\ud800"}, "model", "'small' alone"),
 }

@@ -35,7 +35,7 @@ EVENTS: tuple[Event, ...] = (
     Evaluated(3, 5.5, 2.75),
     Sampled(3, "Kış", " geldi; “ğüş”\n\x1b[31m\u2028"),
     Saved(3, Path("runs/a/step-00000003"), 0.25),
-    Evaluated(3, 5.25, 2.5, reads_masters=True, pairs_right=0.75),
+    Evaluated(3, 5.25, 2.5, reads_masters=True, pairs_right=0.75, suffix_bits={"stem": 1.5}, choices_right=0.25),
     Rotated(3, (0, 2), 1_000, 5_000, 0.5),
     Halved(3, 4, 16),
     Recorded(3, "memory ran out."),
@@ -70,11 +70,13 @@ def test_every_event_is_one_row_with_all_its_values(tmp_path: Path) -> None:
         {"event": "StepDone", "step": 3, "tokens": 768, "loss": 5.25, "gradient_norm": 0.5, "learning_rate": 1e-3,
          "tokens_per_second": 1234.5, "memory_bytes": 1 << 30, "left_s": 60.0, "skipped": 0},
         {"event": "Evaluated", "step": 3, "loss": 5.5, "bits_per_byte": 2.75, "reads_masters": False,
-             "pairs_right": None, "pairs_problem": ""},
+             "pairs_right": None, "pairs_problem": "", "suffix_bits": None, "suffixes_problem": "",
+             "choices_right": None, "choices_problem": ""},
         {"event": "Sampled", "step": 3, "prompt": "Kış", "text": " geldi; “ğüş”\n\x1b[31m\u2028", "problem": ""},
         {"event": "Saved", "step": 3, "directory": str(Path("runs/a/step-00000003")), "took_s": 0.25},
         {"event": "Evaluated", "step": 3, "loss": 5.25, "bits_per_byte": 2.5, "reads_masters": True,
-             "pairs_right": 0.75, "pairs_problem": ""},
+             "pairs_right": 0.75, "pairs_problem": "", "suffix_bits": {"stem": 1.5}, "suffixes_problem": "",
+             "choices_right": 0.25, "choices_problem": ""},
         {"event": "Rotated", "step": 3, "experts": [0, 2], "card_bytes": 1_000, "host_bytes": 5_000, "took_s": 0.5},
         {"event": "Halved", "step": 3, "micro_batch": 4, "accumulate": 16},
         {"event": "Recorded", "step": 3, "problem": "memory ran out."},
@@ -151,6 +153,8 @@ def test_steps_validation_and_rotation_have_numbers_for_charts_and_nothing_else_
         "valid_masters/loss": 5.25,
         "valid_masters/bits_per_byte": 2.5,
         "valid_masters/pairs_right": 0.75,
+        "valid_masters/choices_right": 0.25,
+        "valid_masters/suffix_bits/stem": 1.5,
     }
     assert scalars(EVENTS[6]) == {"rotation/card_bytes": 1_000, "rotation/host_bytes": 5_000}
     assert [scalars(event) for event in (EVENTS[0], *EVENTS[3:5], *EVENTS[7:])] == [{}] * 6

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
+from lowvram.config.allowed import describe_allowed
 from lowvram.config.architecture import Gqa, Mla, Moe, Rope, SwiGlu, Window, Yarn
 from lowvram.config.model import ModelConfig
 from lowvram.convert.hf.config_out import MLA_NORM_EPS
@@ -174,7 +175,7 @@ def _explain(error: ValidationError) -> tuple[str, str, str]:
     if problem["type"] == "missing":
         what = f"config.json has no {key}."
     elif key:
-        what = f"{key} is {quote_value(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+        what = f"{key} is {quote_value(problem['input'])}; {describe_allowed(problem)}."
     else:
         what = f"config.json describes no model: {problem['msg'].removeprefix('Value error, ')}."
     return what, "Without it the form of the model is not known.", "Copy the directory anew, or mend that key."
