@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lowvram.api.arguments import PATH, read_paths, refuse_count, refuse_missing, refuse_type
 from lowvram.api.overrides import assignments
 from lowvram.api.progress import carry_out
-from lowvram.api.tasks import Notice, Progress, Task
+from lowvram.api.tasks import KeptWork, Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
 if TYPE_CHECKING:
@@ -140,13 +140,20 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
     )
 
 
-def _show(
-    work: Generator[CleanProgress, None, dict[str, Any]],
-) -> Generator[Progress, None, dict[str, Any]]:
+def _show(work: Generator[CleanProgress, None, dict[str, Any]]) -> Task[dict[str, Any]]:
+    """Yield the progress, and notices of what an earlier start has done."""
+    from lowvram.data.clean.cleaner import COMPARING
+
     yield Progress("Cleaning")
+    kept, stage = KeptWork("document"), ""
     while True:
         try:
             found = next(work)
         except StopIteration as end:
+            yield from kept.tell()
+            if stage == COMPARING:
+                yield Notice("The result was finished before; the text is the same, and nothing was written.")
             return end.value
+        stage = found.stage
+        yield from kept.count(found.reused)
         yield Progress(found.stage, found.done, found.total or None, found.detail)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.arguments import PATH, refuse_count, refuse_missing
 from lowvram.api.progress import carry_out
-from lowvram.api.tasks import Notice, Progress, Task
+from lowvram.api.tasks import KeptWork, Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
 if TYPE_CHECKING:
@@ -111,17 +111,19 @@ def pack_task(
     return Packed(tuple(map(_describe, sides)), has_validation, _find_data(home, tokenizer))
 
 
-def _show_progress(
-    packing: Generator[PackProgress, None, tuple[ShardSet, ...]],
-) -> Generator[Progress, None, Sequence[ShardSet]]:
+def _show_progress(packing: Generator[PackProgress, None, tuple[ShardSet, ...]]) -> Task[Sequence[ShardSet]]:
+    """Yield the progress, and a notice of shards that an earlier start has finished."""
     from lowvram.units import show_count
 
     yield Progress("Packing")
+    kept = KeptWork("shard")
     while True:
         try:
             found = next(packing)
         except StopIteration as end:
+            yield from kept.tell()
             return end.value
+        yield from kept.count(found.reused)
         yield Progress("Packing", found.read_bytes, found.total_bytes or None, f"{show_count(found.tokens)} tokens")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -135,7 +135,7 @@ class SkippedRows:
         if self._kept <= _SHOWN:
             self._untold.append(row)
 
-    def tell_beside(self, work: Generator[Progress, None, Result]) -> Task[Result]:
+    def tell_beside(self, work: Task[Result]) -> Task[Result]:
         """Do the work that reads texts; yield its progress, and a notice of each of the first rows that it skips."""
         from lowvram.errors import LowvramError
 

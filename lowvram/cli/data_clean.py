@@ -43,7 +43,7 @@ def add_clean(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     clean.add_argument("--replace", action="store_true", help="replace cleaned text of another run that DIR holds")
     clean.add_argument("--processes", type=process_count, metavar="N", help="processes (default: one per core)")
-    clean.set_defaults(run=run_clean)
+    clean.set_defaults(run=run_clean, goes_on=True)
 
 
 def run_clean(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The last lines of `lowvram train`: whether the model has learnt anything, and the commands that come next."""
+"""The last lines of a run or an interrupted command: what a model has learnt, and the commands that come next."""
 
 from __future__ import annotations
 
@@ -56,6 +56,20 @@ def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopp
     copyable(f"or:   {export}  (for transformers)")
     further = quote_command("lowvram", *arguments.typed, "--set", f"train.tokens={2 * what.train.tokens}")
     copyable(f"or:   {further}  (train it further, to twice the tokens)")
+
+
+def show_interruption(arguments: argparse.Namespace, is_terminated: bool) -> None:
+    """Say that a signal ended the command and, where typing it again goes on, show it.
+
+    A parser says by its default `goes_on` that its command keeps what is finished.
+    """
+    from lowvram.cli.console import copyable, notice
+
+    notice(f"{'Terminated' if is_terminated else 'Interrupted'}; what was finished before is kept.")
+    reads_input = "-" in map(str, getattr(arguments, "text", ()))
+    is_report = getattr(arguments, "on_bad_row", "") == "report"
+    if getattr(arguments, "goes_on", False) and not reads_input and not is_report:
+        copyable(next_step(*arguments.typed, why="goes on where it stopped"))
 
 
 def near(path: Path | str) -> Path:

@@ -17,9 +17,10 @@ from lowvram.config.cleaning import CleaningRules
 from lowvram.data.bad_rows import BadRows
 from lowvram.data.clean.contamination import build_index
 from lowvram.data.clean.duplicates import Found, find_duplicates, open_flags
+from lowvram.data.clean.examples import show_text
 from lowvram.data.clean.language import check_languages
 from lowvram.data.clean.output import Output, name_outputs
-from lowvram.data.clean.part import SHOWN_CHARACTERS, Lists, Part, PartTask, clean_part, read_row
+from lowvram.data.clean.part import Lists, Part, PartTask, clean_part, read_row
 from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write_page
 from lowvram.data.clean.toxicity import read_words
 from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
@@ -35,12 +36,20 @@ PART_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class CleanProgress:
-    """How far a cleaning is.  stage: what it does now.  done, total: in bytes read, or as a share; total 0: unknown."""
+    """How far a cleaning is.
+
+    stage: what it does now.  done, total: in bytes read, or as a share; total 0: unknown.  reused: documents of parts
+    that an earlier start finished.
+    """
 
     stage: str
     done: float
     total: float
     detail: str = ""
+    reused: int = 0
+
+
+COMPARING = "Comparing with the finished result"
 
 
 @dataclass
@@ -180,7 +189,7 @@ class _Cleaning:
         """Read all text again, and raise DataError where it is not the text of a finished result."""
         total = sum(map(size_of, self.files))
         for batch in self._batches():
-            yield CleanProgress("Comparing with the finished result", batch.read_bytes, total)
+            yield CleanProgress(COMPARING, batch.read_bytes, total)
         is_whole = all(
             (self.folder.out / row["output"]).is_file()
             and (self.folder.out / row["output"]).stat().st_size == row["bytes"]
@@ -196,23 +205,24 @@ class _Cleaning:
         total = sum(map(size_of, self.files))
         lists = Lists(self.toxic, self._store_evaluation())
         running: deque[tuple[_Batch, dict[str, Any] | None, Callable[[], tuple[Path, dict[str, Any]]] | None]] = deque()
-        kept = 0
+        kept = reused = 0
 
         def finish() -> CleanProgress:
             # Only this process, which holds the lock, renames parts; a worker that outlives it must not.
-            nonlocal kept
+            nonlocal kept, reused
             batch, sidecar, cleaned = running.popleft()
             if cleaned is not None:
                 beside, sidecar = cleaned()
                 sidecar["text"] = batch.hash
                 self.folder.add(batch.number, sidecar, beside)
             assert sidecar is not None
+            reused += 0 if cleaned else sidecar["documents"]
             self.totals.add(sidecar)
             last = self.parts[-1] if self.parts else None
             self.parts.append(Part(self.folder.path(batch.number), {"arrays": sidecar["arrays"]}, last))
             kept += self.parts[-1].documents
             detail = f"{kept:,} of {count_of(self.totals.documents, 'document')} kept"
-            return CleanProgress("Cleaning", batch.read_bytes, total, detail)
+            return CleanProgress("Cleaning", batch.read_bytes, total, detail, reused)
 
         fix = "Clean again with fewer `processes`; what is finished is kept."
         pool = WorkerPool(self._count_processes(processes), clean_part, "cleaning", fix)
@@ -316,4 +326,4 @@ class _Cleaning:
         part = next(part for part in reversed(self.parts) if part.first_document <= document)
         place = document - part.first_document
         number, text = read_row(part.rows()[place])
-        return {"file": int(part.read("files")[place]), "document": number, "before": text[:SHOWN_CHARACTERS]}
+        return {"file": int(part.read("files")[place]), "document": number, "before": show_text(text)}

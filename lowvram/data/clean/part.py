@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from lowvram.config.cleaning import CleaningRules
 from lowvram.data.clean.contamination import EvaluationIndex
 from lowvram.data.clean.document_rules import Change, DocumentRules, Outcome
+from lowvram.data.clean.examples import show_change
 from lowvram.data.clean.signature import FUNCTIONS, sign
 from lowvram.data.clean.toxicity import ToxicWords
 from lowvram.storage.disk import Disk, explain_full_disk
@@ -29,8 +30,6 @@ from lowvram.storage.disk import Disk, explain_full_disk
 # So many characters are arrays at once: they stay in a processor's cache, and in tens of megabytes.
 _BATCH_CHARACTERS = 1 << 17
 _EXAMPLES = 3
-# An example is shown from and up to so many characters around its first change.
-SHOWN_CHARACTERS = 300
 ARRAYS: dict[str, tuple[str, int]] = {
     "rows": ("u1", 1),
     "row_ends": ("<u8", 1),
@@ -101,7 +100,7 @@ def clean_part(task: PartTask) -> tuple[Path, dict[str, Any]]:
         "changed": +total.changed,
         "parts": +total.parts,
         "characters_removed": +total.characters,
-        "examples": [_shorten(change, task) for change in total.examples],
+        "examples": [_describe(change, task) for change in total.examples],
     }
     return _write(task, arrays, sidecar)
 
@@ -172,18 +171,9 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def _shorten(change: Change, task: PartTask) -> dict[str, Any]:
-    before, after = change.before, change.after
-    start = 0
-    if after is not None:
-        differs = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(after))
-        start = max(0, min(differs, len(before) - 1) - SHOWN_CHARACTERS // 3)
-    # The report must not hold what the rule took out of the text.
-    is_private = change.rule == "private"
-    shown = {"before": (after or "" if is_private else before)[start : start + SHOWN_CHARACTERS]}
-    if after is not None and not is_private:
-        shown["after"] = after[start : start + SHOWN_CHARACTERS]
+def _describe(change: Change, task: PartTask) -> dict[str, Any]:
     place = {"file": task.files[change.document], "document": task.numbers[change.document]}
+    shown = show_change(change.before, change.after)
     return {"rule": change.rule, **place, **shown} | ({"why": change.why} if change.why else {})
 
 

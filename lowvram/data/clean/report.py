@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.config.cleaning import CleaningRules
+from lowvram.data.clean.private import KINDS
 from lowvram.units import count_of, show_bytes
 
 _EXAMPLES = 5
@@ -75,9 +76,8 @@ def describe_rules(totals: Totals, rules: CleaningRules) -> list[dict[str, Any]]
             "documents_changed": totals.changed[name],
             "characters_removed": totals.characters_removed[name],
         }
-        kinds = ("email", "phone", "iban", "national_number")
         if name == "private":
-            row["replaced"] = {kind: totals.parts[kind] for kind in kinds if totals.parts[kind]}
+            row["replaced"] = {kind: totals.parts[kind] for kind in KINDS if totals.parts[kind]}
         if name in ("boilerplate", "duplicate_lines"):
             row["lines_removed"] = totals.parts[name]
         row["examples"] = totals.examples.get(name, [])

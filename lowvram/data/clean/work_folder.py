@@ -19,7 +19,7 @@ from lowvram.storage.json_files import JsonError, read_object
 # Both are hidden, so that no command takes them for text.
 _WORK, _LOCK = ".cleaning", ".lock"
 _UNFINISHED = re.compile(r".*\.[0-9]+\.tmp")
-FORMAT = 1
+FORMAT = 2
 
 
 class WorkFolder:
