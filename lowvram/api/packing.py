@@ -57,6 +57,7 @@ def pack(
     holdout: float | str | None = None,
     field: str = "text",
     on_bad_row: OnBadRow = "stop",
+    leave_out: Texts | None = None,
     replace: bool = False,
     processes: int = 1,
     progress: bool = False,
@@ -66,14 +67,15 @@ def pack(
     texts: a file (.txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst), a folder, a pattern, or several of them;
     documents end at a blank line, or are `field` of a row.  tokenizer: its folder.  holdout: the share of the documents
     that is held out, as 0.005 or "0.5%": the shards are then in `out/train` and `out/valid`.  on_bad_row: "stop" at the
-    first row that is no text, or "skip" a few of them.  replace: replace shards of another text in `out`.  processes:
+    first row that is no text, or "skip" a few of them.  leave_out: files or folders of `texts` not to read.  replace:
+    replace shards of another text in `out`.  processes:
     with more than one, a script must guard its entry with `if __name__ == "__main__":`.  progress: show a progress bar,
     in a terminal or a notebook.
 
     Raises ConfigError for an argument that cannot be meant, TokenizerError where there is no tokenizer, DataError for
     text that cannot be read or where `out` holds something else, BusyError, DiskFullError.
     """
-    options = read_text_options(texts, field, on_bad_row, holdout)
+    options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
     refuse_missing("out", out, *PATH)
     refuse_missing("tokenizer", tokenizer, *PATH)
     refuse_missing("replace", replace, bool)

@@ -90,7 +90,7 @@ def _rows(file: Path, field: str, tell: Callable[[int], None] | None, convert: C
                         tell(stream.read_bytes())
                     yield row
     except DataError as error:
-        yield BadRow.of("unreadable", error, ends_file=True)
+        yield BadRow.of("unreadable", error, file)
 
 
 def _text_documents(file: Path, stream: TextStream, field: str, convert: Convert) -> Iterator[str | BadRow]:

@@ -188,8 +188,8 @@ def measure_large(sources: list[Path], scratch: Path) -> None:
     print(f"large: {size / 1e6:.0f} MB, {report['documents_read']:,} documents, {report['documents']:,} left; {counts}")
     _show_speed("defaults", size, run)
     print(
-        f"  peak {run.peak_bytes / 1e6:.0f} MB of all processes; on disk at most {run.disk_bytes / 1e6:.0f} MB while it "
-        f"works, of it signatures {run.signature_bytes / 1e6:.0f} MB, and {report['bytes'] / 1e6:.0f} MB of result"
+        f"  peak {run.peak_bytes / 1e6:.0f} MB of all processes; on disk at most {run.disk_bytes / 1e6:.0f} MB for its "
+        f"work, of it signatures {run.signature_bytes / 1e6:.0f} MB, and {report['bytes'] / 1e6:.0f} MB of result"
     )
 
 

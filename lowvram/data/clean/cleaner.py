@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +75,7 @@ def clean_each_part(
     replace: bool = False,
     bad_rows: BadRows | None = None,
     notes: Callable[[], Sequence[str]] = tuple,
+    leave_out: Collection[Path] = (),
 ) -> Generator[CleanProgress, None, dict[str, Any]]:
     """Clean the documents of `paths` into `out`, yield how far it is, and return the report.
 
@@ -82,7 +83,8 @@ def clean_each_part(
     processes: None for one per core; with more than one, a script must guard its entry with
     `if __name__ == "__main__"`.  replace: whether the result of other text or rules in `out` may be replaced.
     bad_rows: what is done with rows that are not text; None skips a few.  notes: sentences for the report, asked for
-    when everything was read.
+    when everything was read.  leave_out: files of `paths` that are not read; they keep their places, so that parts of
+    the others that are finished are kept.
     Raises DataError (unreadable text, lists or evaluation sets, nothing left, files in the way), BusyError,
     DiskFullError, MachineError.
     """
@@ -90,7 +92,7 @@ def clean_each_part(
     refuse_text_inside(out, [path for path in (*paths, *files) if not is_stream(path)])
     if rules.language.on and rules.language.keep:
         check_languages(rules.language.keep)
-    work = _Cleaning(files, out, rules, field, disk, bad_rows or BadRows("skip"), replace)
+    work = _Cleaning(files, out, rules, field, disk, bad_rows or BadRows("skip"), replace, leave_out)
     with work.folder.claim():
         return (yield from work.run(processes or os.cpu_count() or 1, notes))
 
@@ -107,8 +109,9 @@ class _Cleaning:
         disk: Disk,
         bad_rows: BadRows,
         replace: bool,
+        leave_out: Collection[Path],
     ) -> None:
-        self.files, self.rules, self.field = files, rules, field
+        self.files, self.left_out, self.rules, self.field = files, leave_out, rules, field
         self.disk, self.bad_rows = disk, bad_rows
         self.toxic = tuple(read_words(rules.toxicity.words)) if rules.toxicity.on and rules.toxicity.words else ()
         against = [Path(name) for name in rules.contamination.against] if rules.contamination.on else []
@@ -168,7 +171,8 @@ class _Cleaning:
             return batch
 
         for index, file in enumerate(self.files):
-            for number, text in enumerate(documents(file, self.field, tell, self.bad_rows), 1):
+            texts = () if file in self.left_out else documents(file, self.field, tell, self.bad_rows)
+            for number, text in enumerate(texts, 1):
                 data = text.encode("utf-8")
                 digest.update(f"{index} {number} {len(data)} ".encode())
                 digest.update(data)
@@ -273,6 +277,7 @@ class _Cleaning:
             totals.characters_removed[name] += output.characters[name]
         totals.parts["duplicate_lines"] += output.lines
         if not any(written.documents for written in output.written):
+            self.folder.forget()
             eaters = name_eaters(describe_rules(totals, self.rules))
             what = f"Nothing is left of {count_of(totals.documents, 'document')}."
             why = f"Documents were removed by: {eaters}."
