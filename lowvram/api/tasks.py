@@ -45,10 +45,11 @@ class KeptWork:
     is_told: bool = False
 
     def count(self, kept: int) -> Iterator[Notice]:
-        """Note how much was found up to now; yield the notice when the first new piece of work follows."""
-        if kept == self.kept:
+        """Note how much was found up to now; yield the notice when something else follows."""
+        if kept > self.kept:
+            self.kept = kept
+        else:
             yield from self.tell()
-        self.kept = kept
 
     def tell(self) -> Iterator[Notice]:
         """Yield the notice where there is anything to tell and it was not told."""

@@ -50,7 +50,7 @@ def run_clean(arguments: argparse.Namespace) -> int:
     """Clean, and show what was taken out and what comes next."""
     from lowvram.api.cleaning import CleaningOptions, clean_task
     from lowvram.cli.console import literal, result
-    from lowvram.cli.next_step import next_step
+    from lowvram.cli.next_step import next_step, or_step
     from lowvram.cli.tasks import run_task
 
     if arguments.on_bad_row == "report":
@@ -62,7 +62,7 @@ def run_clean(arguments: argparse.Namespace) -> int:
     for line in _describe(cleaned):
         result(line)
     literal(next_step("tokenizer", "train", cleaned.path, "--holdout", "0.5%", "--out", "tok"))
-    literal(next_step("data", "pack", cleaned.path, "--holdout", "0.5%", why="with a tokenizer that is there already"))
+    literal(or_step("data", "pack", cleaned.path, "--holdout", "0.5%", why="with a tokenizer that you have"))
     return 0
 
 

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.next_step import next_step
+from lowvram.cli.next_step import next_step, or_step
 from lowvram.cli.options import device_words
-from lowvram.shell import quote_command
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -51,11 +50,10 @@ def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopp
     run, device = near(what.run.dir), device_words(arguments)
     copyable(next_step("chat", run, *device, why="talk to it"))
     if what.data.valid is not None:
-        copyable(f"or:   {quote_command('lowvram', 'evaluate', run, *device)}  (measure it)")
-    export = quote_command("lowvram", "export", run, "--to", "hf", "--out", Path(f"{run}-hf"))
-    copyable(f"or:   {export}  (for transformers)")
-    further = quote_command("lowvram", *arguments.typed, "--set", f"train.tokens={2 * what.train.tokens}")
-    copyable(f"or:   {further}  (train it further, to twice the tokens)")
+        copyable(or_step("evaluate", run, *device, why="measure it"))
+    copyable(or_step("export", run, "--to", "hf", "--out", Path(f"{run}-hf"), why="for transformers"))
+    further = (*arguments.typed, "--set", f"train.tokens={2 * what.train.tokens}")
+    copyable(or_step(*further, why="train it further, to twice the tokens"))
 
 
 def show_interruption(arguments: argparse.Namespace, is_terminated: bool) -> None:

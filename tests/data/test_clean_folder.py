@@ -85,11 +85,37 @@ def test_a_report_that_names_files_outside_its_folder_deletes_nothing(tmp_path: 
     assert (out / "None").is_file()
 
 
-def test_the_report_shows_private_data_only_as_the_marks_that_stand_for_them(tmp_path: Path) -> None:
-    text = tmp_path / "a.txt"
-    text.write_text(f"{write_document(random.Random(5))} Yaz: ali@ornek.com.tr", encoding="utf-8")
-    [example] = next(row for row in clean(text, tmp_path / "out").report["rules"] if row["rule"] == "private")[
-        "examples"
+# Private data, alone and where only a repair brings it to light; what no part of any report may hold.
+SECRETS = {
+    "an address": ("ali@ornek.com.tr", "ali@"),
+    "an address with a zero-width space": ("veli\u200b@ornek.com.tr", "ornek.com"),
+    "an address with spoilt letters": ("ayse@Ã¶rnek.com.tr", "rnek.com"),
+    "an address in parts": ("can@o\u0308rnek.com.tr", "rnek.com"),
+    "a telephone": ("0532 123 45 67", "123 45"),
+    "an IBAN with hard blanks": ("TR33\u00a00006\u00a01005\u00a01978\u00a06457\u00a08413\u00a026", "6457"),
+    "a national number": ("10000000146", "0000146"),
+}
+
+
+@pytest.mark.parametrize("sets", [{}, {"private.on": False}], ids=["replaced", "the rule is off"])
+def test_no_example_of_any_rule_shows_private_data(tmp_path: Path, sets: dict[str, object]) -> None:
+    generator = random.Random(5)
+    spoilt = ["Ã¼zÃ¼m ", "u\u0308zu\u0308m ", "gizli\u200bce ", "boş   \nsatır ", "", "a", "#" * 999]
+    texts = [
+        f"{before}{write_document(generator)} Yaz: {secret}\n" + ("" if before != "a" else write_document(generator))
+        for secret, _ in SECRETS.values()
+        for before in spoilt
     ]
-    assert example["before"].endswith("Yaz: [E-POSTA]")
-    assert "ali@" not in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    rows = [*texts, *texts[::5], *(f"{text} Bambaşka." for text in texts[::7])]
+    long = write_document(generator, 400)
+    rows += [f"{long[: 9_990 - shift]} {secret} {long}" for secret, _ in SECRETS.values() for shift in (0, 9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
+    for only in ({}, {"length.least_words": 150, "length.most_characters": 20_000}):
+        out = tmp_path / f"out-{len(only)}"
+        report = clean(tmp_path / "a.jsonl", out, overrides={**sets, **only}).report
+        shown = {row["rule"]: len(row["examples"]) for row in report["rules"]}
+        assert min(shown[rule] for rule in ("mojibake", "composed", "invisible", "spaces")) == 3, shown
+        text = json.dumps(report["rules"], ensure_ascii=False) + (out / "report.md").read_text(encoding="utf-8")
+        for name, (_, secret) in SECRETS.items():
+            assert secret not in text.replace("\u00a0", " ").replace("\\", ""), name
+        assert "[E-POSTA]" in text

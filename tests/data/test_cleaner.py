@@ -6,7 +6,6 @@ import gzip
 import hashlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -72,8 +71,9 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of some documents, and buckets of some pairs."""
+    """Parts of some documents, and buckets of some pairs, written now and then."""
     monkeypatch.setattr(cleaner, "PART_BYTES", 4_000)
+    monkeypatch.setattr(pair_buckets, "_WAITING_PAIRS", 40)
     monkeypatch.setattr(pair_buckets, "_BUCKET_PAIRS", 16)
 
 
@@ -120,7 +120,14 @@ def test_what_is_no_good_is_removed_and_what_is_read_stays_as_it_is(texts: Path,
     assert (near["document"], near["like"]["document"], near["like"]["file"][-7:]) == (50, 1, "a.jsonl")
     assert (other["file"][-5:], other["document"], other["like"]["document"]) == ("a.txt", 4, 51)
     page = result.page.read_text(encoding="utf-8")
-    for words in ("| `near_duplicates` | 2 | 0 |", "Skipped 1 of 125 rows", "BAMBAŞKA", "law/a.txt.jsonl"):
+    shown = (
+        "| `near_duplicates` | 2 | 0 |",
+        "Skipped 1 of 125 rows",
+        "BAMBAŞKA",
+        "law/a.txt.jsonl`",
+        "`email = true, ",
+    )
+    for words in shown:
         assert words in page, words
 
 
@@ -160,22 +167,43 @@ def test_the_result_does_not_depend_on_processes_parts_of_memory_or_interruption
 
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_a_killed_command_goes_on_and_leaves_no_process(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_command_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
+    texts: Path, tmp_path: Path, seed: int
+) -> None:
     script = (
-        "import sys; from lowvram.data.clean import cleaner; cleaner.PART_BYTES = 4_000\n"
+        "import sys; from lowvram.data.clean import cleaner, pair_buckets\n"
+        "cleaner.PART_BYTES, pair_buckets._BUCKET_PAIRS, pair_buckets._WAITING_PAIRS = 2_000, 16, 40\n"
         "from lowvram.cli.app import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "run.py").write_text(script, encoding="utf-8")
     words = [sys.executable, str(tmp_path / "run.py"), "data", "clean", str(texts), "--processes", "2", "--out"]
-    subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True, env=environment())
-    child = subprocess.Popen([*words, str(tmp_path / "out")], env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out/.cleaning/00001.json").exists() and child.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    subprocess.run([*words, str(tmp_path / "out")], check=True, capture_output=True, env=environment())
+
+    def begin(out: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*words, str(tmp_path / out)], env=environment(), stderr=subprocess.DEVNULL)
+
+    def wait_for_work(child: subprocess.Popen[bytes], out: str) -> float:
+        deadline = time.monotonic() + 60
+        while child.poll() is None and not list((tmp_path / out / ".cleaning").glob("*.bin*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return time.monotonic()
+
+    whole = begin("whole")
+    began_s = wait_for_work(whole, "whole")
+    assert whole.wait(120) == 0
+    took_s = time.monotonic() - began_s
+    generator, kills = random.Random(seed), 0
+    for attempt in range(8):
+        child = begin("out")
+        wait_for_work(child, "out")
+        # Spread over the whole work, for what is finished is not done again.
+        time.sleep(took_s * generator.random() * (attempt + 1) / 8)
+        kills += child.poll() is None
+        child.kill()
+        child.wait()
+    assert kills >= 4
+    assert begin("out").wait(120) == 0
     assert seen(tmp_path / "out") == seen(tmp_path / "whole")
 
 
@@ -210,7 +238,9 @@ def test_a_finished_result_is_recognised_and_other_text_or_rules_never_replace_i
     out = tmp_path / "out"
     first = clean(texts, out)
     before = seen(out)
-    assert clean(texts, out).report == first.report
+    second = clean(texts, out)
+    assert second.report == first.report
+    assert "The result was finished before" in second.notices[-2].text
     with pytest.raises(DataError, match=r"text cleaned by other rules.*`replace=True`"):
         clean(texts, out, overrides={"length.least_words": 9})
     more = texts / "law/a.txt"
@@ -262,7 +292,7 @@ def test_where_nothing_is_left_it_says_which_rules_ate_it(texts: Path, tmp_path:
     with pytest.raises(DataError, match=r"Nothing is left of 124 documents\. .*by: length 124\.") as caught:
         clean(texts, tmp_path / "out", overrides={"length.least_characters": 1_000_000})
     assert "length.on=false" in str(caught.value)
-    assert not (tmp_path / "out/report.json").exists()
+    assert not (tmp_path / "out").exists()
     (tmp_path / "short.txt").write_text("kısa\n\n1 2\n\n\u200b", encoding="utf-8")
     with pytest.raises(DataError, match=r"Nothing is left of 3 documents"):
         clean(tmp_path / "short.txt", tmp_path / "none")
@@ -281,8 +311,33 @@ def test_dirty_rows_are_skipped_by_default_but_not_many(texts: Path, tmp_path: P
     with gzip.open(tmp_path / "a.txt.gz", "wb") as packed:
         packed.write("\n\n".join(write_document(random.Random(n)) for n in range(500)).encode())
     (tmp_path / "a.txt.gz").write_bytes((tmp_path / "a.txt.gz").read_bytes()[:9_000])
-    with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read to its end"):
+    with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read to its end\. It was cut short"):
         clean(tmp_path / "a.txt.gz", tmp_path / "torn")
+    assert not (tmp_path / "torn").exists(), "nothing was finished"
+
+
+def test_a_file_that_is_left_out_costs_no_part_of_the_others(texts: Path, tmp_path: Path, small: None) -> None:
+    torn = texts / "law/b.txt.gz"
+    torn.write_bytes(gzip.compress("\n\n".join(write_document(random.Random(n)) for n in range(600)).encode())[:-100])
+    with pytest.raises(DataError, match=r"b\.txt\.gz cannot be read to its end.*`leave_out` leaves it out"):
+        clean(texts, tmp_path / "out")
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/.cleaning").glob("*.bin")}
+    assert len(parts) > 4
+    work = clean_each_part([texts], tmp_path / "out", load_rules(), leave_out=[torn], processes=1)
+    for step in work:
+        if step.stage != "Cleaning":
+            break
+    again = [path for path, before in parts.items() if path.exists() and path.stat().st_mtime_ns != before]
+    assert len(again) < len(parts) // 2, "those of the file that is left out"
+    work.close()
+    found = clean(texts, tmp_path / "out", leave_out=torn)
+    assert f"Left out as asked: {torn}." in found.report["notes"]
+    assert "Going on: 124 documents kept" in " ".join(notice.text for notice in found.notices)
+    torn.unlink()
+    plain = clean(texts, tmp_path / "plain")
+    assert {row["output"]: row["bytes"] for row in found.report["files"] if row["output"]} == {
+        row["output"]: row["bytes"] for row in plain.report["files"]
+    }
 
 
 def test_evaluation_sets_are_named_by_file_and_by_rules(texts: Path, tmp_path: Path) -> None:
@@ -349,7 +404,7 @@ def test_the_command_shows_what_it_did_and_what_comes_next(texts: Path, tmp_path
     assert "duplicate_documents: 1 document removed, 0 changed" in answer.out
     assert f"{tmp_path / 'out'}: 122 of 124 documents (1.61% removed)" in answer.out
     assert answer.out.splitlines()[-2].startswith(f"Next: lowvram tokenizer train {tmp_path / 'out'} ")
-    assert answer.out.splitlines()[-1].startswith(f"Next: lowvram data pack {tmp_path / 'out'} ")
+    assert answer.out.splitlines()[-1].startswith(f"or:   lowvram data pack {tmp_path / 'out'} ")
     packing = typed("tokenizer", "train", tmp_path / "out", "--vocab", 300, "--out", tmp_path / "tok")
     assert (packing.code, "passed over" in packing.err) == (0, False), "the report beside the text is no text"
     wrong = typed("data", "clean", texts, "--out", tmp_path / "other", "--set", "lenght.on=false")
