@@ -23,9 +23,7 @@ OnBadRow = Literal["stop", "skip"]
 # As many rows that are skipped are shown.
 _SHOWN = 5
 _HINT = '`on_bad_row="skip"` leaves such rows out, and `check_texts` lists them all.'
-_FILE_HINT = (
-    "Such a file is never used in part; `leave_out` leaves it out whole, and `check_texts` lists all such files."
-)
+_FILE_HINT = "Such a file is never used in part; `leave_out` leaves it out, and `check_texts` lists all such files."
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lowvram.data.clean.examples import show_text
 from lowvram.data.clean.language import check_languages
 from lowvram.data.clean.output import Output, name_outputs
 from lowvram.data.clean.part import Lists, Part, PartTask, clean_part, read_row
-from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write_page
+from lowvram.data.clean.report import Totals, describe_rules, find_eaters, write_page
 from lowvram.data.clean.toxicity import read_words
 from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
 from lowvram.data.text import documents, find_files
@@ -278,10 +278,11 @@ class _Cleaning:
         totals.parts["duplicate_lines"] += output.lines
         if not any(written.documents for written in output.written):
             self.folder.forget()
-            eaters = name_eaters(describe_rules(totals, self.rules))
+            eaters = find_eaters(totals)
             what = f"Nothing is left of {count_of(totals.documents, 'document')}."
-            why = f"Documents were removed by: {eaters}."
-            fix = f"Loosen these rules, or switch them off, as in {argument('overrides', ['length.on=false'])}."
+            why = f"Documents were removed by: {', '.join(f'{rule} {count:,}' for rule, count in eaters)}."
+            off = argument("overrides", [f"{eaters[0][0]}.on=false"])
+            fix = f"Loosen these rules, or switch them off, as in {off}."
             raise DataError(what, why, fix)
 
     def _report(self, found: Found, notes: Sequence[str]) -> dict[str, Any]:
@@ -298,6 +299,7 @@ class _Cleaning:
             {
                 "file": file.as_posix(),
                 "output": name.as_posix() if written.documents else None,
+                "left_out": file in self.left_out,
                 "documents_read": self.read_documents[index],
                 "documents": written.documents,
                 "characters": written.characters,

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import threading
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ ARRAYS: dict[str, tuple[str, int]] = {
     "signed": ("<u4", 1),
     "signatures": ("<u2", FUNCTIONS),
 }
+_PLACES = {name: place for place, name in enumerate(ARRAYS)}
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,9 @@ class Part:
     """A cleaned part, to read.  first_document, first_line, first_signed: how many of them stand in parts before it."""
 
     def __init__(self, path: Path, sidecar: dict[str, Any], before: Part | None = None) -> None:
-        self.path, self.sidecar = path, sidecar
+        self.path = path
+        # Packed, because a large text has many thousands of parts.
+        self._places = array("Q", itertools.chain.from_iterable(sidecar["arrays"][name] for name in ARRAYS))
         self.first_document: int = before.first_document + before.documents if before else 0
         self.first_line: int = before.first_line + before.lines if before else 0
         self.first_signed: int = before.first_signed + before.signed if before else 0
@@ -215,28 +219,33 @@ class Part:
     @property
     def documents(self) -> int:
         """How many documents are left."""
-        return int(self.sidecar["arrays"]["row_ends"][1])
+        return self._find("row_ends")[1]
 
     @property
     def lines(self) -> int:
         """How many lines may be duplicates."""
-        return int(self.sidecar["arrays"]["line_hashes"][1])
+        return self._find("line_hashes")[1]
 
     @property
     def signed(self) -> int:
         """How many documents have a signature."""
-        return int(self.sidecar["arrays"]["signed"][1])
+        return self._find("signed")[1]
+
+    def _find(self, name: str) -> tuple[int, int]:
+        """Return where an array begins in the file, and how many rows it has."""
+        place = 2 * _PLACES[name]
+        return self._places[place], self._places[place + 1]
 
     def read(self, name: str) -> NDArray[Any]:
         """Return an array: [rows] or [rows, columns]."""
-        offset, rows = self.sidecar["arrays"][name]
+        offset, rows = self._find(name)
         dtype, columns = ARRAYS[name]
         found = np.fromfile(self.path, dtype, rows * columns, offset=offset)
         return found.reshape(rows, columns) if columns > 1 else found
 
     def read_signatures(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
         """Return some signatures; they are read one by one, because few documents of a part are compared."""
-        offset, _ = self.sidecar["arrays"]["signatures"]
+        offset, _ = self._find("signatures")
         size = FUNCTIONS * 2
         data = bytearray()
         with open(self.path, "rb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,20 +88,20 @@ def describe_rules(totals: Totals, rules: CleaningRules) -> list[dict[str, Any]]
     return rows
 
 
-def name_eaters(rows: Sequence[dict[str, Any]]) -> str:
-    """Return which rules removed how many documents, the greediest first."""
-    eaters = sorted((row for row in rows if row["documents_removed"]), key=lambda row: -row["documents_removed"])
-    return ", ".join(f"{row['rule']} {row['documents_removed']:,}" for row in eaters)
+def find_eaters(totals: Totals) -> list[tuple[str, int]]:
+    """Return the rules that removed documents and how many, the greediest first."""
+    return (+totals.removed).most_common()
 
 
 def write_page(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     removed = report["documents_read"] - report["documents"]
     share = removed / max(1, report["documents_read"])
+    files = sum(not row["left_out"] for row in report["files"])
     lines = [
         "# Cleaned text",
         "",
-        f"{count_of(report['documents_read'], 'document')} of {count_of(len(report['files']), 'file')} were read, "
+        f"{count_of(report['documents_read'], 'document')} of {count_of(files, 'file')} were read, "
         f"{report['documents']:,} are left ({share:.2%} removed): {show_bytes(report['bytes'])}.",
         "",
     ]
