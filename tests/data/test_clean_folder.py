@@ -11,6 +11,7 @@ import pytest
 from lowvram.api import clean
 from lowvram.config.cleaning import load_rules
 from lowvram.data.clean.cleaner import clean_each_part
+from lowvram.data.clean.output import name_outputs
 from lowvram.data.clean.work_folder import WorkFolder
 from lowvram.errors import DataError
 from tests.data.conftest import follow
@@ -119,3 +120,18 @@ def test_no_example_of_any_rule_shows_private_data(tmp_path: Path, sets: dict[st
         for name, (_, secret) in SECRETS.items():
             assert secret not in text.replace("\u00a0", " ").replace("\\", ""), name
         assert "[E-POSTA]" in text
+
+
+def test_outputs_have_names_of_their_own() -> None:
+    named = {
+        ("a/x/b.txt", "a/y/b.txt"): ["x/b.jsonl", "y/b.jsonl"],
+        ("a/b.txt.gz",): ["b.jsonl"],
+        ("a/b.txt", "a/b.jsonl.zst", "a/c.v2.txt"): ["b.txt.jsonl", "b.jsonl.zst.jsonl", "c.v2.jsonl"],
+        ("-", "stdin.txt"): ["stdin-.jsonl", "stdin.txt.jsonl"],
+        ("hf:owner/name", "hf:other/name@test"): ["owner-name.jsonl", "other-name@test.jsonl"],
+    }
+    for files, outputs in named.items():
+        found = [name.as_posix() for name in name_outputs([Path(file) for file in files])]
+        assert len(set(found)) == len(files)
+        if "-" not in files:
+            assert found == outputs, files

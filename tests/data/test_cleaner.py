@@ -12,16 +12,12 @@ import time
 from pathlib import Path
 
 import filelock
-import numpy as np
 import pytest
 
 from lowvram.api import clean
 from lowvram.config.cleaning import load_rules
-from lowvram.data.clean import cleaner, duplicates, pair_buckets
-from lowvram.data.clean.batch import Batch
+from lowvram.data.clean import cleaner, pair_buckets
 from lowvram.data.clean.cleaner import clean_each_part
-from lowvram.data.clean.output import name_outputs
-from lowvram.data.clean.signature import BANDS, band_keys, sign, similarity
 from lowvram.errors import BusyError, DataError, LowvramError, MachineError
 from lowvram.storage.disk import DISK, Disk
 from tests.data.conftest import follow
@@ -383,21 +379,6 @@ def test_other_languages_are_removed_where_some_are_named(tmp_path: Path) -> Non
         clean(tmp_path / "a.txt", tmp_path / "other", overrides={"language.keep": "xx"})
 
 
-def test_outputs_have_names_of_their_own() -> None:
-    named = {
-        ("a/x/b.txt", "a/y/b.txt"): ["x/b.jsonl", "y/b.jsonl"],
-        ("a/b.txt.gz",): ["b.jsonl"],
-        ("a/b.txt", "a/b.jsonl.zst", "a/c.v2.txt"): ["b.txt.jsonl", "b.jsonl.zst.jsonl", "c.v2.jsonl"],
-        ("-", "stdin.txt"): ["stdin-.jsonl", "stdin.txt.jsonl"],
-        ("hf:owner/name", "hf:other/name@test"): ["owner-name.jsonl", "other-name@test.jsonl"],
-    }
-    for files, outputs in named.items():
-        found = [name.as_posix() for name in name_outputs([Path(file) for file in files])]
-        assert len(set(found)) == len(files)
-        if "-" not in files:
-            assert found == outputs, files
-
-
 def test_the_command_shows_what_it_did_and_what_comes_next(texts: Path, tmp_path: Path) -> None:
     answer = typed("data", "clean", texts, "--out", tmp_path / "out", "--set", "near_duplicates.on=false")
     assert answer.code == 0, answer.err
@@ -412,40 +393,3 @@ def test_the_command_shows_what_it_did_and_what_comes_next(texts: Path, tmp_path
     assert "Error: --set lenght.on=false: there is no rule lenght. Did you mean length?" in wrong.err
     report = typed("data", "clean", texts, "--on-bad-row", "report")
     assert (report.code, "a.jsonl:7 is not JSON" in report.out) == (1, True)
-
-
-def test_near_duplicates_are_those_that_comparing_every_pair_would_find(tmp_path: Path, small: None) -> None:
-    generator = random.Random(3)
-    families = [write_document(generator, 12).split(" ") for _ in range(12)]
-    texts = []
-    for number in range(90):
-        words = list(families[number % 12])
-        for place in generator.sample(range(len(words)), generator.randint(1, 14)):
-            words[place] = f"söz{generator.randint(0, 999)}"
-        texts.append(" ".join(words))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    run(tmp_path / "a.jsonl", tmp_path / "out", ("near_duplicates.similarity=0.5",))
-    which, signatures = sign(Batch(texts), 20)
-    assert which.tolist() == list(range(90))
-    keys = np.stack([band_keys(signatures, band) for band in range(BANDS)], 1)
-    expected = [
-        later + 1
-        for later in range(90)
-        if not any(
-            similarity(signatures[[later]], signatures[[earlier]])[0] >= 0.5 and (keys[later] == keys[earlier]).any()
-            for earlier in range(later)
-        )
-    ]
-    assert 12 < len(expected) < 80
-    assert [row["document"] for row in rows_of(tmp_path / "out/a.jsonl")] == expected
-
-
-def test_of_many_documents_with_one_band_each_is_compared_with_the_first_and_those_before_it() -> None:
-    keys, numbers = np.array([1] * 9 + [2] + [3] * 2, np.uint64), np.arange(100, 112, dtype=np.uint64)
-    pairs = {
-        (int(a), int(b))
-        for one, other in duplicates._candidates(keys, numbers)
-        for a, b in zip(one, other, strict=True)
-    }
-    near = {(100 + a, 100 + b) for a in range(9) for b in range(9) if 0 < a - b <= 4}
-    assert pairs == near | {(100 + a, 100) for a in range(1, 9)} | {(111, 110)}

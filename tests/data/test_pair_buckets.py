@@ -18,7 +18,8 @@ def test_pairs_come_back_sorted_and_their_files_are_opened_seldom(
 
     def count(path: Path, mode: str) -> Any:
         opened.append(path)
-        return open(path, mode)
+        assert mode == "ab"
+        return path.open("ab")
 
     monkeypatch.setattr(pair_buckets, "open", count, raising=False)
     monkeypatch.setattr(pair_buckets, "_WAITING_PAIRS", 4_000)
