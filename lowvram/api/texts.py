@@ -205,5 +205,7 @@ class SkippedRows:
         found = self.bad_rows
         yield from map(Notice, found.describe_encodings())
         if found.count:
-            few = f"  More than 1 % are skipped up to {FEW} rows." if found.is_more_than_its_share else ""
+            few = (
+                f" That is more than 1 %; up to {FEW} rows are always skipped." if found.is_more_than_its_share else ""
+            )
             yield Notice(f"Skipped {found.count:,} of {count_of(found.rows, 'row')}: {found.describe()}.{few}")

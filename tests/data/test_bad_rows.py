@@ -292,7 +292,7 @@ def test_the_command_line_stops_skips_and_reports(
     assert typed_words(answer) == [*typed_as("skip"), "--leave-out", "in/b.txt.gz", "(or", "repair", "them)"]
     left_out = typed(*typed_words(answer)[:-3])
     assert (left_out.code, "Left out as asked: in/b.txt.gz." in left_out.err) == (0, True)
-    assert "1 of 4 rows: 1 not JSON.  More than 1 % are skipped up to 10 rows." in left_out.err
+    assert "1 of 4 rows: 1 not JSON. That is more than 1 %; up to 10 rows are always skipped." in left_out.err
     assert "names no file that is read" in typed(*typed_as("skip"), "--leave-out", place.parent / "my tok").err
 
 
