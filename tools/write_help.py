@@ -69,6 +69,7 @@ def blocks() -> dict[tuple[str, str], str]:
         ("README.md", "fit"): table_of_cards(),
         ("docs/presets.md", "presets"): table_of_presets(),
         ("docs/cleaning.md", "rules"): table_of_rules(),
+        ("docs/cleaning.md", "thresholds"): table_of_thresholds(),
     }
 
 
@@ -121,6 +122,17 @@ def table_of_rules() -> str:
         shown = ", ".join(f"`{key} = {json.dumps(value)}`" for key, value in values.items() if value is not None)
         unset = ", ".join(f"`{key}` (none)" for key, value in values.items() if value is None)
         lines.append(f"| `{name}` | {DESCRIPTIONS[name]} | {', '.join(filter(None, (shown, unset)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def table_of_thresholds() -> str:
+    """Return what each threshold of the rules of `data clean` means."""
+    lines = ["| key | meaning |", "| --- | --- |"]
+    for name, rule in CleaningRules():
+        for key, field in type(rule).model_fields.items():
+            if key != "on":
+                assert field.description, f"{name}.{key} has no description"
+                lines.append(f"| `{name}.{key}` | {field.description} |")
     return "\n".join(lines) + "\n"
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lowvram.api.arguments import PATH, read_paths, refuse_count, refuse_missing, refuse_type
 from lowvram.api.overrides import assignments
 from lowvram.api.progress import carry_out
-from lowvram.api.tasks import Notice, Progress, Task
-from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
+from lowvram.api.tasks import KeptWork, Notice, Progress, Task
+from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, read_text_options, split_texts
 
 if TYPE_CHECKING:
     from lowvram.config.cleaning import CleaningRules
@@ -73,6 +73,7 @@ def clean(
     against: Texts | None = None,
     field: str = "text",
     on_bad_row: OnBadRow = "skip",
+    leave_out: Texts | None = None,
     replace: bool = False,
     processes: int = 1,
     progress: bool = False,
@@ -81,13 +82,14 @@ def clean(
 
     texts, field, processes, progress: as for `pack`.  rules: a TOML file of rules; overrides: such as
     {"length.least_words": 5, "near_duplicates.on": False}.  against: evaluation sets; documents that share thirteen
-    words in a row with one of them are removed.  on_bad_row: "skip" rows that are no text, up to 1 % of rows and text
-    and 10,000 rows, or "stop" at the first.  replace: replace the result of other text or other rules in `out`.
+    words in a row with one of them are removed.  on_bad_row: "skip" rows that are no text, up to 10 or 1 % of rows and
+    text, and 10,000 rows, or "stop" at the first.  leave_out: files or folders of `texts` not to read.  replace:
+    replace the result of other text or other rules in `out`.
 
     Raises ConfigError for an argument or a rule that cannot be meant, DataError for text that cannot be read, where
     `out` holds something else or nothing is left, MachineError where a package is missing, BusyError, DiskFullError.
     """
-    options = read_text_options(texts, field, on_bad_row)
+    options = read_text_options(texts, field, on_bad_row, leave_out=leave_out)
     refuse_missing("out", out, *PATH)
     refuse_type("rules", rules, *PATH)
     refuse_missing("replace", replace, bool)
@@ -107,7 +109,7 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
     from lowvram.data.text_files import REPORT_PAGE, find_text_files, is_stream
 
     rules = cleaning.load_rules()
-    files = yield from find_texts(options)
+    files, left_out = yield from split_texts(options)
     refuse_text_inside(cleaning.out, [path for path in options.paths if not is_stream(path)])
     against = [Path(name) for name in rules.contamination.against] if rules.contamination.on else []
     for sentence in find_text_files(against).describe():
@@ -115,7 +117,8 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
     skipped = SkippedRows(options.on_bad_row)
 
     def note() -> list[str]:
-        return [notice.text for notice in skipped.summarise()]
+        left = [f"Left out as asked: {file}." for file in sorted(left_out)]
+        return [*left, *(notice.text for notice in skipped.summarise())]
 
     work = clean_each_part(
         files,
@@ -126,6 +129,7 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
         replace=cleaning.replace,
         bad_rows=skipped.bad_rows,
         notes=note,
+        leave_out=left_out,
     )
     report = yield from skipped.tell_beside(_show(work))
     yield from skipped.summarise()
@@ -140,13 +144,20 @@ def clean_task(options: TextOptions, cleaning: CleaningOptions, processes: int |
     )
 
 
-def _show(
-    work: Generator[CleanProgress, None, dict[str, Any]],
-) -> Generator[Progress, None, dict[str, Any]]:
+def _show(work: Generator[CleanProgress, None, dict[str, Any]]) -> Task[dict[str, Any]]:
+    """Yield the progress, and notices of what an earlier start has done."""
+    from lowvram.data.clean.cleaner import COMPARING
+
     yield Progress("Cleaning")
+    kept, stage = KeptWork("document"), ""
     while True:
         try:
             found = next(work)
         except StopIteration as end:
+            yield from kept.tell()
+            if stage == COMPARING:
+                yield Notice("The result was finished before; the text is the same, and nothing was written.")
             return end.value
+        stage = found.stage
+        yield from kept.count(found.reused)
         yield Progress(found.stage, found.done, found.total or None, found.detail)

@@ -13,7 +13,7 @@ from lowvram.api.mix_options import DEFAULT_MIX, MixOptions, read_caps, read_wei
 from lowvram.api.packing import DEFAULT_TOKENIZER, find_data, show_packing
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
-from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, read_text_options
+from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, choose_left_out, read_text_options
 
 if TYPE_CHECKING:
     from lowvram.config.mix import Mix, MixedSource
@@ -60,6 +60,7 @@ def mix(
     levels: int = 1,
     field: str = "text",
     on_bad_row: OnBadRow = "stop",
+    leave_out: Texts | None = None,
     replace: bool = False,
     processes: int = 1,
     progress: bool = False,
@@ -71,12 +72,12 @@ def mix(
     to tokens ** temperature.  weights: by a source's name, or that of a folder of sources: 2, it is read twice as
     often; "20%", it is a fifth of what is read.  caps: most bytes of text, as `{"law": "200MB"}`; which documents are
     taken is decided by their hash.  tokens: what a run is to read, for which epochs are counted.  demo: the share of
-    generated Turkish.  holdout, field, on_bad_row, replace, processes, progress: as for `pack`.
+    generated Turkish.  holdout, field, on_bad_row, leave_out, replace, processes, progress: as for `pack`.
 
     Raises what `pack` raises, and DataError for sources of one name, without text or in `out`, and for names, shares
     and caps that cannot be.
     """
-    options = read_text_options(texts, field, on_bad_row, holdout)
+    options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
     refuse_missing("out", out, *PATH)
     refuse_missing("tokenizer", tokenizer, *PATH)
     refuse_missing("replace", replace, bool)
@@ -107,7 +108,9 @@ def mix_task(options: TextOptions, wanted: MixOptions, processes: int | None = N
     refuse_temperature(wanted.temperature)
     refuse_levels(wanted.levels)
     tokenizer = load_tokenizer(wanted.tokenizer)
-    found = find_sources(options.paths, wanted.levels, wanted.out)
+    found = find_sources(
+        options.paths, wanted.levels, wanted.out, lambda files: choose_left_out(files, options.leave_out)
+    )
     for sentence in found.passed_over:
         yield Notice(sentence)
     names = [source.name for source in found.sources]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.arguments import PATH, refuse_count, refuse_missing, refuse_type
 from lowvram.api.progress import carry_out
-from lowvram.api.tasks import Notice, Progress, Task
+from lowvram.api.tasks import KeptWork, Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def pack(
     field: str = "text",
     on_bad_row: OnBadRow = "stop",
     exclude: str | Path | None = None,
+    leave_out: Texts | None = None,
     replace: bool = False,
     processes: int = 1,
     progress: bool = False,
@@ -69,14 +70,14 @@ def pack(
     documents end at a blank line, or are `field` of a row.  tokenizer: its folder.  holdout: the share of the documents
     that is held out, as 0.005 or "0.5%": the shards are then in `out/train` and `out/valid`.  on_bad_row: "stop" at the
     first row that is no text, or "skip" a few of them.  exclude: a list of documents that are left out, by the hash of
-    their text: part of what `look` writes, or the excluded.json of other shards.  replace: replace shards of another
-    text in `out`.  processes: with more than one, a script must guard its entry with `if __name__ == "__main__":`.
-    progress: show a progress bar, in a terminal or a notebook.
+    their text: part of what `look` writes, or the excluded.json of other shards.  leave_out: files or folders of
+    `texts` not to read.  replace: replace shards of another text in `out`.  processes: with more than one, a script
+    must guard its entry with `if __name__ == "__main__":`.  progress: show a progress bar, in a terminal or a notebook.
 
     Raises ConfigError for an argument that cannot be meant, TokenizerError where there is no tokenizer, DataError for
     text that cannot be read or where `out` holds something else, BusyError, DiskFullError.
     """
-    options = read_text_options(texts, field, on_bad_row, holdout)
+    options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
     refuse_missing("out", out, *PATH)
     refuse_missing("tokenizer", tokenizer, *PATH)
     refuse_type("exclude", exclude, *PATH)
@@ -147,16 +148,22 @@ def _tell_excluded(exclusion: Exclusion | None) -> Iterator[Notice]:
 
 def show_packing(
     packing: Generator[PackProgress, None, tuple[ShardSet, ...]], what: str = "Packing"
-) -> Generator[Progress, None, Sequence[ShardSet]]:
-    """Turn a packing into progress.  what: what is done, in words."""
+) -> Task[Sequence[ShardSet]]:
+    """Turn a packing into progress, and a notice of shards that an earlier start has finished.
+
+    what: what is done, in words.
+    """
     from lowvram.units import show_count
 
     yield Progress(what)
+    kept = KeptWork("shard")
     while True:
         try:
             found = next(packing)
         except StopIteration as end:
+            yield from kept.tell()
             return end.value
+        yield from kept.count(found.reused)
         yield Progress(what, found.read_bytes, found.total_bytes or None, f"{show_count(found.tokens)} tokens")
 
 

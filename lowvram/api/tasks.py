@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeVar
+
+from lowvram.units import count_of
 
 Result = TypeVar("Result")
 Level = Literal["detail", "info", "warning"]
@@ -32,6 +34,28 @@ class Progress:
 
 
 Task = Generator[Notice | Progress, None, Result]
+
+
+@dataclass
+class KeptWork:
+    """Tells once how much of resumed work an earlier start had finished.  noun: what is counted."""
+
+    noun: str
+    kept: int = 0
+    is_told: bool = False
+
+    def count(self, kept: int) -> Iterator[Notice]:
+        """Note how much was found up to now; yield the notice when something else follows."""
+        if kept > self.kept:
+            self.kept = kept
+        else:
+            yield from self.tell()
+
+    def tell(self) -> Iterator[Notice]:
+        """Yield the notice where there is anything to tell and it was not told."""
+        if self.kept and not self.is_told:
+            self.is_told = True
+            yield Notice(f"Going on: {count_of(self.kept, self.noun)} kept from an earlier start.")
 
 
 def finish(task: Task[Result]) -> tuple[Result, tuple[Notice, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lowvram.api.arguments import read_paths, read_share, refuse_missing
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Result, Task
-from lowvram.errors import refuse_unknown
+from lowvram.errors import DataError, argument, refuse_unknown
 
 if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRow, BadRows
@@ -23,7 +23,7 @@ OnBadRow = Literal["stop", "skip"]
 # As many rows that are skipped are shown.
 _SHOWN = 5
 _HINT = '`on_bad_row="skip"` leaves such rows out, and `check_texts` lists them all.'
-_FILE_HINT = '`on_bad_row="skip"` leaves out single rows, never the rest of a file; `check_texts` lists all such files.'
+_FILE_HINT = "Such a file is never used in part; `leave_out` leaves it out, and `check_texts` lists all such files."
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,15 @@ class TextOptions:
     """Which texts are read, and how.
 
     paths: files, folders and patterns.  field: of .jsonl, .ndjson and .parquet.  on_bad_row: "stop" at the first row
-    that is no text, or "skip" such rows, up to 1 % of rows and text and 10,000 rows.  holdout: the share of the
-    documents that is held out for validation, None for none.
+    that is no text, or "skip" such rows, up to 10 or 1 % of rows and text, and 10,000 rows.  holdout: the share of the
+    documents that is held out for validation, None for none.  leave_out: files and folders of `paths` not to read.
     """
 
     paths: tuple[Path, ...]
     field: str = "text"
     on_bad_row: OnBadRow = "stop"
     holdout: float | None = None
+    leave_out: tuple[Path, ...] = ()
 
     def build_holdout(self) -> Holdout | None:
         """Return what chooses the documents that are held out, None where none are."""
@@ -48,13 +49,18 @@ class TextOptions:
 
 
 def read_text_options(
-    texts: Texts, field: str, on_bad_row: OnBadRow = "stop", holdout: float | str | None = None
+    texts: Texts,
+    field: str,
+    on_bad_row: OnBadRow = "stop",
+    holdout: float | str | None = None,
+    leave_out: Texts | None = None,
 ) -> TextOptions:
     """Return the options of a caller in Python; raises ConfigError naming the argument that cannot be meant."""
     refuse_missing("field", field, str)
     refuse_missing("on_bad_row", on_bad_row, str)
     refuse_unknown("on_bad_row", on_bad_row, get_args(OnBadRow))
-    return TextOptions(read_paths("texts", texts), field, on_bad_row, read_share("holdout", holdout))
+    left_out = read_paths("leave_out", leave_out) if leave_out is not None else ()
+    return TextOptions(read_paths("texts", texts), field, on_bad_row, read_share("holdout", holdout), left_out)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ class TextCheck:
     """What is no text in some files.
 
     files, rows: how many were read.  bad: how many rows are no text, and summary: how many of each kind.
-    can_be_skipped: whether `on_bad_row="skip"` accepts them.  bad_rows: each of them, in order.
+    can_be_skipped: whether `on_bad_row="skip"` accepts them; rest_can_be_skipped: whether it does with `unreadable`,
+    the files that cannot be read to their end, in `leave_out`.  bad_rows: each of them, in order.
     """
 
     files: int
@@ -70,18 +77,24 @@ class TextCheck:
     bad: int
     summary: str
     can_be_skipped: bool
+    rest_can_be_skipped: bool = True
+    unreadable: tuple[Path, ...] = ()
     bad_rows: tuple[BadRow, ...] = ()
     notices: tuple[Notice, ...] = ()
 
 
-def check_texts(texts: Texts, *, field: str = "text", progress: bool = False) -> TextCheck:
+def check_texts(
+    texts: Texts, *, field: str = "text", leave_out: Texts | None = None, progress: bool = False
+) -> TextCheck:
     """Read texts to their end and list every row that is no text; nothing is written.
 
-    texts, field: as for `pack`.  progress: show a progress bar, in a terminal or a notebook.
+    texts, field, leave_out: as for `pack`.  progress: show a progress bar, in a terminal or a notebook.
     Raises DataError for files that are not there.
     """
     bad_rows: list[BadRow] = []
-    found, notices = carry_out(check_texts_task(read_text_options(texts, field), bad_rows.append), progress)
+    found, notices = carry_out(
+        check_texts_task(read_text_options(texts, field, leave_out=leave_out), bad_rows.append), progress
+    )
     return dataclasses.replace(found, bad_rows=tuple(bad_rows), notices=notices)
 
 
@@ -93,7 +106,15 @@ def check_texts_task(options: TextOptions, tell: Callable[[BadRow], None]) -> Ta
     yield Progress("Reading")
     yield from _read(files, options.field, bad_rows)
     yield from map(Notice, bad_rows.describe_encodings())
-    return TextCheck(len(files), bad_rows.rows, bad_rows.count, bad_rows.describe(), bad_rows.can_be_skipped)
+    return TextCheck(
+        len(files),
+        bad_rows.rows,
+        bad_rows.count,
+        bad_rows.describe(),
+        bad_rows.can_be_skipped,
+        bad_rows.rest_can_be_skipped,
+        tuple(bad_rows.ended_files),
+    )
 
 
 def _read(files: Sequence[Path], field: str, bad_rows: BadRows) -> Iterator[Progress]:
@@ -111,13 +132,40 @@ def _read(files: Sequence[Path], field: str, bad_rows: BadRows) -> Iterator[Prog
 
 
 def find_texts(options: TextOptions) -> Task[list[Path]]:
-    """Return the files that are meant, and yield what was passed over."""
-    from lowvram.data.text_files import find_text_files
+    """Return the files that are meant, and yield what was passed over or left out."""
+    files, left_out = yield from split_texts(options)
+    return [file for file in files if file not in left_out]
+
+
+def split_texts(options: TextOptions) -> Task[tuple[list[Path], frozenset[Path]]]:
+    """Return all files, and those of them that are left out; yield what was passed over or left out.
+
+    Raises DataError where `leave_out` names none of them, or all.
+    """
+    from lowvram.data.text_files import find_text_files, list_few
 
     found = find_text_files(options.paths)
     for sentence in found.describe():
         yield Notice(sentence)
-    return found.files
+    left_out = choose_left_out(found.files, options.leave_out)
+    if left_out:
+        yield Notice(f"Left out as asked: {list_few([str(file) for file in found.files if file in left_out])}.")
+    return found.files, left_out
+
+
+def choose_left_out(files: Sequence[Path], leave_out: Sequence[Path]) -> frozenset[Path]:
+    """Return which of the files are left out; raises DataError where `leave_out` names none of them, or all."""
+    left_out: set[Path] = set()
+    for named in leave_out:
+        place = named.resolve()
+        meant = {file for file in files if place in (file.resolve(), *file.resolve().parents)}
+        if not meant:
+            what = f"{argument('leave_out', named)} names no file that is read."
+            raise DataError(what, "", "Name a file or a folder of the text.")
+        left_out |= meant
+    if len(left_out) == len(files):
+        raise DataError("All files are left out.", f"{argument('leave_out')} names every one.", "Name fewer there.")
+    return frozenset(left_out)
 
 
 class SkippedRows:
@@ -135,7 +183,7 @@ class SkippedRows:
         if self._kept <= _SHOWN:
             self._untold.append(row)
 
-    def tell_beside(self, work: Generator[Progress, None, Result]) -> Task[Result]:
+    def tell_beside(self, work: Task[Result]) -> Task[Result]:
         """Do the work that reads texts; yield its progress, and a notice of each of the first rows that it skips."""
         from lowvram.errors import LowvramError
 
@@ -157,9 +205,13 @@ class SkippedRows:
 
     def summarise(self) -> Iterator[Notice]:
         """Yield notices of files in other encodings, and of how many rows were skipped, if any were."""
+        from lowvram.data.bad_rows import FEW
         from lowvram.units import count_of
 
         found = self.bad_rows
         yield from map(Notice, found.describe_encodings())
         if found.count:
-            yield Notice(f"Skipped {found.count:,} of {count_of(found.rows, 'row')}: {found.describe()}.")
+            few = (
+                f" That is more than 1 %; up to {FEW} rows are always skipped." if found.is_more_than_its_share else ""
+            )
+            yield Notice(f"Skipped {found.count:,} of {count_of(found.rows, 'row')}: {found.describe()}.{few}")

@@ -44,6 +44,7 @@ def train_tokenizer(
     field: str = "text",
     holdout: float | str | None = None,
     on_bad_row: OnBadRow = "stop",
+    leave_out: Texts | None = None,
     replace: bool = False,
     progress: bool = False,
 ) -> TrainedTokenizer:
@@ -52,13 +53,16 @@ def train_tokenizer(
     texts: a file (.txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst), a folder, a pattern, or several of them.
     vocabulary: the number of ids, as 32768 or "32k".  field: of .jsonl, .ndjson and .parquet.  holdout: leave out the
     documents that `pack` holds out with the same share, as 0.005 or "0.5%".  on_bad_row: "stop" at the first row that
-    is no text, or "skip" a few of them.  replace: overwrite another tokenizer in `out`.  progress: show a progress bar,
-    in a terminal or a notebook.
+    is no text, or "skip" a few of them.  leave_out: files or folders of `texts` not to read.  replace: overwrite
+    another tokenizer in `out`.  progress: show a progress bar, in a terminal or a notebook.
 
     Raises ConfigError for an argument that cannot be meant, DataError for text that cannot be read, TokenizerError for
     a vocabulary out of range or where `out` holds another tokenizer.
     """
-    options, size = read_text_options(texts, field, on_bad_row, holdout), read_count("vocabulary", vocabulary)
+    options, size = (
+        read_text_options(texts, field, on_bad_row, holdout, leave_out),
+        read_count("vocabulary", vocabulary),
+    )
     refuse_missing("out", out, *PATH)
     refuse_missing("replace", replace, bool)
     found, notices = carry_out(train_tokenizer_task(options, Path(out), size, replace), progress)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import lowvram
 from lowvram.cli.lasting import lasting_stderr
+from lowvram.cli.signals import INTERRUPTED, Terminated, ended_by_signals
 from lowvram.cli.usage import Parser
 from lowvram.errors import LowvramError, MachineError, ShapeError
 
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        return int(arguments.run(arguments) or 0)
+        with ended_by_signals():
+            return int(arguments.run(arguments) or 0)
     except (LowvramError, ShapeError) as error:
         from lowvram.cli.console import show_error
 
@@ -93,11 +95,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
         show_error(str(_explain_refusal(error)))
         return 1
-    except KeyboardInterrupt:
-        from lowvram.cli.console import notice
+    except (KeyboardInterrupt, Terminated) as error:
+        from lowvram.cli.ending import show_interruption
 
-        notice("Interrupted; what was finished before is kept.")
-        return 130
+        show_interruption(arguments, isinstance(error, Terminated))
+        return INTERRUPTED
 
 
 def _explain_refusal(error: OSError) -> MachineError:

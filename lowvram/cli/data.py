@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pack.add_argument("--exclude", type=Path, metavar="FILE", help=what)
     pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
     pack.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
-    pack.set_defaults(run=run_pack)
+    pack.set_defaults(run=run_pack, goes_on=True)
     add_mix(actions)
     add_look(actions)
     add_exclude(actions)

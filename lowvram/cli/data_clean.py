@@ -43,14 +43,14 @@ def add_clean(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     clean.add_argument("--replace", action="store_true", help="replace cleaned text of another run that DIR holds")
     clean.add_argument("--processes", type=process_count, metavar="N", help="processes (default: one per core)")
-    clean.set_defaults(run=run_clean)
+    clean.set_defaults(run=run_clean, goes_on=True)
 
 
 def run_clean(arguments: argparse.Namespace) -> int:
     """Clean, and show what was taken out and what comes next."""
     from lowvram.api.cleaning import CleaningOptions, clean_task
     from lowvram.cli.console import literal, result
-    from lowvram.cli.next_step import next_step
+    from lowvram.cli.next_step import next_step, or_step
     from lowvram.cli.tasks import run_task
 
     if arguments.on_bad_row == "report":
@@ -62,7 +62,7 @@ def run_clean(arguments: argparse.Namespace) -> int:
     for line in _describe(cleaned):
         result(line)
     literal(next_step("tokenizer", "train", cleaned.path, "--holdout", "0.5%", "--out", "tok"))
-    literal(next_step("data", "pack", cleaned.path, "--holdout", "0.5%", why="with a tokenizer that is there already"))
+    literal(or_step("data", "pack", cleaned.path, "--holdout", "0.5%", why="with a tokenizer that you have"))
     return 0
 
 

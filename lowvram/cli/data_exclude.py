@@ -33,7 +33,7 @@ def add_exclude(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     what = "the tokenizer that the shards were packed with (default: tok in or beside SHARDS, or here)"
     exclude.add_argument("--tokenizer", type=Path, metavar="DIR", help=what)
     exclude.add_argument("--replace", action="store_true", help="replace other shards that DIR holds")
-    exclude.set_defaults(run=run_exclude)
+    exclude.set_defaults(run=run_exclude, goes_on=True)
 
 
 def _bits(text: str) -> float:

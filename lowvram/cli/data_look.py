@@ -46,7 +46,7 @@ def add_look(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     look.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     add_precision(look, "what the run validates in")
     add_device(look)
-    look.set_defaults(run=run_look)
+    look.set_defaults(run=run_look, goes_on=True)
 
 
 def run_look(arguments: argparse.Namespace) -> None:

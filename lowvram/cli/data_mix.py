@@ -68,7 +68,7 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_holdout(mix, "hold out this share of every source's documents, as 0.5%%, chosen by their hash")
     mix.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
     mix.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
-    mix.set_defaults(run=run_mix)
+    mix.set_defaults(run=run_mix, goes_on=True)
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""The last lines of `lowvram train`: whether the model has learnt anything, and the commands that come next."""
+"""The last lines of a run or an interrupted command: what a model has learnt, and the commands that come next."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.cli.next_step import next_step, with_assignment
+from lowvram.cli.next_step import next_step, or_step, with_assignment
 from lowvram.cli.options import device_words
-from lowvram.shell import quote_command
 
 if TYPE_CHECKING:
     from lowvram.config.run import RunConfig
@@ -54,12 +53,24 @@ def show_next_steps(arguments: argparse.Namespace, what: RunConfig, ended: Stopp
     run, device = near(what.run.dir), device_words(arguments)
     copyable(next_step("chat", run, *device, why="talk to it"))
     if what.data.valid is not None:
-        copyable(f"or:   {quote_command('lowvram', 'evaluate', run, *device)}  (measure it)")
-    export = quote_command("lowvram", "export", run, "--to", "hf", "--out", Path(f"{run}-hf"))
-    copyable(f"or:   {export}  (for transformers)")
-    typed = with_assignment(arguments.typed, "train.tokens", str(2 * what.train.tokens))
-    further = quote_command("lowvram", *typed)
-    copyable(f"or:   {further}  (train it further, to twice the tokens)")
+        copyable(or_step("evaluate", run, *device, why="measure it"))
+    copyable(or_step("export", run, "--to", "hf", "--out", Path(f"{run}-hf"), why="for transformers"))
+    further = with_assignment(arguments.typed, "train.tokens", str(2 * what.train.tokens))
+    copyable(or_step(*further, why="train it further, to twice the tokens"))
+
+
+def show_interruption(arguments: argparse.Namespace, is_terminated: bool) -> None:
+    """Say that a signal ended the command and, where typing it again goes on, show it.
+
+    A parser says by its default `goes_on` that its command keeps what is finished.
+    """
+    from lowvram.cli.console import copyable, notice
+
+    notice(f"{'Terminated' if is_terminated else 'Interrupted'}; what was finished before is kept.")
+    reads_input = "-" in map(str, getattr(arguments, "text", ()))
+    is_report = getattr(arguments, "on_bad_row", "") == "report"
+    if getattr(arguments, "goes_on", False) and not reads_input and not is_report:
+        copyable(next_step(*arguments.typed, why="goes on where it stopped"))
 
 
 def near(path: Path | str) -> Path:

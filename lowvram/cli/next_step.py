@@ -1,4 +1,4 @@
-"""The last line of a command: the next command, quoted so that the user's shell takes it."""
+"""The last lines of a command: the next command, quoted so that the user's shell takes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ _SET = ("--set", "--se", "--s")
 
 def next_step(*words: str | Path, why: str = "") -> str:
     """Return `Next: lowvram WORDS`, and in brackets why it is worth typing."""
-    return f"Next: {quote_command('lowvram', *words)}" + (f"  ({why})" if why else "")
+    return _say("Next:", words, why)
+
+
+def or_step(*words: str | Path, why: str = "") -> str:
+    """Return the line for another command that may come next, below that of `next_step`."""
+    return _say("or:  ", words, why)
+
+
+def _say(before: str, words: Sequence[str | Path], why: str) -> str:
+    return f"{before} {quote_command('lowvram', *words)}" + (f"  ({why})" if why else "")
 
 
 def with_value(typed: Sequence[str], option: str, value: str) -> list[str]:

@@ -23,9 +23,17 @@ def add_reading(
         "--on-bad-row",
         choices=("stop", "skip", "report"),
         default=on_bad_row,
-        help=f"rows that are not text: stop at the first{stop}; skip them{skip}, up to 1%% of rows and text and 10,000 "
-        "rows, but stop at a file that cannot be read to its end; or report: read everything, list them all and do "
-        "nothing else",
+        help=f"rows that are not text: stop at the first{stop}; skip them{skip}, up to 10 or 1%% of rows and text, and "
+        "10,000 rows, but stop at a file that cannot be read to its end; or report: read everything, list them all and "
+        "do nothing else",
+    )
+    parser.add_argument(
+        "--leave-out",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a file, or a folder, of the text that is not read, such as one that is damaged",
     )
 
 
@@ -34,7 +42,8 @@ def read_options(arguments: argparse.Namespace) -> TextOptions:
     from lowvram.api.texts import TextOptions
 
     holdout = getattr(arguments, "holdout", None)
-    return TextOptions(tuple(arguments.text), arguments.field, arguments.on_bad_row, holdout)
+    named = (tuple(arguments.text), arguments.field, arguments.on_bad_row, holdout, tuple(arguments.leave_out))
+    return TextOptions(*named)
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -49,9 +58,10 @@ def report(arguments: argparse.Namespace) -> int:
     from lowvram.units import count_of
 
     def tell(row: BadRow) -> None:
-        result(f"{row.what} {row.why}" if row.ends_file else row.what)
+        result(f"{row.what} {row.why}" if row.ended_file else row.what)
 
-    found = run_task(check_texts_task(TextOptions(tuple(arguments.text), arguments.field), tell))
+    options = TextOptions(tuple(arguments.text), arguments.field, leave_out=tuple(arguments.leave_out))
+    found = run_task(check_texts_task(options, tell))
     if not found.bad:
         rows = "The only row" if found.rows == 1 else f"All {found.rows:,} rows"
         are = "is" if found.rows == 1 else "are"
@@ -60,10 +70,13 @@ def report(arguments: argparse.Namespace) -> int:
         return 0
     are = "is" if found.bad == 1 else "are"
     result(f"{found.bad:,} of {count_of(found.rows, 'row')} {are} bad: {found.summary}.")
-    action, why = (
-        ("skip", "or repair them") if found.can_be_skipped else ("report", "when these are repaired or left out")
-    )
-    literal(next_step(*with_value(arguments.typed, "--on-bad-row", action), why=why))
+    left_out = [word for file in found.unreadable for word in ("--leave-out", str(file))]
+    if found.rest_can_be_skipped and len(found.unreadable) < found.files:
+        action = "skip" if found.bad > len(found.unreadable) else "stop"
+        words = with_value(arguments.typed, "--on-bad-row", action)
+        literal(next_step(*words, *left_out, why="or repair them"))
+    else:
+        result("skip would stop, too: repair these files, or leave files out with --leave-out.")
     return 1
 
 
@@ -71,4 +84,5 @@ def reading_words(arguments: argparse.Namespace) -> list[str | Path]:
     """Return the words of another command that reads the same texts in the same way."""
     words: list[str | Path] = [*arguments.text]
     words += [] if arguments.field == "text" else ["--field", arguments.field]
+    words += [word for file in arguments.leave_out for word in ("--leave-out", file)]
     return words + ([] if arguments.on_bad_row == "stop" else ["--on-bad-row", arguments.on_bad_row])

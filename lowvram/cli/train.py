@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.cli.lasting import write_at_once
 from lowvram.cli.options import add_device, count
+from lowvram.cli.signals import HANG_UP, INTERRUPTED, heard_signals
 
 if TYPE_CHECKING:
     from lowvram.api.training import TrainingRun
@@ -128,28 +128,23 @@ def _follow(run: TrainingRun, screen: TrainingScreen, stop_at: int | None) -> St
     return ended
 
 
-# Sent when the terminal closes; on Windows Ctrl-Break, and the closing of the console, are another signal.
-_HANG_UP = getattr(signal, "SIGHUP", None)
-_BREAK = getattr(signal, "SIGBREAK", None)
-
-
 @contextmanager
 def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
     """Save and end at the first signal; the same one again ends the process without touching a file.
 
     A terminal that closes may send SIGHUP more than once, and the end of a session SIGTERM and SIGHUP together: these
-    count as one request.  SIGHUP that was ignored when the process began, as nohup does, stays ignored.
+    count as one request.
     """
     asked: set[int] = set()
 
     def ask(number: int, _frame: object) -> None:
-        if number in asked and number != _HANG_UP:
+        if number in asked and number != HANG_UP:
             if sys.__stderr__ is not None and os.isatty(2):
                 write_at_once(b"\x1b[?25h")  # the live line has hidden the cursor
             saved = run.trainer.saved_step
             goes_on = "nothing had been saved" if saved is None else f"the same command goes on from step {saved}"
             write_at_once(f"\nStopped at once, without saving; {goes_on}.\n".encode())
-            os._exit(130)
+            os._exit(INTERRUPTED)
         is_first = not asked
         asked.add(number)
         run.stop()
@@ -158,11 +153,5 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
                 b"\nStopping: this step is finished and saved first.\nOnce more stops at once, without saving.\n"
             )
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, _HANG_UP, _BREAK) if number is not None]
-    heard = [number for number in numbers if number != _HANG_UP or signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, ask) for number in heard}
-    try:
+    with heard_signals(ask):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,98 +23,111 @@ Words = Annotated[tuple[str, ...], BeforeValidator(as_list)]
 class Rule(FrozenConfig):
     """A rule that can be switched off and has no threshold."""
 
-    on: bool = True
+    on: bool = Field(True, description="whether the rule is applied")
 
 
 class LengthRule(Rule):
     """How long a document must be, and may be."""
 
-    least_characters: NonNegativeInt = 20
-    least_words: NonNegativeInt = 3
-    most_characters: Annotated[PositiveInt, Field(le=MOST_CHARACTERS)] = 5_000_000
-    most_word_characters: Annotated[float, Field(gt=0)] = 14.0
+    least_characters: NonNegativeInt = Field(20, description="shorter documents are removed")
+    least_words: NonNegativeInt = Field(3, description="documents of fewer words are removed")
+    most_characters: PositiveInt = Field(
+        5_000_000, le=MOST_CHARACTERS, description="longer documents are removed, also where the rule is off"
+    )
+    most_word_characters: float = Field(
+        14.0, gt=0, description="documents whose words have more letters and digits on average are removed"
+    )
 
 
 class LanguageRule(Rule):
     """Languages to keep, as ISO 639-1 codes; none: no document is removed.  Shorter documents are not judged."""
 
-    keep: Words = ()
-    least_characters: PositiveInt = 60
+    keep: Words = Field((), description="languages to keep, as ISO 639-1 codes (`tr`); none: the rule removes nothing")
+    least_characters: PositiveInt = Field(60, description="shorter documents are not judged")
 
 
 class SymbolsRule(Rule):
     """The greatest share of characters, without white space, that are neither letters nor digits, or are digits."""
 
-    most_symbols: Fraction = 0.3
-    most_digits: Fraction = 0.4
+    most_symbols: Fraction = Field(
+        0.3, description="the greatest share of characters, blanks apart, that are neither letters nor digits"
+    )
+    most_digits: Fraction = Field(0.4, description="the greatest share of characters, blanks apart, that are digits")
 
 
 class RepetitionRule(Rule):
-    """How much of a document may repeat itself.
+    """How much of a document may repeat itself."""
 
-    most_runs: characters that are the third or later of a run of one character.  most_lines: of the words, those in
-    lines that the document has before.  most_fragments: of the sequences of five words, those that it has before.
-    least_words: shorter documents are not judged by lines and fragments.
-    """
-
-    most_runs: Fraction = 0.2
-    most_lines: Fraction = 0.3
-    most_fragments: Fraction = 0.5
-    least_words: PositiveInt = 50
+    most_runs: Fraction = Field(
+        0.2, description="the greatest share of characters that are the third or a later one of a run: `!!!!`, `aaaa`"
+    )
+    most_lines: Fraction = Field(
+        0.3, description="the greatest share of words in lines that stood in the document before"
+    )
+    most_fragments: Fraction = Field(
+        0.5, description="the greatest share of its sequences of five words that stood in the document before"
+    )
+    least_words: PositiveInt = Field(50, description="documents of fewer words are judged by `most_runs` alone")
 
 
 class BoilerplateRule(Rule):
-    """Lines of web pages that are left out; `lines` adds some to those that lowvram knows."""
+    """Lines of web pages that are left out."""
 
-    lines: Words = ()
+    lines: Words = Field(
+        (), description="lines to leave out beside those that lowvram knows, such as `Ana sayfa`; case does not matter"
+    )
 
 
 class ToxicityRule(Rule):
-    """The greatest share of words that may be listed.  words: a file of further words, one a line."""
+    """The greatest share of words that may be listed."""
 
-    most_share: Fraction = 0.02
-    least_words: PositiveInt = 2
-    words: Path | None = None
+    most_share: Fraction = Field(0.02, description="the greatest share of words that may be listed ones")
+    least_words: PositiveInt = Field(2, description="documents with fewer listed words stay, whatever their share")
+    words: Path | None = Field(None, description="a file of further words, one a line; `#` begins a comment")
 
 
 class PrivateRule(Rule):
     """Which private data are replaced."""
 
-    email: bool = True
-    phone: bool = True
-    iban: bool = True
-    national_number: bool = True
+    email: bool = Field(True, description="whether e-mail addresses are replaced")
+    phone: bool = Field(
+        True, description="whether telephone numbers are: an area code behind 0 or +90, or a country's behind +"
+    )
+    iban: bool = Field(True, description="whether IBANs are whose check digits are right")
+    national_number: bool = Field(True, description="whether Turkish national numbers are whose check digits are right")
 
 
 class ContaminationRule(Rule):
-    """A document that shares so many words in a row with an evaluation set is removed.
+    """A document that shares so many words in a row with an evaluation set is removed."""
 
-    against: files or folders of evaluation sets.  words: the length of a shared sequence.  least_words: an item that is
-    shorter than `words` and has as many words counts whole.  passages: fields that are not compared, since extractive
-    questions quote an encyclopedia there.
-    """
-
-    against: Words = ()
-    words: Annotated[PositiveInt, Field(le=50)] = 13
-    least_words: Annotated[PositiveInt, Field(le=50)] = 8
-    passages: Words = ("context", "passage", "paragraph")
+    against: Words = Field((), description="files or folders of evaluation sets, beside those of `--against`")
+    words: PositiveInt = Field(13, le=50, description="a document that shares so many words in a row is removed")
+    least_words: PositiveInt = Field(
+        8, le=50, description="items of fewer words than `words`, but at least as many, are compared whole"
+    )
+    passages: Words = Field(
+        ("context", "passage", "paragraph"), description="fields of evaluation sets that are not compared"
+    )
 
 
 class DuplicateLinesRule(Rule):
     """A line of so many words that stands more often than `most` in all texts is kept the first time only."""
 
-    least_words: PositiveInt = 6
-    most: PositiveInt = 5
+    least_words: PositiveInt = Field(6, description="lines of fewer words stay")
+    most: PositiveInt = Field(
+        5, description="a line that stands more often in all texts stays where it stands the first time"
+    )
 
 
 class NearDuplicatesRule(Rule):
-    """A document is removed if an earlier one shares this fraction of their different sequences of three words.
+    """A document is removed if an earlier one resembles it: by the Jaccard similarity, estimated by MinHash."""
 
-    The fraction is the Jaccard similarity, estimated by MinHash.  least_words: shorter documents are not compared.
-    """
-
-    similarity: Fraction = 0.28
-    least_words: PositiveInt = 20
+    similarity: Fraction = Field(
+        0.28,
+        description="a document is removed if an earlier one shares as great a part of the different sequences of "
+        "three words that the two have; where one word in ten differs it is about 0.6, in five 0.35",
+    )
+    least_words: PositiveInt = Field(20, description="documents of fewer words are not compared")
 
 
 class CleaningRules(FrozenConfig):

@@ -15,9 +15,9 @@ Action = Literal["stop", "skip", "report"]
 # Above either limit, the files are not text with a few faults.  The share is checked after many bad rows and at last.
 MOST_SKIPPED = 10_000
 MOST_SKIPPED_SHARE = 0.01
-# Up to this many characters may be lost, whatever their share.
+# Up to this many characters may be lost, and this many rows be bad, whatever their share.
 MOST_LOST = 100_000
-_FEW = 10
+FEW = 10
 _MANY = 1_000
 _SHOWN = 3
 
@@ -27,21 +27,21 @@ _SHOWN = 3
 class BadRow:
     """One row, or the rest of a file, that is not text.
 
-    kind: a few words by which such rows are counted.  ends_file: nothing more can be read from the file, so the number
-    of lost rows is unknown.  characters: about how much text is lost, 0 where that is not known.
+    kind: a few words by which such rows are counted.  ended_file: nothing more can be read from this file, so the
+    number of lost rows is unknown.  characters: about how much text is lost, 0 where that is not known.
     """
 
     kind: str
     what: str
     why: str = ""
     fix: str = ""
-    ends_file: bool = False
+    ended_file: Path | None = None
     characters: int = 0
 
     @staticmethod
-    def of(kind: str, error: DataError, ends_file: bool = False) -> BadRow:
+    def of(kind: str, error: DataError, ended_file: Path | None = None) -> BadRow:
         """Return a bad row with the text of an error."""
-        return BadRow(kind, error.what, error.why, error.fix, ends_file)
+        return BadRow(kind, error.what, error.why, error.fix, ended_file)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class BadRows:
     hint: str = ""
     file_hint: str = ""
     rows: int = 0
-    ended_files: int = 0
+    ended_files: list[Path] = field(default_factory=list)
     characters: int = 0
     lost_characters: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -92,12 +92,12 @@ class BadRows:
 
     def take(self, row: BadRow) -> None:
         """Count a bad row and report it, or raise DataError."""
-        if self.action == "stop" or (self.action == "skip" and row.ends_file):
+        if self.action == "stop" or (self.action == "skip" and row.ended_file):
             # The hint goes first, because a fix may end in a command, and nothing may follow a command.
-            hint = self.file_hint if row.ends_file else self.hint
+            hint = self.file_hint if row.ended_file else self.hint
             raise DataError(row.what, row.why, " ".join(filter(None, (hint, row.fix))))
         self.rows += 1
-        self.ended_files += row.ends_file
+        self.ended_files += [row.ended_file] if row.ended_file else []
         self.lost_characters += row.characters
         self.kinds[row.kind] += 1
         if len(self._first) < _SHOWN:
@@ -108,7 +108,7 @@ class BadRows:
 
     def finish(self) -> None:
         """Raise DataError where too large a share was skipped; call it when everything was read."""
-        self._check(_FEW)
+        self._check(FEW)
         if self.action == "skip" and self._is_much_text():
             lost, total = self.lost_characters, self.characters + self.lost_characters
             holds = f"{count_of(self.count, 'bad row')} {'holds' if self.count == 1 else 'hold'}"
@@ -117,11 +117,17 @@ class BadRows:
     @property
     def can_be_skipped(self) -> bool:
         """Whether `skip` would accept all bad rows so far; ask when everything was read."""
-        return (
-            not self.ended_files
-            and self.count <= MOST_SKIPPED
-            and not (self._is_large_share(_FEW) or self._is_much_text())
-        )
+        return not self.ended_files and self.rest_can_be_skipped
+
+    @property
+    def rest_can_be_skipped(self) -> bool:
+        """Whether `skip` would accept them if the files that end too early were left out."""
+        return self.count <= MOST_SKIPPED and not (self._is_large_share(FEW) or self._is_much_text())
+
+    @property
+    def is_more_than_its_share(self) -> bool:
+        """Whether bad rows are only accepted because they are few."""
+        return self._is_large_share(0)
 
     def _is_much_text(self) -> bool:
         """Say whether bad rows hold much text: a whole book in another encoding, without a blank line, is one row."""
@@ -142,7 +148,7 @@ class BadRows:
         return DataError(
             f"{what}, which is more than {limit} ({self.describe()}).",
             f"The first: {' '.join(self._first)}",
-            "Mend these files or leave them out; `check_texts` lists every such row.",
+            "Mend these files, or leave them out with `leave_out`; `check_texts` lists every such row.",
         )
 
     def describe(self) -> str:

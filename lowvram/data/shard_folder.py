@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from lowvram.data.exclusion_list import EXCLUDED, LEFT_OUT, Excluded
 from lowvram.data.shard_set import (
     COUNTS,
@@ -28,6 +26,7 @@ from lowvram.data.shard_set import (
 )
 from lowvram.errors import BusyError, DataError
 from lowvram.storage.disk import Disk, sha256
+from lowvram.storage.folder_lock import locked_folder
 from lowvram.units import count_of, show_count
 
 _NAME = re.compile(r"([0-9]{5,})\.(bin|json|places)")
@@ -66,17 +65,10 @@ class ShardFolder:
 
         Raises BusyError, and DataError for shards of another tokenizer or where `out` cannot be a folder.
         """
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.out / "lock", timeout=0).acquire()
-        except (FileExistsError, NotADirectoryError) as error:
-            what, why = f"{self.out} is no folder.", "Shards need one of their own."
-            raise DataError(what, why, "Name another `out`.") from error
-        except filelock.Timeout as error:
-            why = "Another process is packing into it."
-            fix = "Wait until it is done, or name another `out`."
-            raise BusyError(f"{self.out} is in use.", why, fix) from error
-        with lock:
+        what, why = f"{self.out} is no folder.", "Shards need one of their own."
+        is_no_folder = DataError(what, why, "Name another `out`.")
+        why, fix = "Another process is packing into it.", "Wait until it is done, or name another `out`."
+        with locked_folder(self.out, "lock", is_no_folder, BusyError(f"{self.out} is in use.", why, fix)):
             try:
                 self._delete_unfinished()
                 self._refuse_other_tokenizer()

@@ -98,7 +98,7 @@ def _rows(
                         tell(stream.read_bytes())
                     yield row
     except DataError as error:
-        yield BadRow.of("unreadable", error, ends_file=True)
+        yield BadRow.of("unreadable", error, file)
 
 
 def _text_documents(

@@ -47,21 +47,24 @@ class TextFiles:
         if self.other_endings:
             endings = [f"{count:,} {ending or 'without ending'}" for ending, count in self.other_endings.most_common()]
             count = self.other_endings.total()
-            sentences.append(f"{count_of(count, 'file')} in the folders passed over ({_few(endings)}). {LOOKED_FOR}")
+            sentences.append(
+                f"{count_of(count, 'file')} in the folders passed over ({list_few(endings)}). {LOOKED_FOR}"
+            )
         for paths, noun, why in (
             (self.broken_links, "broken link", "passed over"),
             (self.linked_folders, "linked folder", "not followed (it is read where it is named)"),
             (self.unreadable, "folder", "passed over for want of permission"),
         ):
             if paths:
-                sentences.append(f"{count_of(len(paths), noun)} {why}: {_few([str(path) for path in paths])}.")
+                sentences.append(f"{count_of(len(paths), noun)} {why}: {list_few([str(path) for path in paths])}.")
         if self.repeats:
             pairs = [f"{again} is {first}" for again, first in self.repeats]
-            sentences.append(f"{count_of(len(self.repeats), 'name')} of the same file read once: {_few(pairs)}.")
+            sentences.append(f"{count_of(len(self.repeats), 'name')} of the same file read once: {list_few(pairs)}.")
         return sentences
 
 
-def _few(words: list[str]) -> str:
+def list_few(words: list[str]) -> str:
+    """Return the first words, and how many more there are."""
     return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN:,} more" if len(words) > _SHOWN else "")
 
 

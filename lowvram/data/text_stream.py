@@ -111,9 +111,27 @@ def _opened(file: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]
         raw: io.BufferedReader = io.BufferedReader(io.FileIO(file if is_file else 0, closefd=is_file), _BUFFER_BYTES)
         with raw:
             yield raw, _unpack(file, raw)
-    except (OSError, EOFError, zlib.error) as error:
-        why = f"{type(error).__name__}: {error}."
-        raise DataError(f"{file} cannot be read to its end.", why, "Fetch or compress it anew.") from error
+    except (OSError, EOFError, zlib.error, _DamagedError) as error:
+        raise DataError(f"{file} cannot be read to its end.", _explain(error), "Fetch or compress it anew.") from error
+
+
+class _DamagedError(Exception):
+    """A stream is damaged; the text is a sentence that says how."""
+
+
+_CUT_SHORT = "It was cut short: its compressed data end too early."
+
+
+def _explain(error: Exception) -> str:
+    match error:
+        case EOFError():  # of Python's gzip
+            return _CUT_SHORT
+        case gzip.BadGzipFile() | zlib.error():
+            return f"Its compressed data are damaged ({error})."
+        case OSError(strerror=str(reason)):
+            return f"The system says: {reason}."
+        case _:
+            return str(error)
 
 
 def _kind_by_name(file: Path) -> str | None:
@@ -165,7 +183,7 @@ class _Utf16Stream(io.RawIOBase):
             try:
                 self._ready = self._decoder.decode(block, self._is_over).encode("utf-8")
             except UnicodeDecodeError as error:
-                raise EOFError(f"it is damaged UTF-16: {error.reason}") from error
+                raise _DamagedError(f"It is damaged UTF-16 ({error.reason}).") from error
         count = min(len(target), len(self._ready))
         target[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
@@ -189,14 +207,14 @@ class _ZstdStream(io.RawIOBase):
                 rest = self._frame.unused_data if self._frame and is_between else b""
                 packed = rest or self._raw.read(_ZSTD_BYTES)
                 if not packed and not is_between:
-                    raise EOFError("the file ends inside a frame")
+                    raise _DamagedError(_CUT_SHORT)
                 if not packed:
                     return 0
                 if is_between:
                     self._frame = self._zstd.ZstdDecompressor().decompressobj()
                 self._ready = memoryview(self._frame.decompress(packed))
         except self._zstd.ZstdError as error:
-            raise EOFError(str(error)) from error
+            raise _DamagedError(f"Its compressed data are damaged ({error}).") from error
         count = min(len(target), len(self._ready))
         target[:count], self._ready = self._ready[:count], self._ready[count:]
         return count

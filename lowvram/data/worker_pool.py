@@ -70,8 +70,10 @@ def _start_pool(processes: int) -> tuple[ProcessPoolExecutor, Connection]:
 
 
 def _prepare_worker(listen: Connection) -> None:
-    # Ctrl-C reaches the whole process group; only the parent handles it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and the end of a session reach the whole process group; only the parent handles them.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(listen,), daemon=True).start()
 
 

@@ -82,7 +82,9 @@ def test_rows_that_are_no_text_stop_are_skipped_or_are_listed(home: Path, tmp_pa
         said = [notice.text for notice in read("skip").notices]
         assert said[0].startswith(passed_over)
         assert [sentence.split(":")[0] for sentence in said[1:6]] == ["Skipped"] * 5, "the first five alone"
-        assert said[6:] == ["Skipped 6 of 20 rows: 6 not JSON."]
+        assert said[6:] == [
+            "Skipped 6 of 20 rows: 6 not JSON. That is more than 1 %; up to 10 rows are always skipped."
+        ]
     found = check_texts(tmp_path, progress=True)
     assert (found.files, found.rows, found.bad, found.summary) == (1, 20, 6, "6 not JSON")
     assert found.can_be_skipped

@@ -281,10 +281,19 @@ def test_the_command_line_stops_skips_and_reports(
     (place / "b.txt.gz").write_bytes(gzip.compress(b"kesik")[:-1])
     (place / "a.jsonl").unlink()
     cut = run("report").out.splitlines()
+    assert cut[0] == "in/b.txt.gz cannot be read to its end. It was cut short: its compressed data end too early."
     assert cut[1] == "1 of 1 row is bad: 1 unreadable."
-    assert cut[2].startswith(f"Next: lowvram {command} in --on-bad-row report "), "skip would stop there, too"
+    assert cut[2] == "skip would stop, too: repair these files, or leave files out with --leave-out."
     del options[-2:]  # the folder holds shards that were packed without --holdout
-    assert "--on-bad-row skip leaves out single rows, never the rest of a file" in run("skip").err
+    assert "Such a file is never used in part; --leave-out leaves it out" in run("skip").err
+    assert "All files are left out." in typed(*typed_as("skip"), "--leave-out", "in/b.txt.gz").err
+    (place / "a.jsonl").write_bytes(jsonl(b"{"))
+    answer = run("report").out.splitlines()[3]
+    assert typed_words(answer) == [*typed_as("skip"), "--leave-out", "in/b.txt.gz", "(or", "repair", "them)"]
+    left_out = typed(*typed_words(answer)[:-3])
+    assert (left_out.code, "Left out as asked: in/b.txt.gz." in left_out.err) == (0, True)
+    assert "1 of 4 rows: 1 not JSON. That is more than 1 %; up to 10 rows are always skipped." in left_out.err
+    assert "names no file that is read" in typed(*typed_as("skip"), "--leave-out", place.parent / "my tok").err
 
 
 def typed_words(line: str) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from lowvram.api import clean
 from lowvram.config.cleaning import load_rules
 from lowvram.data.clean.cleaner import clean_each_part
+from lowvram.data.clean.output import name_outputs
 from lowvram.data.clean.work_folder import WorkFolder
 from lowvram.errors import DataError
 from tests.data.conftest import follow
@@ -85,11 +86,52 @@ def test_a_report_that_names_files_outside_its_folder_deletes_nothing(tmp_path: 
     assert (out / "None").is_file()
 
 
-def test_the_report_shows_private_data_only_as_the_marks_that_stand_for_them(tmp_path: Path) -> None:
-    text = tmp_path / "a.txt"
-    text.write_text(f"{write_document(random.Random(5))} Yaz: ali@ornek.com.tr", encoding="utf-8")
-    [example] = next(row for row in clean(text, tmp_path / "out").report["rules"] if row["rule"] == "private")[
-        "examples"
+# Private data, alone and where only a repair brings it to light; what no part of any report may hold.
+SECRETS = {
+    "an address": ("ali@ornek.com.tr", "ali@"),
+    "an address with a zero-width space": ("veli\u200b@ornek.com.tr", "ornek.com"),
+    "an address with spoilt letters": ("ayse@Ã¶rnek.com.tr", "rnek.com"),
+    "an address in parts": ("can@o\u0308rnek.com.tr", "rnek.com"),
+    "a telephone": ("0532 123 45 67", "123 45"),
+    "an IBAN with hard blanks": ("TR33\u00a00006\u00a01005\u00a01978\u00a06457\u00a08413\u00a026", "6457"),
+    "a national number": ("10000000146", "0000146"),
+}
+
+
+@pytest.mark.parametrize("sets", [{}, {"private.on": False}], ids=["replaced", "the rule is off"])
+def test_no_example_of_any_rule_shows_private_data(tmp_path: Path, sets: dict[str, object]) -> None:
+    generator = random.Random(5)
+    spoilt = ["Ã¼zÃ¼m ", "u\u0308zu\u0308m ", "gizli\u200bce ", "boş   \nsatır ", "", "a", "#" * 999]
+    texts = [
+        f"{before}{write_document(generator)} Yaz: {secret}\n" + ("" if before != "a" else write_document(generator))
+        for secret, _ in SECRETS.values()
+        for before in spoilt
     ]
-    assert example["before"].endswith("Yaz: [E-POSTA]")
-    assert "ali@" not in (tmp_path / "out/report.md").read_text(encoding="utf-8")
+    rows = [*texts, *texts[::5], *(f"{text} Bambaşka." for text in texts[::7])]
+    long = write_document(generator, 400)
+    rows += [f"{long[: 9_990 - shift]} {secret} {long}" for secret, _ in SECRETS.values() for shift in (0, 9)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows), encoding="utf-8")
+    for only in ({}, {"length.least_words": 150, "length.most_characters": 20_000}):
+        out = tmp_path / f"out-{len(only)}"
+        report = clean(tmp_path / "a.jsonl", out, overrides={**sets, **only}).report
+        shown = {row["rule"]: len(row["examples"]) for row in report["rules"]}
+        assert min(shown[rule] for rule in ("mojibake", "composed", "invisible", "spaces")) == 3, shown
+        text = json.dumps(report["rules"], ensure_ascii=False) + (out / "report.md").read_text(encoding="utf-8")
+        for name, (_, secret) in SECRETS.items():
+            assert secret not in text.replace("\u00a0", " ").replace("\\", ""), name
+        assert "[E-POSTA]" in text
+
+
+def test_outputs_have_names_of_their_own() -> None:
+    named = {
+        ("a/x/b.txt", "a/y/b.txt"): ["x/b.jsonl", "y/b.jsonl"],
+        ("a/b.txt.gz",): ["b.jsonl"],
+        ("a/b.txt", "a/b.jsonl.zst", "a/c.v2.txt"): ["b.txt.jsonl", "b.jsonl.zst.jsonl", "c.v2.jsonl"],
+        ("-", "stdin.txt"): ["stdin-.jsonl", "stdin.txt.jsonl"],
+        ("hf:owner/name", "hf:other/name@test"): ["owner-name.jsonl", "other-name@test.jsonl"],
+    }
+    for files, outputs in named.items():
+        found = [name.as_posix() for name in name_outputs([Path(file) for file in files])]
+        assert len(set(found)) == len(files)
+        if "-" not in files:
+            assert found == outputs, files

@@ -6,23 +6,18 @@ import gzip
 import hashlib
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import filelock
-import numpy as np
 import pytest
 
 from lowvram.api import clean
 from lowvram.config.cleaning import load_rules
-from lowvram.data.clean import cleaner, duplicates, pair_buckets
-from lowvram.data.clean.batch import Batch
+from lowvram.data.clean import cleaner, pair_buckets
 from lowvram.data.clean.cleaner import clean_each_part
-from lowvram.data.clean.output import name_outputs
-from lowvram.data.clean.signature import BANDS, band_keys, sign, similarity
 from lowvram.errors import BusyError, DataError, LowvramError, MachineError
 from lowvram.storage.disk import DISK, Disk
 from tests.data.conftest import follow
@@ -72,8 +67,9 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of some documents, and buckets of some pairs."""
+    """Parts of some documents, and buckets of some pairs, written now and then."""
     monkeypatch.setattr(cleaner, "PART_BYTES", 4_000)
+    monkeypatch.setattr(pair_buckets, "_WAITING_PAIRS", 40)
     monkeypatch.setattr(pair_buckets, "_BUCKET_PAIRS", 16)
 
 
@@ -120,7 +116,14 @@ def test_what_is_no_good_is_removed_and_what_is_read_stays_as_it_is(texts: Path,
     assert (near["document"], near["like"]["document"], near["like"]["file"][-7:]) == (50, 1, "a.jsonl")
     assert (other["file"][-5:], other["document"], other["like"]["document"]) == ("a.txt", 4, 51)
     page = result.page.read_text(encoding="utf-8")
-    for words in ("| `near_duplicates` | 2 | 0 |", "Skipped 1 of 125 rows", "BAMBAŞKA", "law/a.txt.jsonl"):
+    shown = (
+        "| `near_duplicates` | 2 | 0 |",
+        "Skipped 1 of 125 rows",
+        "BAMBAŞKA",
+        "law/a.txt.jsonl`",
+        "`email = true, ",
+    )
+    for words in shown:
         assert words in page, words
 
 
@@ -160,22 +163,43 @@ def test_the_result_does_not_depend_on_processes_parts_of_memory_or_interruption
 
 @pytest.mark.nightly
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-def test_a_killed_command_goes_on_and_leaves_no_process(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_a_command_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
+    texts: Path, tmp_path: Path, seed: int
+) -> None:
     script = (
-        "import sys; from lowvram.data.clean import cleaner; cleaner.PART_BYTES = 4_000\n"
+        "import sys; from lowvram.data.clean import cleaner, pair_buckets\n"
+        "cleaner.PART_BYTES, pair_buckets._BUCKET_PAIRS, pair_buckets._WAITING_PAIRS = 2_000, 16, 40\n"
         "from lowvram.cli.app import main\nif __name__ == '__main__': sys.exit(main(sys.argv[1:]))"
     )
     (tmp_path / "run.py").write_text(script, encoding="utf-8")
     words = [sys.executable, str(tmp_path / "run.py"), "data", "clean", str(texts), "--processes", "2", "--out"]
-    subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True, env=environment())
-    child = subprocess.Popen([*words, str(tmp_path / "out")], env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out/.cleaning/00001.json").exists() and child.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    subprocess.run([*words, str(tmp_path / "out")], check=True, capture_output=True, env=environment())
+
+    def begin(out: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*words, str(tmp_path / out)], env=environment(), stderr=subprocess.DEVNULL)
+
+    def wait_for_work(child: subprocess.Popen[bytes], out: str) -> float:
+        deadline = time.monotonic() + 60
+        while child.poll() is None and not list((tmp_path / out / ".cleaning").glob("*.bin*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        return time.monotonic()
+
+    whole = begin("whole")
+    began_s = wait_for_work(whole, "whole")
+    assert whole.wait(120) == 0
+    took_s = time.monotonic() - began_s
+    generator, kills = random.Random(seed), 0
+    for attempt in range(8):
+        child = begin("out")
+        wait_for_work(child, "out")
+        # Spread over the whole work, for what is finished is not done again.
+        time.sleep(took_s * generator.random() * (attempt + 1) / 8)
+        kills += child.poll() is None
+        child.kill()
+        child.wait()
+    assert kills >= 4
+    assert begin("out").wait(120) == 0
     assert seen(tmp_path / "out") == seen(tmp_path / "whole")
 
 
@@ -210,7 +234,9 @@ def test_a_finished_result_is_recognised_and_other_text_or_rules_never_replace_i
     out = tmp_path / "out"
     first = clean(texts, out)
     before = seen(out)
-    assert clean(texts, out).report == first.report
+    second = clean(texts, out)
+    assert second.report == first.report
+    assert "The result was finished before" in second.notices[-2].text
     with pytest.raises(DataError, match=r"text cleaned by other rules.*`replace=True`"):
         clean(texts, out, overrides={"length.least_words": 9})
     more = texts / "law/a.txt"
@@ -262,7 +288,7 @@ def test_where_nothing_is_left_it_says_which_rules_ate_it(texts: Path, tmp_path:
     with pytest.raises(DataError, match=r"Nothing is left of 124 documents\. .*by: length 124\.") as caught:
         clean(texts, tmp_path / "out", overrides={"length.least_characters": 1_000_000})
     assert "length.on=false" in str(caught.value)
-    assert not (tmp_path / "out/report.json").exists()
+    assert not (tmp_path / "out").exists()
     (tmp_path / "short.txt").write_text("kısa\n\n1 2\n\n\u200b", encoding="utf-8")
     with pytest.raises(DataError, match=r"Nothing is left of 3 documents"):
         clean(tmp_path / "short.txt", tmp_path / "none")
@@ -281,8 +307,33 @@ def test_dirty_rows_are_skipped_by_default_but_not_many(texts: Path, tmp_path: P
     with gzip.open(tmp_path / "a.txt.gz", "wb") as packed:
         packed.write("\n\n".join(write_document(random.Random(n)) for n in range(500)).encode())
     (tmp_path / "a.txt.gz").write_bytes((tmp_path / "a.txt.gz").read_bytes()[:9_000])
-    with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read to its end"):
+    with pytest.raises(DataError, match=r"a\.txt\.gz cannot be read to its end\. It was cut short"):
         clean(tmp_path / "a.txt.gz", tmp_path / "torn")
+    assert not (tmp_path / "torn").exists(), "nothing was finished"
+
+
+def test_a_file_that_is_left_out_costs_no_part_of_the_others(texts: Path, tmp_path: Path, small: None) -> None:
+    torn = texts / "law/b.txt.gz"
+    torn.write_bytes(gzip.compress("\n\n".join(write_document(random.Random(n)) for n in range(600)).encode())[:-100])
+    with pytest.raises(DataError, match=r"b\.txt\.gz cannot be read to its end.*`leave_out` leaves it out"):
+        clean(texts, tmp_path / "out")
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/.cleaning").glob("*.bin")}
+    assert len(parts) > 4
+    work = clean_each_part([texts], tmp_path / "out", load_rules(), leave_out=[torn], processes=1)
+    for step in work:
+        if step.stage != "Cleaning":
+            break
+    again = [path for path, before in parts.items() if path.exists() and path.stat().st_mtime_ns != before]
+    assert len(again) < len(parts) // 2, "those of the file that is left out"
+    work.close()
+    found = clean(texts, tmp_path / "out", leave_out=torn)
+    assert f"Left out as asked: {torn}." in found.report["notes"]
+    assert "Going on: 124 documents kept" in " ".join(notice.text for notice in found.notices)
+    torn.unlink()
+    plain = clean(texts, tmp_path / "plain")
+    assert {row["output"]: row["bytes"] for row in found.report["files"] if row["output"]} == {
+        row["output"]: row["bytes"] for row in plain.report["files"]
+    }
 
 
 def test_evaluation_sets_are_named_by_file_and_by_rules(texts: Path, tmp_path: Path) -> None:
@@ -328,28 +379,13 @@ def test_other_languages_are_removed_where_some_are_named(tmp_path: Path) -> Non
         clean(tmp_path / "a.txt", tmp_path / "other", overrides={"language.keep": "xx"})
 
 
-def test_outputs_have_names_of_their_own() -> None:
-    named = {
-        ("a/x/b.txt", "a/y/b.txt"): ["x/b.jsonl", "y/b.jsonl"],
-        ("a/b.txt.gz",): ["b.jsonl"],
-        ("a/b.txt", "a/b.jsonl.zst", "a/c.v2.txt"): ["b.txt.jsonl", "b.jsonl.zst.jsonl", "c.v2.jsonl"],
-        ("-", "stdin.txt"): ["stdin-.jsonl", "stdin.txt.jsonl"],
-        ("hf:owner/name", "hf:other/name@test"): ["owner-name.jsonl", "other-name@test.jsonl"],
-    }
-    for files, outputs in named.items():
-        found = [name.as_posix() for name in name_outputs([Path(file) for file in files])]
-        assert len(set(found)) == len(files)
-        if "-" not in files:
-            assert found == outputs, files
-
-
 def test_the_command_shows_what_it_did_and_what_comes_next(texts: Path, tmp_path: Path) -> None:
     answer = typed("data", "clean", texts, "--out", tmp_path / "out", "--set", "near_duplicates.on=false")
     assert answer.code == 0, answer.err
     assert "duplicate_documents: 1 document removed, 0 changed" in answer.out
     assert f"{tmp_path / 'out'}: 122 of 124 documents (1.61% removed)" in answer.out
     assert answer.out.splitlines()[-2].startswith(f"Next: lowvram tokenizer train {tmp_path / 'out'} ")
-    assert answer.out.splitlines()[-1].startswith(f"Next: lowvram data pack {tmp_path / 'out'} ")
+    assert answer.out.splitlines()[-1].startswith(f"or:   lowvram data pack {tmp_path / 'out'} ")
     packing = typed("tokenizer", "train", tmp_path / "out", "--vocab", 300, "--out", tmp_path / "tok")
     assert (packing.code, "passed over" in packing.err) == (0, False), "the report beside the text is no text"
     wrong = typed("data", "clean", texts, "--out", tmp_path / "other", "--set", "lenght.on=false")
@@ -357,40 +393,3 @@ def test_the_command_shows_what_it_did_and_what_comes_next(texts: Path, tmp_path
     assert "Error: --set lenght.on=false: there is no rule lenght. Did you mean length?" in wrong.err
     report = typed("data", "clean", texts, "--on-bad-row", "report")
     assert (report.code, "a.jsonl:7 is not JSON" in report.out) == (1, True)
-
-
-def test_near_duplicates_are_those_that_comparing_every_pair_would_find(tmp_path: Path, small: None) -> None:
-    generator = random.Random(3)
-    families = [write_document(generator, 12).split(" ") for _ in range(12)]
-    texts = []
-    for number in range(90):
-        words = list(families[number % 12])
-        for place in generator.sample(range(len(words)), generator.randint(1, 14)):
-            words[place] = f"söz{generator.randint(0, 999)}"
-        texts.append(" ".join(words))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    run(tmp_path / "a.jsonl", tmp_path / "out", ("near_duplicates.similarity=0.5",))
-    which, signatures = sign(Batch(texts), 20)
-    assert which.tolist() == list(range(90))
-    keys = np.stack([band_keys(signatures, band) for band in range(BANDS)], 1)
-    expected = [
-        later + 1
-        for later in range(90)
-        if not any(
-            similarity(signatures[[later]], signatures[[earlier]])[0] >= 0.5 and (keys[later] == keys[earlier]).any()
-            for earlier in range(later)
-        )
-    ]
-    assert 12 < len(expected) < 80
-    assert [row["document"] for row in rows_of(tmp_path / "out/a.jsonl")] == expected
-
-
-def test_of_many_documents_with_one_band_each_is_compared_with_the_first_and_those_before_it() -> None:
-    keys, numbers = np.array([1] * 9 + [2] + [3] * 2, np.uint64), np.arange(100, 112, dtype=np.uint64)
-    pairs = {
-        (int(a), int(b))
-        for one, other in duplicates._candidates(keys, numbers)
-        for a, b in zip(one, other, strict=True)
-    }
-    near = {(100 + a, 100 + b) for a in range(9) for b in range(9) if 0 < a - b <= 4}
-    assert pairs == near | {(100 + a, 100) for a in range(1, 9)} | {(111, 110)}

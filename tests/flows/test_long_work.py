@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import subprocess
 import sys
@@ -103,3 +104,49 @@ def test_ctrl_c_ends_a_packing_inside_a_document_and_all_its_processes(
     assert process.wait(60) == 130, "and not only when the work of ten minutes is done"
     assert psutil.wait_procs(workers, timeout=30)[1] == []
     assert not list(tmp_path.glob("out/*.tmp")) or processes == 1
+
+
+# `lowvram data clean` whose parts never end, in two processes: TEXT OUT.
+CLEANING = """
+import sys, time
+from lowvram.cli.app import main
+from lowvram.data.clean import cleaner
+
+def never_end(task):
+    task.target.with_name("begun").touch()
+    time.sleep(600)
+
+cleaner.PART_BYTES, cleaner.clean_part = 100, never_end
+if __name__ == "__main__":
+    cleaner._Cleaning._count_processes = lambda *_: 2
+    sys.exit(main(["data", "clean", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.nightly)])
+def test_a_signal_to_a_cleaning_and_its_processes_ends_all_of_them_with_a_word_and_the_next_step(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    (tmp_path / "script.py").write_text(CLEANING, encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n\n".join(["uzun belge " * 20] * 6), encoding="utf-8")
+    words = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(tmp_path / "script.py"), *words]
+    process = subprocess.Popen(
+        command, env=environment(), stderr=subprocess.PIPE, text=True, encoding="utf-8", start_new_session=True
+    )
+    give_up = time.monotonic() + 60
+    while not (tmp_path / "out/.cleaning/begun").exists():
+        assert process.poll() is None
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    # As the end of a session does: to every process of it.
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said, following = err.splitlines()
+    assert said == "Terminated; what was finished before is kept."
+    assert following == f"Next: lowvram data clean {' '.join(words)}  (goes on where it stopped)"
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert not (tmp_path / "out").exists(), "no part was finished"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,11 @@ from lowvram.config.cleaning import CleaningRules
 from lowvram.data.bad_rows import BadRows
 from lowvram.data.clean.contamination import build_index
 from lowvram.data.clean.duplicates import Found, find_duplicates, open_flags
+from lowvram.data.clean.examples import show_text
 from lowvram.data.clean.language import check_languages
 from lowvram.data.clean.output import Output, name_outputs
-from lowvram.data.clean.part import SHOWN_CHARACTERS, Lists, Part, PartTask, clean_part, read_row
-from lowvram.data.clean.report import Totals, describe_rules, name_eaters, write_page
+from lowvram.data.clean.part import Lists, Part, PartTask, clean_part, read_row
+from lowvram.data.clean.report import Totals, describe_rules, find_eaters, write_page
 from lowvram.data.clean.toxicity import read_words
 from lowvram.data.clean.work_folder import FORMAT, WorkFolder, refuse_text_inside
 from lowvram.data.places import Cursor, Place, name_from
@@ -36,12 +37,20 @@ PART_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class CleanProgress:
-    """How far a cleaning is.  stage: what it does now.  done, total: in bytes read, or as a share; total 0: unknown."""
+    """How far a cleaning is.
+
+    stage: what it does now.  done, total: in bytes read, or as a share; total 0: unknown.  reused: documents of parts
+    that an earlier start finished.
+    """
 
     stage: str
     done: float
     total: float
     detail: str = ""
+    reused: int = 0
+
+
+COMPARING = "Comparing with the finished result"
 
 
 @dataclass
@@ -68,6 +77,7 @@ def clean_each_part(
     replace: bool = False,
     bad_rows: BadRows | None = None,
     notes: Callable[[], Sequence[str]] = tuple,
+    leave_out: Collection[Path] = (),
 ) -> Generator[CleanProgress, None, dict[str, Any]]:
     """Clean the documents of `paths` into `out`, yield how far it is, and return the report.
 
@@ -75,7 +85,8 @@ def clean_each_part(
     processes: None for one per core; with more than one, a script must guard its entry with
     `if __name__ == "__main__"`.  replace: whether the result of other text or rules in `out` may be replaced.
     bad_rows: what is done with rows that are not text; None skips a few.  notes: sentences for the report, asked for
-    when everything was read.
+    when everything was read.  leave_out: files of `paths` that are not read; they keep their places, so that parts of
+    the others that are finished are kept.
     Raises DataError (unreadable text, lists or evaluation sets, nothing left, files in the way), BusyError,
     DiskFullError, MachineError.
     """
@@ -83,7 +94,7 @@ def clean_each_part(
     refuse_text_inside(out, [path for path in (*paths, *files) if not is_stream(path)])
     if rules.language.on and rules.language.keep:
         check_languages(rules.language.keep)
-    work = _Cleaning(files, out, rules, field, disk, bad_rows or BadRows("skip"), replace)
+    work = _Cleaning(files, out, rules, field, disk, bad_rows or BadRows("skip"), replace, leave_out)
     with work.folder.claim():
         return (yield from work.run(processes or os.cpu_count() or 1, notes))
 
@@ -100,8 +111,9 @@ class _Cleaning:
         disk: Disk,
         bad_rows: BadRows,
         replace: bool,
+        leave_out: Collection[Path],
     ) -> None:
-        self.files, self.rules, self.field = files, rules, field
+        self.files, self.left_out, self.rules, self.field = files, leave_out, rules, field
         self.disk, self.bad_rows = disk, bad_rows
         self.toxic = tuple(read_words(rules.toxicity.words)) if rules.toxicity.on and rules.toxicity.words else ()
         against = [Path(name) for name in rules.contamination.against] if rules.contamination.on else []
@@ -163,7 +175,8 @@ class _Cleaning:
         for index, file in enumerate(self.files):
             folder = (self.folder.out / self.outputs[index]).parent
             name = name_from(file, folder)
-            for number, text in enumerate(documents(file, self.field, tell, self.bad_rows, cursor), 1):
+            texts = () if file in self.left_out else documents(file, self.field, tell, self.bad_rows, cursor)
+            for number, text in enumerate(texts, 1):
                 data = text.encode("utf-8")
                 place = _place_of(cursor, name, folder)
                 digest.update(f"{index} {number} {place.line} {len(data)} ".encode())
@@ -186,7 +199,7 @@ class _Cleaning:
         """Read all text again, and raise DataError where it is not the text of a finished result."""
         total = sum(map(size_of, self.files))
         for batch in self._batches():
-            yield CleanProgress("Comparing with the finished result", batch.read_bytes, total)
+            yield CleanProgress(COMPARING, batch.read_bytes, total)
         is_whole = all(
             (self.folder.out / row["output"]).is_file()
             and (self.folder.out / row["output"]).stat().st_size == row["bytes"]
@@ -202,23 +215,24 @@ class _Cleaning:
         total = sum(map(size_of, self.files))
         lists = Lists(self.toxic, self._store_evaluation())
         running: deque[tuple[_Batch, dict[str, Any] | None, Callable[[], tuple[Path, dict[str, Any]]] | None]] = deque()
-        kept = 0
+        kept = reused = 0
 
         def finish() -> CleanProgress:
             # Only this process, which holds the lock, renames parts; a worker that outlives it must not.
-            nonlocal kept
+            nonlocal kept, reused
             batch, sidecar, cleaned = running.popleft()
             if cleaned is not None:
                 beside, sidecar = cleaned()
                 sidecar["text"] = batch.hash
                 self.folder.add(batch.number, sidecar, beside)
             assert sidecar is not None
+            reused += 0 if cleaned else sidecar["documents"]
             self.totals.add(sidecar)
             last = self.parts[-1] if self.parts else None
             self.parts.append(Part(self.folder.path(batch.number), {"arrays": sidecar["arrays"]}, last))
             kept += self.parts[-1].documents
             detail = f"{kept:,} of {count_of(self.totals.documents, 'document')} kept"
-            return CleanProgress("Cleaning", batch.read_bytes, total, detail)
+            return CleanProgress("Cleaning", batch.read_bytes, total, detail, reused)
 
         fix = "Clean again with fewer `processes`; what is finished is kept."
         pool = WorkerPool(self._count_processes(processes), clean_part, "cleaning", fix)
@@ -270,10 +284,12 @@ class _Cleaning:
             totals.characters_removed[name] += output.characters[name]
         totals.parts["duplicate_lines"] += output.lines
         if not any(written.documents for written in output.written):
-            eaters = name_eaters(describe_rules(totals, self.rules))
+            self.folder.forget()
+            eaters = find_eaters(totals)
             what = f"Nothing is left of {count_of(totals.documents, 'document')}."
-            why = f"Documents were removed by: {eaters}."
-            fix = f"Loosen these rules, or switch them off, as in {argument('overrides', ['length.on=false'])}."
+            why = f"Documents were removed by: {', '.join(f'{rule} {count:,}' for rule, count in eaters)}."
+            off = argument("overrides", [f"{eaters[0][0]}.on=false"])
+            fix = f"Loosen these rules, or switch them off, as in {off}."
             raise DataError(what, why, fix)
 
     def _report(self, found: Found, notes: Sequence[str]) -> dict[str, Any]:
@@ -290,6 +306,7 @@ class _Cleaning:
             {
                 "file": file.as_posix(),
                 "output": name.as_posix() if written.documents else None,
+                "left_out": file in self.left_out,
                 "documents_read": self.read_documents[index],
                 "documents": written.documents,
                 "characters": written.characters,
@@ -323,7 +340,7 @@ class _Cleaning:
         part = next(part for part in reversed(self.parts) if part.first_document <= document)
         place = document - part.first_document
         number, text = read_row(part.rows()[place])
-        return {"file": int(part.read("files")[place]), "document": number, "before": text[:SHOWN_CHARACTERS]}
+        return {"file": int(part.read("files")[place]), "document": number, "before": show_text(text)}
 
 
 def _place_of(cursor: Cursor, name: str, folder: Path) -> Place:

@@ -14,11 +14,9 @@ from lowvram.data.clean import boilerplate, checks
 from lowvram.data.clean.batch import Batch
 from lowvram.data.clean.contamination import EvaluationIndex
 from lowvram.data.clean.language import find_language
-from lowvram.data.clean.private import replace_private
+from lowvram.data.clean.private import KINDS, replace_private
 from lowvram.data.clean.repair import REPAIRS, repair_texts
 from lowvram.data.clean.toxicity import ToxicWords
-
-_PRIVATE_KINDS = ("email", "phone", "iban", "national_number")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class DocumentRules:
         self._evaluation = evaluation
         self._most_examples = most_examples
         self._repairs = [name for name in REPAIRS if getattr(rules, name).on]
-        self._private = {kind for kind in _PRIVATE_KINDS if rules.private.on and getattr(rules.private, kind)}
+        self._private = {kind for kind in KINDS if rules.private.on and getattr(rules.private, kind)}
         self._boilerplate = boilerplate.hash_lines(rules.boilerplate.lines) if rules.boilerplate.on else None
 
     def apply(self, texts: Sequence[str]) -> Outcome:

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 _PAIR = np.dtype([("key", "<u8"), ("value", "<u8")])
-# About so many pairs are in memory at once, where their keys are random.
+# About so many pairs are read at once, where their keys are random.
 _BUCKET_PAIRS = 1 << 16
 _MOST_BITS = 12
+# So many pairs (4 MiB) are collected before they are written: opening a file takes as long as writing some kilobytes.
+_WAITING_PAIRS = 1 << 18
 
 
 class PairBuckets:
@@ -21,15 +23,27 @@ class PairBuckets:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._bits = min(_MOST_BITS, max(0, (pairs // _BUCKET_PAIRS).bit_length()))
+        self._waiting: list[NDArray[np.void]] = []
+        self._waiting_pairs = 0
 
     def add(self, keys: NDArray[np.uint64], values: NDArray[np.uint64]) -> None:
         """Add pairs."""
         pairs = np.empty(len(keys), _PAIR)
         pairs["key"], pairs["value"] = keys, values
+        self._waiting.append(pairs)
+        self._waiting_pairs += len(pairs)
+        if self._waiting_pairs >= _WAITING_PAIRS:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        if not self._waiting_pairs:
+            return
+        pairs = np.concatenate(self._waiting)
+        self._waiting, self._waiting_pairs = [], 0
         if not self._bits:
             self._append(0, pairs)
             return
-        buckets = (keys >> np.uint64(64 - self._bits)).astype(np.int64)
+        buckets = (pairs["key"] >> np.uint64(64 - self._bits)).astype(np.int16)
         pairs = pairs[np.argsort(buckets, kind="stable")]
         ends = np.cumsum(np.bincount(buckets, minlength=1 << self._bits)).tolist()
         for number, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -46,6 +60,7 @@ class PairBuckets:
 
     def take(self) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
         """Yield keys and values of one bucket after the other, sorted by both, and delete what was read."""
+        self._write_waiting()
         for number in range(1 << self._bits):
             path = self._path(number)
             if path.exists():

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import threading
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from lowvram.config.cleaning import CleaningRules
 from lowvram.data.clean.contamination import EvaluationIndex
 from lowvram.data.clean.document_rules import Change, DocumentRules, Outcome
+from lowvram.data.clean.examples import show_change
 from lowvram.data.clean.signature import FUNCTIONS, sign
 from lowvram.data.clean.toxicity import ToxicWords
 from lowvram.data.places import ORIGIN, Place
@@ -30,8 +32,6 @@ from lowvram.storage.disk import Disk, explain_full_disk
 # So many characters are arrays at once: they stay in a processor's cache, and in tens of megabytes.
 _BATCH_CHARACTERS = 1 << 17
 _EXAMPLES = 3
-# An example is shown from and up to so many characters around its first change.
-SHOWN_CHARACTERS = 300
 ARRAYS: dict[str, tuple[str, int]] = {
     "rows": ("u1", 1),
     "row_ends": ("<u8", 1),
@@ -44,6 +44,7 @@ ARRAYS: dict[str, tuple[str, int]] = {
     "signed": ("<u4", 1),
     "signatures": ("<u2", FUNCTIONS),
 }
+_PLACES = {name: place for place, name in enumerate(ARRAYS)}
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def clean_part(task: PartTask) -> tuple[Path, dict[str, Any]]:
         "changed": +total.changed,
         "parts": +total.parts,
         "characters_removed": +total.characters,
-        "examples": [_shorten(change, task) for change in total.examples],
+        "examples": [_describe(change, task) for change in total.examples],
     }
     return _write(task, arrays, sidecar)
 
@@ -190,18 +191,9 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
-def _shorten(change: Change, task: PartTask) -> dict[str, Any]:
-    before, after = change.before, change.after
-    start = 0
-    if after is not None:
-        differs = next((i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(after))
-        start = max(0, min(differs, len(before) - 1) - SHOWN_CHARACTERS // 3)
-    # The report must not hold what the rule took out of the text.
-    is_private = change.rule == "private"
-    shown = {"before": (after or "" if is_private else before)[start : start + SHOWN_CHARACTERS]}
-    if after is not None and not is_private:
-        shown["after"] = after[start : start + SHOWN_CHARACTERS]
+def _describe(change: Change, task: PartTask) -> dict[str, Any]:
     place = {"file": task.files[change.document], "document": task.numbers[change.document]}
+    shown = show_change(change.before, change.after)
     return {"rule": change.rule, **place, **shown} | ({"why": change.why} if change.why else {})
 
 
@@ -235,7 +227,9 @@ class Part:
     """A cleaned part, to read.  first_document, first_line, first_signed: how many of them stand in parts before it."""
 
     def __init__(self, path: Path, sidecar: dict[str, Any], before: Part | None = None) -> None:
-        self.path, self.sidecar = path, sidecar
+        self.path = path
+        # Packed, because a large text has many thousands of parts.
+        self._places = array("Q", itertools.chain.from_iterable(sidecar["arrays"][name] for name in ARRAYS))
         self.first_document: int = before.first_document + before.documents if before else 0
         self.first_line: int = before.first_line + before.lines if before else 0
         self.first_signed: int = before.first_signed + before.signed if before else 0
@@ -243,28 +237,33 @@ class Part:
     @property
     def documents(self) -> int:
         """How many documents are left."""
-        return int(self.sidecar["arrays"]["row_ends"][1])
+        return self._find("row_ends")[1]
 
     @property
     def lines(self) -> int:
         """How many lines may be duplicates."""
-        return int(self.sidecar["arrays"]["line_hashes"][1])
+        return self._find("line_hashes")[1]
 
     @property
     def signed(self) -> int:
         """How many documents have a signature."""
-        return int(self.sidecar["arrays"]["signed"][1])
+        return self._find("signed")[1]
+
+    def _find(self, name: str) -> tuple[int, int]:
+        """Return where an array begins in the file, and how many rows it has."""
+        place = 2 * _PLACES[name]
+        return self._places[place], self._places[place + 1]
 
     def read(self, name: str) -> NDArray[Any]:
         """Return an array: [rows] or [rows, columns]."""
-        offset, rows = self.sidecar["arrays"][name]
+        offset, rows = self._find(name)
         dtype, columns = ARRAYS[name]
         found = np.fromfile(self.path, dtype, rows * columns, offset=offset)
         return found.reshape(rows, columns) if columns > 1 else found
 
     def read_signatures(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
         """Return some signatures; they are read one by one, because few documents of a part are compared."""
-        offset, _ = self.sidecar["arrays"]["signatures"]
+        offset, _ = self._find("signatures")
         size = FUNCTIONS * 2
         data = bytearray()
         with open(self.path, "rb") as file:

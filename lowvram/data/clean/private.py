@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 # A mark of its own for each kind, so that a model learns that something stood there and not an address.
 MARKS = {"email": "[E-POSTA]", "iban": "[IBAN]", "national_number": "[KİMLİK NO]", "phone": "[TELEFON]"}
+KINDS = ("email", "phone", "iban", "national_number")
 
 _EMAIL = re.compile(r"(?<![\w.+-])[\w+-]+(?:\.[\w+-]+)*@(?:[\w-]+\.)+[^\W\d_]{2,}(?![\w-])")
 _IBAN = re.compile(r"(?<!\w)[A-Z]{2}[ ]?[0-9]{2}(?:[ -]?[A-Z0-9]){11,30}(?!\w)")
@@ -54,7 +55,7 @@ def _has_long_numbers(text: str) -> bool:
     return sum(map(text.count, "0123456789")) >= _LEAST_DIGITS and _ANY_LONG.search(text) is not None
 
 
-def replace_private(text: str, kinds: set[str]) -> tuple[str, dict[str, int]]:
+def replace_private(text: str, kinds: Collection[str]) -> tuple[str, dict[str, int]]:
     """Return a text with private data replaced by marks, and how many of each kind there were."""
     has_numbers = _has_long_numbers(text)
     found: dict[str, int] = {}

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowvram.config.cleaning import CleaningRules
+from lowvram.data.clean.private import KINDS
 from lowvram.units import count_of, show_bytes
 
 _EXAMPLES = 5
 _LINE_CHARACTERS = 160
+# Signs that mean something in Markdown or HTML; a low line inside a word means nothing.
+_SIGNS = re.compile(r"[\\`*\[\]<>|&#]|(?<!\w)_|_(?!\w)")
 # What each rule does, for the page.
 DESCRIPTIONS = {
     "mojibake": "letters repaired that were read in another encoding",
@@ -75,9 +79,8 @@ def describe_rules(totals: Totals, rules: CleaningRules) -> list[dict[str, Any]]
             "documents_changed": totals.changed[name],
             "characters_removed": totals.characters_removed[name],
         }
-        kinds = ("email", "phone", "iban", "national_number")
         if name == "private":
-            row["replaced"] = {kind: totals.parts[kind] for kind in kinds if totals.parts[kind]}
+            row["replaced"] = {kind: totals.parts[kind] for kind in KINDS if totals.parts[kind]}
         if name in ("boilerplate", "duplicate_lines"):
             row["lines_removed"] = totals.parts[name]
         row["examples"] = totals.examples.get(name, [])
@@ -85,20 +88,20 @@ def describe_rules(totals: Totals, rules: CleaningRules) -> list[dict[str, Any]]
     return rows
 
 
-def name_eaters(rows: Sequence[dict[str, Any]]) -> str:
-    """Return which rules removed how many documents, the greediest first."""
-    eaters = sorted((row for row in rows if row["documents_removed"]), key=lambda row: -row["documents_removed"])
-    return ", ".join(f"{row['rule']} {row['documents_removed']:,}" for row in eaters)
+def find_eaters(totals: Totals) -> list[tuple[str, int]]:
+    """Return the rules that removed documents and how many, the greediest first."""
+    return (+totals.removed).most_common()
 
 
 def write_page(report: dict[str, Any]) -> str:
     """Return the report as Markdown."""
     removed = report["documents_read"] - report["documents"]
     share = removed / max(1, report["documents_read"])
+    files = sum(not row["left_out"] for row in report["files"])
     lines = [
         "# Cleaned text",
         "",
-        f"{count_of(report['documents_read'], 'document')} of {count_of(len(report['files']), 'file')} were read, "
+        f"{count_of(report['documents_read'], 'document')} of {count_of(files, 'file')} were read, "
         f"{report['documents']:,} are left ({share:.2%} removed): {show_bytes(report['bytes'])}.",
         "",
     ]
@@ -117,28 +120,29 @@ def write_page(report: dict[str, Any]) -> str:
         if row["examples"]:
             lines += [f"## {row['rule']}", ""]
             stated = {key: value for key, value in row["settings"].items() if value not in ([], None)}
-            settings = ", ".join(f"{key} = {value}" for key, value in stated.items())
+            # As they are written in a file of rules.
+            settings = ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in stated.items())
             lines += [f"`{settings}`", ""] if settings else []
             for example in row["examples"]:
                 lines += _show_example(example)
             lines.append("")
     lines += ["## Files", "", "| read | documents | left | written |", "| --- | ---: | ---: | --- |"]
     lines += [
-        f"| {_plain(row['file'])} | {row['documents_read']:,} | {row['documents']:,} | {_plain(row['output'] or '–')} |"
+        f"| {_name(row['file'])} | {row['documents_read']:,} | {row['documents']:,} | {_name(row['output'] or '–')} |"
         for row in report["files"]
     ]
     return "\n".join(lines) + "\n"
 
 
 def _show_example(example: dict[str, Any]) -> list[str]:
-    where = f"{_plain(example['file'])}, document {example['document']}"
+    where = f"{_name(example['file'])}, document {example['document']}"
     why = f" ({_plain(example['why'])})" if example.get("why") else ""
     shown = [f"- {where}{why}", f"  - {_quote(example['before'])}"]
     if "after" in example:
         shown.append(f"  - became {_quote(example['after'])}")
     if "like" in example:
         like = example["like"]
-        shown.append(f"  - as {_plain(like['file'])}, document {like['document']}: {_quote(like['before'])}")
+        shown.append(f"  - as {_name(like['file'])}, document {like['document']}: {_quote(like['before'])}")
     return shown
 
 
@@ -147,9 +151,13 @@ def _quote(text: str) -> str:
     return f"“{_plain(shown[:_LINE_CHARACTERS])}{'…' if len(shown) > _LINE_CHARACTERS else ''}”"
 
 
+def _name(file: str) -> str:
+    """Return the name of a file as code, in which no sign but a backquote and, in a table, a bar means anything."""
+    is_plain = file.isprintable() and not set("`|") & set(file) and file != "–"
+    return f"`{file}`" if is_plain else _plain(file)
+
+
 def _plain(text: str | Path) -> str:
     """Return text whose signs mean nothing in Markdown or HTML."""
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(text))
-    for sign in "\\`*_[]<>|&#":
-        shown = shown.replace(sign, f"\\{sign}")
-    return shown
+    return _SIGNS.sub(r"\\\g<0>", shown)

@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from lowvram.data.text_files import REPORT, REPORT_PAGE
 from lowvram.errors import BusyError, DataError
 from lowvram.storage.disk import Disk, sha256
+from lowvram.storage.folder_lock import locked_folder
 from lowvram.storage.json_files import JsonError, read_object
 
 # Both are hidden, so that no command takes them for text.
 _WORK, _LOCK = ".cleaning", ".lock"
 _UNFINISHED = re.compile(r".*\.[0-9]+\.tmp")
-FORMAT = 1
+FORMAT = 2
 
 
 class WorkFolder:
@@ -36,16 +35,11 @@ class WorkFolder:
 
         Raises BusyError, and DataError where `out` cannot be a folder, or holds a result of other rules.
         """
-        try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(self.out / _LOCK, timeout=0).acquire()
-        except (FileExistsError, NotADirectoryError) as error:
-            what, why = f"{self.out} is no folder.", "Cleaned text needs one of its own."
-            raise DataError(what, why, "Name another `out`.") from error
-        except filelock.Timeout as error:
-            fix = "Wait until it is done, or name another `out`."
-            raise BusyError(f"{self.out} is in use.", "Another process is cleaning into it.", fix) from error
-        with lock:
+        what, why = f"{self.out} is no folder.", "Cleaned text needs one of its own."
+        is_no_folder = DataError(what, why, "Name another `out`.")
+        why, fix = "Another process is cleaning into it.", "Wait until it is done, or name another `out`."
+        with locked_folder(self.out, _LOCK, is_no_folder, BusyError(f"{self.out} is in use.", why, fix)):
+            self.work.mkdir(exist_ok=True)
             for path in self.work.rglob("*"):
                 if _UNFINISHED.fullmatch(path.name):
                     self._disk.delete(path)
@@ -53,8 +47,16 @@ class WorkFolder:
                 self._forget_other_rules()
                 yield
             finally:
-                if self.finished:
+                if self.finished or not self._holds_work():
                     self._disk.delete_unless_in_use(self.work)
+
+    def _holds_work(self) -> bool:
+        return any(path.stem.isdecimal() or path.name.startswith("written-") for path in self.work.glob("*.json"))
+
+    def forget(self) -> None:
+        """Delete all parts, where the same text and rules can give no result."""
+        for path in self.work.glob("*.json"):
+            path.unlink()
 
     def _forget_other_rules(self) -> None:
         """Delete unfinished work of other rules, and a finished result where it may be replaced."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +30,15 @@ class FoundSources(NamedTuple):
     passed_over: list[str]
 
 
-def find_sources(paths: Sequence[Path], levels: int, out: Path) -> FoundSources:
+def find_sources(
+    paths: Sequence[Path],
+    levels: int,
+    out: Path,
+    leave_out: Callable[[Sequence[Path]], Collection[Path]] = lambda _: (),
+) -> FoundSources:
     """Return the sources that folders hold: each file or folder in them, or with `levels` 2 each in those folders.
 
-    A file that is named itself is a source too.  Raises DataError for what is missing or no text, two sources of one
+    leave_out: returns which of the files that were found are not read.  A file that is named itself is a source too.  Raises DataError for what is missing or no text, two sources of one
     name, a source inside another or in `out`, a folder among the sources that holds no text.
     """
     for path in paths:
@@ -42,9 +47,12 @@ def find_sources(paths: Sequence[Path], levels: int, out: Path) -> FoundSources:
             raise DataError(f"{path} has no folder and no name.", "A source is called by its file or folder.", fix)
         _refuse_inside(path, out)
     found = find_text_files(paths)
+    left_out = leave_out(found.files)
     homes = _find_homes(found.files, paths)
     origins: dict[str, dict[Path, list[Path]]] = {}
     for file, home in zip(found.files, homes, strict=True):
+        if file in left_out:
+            continue
         origin = file
         if home is not None:
             parts = file.relative_to(home).parts
