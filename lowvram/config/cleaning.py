@@ -100,7 +100,7 @@ class PrivateRule(Rule):
 class ContaminationRule(Rule):
     """A document that shares so many words in a row with an evaluation set is removed."""
 
-    against: Words = Field((), description="files or folders of evaluation sets, beside those of `--against`")
+    against: Words = Field((), description="files or folders of evaluation sets, beside those that the command names")
     words: PositiveInt = Field(13, le=50, description="a document that shares so many words in a row is removed")
     least_words: PositiveInt = Field(
         8, le=50, description="items of fewer words than `words`, but at least as many, are compared whole"

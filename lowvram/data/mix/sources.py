@@ -38,8 +38,9 @@ def find_sources(
 ) -> FoundSources:
     """Return the sources that folders hold: each file or folder in them, or with `levels` 2 each in those folders.
 
-    leave_out: returns which of the files that were found are not read.  A file that is named itself is a source too.  Raises DataError for what is missing or no text, two sources of one
-    name, a source inside another or in `out`, a folder among the sources that holds no text.
+    leave_out: returns which of the files that were found are not read.  A file that is named itself is a source too.
+    Raises DataError for what is missing or no text, two sources of one name, a source inside another or in `out`, a
+    folder among the sources that holds no text.
     """
     for path in paths:
         if is_stream(path):
