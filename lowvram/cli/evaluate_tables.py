@@ -62,7 +62,8 @@ def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
     ]
     lay_out(_tabulate(names, cells), is_folded=True)
     result(
-        f"In windows of {seq_len} tokens, as shards are read; BOS is read and not counted.  Bits per byte compare models of any tokenizer."
+        f"In windows of {seq_len} tokens, as shards are read; BOS is read and not counted.  Bits per byte compare "
+        "models of any tokenizer."
     )
 
 
