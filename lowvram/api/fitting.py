@@ -239,9 +239,12 @@ def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[Fi
 
     budget = target.budget(_load_preset(options.preset or _SMALLEST, options, target)[1].precision)
     yield from notices_of(budget)
+    ids = yield from _count_ids(options)
     reports = []
     for name in [options.preset] if options.preset else preset_names():
         model, train = _load_preset(name, options, target)
+        if ids is not None:
+            model = model.model_copy(update={"vocabulary": ids})
         constraints = _read_constraints(options, train)
         report = None
         if constraints.micro_batch is None:
@@ -251,6 +254,32 @@ def _evaluate_presets(options: FitOptions, target: Target) -> Task[tuple[list[Fi
             report = rehearsals.rehearse_fit(name, model, train, budget, constraints=constraints)
         reports.append(report)
     return sorted(reports, key=lambda report: report.model.num_parameters()), budget
+
+
+def _count_ids(options: FitOptions) -> Task[int | None]:
+    """Return the size of the tokenizer that lies beside `data`, for the preset that was named.
+
+    None where each preset keeps its own vocabulary, whose rehearsals are known; that is told where it is another one.
+    """
+    from lowvram.data.hf_tokenizer import load_tokenizer
+    from lowvram.errors import LowvramError
+    from lowvram.fit.folders import find_folders
+
+    if options.data is None or any("vocabulary" in assignment for assignment in options.overrides):
+        return None
+    tokenizer = find_folders(options.data).tokenizer
+    if tokenizer is None:
+        return None
+    try:
+        ids = load_tokenizer(tokenizer).size
+    except LowvramError as error:
+        yield Notice(f"Presets keep their own vocabularies: {error}", "warning")
+        return None
+    if options.is_alone:
+        return ids
+    says = f"Each preset is judged with its own vocabulary; one that is named with `preset` takes the {ids:,} ids"
+    yield Notice(f"{says} of {tokenizer}.")
+    return None
 
 
 def _load_preset(name: str, options: FitOptions, target: Target) -> tuple[ModelConfig, TrainConfig]:

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lowvram.api import rehearsals
+from lowvram.config.model import ModelConfig
 from lowvram.config.run_file import load_preset
+from lowvram.data.hf_tokenizer import load_tokenizer
+from lowvram.errors import DataError
 from tests.fit.test_epochs import pack
 from tests.flows.test_fit import refused, values
 from tests.flows.typed import fill_home, typed
@@ -65,6 +69,23 @@ def test_json_says_it_for_programs(packed: Path) -> None:
     [model] = found["models"]
     windows = (text["tokens"] - 1) // 32
     assert model["passes"] == pytest.approx(39_063 * 8 / windows, rel=1e-3)
+
+
+def test_a_preset_that_is_named_takes_the_vocabulary_of_the_text(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed: list[int] = []
+
+    def rehearse(_name: str, model: ModelConfig, *_: object, **__: object) -> None:
+        rehearsed.append(model.vocabulary)
+        raise DataError("That is enough.")
+
+    monkeypatch.setattr(rehearsals, "rehearse_fit", rehearse)
+    words = ("fit", "--gpu", "cpu", "--data", packed / "shards")
+    assert "That is enough." in typed(*words, "--model", "tr-25m").err
+    ids = load_tokenizer(packed / "tok").size
+    said = typed(*words)
+    assert said.code == 0
+    assert f"one that is named with --model takes the {ids} ids of " in said.err
+    assert rehearsed == [ids], "of all presets the rehearsals are known"
 
 
 def test_a_run_file_whose_shards_come_later_or_are_damaged_is_judged_all_the_same(packed: Path, tmp_path: Path) -> None:
