@@ -67,7 +67,8 @@ def show_interruption(arguments: argparse.Namespace, is_terminated: bool) -> Non
     from lowvram.cli.console import copyable, notice
 
     notice(f"{'Terminated' if is_terminated else 'Interrupted'}; what was finished before is kept.")
-    reads_input = "-" in map(str, getattr(arguments, "text", ()))
+    texts = getattr(arguments, "text", None)
+    reads_input = isinstance(texts, list) and Path("-") in texts
     is_report = getattr(arguments, "on_bad_row", "") == "report"
     if getattr(arguments, "goes_on", False) and not reads_input and not is_report:
         copyable(next_step(*arguments.typed, why="goes on where it stopped"))

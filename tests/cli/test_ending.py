@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from lowvram.cli.ending import near
+from lowvram.cli.app import build_parser
+from lowvram.cli.ending import near, show_interruption
 from tests.flows.typed import Output, fill_home, typed
 
 
@@ -106,3 +108,30 @@ def test_a_path_inside_the_working_directory_is_named_from_there(
     assert near(tmp_path.parent / "elsewhere") == tmp_path.parent / "elsewhere"
     assert near(tmp_path) == tmp_path
     assert near("runs/first") == Path("runs/first")
+
+
+@pytest.mark.parametrize(
+    "words, goes_on",
+    [
+        ("data clean a.txt --out b", True),
+        ("data pack a.txt b.txt", True),
+        ("demo", True),
+        ("demo --text texts", True),
+        ("data clean -", False),
+        ("data clean a.txt --on-bad-row report", False),
+        ("tokenizer train a.txt", False),
+        ("evaluate run", False),
+        ("doctor", False),
+    ],
+)
+@pytest.mark.parametrize("is_terminated", [False, True])
+def test_an_interrupted_command_is_named_again_where_typing_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, words: str, goes_on: bool, is_terminated: bool
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("lowvram.cli.console.notice", said.append)
+    monkeypatch.setattr("lowvram.cli.console.copyable", said.append)
+    show_interruption(build_parser().parse_args(words.split(), argparse.Namespace(typed=words.split())), is_terminated)
+    word = "Terminated" if is_terminated else "Interrupted"
+    following = [f"Next: lowvram {words}  (goes on where it stopped)"] if goes_on else []
+    assert said == [f"{word}; what was finished before is kept.", *following]
