@@ -161,7 +161,7 @@ def look_task(
     from lowvram.data.shard_documents import check_tokenizer
     from lowvram.data.shards import ShardSet
     from lowvram.evaluate.document_score import choose_documents
-    from lowvram.evaluate.look_file import refuse_other_file
+    from lowvram.evaluate.look_file import refuse_longer_list, refuse_other_file
 
     refuse_other_file(options.out)
     folder = yield from choose_training_side(path)
@@ -172,6 +172,7 @@ def look_task(
     choosing = choose_documents(shards, loaded.tokenizer, options.tokens, options.least_bytes)
     choice = yield from count_progress(choosing, "Choosing documents")
     _refuse_none(shards, options, choice)
+    refuse_longer_list(options.out, choice.documents)
     yield from _announce(shards, options, choice)
     return (yield from _score(loaded, shards, options, choice))
 

@@ -1,7 +1,7 @@
 """A file of JSON lines with a score for each document, strangest first; an unfinished one is gone on with.
 
-While documents are scored, their rows are added to FILE.unfinished behind a line with a key, and each piece of them
-ends with a line that says so: what stands behind the last of these is dropped when the work goes on.
+While documents are scored, their rows are added to FILE.KEY.unfinished, and each piece of them ends with a line that
+says so: what stands behind the last of these is dropped when the work goes on.  Other work has another key.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import numpy as np
 from lowvram.errors import DataError
 from lowvram.evaluate.document_score import DocumentScore
 from lowvram.storage.disk import DISK, Disk, explain_full_disk
+from lowvram.units import count_of
 
-_UNFINISHED = ".unfinished"
+_UNFINISHED = "unfinished"
+_KEY_LETTERS = 12
+_BLOCK_BYTES = 1 << 20
 _PIECE_END = b'{"piece": "finished"}\n'
 # The keys of a row that other commands read.
 HASH, BITS_PER_BYTE = "hash", "bits_per_byte"
@@ -44,7 +47,7 @@ class LookFile:
 
     def __init__(self, out: Path, key: str, disk: Disk = DISK) -> None:
         self._out, self._disk = out, disk
-        self._path = out.with_name(out.name + _UNFINISHED)
+        self._path = out.with_name(f"{out.name}.{key[:_KEY_LETTERS]}.{_UNFINISHED}")
         self._head = json.dumps({"key": key}).encode() + b"\n"
         self._file: IO[bytes] | None = None
         self._bits_per_byte, self._begins = array("d"), array("q")
@@ -155,6 +158,18 @@ def _take(lines: Iterator[bytes], most: int) -> list[dict[str, Any]]:
 def _encode(row: dict[str, Any]) -> bytes:
     # The name of a file may have bytes that are not UTF-8, which Python keeps as lone surrogates.
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def refuse_longer_list(out: Path, documents: int) -> None:
+    """Raise DataError where a list of more documents than so many, which took longer, would be replaced."""
+    if not out.is_file():
+        return
+    with open(out, "rb") as file:
+        rows = sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+    if rows > documents:
+        what = f"{out} is a list of {count_of(rows, 'document')}."
+        why = f"One of {count_of(documents, 'document')} would replace it."
+        raise DataError(what, why, "Name another file as `out`, or delete that one.")
 
 
 def refuse_other_file(out: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lowvram.api import clean
+from lowvram.config.cleaning import load_rules
+from lowvram.data.clean import cleaner
 from lowvram.data.holdout import Holdout
 from lowvram.data.nfc import nfc
 from lowvram.data.places import Cursor, Place, PlaceList, locate, name_from, read_places
@@ -165,3 +167,19 @@ def test_a_field_of_that_name_in_the_users_own_rows_is_no_place(tmp_path: Path, 
     assert [(text, cursor.origin, cursor.line) for text in documents(tmp_path / "a.jsonl", cursor=cursor)] == [
         ("bir", None, 1)
     ]
+
+
+def test_a_cleaning_that_goes_on_after_lines_moved_names_the_new_ones(
+    turkish: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleaner, "PART_BYTES", 1_000)
+    made = [" ".join(turkish[(n + k) % 16] for k in range(0, 12, 3)) for n in range(10)]
+    (tmp_path / "a.txt").write_text("\n\n".join(made), encoding="utf-8")
+    rules = load_rules(None, ("near_duplicates.on=false", "duplicate_lines.on=false"))
+    work = cleaner.clean_each_part([tmp_path / "a.txt"], tmp_path / "out", rules, processes=1)
+    assert [next(work).stage for _ in range(2)] == ["Cleaning", "Cleaning"]
+    work.close()
+    (tmp_path / "a.txt").write_text("\n\n\n" + "\n\n".join(made), encoding="utf-8")
+    follow(cleaner.clean_each_part([tmp_path / "a.txt"], tmp_path / "out", rules, processes=1))
+    rows = [json.loads(line) for line in (tmp_path / "out/a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["origin"]["line"] for row in rows] == list(range(4, 24, 2))

@@ -16,7 +16,7 @@ from lowvram.data.shards import ShardSet, pack
 from lowvram.errors import DataError
 from lowvram.evaluate import document_score as module
 from lowvram.evaluate.document_score import Choice, DocumentScore, choose_documents, score_documents
-from lowvram.evaluate.look_file import LookFile, describe_row, refuse_other_file
+from lowvram.evaluate.look_file import LookFile, describe_row, refuse_longer_list, refuse_other_file
 from lowvram.evaluate.scorer import Scorer
 from lowvram.finish import finish
 from lowvram.model.transformer import Transformer
@@ -129,7 +129,7 @@ def test_a_list_that_was_broken_off_is_gone_on_with_to_the_same_bytes(
     assert len(whole) > len(shards.parts())
     rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["bits_per_byte"] for row in rows] == sorted((row["bits_per_byte"] for row in rows), reverse=True)
-    out, unfinished = tmp_path / "look.jsonl", tmp_path / "look.jsonl.unfinished"
+    out, unfinished = tmp_path / "look.jsonl", tmp_path / "look.jsonl.k.unfinished"
     assert write_list(scorer, shards, out, pieces=3) == whole[:3]
     with unfinished.open("ab") as file:
         file.write(json.dumps(rows[0]).encode() + b'\n{"hash": "to')  # a piece that was being written
@@ -137,9 +137,10 @@ def test_a_list_that_was_broken_off_is_gone_on_with_to_the_same_bytes(
     assert write_list(scorer, shards, out) == whole[4:]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not unfinished.exists()
-    # Other work begins anew.
+    # Other work begins anew and leaves it alone.
     assert write_list(scorer, shards, out, pieces=2) == whole[:2]
     assert write_list(scorer, shards, out, key="other") == whole
+    assert write_list(scorer, shards, out) == whole[2:]
 
 
 def test_both_ends_name_each_text_once_and_no_text_stands_at_both(tmp_path: Path) -> None:
@@ -158,6 +159,12 @@ def test_a_file_that_is_no_list_is_never_replaced(tmp_path: Path) -> None:
         (tmp_path / "look.jsonl").write_text(content, encoding="utf-8")
         with pytest.raises(DataError, match=r"look.jsonl is in the way.*another file"):
             refuse_other_file(tmp_path / "look.jsonl")
+    (tmp_path / "look.jsonl").write_text('{"hash": "", "bits_per_byte": 1}\n' * 3, encoding="utf-8")
+    refuse_other_file(tmp_path / "look.jsonl")
+    refuse_longer_list(tmp_path / "look.jsonl", 3)
+    refuse_longer_list(tmp_path / "none.jsonl", 3)
+    with pytest.raises(DataError, match=r"a list of 3 documents. One of 2 documents would replace it.*delete"):
+        refuse_longer_list(tmp_path / "look.jsonl", 2)
     with pytest.raises(DataError, match="is a folder"):
         refuse_other_file(tmp_path)
 
