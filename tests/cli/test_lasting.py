@@ -101,7 +101,8 @@ def test_the_first_of_any_signal_stops_and_only_the_same_one_again_ends_at_once(
     ):
         stops.clear()
         ended.clear()
-        with _stop_on_signal(SimpleNamespace(stop=lambda: stops.append("stop"))):
+        trainer = SimpleNamespace(saved_step=7 if expected else None)
+        with _stop_on_signal(SimpleNamespace(stop=lambda: stops.append("stop"), trainer=trainer)):
             for number in sent:
                 signal.raise_signal(number)
         assert (bool(stops), ended) == (True, expected), sent
