@@ -101,9 +101,8 @@ def test_the_first_of_any_signal_stops_and_only_the_same_one_again_ends_at_once(
     ):
         stops.clear()
         ended.clear()
-        with _stop_on_signal(
-            SimpleNamespace(stop=lambda: stops.append("stop"), trainer=SimpleNamespace(saved_step=None))
-        ):
+        trainer = SimpleNamespace(saved_step=7 if expected else None)
+        with _stop_on_signal(SimpleNamespace(stop=lambda: stops.append("stop"), trainer=trainer)):
             for number in sent:
                 signal.raise_signal(number)
         assert (bool(stops), ended) == (True, expected), sent
@@ -115,9 +114,7 @@ def test_a_hang_up_that_was_ignored_stays_ignored() -> None:
     stops: list[str] = []
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _stop_on_signal(
-            SimpleNamespace(stop=lambda: stops.append("stop"), trainer=SimpleNamespace(saved_step=None))
-        ):
+        with _stop_on_signal(SimpleNamespace(stop=lambda: stops.append("stop"))):
             signal.raise_signal(signal.SIGHUP)
             assert stops == []
             signal.raise_signal(signal.SIGTERM)

@@ -61,6 +61,9 @@ def test_held_out_shards_and_their_text_give_the_same(home: Path) -> None:
     assert ranked == sorted(scores, key=scores.__getitem__)
     few = compare(runs, items=5, device="cpu").comparison
     assert few.documents == 5
+    (home / "old.txt").write_bytes(("Ağaç ışık şeker. " * 20).encode("cp1254"))
+    notices = compare(runs, text=home / "old.txt", device="cpu").notices
+    assert f"Read as Windows-1254: {home / 'old.txt'}." in [notice.text for notice in notices]
 
 
 def test_checkpoints_of_one_run_are_no_seeds_of_a_recipe(home: Path) -> None:
