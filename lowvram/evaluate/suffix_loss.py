@@ -100,7 +100,7 @@ def _read_words(file: Path) -> Iterator[list[Word]]:
             missing = [name for name in _COLUMNS if not isinstance(record.values.get(name), str)]
             if missing:
                 why = f"analysed words need the columns {', '.join(_COLUMNS)}; missing: {', '.join(missing)}"
-                raise record.refuse(why)
+                raise record.refuse(f"{why}; it has {', '.join(record.values)}")
             rows.append(record)
     if rows:
         yield _join_rows(rows)
