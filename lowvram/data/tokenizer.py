@@ -29,6 +29,8 @@ EXPRESSION = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 SMALLEST = len(SPECIALS) + 256
 # Four times the largest vocabulary of a published model; an embedding with so many rows fits on no consumer card.
 LARGEST = 1_000_000
+# Where a rewritten text is cut before merges are learnt: a private-use character, which no text is meant to hold.
+MARK = "\ue000"
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -54,12 +56,14 @@ def train_tokenizer(
     disk: Disk = DISK,
     tell_left_out: Callable[[int], None] | None = None,
     replace: bool = False,
+    rewrite: Callable[[str], Iterable[str]] | None = None,
 ) -> Tokenizer:
     """Train a byte-level BPE on `texts` (converted to NFC here) and write it to the directory `out`.
 
     vocabulary: special ids and 256 bytes included; a small text may give fewer ids (`Tokenizer.size`).
     tell_left_out: called once with the bytes of words that are too long to learn from, if there were any.
     replace: whether another tokenizer in `out` may be overwritten; the same one is always written anew.
+    rewrite: returns what is learnt in place of a text; no merge reaches over a MARK that it sets.
     Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST or another tokenizer is in `out`, DataError
     if there is no text.
     """
@@ -79,12 +83,13 @@ def train_tokenizer(
             size = count_bytes(composed)
             text_bytes += size
             left_out_bytes += size - sum(map(count_bytes, parts))
-            yield from parts
+            yield from itertools.chain.from_iterable(map(rewrite, parts)) if rewrite else parts
 
     model = Model(models.BPE())
     split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    cut_at_marks = [pre_tokenizers.Split(MARK, "removed")] if rewrite else []
+    model.pre_tokenizer = pre_tokenizers.Sequence([*cut_at_marks, split, to_bytes])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -94,6 +99,7 @@ def train_tokenizer(
         show_progress=False,
     )
     model.train_from_iterator(trainable_parts(), trainer)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     if not text_bytes:
         raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
     if tell_left_out and left_out_bytes:
