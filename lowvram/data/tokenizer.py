@@ -67,9 +67,6 @@ def train_tokenizer(
     Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST or another tokenizer is in `out`, DataError
     if there is no text.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Model
-
     _check_vocabulary(vocabulary)
     if not replace:
         refuse_fewer_ids(out, vocabulary)
@@ -85,10 +82,28 @@ def train_tokenizer(
             left_out_bytes += size - sum(map(count_bytes, parts))
             yield from itertools.chain.from_iterable(map(rewrite, parts)) if rewrite else parts
 
+    learnt = _learn_merges(trainable_parts(), vocabulary, has_marks=rewrite is not None)
+    if not text_bytes:
+        raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
+    if tell_left_out and left_out_bytes:
+        tell_left_out(left_out_bytes)
+    written = (json.dumps(_CONFIG, indent=2), learnt)
+    files = dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True))
+    if not replace:
+        refuse_another(out, files)
+    _write(files, out, disk)
+    return Tokenizer.load(out)
+
+
+def _learn_merges(texts: Iterator[str], vocabulary: int, has_marks: bool) -> str:
+    """Return the contents of tokenizer.json, which knows no marks."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Model
+
     model = Model(models.BPE())
     split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    cut_at_marks = [pre_tokenizers.Split(MARK, "removed")] if rewrite else []
+    cut_at_marks = [pre_tokenizers.Split(MARK, "removed")] if has_marks else []
     model.pre_tokenizer = pre_tokenizers.Sequence([*cut_at_marks, split, to_bytes])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -98,18 +113,9 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(trainable_parts(), trainer)
+    model.train_from_iterator(texts, trainer)
     model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    if not text_bytes:
-        raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
-    if tell_left_out and left_out_bytes:
-        tell_left_out(left_out_bytes)
-    written = (json.dumps(_CONFIG, indent=2), model.to_str(pretty=True))
-    files = dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True))
-    if not replace:
-        refuse_another(out, files)
-    _write(files, out, disk)
-    return Tokenizer.load(out)
+    return model.to_str(pretty=True)
 
 
 def _check_vocabulary(size: int) -> None:

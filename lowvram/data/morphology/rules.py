@@ -214,7 +214,7 @@ def _contradictions(file: RulesFile) -> Iterator[str]:
         yield from (f"groups.{name} names {state}, which is no state." for state in _unknown(file, states.split()))
     for key, names in (("stems", file.stems), ("unfinished", file.unfinished)):
         yield from (f"{key} names {state}, which is no state." for state in _unknown(file, names))
-    seen: dict[tuple[str, str], str] = Field(default_factory=dict)
+    seen: dict[tuple[str, str], str] = {}
     for kind, rows in file.suffixes.items():
         for row in rows:
             yield from _suffix_contradictions(file, kind, row)
