@@ -67,9 +67,7 @@ def train_tokenizer(
     Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST or another tokenizer is in `out`, DataError
     if there is no text.
     """
-    _check_vocabulary(vocabulary)
-    if not replace:
-        refuse_fewer_ids(out, vocabulary)
+    check_may_train(out, vocabulary, replace)
     text_bytes = left_out_bytes = 0
 
     def trainable_parts() -> Iterator[str]:
@@ -118,7 +116,8 @@ def _learn_merges(texts: Iterator[str], vocabulary: int, has_marks: bool) -> str
     return model.to_str(pretty=True)
 
 
-def _check_vocabulary(size: int) -> None:
+def check_may_train(out: Path, size: int, replace: bool) -> None:
+    """Raise TokenizerError for a vocabulary out of range, or smaller than what `out` has without `replace`."""
     if size < SMALLEST:
         raise TokenizerError(
             f"A vocabulary of {size} is too small.",
@@ -131,6 +130,8 @@ def _check_vocabulary(size: int) -> None:
             f"At most {LARGEST:,} ids can be learnt; the largest models in use have about 260,000.",
             "Try 32768, or 65536 for hundreds of megabytes of text.",
         )
+    if not replace:
+        refuse_fewer_ids(out, size)
 
 
 def read_files(directory: Path) -> dict[str, bytes]:
