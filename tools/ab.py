@@ -6,6 +6,10 @@ Every arm is the baseline with the arm's `--set` values, trained by lowvram's ow
 run is a line of docs/ab/NAME.jsonl; the same command continues with the missing runs, also in the middle of a run.  A
 comparison is valid only if every run predicts held-out text better than token bigrams counted on the same shards.
 
+tokenizer=none, soft or strict and vocabulary=16384 among an arm's values choose another tokenizer, learnt from the same
+text.  The shards then hold another number of tokens, so such arms train for equal compute instead of equal tokens: that
+of one pass over the text with plain merges of 16,384 ids, by 6 operations for each weight and token, head included.
+
 rival=silent or rival=masked among an arm's values replaces its rotation of experts by one of two other schemes: in
 training the frozen experts' outputs are left out (ismail), or the router cannot choose them.
 """
@@ -22,9 +26,10 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported
 
@@ -37,10 +42,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from lowvram.config.plan import choose_plan
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import load_run
+from lowvram.data.morphology.marking import Marker, count_words
+from lowvram.data.morphology.segmenter import Segmenter, learn_segmenter
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.evaluate.bits_per_byte import bigram_score, score
+from lowvram.finish import finish
 from lowvram.model.ffn import MoeFfn
 from lowvram.model.transformer import Transformer
 from lowvram.objective import DTYPES
@@ -57,6 +65,9 @@ VOCABULARY = 8192
 # Bytes of documents, sampled evenly; a run reads each token about once, so the bigrams have seen no more text than it.
 PARTS_BYTES = {"train": 4_500_000, "valid": 550_000}
 POINTS = 20  # of a loss curve
+# An arm's words that are no settings of a run.
+OWN_KEYS = ("tokenizer", "vocabulary", "rival")
+EQUAL_AT = 16_384  # ids: the vocabulary with whose plain merges the text is read once
 MODELS = {
     "dense": """attention = { kind = "gqa", heads = 4, kv_heads = 2, head_dim = 64 }
 ffn = { kind = "swiglu", hidden = 640 }""",
@@ -83,10 +94,20 @@ prompts = []
 """
 
 
-def prepare_home(work: Path, stem: Path) -> tuple[Path, ShardSet, ShardSet, Tokenizer]:
-    """Return a folder with tokenizer and shards, made once per text, then both sets of shards and the tokenizer."""
+class Corpus(NamedTuple):
+    """A folder with a tokenizer and the text in its ids, and both sets of shards."""
+
+    home: Path
+    learnt: ShardSet
+    held_out: ShardSet
+    tokenizer: Tokenizer
+
+
+def prepare_home(work: Path, stem: Path, kind: str = "none", vocabulary: int = VOCABULARY) -> Corpus:
+    """Make tokenizer and shards once per text and tokenizer.  kind: how merges respect morphology."""
     paths = [stem.with_name(f"{stem.name}.{name}.txt.gz") for name in PARTS_BYTES]
-    made_of = [f"{VOCABULARY} {PARTS_BYTES}".encode(), *(path.read_bytes() for path in paths)]
+    named = f"{vocabulary} {PARTS_BYTES}" + (f" {kind}" if kind != "none" else "")
+    made_of = [named.encode(), *(path.read_bytes() for path in paths)]
     home = work / f"text-{hashlib.sha256(b''.join(made_of)).hexdigest()[:10]}"
     home.mkdir(parents=True, exist_ok=True)
     for path, (name, wanted) in zip(paths, PARTS_BYTES.items(), strict=True):
@@ -95,17 +116,39 @@ def prepare_home(work: Path, stem: Path) -> tuple[Path, ShardSet, ShardSet, Toke
         kept = [text for number, text in enumerate(texts) if int((number + 1) * share) > int(number * share)]
         (home / f"{name}.txt").write_text("\n\n".join(kept), encoding="utf-8")
     if not (home / "tok/tokenizer.json").exists():
-        train_tokenizer(documents(home / "train.txt"), VOCABULARY, home / "tok")
+        rewrite = (
+            None
+            if kind == "none"
+            else Marker(learn_morphology(home / "train.txt"), "soft" if kind == "soft" else "strict").rewrite
+        )
+        train_tokenizer(documents(home / "train.txt"), vocabulary, home / "tok", rewrite=rewrite)
     tokenizer = Tokenizer.load(home / "tok")
     learnt, held_out = (pack([home / f"{n}.txt"], tokenizer, home / "shards" / n, processes=1) for n in PARTS_BYTES)
-    return home, learnt, held_out, tokenizer
+    return Corpus(home, learnt, held_out, tokenizer)
 
 
-def configure(home: Path, model: str, settings: Sequence[str], seed: int, run: str) -> RunConfig:
+def learn_morphology(text: Path) -> Segmenter:
+    """Learn a Turkish segmenter from the words of a text."""
+    counts = Counter[str]()
+    for document in documents(text):
+        count_words(document, counts)
+    return finish(learn_segmenter(counts))
+
+
+def count_tokens(plain: Corpus, model: str, vocabulary: int) -> int:
+    """Return for how many tokens a model with this vocabulary trains, so that the compute is that of all others.
+
+    plain: with EQUAL_AT ids.  The head is the embedding, so every weight has one multiplication for each token.
+    """
+    ours, theirs = (configure(plain.home, model, [], 0, "none", ids).model for ids in (vocabulary, EQUAL_AT))
+    return plain.learnt.tokens * theirs.num_parameters() // ours.num_parameters()
+
+
+def configure(home: Path, model: str, settings: Sequence[str], seed: int, run: str, vocabulary: int) -> RunConfig:
     """Return the baseline's configuration with an arm's settings."""
     run_file = home / f"{model}.toml"
     run_file.write_text(RUN_FILE % MODELS[model], encoding="utf-8")
-    return load_run(run_file, [*settings, f"train.seed={seed}", f"run.dir={home / run}"], lambda _: VOCABULARY)
+    return load_run(run_file, [*settings, f"train.seed={seed}", f"run.dir={home / run}"], lambda _: vocabulary)
 
 
 class Forward(Protocol):
@@ -247,15 +290,19 @@ def main() -> None:
     write_rows(path, read_rows(path))
     if others := {row["text"] for row in read_rows(path)} - {options.text.name}:
         sys.exit(f"{options.name} was run on {', '.join(others)}: choose another name.")
-    home, learnt, held_out, tokenizer = prepare_home(options.work, options.text)
-    bigram = bigram_score(learnt, held_out, tokenizer.bos_id, tokenizer.byte_count_V).bits_per_byte
-    print(f"{learnt.tokens:,} tokens to learn, {held_out.tokens:,} held out; bigrams {bigram:.4f} bits per byte")
     for arm, seed in missing(read_rows(path), arms, options.model, options.seeds):
-        rivals = [word.removeprefix("rival=") for word in arms[arm] if word.startswith("rival=")]
-        settings = [word for word in arms[arm] if not word.startswith("rival=")]
-        what = configure(home, options.model, settings, seed, f"runs/{options.name}-{arm}-{seed}")
+        own = dict(word.split("=", 1) for word in arms[arm] if word.partition("=")[0] in OWN_KEYS)
+        settings = [word for word in arms[arm] if word.partition("=")[0] not in OWN_KEYS]
+        vocabulary = int(own.get("vocabulary", VOCABULARY))
+        corpus = prepare_home(options.work, options.text, own.get("tokenizer", "none"), vocabulary)
+        if "tokenizer" in own:
+            plain = prepare_home(options.work, options.text, "none", EQUAL_AT)
+            settings = [f"train.tokens={count_tokens(plain, options.model, vocabulary)}", *settings]
+        bigram = bigram_score(corpus.learnt, corpus.held_out, corpus.tokenizer.bos_id, corpus.tokenizer.byte_count_V)
+        what = configure(corpus.home, options.model, settings, seed, f"runs/{options.name}-{arm}-{seed}", vocabulary)
         row = {"arm": arm, "seed": seed, "settings": arms[arm], "model": options.model, "text": options.text.name}
-        row |= {"bigram_bits_per_byte": bigram, **train_once(what, held_out, rivals[0] if rivals else None)}
+        row |= {"bigram_bits_per_byte": bigram.bits_per_byte, "text_tokens": corpus.learnt.tokens}
+        row |= train_once(what, corpus.held_out, own.get("rival"))
         write_rows(path, [row], "a")
         shutil.rmtree(what.run.dir)
         print(f"{arm} seed {seed}: {row['bits_per_byte']:.4f} bits per byte, {row['cpu_s']} CPU s", flush=True)

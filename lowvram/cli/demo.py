@@ -139,7 +139,7 @@ def _prepare(home: Path, arguments: argparse.Namespace) -> Tokenizer:
 def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
     """Train the tokenizer, or load the one that is there and whole."""
     from lowvram.api.texts import TextOptions
-    from lowvram.api.tokenizer_training import train_tokenizer_task
+    from lowvram.api.tokenizer_training import MergeOptions, train_tokenizer_task
     from lowvram.cli.tasks import run_task
     from lowvram.data.tokenizer import Tokenizer
     from lowvram.errors import TokenizerError
@@ -150,7 +150,7 @@ def _make_tokenizer(directory: Path, train_file: Path) -> Tokenizer:
             return Tokenizer.load(directory)
         except TokenizerError:
             DISK.delete(directory)  # an interruption left half of it
-    return run_task(train_tokenizer_task(TextOptions((train_file,)), directory, VOCABULARY)).tokenizer
+    return run_task(train_tokenizer_task(TextOptions((train_file,)), directory, MergeOptions(VOCABULARY))).tokenizer
 
 
 def _read_run_file(home: Path, tokenizer: Tokenizer) -> RunConfig:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowvram.api.tokenizer_training import DEFAULT_OUT, DEFAULT_VOCABULARY
+from lowvram.api.tokenizer_training import (
+    DEFAULT_MORPHOLOGY,
+    DEFAULT_OUT,
+    DEFAULT_VOCABULARY,
+    MORPHOLOGIES,
+    MergeOptions,
+)
 from lowvram.cli.options import add_holdout, count
 from lowvram.cli.texts import add_reading, read_options, reading_words, report
 
@@ -28,6 +34,16 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--vocab", type=count, default=DEFAULT_VOCABULARY, metavar="N", help="number of ids (default: %(default)s)"
     )
     train.add_argument(
+        "--morphology",
+        choices=MORPHOLOGIES,
+        default=DEFAULT_MORPHOLOGY,
+        help="strict: no token reaches over the end of a stem or suffix; soft: merges inside them count twice "
+        "(default: %(default)s)",
+    )
+    train.add_argument(
+        "--language", default="tr", metavar="tr|kk|FILE", help="whose rules cut words (default: %(default)s)"
+    )
+    train.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where to write (default: %(default)s)"
     )
     add_holdout(train, "leave out the documents that `data pack --holdout SHARE` holds out, as 0.5%%")
@@ -46,7 +62,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     if arguments.on_bad_row == "report":
         return report(arguments)
     options = read_options(arguments)
-    trained = run_task(train_tokenizer_task(options, arguments.out, arguments.vocab, arguments.replace))
+    merges = MergeOptions(arguments.vocab, arguments.morphology, arguments.language)
+    trained = run_task(train_tokenizer_task(options, arguments.out, merges, arguments.replace))
     result(f"{trained.path}: {trained.size} ids" + _explain_size(trained.size, arguments.vocab))
     if options.holdout is None:
         notice("All of the text was read. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")

@@ -29,6 +29,8 @@ EXPRESSION = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n
 SMALLEST = len(SPECIALS) + 256
 # Four times the largest vocabulary of a published model; an embedding with so many rows fits on no consumer card.
 LARGEST = 1_000_000
+# Where a rewritten text is cut before merges are learnt: a private-use character, which no text is meant to hold.
+MARK = "\ue000"
 _FILES = ("tokenizer_config.json", "tokenizer.json")
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -54,21 +56,18 @@ def train_tokenizer(
     disk: Disk = DISK,
     tell_left_out: Callable[[int], None] | None = None,
     replace: bool = False,
+    rewrite: Callable[[str], Iterable[str]] | None = None,
 ) -> Tokenizer:
     """Train a byte-level BPE on `texts` (converted to NFC here) and write it to the directory `out`.
 
     vocabulary: special ids and 256 bytes included; a small text may give fewer ids (`Tokenizer.size`).
     tell_left_out: called once with the bytes of words that are too long to learn from, if there were any.
     replace: whether another tokenizer in `out` may be overwritten; the same one is always written anew.
+    rewrite: returns what is learnt in place of a text; no merge reaches over a MARK that it sets.
     Raises TokenizerError if `vocabulary` is below SMALLEST or above LARGEST or another tokenizer is in `out`, DataError
     if there is no text.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Model
-
-    _check_vocabulary(vocabulary)
-    if not replace:
-        refuse_fewer_ids(out, vocabulary)
+    check_may_train(out, vocabulary, replace)
     text_bytes = left_out_bytes = 0
 
     def trainable_parts() -> Iterator[str]:
@@ -79,12 +78,31 @@ def train_tokenizer(
             size = count_bytes(composed)
             text_bytes += size
             left_out_bytes += size - sum(map(count_bytes, parts))
-            yield from parts
+            yield from itertools.chain.from_iterable(map(rewrite, parts)) if rewrite else parts
+
+    learnt = _learn_merges(trainable_parts(), vocabulary, has_marks=rewrite is not None)
+    if not text_bytes:
+        raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
+    if tell_left_out and left_out_bytes:
+        tell_left_out(left_out_bytes)
+    written = (json.dumps(_CONFIG, indent=2), learnt)
+    files = dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True))
+    if not replace:
+        refuse_another(out, files)
+    _write(files, out, disk)
+    return Tokenizer.load(out)
+
+
+def _learn_merges(texts: Iterator[str], vocabulary: int, has_marks: bool) -> str:
+    """Return the contents of tokenizer.json, which knows no marks."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Model
 
     model = Model(models.BPE())
     split = pre_tokenizers.Split(Regex(EXPRESSION), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    cut_at_marks = [pre_tokenizers.Split(MARK, "removed")] if has_marks else []
+    model.pre_tokenizer = pre_tokenizers.Sequence([*cut_at_marks, split, to_bytes])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -93,20 +111,13 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator(trainable_parts(), trainer)
-    if not text_bytes:
-        raise DataError("There is no text to learn a tokenizer from.", "", "Name files that hold text.")
-    if tell_left_out and left_out_bytes:
-        tell_left_out(left_out_bytes)
-    written = (json.dumps(_CONFIG, indent=2), model.to_str(pretty=True))
-    files = dict(zip(_FILES, (text.encode("utf-8") for text in written), strict=True))
-    if not replace:
-        refuse_another(out, files)
-    _write(files, out, disk)
-    return Tokenizer.load(out)
+    model.train_from_iterator(texts, trainer)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    return model.to_str(pretty=True)
 
 
-def _check_vocabulary(size: int) -> None:
+def check_may_train(out: Path, size: int, replace: bool) -> None:
+    """Raise TokenizerError for a vocabulary out of range, or smaller than what `out` has without `replace`."""
     if size < SMALLEST:
         raise TokenizerError(
             f"A vocabulary of {size} is too small.",
@@ -119,6 +130,8 @@ def _check_vocabulary(size: int) -> None:
             f"At most {LARGEST:,} ids can be learnt; the largest models in use have about 260,000.",
             "Try 32768, or 65536 for hundreds of megabytes of text.",
         )
+    if not replace:
+        refuse_fewer_ids(out, size)
 
 
 def read_files(directory: Path) -> dict[str, bytes]:

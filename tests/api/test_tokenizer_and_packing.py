@@ -14,7 +14,7 @@ import pytest
 from lowvram.api import LowvramError, Notice, check_texts, fit, pack, train_tokenizer, write_run_file
 from lowvram.api.tasks import Progress
 from lowvram.api.texts import TextOptions
-from lowvram.api.tokenizer_training import train_tokenizer_task
+from lowvram.api.tokenizer_training import MergeOptions, train_tokenizer_task
 from lowvram.config.run_file import load_run
 from lowvram.data import text
 from tests.flows.typed import fill_home, typed, write_home
@@ -142,7 +142,7 @@ def test_a_training_that_nobody_waits_for_any_more_writes_no_tokenizer(
     write_home(tmp_path)
     monkeypatch.setattr(text, "documents_of", lambda *_: itertools.repeat("Kış geldi."))
     before = set(threading.enumerate())
-    task = train_tokenizer_task(TextOptions((tmp_path / "train.txt",)), tmp_path / "tok", 300)
+    task = train_tokenizer_task(TextOptions((tmp_path / "train.txt",)), tmp_path / "tok", MergeOptions(300))
     assert isinstance(next(task), Progress)
     next(task)
     [learning] = set(threading.enumerate()) - before
