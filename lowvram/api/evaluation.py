@@ -87,6 +87,7 @@ def evaluate(
     pairs: Paths | None = None,
     choices: Paths | None = None,
     suffixes: Paths | None = None,
+    stems: str | Path | None = None,
     samples: int | None = None,
     harness: str | Sequence[str] | None = None,
     items: int | None = None,
@@ -99,7 +100,8 @@ def evaluate(
 
     data: shards to measure on; None: the run's own `data.valid`, unless one of the following is given.  text: text
     files or folders, each with bits per byte of its own.  pairs: minimal pairs.  choices: questions with choices.
-    suffixes: sentences with gold analyses.  samples: how many texts the model writes.  harness: tasks of
+    suffixes: sentences with gold analyses, or plain text files, whose words are cut by `stems`, the morphology.json
+    of a tokenizer that was trained with morphology.  samples: how many texts the model writes.  harness: tasks of
     lm-evaluation-harness (package lm_eval), by their names or as paths of YAML files.  tokens: only the first so many
     of each text; items: only so many of each file's pairs, questions and sentences, evenly spread.  field: of text in
     JSON lines and Parquet.  precision: of the weights, None: what the run validates in.  progress: show a progress bar,
@@ -117,10 +119,18 @@ def evaluate(
     refuse_missing("field", field, str)
     refuse_type("harness", harness, str, list, tuple)
     refuse_missing("device", device, str)
+    refuse_type("stems", stems, *PATH)
     given = {"text": text, "pairs": pairs, "choices": choices, "suffixes": suffixes}
     files = {name: read_paths(name, paths) for name, paths in given.items() if paths is not None}
     tasks = (harness,) if isinstance(harness, str) else tuple(harness or ())
-    wanted = Measures(**files, samples=samples or 0, harness=tasks, field=field, items=items)
+    wanted = Measures(
+        **files,
+        samples=samples or 0,
+        harness=tasks,
+        field=field,
+        items=items,
+        stems=None if stems is None else Path(stems),
+    )
     task = evaluate_task(Path(checkpoint), Path(data) if data is not None else None, tokens, precision, device, wanted)
     found, notices = carry_out(task, progress)
     return dataclasses.replace(found, notices=notices)

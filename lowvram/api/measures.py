@@ -33,7 +33,8 @@ class Measures:
 
     text: text files, folders of them or of shards.  field: of JSON lines and Parquet, the text.  items: at most so many
     of each file's pairs, questions and sentences, evenly spread, and the first so many of a task of the harness.
-    harness: tasks of lm-evaluation-harness, by their names or as paths of YAML files.
+    harness: tasks of lm-evaluation-harness, by their names or as paths of YAML files.  stems: a learnt morphology, by
+    which plain text files among `suffixes` are cut.
     """
 
     text: tuple[Path, ...] = ()
@@ -44,6 +45,7 @@ class Measures:
     harness: tuple[str, ...] = ()
     field: str = "text"
     items: int | None = None
+    stems: Path | None = None
 
     @property
     def any_asked(self) -> bool:
@@ -60,6 +62,7 @@ def refuse_idle_options(wanted: Measures, data: Path | None, tokens: int | None)
     for name, is_idle, of in (
         ("items", wanted.items is not None and not has_items, "`pairs`, `choices`, `suffixes` and `harness`"),
         ("tokens", tokens is not None and not reads_text, "`data` and `text`"),
+        ("stems", wanted.stems is not None and not wanted.suffixes, "`suffixes`"),
         ("field", wanted.field != "text" and not wanted.text, "`text`"),
     ):
         if is_idle:
@@ -142,8 +145,26 @@ def read_items_task(wanted: Measures) -> Task[Items]:
         choices.append((file, kind, spread(questions, wanted.items)))
     for file in wanted.suffixes:
         yield Progress(f"Reading {file.name}")
-        suffixes.append((file, spread(read_sentences(file), wanted.items)))
+        sentences = _read_plain(file, wanted.stems) if is_plain_text(file) else read_sentences(file)
+        suffixes.append((file, spread(sentences, wanted.items)))
     return Items(tuple(domains), tuple(pairs), tuple(choices), tuple(suffixes))
+
+
+def is_plain_text(file: Path) -> bool:
+    """Say whether a file has no analyses, by its name."""
+    return file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+
+
+def _read_plain(file: Path, stems: Path | None) -> list[Sentence]:
+    from lowvram.data.morphology.segmenter import Segmenter
+    from lowvram.errors import DataError
+    from lowvram.evaluate.plain_suffixes import read_plain_sentences
+
+    if stems is None:
+        why = "Its words are cut by stems that were learnt from other text, and `stems` names none."
+        fix = "Learn them with `lowvram tokenizer train --morphology soft`, which writes morphology.json."
+        raise DataError(f"{file} is plain text, without analyses.", why, fix)
+    return read_plain_sentences(file, Segmenter.load(stems))
 
 
 def measure_task(loaded: LoadedModel, wanted: Measures, items: Items, tokens: int | None = None) -> Task[Measured]:

@@ -39,6 +39,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_files(
         parser, "suffixes", f"analysed sentences, for bits per byte of stems and of each class of suffix: {what}"
     )
+    what = "stems that `tokenizer train --morphology` has learnt: --suffixes then takes plain .txt files too"
+    parser.add_argument("--stems", type=Path, metavar="FILE", help=what)
     parser.add_argument(
         "--samples", type=count, metavar="N", help="let the model write N texts, behind the run's prompts"
     )
@@ -100,6 +102,7 @@ def _read_wanted(arguments: argparse.Namespace) -> Measures:
         harness=tuple(name for names in arguments.harness or () for name in names.split(",") if name),
         field=arguments.field,
         items=arguments.items,
+        stems=arguments.stems,
     )
 
 

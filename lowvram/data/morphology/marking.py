@@ -18,12 +18,12 @@ MARKINGS: tuple[Marking, ...] = ("soft", "strict")
 # Some 150 MB of words.
 _MOST_KEPT = 1_000_000
 # Words as the rules know them: letters, with at most one apostrophe between two of them.
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
 def count_words(text: str, counts: Counter[str]) -> None:
     """Add the words of a text to `counts`."""
-    counts.update(_WORD.findall(text))
+    counts.update(WORD.findall(text))
 
 
 class Marker:
@@ -40,7 +40,7 @@ class Marker:
     def rewrite(self, text: str) -> Iterator[str]:
         """Yield the texts to learn from in place of `text`."""
         plain = text.replace(MARK, "")
-        yield _WORD.sub(self._mark, plain)
+        yield WORD.sub(self._mark, plain)
         if self._marking == "soft":
             yield plain
 
