@@ -31,7 +31,7 @@ from lowvram.data.clean.report import DESCRIPTIONS
 from lowvram.units import show_bytes, show_count, show_duration_range
 
 # Of commands that only have others below them, those that are shown.
-_SHOWN = {"tokenizer": ("tokenizer train",), "data": ("data clean", "data pack")}
+_SHOWN = {"tokenizer": ("tokenizer train", "tokenizer compare", "tokenizer show"), "data": ("data clean", "data pack")}
 COMMANDS = tuple(command for name in app.COMMANDS for command in _SHOWN.get(name, (name,)))
 CARD = "lowvram fit --gpu rtx5070"
 # The README's table: five presets on cards of 8 and 12 GB.

@@ -10,8 +10,8 @@ from lowvram.shell import quote_command
 # The options whose name is not the argument's.
 _OTHER_NAMES = {"max_context": "context", "max_tokens": "tokens", "overrides": "set", "preset": "model"}
 _SAME_NAMES = (
-    "against cache compile data desktop device dtype gpu graphs holdout language license measure memory micro_batch "
-    "newest on_bad_row out precision processes ram recompute replace to tokenizer verify"
+    "against cache chart compile data desktop device dtype gpu graphs holdout language license measure memory "
+    "micro_batch newest on_bad_row out precision processes ram recompute replace size text to tokenizer verify"
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}
