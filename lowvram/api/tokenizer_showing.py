@@ -100,7 +100,7 @@ def _open_segmenter(
         why = f"Stems are learnt from text, and {folder} has no {STEMS}."
         fix = (
             f"Name some megabytes of text with {argument('text', 'FILE')}, or train a tokenizer with "
-            "--morphology soft, which writes that file."
+            "`lowvram tokenizer train --morphology soft`, which writes that file."
         )
         raise DataError("There are no stems to split words with.", why, fix)
     segmenter = Segmenter.load(file)

@@ -17,6 +17,7 @@ from lowvram.api import LowvramError, compare_tokenizers, tokenizer_comparing
 from lowvram.api.tokenizer_comparing import shorten
 from lowvram.cli import console
 from lowvram.cli.tokenizer_compare import show_share
+from lowvram.cli.tokenizer_show import show_piece
 from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import typed, write_home
 
@@ -200,7 +201,8 @@ def test_tokens_are_shown_with_bars_or_ids_and_control_characters_as_numbers(hom
     assert not re.search("[\x1b\t\u202e]", answer.out)
     assert "\\u001b" in answer.out
     assert "\\t" in answer.out
-    assert "\\xe2│\\x80│\\xae" in answer.out, "a character that is cut"
+    assert "\\xf0│\\x9d│\\x95│\\x8f" in answer.out, "a character that is cut"
+    assert show_piece("\u202eson\r".encode()) == "\\u202eson\\r"
     assert answer.out.count("\n") == 2
     own = Tokenizer.load(home / "tok")
     ids = own.encode(text)
