@@ -11,7 +11,7 @@ import hashlib
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,7 +114,9 @@ def measure(
     tokenizer: AnyTokenizer, sample: Sample, gold: Sequence[GoldWord] | None = None
 ) -> Generator[tuple[int, int], None, Figures]:
     """Measure; yield how many strings are encoded, of how many."""
-    total, done = len(sample.documents) + len(sample.lines) + len(sample.words), 0
+    counts = len(sample.documents), len(sample.lines), len(sample.words), len(gold or ())
+    timing = _Timing(tokenizer, sample.documents)
+    total, done = sum(counts) + timing.strings, 0
     tokens = exact = 0
     for text in sample.documents:
         ids = tokenizer.encode(text)
@@ -139,6 +141,17 @@ def measure(
         done += 1
         if done % _TOLD_EVERY == 0:
             yield done, total
+    boundaries = None
+    if gold:
+        parts: dict[str, list[str] | None] = {}
+        for entry in gold:
+            parts[entry.word] = find_parts(tokenizer.split(f" {entry.word}"), entry.word)
+            done += 1
+            if done % _TOLD_EVERY == 0:
+                yield done, total
+        boundaries = _score(gold, parts)
+    for strings in timing.repeat():
+        yield done + strings, total
     all_words = sample.words.total()
     return Figures(
         tokens=tokens,
@@ -150,8 +163,8 @@ def measure(
         exact_documents=exact / len(sample.documents),
         equal_words=equal_words.count(),
         equal_lines=equal_lines.count(),
-        speed=measure_speed(tokenizer, sample.documents),
-        boundaries=cut_gold(tokenizer, gold) if gold else None,
+        speed=timing.speed(),
+        boundaries=boundaries,
     )
 
 
@@ -169,21 +182,34 @@ class _EqualIds:
         return sum(count for count in self._seen.values() if count > 1)
 
 
-def measure_speed(tokenizer: AnyTokenizer, documents: Sequence[str]) -> Speed:
-    """Time the first SPEED_BYTES of text, alternating with the package tokenizers where that can run the same one."""
-    texts, size = [], 0
-    for text in documents:
-        if size < SPEED_BYTES:
-            texts.append(text)
-            size += len(text.encode())
-    library = tokenizer.library if isinstance(tokenizer, OwnTokenizer) else None
-    works: list[Callable[[str], object]] = [tokenizer.encode, *([library.encode] if library else [])]
-    taken: list[list[float]] = [[] for _ in works]
-    for _ in range(REPEATS):
-        for encode, times in zip(works, taken, strict=True):
-            times.append(_time(encode, texts))
-    rates = [size / 1e6 / statistics.median(times) for times in taken]
-    return Speed(rates[0], rates[1] if library else None)
+class _Timing:
+    """Times the first SPEED_BYTES, alternating with the package tokenizers where that can run the same tokenizer."""
+
+    def __init__(self, tokenizer: AnyTokenizer, documents: Sequence[str]) -> None:
+        self._texts: list[str] = []
+        self._size = 0
+        for text in documents:
+            if self._size < SPEED_BYTES:
+                self._texts.append(text)
+                self._size += len(text.encode())
+        self._library = tokenizer.library if isinstance(tokenizer, OwnTokenizer) else None
+        self._works = [tokenizer.encode, *([self._library.encode] if self._library else [])]
+        self._taken: list[list[float]] = [[] for _ in self._works]
+        self.strings = len(self._texts) * len(self._works) * REPEATS
+
+    def repeat(self) -> Iterator[int]:
+        """Encode everything REPEATS times; yield how many strings have been encoded."""
+        done = 0
+        for _ in range(REPEATS):
+            for encode, times in zip(self._works, self._taken, strict=True):
+                times.append(_time(encode, self._texts))
+                done += len(self._texts)
+                yield done
+
+    def speed(self) -> Speed:
+        """Return the medians."""
+        rates = [self._size / 1e6 / statistics.median(times) for times in self._taken]
+        return Speed(rates[0], rates[1] if self._library else None)
 
 
 def _time(encode: Callable[[str], object], texts: Iterable[str]) -> float:
@@ -194,13 +220,11 @@ def _time(encode: Callable[[str], object], texts: Iterable[str]) -> float:
     return max(1, time.thread_time_ns() - began) / 1e9
 
 
-def cut_gold(tokenizer: AnyTokenizer, gold: Sequence[GoldWord]) -> BoundaryFigures:
+def _score(gold: Sequence[GoldWord], parts: Mapping[str, list[str] | None]) -> BoundaryFigures:
     """Compare where tokens end with where morphemes end, in words behind a blank."""
-    parts: dict[str, list[str]] = {}
-    unplaced = 0
-    for word in gold:
-        found = find_parts(tokenizer.split(f" {word.word}"), word.word)
-        unplaced += found is None
-        parts[word.word] = found or [word.word]
-    by_type, by_token = (score_boundaries(gold, parts.__getitem__, by) for by in ("type", "token"))
-    return BoundaryFigures(by_type, by_token, unplaced)
+
+    def cut(word: str) -> list[str]:
+        return parts[word] or [word]
+
+    by_type, by_token = (score_boundaries(gold, cut, by) for by in ("type", "token"))
+    return BoundaryFigures(by_type, by_token, sum(found is None for found in parts.values()))
