@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowvram.errors import ConfigError, MachineError, argument
 
 if TYPE_CHECKING:
-    from lowvram.api.tokenizer_comparing import TokenizerComparison
     from lowvram.evaluate.tokenizer_figures import Figures
 
+# The figures of each tokenizer by its name, and of each language.
+FiguresByName = Mapping[str, Mapping[str, "Figures"]]
 _WIDTH_INCHES, _ROW_INCHES = 10.0, 3.2
 _DPI = 120
 # Numbers stand above the bars where there are no more in a panel.
@@ -52,12 +53,12 @@ _PANELS: tuple[tuple[str, Callable[[Figures], float | None]], ...] = (
 )
 
 
-def draw_chart(found: TokenizerComparison, path: Path) -> None:
+def draw_chart(found: FiguresByName, path: Path) -> None:
     """Write the chart: a panel for each figure, a group of bars for each language."""
     from lowvram.storage.disk import DISK
 
     check_chart(path)
-    languages = [text.language for text in found.texts]
+    languages = list(next(iter(found.values())))
     panels = [(title, read, _languages_with(found, languages, read)) for title, read in _PANELS]
     panels = [panel for panel in panels if panel[2]]
     rows = (len(panels) + 1) // 2
@@ -75,21 +76,21 @@ def draw_chart(found: TokenizerComparison, path: Path) -> None:
 
 
 def _languages_with(
-    found: TokenizerComparison, languages: list[str], read: Callable[[Figures], float | None]
+    found: FiguresByName, languages: Sequence[str], read: Callable[[Figures], float | None]
 ) -> list[str]:
     """Return the languages of which some tokenizer has this figure."""
-    return [name for name in languages if any(read(each.figures[name]) is not None for each in found.tokenizers)]
+    return [name for name in languages if any(read(figures[name]) is not None for figures in found.values())]
 
 
 def _draw_panel(
-    axis: Any, found: TokenizerComparison, languages: list[str], title: str, read: Callable[[Figures], float | None]
+    axis: Any, found: FiguresByName, languages: Sequence[str], title: str, read: Callable[[Figures], float | None]
 ) -> None:
-    width = 0.8 / len(found.tokenizers)
-    for number, each in enumerate(found.tokenizers):
+    width = 0.8 / len(found)
+    for number, (name, figures) in enumerate(found.items()):
         places = [place - 0.4 + (number + 0.5) * width for place in range(len(languages))]
-        heights = [read(each.figures[language]) or 0.0 for language in languages]
-        bars = axis.bar(places, heights, width * 0.92, label=each.name)
-        if len(found.tokenizers) * len(languages) <= _MOST_LABELLED:
+        heights = [read(figures[language]) or 0.0 for language in languages]
+        bars = axis.bar(places, heights, width * 0.92, label=name)
+        if len(found) * len(languages) <= _MOST_LABELLED:
             axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
     axis.set_title(title, fontsize=9)
     axis.set_xticks(range(len(languages)), languages)

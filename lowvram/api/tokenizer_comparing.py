@@ -76,7 +76,7 @@ class TokenizerComparison:
         """Draw the figures as bars into a PNG file; raises MachineError where matplotlib is not installed."""
         from lowvram.api.tokenizer_chart import draw_chart
 
-        draw_chart(self, Path(path))
+        draw_chart({each.name: each.figures for each in self.tokenizers}, Path(path))
 
 
 def compare_tokenizers(
