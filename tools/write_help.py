@@ -32,7 +32,7 @@ from lowvram.units import show_bytes, show_count, show_duration_range
 
 # Of commands that only have others below them, those that are shown.
 _SHOWN = {
-    "tokenizer": ("tokenizer train",),
+    "tokenizer": ("tokenizer train", "tokenizer compare", "tokenizer show"),
     "data": ("data clean", "data pack", "data mix", "data look", "data exclude"),
 }
 COMMANDS = tuple(command for name in app.COMMANDS for command in _SHOWN.get(name, (name,)))

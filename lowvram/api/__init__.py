@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from lowvram.api.tasks import Notice as Notice
     from lowvram.api.texts import TextCheck as TextCheck
     from lowvram.api.texts import check_texts as check_texts
+    from lowvram.api.tokenizer_comparing import TokenizerComparison as TokenizerComparison
+    from lowvram.api.tokenizer_comparing import compare_tokenizers as compare_tokenizers
     from lowvram.api.tokenizer_training import TrainedTokenizer as TrainedTokenizer
     from lowvram.api.tokenizer_training import train_tokenizer as train_tokenizer
     from lowvram.api.training import TrainingRun as TrainingRun
@@ -92,11 +94,13 @@ _HOMES = {
     "Stopped": "lowvram.train.events",
     "Target": "lowvram.api.target",
     "TextCheck": "lowvram.api.texts",
+    "TokenizerComparison": "lowvram.api.tokenizer_comparing",
     "TrainedTokenizer": "lowvram.api.tokenizer_training",
     "TrainingRun": "lowvram.api.training",
     "check_texts": "lowvram.api.texts",
     "clean": "lowvram.api.cleaning",
     "compare": "lowvram.api.comparing",
+    "compare_tokenizers": "lowvram.api.tokenizer_comparing",
     "evaluate": "lowvram.api.evaluation",
     "exclude": "lowvram.api.excluding",
     "fit": "lowvram.api.fitting",
@@ -142,11 +146,13 @@ __all__ = [
     "Stopped",
     "Target",
     "TextCheck",
+    "TokenizerComparison",
     "TrainedTokenizer",
     "TrainingRun",
     "check_texts",
     "clean",
     "compare",
+    "compare_tokenizers",
     "evaluate",
     "exclude",
     "fit",

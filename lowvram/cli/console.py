@@ -37,13 +37,18 @@ def clean(text: str) -> str:
     return _UNSAFE.sub("", text)
 
 
-def quote(value: object) -> str:
-    """Return JSON that keeps letters as they are, and of what `clean` takes out the number."""
+def escape(text: str) -> str:
+    """Return text with the number of each character that `clean` takes out in its place."""
 
-    def escape(match: re.Match[str]) -> str:
+    def write_number(match: re.Match[str]) -> str:
         return json.dumps(match[0])[1:-1]
 
-    return _UNSAFE.sub(escape, json.dumps(value, ensure_ascii=False, indent=1))
+    return _UNSAFE.sub(write_number, text)
+
+
+def quote(value: object) -> str:
+    """Return JSON that keeps letters as they are, and of what `clean` takes out the number."""
+    return escape(json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def show_error(text: str) -> None:

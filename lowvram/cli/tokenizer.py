@@ -1,4 +1,4 @@
-"""`lowvram tokenizer`: train one on text."""
+"""`lowvram tokenizer`: train one on text; comparing and showing have files of their own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from lowvram.api.tokenizer_training import (
     MORPHOLOGIES,
     MergeOptions,
 )
+from lowvram.cli import tokenizer_compare, tokenizer_show
 from lowvram.cli.options import add_holdout, count
 from lowvram.cli.texts import add_reading, read_options, reading_words, report
 
@@ -21,7 +22,9 @@ SHARE = 0.005
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its options."""
-    parser = commands.add_parser("tokenizer", help="train a tokenizer on text", description="Tokenizers.")
+    parser = commands.add_parser(
+        "tokenizer", help="train tokenizers, compare them, show how they cut", description="Tokenizers."
+    )
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     train = actions.add_parser(
         "train",
@@ -49,6 +52,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_holdout(train, "leave out the documents that `data pack --holdout SHARE` holds out, as 0.5%%")
     train.add_argument("--replace", action="store_true", help="overwrite another tokenizer that DIR holds")
     train.set_defaults(run=run_train)
+    tokenizer_compare.add_parser(actions)
+    tokenizer_show.add_parser(actions)
 
 
 def run_train(arguments: argparse.Namespace) -> int:

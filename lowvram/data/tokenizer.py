@@ -235,12 +235,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, never a special one; raises TokenizerError on a lone surrogate."""
         count_bytes(text)
-        return [id for piece in _pieces(text) for id in self._encoding.encode_ordinary(piece)]
+        return [id for piece in cut_long_runs(text) for id in self._encoding.encode_ordinary(piece)]
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, as uint32 [tokens]; faster where an array is wanted."""
         count_bytes(text)
-        arrays = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        arrays = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in cut_long_runs(text)]
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def token_bytes(self, id: int) -> bytes:
@@ -287,7 +287,8 @@ class Tokenizer:
         _write(self._files, directory, disk)
 
 
-def _pieces(text: str) -> list[str]:
+def cut_long_runs(text: str) -> list[str]:
+    """Return the parts of a text, cut inside runs of white space on which tiktoken's regex engine would panic."""
     if len(text) < 2 * _LONGEST_RUN:
         return [text]
     cuts = [0]

@@ -124,7 +124,7 @@ class CountedText(str):
 @pytest.mark.parametrize("run", [1, 999, 150_000, 199_999, 200_000, 200_001, 700_000])
 def test_cutting_long_white_space_reads_each_character_a_few_times(run: int) -> None:
     text = CountedText(("a" + " " * run) * (1_500_000 // run))
-    pieces = module._pieces(text)
+    pieces = module.cut_long_runs(text)
     assert "".join(pieces) == text
     looked_at = text.read - len(text)  # the pieces themselves are read once
     assert len(text) // 200_000 <= looked_at <= 4 * len(text)

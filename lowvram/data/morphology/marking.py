@@ -26,6 +26,11 @@ def count_words(text: str, counts: Counter[str]) -> None:
     counts.update(WORD.findall(text))
 
 
+def find_words(text: str) -> list[str]:
+    """Return the words of a text, in order."""
+    return _WORD.findall(text)
+
+
 class Marker:
     """Rewrites texts for the training of merges.
 

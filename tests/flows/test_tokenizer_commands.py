@@ -1,0 +1,259 @@
+"""`lowvram tokenizer compare` and `show`: figures of a known tokenizer, tables, JSON, the chart, and wrong input."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
+
+from lowvram.api import LowvramError, compare_tokenizers, tokenizer_comparing
+from lowvram.api.tokenizer_comparing import shorten
+from lowvram.cli import console
+from lowvram.cli.tokenizer_compare import show_share
+from lowvram.cli.tokenizer_show import show_piece
+from lowvram.data.tokenizer import Tokenizer
+from tests.flows.typed import typed, write_home
+
+# By hand: 8 words, of which "ev" is known whole, "evler" in two pieces, "EV" and "ÇAY" not at all.
+TEXT = "ev evler ev EV\n\nÇAY ev\nev evler\n"
+PIECES = {"[UNK]": 0, "ev": 1, "##ler": 2}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of ours with stems, one that loses text, texts and gold."""
+    folder = tmp_path_factory.mktemp("home")
+    write_home(folder)
+    learn = ("tokenizer", "train", folder / "train.txt", "--vocab", 400, "--morphology", "strict")
+    assert typed(*learn, "--out", folder / "tok").code == 0
+    small = Library(models.WordPiece(PIECES, unk_token="[UNK]"))
+    small.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    small.save(str(folder / "small.json"))
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    gold = "form\tsegmentation\tcount\nevler\tev ler\t3\nevde\tev de\t1\n"
+    (folder / "gold.tsv").write_text(gold, encoding="utf-8")
+    return folder
+
+
+def test_the_figures_are_those_that_were_counted_by_hand(home: Path) -> None:
+    found = compare_tokenizers(home / "small.json", {"tr": home / "text.txt"}, gold={"tr": home / "gold.tsv"})
+    [text], [tokenizer] = found.texts, found.tokenizers
+    assert (text.documents, text.lines, text.words, text.distinct_words) == (2, 3, 8, 4)
+    assert (text.characters, text.text_bytes, text.is_whole) == (29, 30, True)
+    assert (tokenizer.name, tokenizer.kind, tokenizer.size) == ("small.json", "WordPiece", 3)
+    figures = tokenizer.figures["tr"]
+    assert figures.tokens == 10
+    assert figures.characters_per_token == 2.9
+    assert figures.bytes_per_token == 3.0
+    assert figures.tokens_per_word == 10 / 8
+    assert figures.continued == 2 / 8
+    assert figures.exact_lines == figures.exact_documents == 0.0
+    assert (figures.equal_words, figures.equal_lines) == (2, 0)
+    assert figures.speed.mb_per_s > 0
+    assert figures.speed.library is None
+    assert figures.boundaries is not None
+    # evler is cut as the gold says; evde is one unknown token.
+    assert figures.boundaries.by_type.recall == 1 / 2
+    assert figures.boundaries.by_token.recall == 3 / 4
+    assert figures.boundaries.unplaced == 0
+    assert [notice.text for notice in found.notices] == [
+        "small.json does not give every text back (tr); it is measured all the same."
+    ]
+
+
+def test_ours_loses_nothing_and_is_timed_beside_the_library(home: Path) -> None:
+    found = compare_tokenizers([home / "tok", home / "small.json"], home / "valid.txt")
+    figures = found.tokenizers[0].figures["text"]
+    assert figures.is_lossless
+    assert (figures.equal_words, figures.equal_lines) == (0, 0)
+    own = Tokenizer.load(home / "tok")
+    documents = (home / "valid.txt").read_text(encoding="utf-8").split("\n\n")
+    assert figures.tokens == sum(len(own.encode(text)) for text in documents)
+    assert figures.speed.ratio == figures.speed.mb_per_s / (figures.speed.library or 0.0)
+    assert figures.boundaries is None
+
+
+def keys_of(value: Any) -> Any:
+    """The names in a JSON value, without its numbers."""
+    if isinstance(value, dict):
+        return {name: keys_of(inner) for name, inner in value.items()}
+    return [keys_of(value[0])] if isinstance(value, list) else ""
+
+
+def test_the_form_of_the_json_stays(home: Path) -> None:
+    words = ("tokenizer", "compare", home / "tok", "--text", f"tr={home / 'valid.txt'}", "--gold", home / "gold.tsv")
+    rates = ("precision", "recall", "f1", "macro_precision", "macro_recall", "macro_f1", "over", "under", "exact")
+    score = dict.fromkeys(("words", *rates), "")
+    names = (
+        "tokens characters_per_token bytes_per_token tokens_per_word continued exact_lines exact_documents equal_words "
+        "equal_lines mb_per_s library_mb_per_s ratio"
+    )
+    boundaries = {"boundaries": {"by_type": score, "by_token": score, "unplaced": ""}}
+    figures = {"tr": {**dict.fromkeys(names.split(), ""), **boundaries}}
+    texts = "language documents lines words distinct_words characters text_bytes is_whole"
+    answer = typed(*words, "--json")
+    assert answer.code == 0, answer.err
+    assert keys_of(json.loads(answer.out)) == {
+        "texts": [dict.fromkeys(texts.split(), "")],
+        "tokenizers": [{**dict.fromkeys(("name", "path", "kind", "size"), ""), "figures": figures}],
+    }
+
+
+def test_a_table_of_each_language_fits_80_columns_and_the_next_step_shows_where_it_cuts(home: Path) -> None:
+    texts = (f"tr={home / 'valid.txt'}", home / "text.txt", f"kk={home / 'train.txt'}")
+    words = ("tokenizer", "compare", home / "tok", home / "small.json", "--gold", f"tr={home / 'gold.tsv'}")
+    answer = typed(*words, "--text", *texts, "--size", "1kB")
+    assert answer.code == 0, answer.err
+    lines = answer.out.splitlines()
+    tables = [line for line in lines if re.match(r"(tok |small|tr:|kk:)", line)]
+    assert [line.split()[0] for line in tables] == ["tr:", "tok", "small.json", "kk:", "tok", "small.json"]
+    assert all(len(line) <= 80 for line in tables)
+    assert "100%" in tables[1]
+    assert re.search(r"\d \(\d+\.\d×\) +\d\.\d{3}", tables[1])
+    assert lines[-1].startswith("Next: lowvram tokenizer show 'Evlerimizdekilerden misiniz?' --tokenizer ")
+    assert "Of kk the first 1000 B are read; --size changes that." in answer.err
+    assert "small.json does not give every text back (tr, kk)" in answer.err
+    assert (show_share(1.0), show_share(0.99999), show_share(0.5)) == ("100%", "99.9%", "50.0%")
+
+
+def test_the_chart_is_a_picture(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    gold = ("--gold", home / "gold.tsv")
+    words = ("tokenizer", "compare", home / "tok", home / "small.json", "--text", f"tr={home / 'text.txt'}", *gold)
+    assert typed(*words, "--chart", tmp_path / "a.png").code == 0
+    picture = (tmp_path / "a.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))
+    assert width == 1200
+    assert height > 1000
+
+
+def test_a_chart_without_matplotlib_or_of_another_kind_is_refused_before_anything_is_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("tokenizer", "compare", home / "tok", "--text", "missing.txt", "--chart")
+    answer = typed(*words, "a.svg")
+    assert (answer.code, answer.out) == (1, "")
+    assert "--chart is a.svg. A chart is written as PNG" in answer.err
+    load = builtins.__import__
+
+    def refuse(name: str, *given: Any, **named: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return load(name, *given, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert "pip install -e '.[chart]'" in typed(*words, "a.png").err
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (("TOK", "--text", "tr=TEXT", "tr=TEXT"), "--text names tr twice"),
+        (("TOK", "--text", "tr="), "--text tr= names no file"),
+        (("TOK", "TOK", "--text", "TEXT"), "are the same tokenizer"),
+        (("TOK", "--text", "EMPTY"), "holds no document"),
+        (("TOK", "--text", "tr=TEXT", "--gold", "kk=GOLD"), "gold segmentations are of 'kk', of which there is no"),
+        (("TOK", "--text", "tr=TEXT", "--gold", "GOLD", "tr=GOLD"), "--gold names tr twice"),
+        (("TOK", "--text", "tr=TEXT", "--gold", "GOLD", "GOLD"), "--gold names 2 files of one language"),
+        (("TOK", "--text", "tr=TEXT", "--gold", "TEXT"), "neither JSON lines nor a table"),
+        (("TOK", "--text", "tr=TEXT", "--gold", "BAD"), "do not add up to 'evler'"),
+        (("nowhere", "--text", "tr=TEXT"), "There is no tokenizer nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(words: tuple[str, ...], says: str, home: Path) -> None:
+    (home / "empty.txt").touch()
+    (home / "bad.tsv").write_text("form\tsegmentation\nevler\tev le\n", encoding="utf-8")
+    files = {"TOK": "tok", "TEXT": "text.txt", "EMPTY": "empty.txt", "GOLD": "gold.tsv", "BAD": "bad.tsv"}
+    pattern = re.compile("|".join(files))
+    answer = typed("tokenizer", "compare", *(pattern.sub(lambda m: str(home / files[m[0]]), word) for word in words))
+    assert (answer.code, answer.out) == (1, "")
+    assert says in answer.err.replace("\n", " ")
+
+
+def test_a_long_document_is_cut_at_a_line_and_names_are_as_short_as_they_can_be(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("bir iki\n" * 100, encoding="utf-8")
+    found = compare_tokenizers(home / "tok", tmp_path / "long.txt", size=100)
+    assert (found.texts[0].text_bytes, found.texts[0].lines, found.texts[0].is_whole) == (96, 12, False)
+    with pytest.raises(LowvramError, match=r"`size` is 0"):
+        compare_tokenizers(home / "tok", tmp_path / "long.txt", size=0)
+    with pytest.raises(LowvramError, match="no language's name"):
+        compare_tokenizers(home / "tok", {"t r": tmp_path / "long.txt"})
+    with pytest.raises(LowvramError, match="There is no text"):
+        compare_tokenizers(home / "tok", {})
+    names = shorten([Path("a/x/tok"), Path("b/x/tok"), Path("b/y/tok"), Path("other")])
+    assert names == ["a/x/tok", "b/x/tok", "y/tok", "other"]
+    assert tokenizer_comparing.DEFAULT_SIZE == 20 << 20
+
+
+def test_tokens_are_shown_with_bars_or_ids_and_control_characters_as_numbers(home: Path, tmp_path: Path) -> None:
+    text = "Kış\x1b[31m\tev 𝕏\nson\u202e"
+    show = ("tokenizer", "show", "--tokenizer", home / "tok")
+    answer = typed(*show, text)
+    assert answer.code == 0, answer.err
+    assert not re.search("[\x1b\t\u202e]", answer.out)
+    assert "\\u001b" in answer.out
+    assert "\\t" in answer.out
+    assert "\\xf0│\\x9d│\\x95│\\x8f" in answer.out, "a character that is cut"
+    assert show_piece("\u202eson\r".encode()) == "\\u202eson\\r"
+    assert answer.out.count("\n") == 2
+    own = Tokenizer.load(home / "tok")
+    ids = own.encode(text)
+    assert answer.out.count("│") == len(ids) - 1
+    assert [int(id) for id in re.findall(r"\[(\d+)\](?:│|\n|$)", typed(*show, "--ids", text).out)] == ids
+    told = json.loads(typed(*show, "--json", "Kış", "evi").out)
+    assert "".join(token["text"] for token in told["tokens"]) == "Kış evi"
+    (tmp_path / "a.txt").write_text("Kış evi", encoding="utf-8")
+    assert typed(*show, "--file", tmp_path / "a.txt").out == typed(*show, "Kış evi").out
+
+
+def test_a_terminal_gets_colours_and_no_bars(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "out", Console(force_terminal=True, color_system="standard", width=60, soft_wrap=True))
+    shown = typed("tokenizer", "show", "Kış evi", "--tokenizer", home / "tok").out
+    assert "│" not in shown
+    assert {"\x1b[30;106m", "\x1b[30;103m"} <= set(re.findall(r"\x1b\[[\d;]+m", shown))
+    assert re.sub(r"\x1b\[[\d;]*m", "", shown) == "Kış evi\n"
+
+
+def test_words_are_shown_as_stem_and_suffixes(home: Path) -> None:
+    words = ("tokenizer", "show", "--morphology", "Evlerde 12 Ankara'da")
+    shown = typed(*words, "--tokenizer", home / "tok")
+    assert shown.code == 0, shown.err
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["Ev+ler+de", "Ankara+'da"]
+    assert "ler (plural)  de (locative)" in shown.out
+    learnt = typed(*words, "--tokenizer", "none", "--text", home / "train.txt", "--json")
+    assert learnt.code == 0, learnt.err
+    [first, second] = json.loads(learnt.out)["words"]
+    assert "".join(part["text"] for part in first) == "Evlerde"
+    assert second[-1] == {"text": "'da", "name": "locative", "kind": "case"}
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ((), "There is no text"),
+        (("Kış", "--file", "text.txt"), "There are a text and a file"),
+        ((" ",), "The text is empty"),
+        (("Kış", "--language", "tr"), "are about stems and suffixes"),
+        (("Kış", "--morphology", "--ids"), "--ids are of tokens"),
+        (("Kış", "--morphology", "--tokenizer", "small.json"), "no stems to split words with"),
+        (("Kış", "--morphology", "--language", "kk"), "holds stems of 'tr', not of 'kk'"),
+        (("Kış", "--morphology", "--language", "xx"), "xx"),
+        (("Kış", "--tokenizer", "nowhere"), "There is no tokenizer nowhere"),
+        (("Kış\ud800",), "half a character"),
+    ],
+)
+def test_what_cannot_be_shown_is_told(
+    words: tuple[str, ...], says: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    answer = typed("tokenizer", "show", *words)
+    assert (answer.code, answer.out) == (1, "")
+    assert says in answer.err.replace("\n", " ")
