@@ -207,7 +207,7 @@ def _read_sample(language: str, options: TextOptions, size: int) -> Task[Sample]
         skipped.bad_rows.finish()
         return True
 
-    is_whole = yield from skipped.tell_beside(read())  # type: ignore[arg-type]
+    is_whole = yield from skipped.tell_beside(read())
     yield from skipped.summarise()
     if not found:
         raise DataError(f"The text of {language} is empty.", "", "Name files that hold text.")

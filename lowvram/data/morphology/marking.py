@@ -28,7 +28,7 @@ def count_words(text: str, counts: Counter[str]) -> None:
 
 def find_words(text: str) -> list[str]:
     """Return the words of a text, in order."""
-    return _WORD.findall(text)
+    return WORD.findall(text)
 
 
 class Marker:
