@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -63,10 +64,24 @@ class WorkerPool(Generic[_Task, _Result]):
 def _start_pool(processes: int) -> tuple[ProcessPoolExecutor, Connection]:
     """Return the pool and a connection; the workers exit when it is closed, or when this process dies."""
     context = multiprocessing.get_context("spawn")
+    _start_tracker()
     listen, hang_up = context.Pipe(duplex=False)
     if sys.platform == "win32":
         processes = min(processes, 61)  # Windows cannot wait for more at once, and ProcessPoolExecutor refuses more
     return ProcessPoolExecutor(processes, context, _prepare_worker, (listen,)), hang_up
+
+
+def _start_tracker() -> None:
+    """Start the process in which Python counts semaphores, so that no hang-up ends it.
+
+    It ignores Ctrl-C and SIGTERM by itself; where it dies before this process, a traceback appears in the terminal.
+    """
+    if sys.platform != "win32":
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+        try:
+            resource_tracker.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare_worker(listen: Connection) -> None:
