@@ -73,7 +73,7 @@ def parse_share(text: str) -> float:
     digits = text.strip().removesuffix("%").replace(",", ".")
     share = float(digits) / 100 if text.strip().endswith("%") and _NUMBER.fullmatch(digits) else math.nan
     if not 0.0 < share < 1.0:
-        raise ValueError(f"{text!r} is not a share of the documents; write it like 0.5%")
+        raise ValueError(f"{text!r} is not a share between 0% and 100%; write it like 0.5%")
     return share
 
 

@@ -180,7 +180,8 @@ def _count(parts: Sequence[Part], passes: Sequence[float], train: TrainConfig) -
     if len(parts) > _MOST_NAMED:  # those that are read most often are where memorising begins
         by_passes = sorted(range(len(parts)), key=lambda number: -passes[number])
         named, others = by_passes[: _MOST_NAMED - 1], by_passes[_MOST_NAMED - 1 :]
-        rest = f"{passes[others[-1]]:,.2f} to {passes[others[0]]:,.2f} times"
+        least, most = (f"{passes[number]:,.2f}" for number in (others[-1], others[0]))
+        rest = f"{least} to {most} times" if least != most else f"{most} times"
         each = [*(each[number] for number in named), f"{len(others)} other sources are read {rest}"]
     read = "; ".join(each)
     return f"{show_count(train.tokens)} tokens in {count_of(train.steps, 'step')}: {read}."

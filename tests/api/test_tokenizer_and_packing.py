@@ -116,7 +116,10 @@ def test_a_folder_that_holds_another_tokenizer_or_text_is_named_with_the_argumen
         (lambda: pack("a", tokenizer=3), "`tokenizer` is 3. That is of type int. Give a text (str) or a Path."),
         (lambda: pack("a", holdout=0.0), "`holdout` is 0.0. It is a share of the documents. Write `holdout=0.005` or"),
         (lambda: pack("a", holdout=5), "`holdout` is 5. That is of type int. Give a number (float) or a text (str)."),
-        (lambda: pack("a", holdout="0.5"), "`holdout` is '0.5'. '0.5' is not a share of the documents; write it like"),
+        (
+            lambda: pack("a", holdout="0.5"),
+            "`holdout` is '0.5'. '0.5' is not a share between 0% and 100%; write it like",
+        ),
         (lambda: pack("a", on_bad_row="ignore"), "`on_bad_row` is 'ignore'. Known: stop, skip."),
         (lambda: pack("a", on_bad_row=None), "`on_bad_row` is None. It may not be left out. Give a text (str)."),
         (
