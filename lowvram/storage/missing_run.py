@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lowvram.errors import CheckpointError
 
-
 # What `data mix` and `data pack` write into the folders that are sometimes named in place of a run.
 _PACKED = ("mix.json", "shards.json", "train/shards.json")
 
