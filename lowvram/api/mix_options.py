@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lowvram.api.arguments import refuse_missing, refuse_type
 from lowvram.api.packing import DEFAULT_TOKENIZER
@@ -14,6 +14,7 @@ from lowvram.errors import ConfigError, argument
 if TYPE_CHECKING:
     from lowvram.data.mix.shares import Wish
 
+Value = TypeVar("Value")
 DEFAULT_MIX = Path("mix")
 MOST_LEVELS = 2
 
@@ -24,6 +25,7 @@ class MixOptions:
 
     weights: a wish by the name of a source or of a folder of sources.  caps: bytes of text by such a name.  demo: the
     share of generated text, None for none.  tokens: how many a run is to read, None: as many as there are.
+    exclude: a list of documents that are left out of every source.
     """
 
     tokenizer: Path = DEFAULT_TOKENIZER
@@ -35,12 +37,31 @@ class MixOptions:
     tokens: int | None = None
     levels: int = 1
     replace: bool = False
+    exclude: Path | None = None
+
+
+def name_once(given: str, pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
+    """Return values by names of sources in NFC; raises ConfigError where one is named twice.
+
+    given: the argument.  A file system may keep a name decomposed, as macOS does, where a person types it composed.
+    """
+    from lowvram.data.nfc import nfc
+
+    found: dict[str, Value] = {}
+    for written, value in pairs:
+        refuse_missing(given, written, str)
+        name = nfc(written)
+        if name in found:
+            what = f"{argument(given, f'{name}={found[name]}')} and {argument(given, f'{name}={value}')} are given."
+            raise ConfigError(what, f"{name} can have one of them.", "Leave the other out.")
+        found[name] = value
+    return found
 
 
 def read_weights(weights: Mapping[str, float | str]) -> dict[str, Wish]:
     """Return wishes from `{"law": 2}`, a factor, or `{"law": "20%"}`, a share; raises ConfigError."""
     refuse_missing("weights", weights, dict)
-    return {name: _read_wish(name, value) for name, value in weights.items()}
+    return {name: _read_wish(name, value) for name, value in name_once("weights", weights.items()).items()}
 
 
 def _read_wish(name: str, value: float | str) -> Wish:
@@ -70,7 +91,7 @@ def read_caps(caps: Mapping[str, int | str]) -> dict[str, int]:
 
     refuse_missing("caps", caps, dict)
     found = {}
-    for name, value in caps.items():
+    for name, value in name_once("caps", caps.items()).items():
         refuse_missing("caps", value, int, str)
         try:
             found[name] = parse_bytes(value)

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.arguments import PATH, read_count, read_share, refuse_count, refuse_missing
+from lowvram.api.arguments import PATH, read_count, read_share, refuse_count, refuse_missing, refuse_type
 from lowvram.api.mix_options import DEFAULT_MIX, MixOptions, read_caps, read_weights, refuse_levels, refuse_temperature
-from lowvram.api.packing import DEFAULT_TOKENIZER, find_data, show_packing
+from lowvram.api.mix_packing import SourcePacker
+from lowvram.api.packing import DEFAULT_TOKENIZER, find_data, read_excluded
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
-from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, choose_left_out, read_text_options
+from lowvram.api.texts import OnBadRow, TextOptions, Texts, choose_left_out, read_text_options, tell_left_out
 
 if TYPE_CHECKING:
     from lowvram.config.mix import Mix, MixedSource
     from lowvram.data.mix.caps import Sizes, Taken
     from lowvram.data.mix.sources import TextSource
     from lowvram.data.shards import ShardSet
-    from lowvram.data.tokenizer import Tokenizer
 
 # A source must have one window of the run that reads it; presets read 1,024 tokens or more at once.
 _WINDOW = 1024
-# On the disk: of a smaller source processes would take as long to start as its text to encode.
-_SMALL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ def mix(
     levels: int = 1,
     field: str = "text",
     on_bad_row: OnBadRow = "stop",
+    exclude: str | Path | None = None,
     leave_out: Texts | None = None,
     replace: bool = False,
     processes: int = 1,
@@ -72,14 +71,15 @@ def mix(
     to tokens ** temperature.  weights: by a source's name, or that of a folder of sources: 2, it is read twice as
     often; "20%", it is a fifth of what is read.  caps: most bytes of text, as `{"law": "200MB"}`; which documents are
     taken is decided by their hash.  tokens: what a run is to read, for which epochs are counted.  demo: the share of
-    generated Turkish.  holdout, field, on_bad_row, leave_out, replace, processes, progress: as for `pack`.
+    generated Turkish.  holdout, field, on_bad_row, exclude, leave_out, replace, processes, progress: as for `pack`.
 
-    Raises what `pack` raises, and DataError for sources of one name, without text or in `out`, and for names, shares
-    and caps that cannot be.
+    Raises what `pack` raises, and DataError for sources of one name, without text or in `out`, for an `out` that holds
+    other shards, and for names, shares and caps that cannot be.
     """
     options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
     refuse_missing("out", out, *PATH)
     refuse_missing("tokenizer", tokenizer, *PATH)
+    refuse_type("exclude", exclude, *PATH)
     refuse_missing("replace", replace, bool)
     refuse_missing("processes", processes, int)
     refuse_count("processes", processes)
@@ -93,6 +93,7 @@ def mix(
         None if tokens is None else read_count("tokens", tokens),
         levels,
         replace,
+        Path(exclude) if exclude is not None else None,
     )
     found, notices = carry_out(mix_task(options, wanted, processes), progress)
     return dataclasses.replace(found, notices=notices)
@@ -107,31 +108,44 @@ def mix_task(options: TextOptions, wanted: MixOptions, processes: int | None = N
 
     refuse_temperature(wanted.temperature)
     refuse_levels(wanted.levels)
+    _refuse_plain_shards(wanted.out)
     tokenizer = load_tokenizer(wanted.tokenizer)
+    listed = read_excluded(wanted.exclude) if wanted.exclude is not None else None
     found = find_sources(
         options.paths, wanted.levels, wanted.out, lambda files: choose_left_out(files, options.leave_out)
     )
     for sentence in found.passed_over:
         yield Notice(sentence)
+    yield from tell_left_out(found.left_out)
     names = [source.name for source in found.sources]
     _refuse_names(names, wanted)
-    taken = yield from _measure(found.sources, options, wanted)
-    packer = _Packer(options, wanted, tokenizer, processes, len(names) + (wanted.demo is not None))
+    taken = yield from _measure(found.sources, options, wanted, listed or {})
+    packer = SourcePacker(options, wanted, tokenizer, processes, len(names) + (wanted.demo is not None), listed)
     packed = {}
     for source in found.sources:
         packed[source.name] = yield from packer.pack(source, taken.get(source.name))
     if wanted.demo is not None:
         packed |= yield from _pack_demo(packer, wanted, [sides[0] for sides in packed.values()])
-    yield from packer.tell_without()
+    yield from packer.summarise()
     shares = yield from _find_shares({name: sides[0].tokens for name, sides in packed.items()}, wanted)
-    sources = [
-        _describe(name, sides, shares[name], taken.get(name), wanted.caps.get(name)) for name, sides in packed.items()
-    ]
+    sources = [_describe(name, sides, shares[name], taken.get(name)) for name, sides in packed.items()]
     mixed = Mix(temperature=wanted.temperature, sources=tuple(sorted(sources, key=lambda source: source.name)))
     DISK.write(wanted.out / MIX, (mixed.model_dump_json(indent=1) + "\n").encode("utf-8"))
     result = _count_epochs(mixed, wanted)
     yield from _warn(result, options.holdout is not None)
     return result
+
+
+def _refuse_plain_shards(out: Path) -> None:
+    """Raise DataError where a folder holds shards that are no mix's: a run would then read the mix in their place."""
+    from lowvram.data.shard_folder import holds_shards
+    from lowvram.data.shards import SIDES
+    from lowvram.errors import DataError
+
+    for folder in (out, *(out / side for side in SIDES)):
+        if holds_shards(folder):
+            why = f"A run that is to read {out} would read the mix in their place."
+            raise DataError(f"{folder} holds shards already.", why, f"Name another `out`, or delete {folder} first.")
 
 
 def _refuse_names(names: Sequence[str], wanted: MixOptions) -> None:
@@ -152,8 +166,13 @@ def _refuse_names(names: Sequence[str], wanted: MixOptions) -> None:
     find_shares(dict.fromkeys([*names, *([] if wanted.demo is None else [DEMO])], 1), 0.0, wishes)
 
 
-def _measure(sources: Sequence[TextSource], options: TextOptions, wanted: MixOptions) -> Task[dict[str, Taken]]:
-    """Read the sources that a cap is about, and return which of their documents are taken."""
+def _measure(
+    sources: Sequence[TextSource], options: TextOptions, wanted: MixOptions, listed: Collection[str]
+) -> Task[dict[str, Taken]]:
+    """Read the sources that a cap is about, and return which of their documents are taken.
+
+    listed: hashes of documents that are left out, and count for no cap.
+    """
     from lowvram.data.mix.caps import Sizes, apply_caps
     from lowvram.data.mix.sources import match
 
@@ -163,12 +182,13 @@ def _measure(sources: Sequence[TextSource], options: TextOptions, wanted: MixOpt
     for source in sources:
         if source.name in capped:
             sizes[source.name] = Sizes()
-            yield from _read(source, options, sizes[source.name])
+            yield from _read(source, options, sizes[source.name], listed)
     return apply_caps(sizes, wanted.caps)
 
 
-def _read(source: TextSource, options: TextOptions, sizes: Sizes) -> Iterator[Progress]:
+def _read(source: TextSource, options: TextOptions, sizes: Sizes, listed: Collection[str]) -> Iterator[Progress]:
     from lowvram.data.bad_rows import BadRows
+    from lowvram.data.exclusion_list import hash_document
     from lowvram.data.text import documents_of
 
     what = f"Measuring {source.name}"
@@ -181,102 +201,13 @@ def _read(source: TextSource, options: TextOptions, sizes: Sizes) -> Iterator[Pr
     yield at
     # Bad rows are told when the source is packed.
     for text in documents_of(source.files, options.field, keep, BadRows(options.on_bad_row)):
-        sizes.add(text)
+        if not (listed and hash_document(text) in listed):
+            sizes.add(text)
         yield at
 
 
-class _Packer:
-    """Packs one source after the other."""
-
-    def __init__(
-        self, options: TextOptions, wanted: MixOptions, tokenizer: Tokenizer, processes: int | None, count: int
-    ) -> None:
-        self._options, self._wanted, self._tokenizer = options, wanted, tokenizer
-        self._processes, self._count, self._number = processes, count, 0
-        self._without: list[str] = []
-
-    def pack(
-        self, source: TextSource, takes: Taken | None = None, replace: bool | None = None
-    ) -> Task[tuple[ShardSet, ...]]:
-        """Pack a source into its folder; one with too few documents to hold one out has training shards alone."""
-        from lowvram.data.holdout import NothingHeldOutError
-
-        self._number += 1
-        replace = self._wanted.replace if replace is None else replace
-        if self._options.holdout is not None:
-            try:
-                return (yield from self._pack_sides(source, takes, replace, True))
-            except NothingHeldOutError:
-                self._without.append(source.name)
-        return (yield from self._pack_sides(source, takes, replace, False))
-
-    def _pack_sides(
-        self, source: TextSource, takes: Taken | None, replace: bool, is_split: bool
-    ) -> Task[tuple[ShardSet, ...]]:
-        from lowvram.data.shards import SIDES, pack_each_shard
-        from lowvram.data.text_files import size_of
-
-        home = self._wanted.out / source.name
-        if not is_split:
-            _refuse_held_out(home / SIDES[1], replace)
-        skipped = SkippedRows(self._options.on_bad_row)
-        packing = pack_each_shard(
-            source.files,
-            self._tokenizer,
-            home if is_split else home / SIDES[0],
-            self._options.field,
-            1 if sum(map(size_of, source.files)) < _SMALL_BYTES else self._processes,
-            holdout=self._options.build_holdout() if is_split else None,
-            replace=replace,
-            bad_rows=skipped.bad_rows,
-            takes=takes,
-        )
-        what = f"Packing {source.name} ({self._number} of {self._count})"
-        sides = yield from skipped.tell_beside(show_packing(packing, what))
-        _drop_stale(self._wanted.out, source.name, sides[0])
-        yield from skipped.summarise()
-        return tuple(sides)
-
-    def tell_without(self) -> Iterator[Notice]:
-        """Yield a notice of the sources of which nothing could be held out."""
-        if self._without:
-            few = "too few documents for that share, and all of them are learnt"
-            yield Notice(f"Nothing is held out of {', '.join(self._without)}: {few}.")
-
-
-def _drop_stale(out: Path, name: str, train: ShardSet) -> None:
-    """Delete the file of an earlier mix whose source had another text: its shares would be taken for those of this."""
-    from lowvram.config.mix import MIX, is_mix, read_mix
-    from lowvram.errors import ConfigError
-    from lowvram.storage.disk import DISK
-
-    if not is_mix(out):
-        return
-    try:
-        before = {each.name: (each.tokens, each.documents, each.text_bytes) for each in read_mix(out).sources}
-    except ConfigError:  # damaged; it is written anew in the end
-        before = {}
-    if before.get(name) != (train.tokens, train.documents, train.text_bytes):
-        DISK.delete(out / MIX)
-
-
-def _refuse_held_out(valid: Path, replace: bool) -> None:
-    """Raise DataError where a source holds out text of an earlier mix, which would now be learnt; or delete that."""
-    from lowvram.data.shard_folder import holds_shards
-    from lowvram.errors import DataError
-    from lowvram.storage.disk import DISK
-
-    if not holds_shards(valid):
-        return
-    if not replace:
-        why = "Without `holdout` its documents would be learnt, and measured as if they were not."
-        fix = "Give the same `holdout` again, or add `replace=True` to delete them."
-        raise DataError(f"{valid} holds text that was held out.", why, fix)
-    DISK.delete(valid)
-
-
 def _pack_demo(
-    packer: _Packer, wanted: MixOptions, others: Sequence[ShardSet]
+    packer: SourcePacker, wanted: MixOptions, others: Sequence[ShardSet]
 ) -> Task[dict[str, tuple[ShardSet, ...]]]:
     """Generate as much text as its share of what is read, and pack it; an older, shorter or longer one is replaced."""
     from lowvram.data.mix.demo_text import write_demo_text
@@ -305,9 +236,7 @@ def _find_shares(tokens: Mapping[str, int], wanted: MixOptions) -> Task[dict[str
     return found.by_name
 
 
-def _describe(
-    name: str, sides: Sequence[ShardSet], share: float, taken: Taken | None, cap_bytes: int | None
-) -> MixedSource:
+def _describe(name: str, sides: Sequence[ShardSet], share: float, taken: Taken | None) -> MixedSource:
     from lowvram.config.mix import MixedSource
 
     train = sides[0]
@@ -318,7 +247,6 @@ def _describe(
         documents=train.documents,
         text_bytes=train.text_bytes,
         held_out_tokens=sides[1].tokens if len(sides) > 1 else 0,
-        cap_bytes=cap_bytes,
         left_out_bytes=taken.left_out_bytes if taken is not None else 0,
     )
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowvram.api.arguments import PATH, refuse_count, refuse_missing, refuse_type
 from lowvram.api.progress import carry_out
@@ -14,7 +14,6 @@ from lowvram.api.tasks import KeptWork, Notice, Progress, Task
 from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
 
 if TYPE_CHECKING:
-    from lowvram.data.exclusion_list import Exclusion
     from lowvram.data.shards import PackProgress, ShardSet
 
 DEFAULT_TOKENIZER, DEFAULT_OUT = Path("tok"), Path("shards")
@@ -98,11 +97,12 @@ def pack_task(
     exclude: Path | None = None,
 ) -> Task[Packed]:
     """Do what `pack` does, and yield its notices and its progress.  processes: None for one per core."""
+    from lowvram.data.exclusion_list import Exclusion
     from lowvram.data.hf_tokenizer import load_tokenizer
     from lowvram.data.shards import pack_each_shard
     from lowvram.evaluate.verdict import warn_of_few_tokens
 
-    loaded, exclusion = load_tokenizer(tokenizer), _read_exclusion(exclude)
+    loaded, exclusion = load_tokenizer(tokenizer), Exclusion(read_excluded(exclude)) if exclude is not None else None
     files = yield from find_texts(options)
     skipped, holdout = SkippedRows(options.on_bad_row), options.build_holdout()
     packing = pack_each_shard(
@@ -118,7 +118,8 @@ def pack_task(
     )
     sides = yield from skipped.tell_beside(show_packing(packing))
     yield from skipped.summarise()
-    yield from _tell_excluded(exclusion)
+    if exclusion is not None:
+        yield from tell_excluded(len(exclusion.rows), len(exclusion.listed), exclusion.missing)
     is_split = holdout is not None
     if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
         yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
@@ -127,23 +128,20 @@ def pack_task(
     return Packed(tuple(map(describe_shards, sides)), has_validation, find_data(home, tokenizer))
 
 
-def _read_exclusion(file: Path | None) -> Exclusion | None:
-    from lowvram.data.exclusion_list import Exclusion, read_list
+def read_excluded(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the rows of a list of documents to leave out by their hashes, each with `why`; raises DataError."""
+    from lowvram.data.exclusion_list import read_list
 
-    if file is None:
-        return None
-    return Exclusion({row["hash"]: row | {"why": row.get("why") or f"in {file.name}"} for row in read_list(file)})
+    return {row["hash"]: row | {"why": row.get("why") or f"in {file.name}"} for row in read_list(file)}
 
 
-def _tell_excluded(exclusion: Exclusion | None) -> Iterator[Notice]:
+def tell_excluded(left_out: int, listed: int, missing: int) -> Iterator[Notice]:
+    """Yield how many documents were left out, and how many of the listed texts did not occur."""
     from lowvram.units import count_of
 
-    if exclusion is None:
-        return
-    yield Notice(f"Left out {count_of(len(exclusion.rows), 'listed document')}.")
-    if exclusion.missing:
-        missing = f"{exclusion.missing:,} of {count_of(len(exclusion.listed), 'listed text')}"
-        yield Notice(f"{missing} do not occur in what was packed.", "warning")
+    yield Notice(f"Left out {count_of(left_out, 'listed document')}.")
+    if missing:
+        yield Notice(f"{missing:,} of {count_of(listed, 'listed text')} do not occur in what was packed.", "warning")
 
 
 def show_packing(

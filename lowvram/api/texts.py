@@ -142,27 +142,39 @@ def split_texts(options: TextOptions) -> Task[tuple[list[Path], frozenset[Path]]
 
     Raises DataError where `leave_out` names none of them, or all.
     """
-    from lowvram.data.text_files import find_text_files, list_few
+    from lowvram.data.text_files import find_text_files
 
     found = find_text_files(options.paths)
     for sentence in found.describe():
         yield Notice(sentence)
     left_out = choose_left_out(found.files, options.leave_out)
-    if left_out:
-        yield Notice(f"Left out as asked: {list_few([str(file) for file in found.files if file in left_out])}.")
+    yield from tell_left_out([file for file in found.files if file in left_out])
     return found.files, left_out
+
+
+def tell_left_out(files: Sequence[Path]) -> Iterator[Notice]:
+    """Yield a notice of the files that `leave_out` names, if there are any."""
+    from lowvram.data.text_files import list_few
+
+    if files:
+        yield Notice(f"Left out as asked: {list_few(list(map(str, files)))}.")
 
 
 def choose_left_out(files: Sequence[Path], leave_out: Sequence[Path]) -> frozenset[Path]:
     """Return which of the files are left out; raises DataError where `leave_out` names none of them, or all."""
-    left_out: set[Path] = set()
-    for named in leave_out:
-        place = named.resolve()
-        meant = {file for file in files if place in (file.resolve(), *file.resolve().parents)}
-        if not meant:
+    if not leave_out:
+        return frozenset()
+    places = {named.resolve(): named for named in leave_out}
+    meant, left_out = set[Path](), set[Path]()
+    for file in files:
+        place = file.resolve()
+        if found := places.keys() & {place, *place.parents}:
+            meant |= found
+            left_out.add(file)
+    for place, named in places.items():
+        if place not in meant:
             what = f"{argument('leave_out', named)} names no file that is read."
             raise DataError(what, "", "Name a file or a folder of the text.")
-        left_out |= meant
     if len(left_out) == len(files):
         raise DataError("All files are left out.", f"{argument('leave_out')} names every one.", "Name fewer there.")
     return frozenset(left_out)

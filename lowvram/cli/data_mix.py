@@ -66,6 +66,8 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     mix.add_argument("--tokens", type=count, metavar="N", help="count epochs for a run of N tokens (default: all once)")
     mix.add_argument("--demo", type=share, metavar="SHARE", help="add the demo's generated Turkish with this share")
     add_holdout(mix, "hold out this share of every source's documents, as 0.5%%, chosen by their hash")
+    what = "leave out the documents that a list names: an excluded.json, or part of what `lowvram data look` wrote"
+    mix.add_argument("--exclude", type=Path, metavar="FILE", help=what)
     mix.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
     mix.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
     mix.set_defaults(run=run_mix, goes_on=True)
@@ -80,7 +82,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def run_mix(arguments: argparse.Namespace) -> int:
     """Mix, and show what each source is in a run and what comes next."""
-    from lowvram.api.mix_options import MixOptions, read_caps, read_weights
+    from lowvram.api.mix_options import MixOptions, name_once, read_caps, read_weights
     from lowvram.api.mixing import mix_task
     from lowvram.cli.console import literal, notice
     from lowvram.cli.next_step import next_step
@@ -91,13 +93,14 @@ def run_mix(arguments: argparse.Namespace) -> int:
     wanted = MixOptions(
         arguments.tokenizer,
         arguments.out,
-        read_weights(dict(arguments.weight)),
+        read_weights(name_once("weights", arguments.weight)),
         arguments.temperature,
-        read_caps(dict(arguments.cap)),
+        read_caps(name_once("caps", arguments.cap)),
         arguments.demo,
         arguments.tokens,
         arguments.levels,
         arguments.replace,
+        arguments.exclude,
     )
     mixed = run_task(mix_task(read_options(arguments), wanted, arguments.processes))
     _show(mixed)

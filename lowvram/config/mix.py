@@ -28,8 +28,6 @@ class MixedSource(FrozenConfig):
     text_bytes: int
     held_out_tokens: int = 0
     """Of its held-out shards, 0 where there are none."""
-    cap_bytes: int | None = None
-    """The cap that was asked for this source itself."""
     left_out_bytes: int = 0
     """Text that a cap left out."""
 
@@ -92,7 +90,8 @@ def find_common(paths: Sequence[Path]) -> Path | None:
 def expand_mixes(data: dict[str, Any]) -> None:
     """Put the corpora of a mix in the place of its folder, in the table `data` of a run file, whose paths are full.
 
-    A mix among other corpora is divided by its sources' shares.  Without `valid`, what the mixes hold out is named.
+    A mix among other corpora is divided by its sources' shares, and in `valid` a mix may be one of several folders too.
+    Without `valid`, what the mixes hold out is named.
     """
     train, held_out = data.get("train"), list[dict[str, str]]()
     if isinstance(train, list) or _find_mix({"path": train}) is not None:
@@ -100,8 +99,10 @@ def expand_mixes(data: dict[str, Any]) -> None:
             corpus for entry in (train if isinstance(train, list) else [train]) for corpus in _expand(entry, held_out)
         ]
     valid = data.get("valid")
-    if isinstance(valid, str) and is_mix(Path(valid)):
-        data["valid"] = _name(read_mix(Path(valid)), Path(valid))
+    if isinstance(valid, list):
+        data["valid"] = [source for entry in valid for source in _expand_valid(entry)]
+    elif _find_mix({"path": valid}) is not None:
+        data["valid"] = _expand_valid(valid)
     elif valid is None and held_out:
         data["valid"] = held_out
 
@@ -119,6 +120,17 @@ def _expand(entry: Any, held_out: list[dict[str, str]]) -> list[Any]:
         {**table, "path": str(path), "weight": weight * share if is_number else weight}
         for path, share in mix.train(folder)
     ]
+
+
+def _expand_valid(entry: Any) -> list[Any]:
+    """Return the sources that an entry of `data.valid` stands for; of a mix that has a name, they begin with it."""
+    table = {"path": entry} if isinstance(entry, str) else entry
+    folder = _find_mix(table)
+    if folder is None:
+        return [entry]
+    above = table.get("source")
+    named = _name(read_mix(folder), folder)
+    return [each | {"source": f"{above}/{each['source']}"} for each in named] if isinstance(above, str) else named
 
 
 def _find_mix(table: Any) -> Path | None:

@@ -29,7 +29,6 @@ TAGS = ("kind", "name")
 _STANDS_IN = 32_768
 PRESETS = Path(__file__).with_name("presets")
 Table = dict[str, Any]
-# What a value must be, for pydantic's types of errors.
 Config = typing.TypeVar("Config", bound=BaseModel)
 
 

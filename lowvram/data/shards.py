@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowvram.config.mix import MIX, is_mix
 from lowvram.data.bad_rows import BadRows
 from lowvram.data.encoders import EncodeTask, encode_in
 from lowvram.data.exclusion_list import Excluded, Exclusion
@@ -95,7 +96,7 @@ def pack_each_shard(
     holdout: Holdout | None = None,
     replace: bool = False,
     bad_rows: BadRows | None = None,
-    takes: Callable[[str], bool] | None = None,
+    is_packed: Callable[[str], bool] | None = None,
     exclusion: Exclusion | None = None,
 ) -> Generator[PackProgress, None, tuple[ShardSet, ...]]:
     """Encode the documents of `paths` into shards in `out`, and yield after each shard how far it is.
@@ -105,8 +106,8 @@ def pack_each_shard(
     processes: None for one per core; with more than one, a script must guard its entry with
     `if __name__ == "__main__"`.  holdout: None: one set of shards in `out`; else two, in `out/train`, and in
     `out/valid` the documents that are held out.  replace: whether another text in `out` may be replaced.
-    bad_rows: what is done with rows that are not text; None stops at the first.  takes: which documents are packed at
-    all; None for all of them.  exclusion: takes documents that are left out; the first folder keeps a list of them.
+    bad_rows: what is done with rows that are not text; None stops at the first.  is_packed: which documents are packed
+    at all; None for all of them.  exclusion: takes documents that are left out; the first folder keeps a list of them.
     Raises DataError (unreadable text; text, or shards of another text or tokenizer, in `out`; a holdout that leaves one
     side without a document), BusyError, DiskFullError.
     """
@@ -120,7 +121,7 @@ def pack_each_shard(
         for folder in folders:
             _refuse_text_inside(folder.out, files)
             stack.enter_context(folder.claim())
-        parts = _parts(files, field, folders, holdout, bad_rows or BadRows(), takes, exclusion)
+        parts = _parts(files, field, folders, holdout, bad_rows or BadRows(), is_packed, exclusion)
         packed = stack.enter_context(closing(_packed(parts, tokenizer, processes or os.cpu_count() or 1, disk)))
         for done, (part, is_new) in enumerate(packed, 1):
             reused += not is_new
@@ -137,10 +138,14 @@ def pack_each_shard(
 
 
 def refuse_other_form(out: Path, is_split: bool) -> None:
-    """Raise DataError where `out` holds a split and is to hold none, or the other way round.
+    """Raise DataError where `out` holds a mix, or a split and is to hold none, or the other way round.
 
     A `valid` folder beside shards in `out` itself is allowed.
     """
+    mix = next((folder for folder in (out, out.parent) if is_mix(folder)), None)
+    if mix == out or (mix is not None and not is_split and out.name in SIDES):
+        why = f"A run that is to read {mix} reads the sources of the mix alone, and would not see these shards."
+        raise DataError(f"{mix} is a mix.", why, f"Name another `out`, or delete {mix / MIX} first.")
     if is_split and holds_shards(out):
         why = f"They were packed without `holdout`; beside {out / SIDES[0]} nobody could tell which of them are meant."
         raise DataError(f"{out} itself holds shards.", why, f"Name another `out`, or delete the shards in {out} first.")
@@ -207,7 +212,7 @@ def _parts(
     folders: Sequence[ShardFolder],
     holdout: Holdout | None,
     bad_rows: BadRows,
-    takes: Callable[[str], bool] | None,
+    is_packed: Callable[[str], bool] | None,
     exclusion: Exclusion | None,
 ) -> Iterator[_Part]:
     """Yield the parts of all folders; the second folder, if there is one, gets the held-out documents."""
@@ -220,7 +225,7 @@ def _parts(
 
     for file in files:
         for text in documents(file, field, tell, bad_rows, cursor):
-            if takes is not None and not takes(text):
+            if is_packed is not None and not is_packed(text):
                 continue
             place = cursor.origin or (file, cursor.line)
             if exclusion and exclusion.takes(text, *place):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from lowvram.config.mix import is_mix, read_mix
+from lowvram.config.mix import MIX, is_mix, read_mix
 from lowvram.errors import ConfigError, argument
 
 
@@ -31,15 +31,18 @@ class Folders(NamedTuple):
 def find_folders(data: Path) -> Folders:
     """Return the folders for `data`, which holds shards itself, or the shards `train` and perhaps `valid`, or is a mix.
 
-    The tokenizer is a folder `tok` in `data` or beside it.  Raises ConfigError if `data` holds shards itself and also
-    in `train`.
+    The tokenizer is a folder `tok` in `data` or beside it.  Raises ConfigError if `data` is more than one of these.
     """
     from lowvram.data.shard_set import INDEX  # imports numpy, which `fit` does not need without a text
 
+    is_itself, has_train = (data / INDEX).is_file(), (data / "train" / INDEX).is_file()
     if is_mix(data):
+        if is_itself or has_train:
+            what = f"{argument('data', data)} is a mix, and {data if is_itself else data / 'train'} holds other shards."
+            fix = f"Move the shards to a folder of their own, or delete {data / MIX}."
+            raise ConfigError(what, "Which of them is meant cannot be told.", fix)
         valid = data if read_mix(data).valid(data) else None
         return Folders(data, data, valid, _find_tokenizer(data), True)
-    is_itself, has_train = (data / INDEX).is_file(), (data / "train" / INDEX).is_file()
     if is_itself and has_train:
         why = "Which of them is meant cannot be told."
         fix = f"Name {data / 'train'}, or move one of them to a folder of its own."

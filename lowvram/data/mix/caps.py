@@ -55,7 +55,7 @@ def apply_caps(sizes: Mapping[str, Sizes], caps: Mapping[str, int]) -> dict[str,
 
     sizes: of every source that a cap is about.  caps: most bytes by the name of a source, or of all whose names begin
     so.  A cap of several sources takes the same share of each, after their own caps.  Ranges are taken whole and in
-    order, as long as the sum is not above the cap.  Raises DataError where a cap is smaller than the first range.
+    order, as long as the sum is not above the cap.  Raises DataError where a cap leaves nothing of a source.
     """
     borders = dict.fromkeys(sizes, RANGES)
     for name in sorted(caps, key=lambda name: -name.count("/")):
@@ -73,8 +73,17 @@ def apply_caps(sizes: Mapping[str, Sizes], caps: Mapping[str, int]) -> dict[str,
             raise DataError(what, why, "Give it more, or leave the source out.")
         for member in members:
             borders[member] = min(borders[member], border)
+            _refuse_nothing_left(member, sizes[member].bytes_R, borders[member], f"{show_bytes(caps[name])} of {name}")
     return {
         name: Taken(border, int(sizes[name].bytes_R[border:].sum()))
         for name, border in borders.items()
         if border < RANGES
     }
+
+
+def _refuse_nothing_left(source: str, bytes_R: np.ndarray, border: int, cap: str) -> None:
+    """Raise DataError where a source has documents, and a cap on several takes none of them.  cap: in words."""
+    if bytes_R.any() and not bytes_R[:border].any():
+        what = f"A cap of {cap} leaves nothing of {source}."
+        why = "Documents are taken in the order of their hashes, and the first one of that source comes too late."
+        raise DataError(what, why, "Give it more, or put that source into another.")

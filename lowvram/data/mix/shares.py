@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 from lowvram.data.holdout import show_share
 from lowvram.data.loader import BLOCK
-from lowvram.data.mix.sources import match
+from lowvram.data.mix.sources import match, refuse_many
 from lowvram.errors import DataError, argument
 
 # The loader keeps shares in whole samples of a block.
 LEAST_SHARE = 1 / BLOCK
-MOST_SOURCES = BLOCK // 2
 _DIGITS = 6
 
 
@@ -42,9 +41,7 @@ def find_shares(tokens: Mapping[str, int], temperature: float, wishes: Mapping[s
     called alpha and 0.3.  Raises DataError for unknown names and for fixed shares that cannot be.
     """
     names = list(tokens)
-    if len(names) > MOST_SOURCES:
-        why = f"A run takes its samples from blocks of {BLOCK}."
-        raise DataError(f"There are {len(names)} sources.", why, f"Put them together to at most {MOST_SOURCES}.")
+    refuse_many(len(names))
     weights = {name: float(count) ** temperature for name, count in tokens.items()}
     fixed: dict[str, list[str]] = {}
     for wished, wish in wishes.items():

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from lowvram.config.mix import MIX
+from lowvram.data.loader import BLOCK
+from lowvram.data.nfc import nfc
 from lowvram.data.text_files import ENDINGS, NAMED_ENDINGS, find_text_files, is_stream
 from lowvram.errors import DataError, name_nearest
 
 DEMO = "demo"
+# Each has one sample of a block or more, and most have some.
+MOST_SOURCES = BLOCK // 2
 # Names that another file or folder of a mix has.
 _TAKEN = {MIX: "the mix's own file has", "tok": "the tokenizer beside the shards has", DEMO: "generated text has"}
 _SHOWN = 5
@@ -24,10 +28,11 @@ class TextSource(NamedTuple):
 
 
 class FoundSources(NamedTuple):
-    """The sources in order of their names, and a sentence for each reason why files were passed over."""
+    """The sources in order of their names, a sentence for each reason to pass files over, and the files left out."""
 
     sources: list[TextSource]
     passed_over: list[str]
+    left_out: list[Path]
 
 
 def find_sources(
@@ -58,12 +63,14 @@ def find_sources(
         if home is not None:
             parts = file.relative_to(home).parts
             origin = home.joinpath(*parts[:levels])
-        name = (origin.relative_to(home) if home is not None else Path(origin.name)).as_posix()
+        # A Mac may keep names decomposed.
+        name = nfc((origin.relative_to(home) if home is not None else Path(origin.name)).as_posix())
         origins.setdefault(_strip(name) if origin == file else name, {}).setdefault(origin, []).append(file)
+    refuse_many(len(origins))
     _refuse_ambiguous(origins, levels)
     _refuse_empty(paths, levels, {parent for file in found.files for parent in file.parents})
     sources = [TextSource(name, next(iter(files.values()))) for name, files in sorted(origins.items())]
-    return FoundSources(sources, found.describe())
+    return FoundSources(sources, found.describe(), [file for file in found.files if file in left_out])
 
 
 def _refuse_inside(path: Path, out: Path) -> None:
@@ -77,13 +84,14 @@ def _refuse_inside(path: Path, out: Path) -> None:
 
 def _find_homes(files: Sequence[Path], paths: Sequence[Path]) -> list[Path | None]:
     """Return the folder among `paths` that each file lies in; None for a file that was named itself."""
-    folders = [path for path in paths if path.is_dir()]
-    for folder in folders:
-        for other in folders:
-            if folder.resolve() in other.resolve().parents:
-                what, why = f"{other} lies in {folder}.", "Its text would be there twice."
-                raise DataError(what, why, "Name one of them.")
-    return [next((folder for folder in folders if folder in file.parents), None) for file in files]
+    folders = {path.resolve(): path for path in paths if path.is_dir()}
+    for place, folder in folders.items():
+        above = next((parent for parent in place.parents if parent in folders), None)
+        if above is not None:
+            what, why = f"{folder} lies in {folders[above]}.", "Its text would be there twice."
+            raise DataError(what, why, "Name one of them.")
+    named = {path for path in paths if path.is_dir()}
+    return [next((parent for parent in file.parents if parent in named), None) for file in files]
 
 
 def _strip(name: str) -> str:
@@ -91,18 +99,25 @@ def _strip(name: str) -> str:
     return name[: -len(max(endings, key=len))]
 
 
+def refuse_many(count: int) -> None:
+    """Raise DataError for more sources than a run can take samples from."""
+    if count > MOST_SOURCES:
+        why = f"A run takes its samples from blocks of {BLOCK}."
+        raise DataError(f"There are {count} sources.", why, f"Put them together to at most {MOST_SOURCES}.")
+
+
 def _refuse_ambiguous(origins: dict[str, dict[Path, list[Path]]], levels: int) -> None:
     """Raise DataError where two sources have one name, or the folders of two would lie in one another."""
     by_folded: dict[str, list[Path]] = {}
     for name, files in origins.items():
-        by_folded.setdefault(name.casefold(), []).extend(files)
+        by_folded.setdefault(nfc(name.casefold()), []).extend(files)
     for name, same in by_folded.items():
         if len(same) > 1:
             which = " and ".join(map(str, same[:2]))
             why = "Their shards would get one folder."
             above = "" if levels > 1 else ", or name the folder above them with `levels=2`"
             raise DataError(f"{which} are two sources of the name {name}.", why, f"Rename one{above}.")
-        above_it = next((each for each in by_folded if name.startswith(f"{each}/")), None)
+        above_it = next((each for each in map(str, PurePosixPath(name).parents) if each in by_folded), None)
         if above_it is not None:
             what = f"{by_folded[above_it][0]} is the source {above_it}, and {same[0]} is the source {name}."
             raise DataError(what, "A name stands for one source, or for all below it.", "Rename one of them.")
@@ -132,6 +147,7 @@ def match(name: str, names: Sequence[str], argument: str) -> list[str]:
 
     argument: where it was given.  Raises DataError with the known names where there is none.
     """
+    name = nfc(name)
     found = [each for each in names if each == name or each.startswith(f"{name}/")]
     if not found:
         groups = {each.rpartition("/")[0] for each in names if "/" in each}
