@@ -52,8 +52,9 @@ def compare(
     Checkpoints of different steps are different recipes, of one run too.  Of one recipe alone the result has its
     seeds, and no differences.
 
-    text: text files or folders, None: what the first run holds out.  items: at most so many documents, evenly spread.
-    field: of text in JSON lines and Parquet.  precision: of the weights, None: what each run validates in.
+    text: text files, folders, or mixes for what they hold out; None: what the first run holds out.  items: at most so
+    many documents, evenly spread.  field: of text in JSON lines and Parquet.  precision: of the weights, None: what
+    each run validates in.
     Raises ConfigError for fewer than two runs or two of one recipe, seed and step, CheckpointError, DataError where
     there is no text.
     """
@@ -164,28 +165,51 @@ def _explain_one_seed(one: _Named, other: _Named) -> LowvramError:
 
 
 def _read_documents(loaded: LoadedModel, texts: Sequence[Path], field: str, items: int | None) -> Task[list[str]]:
-    """Return at most `items` documents of the files in NFC, or of those that the run holds out, as their ids say."""
-    import numpy as np
+    """Return at most `items` documents of the files in NFC, or of those that the run holds out, as their ids say.
 
-    from lowvram.data.bad_rows import BadRows
-    from lowvram.data.nfc import nfc
-    from lowvram.data.source_set import open_sources
-    from lowvram.data.text import documents
-    from lowvram.data.text_files import find_text_files
+    Of a mix among the files that is what it holds out.
+    """
+    from lowvram.config.mix import is_mix, read_mix
     from lowvram.errors import DataError
     from lowvram.evaluate.records import spread
 
-    if texts:
-        found, files, read = [], find_text_files(list(texts)), BadRows()
-        yield from map(Notice, files.describe())
-        for file in files.files:
-            yield Progress(f"Reading {file.name}")
-            found += [nfc(document) for document in documents(file, field, bad_rows=read)]
-        yield from map(Notice, read.describe_encodings())
-        return spread(found, items)
-    held_out = loaded.run.data.held_out if loaded.run is not None else ()
-    if not held_out:
-        raise DataError("The first run names no data.valid.", "A comparison needs text.", "Name files with `text`.")
+    if not texts:
+        held_out = loaded.run.data.held_out if loaded.run is not None else ()
+        if not held_out:
+            raise DataError("The first run names no data.valid.", "A comparison needs text.", "Name files with `text`.")
+        return (yield from _read_held_out(loaded, held_out, items))
+    mixes = [path for path in texts if is_mix(path)]
+    named = [source for mix in mixes for source in read_mix(mix).valid(mix)]
+    if mixes and not named:
+        raise DataError(f"The mix {mixes[0]} holds nothing out.", "", "Name files with `text`.")
+    files = [path for path in texts if path not in mixes]
+    if not files:
+        return (yield from _read_held_out(loaded, named, items))
+    found = yield from _read_files(files, field)
+    return spread(found + ((yield from _read_held_out(loaded, named, None)) if named else []), items)
+
+
+def _read_files(paths: Sequence[Path], field: str) -> Task[list[str]]:
+    from lowvram.data.bad_rows import BadRows
+    from lowvram.data.nfc import nfc
+    from lowvram.data.text import documents
+    from lowvram.data.text_files import find_text_files
+
+    found, files, read = list[str](), find_text_files(paths), BadRows()
+    yield from map(Notice, files.describe())
+    for file in files.files:
+        yield Progress(f"Reading {file.name}")
+        found += [nfc(document) for document in documents(file, field, bad_rows=read)]
+    yield from map(Notice, read.describe_encodings())
+    return found
+
+
+def _read_held_out(loaded: LoadedModel, held_out: Sequence[tuple[str, Path]], items: int | None) -> Task[list[str]]:
+    import numpy as np
+
+    from lowvram.data.source_set import open_sources
+    from lowvram.evaluate.records import spread
+
     tokenizer = loaded.tokenizer
     shards = open_sources(held_out, tokenizer.hash, tokenizer.size)
     starts = []

@@ -52,6 +52,8 @@ def run_exclude(arguments: argparse.Namespace) -> None:
     from lowvram.cli.console import literal, result
     from lowvram.cli.next_step import next_step
     from lowvram.cli.tasks import run_task
+    from lowvram.data.exclusion_list import EXCLUDED
+    from lowvram.shell import quote_command
     from lowvram.units import count_of, show_bytes, show_count
 
     given = (arguments.strangest, arguments.above, arguments.boring, arguments.below)
@@ -63,5 +65,17 @@ def run_exclude(arguments: argparse.Namespace) -> None:
     for shards in found.shards:
         documents = count_of(shards.documents, "document")
         result(f"{shards.path}: {show_count(shards.tokens)} tokens of {documents} are left")
+    mix = _find_mix(arguments.shards)
+    if mix is not None:
+        option = quote_command("--exclude", found.shards[0].path / EXCLUDED)
+        literal(f"Next: the `lowvram data mix` that made {mix}, with {option} and another --out  (shares without them)")
+        return
     data = found.data if found.data is not None else found.path
     literal(next_step("fit", "--data", data, "--out", "run.toml", why="a run file for what is left"))
+
+
+def _find_mix(shards: Path) -> Path | None:
+    """Return the mix that a folder of shards is a source of, None where it is of none."""
+    from lowvram.config.mix import is_mix
+
+    return next((folder for folder in shards.resolve().parents if is_mix(folder)), None)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lowvram.config.mix import is_mix
 from lowvram.errors import DataError
 from lowvram.units import count_of
 
@@ -39,6 +40,7 @@ class TextFiles:
     broken_links: list[Path] = field(default_factory=list)
     linked_folders: list[Path] = field(default_factory=list)
     unreadable: list[Path] = field(default_factory=list)
+    mixes: list[Path] = field(default_factory=list)
     repeats: list[tuple[Path, Path]] = field(default_factory=list)
 
     def describe(self) -> list[str]:
@@ -54,6 +56,7 @@ class TextFiles:
             (self.broken_links, "broken link", "passed over"),
             (self.linked_folders, "linked folder", "not followed (it is read where it is named)"),
             (self.unreadable, "folder", "passed over for want of permission"),
+            (self.mixes, "mixed folder", "passed over (its text is packed already, or generated)"),
         ):
             if paths:
                 sentences.append(f"{count_of(len(paths), noun)} {why}: {list_few([str(path) for path in paths])}.")
@@ -77,13 +80,17 @@ def find_text_files(paths: Sequence[Path]) -> TextFiles:
     """Return the text files that `paths` name: files, folders, patterns that no shell expanded, `-`; sorted.
 
     A file that several names or links lead to is included once.  Hidden files in a folder are skipped without notice.
-    Raises DataError for a path that is missing or has another ending, and for a folder without a text file.
+    A mix in a folder is passed over.  Raises DataError for a mix that is named, for a path that is missing or has
+    another ending, and for a folder without a text file.
     """
     found = TextFiles()
     named: set[Path] = set()
     for path in [match for pattern in paths for match in _expand(Path(pattern))]:
         if is_stream(path):
             named.add(path)
+        elif path.is_dir() and is_mix(path):
+            why = "It holds packed text, and perhaps some that was generated."
+            raise DataError(f"{path} is a mix.", why, "Name the text that it was made of.")
         elif path.is_dir():
             inside = list(_walk(path, found))
             if not inside:
@@ -123,6 +130,9 @@ def _walk(folder: Path, found: TextFiles) -> Iterator[Path]:
 
     for parent, folders, names in os.walk(folder, onerror=note):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        mixes = [name for name in folders if is_mix(Path(parent, name))]
+        found.mixes += [Path(parent, name) for name in mixes]
+        folders[:] = [name for name in folders if name not in mixes]
         found.linked_folders += [Path(parent, name) for name in folders if os.path.islink(os.path.join(parent, name))]
         for path in (Path(parent, name) for name in names if not name.startswith(".")):
             if path.name in (REPORT, REPORT_PAGE):

@@ -11,18 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowvram.api.mix_options import read_caps, read_weights
+from lowvram.api.texts import choose_left_out
 from lowvram.config.mix import name_folders
-from lowvram.data.holdout import Holdout
+from lowvram.data.holdout import Holdout, hash_position
 from lowvram.data.loader import BLOCK, _share_out
 from lowvram.data.mix.caps import Sizes, apply_caps
 from lowvram.data.mix.demo_text import LEAST_BYTES, write_demo_text
 from lowvram.data.mix.shares import LEAST_SHARE, Wish, find_shares
-from lowvram.data.mix.sources import find_sources
+from lowvram.data.mix.sources import MOST_SOURCES, find_sources, match
 from lowvram.data.sample import write_document
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.source_set import Source, SourceSet, share_out
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import DataError
+from lowvram.errors import ConfigError, DataError
 from tests.data.conftest import follow
 
 ROUNDED = 2e-5
@@ -130,6 +132,44 @@ def test_a_cap_takes_documents_by_their_words_and_holds_out_as_many_of_them_as_o
     assert 0.07 < sum(map(holdout.takes, chosen)) / len(chosen) < 0.13
     with pytest.raises(DataError, match=r"A cap of 3 B leaves nothing of a\. Its first document"):
         apply_caps({"a": sizes}, {"a": 3})
+
+
+def test_a_cap_on_several_that_starves_one_names_it_and_the_cap() -> None:
+    sizes = {"tr/long": Sizes(), "tr/short": Sizes()}
+    for text in documents(400, "uzun"):
+        sizes["tr/long"].add(text)
+    last = max(documents(400, "kısa"), key=lambda text: hash_position(text, b"cap"))
+    sizes["tr/short"].add(last)
+    with pytest.raises(DataError, match=r"A cap of 2\.0 KiB of tr leaves nothing of tr/short\. Documents are taken in"):
+        apply_caps(sizes, {"tr": 2_000})
+    assert set(apply_caps(sizes, {"tr/long": 2_000})) == {"tr/long"}
+
+
+def test_names_are_the_same_in_every_form_of_unicode(tmp_path: Path) -> None:
+    decomposed, composed = (unicodedata.normalize(form, "söz") for form in ("NFD", "NFC"))
+    for name in (f"{decomposed}.txt", "other.txt"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    names = [source.name for source in find_sources([tmp_path], 1, tmp_path.parent / "mix").sources]
+    assert names == ["other", composed]
+    assert match(decomposed, names, "") == match(composed, names, "") == [composed]
+    assert read_caps({decomposed: "1kB"}) == {composed: 1_000}
+    with pytest.raises(ConfigError, match="are given"):
+        read_weights({decomposed: 2, composed: 3})
+    (tmp_path / f"{composed.upper()}.jsonl").write_text("x", encoding="utf-8")
+    with pytest.raises(DataError, match="are two sources of the name"):
+        find_sources([tmp_path], 1, tmp_path.parent / "mix")
+
+
+def test_sources_and_files_to_leave_out_are_counted_before_they_are_compared(tmp_path: Path) -> None:
+    for number in range(MOST_SOURCES + 1):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(DataError, match=rf"There are {MOST_SOURCES + 1} sources\."):
+        find_sources([tmp_path], 1, tmp_path.parent / "mix")
+    files = sorted(tmp_path.iterdir())
+    left_out = choose_left_out(files, files[:-1])  # quadratic in the number of files it would take minutes
+    assert left_out == set(files[:-1])
+    found = find_sources(files, 1, tmp_path.parent / "mix", lambda files: choose_left_out(files, files[2:]))
+    assert [len(found.sources), len(found.left_out)] == [2, MOST_SOURCES - 1]
 
 
 @pytest.fixture

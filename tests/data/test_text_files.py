@@ -37,6 +37,8 @@ def test_what_a_folder_holds_besides_text_is_counted_and_named(tmp_path: Path) -
     for name in ("b.docx", "c.DOCX", "README", ".hidden.md", ".git/x.txt", ".git/y.md"):
         write(tmp_path / name)
     write(tmp_path / "elsewhere/deep.txt.gz")
+    write(tmp_path / "mix/demo/text/5.txt")
+    write(tmp_path / "mix/mix.json", b"{}")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
     (tmp_path / "linked").symlink_to(tmp_path / "elsewhere")
     found = find_text_files([tmp_path])
@@ -45,6 +47,9 @@ def test_what_a_folder_holds_besides_text_is_counted_and_named(tmp_path: Path) -
     assert "23 files in the folders passed over (20 .pdf, 2 .docx, 1 without ending)." in told
     assert f"1 broken link passed over: {tmp_path / 'gone.txt'}." in told
     assert f"1 linked folder not followed (it is read where it is named): {tmp_path / 'linked'}." in told
+    assert f"1 mixed folder passed over (its text is packed already, or generated): {tmp_path / 'mix'}." in told
+    with pytest.raises(DataError, match=r"mix is a mix\. .* Name the text that it was made of\."):
+        find_text_files([tmp_path / "mix"])
     assert find_text_files([wanted]).describe() == []
 
 

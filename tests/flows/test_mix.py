@@ -21,6 +21,7 @@ from lowvram.api.texts import TextOptions
 from lowvram.config.mix import Mix, read_mix
 from lowvram.config.run_file import load_run
 from lowvram.data import shards as shards_module
+from lowvram.data.exclusion_list import hash_document
 from lowvram.data.mix import demo_text
 from lowvram.data.shard_set import ShardSet
 from lowvram.data.tokenizer import Tokenizer
@@ -131,8 +132,14 @@ def test_other_weights_pack_nothing_again_and_another_text_is_not_replaced_unask
         MixOptions(place / "tok", place / "mix", caps={"tr/treebank": 8_000}, levels=2, replace=True),
         processes=1,
     )
-    while (place / "mix/mix.json").exists():  # until a source has another text, whose shares the file would not know
+    treebank = place / "mix/tr/treebank/train"
+    packed = bytes_of(treebank)
+    while (place / "mix/mix.json").exists():  # until a source may get another text, whose shares the file does not know
         next(replacing)
+    assert bytes_of(treebank) == packed, "the file goes first"
+    while bytes_of(treebank) == packed:
+        next(replacing)
+    assert not (place / "mix/mix.json").exists()
     replacing.close()
     assert typed(*words(place, "--cap", "tr/treebank=8kB", "--replace")).code == 0
     assert [source.name for source in read_mix(place / "mix").sources] == list(SOURCES)
@@ -156,6 +163,11 @@ def test_a_run_file_names_every_source_and_a_folder_alone_means_the_same(home: P
     (home / "nested.toml").write_text(nested, encoding="utf-8")
     weights = [corpus.weight for corpus in data("nested.toml").train]
     assert weights == pytest.approx([3 * source.share for source in mixed.sources] + [1.0])
+    valid = 'valid = ["mix", { source = "kk", path = "mix" }, "other/valid"]\ntokenizer'
+    (home / "listed.toml").write_text(nested.replace("tokenizer", valid, 1), encoding="utf-8")
+    held_out = [name for name, _ in mixed.valid(home / "mix")]
+    names = [name for name, _ in data("listed.toml").held_out]
+    assert names == [*held_out, *(f"kk/{name}" for name in held_out), "other"]
     assert "the source that they read most often, of 5 with" in typed("fit", "--data", home / "mix").out
 
 
@@ -224,6 +236,8 @@ def test_a_run_over_a_mix_resumes_to_the_bit(trained: Path) -> None:
     assert unequal(told[0][-1], told[1][-1]) == []
     compared = typed("compare", trained / "plain", trained / "parts/step-00000003", "--items", 20)
     assert compared.code == 0, compared.err
+    runs = ("compare", trained / "plain", trained / "parts/step-00000003", "--items", 20, "--json")
+    assert typed(*runs, "--text", trained / "mix").out == typed(*runs).out
     remixed = Mix.model_validate_json((trained / "mix/mix.json").read_bytes())
     other = tuple(source.model_copy(update={"share": 1 / 5}) for source in remixed.sources)
     kept = (trained / "mix/mix.json").read_bytes()
@@ -326,6 +340,9 @@ def test_a_source_of_one_document_is_learnt_and_not_held_out(small: Path) -> Non
     [
         (("--weight", "a=-1"), "--weight a=-1 is no weight. It is a number above 0"),
         (("--weight", "a=120%"), "--weight a=120% is no weight."),
+        (("--weight", "a=2", "--weight", "a=3"), "--weight a=2 and --weight a=3 are given. a can have one of them."),
+        (("--cap", "a=5kB", "--cap", "b=9kB", "--cap", "a=4kB"), "--cap a=5kB and --cap a=4kB are given."),
+        (("--exclude", "nowhere"), "nowhere is missing."),
         (("--weight", "c=2"), "--weight c names c. There is no such source. Known: a, b."),
         (("--weight", "a=60%", "--weight", "b=60%"), "The shares that are given add up to 120% of the whole."),
         (("--cap", "a=lots"), "--cap a=lots is no size. A cap is a number of bytes of text, above 0."),
@@ -359,3 +376,86 @@ def test_one_source_or_an_empty_one_is_no_mix(small: Path) -> None:
     damaged = typed("fit", "--data", small / "mix")
     assert damaged.code == 1
     assert "mix.json cannot be read. sources: " in damaged.err
+
+
+def test_a_mix_and_plain_shards_never_share_a_folder(small: Path) -> None:
+    def say(*words: object) -> str:
+        answer = typed("data", *words, "--tokenizer", small / "tok")
+        assert answer.code == 1, answer.out
+        return answer.err
+
+    text, tok = small / "texts/a.txt", ("--tokenizer", small / "tok")
+    assert typed("data", "mix", small / "texts", *tok, "--out", small / "mix").code == 0
+    assert typed("data", "pack", text, *tok, "--out", small / "plain").code == 0
+    assert typed("data", "pack", text, *tok, "--out", small / "split", "--holdout", "10%").code == 0
+    before = bytes_of(small)
+    for out in ("mix", "mix/train", "mix/valid"):
+        assert "mix is a mix. A run that is to read" in say("pack", text, "--out", small / out)
+    assert "mix is a mix." in say("pack", text, "--out", small / "mix", "--holdout", "10%")
+    [one, *_] = text.read_text(encoding="utf-8").split("\n\n")
+    assert "mix is a mix." in say("exclude", small / "plain", "--hash", hash_document(one), "--out", small / "mix")
+    for out, holds in (("plain", "plain"), ("split", "split/train")):
+        assert f"{holds} holds shards already." in say("mix", small / "texts", "--out", small / out)
+    assert "mix is a mix. It holds packed text" in say("pack", small / "mix", "--out", small / "other")
+    assert bytes_of(small) == before
+    shutil.copytree(small / "plain", small / "mix/train")
+    both = typed("fit", "--data", small / "mix")
+    assert both.code == 1
+    assert re.search(r"is a mix, and \S+mix/train holds other shards\.", both.err)
+
+
+def test_documents_of_a_list_are_left_out_of_every_source_and_of_what_a_cap_counts(small: Path) -> None:
+    words = ("data", "mix", small / "texts", "--tokenizer", small / "tok")
+    assert typed(*words, "--out", small / "mix").code == 0
+    texts = {name: (small / f"texts/{name}.txt").read_text(encoding="utf-8").split("\n\n") for name in "ab"}
+    chosen = [hash_document(texts[name][place]) for name, place in (("a", 3), ("a", 50), ("b", 7))]
+    where = ("--out", small / "rest", "--tokenizer", small / "tok")
+    less = typed("data", "exclude", small / "mix/a/train", "--hash", *chosen, *where)
+    assert less.code == 0, less.err
+    excluded = small / "rest/excluded.json"
+    assert less.out.splitlines()[-1].startswith(
+        f"Next: the `lowvram data mix` that made {small / 'mix'}, with --exclude"
+    )
+    assert f"--exclude {excluded} and another --out" in less.out
+    assert typed(*words, "--out", small / "anew", "--exclude", excluded).code == 0
+    assert [source.documents for source in read_mix(small / "anew").sources] == [78, 80]
+    assert ShardSet.open(small / "anew/a/train").hash == ShardSet.open(small / "rest").hash
+
+    (small / "list").write_text("\n".join([*chosen, "0" * 64]), encoding="utf-8")
+    capped = sum(len(text.encode()) for text in texts["a"]) - sum(len(texts["a"][place].encode()) for place in (3, 50))
+    more = ("--cap", f"a={capped}", "--holdout", "10%")
+    answer = typed(*words, "--out", small / "capped", "--exclude", small / "list", *more)
+    assert answer.code == 0, answer.err
+    assert "Left out 3 listed documents." in answer.err
+    assert "1 of 4 listed texts do not occur in what was packed." in answer.err
+    assert [source.left_out_bytes for source in read_mix(small / "capped").sources] == [0, 0]
+    rows = json.loads((small / "capped/b/train/excluded.json").read_text(encoding="utf-8"))["left_out"]
+    assert [(row["hash"], row["why"]) for row in rows] == [(chosen[2], "in list")]
+    found = mix(
+        small / "texts",
+        small / "python",
+        tokenizer=small / "tok",
+        exclude=small / "list",
+        caps={"a": capped},
+        holdout=0.1,
+    )
+    assert [source.documents for source in found.sources] == [s.documents for s in read_mix(small / "capped").sources]
+    assert bytes_of(small / "python") == bytes_of(small / "capped")
+
+
+def test_what_is_left_out_and_skipped_is_told_once(small: Path) -> None:
+    rows = [json.dumps({"text": " ".join(TURKISH)}), '{"text": 5}', '{"text": null}']
+    (small / "texts/c.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (small / "texts/d.txt").write_text("x", encoding="utf-8")
+    words = ("data", "mix", small / "texts", "--tokenizer", small / "tok", "--out", small / "mix", "--holdout", "10%")
+    answer = typed(*words, "--leave-out", small / "texts/d.txt", "--on-bad-row", "skip")
+    assert answer.code == 0, answer.err
+    assert f"Left out as asked: {small / 'texts/d.txt'}." in answer.err.replace("\n", " ")
+    assert answer.err.count("Skipped: ") == 2
+    assert answer.err.count("Skipped 2 of 3 rows") == 1
+    assert "Nothing is held out of c:" in answer.err
+    shutil.copytree(small / "mix/a/valid", small / "mix/c/valid")
+    again = typed(*words, "--leave-out", small / "texts/d.txt", "--on-bad-row", "skip")
+    assert again.code == 1
+    assert "c/valid holds text that was held out. This --holdout holds out nothing of c:" in again.err
+    assert "Give the same" not in again.err
