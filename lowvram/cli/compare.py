@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "alone the spread of its seeds is told.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or their step-… folders")
-    text = f"{TEXTS} (default: what the first run holds out)"
+    text = f"{TEXTS}; a mix for what it holds out (default: what the first run holds out)"
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", action="extend", help=text)
     parser.add_argument("--items", type=count, metavar="N", help="only N documents, evenly spread (default: all)")
     add_field(parser)
