@@ -16,6 +16,7 @@ from typing import Any
 
 from lowvram.data.lines import LineReader
 from lowvram.data.nfc import nfc
+from lowvram.data.shard_set import INDEX, read_json
 from lowvram.data.text_stream import TextStream, open_table
 from lowvram.errors import DataError
 from lowvram.storage.json_files import JsonError, read_object
@@ -63,9 +64,19 @@ def is_hash(word: str) -> bool:
     return _HASH.fullmatch(word.lower()) is not None
 
 
+def holds_list(file: Path) -> bool:
+    """Return whether a file is a list such as folders of shards keep."""
+    try:
+        return file.is_file() and read_object(file, _MOST_BYTES).keys() >= {"format", LEFT_OUT}
+    except (OSError, JsonError):
+        return False
+
+
 def read_excluded(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of the documents that were left out of a folder of shards before; empty where none were."""
-    return read_list(folder / EXCLUDED) if (folder / EXCLUDED).is_file() else []
+    sources = read_json(folder / INDEX).get("sources")
+    is_stated = isinstance(sources, dict) and bool(sources.get(LEFT_OUT))
+    return list(read_list(folder / EXCLUDED)) if is_stated and (folder / EXCLUDED).is_file() else []
 
 
 def read_list(file: Path) -> list[dict[str, Any]]:

@@ -27,9 +27,10 @@ from tests.flows.typed import environment
 OUT = (0, 5, 58)
 
 # Excludes in children that die, each when it comes to touch the disk for another time; each time the work is then
-# finished by a child that does not: SHARDS TOKENIZER LIST HOME.
+# finished by a child that does not: SHARDS TOKENIZER LIST HOME [EARLIER].  EARLIER: shards with a list of what was left
+# out, which are in the folder before and are replaced by all of the shards.
 SCRIPT = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 from lowvram.data.exclusion import find_documents, write_rest
 from lowvram.data.exclusion_list import read_list
@@ -58,13 +59,22 @@ def run(out, die_at):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     disk = Mortal()
     disk.left = die_at
-    finish(write_rest(shards, found, tokenizer, out, disk))
+    finish(write_rest(shards, found, tokenizer, out, disk, replace=bool(earlier)))
     os._exit(0)
 
 shards, tokenizer = ShardSet.open(Path(sys.argv[1])), Tokenizer.load(Path(sys.argv[2]))
-found = finish(find_documents(shards, tokenizer, {row["hash"]: row for row in read_list(Path(sys.argv[3]))}))
+earlier = sys.argv[5:]
+listed = {} if earlier else {row["hash"]: row for row in read_list(Path(sys.argv[3]))}
+found = finish(find_documents(shards, tokenizer, listed))
+
+def prepare(die_at):
+    out = Path(sys.argv[4], f"{die_at:03d}")
+    if earlier:
+        shutil.copytree(earlier[0], out)
+    return out
+
 die_at = 1
-while run(Path(sys.argv[4], f"{die_at:03d}"), die_at) == 9:
+while run(prepare(die_at), die_at) == 9:
     assert run(Path(sys.argv[4], f"{die_at:03d}"), 0) == 0
     die_at += 1
 """
@@ -142,8 +152,14 @@ def test_what_was_left_out_is_listed_and_packing_with_the_list_gives_the_same_to
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["in a new folder", "over an earlier list"])
 def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
-    folder: Path, texts: list[str], small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    texts: list[str],
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_replaced: bool,
 ) -> None:
     monkeypatch.setattr("lowvram.data.shards.PART_BYTES", 3_000)
     packed = pack([folder], small_tokenizer, tmp_path / "out", processes=1)
@@ -156,6 +172,10 @@ def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "home").mkdir()
     words = [tmp_path / "script.py", packed.directory, small_tokenizer.directory, listed, tmp_path / "home"]
+    if is_replaced:
+        words.append(tmp_path / "earlier")
+        exclude(packed.directory, words[-1], hashes=listed, tokenizer=small_tokenizer.directory)
+        assert (tmp_path / "earlier/excluded.json").is_file()
     subprocess.run([sys.executable, *map(str, words)], env=environment(), check=True)
     *resumed, whole = sorted((tmp_path / "home").iterdir())
     assert len(resumed) > 20
@@ -163,6 +183,7 @@ def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
     assert {kind.suffix for kind in map(Path, expected)} == {".bin", ".json", ".places"}
     assert [out.name for out in resumed if bytes_of(out) != expected] == []
     assert bytes_of(packed.directory) == before
+    assert is_replaced == ("excluded.json" not in expected)
 
 
 def test_where_links_are_refused_shards_are_copied(
