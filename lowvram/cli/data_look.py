@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,9 +64,14 @@ def run_look(arguments: argparse.Namespace) -> None:
         literal(json.dumps(found.as_dict()))
         return
     _show(found)
-    rest = f"{arguments.shards.resolve().name}-rest"
     words = ("data", "exclude", arguments.shards, "--listed", found.out, "--strangest", str(arguments.most))
-    literal(next_step(*words, "--out", arguments.shards.with_name(rest), why="when you have read them"))
+    literal(next_step(*words, "--out", _name_rest(arguments.shards), why="when you have read them"))
+
+
+def _name_rest(shards: Path) -> Path:
+    """Return the name of a folder beside that of the shards, also where that is `.` or a drive."""
+    named = shards if shards.name not in ("", "..") else Path(os.path.abspath(shards))
+    return named.parent / f"{named.name or 'shards'}-rest"
 
 
 def _show(found: Looked) -> None:
