@@ -215,6 +215,7 @@ def _announce(shards: ShardSet, options: LookOptions, choice: Choice) -> Task[No
 
 
 def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: Choice) -> Task[Looked]:
+    from lowvram.data.exclusion_list import FILE
     from lowvram.evaluate.document_score import score_documents
     from lowvram.evaluate.look_file import LookFile, describe_row
     from lowvram.evaluate.scorer import Scorer
@@ -236,7 +237,7 @@ def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: 
                 totals.add(row)
             yield Progress(what, done, choice.tokens, f"{len(file):,} done")
         strangest, boring = file.extremes(options.most)
-        if any(row["file"] is None for row in (*strangest, *boring)):
+        if any(row[FILE] is None for row in (*strangest, *boring)):
             yield Notice(_explain_unknown(shards.directory), "warning")
         found = _describe(loaded, shards, options, choice, totals)
         file.finish()
@@ -271,12 +272,14 @@ class _Totals:
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a document."""
-        bits = row["bits_per_byte"] * row["bytes"]
-        self.tokens += row["tokens"]
-        self.text_bytes += row["bytes"]
+        from lowvram.data.exclusion_list import BITS_PER_BYTE, BYTES, FILE, TOKENS
+
+        bits = row[BITS_PER_BYTE] * row[BYTES]
+        self.tokens += row[TOKENS]
+        self.text_bytes += row[BYTES]
         self.bits += bits
-        total = self._by_file[row["file"] or _UNKNOWN]
-        for place, value in enumerate((1, row["bytes"], bits)):
+        total = self._by_file[row[FILE] or _UNKNOWN]
+        for place, value in enumerate((1, row[BYTES], bits)):
             total[place] += value
 
     def sources(self) -> tuple[SourceScore, ...]:
@@ -295,26 +298,36 @@ class _Totals:
 
 def _describe(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: Choice, totals: _Totals) -> Looked:
     return Looked(
-        shards.directory,
-        loaded.path,
-        loaded.checkpoint.step if loaded.checkpoint is not None else None,
-        shards.documents,
-        choice.documents,
-        choice.short,
-        options.least_bytes,
-        totals.tokens,
-        totals.text_bytes,
-        totals.bits / totals.text_bytes,
-        totals.sources(),
-        (),
-        (),
-        options.out,
+        shards=shards.directory,
+        checkpoint=loaded.path,
+        step=loaded.checkpoint.step if loaded.checkpoint is not None else None,
+        documents=shards.documents,
+        scored=choice.documents,
+        short=choice.short,
+        least_bytes=options.least_bytes,
+        tokens=totals.tokens,
+        text_bytes=totals.text_bytes,
+        bits_per_byte=totals.bits / totals.text_bytes,
+        sources=totals.sources(),
+        strangest=(),
+        boring=(),
+        out=options.out,
     )
 
 
 def _see(row: dict[str, Any]) -> SeenDocument:
-    given = ("hash", "bits_per_byte", "bytes", "file", "line", "shard", "document", "excerpt")
-    return SeenDocument(*(row[name] for name in given))
+    from lowvram.data import exclusion_list as keys
+
+    return SeenDocument(
+        hash=row[keys.HASH],
+        bits_per_byte=row[keys.BITS_PER_BYTE],
+        text_bytes=row[keys.BYTES],
+        file=row[keys.FILE],
+        line=row[keys.LINE],
+        shard=row[keys.SHARD],
+        document=row[keys.DOCUMENT],
+        excerpt=row[keys.EXCERPT],
+    )
 
 
 def find_source(document: SeenDocument, sources: Sequence[SourceScore]) -> str:

@@ -128,11 +128,11 @@ def pack_task(
 
 
 def _read_exclusion(file: Path | None) -> Exclusion | None:
-    from lowvram.data.exclusion_list import Exclusion, read_list
+    from lowvram.data.exclusion_list import HASH, WHY, Exclusion, read_list
 
     if file is None:
         return None
-    return Exclusion({row["hash"]: row | {"why": row.get("why") or f"in {file.name}"} for row in read_list(file)})
+    return Exclusion({row[HASH]: row | {WHY: row.get(WHY) or f"in {file.name}"} for row in read_list(file)})
 
 
 def _tell_excluded(exclusion: Exclusion | None) -> Iterator[Notice]:

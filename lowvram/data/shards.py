@@ -223,7 +223,7 @@ def _parts(
             if takes is not None and not takes(text):
                 continue
             place = cursor.origin or (file, cursor.line)
-            if exclusion and exclusion.takes(text, *place):
+            if exclusion and exclusion.leaves_out(text, *place):
                 continue
             side = sides[holdout is not None and holdout.takes(text)]
             side.add(text)

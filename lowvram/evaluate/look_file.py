@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from lowvram.data.exclusion_list import BITS_PER_BYTE, BYTES, DOCUMENT, EXCERPT, FILE, HASH, LINE, SHARD, TOKENS
 from lowvram.errors import DataError
 from lowvram.evaluate.document_score import DocumentScore
 from lowvram.storage.disk import DISK, Disk, explain_full_disk
@@ -23,8 +24,6 @@ _UNFINISHED = "unfinished"
 _KEY_LETTERS = 12
 _BLOCK_BYTES = 1 << 20
 _PIECE_END = b'{"piece": "finished"}\n'
-# The keys of a row that other commands read.
-HASH, BITS_PER_BYTE = "hash", "bits_per_byte"
 
 
 def describe_row(score: DocumentScore) -> dict[str, Any]:
@@ -32,13 +31,13 @@ def describe_row(score: DocumentScore) -> dict[str, Any]:
     return {
         HASH: score.hash,
         BITS_PER_BYTE: score.bits_per_byte,
-        "bytes": score.text_bytes,
-        "tokens": score.tokens,
-        "file": score.place.file if score.place else None,
-        "line": score.place.line if score.place else None,
-        "shard": score.shard,
-        "document": score.number,
-        "excerpt": score.excerpt,
+        BYTES: score.text_bytes,
+        TOKENS: score.tokens,
+        FILE: score.place.file if score.place else None,
+        LINE: score.place.line if score.place else None,
+        SHARD: score.shard,
+        DOCUMENT: score.number,
+        EXCERPT: score.excerpt,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from lowvram.api import exclude
 from lowvram.api import pack as pack_texts
-from lowvram.data.exclusion_list import hash_document
+from lowvram.data.exclusion_list import RowRules, choose, hash_document, read_list
 from lowvram.data.nfc import nfc
 from lowvram.data.places import Place
 from lowvram.data.shard_documents import open_documents
@@ -255,6 +256,25 @@ def test_rules_choose_from_a_list(tmp_path: Path, options: dict[str, float], num
     found = read_exclusion(ExcludeOptions(tmp_path / "look.jsonl", **options))  # type: ignore[arg-type]
     assert {int(name, 16) for name in found} == numbers
     assert all("of look.jsonl" in row["why"] for row in found.values())
+
+
+def test_the_ends_of_any_list_are_those_of_the_sorted_one_and_excerpts_are_not_kept(tmp_path: Path) -> None:
+    lot = random.Random(3)
+    for most in range(1, 12):
+        rows = [
+            {"hash": f"{lot.randrange(9):064x}", "bits_per_byte": lot.randrange(6) / 2, "file": "a", "excerpt": "x"}
+            for _ in range(lot.randrange(1, 40))
+        ]
+        (tmp_path / "look.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        for rules, sign in ((RowRules(strangest=most), -1), (RowRules(boring=most), 1)):
+            by_hash: dict[str, float] = {}
+            for row in rows:
+                bits = sign * float(str(row["bits_per_byte"]))
+                by_hash[str(row["hash"])] = min(bits, by_hash.get(str(row["hash"]), bits))
+            found = choose(tmp_path / "look.jsonl", read_list(tmp_path / "look.jsonl"), rules)
+            assert sorted(sign * row["bits_per_byte"] for row in found.values()) == sorted(by_hash.values())[:most]
+            assert all(sign * row["bits_per_byte"] == by_hash[name] for name, row in found.items())
+            assert {tuple(row) for row in found.values()} == {("hash", "bits_per_byte", "file", "why")}
 
 
 @pytest.mark.parametrize(
