@@ -32,12 +32,14 @@ class LookOptions:
 
     tokens: about so many are scored, None for all.  least_bytes: shorter documents are left out.  most: so many of the
     strangest and of the most boring documents are returned.  out: gets a row for every document that was scored.
+    replace: whether `out` may be the list of another look, which is replaced.
     """
 
     tokens: int | None = DEFAULT_TOKENS
     least_bytes: int = DEFAULT_LEAST
     most: int = DEFAULT_MOST
     out: Path = DEFAULT_LOOK_OUT
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def look(
     least_bytes: int = DEFAULT_LEAST,
     most: int = DEFAULT_MOST,
     out: str | Path = DEFAULT_LOOK_OUT,
+    replace: bool = False,
     precision: Precision | None = None,
     device: str = "auto",
     progress: bool = False,
@@ -131,9 +134,10 @@ def look(
     shards: a folder of shards; of one that was split, its training data.  checkpoint: a run, or a checkpoint.  tokens:
     about so many are read, in documents that are always the same; all_documents: read all.  least_bytes: shorter
     documents are left out.  most: how many of each end are returned.  out: a file of JSON lines with every document
-    that was scored, for `exclude`; if it is interrupted, the same call goes on.  precision, device: as for `evaluate`.
-    Raises DataError where there are no such shards, they are of another tokenizer than the model's, or no document is
-    long enough; CheckpointError, MachineError, NumbersError.
+    that was scored, for `exclude`; if it is interrupted, the same call goes on.  replace: replace a list of another
+    model, of other shards or by other options there.  precision, device: as for `evaluate`.
+    Raises DataError where there are no such shards, they are of another tokenizer than the model's, no document is
+    long enough, or `out` is another list; BusyError, CheckpointError, MachineError, NumbersError.
     """
     from lowvram.api.arguments import PATH, refuse_count, refuse_missing
     from lowvram.api.progress import carry_out
@@ -143,8 +147,9 @@ def look(
     refuse_missing("device", device, str)
     for name, count in (("tokens", tokens), ("least_bytes", least_bytes), ("most", most)):
         refuse_count(name, count)
-    refuse_missing("all_documents", all_documents, bool)
-    options = LookOptions(None if all_documents else tokens, least_bytes, most, Path(out))
+    for name, switch in (("all_documents", all_documents), ("replace", replace)):
+        refuse_missing(name, switch, bool)
+    options = LookOptions(None if all_documents else tokens, least_bytes, most, Path(out), replace)
     found, notices = carry_out(look_task(Path(shards), Path(checkpoint), options, precision, device), progress)
     return dataclasses.replace(found, notices=notices)
 
@@ -161,7 +166,7 @@ def look_task(
     from lowvram.data.shard_documents import check_tokenizer
     from lowvram.data.shards import ShardSet
     from lowvram.evaluate.document_score import choose_documents
-    from lowvram.evaluate.look_file import refuse_longer_list, refuse_other_file
+    from lowvram.evaluate.look_file import refuse_other_file
 
     refuse_other_file(options.out)
     folder = yield from choose_training_side(path)
@@ -172,7 +177,6 @@ def look_task(
     choosing = choose_documents(shards, loaded.tokenizer, options.tokens, options.least_bytes)
     choice = yield from count_progress(choosing, "Choosing documents")
     _refuse_none(shards, options, choice)
-    refuse_longer_list(options.out, choice.documents)
     yield from _announce(shards, options, choice)
     return (yield from _score(loaded, shards, options, choice))
 
@@ -222,7 +226,7 @@ def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: 
 
     scorer = Scorer(loaded.model, loaded.dtype, loaded.tokenizer, loaded.trained_len)
     totals = _Totals()
-    with LookFile(options.out, _key_of(loaded, shards, options)) as file:
+    with LookFile(options.out, _key_of(loaded, shards, options), replace=options.replace) as file:
         for row in file.read_kept():
             totals.add(row)
         if len(file):

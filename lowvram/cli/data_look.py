@@ -44,6 +44,8 @@ def add_look(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     look.add_argument("--most", type=count, default=DEFAULT_MOST, metavar="N", help=what)
     what = "the list of all documents that were scored (default: %(default)s)"
     look.add_argument("--out", type=Path, default=DEFAULT_LOOK_OUT, metavar="FILE", help=what)
+    what = "replace the list of another model, of other shards or by other options"
+    look.add_argument("--replace", action="store_true", help=what)
     look.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     add_precision(look, "what the run validates in")
     add_device(look)
@@ -58,7 +60,7 @@ def run_look(arguments: argparse.Namespace) -> None:
     from lowvram.cli.tasks import run_task
 
     tokens = None if arguments.all else arguments.tokens
-    options = LookOptions(tokens, arguments.least, arguments.most, arguments.out)
+    options = LookOptions(tokens, arguments.least, arguments.most, arguments.out, arguments.replace)
     found = run_task(look_task(arguments.shards, arguments.model, options, arguments.precision, arguments.device))
     if arguments.json:
         literal(json.dumps(found.as_dict()))
