@@ -190,7 +190,7 @@ def choose_training_side(path: Path) -> Task[Path]:
         return path
     if holds_shards(valid):
         what = f"Held-out text in {valid} stays as it is, so that runs can be compared on it."
-        yield Notice(f"{what}  Name that folder itself to look into it.", "detail")
+        yield Notice(f"{what} Name that folder itself to look into it.", "detail")
     return train
 
 
@@ -214,7 +214,7 @@ def _announce(shards: ShardSet, options: LookOptions, choice: Choice) -> Task[No
     of = f"{show_count(choice.tokens)} of {show_count(shards.tokens)} tokens"
     short = f"; {choice.short:,} are shorter than {options.least_bytes} bytes" if choice.short else ""
     is_sample = choice.documents + choice.short < shards.documents
-    rest = "  They are drawn by lot, and the same each time; `all_documents` reads all." if is_sample else ""
+    rest = " They are drawn by lot, and the same each time; `all_documents` reads all." if is_sample else ""
     yield Notice(f"Reading {what}, {of}{short}.{rest}")
 
 
@@ -251,7 +251,7 @@ def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: 
 def _explain_unknown(folder: Path) -> str:
     return (
         f"Some shards in {folder} do not say which file and line their documents are from: they were packed by an "
-        "older lowvram.  Packing the same text into that folder again notes it, and keeps the shards."
+        "older lowvram. Packing the same text into that folder again notes it, and keeps the shards."
     )
 
 

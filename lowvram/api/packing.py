@@ -121,7 +121,7 @@ def pack_task(
     yield from _tell_excluded(exclusion)
     is_split = holdout is not None
     if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
-        yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
+        yield Notice(f"{warning} Give `holdout` a larger share, or pack more text.", "warning")
     has_validation = is_split or out.name == "valid" or (out.parent / "valid").is_dir()
     home = out.parent if not is_split and out.name in ("train", "valid") else out
     return Packed(tuple(map(describe_shards, sides)), has_validation, find_data(home, tokenizer))

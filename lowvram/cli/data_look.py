@@ -21,9 +21,9 @@ _PIPE_WIDTH, _LEAST_EXCERPT = 120, 20
 _WIDEST_PLACE = 30
 _DESCRIPTION = (
     "Let a trained model name the documents that it finds strangest and most boring: those that cost it the most and "
-    "the fewest bits per byte.  Strange are damaged text, other languages, tables of numbers; boring are text that "
-    "repeats itself, and what a site prints on every page.  A model that was trained on part of the text for an hour "
-    "is good enough.  Every document that was scored goes to a list, for `lowvram data exclude`; if it is interrupted, "
+    "the fewest bits per byte. Strange are damaged text, other languages, tables of numbers; boring are text that "
+    "repeats itself, and what a site prints on every page. A model that was trained on part of the text for an hour "
+    "is good enough. Every document that was scored goes to a list, for `lowvram data exclude`; if it is interrupted, "
     "the same command continues where it stopped."
 )
 
