@@ -142,30 +142,30 @@ def exclude_task(
 
 def read_exclusion(options: ExcludeOptions) -> dict[str, dict[str, Any]]:
     """Return the rows of the documents to leave out, by hash; raises ConfigError where none is named."""
-    from lowvram.data.exclusion_list import Choice, choose, is_hash, read_list
+    from lowvram.data.exclusion_list import HASH, WHY, RowRules, choose, is_hash, read_list
     from lowvram.errors import ConfigError, argument
 
-    rules = ", ".join(argument(name) for name in ("strangest", "above", "boring", "below"))
-    choice = Choice(options.strangest, options.above, options.boring, options.below)
-    if options.listed is None and choice:
-        raise ConfigError(f"{argument('listed')} is missing.", f"{rules} choose from a list.", "Name one.")
-    if options.listed is not None and not choice:
+    options_of_rules = ", ".join(argument(name) for name in ("strangest", "above", "boring", "below"))
+    rules = RowRules(options.strangest, options.above, options.boring, options.below)
+    if options.listed is None and rules:
+        raise ConfigError(f"{argument('listed')} is missing.", f"{options_of_rules} choose from a list.", "Name one.")
+    if options.listed is not None and not rules:
         what = f"{argument('listed', options.listed)} names a list, and nothing says which of it are meant."
-        fix = f"Give {rules}, or name the file with {argument('hashes')}, where all of it are meant."
+        fix = f"Give {options_of_rules}, or name the file with {argument('hashes')}, where all of it are meant."
         raise ConfigError(what, "A list has every document that was scored.", fix)
     found: dict[str, dict[str, Any]] = {}
     if options.listed is not None:
-        found |= choose(options.listed, read_list(options.listed), choice)
+        found |= choose(options.listed, read_list(options.listed), rules)
     for word in options.hashes:
         if is_hash(word):
-            found.setdefault(word.lower(), {"hash": word.lower(), "why": "named"})
+            found.setdefault(word.lower(), {HASH: word.lower(), WHY: "named"})
         else:
             file = Path(word)
             for row in read_list(file):
-                found.setdefault(row["hash"], row | {"why": row.get("why") or f"in {file.name}"})
+                found.setdefault(row[HASH], row | {WHY: row.get(WHY) or f"in {file.name}"})
     if not found:
         what = "Nothing says which documents are to be left out."
-        fix = f"Give {argument('listed')} with {rules}, or {argument('hashes')}."
+        fix = f"Give {argument('listed')} with {options_of_rules}, or {argument('hashes')}."
         raise ConfigError(what, "Without a list nothing would change.", fix)
     return found
 

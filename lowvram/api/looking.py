@@ -32,12 +32,14 @@ class LookOptions:
 
     tokens: about so many are scored, None for all.  least_bytes: shorter documents are left out.  most: so many of the
     strangest and of the most boring documents are returned.  out: gets a row for every document that was scored.
+    replace: whether `out` may be the list of another look, which is replaced.
     """
 
     tokens: int | None = DEFAULT_TOKENS
     least_bytes: int = DEFAULT_LEAST
     most: int = DEFAULT_MOST
     out: Path = DEFAULT_LOOK_OUT
+    replace: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def look(
     least_bytes: int = DEFAULT_LEAST,
     most: int = DEFAULT_MOST,
     out: str | Path = DEFAULT_LOOK_OUT,
+    replace: bool = False,
     precision: Precision | None = None,
     device: str = "auto",
     progress: bool = False,
@@ -131,9 +134,10 @@ def look(
     shards: a folder of shards; of one that was split, its training data.  checkpoint: a run, or a checkpoint.  tokens:
     about so many are read, in documents that are always the same; all_documents: read all.  least_bytes: shorter
     documents are left out.  most: how many of each end are returned.  out: a file of JSON lines with every document
-    that was scored, for `exclude`; if it is interrupted, the same call goes on.  precision, device: as for `evaluate`.
-    Raises DataError where there are no such shards, they are of another tokenizer than the model's, or no document is
-    long enough; CheckpointError, MachineError, NumbersError.
+    that was scored, for `exclude`; if it is interrupted, the same call goes on.  replace: replace a list of another
+    model, of other shards or by other options there.  precision, device: as for `evaluate`.
+    Raises DataError where there are no such shards, they are of another tokenizer than the model's, no document is
+    long enough, or `out` is another list; BusyError, CheckpointError, MachineError, NumbersError.
     """
     from lowvram.api.arguments import PATH, refuse_count, refuse_missing
     from lowvram.api.progress import carry_out
@@ -143,8 +147,9 @@ def look(
     refuse_missing("device", device, str)
     for name, count in (("tokens", tokens), ("least_bytes", least_bytes), ("most", most)):
         refuse_count(name, count)
-    refuse_missing("all_documents", all_documents, bool)
-    options = LookOptions(None if all_documents else tokens, least_bytes, most, Path(out))
+    for name, switch in (("all_documents", all_documents), ("replace", replace)):
+        refuse_missing(name, switch, bool)
+    options = LookOptions(None if all_documents else tokens, least_bytes, most, Path(out), replace)
     found, notices = carry_out(look_task(Path(shards), Path(checkpoint), options, precision, device), progress)
     return dataclasses.replace(found, notices=notices)
 
@@ -161,7 +166,7 @@ def look_task(
     from lowvram.data.shard_documents import check_tokenizer
     from lowvram.data.shards import ShardSet
     from lowvram.evaluate.document_score import choose_documents
-    from lowvram.evaluate.look_file import refuse_longer_list, refuse_other_file
+    from lowvram.evaluate.look_file import refuse_other_file
 
     refuse_other_file(options.out)
     folder = yield from choose_training_side(path)
@@ -172,7 +177,6 @@ def look_task(
     choosing = choose_documents(shards, loaded.tokenizer, options.tokens, options.least_bytes)
     choice = yield from count_progress(choosing, "Choosing documents")
     _refuse_none(shards, options, choice)
-    refuse_longer_list(options.out, choice.documents)
     yield from _announce(shards, options, choice)
     return (yield from _score(loaded, shards, options, choice))
 
@@ -186,7 +190,7 @@ def choose_training_side(path: Path) -> Task[Path]:
         return path
     if holds_shards(valid):
         what = f"Held-out text in {valid} stays as it is, so that runs can be compared on it."
-        yield Notice(f"{what}  Name that folder itself to look into it.", "detail")
+        yield Notice(f"{what} Name that folder itself to look into it.", "detail")
     return train
 
 
@@ -210,18 +214,19 @@ def _announce(shards: ShardSet, options: LookOptions, choice: Choice) -> Task[No
     of = f"{show_count(choice.tokens)} of {show_count(shards.tokens)} tokens"
     short = f"; {choice.short:,} are shorter than {options.least_bytes} bytes" if choice.short else ""
     is_sample = choice.documents + choice.short < shards.documents
-    rest = "  They are drawn by lot, and the same each time; `all_documents` reads all." if is_sample else ""
+    rest = " They are drawn by lot, and the same each time; `all_documents` reads all." if is_sample else ""
     yield Notice(f"Reading {what}, {of}{short}.{rest}")
 
 
 def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: Choice) -> Task[Looked]:
+    from lowvram.data.exclusion_list import FILE
     from lowvram.evaluate.document_score import score_documents
     from lowvram.evaluate.look_file import LookFile, describe_row
     from lowvram.evaluate.scorer import Scorer
 
     scorer = Scorer(loaded.model, loaded.dtype, loaded.tokenizer, loaded.trained_len)
     totals = _Totals()
-    with LookFile(options.out, _key_of(loaded, shards, options)) as file:
+    with LookFile(options.out, _key_of(loaded, shards, options), replace=options.replace) as file:
         for row in file.read_kept():
             totals.add(row)
         if len(file):
@@ -236,7 +241,7 @@ def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: 
                 totals.add(row)
             yield Progress(what, done, choice.tokens, f"{len(file):,} done")
         strangest, boring = file.extremes(options.most)
-        if any(row["file"] is None for row in (*strangest, *boring)):
+        if any(row[FILE] is None for row in (*strangest, *boring)):
             yield Notice(_explain_unknown(shards.directory), "warning")
         found = _describe(loaded, shards, options, choice, totals)
         file.finish()
@@ -246,7 +251,7 @@ def _score(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: 
 def _explain_unknown(folder: Path) -> str:
     return (
         f"Some shards in {folder} do not say which file and line their documents are from: they were packed by an "
-        "older lowvram.  Packing the same text into that folder again notes it, and keeps the shards."
+        "older lowvram. Packing the same text into that folder again notes it, and keeps the shards."
     )
 
 
@@ -271,12 +276,14 @@ class _Totals:
 
     def add(self, row: dict[str, Any]) -> None:
         """Add a document."""
-        bits = row["bits_per_byte"] * row["bytes"]
-        self.tokens += row["tokens"]
-        self.text_bytes += row["bytes"]
+        from lowvram.data.exclusion_list import BITS_PER_BYTE, BYTES, FILE, TOKENS
+
+        bits = row[BITS_PER_BYTE] * row[BYTES]
+        self.tokens += row[TOKENS]
+        self.text_bytes += row[BYTES]
         self.bits += bits
-        total = self._by_file[row["file"] or _UNKNOWN]
-        for place, value in enumerate((1, row["bytes"], bits)):
+        total = self._by_file[row[FILE] or _UNKNOWN]
+        for place, value in enumerate((1, row[BYTES], bits)):
             total[place] += value
 
     def sources(self) -> tuple[SourceScore, ...]:
@@ -295,26 +302,36 @@ class _Totals:
 
 def _describe(loaded: LoadedModel, shards: ShardSet, options: LookOptions, choice: Choice, totals: _Totals) -> Looked:
     return Looked(
-        shards.directory,
-        loaded.path,
-        loaded.checkpoint.step if loaded.checkpoint is not None else None,
-        shards.documents,
-        choice.documents,
-        choice.short,
-        options.least_bytes,
-        totals.tokens,
-        totals.text_bytes,
-        totals.bits / totals.text_bytes,
-        totals.sources(),
-        (),
-        (),
-        options.out,
+        shards=shards.directory,
+        checkpoint=loaded.path,
+        step=loaded.checkpoint.step if loaded.checkpoint is not None else None,
+        documents=shards.documents,
+        scored=choice.documents,
+        short=choice.short,
+        least_bytes=options.least_bytes,
+        tokens=totals.tokens,
+        text_bytes=totals.text_bytes,
+        bits_per_byte=totals.bits / totals.text_bytes,
+        sources=totals.sources(),
+        strangest=(),
+        boring=(),
+        out=options.out,
     )
 
 
 def _see(row: dict[str, Any]) -> SeenDocument:
-    given = ("hash", "bits_per_byte", "bytes", "file", "line", "shard", "document", "excerpt")
-    return SeenDocument(*(row[name] for name in given))
+    from lowvram.data import exclusion_list as keys
+
+    return SeenDocument(
+        hash=row[keys.HASH],
+        bits_per_byte=row[keys.BITS_PER_BYTE],
+        text_bytes=row[keys.BYTES],
+        file=row[keys.FILE],
+        line=row[keys.LINE],
+        shard=row[keys.SHARD],
+        document=row[keys.DOCUMENT],
+        excerpt=row[keys.EXCERPT],
+    )
 
 
 def find_source(document: SeenDocument, sources: Sequence[SourceScore]) -> str:

@@ -122,7 +122,7 @@ def pack_task(
         yield from tell_excluded(len(exclusion.rows), len(exclusion.listed), exclusion.missing)
     is_split = holdout is not None
     if is_split and (warning := warn_of_few_tokens(sides[1].tokens)):
-        yield Notice(f"{warning}  Give `holdout` a larger share, or pack more text.", "warning")
+        yield Notice(f"{warning} Give `holdout` a larger share, or pack more text.", "warning")
     has_validation = is_split or out.name == "valid" or (out.parent / "valid").is_dir()
     home = out.parent if not is_split and out.name in ("train", "valid") else out
     return Packed(tuple(map(describe_shards, sides)), has_validation, find_data(home, tokenizer))
@@ -130,9 +130,9 @@ def pack_task(
 
 def read_excluded(file: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a list of documents to leave out by their hashes, each with `why`; raises DataError."""
-    from lowvram.data.exclusion_list import read_list
+    from lowvram.data.exclusion_list import HASH, WHY, read_list
 
-    return {row["hash"]: row | {"why": row.get("why") or f"in {file.name}"} for row in read_list(file)}
+    return {row[HASH]: row | {WHY: row.get(WHY) or f"in {file.name}"} for row in read_list(file)}
 
 
 def tell_excluded(left_out: int, listed: int, missing: int) -> Iterator[Notice]:

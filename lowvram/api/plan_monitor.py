@@ -86,7 +86,7 @@ class PlanMonitor:
         return MachineError(
             f"This run does not fit on {budget.profile.name} now.",
             f"Its smallest plan takes {show_bytes(least)}, and tensors have {has} there.",
-            f'{fix[0].upper()}{fix[1:]}  `micro_batch=1` with `recompute="block"` tries it all the same.',
+            f'{fix[0].upper()}{fix[1:]} `micro_batch=1` with `recompute="block"` tries it all the same.',
         )
 
     def adapt(self, plan: Plan) -> Plan:
@@ -111,7 +111,7 @@ class PlanMonitor:
         sets = [argument("overrides", list(change.sets)) for change in found]
         rows = (f"{words} ({change.says}; {change.costs})" for words, change in zip(sets, found, strict=True))
         return MemoryRanOutError(
-            error.what, error.why, f"{error.fix}  In a new run.dir would fit: {'; or '.join(rows)}."
+            error.what, error.why, f"{error.fix} In a new run.dir would fit: {'; or '.join(rows)}."
         )
 
     def enforce(self, plan: Plan, is_recorded: bool = False) -> None:

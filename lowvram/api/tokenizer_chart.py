@@ -23,10 +23,9 @@ _MOST_LABELLED = 12
 def check_chart(path: Path) -> None:
     """Raise ConfigError where a chart is not to be a PNG file, MachineError where matplotlib is not installed."""
     if path.suffix.lower() != ".png":
-        why = f"A chart is written as PNG, and {path.name} ends otherwise."
-        raise ConfigError(
-            f"{argument('chart')} is {path}.", why, f"Write {argument('chart', path.with_suffix('.png'))}."
-        )
+        why = f"A chart is written as PNG, and {path.name or path} ends otherwise."
+        named = path.parent / f"{path.stem or 'chart'}.png"  # "." has no name
+        raise ConfigError(f"{argument('chart')} is {path}.", why, f"Write {argument('chart', named)}.")
     _import_figure()
 
 

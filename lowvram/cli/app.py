@@ -39,7 +39,7 @@ CPU_ENVIRONMENT = {
 }
 _DESCRIPTION = "Pretrain your own Turkish language model at home, on the GPU that you already own."
 _EPILOG = (
-    "Begin with `lowvram demo`, which shows every step in a few minutes.  `lowvram COMMAND --help` explains each.  "
+    "Begin with `lowvram demo`, which shows every step in a few minutes. `lowvram COMMAND --help` explains each. "
     "Exit codes: 0 finished; 1 an error that you can repair; 2 wrong usage; 3 stopped as you asked, and saved; "
     "75 a fault after which the same command resumes; 130 interrupted, nothing saved."
 )

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from lowvram.generate.sampling import Sampler
     from lowvram.model.kv_cache import CacheFormat
 
-_DESCRIPTION = """Talk to a model.  One that was trained on dialogues answers in turns; any other continues the
-text so far, to which each line that you type is added.  Ctrl-C stops an answer, Ctrl-D ends."""
+_DESCRIPTION = """Talk to a model. One that was trained on dialogues answers in turns; any other continues the
+text so far, to which each line that you type is added. Ctrl-C stops an answer, Ctrl-D ends."""
 _EXAMPLES = """examples:
   lowvram chat runs/first                                a conversation; /help lists the commands
   lowvram chat runs/first --prompt "Ankara'nın en"       continue this text once, then exit
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         _answer_once(conversation, text, sampler, arguments)
         return 0
     notes = [
-        f"Weights in {loaded.precision}: {loaded.reason}.  Context of {context.reason}",
+        f"Weights in {loaded.precision}: {loaded.reason}. Context of {context.reason}",
         _describe_form(loaded.tokenizer, in_turns=conversation.template is not None),
     ]
     repl = Repl(conversation, sampler, arguments.tokens, notes, context.warning, context.trained_len, arguments.newest)

@@ -22,10 +22,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "compare",
         help="which of several runs is better, and how certain that is",
-        description="Compare runs by bits per byte of the same documents, which may have other tokenizers.  The "
+        description="Compare runs by bits per byte of the same documents, which may have other tokenizers. The "
         "interval of a difference comes from drawing documents anew, each paired with itself, and no winner is "
-        "named where it contains 0.  Runs of as many steps that differ in train.seed alone are one recipe; with "
-        "fewer than three seeds of each, the interval says nothing of how a recipe would do again.  Of one recipe "
+        "named where it contains 0. Runs of as many steps that differ in train.seed alone are one recipe; with "
+        "fewer than three seeds of each, the interval says nothing of how a recipe would do again. Of one recipe "
         "alone the spread of its seeds is told.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or their step-… folders")

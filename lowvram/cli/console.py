@@ -24,7 +24,6 @@ from lowvram.units import show_duration
 # to wherever the text is pasted: a model's text may hold any of them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 
-_BETWEEN_SENTENCES = re.compile(r"(?<=[a-z0-9)`\"%][.!?])  (?=[A-ZÇĞİÖŞÜ`\"“0-9-])")
 _BOUNDLESS = 1_000
 # How often progress is printed where no terminal shows a bar; short work prints none.
 PLAIN_EVERY_S = 15.0
@@ -53,19 +52,19 @@ def quote(value: object) -> str:
 
 def show_error(text: str) -> None:
     """Print an error as one paragraph, with options where it names arguments."""
-    words = Text(_wrap(f"Error: {_close_up(clean(as_options(text)))}", err))
+    words = Text(_wrap(f"Error: {clean(as_options(text))}", err))
     words.stylize("bold red", 0, len("Error:"))
     err.print(words)
 
 
 def notice(text: str, style: str = "") -> None:
     """Print a notice; a terminal breaks it between words."""
-    err.print(Text(_wrap(_close_up(clean(text)), err), style))
+    err.print(Text(_wrap(clean(text), err), style))
 
 
 def result(text: str = "", style: str = "") -> None:
     """Print a line that the user asked for; a terminal breaks it between words."""
-    out.print(Text(_wrap(_close_up(clean(text)), out), style))
+    out.print(Text(_wrap(clean(text), out), style))
 
 
 def written(text: str) -> None:
@@ -81,11 +80,6 @@ def literal(text: str, style: str = "") -> None:
 def copyable(text: str, style: str = "") -> None:
     """Print a command that is no result, of a command whose results are files: to stderr, and without line breaks."""
     err.print(Text(clean(text), style))
-
-
-def _close_up(text: str) -> str:
-    """Return sentences with one blank between them, as in help; in the sources there are two."""
-    return _BETWEEN_SENTENCES.sub(" ", text)
 
 
 def _wrap(text: str, console: Console) -> str:

@@ -28,8 +28,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     pack = actions.add_parser(
         "pack",
         help="tokenize text into memory-mapped shards",
-        description="Tokenize text into memory-mapped shards.  Documents end at a blank line, or are one field of "
-        "a row of JSON lines, a table or Parquet.  If it is interrupted, the same command continues where it stopped.",
+        description="Tokenize text into memory-mapped shards. Documents end at a blank line, or are one field of "
+        "a row of JSON lines, a table or Parquet. If it is interrupted, the same command continues where it stopped.",
     )
     add_reading(pack)
     pack.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, metavar="DIR", help="(default: %(default)s)")

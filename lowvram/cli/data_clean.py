@@ -20,8 +20,8 @@ def add_clean(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "clean",
         help="repair, filter and deduplicate text",
         description="Repair characters, leave out documents that are no good text, and duplicates, and write one "
-        ".jsonl for each file, with a report of what each rule did.  What is read stays as it is.  If it is "
-        "interrupted, the same command continues where it stopped.  Every rule: docs/cleaning.md.",
+        ".jsonl for each file, with a report of what each rule did. What is read stays as it is. If it is "
+        "interrupted, the same command continues where it stopped. Every rule: docs/cleaning.md.",
     )
     add_reading(clean, "skip")
     clean.add_argument("--out", type=Path, default=DEFAULT_CLEAN_OUT, metavar="DIR", help="(default: %(default)s)")

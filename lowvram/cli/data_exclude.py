@@ -9,11 +9,11 @@ from pathlib import Path
 from lowvram.cli.options import count
 
 _DESCRIPTION = (
-    "Write a new folder of shards without some documents, which are named by the SHA-256 of their text.  The shards "
+    "Write a new folder of shards without some documents, which are named by the SHA-256 of their text. The shards "
     "that are read stay as they are, with the runs that were trained on them; those that lose nothing are linked and "
-    "take no space.  Every copy of a listed text is left out.  Of a split folder the training data loses documents, "
-    "and held-out text stays, so that runs can be compared on it.  The new folder keeps a list of what was left out, "
-    "and why, in excluded.json.  If it is interrupted, the same command continues where it stopped."
+    "take no space. Every copy of a listed text is left out. Of a split folder the training data loses documents, "
+    "and held-out text stays, so that runs can be compared on it. The new folder keeps a list of what was left out, "
+    "and why, in excluded.json. If it is interrupted, the same command continues where it stopped."
 )
 
 

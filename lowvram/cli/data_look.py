@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,9 +21,9 @@ _PIPE_WIDTH, _LEAST_EXCERPT = 120, 20
 _WIDEST_PLACE = 30
 _DESCRIPTION = (
     "Let a trained model name the documents that it finds strangest and most boring: those that cost it the most and "
-    "the fewest bits per byte.  Strange are damaged text, other languages, tables of numbers; boring are text that "
-    "repeats itself, and what a site prints on every page.  A model that was trained on part of the text for an hour "
-    "is good enough.  Every document that was scored goes to a list, for `lowvram data exclude`; if it is interrupted, "
+    "the fewest bits per byte. Strange are damaged text, other languages, tables of numbers; boring are text that "
+    "repeats itself, and what a site prints on every page. A model that was trained on part of the text for an hour "
+    "is good enough. Every document that was scored goes to a list, for `lowvram data exclude`; if it is interrupted, "
     "the same command continues where it stopped."
 )
 
@@ -43,6 +44,8 @@ def add_look(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     look.add_argument("--most", type=count, default=DEFAULT_MOST, metavar="N", help=what)
     what = "the list of all documents that were scored (default: %(default)s)"
     look.add_argument("--out", type=Path, default=DEFAULT_LOOK_OUT, metavar="FILE", help=what)
+    what = "replace the list of another model, of other shards or by other options"
+    look.add_argument("--replace", action="store_true", help=what)
     look.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     add_precision(look, "what the run validates in")
     add_device(look)
@@ -57,15 +60,20 @@ def run_look(arguments: argparse.Namespace) -> None:
     from lowvram.cli.tasks import run_task
 
     tokens = None if arguments.all else arguments.tokens
-    options = LookOptions(tokens, arguments.least, arguments.most, arguments.out)
+    options = LookOptions(tokens, arguments.least, arguments.most, arguments.out, arguments.replace)
     found = run_task(look_task(arguments.shards, arguments.model, options, arguments.precision, arguments.device))
     if arguments.json:
         literal(json.dumps(found.as_dict()))
         return
     _show(found)
-    rest = f"{arguments.shards.resolve().name}-rest"
     words = ("data", "exclude", arguments.shards, "--listed", found.out, "--strangest", str(arguments.most))
-    literal(next_step(*words, "--out", arguments.shards.with_name(rest), why="when you have read them"))
+    literal(next_step(*words, "--out", _name_rest(arguments.shards), why="when you have read them"))
+
+
+def _name_rest(shards: Path) -> Path:
+    """Return the name of a folder beside that of the shards, also where that is `.` or a drive."""
+    named = shards if shards.name not in ("", "..") else Path(os.path.abspath(shards))
+    return named.parent / f"{named.name or 'shards'}-rest"
 
 
 def _show(found: Looked) -> None:

@@ -62,7 +62,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "demo",
         help="every step in a few minutes, on any machine",
         description="Train a small model from scratch, in a few minutes and without network or GPU: tokenizer, "
-        "shards, what fits, training, an interruption and a resume, bits per byte, three prompts.  Each step names the "
+        "shards, what fits, training, an interruption and a resume, bits per byte, three prompts. Each step names the "
         "command that does it on your own text.",
     )
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="your own files instead of generated Turkish text")
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not _train(what, arguments):
         again = ["--text", arguments.text] if arguments.text else []
-        _show_command("You stopped it.  Resume with:", "demo", *again, "--dir", arguments.dir, *device_words(arguments))
+        _show_command("You stopped it. Resume with:", "demo", *again, "--dir", arguments.dir, *device_words(arguments))
         return STOPPED
 
     _show_heading(7, "Bits per byte of held-out text", "evaluate", arguments.dir / "run")

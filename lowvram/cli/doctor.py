@@ -23,8 +23,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "doctor",
         help="what this machine is, which backend computes each op, what to repair",
         description="Show what this machine is, which backend computes each op on it and why, and what keeps it from "
-        "training or makes it slower, each with the command that repairs it.  Nothing is trained, installed or "
-        "changed.  The exit code is 1 if training would fail, and 0 if it works or is only slower.",
+        "training or makes it slower, each with the command that repairs it. Nothing is trained, installed or "
+        "changed. The exit code is 1 if training would fail, and 0 if it works or is only slower.",
     )
     parser.add_argument(
         "--gpu",
@@ -213,7 +213,7 @@ def _show_findings(findings: Sequence[Finding]) -> None:
             literal(f"  to repair it  {finding.command}")
     result()
     if any(finding.is_fatal for finding in findings):
-        result("Training would fail here.  Repair what is fatal, then type `lowvram doctor` again.")
+        result("Training would fail here. Repair what is fatal, then type `lowvram doctor` again.")
     else:
         result("Training works here." if findings else "All is well.")
         literal(next_step("fit", why="which models fit this machine"))

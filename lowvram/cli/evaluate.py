@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from lowvram.api.measures import Measures
 
 _DESCRIPTION = (
-    "Measure a trained model.  Without further options: bits per byte, how many bits the model needs for one byte of "
-    "held-out text.  The number does not depend on the tokenizer, so it compares any two models on the same text; a "
-    "bigram model counted on the training shards stands beside it.  With files: bits per byte of any text, minimal "
-    "pairs, multiple choice, and what each class of Turkish suffix costs.  Below some billion parameters, bits per "
+    "Measure a trained model. Without further options: bits per byte, how many bits the model needs for one byte of "
+    "held-out text. The number does not depend on the tokenizer, so it compares any two models on the same text; a "
+    "bigram model counted on the training shards stands beside it. With files: bits per byte of any text, minimal "
+    "pairs, multiple choice, and what each class of Turkish suffix costs. Below some billion parameters, bits per "
     "byte and minimal pairs say most; multiple choice is near chance, which is printed."
 )
 

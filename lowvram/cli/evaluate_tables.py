@@ -79,7 +79,7 @@ def _show_pairs(report: PairsReport) -> None:
     result(f"{report.file}{same}.")
     result(
         "right: the sum of the better sentence's log-probabilities is greater; /byte: their mean.  before: the same "
-        "model untrained, by the sum and /byte.  shorter: the rule that takes the shorter sentence.  Where that rule "
+        "model untrained, by the sum and /byte.  shorter: the rule that takes the shorter sentence. Where that rule "
         "or the untrained model are as good as the model, the phenomenon says nothing."
     )
     if report.controlled_mean is not None:
@@ -154,6 +154,6 @@ def _show_suffixes(report: SuffixReport) -> None:
     result(f"{report.file}: {sentences}, {show_count(report.words)} words, {report.bits_per_byte:.4f} bits per byte.")
     share = report.unexplained / max(1, report.words)
     result(
-        f'"other" is punctuation, and the {share:.1%} of the words that their analysis does not explain.  The blank '
+        f'"other" is punctuation, and the {share:.1%} of the words that their analysis does not explain. The blank '
         "before a word belongs to its stem; a token's cost is spread evenly over its bytes."
     )

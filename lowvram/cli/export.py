@@ -15,8 +15,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "export",
         help="write a trained model for other programs",
-        description="Write a checkpoint's weights (the masters), its tokenizer and a model card.  hf: a directory "
-        "that transformers opens with no code of ours.  fp8: the same with FP8 weights as DeepSeek-V3 has them.  gguf: "
+        description="Write a checkpoint's weights (the masters), its tokenizer and a model card. hf: a directory "
+        "that transformers opens with no code of ours. fp8: the same with FP8 weights as DeepSeek-V3 has them. gguf: "
         "one file for llama.cpp and what is built on it.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")

@@ -20,9 +20,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "fit",
         help="what fits on a card, how fast it trains, what it costs",
         description="Show which presets a card can pretrain, with which plan and in how many days, or what one run "
-        "needs, line by line.  The memory comes from a rehearsal: a training step is replayed on meta tensors, which "
-        "have a shape and no contents, and every allocation is added up.  Nothing is trained, and the card need not be "
-        "here: without --gpu and --memory this machine is meant.  Every key of RUN.toml: docs/run-file.md.",
+        "needs, line by line. The memory comes from a rehearsal: a training step is replayed on meta tensors, which "
+        "have a shape and no contents, and every allocation is added up. Nothing is trained, and the card need not be "
+        "here: without --gpu and --memory this machine is meant. Every key of RUN.toml: docs/run-file.md.",
     )
     parser.add_argument(
         "run_file", nargs="?", type=Path, metavar="RUN.toml", help="evaluate this run (default: all presets)"

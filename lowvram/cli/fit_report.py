@@ -96,7 +96,7 @@ def _show_time(report: FitReport, budget: MemoryBudget, instead: Advice | None) 
     lasts = show_duration_range(*(days * 86_400 for days in report.days_range))
     result(f"  {show_count(report.train.tokens)} tokens in {lasts}{energy}.")
     if report.days > TOO_SLOW_DAYS:
-        result(f"  {budget.profile.name} is too slow for {report.name}.  {_suggest_instead(instead)}", "yellow")
+        result(f"  {budget.profile.name} is too slow for {report.name}. {_suggest_instead(instead)}", "yellow")
 
 
 def _suggest_instead(instead: Advice | None) -> str:
@@ -105,7 +105,7 @@ def _suggest_instead(instead: Advice | None) -> str:
         return f"What it can do: {demo}"
     name = instead.report.name
     lasts = show_duration_range(*(days * instead.share * 86_400 for days in instead.report.days_range))
-    return f"What it can do: train {name} in {lasts} (--model {name}).  {demo}"
+    return f"What it can do: train {name} in {lasts} (--model {name}). {demo}"
 
 
 def _describe_fit(report: FitReport, budget: MemoryBudget) -> str:
@@ -131,7 +131,7 @@ def _show_changes(report: FitReport, changes: Sequence[Change] | None, is_preset
         return
     if not changes:
         tried = "a lighter recipe, rotation of experts, a shorter context, fewer layers"
-        result(f"  None of these would make it fit: {tried}.  Take a smaller preset.")
+        result(f"  None of these would make it fit: {tried}. Take a smaller preset.")
         return
     where = "as a run (--out run.toml) " if is_preset else ""
     result(f"  What would fit, {where}with other results:")

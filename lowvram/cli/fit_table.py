@@ -80,7 +80,7 @@ def _show_advice(reports: Sequence[FitReport], budget: MemoryBudget, advised: Ad
         return
     if advised.long is None:
         least = min(reports, key=lambda report: report.search_result.peak_bytes).name
-        result(f"None of them fits.  With --model {least} the same command shows what the smallest needs.")
+        result(f"None of them fits. With --model {least} the same command shows what the smallest needs.")
         return
     name = advised.long.report.name
     is_one_preset = advised.first is not None and advised.first.report.name == name

@@ -18,8 +18,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "receipt",
         help="what was predicted for a run, and what was measured",
-        description="Show the receipt of a run on an NVIDIA card: memory and speed as predicted and as measured.  It "
-        "names the card and the software, and no person, host, path, run or data.  Receipts that are sent in correct "
+        description="Show the receipt of a run on an NVIDIA card: memory and speed as predicted and as measured. It "
+        "names the card and the software, and no person, host, path, run or data. Receipts that are sent in correct "
         "what fit predicts for such a card.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory, or a receipt's file (.json)")
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         name = f"receipt-{found.profile_id}.json"
         literal(next_step("receipt", arguments.run_dir, "--out", name, why="a file to send"))
         return
-    result(f"Written to {arguments.out}.  profiles/measured/receipts/README.md says how to send it.")
+    result(f"Written to {arguments.out}. profiles/measured/receipts/README.md says how to send it.")
     literal(next_step("fit", "--gpu", found.profile_id, why="what is predicted for this card"))
 
 

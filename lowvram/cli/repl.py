@@ -111,7 +111,7 @@ class Repl:
             raise PromptError(
                 f"There is no command /{name}.",
                 f"The commands are {', '.join(f'/{known}' for known in commands)}.",
-                f"{_name_nearest_command(name, [*commands, *_OTHER_NAMES])}  "
+                f"{_name_nearest_command(name, [*commands, *_OTHER_NAMES])} "
                 "Type a blank before a text that begins with /.",
             )
         command(rest.strip())
@@ -223,7 +223,7 @@ class Repl:
             raise PromptError(
                 f"/save needs a file that ends in .md or .json, not {text or 'nothing'}.", "", "/save talk.md"
             )
-        if path.exists() and not (sys.stdin.isatty() and _confirm(f"{path} exists.  Overwrite it?")):
+        if path.exists() and not (sys.stdin.isatty() and _confirm(f"{path} exists. Overwrite it?")):
             notice("Not saved.", "dim")
             return
         try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lowvram.serve.prompt import ServedModel, Turn
 
 _KEY = "LOWVRAM_API_KEY"
-_KEYED = "  Both ask for the API key."
+_KEYED = " Both ask for the API key."
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,8 +27,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "serve",
         help="an OpenAI-compatible API, and a chat page in the browser",
-        description="Serve a trained model at /v1, as OpenAI's API does, and a chat page at /.  Needs the extra "
-        "`serve`.  Ctrl-C stops the server when running answers have ended; a second Ctrl-C cuts them off.",
+        description="Serve a trained model at /v1, as OpenAI's API does, and a chat page at /. Needs the extra "
+        "`serve`. Ctrl-C stops the server when running answers have ended; a second Ctrl-C cuts them off.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run directory or one of its step-… folders")
     parser.add_argument(
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> None:
         if context.warning:
             notice(context.warning, "yellow")
         waiting = f"{limits.slots} answers at once, {limits.queue} requests may wait"
-        notice(f"Context of {context.reason}  {waiting}.  Ctrl-C ends.")
+        notice(f"Context of {context.reason} {waiting}. Ctrl-C ends.")
         server.serve_on(listening)
     notice("Stopped.", "dim")
 

@@ -29,7 +29,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train = actions.add_parser(
         "train",
         help="learn a byte-level BPE vocabulary",
-        description="Learn a byte-level BPE vocabulary from text.  The result is a plain tokenizer.json that "
+        description="Learn a byte-level BPE vocabulary from text. The result is a plain tokenizer.json that "
         "transformers and tokenizers load too; every string survives encoding and decoding unchanged.",
     )
     add_reading(train)

@@ -36,7 +36,7 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "folders or files: a tokenizer.json of any kind, a SentencePiece .model, a .tiktoken file; or turkish-tokenizer"
     )
     parser.add_argument("tokenizers", nargs="+", type=Path, metavar="TOKENIZER", help=what)
-    what = f"text of each language, as tr=a.txt b.txt kk=kk.txt; a language may be left out.  Text is {TEXTS}"
+    what = f"text of each language, as tr=a.txt b.txt kk=kk.txt; a language may be left out. Text is {TEXTS}"
     parser.add_argument("--text", nargs="+", required=True, metavar="[LANGUAGE=]FILE", action="extend", help=what)
     what = (
         "words with their morphemes, for F1 of boundaries: a table with the columns form, segmentation and perhaps "

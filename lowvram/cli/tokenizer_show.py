@@ -29,7 +29,7 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "show",
         help="show the tokens of a text, or its stems and suffixes",
         description="Show where a tokenizer cuts a text: each token in another colour, or with a bar between them "
-        "where there is no terminal.  With --morphology: the stem and the suffixes of each word, by the language's "
+        "where there is no terminal. With --morphology: the stem and the suffixes of each word, by the language's "
         "rules.",
     )
     parser.add_argument("words", nargs="*", metavar="TEXT", help="the text (or --file)")

@@ -32,10 +32,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "train",
         help="start or resume a run",
-        description="Train what RUN.toml describes; docs/run-file.md explains every key.  Starting and resuming are "
-        "the same command.  Ctrl-C once saves and stops; twice stops at once, and the last checkpoint is kept.  "
-        "SIGTERM and a closed terminal save and stop, too; under nohup a closed terminal changes nothing.  If the "
-        "output cannot be written any more, training goes on without it.  The exit code is 0 if all tokens were seen, "
+        description="Train what RUN.toml describes; docs/run-file.md explains every key. Starting and resuming are "
+        "the same command. Ctrl-C once saves and stops; twice stops at once, and the last checkpoint is kept. "
+        "SIGTERM and a closed terminal save and stop, too; under nohup a closed terminal changes nothing. If the "
+        "output cannot be written any more, training goes on without it. The exit code is 0 if all tokens were seen, "
         "and 3 if the run was stopped before that and saved.",
     )
     parser.add_argument("run_file", type=Path, metavar="RUN.toml", help="the run file: model, data, training")

@@ -18,7 +18,7 @@ class Meant(NamedTuple):
 _TOKENS = "It counts tokens: steps × train.batch_tokens."
 _EPOCHS = "It counts tokens: epochs × the tokens of the text."
 _BATCH = (
-    "It counts tokens, not sequences: sequences × train.seq_len.  "
+    "It counts tokens, not sequences: sequences × train.seq_len. "
     "How many run at a time is an option: `lowvram train --micro-batch`."
 )
 _EVERY = "It counts steps."

@@ -108,7 +108,7 @@ def _opening(contents: CardContents) -> str:
         f"- Weights: {contents.numbers}, {show_bytes(contents.weight_bytes)}\n"
         f"- Longest text in training: {contents.what.train.seq_len:,} tokens\n"
         f"- Licence: {licence}\n"
-        "- It continues texts.  It was not taught to follow instructions or to refuse, and may write what is false, "
+        "- It continues texts. It was not taught to follow instructions or to refuse, and may write what is false, "
         "private or hurtful.\n"
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lowvram.data.exclusion_list import Excluded, keep_row, read_excluded
+from lowvram.data.exclusion_list import BYTES, FILE, HASH, LINE, WHY, Excluded, keep_row, read_excluded
 from lowvram.data.places import PlaceList
 from lowvram.data.shard_documents import ShardDocuments, open_documents
 from lowvram.data.shard_folder import ShardFolder
@@ -74,9 +74,9 @@ def _note(
         return False
     found.copies[name] += 1
     place = documents.places[number] if documents.places is not None else None
-    more = {"bytes": int(documents.byte_count_D[number]), "why": row.get("why")}
-    where = {"file": place.file, "line": place.line} if place is not None else {}
-    found.rows.append(keep_row({"hash": name} | dict(row), **more, **where))
+    more = {BYTES: int(documents.byte_count_D[number]), WHY: row.get(WHY)}
+    where = {FILE: place.file, LINE: place.line} if place is not None else {}
+    found.rows.append(keep_row({HASH: name} | dict(row), **more, **where))
     return True
 
 

@@ -6,16 +6,19 @@ A list is `look.jsonl`, with a row for each document; the `excluded.json` of a f
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowvram.data.lines import LineReader
 from lowvram.data.nfc import nfc
+from lowvram.data.shard_set import INDEX, read_json
 from lowvram.data.text_stream import TextStream, open_table
 from lowvram.errors import DataError
 from lowvram.storage.json_files import JsonError, read_object
@@ -26,8 +29,11 @@ EXCLUDED, LEFT_OUT = "excluded.json", "left_out"
 _FORMAT = 1
 _HASH = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES = 2 << 30
-# Of a row these are kept for people; `why` says by which rule the document was chosen.
-_KEPT = ("bits_per_byte", "bytes", "file", "line")
+# The keys of a row: of `look.jsonl` all but the last, which says in other lists by which rule the document was chosen.
+HASH, BITS_PER_BYTE, BYTES, TOKENS, FILE, LINE = "hash", "bits_per_byte", "bytes", "tokens", "file", "line"
+SHARD, DOCUMENT, EXCERPT, WHY = "shard", "document", "excerpt", "why"
+# Of a row these are kept for people.
+_KEPT = (BITS_PER_BYTE, BYTES, FILE, LINE)
 _FIX = "Name the list that `lowvram data look` wrote, an excluded.json, or a file with one SHA-256 in a line."
 
 
@@ -45,7 +51,7 @@ class Excluded:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowRules:
     """Which rows of a list are meant: so many of each end, or those beyond a number of bits per byte."""
 
     strangest: int | None = None
@@ -63,13 +69,23 @@ def is_hash(word: str) -> bool:
     return _HASH.fullmatch(word.lower()) is not None
 
 
+def holds_list(file: Path) -> bool:
+    """Return whether a file is a list such as folders of shards keep."""
+    try:
+        return file.is_file() and read_object(file, _MOST_BYTES).keys() >= {"format", LEFT_OUT}
+    except (OSError, JsonError):
+        return False
+
+
 def read_excluded(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of the documents that were left out of a folder of shards before; empty where none were."""
-    return read_list(folder / EXCLUDED) if (folder / EXCLUDED).is_file() else []
+    sources = read_json(folder / INDEX).get("sources")
+    is_stated = isinstance(sources, dict) and bool(sources.get(LEFT_OUT))
+    return list(read_list(folder / EXCLUDED)) if is_stated and (folder / EXCLUDED).is_file() else []
 
 
-def read_list(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a list, each with its `hash`; raises DataError where a file is none."""
+def read_list(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield what is kept of each row of a list, with its `hash`; raises DataError where a file is none."""
     if not file.is_file():
         raise DataError(f"{file} is {'a folder' if file.is_dir() else 'missing'}.", "A list is a file.", _FIX)
     if file.name.endswith(".json"):
@@ -77,14 +93,18 @@ def read_list(file: Path) -> list[dict[str, Any]]:
             rows = read_object(file, _MOST_BYTES)[LEFT_OUT]
         except (JsonError, KeyError) as error:
             raise DataError(f"{file} is no list of documents.", f"It has no {LEFT_OUT!r}: {error}.", _FIX) from error
-        rows = rows if isinstance(rows, list) else []
-        return [_check(f"{file}, row {number}", row) for number, row in enumerate(rows)]
+        for number, row in enumerate(rows if isinstance(rows, list) else []):
+            yield _check(f"{file}, row {number}", row)
+        return
+    is_empty = True
     with open_table(file) as stream:
         lines = LineReader(file, TextStream(".txt", stream, lambda: 0, False)).read()
-        found = [_read_line(f"{file}:{number}", line) for number, (_, line) in enumerate(lines, 1) if _has_words(line)]
-    if not found:
+        for number, (_, line) in enumerate(lines, 1):
+            if _has_words(line):
+                is_empty = False
+                yield _read_line(f"{file}:{number}", line)
+    if is_empty:
         raise DataError(f"{file} is empty.", "It names no document.", _FIX)
-    return found
 
 
 def _has_words(line: object) -> bool:
@@ -96,7 +116,7 @@ def _read_line(where: str, line: object) -> dict[str, Any]:
         raise DataError(f"{where} is not text.", "", _FIX)
     word = line.strip("\ufeff \t\r\n")
     if not word.startswith("{"):
-        return _check(where, {"hash": word})
+        return _check(where, {HASH: word})
     try:
         return _check(where, json.loads(word))
     except (ValueError, RecursionError) as error:
@@ -104,44 +124,77 @@ def _read_line(where: str, line: object) -> dict[str, Any]:
 
 
 def _check(where: str, row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict) or not isinstance(row.get("hash"), str) or not is_hash(row["hash"]):
+    if not isinstance(row, dict) or not isinstance(row.get(HASH), str) or not is_hash(row[HASH]):
         raise DataError(f"{where} names no document.", "A hash of a document has 64 digits from 0 to f.", _FIX)
-    return row | {"hash": row["hash"].lower()}
+    kept = {key: row[key] for key in (*_KEPT, WHY) if row.get(key) is not None}
+    if isinstance(kept.get(FILE), str):
+        kept[FILE] = sys.intern(kept[FILE])  # many rows name the same one
+    return {HASH: row[HASH].lower()} | kept
 
 
-def choose(file: Path, rows: Sequence[dict[str, Any]], choice: Choice) -> dict[str, dict[str, Any]]:
+def choose(file: Path, rows: Iterable[dict[str, Any]], rules: RowRules) -> dict[str, dict[str, Any]]:
     """Return the rows that are meant, by hash, each with `why`; raises DataError where a row has no bits per byte.
 
-    A text that has several copies counts once.
+    A text that has several copies counts once.  Of the rows, those that are meant are kept in memory.
     """
-    for number, row in enumerate(rows, 1):
-        value = row.get("bits_per_byte")
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            what = f"Row {number:,} of {file} has no bits per byte."
+    strangest, boring = _End(rules.strangest or 0, 1), _End(rules.boring or 0, -1)
+    above: dict[str, dict[str, Any]] = {}
+    below: dict[str, dict[str, Any]] = {}
+    count, low, high = 0, math.inf, -math.inf
+    for count, row in enumerate(rows, 1):
+        bits = row.get(BITS_PER_BYTE)
+        if not isinstance(bits, int | float) or isinstance(bits, bool) or not math.isfinite(bits):
+            what = f"Row {count:,} of {file} has no bits per byte."
             raise DataError(what, "The strangest documents are chosen by them.", "Name a list of `lowvram data look`.")
-    ordered = sorted(rows, key=lambda row: -row["bits_per_byte"])
-    by_hash = {row["hash"]: row for row in reversed(ordered)}
-    distinct = sorted(by_hash.values(), key=lambda row: -row["bits_per_byte"])
+        low, high = min(low, bits), max(high, bits)
+        strangest.add(row, count)
+        boring.add(row, count)
+        if rules.above is not None and bits > rules.above:
+            above.setdefault(row[HASH], row)
+        if rules.below is not None and bits < rules.below:
+            below.setdefault(row[HASH], row)
+    meant = (
+        (strangest.rows, f"one of the {rules.strangest} strangest"),
+        (above, f"above {rules.above or 0:g} bits per byte"),
+        (boring.rows, f"one of the {rules.boring} most boring"),
+        (below, f"below {rules.below or 0:g} bits per byte"),
+    )
     found: dict[str, dict[str, Any]] = {}
-
-    def add(some: Iterable[dict[str, Any]], why: str) -> None:
-        for row in some:
-            found.setdefault(row["hash"], row | {"why": f"{why} of {file.name}"})
-
-    if choice.strangest is not None:
-        add(distinct[: choice.strangest], f"one of the {choice.strangest} strangest")
-    if choice.above is not None:
-        add((row for row in distinct if row["bits_per_byte"] > choice.above), f"above {choice.above:g} bits per byte")
-    if choice.boring is not None:
-        add(distinct[::-1][: choice.boring], f"one of the {choice.boring} most boring")
-    if choice.below is not None:
-        add((row for row in distinct if row["bits_per_byte"] < choice.below), f"below {choice.below:g} bits per byte")
+    for some, why in meant:
+        for name, row in sorted(some.items(), key=lambda pair: -pair[1][BITS_PER_BYTE]):
+            found.setdefault(name, row | {WHY: f"{why} of {file.name}"})
     if not found:
-        low, high = distinct[-1]["bits_per_byte"], distinct[0]["bits_per_byte"]
-        what = f"No document of {file} is meant."
-        why = f"{count_of(len(distinct), 'document')} there have {low:.3f} to {high:.3f} bits per byte."
-        raise DataError(what, why, "Give another limit.")
+        why = f"{count_of(count, 'document')} there have {low:.3f} to {high:.3f} bits per byte." if count else ""
+        raise DataError(f"No document of {file} is meant.", why, "Give another limit.")
     return found
+
+
+class _End:
+    """Keeps so many rows of one end of a list while it is read, each text once.  sign: 1 strangest, -1 most boring."""
+
+    def __init__(self, most: int, sign: int) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self._most, self._sign = most, sign
+        # The least of the kept rows comes first; where a text has a better copy, that of the other is out of date.
+        self._heap: list[tuple[float, int, str]] = []
+        self._ranks: dict[str, tuple[float, int]] = {}
+
+    def add(self, row: dict[str, Any], number: int) -> None:
+        """Keep a row if it belongs to the end; of equal ones the outer in the list, which is sorted, comes first."""
+        name, rank = row[HASH], (self._sign * row[BITS_PER_BYTE], -self._sign * number)
+        before = self._ranks.get(name)
+        is_full = before is None and len(self.rows) == self._most
+        if (before is not None and rank <= before) or (is_full and (not self._heap or rank < self._heap[0][:2])):
+            return
+        self.rows[name], self._ranks[name] = row, rank
+        heapq.heappush(self._heap, (*rank, name))
+        if is_full:
+            self._drop(self._heap[0][2])
+        while self._ranks.get(self._heap[0][2]) != self._heap[0][:2]:
+            heapq.heappop(self._heap)
+
+    def _drop(self, name: str) -> None:
+        del self.rows[name], self._ranks[name]
 
 
 class Exclusion:
@@ -152,14 +205,14 @@ class Exclusion:
         self.rows: list[dict[str, Any]] = []
         self._seen: set[str] = set()
 
-    def takes(self, text: str, file: Path | str, line: int) -> bool:
+    def leaves_out(self, text: str, file: Path | str, line: int) -> bool:
         """Return whether a document is left out.  file, line: where it stands."""
         name = hash_document(text)
         row = self.listed.get(name)
         if row is None:
             return False
         self._seen.add(name)
-        self.rows.append(keep_row({"hash": name} | dict(row), file=str(file), line=line, why=row.get("why")))
+        self.rows.append(keep_row({HASH: name} | dict(row), file=str(file), line=line, why=row.get(WHY)))
         return True
 
     @property
@@ -176,4 +229,4 @@ def hash_document(text: str) -> str:
 def keep_row(row: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     """Return what is kept of a row for the list in a folder of shards."""
     kept = {key: row[key] for key in _KEPT if row.get(key) is not None}
-    return {"hash": row["hash"]} | kept | {key: value for key, value in more.items() if value is not None}
+    return {HASH: row[HASH]} | kept | {key: value for key, value in more.items() if value is not None}

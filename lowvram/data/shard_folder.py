@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lowvram.data.exclusion_list import EXCLUDED, LEFT_OUT, Excluded
+from lowvram.data.exclusion_list import EXCLUDED, LEFT_OUT, Excluded, holds_list
 from lowvram.data.shard_set import (
     COUNTS,
     FORMAT,
@@ -198,7 +198,8 @@ class ShardFolder:
         if excluded is not None and excluded.rows:
             sources[LEFT_OUT] = len(excluded.rows)
             self._disk.write(self.out / EXCLUDED, excluded.encode())
-        elif LEFT_OUT in (self._index.get("sources") or {}):
+        elif holds_list(self.out / EXCLUDED):
+            # Also where an interruption has left the list of a former packing without its index.
             self._disk.delete(self.out / EXCLUDED)
         head = {"format": FORMAT, "tokenizer": self._tokenizer_hash, "dtype": self.dtype}
         index = head | add_up(self.shards) | {"sources": sources, "shards": self.shards}

@@ -228,7 +228,7 @@ def _parts(
             if is_packed is not None and not is_packed(text):
                 continue
             place = cursor.origin or (file, cursor.line)
-            if exclusion and exclusion.takes(text, *place):
+            if exclusion and exclusion.leaves_out(text, *place):
                 continue
             side = sides[holdout is not None and holdout.takes(text)]
             side.add(text)

@@ -146,5 +146,5 @@ def warn_of_few_seeds(found: Comparison) -> str | None:
         return None
     return (
         f"Fewer than {ENOUGH_SEEDS} seeds: the intervals hold for these runs and not for their recipes, since runs of "
-        f"one recipe differ by about {SAME_SHARE:.1%} from seed to seed.  Train each with three values of train.seed."
+        f"one recipe differ by about {SAME_SHARE:.1%} from seed to seed. Train each with three values of train.seed."
     )

@@ -1,7 +1,8 @@
 """A file of JSON lines with a score for each document, strangest first; an unfinished one is gone on with.
 
 While documents are scored, their rows are added to FILE.KEY.unfinished, and each piece of them ends with a line that
-says so: what stands behind the last of these is dropped when the work goes on.  Other work has another key.
+says so: what stands behind the last of these is dropped when the work goes on.  Other work has another key, which the
+first row of a finished list states, too.
 """
 
 from __future__ import annotations
@@ -9,22 +10,25 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from lowvram.errors import DataError
+from lowvram.data.exclusion_list import BITS_PER_BYTE, BYTES, DOCUMENT, EXCERPT, FILE, HASH, LINE, SHARD, TOKENS
+from lowvram.errors import BusyError, DataError
 from lowvram.evaluate.document_score import DocumentScore
 from lowvram.storage.disk import DISK, Disk, explain_full_disk
-from lowvram.units import count_of
+from lowvram.storage.folder_lock import locked_file
 
 _UNFINISHED = "unfinished"
 _KEY_LETTERS = 12
-_BLOCK_BYTES = 1 << 20
+_MOST_LINE_BYTES = 1 << 16
+_FOREIGN = "foreign"  # stands for a first line that is no row
+# Only the first row of a list has it: the key of the work.
+_LOOK = "look"
 _PIECE_END = b'{"piece": "finished"}\n'
-# The keys of a row that other commands read.
-HASH, BITS_PER_BYTE = "hash", "bits_per_byte"
 
 
 def describe_row(score: DocumentScore) -> dict[str, Any]:
@@ -32,21 +36,25 @@ def describe_row(score: DocumentScore) -> dict[str, Any]:
     return {
         HASH: score.hash,
         BITS_PER_BYTE: score.bits_per_byte,
-        "bytes": score.text_bytes,
-        "tokens": score.tokens,
-        "file": score.place.file if score.place else None,
-        "line": score.place.line if score.place else None,
-        "shard": score.shard,
-        "document": score.number,
-        "excerpt": score.excerpt,
+        BYTES: score.text_bytes,
+        TOKENS: score.tokens,
+        FILE: score.place.file if score.place else None,
+        LINE: score.place.line if score.place else None,
+        SHARD: score.shard,
+        DOCUMENT: score.number,
+        EXCERPT: score.excerpt,
     }
 
 
 class LookFile:
-    """The rows of all documents that were scored; use it as a context.  key: tells the same work from another."""
+    """The rows of all documents that were scored; use it as a context.
 
-    def __init__(self, out: Path, key: str, disk: Disk = DISK) -> None:
-        self._out, self._disk = out, disk
+    key: tells the same work from another.  replace: whether the list of other work may be replaced.
+    """
+
+    def __init__(self, out: Path, key: str, disk: Disk = DISK, replace: bool = False) -> None:
+        self._out, self._key, self._disk, self._replace = out, key, disk, replace
+        self._claim = ExitStack()
         self._path = out.with_name(f"{out.name}.{key[:_KEY_LETTERS]}.{_UNFINISHED}")
         self._head = json.dumps({"key": key}).encode() + b"\n"
         self._file: IO[bytes] | None = None
@@ -57,19 +65,27 @@ class LookFile:
         return len(self._begins)
 
     def __enter__(self) -> LookFile:
-        """Open the unfinished file of the same work, or begin one; raises DataError where `out` is something else."""
+        """Open the unfinished file of the same work, or begin one.
+
+        Raises BusyError where another process writes this list, DataError where `out` is something else.
+        """
         refuse_other_file(self._out)
         self._out.parent.mkdir(parents=True, exist_ok=True)
-        is_same = self._path.is_file() and self._has_head()
-        self._file = open(self._path, "r+b" if is_same else "w+b")
-        if not is_same:
-            self._disk.write_handle(self._file, self._head)
+        why, fix = "Another process is writing this list.", "Wait until it is done, or name another file as `out`."
+        with ExitStack() as claim:
+            claim.enter_context(locked_file(self._out, BusyError(f"{self._out} is in use.", why, fix)))
+            if not self._replace:
+                _refuse_other_work(self._out, self._key)
+            is_same = self._path.is_file() and self._has_head()
+            self._file = claim.enter_context(open(self._path, "r+b" if is_same else "w+b"))
+            if not is_same:
+                self._disk.write_handle(self._file, self._head)
+            self._claim = claim.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        """Close the file, and let other processes have the list."""
+        self._claim.close()
 
     def _has_head(self) -> bool:
         with open(self._path, "rb") as file:
@@ -112,20 +128,27 @@ class LookFile:
             self._disk.sync_handle(self._file)
 
     def finish(self) -> None:
-        """Write the file itself, strangest documents first, and delete the unfinished one."""
+        """Write the file itself, strangest documents first, and delete the unfinished ones, also of other work."""
         temporary = self._out.with_name(f"{self._out.name}.tmp")
         with explain_full_disk(self._out.parent):
             try:
                 with open(temporary, "wb") as target:
-                    for line in self._lines(self._order()):
-                        self._disk.write_handle(target, line)
+                    for number, line in enumerate(self._lines(self._order())):
+                        first = line if number else _encode(json.loads(line) | {_LOOK: self._key})
+                        self._disk.write_handle(target, first)
                     self._disk.sync_handle(target)
                 self._disk.rename(temporary, self._out)
             finally:
                 temporary.unlink(missing_ok=True)
         assert self._file is not None
         self._file.close()
-        self._disk.delete(self._path)
+        for path in self._out.parent.iterdir():
+            if self._is_unfinished(path.name):
+                self._disk.delete(path)
+
+    def _is_unfinished(self, name: str) -> bool:
+        before, _, key = name.removesuffix(f".{_UNFINISHED}").rpartition(".")
+        return name.endswith(f".{_UNFINISHED}") and before == self._out.name and 0 < len(key) <= _KEY_LETTERS
 
     def _order(self) -> np.ndarray:
         return np.argsort(-np.frombuffer(self._bits_per_byte, np.float64), kind="stable")
@@ -160,16 +183,26 @@ def _encode(row: dict[str, Any]) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
-def refuse_longer_list(out: Path, documents: int) -> None:
-    """Raise DataError where a list of more documents than so many, which took longer, would be replaced."""
-    if not out.is_file():
-        return
-    with open(out, "rb") as file:
-        rows = sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
-    if rows > documents:
-        what = f"{out} is a list of {count_of(rows, 'document')}."
-        why = f"One of {count_of(documents, 'document')} would replace it."
-        raise DataError(what, why, "Name another file as `out`, or delete that one.")
+def _refuse_other_work(out: Path, key: str) -> None:
+    """Raise DataError where a list of another model, of other shards or by other options would be replaced."""
+    row = _read_first(out)
+    if row and row.get(_LOOK) != key:
+        what = f"{out} is a list of another look: of another model, of other shards, or by other options."
+        fix = "Name another file as `out`, or add `replace=True`."
+        raise DataError(what, "It would be replaced.", fix)
+
+
+def _read_first(file: Path) -> dict[str, Any]:
+    """Return the first row of a list, empty where there is none."""
+    if not file.is_file():
+        return {}
+    with open(file, "rb") as stream:
+        head = stream.readline(_MOST_LINE_BYTES)
+    try:
+        row = json.loads(head) if head else {}
+    except ValueError:
+        return {_FOREIGN: True}
+    return row if isinstance(row, dict) else {_FOREIGN: True}
 
 
 def refuse_other_file(out: Path) -> None:
@@ -177,13 +210,6 @@ def refuse_other_file(out: Path) -> None:
     fix = "Name another file as `out`."
     if out.is_dir():
         raise DataError(f"{out} is a folder.", "The list of documents needs a file.", fix)
-    if not out.exists():
-        return
-    with open(out, "rb") as file:
-        head = file.readline(1 << 16)
-    try:
-        row = json.loads(head) if head else {HASH: "", BITS_PER_BYTE: 0}
-    except ValueError:
-        row = None
-    if not isinstance(row, dict) or not row.keys() >= {HASH, BITS_PER_BYTE}:
+    row = _read_first(out)
+    if row and not row.keys() >= {HASH, BITS_PER_BYTE}:
         raise DataError(f"{out} is in the way.", "It is no list of scored documents, which would replace it.", fix)

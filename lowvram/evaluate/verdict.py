@@ -30,10 +30,10 @@ def compare_with_bigrams(bits_per_byte: float, bigram_bits_per_byte: float) -> s
     if not is_worse_than_bigrams(bits_per_byte, bigram_bits_per_byte):
         return f"The model is {1 - ratio:.1%} better than {table}: it uses more than the token before."
     if ratio <= 1 + SAME_SHARE:
-        return f"The model is about as good as {table}: it hardly uses more than the token before.  Train it longer."
+        return f"The model is about as good as {table}: it hardly uses more than the token before. Train it longer."
     worse = f"is {ratio - 1:.1%} worse than" if ratio < 2 else f"needs {ratio:.1f} times as many bits as"
     return (
-        f"The model {worse} {table}: it has not learnt yet what the token before alone tells.  "
+        f"The model {worse} {table}: it has not learnt yet what the token before alone tells. "
         "Train it longer, or on more text."
     )
 
@@ -53,5 +53,5 @@ def warn_of_few_tokens(tokens: int) -> str | None:
     says = f"about ±{share:.0%}" if share < 1 else "more than the figure itself"
     return (
         f"{count_of(tokens, 'token')} of held-out text are few: bits per byte are uncertain by {says} (one standard "
-        f"error).  Hold out {FEW_TOKENS:,} tokens or more to compare models."
+        f"error). Hold out {FEW_TOKENS:,} tokens or more to compare models."
     )

@@ -193,9 +193,7 @@ def _propose(text: RunText, most: float, train: TrainConfig) -> str:
     more = f"more text, at least {show_count(wanted)} tokens ({show_bytes(text_bytes)} of such text) for this run"
     tokens = text.most_tokens(train)
     if not tokens:
-        return (
-            f"What helps: {more}.  A single step reads it more often: lower train.batch_tokens, and train.tokens too."
-        )
+        return f"What helps: {more}. A single step reads it more often: lower train.batch_tokens, and train.tokens too."
     return f'What helps: train.tokens = "{round_down(tokens)}", which is {ENOUGH_PASSES:.0f} passes; or {more}.'
 
 
@@ -207,10 +205,10 @@ def _compare_sizes(text: RunText, model: ModelConfig) -> str:
     says = f"Or a smaller model: by {rule} this text suits {show_count(suits)} parameters, and this model has "
     name = suitable_preset(text)
     if name is not None:
-        return f"{says}{show_count(size)}.  The preset for it is {name}."
+        return f"{says}{show_count(size)}. The preset for it is {name}."
     smallest, model, _ = _dense_presets()[0]
     wants = show_count(wanted_tokens(model))
-    return f"{says}{show_count(size)}.  The smallest recommended preset, {smallest}, wants {wants} tokens of text."
+    return f"{says}{show_count(size)}. The smallest recommended preset, {smallest}, wants {wants} tokens of text."
 
 
 def round_down(count: int) -> str:

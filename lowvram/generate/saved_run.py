@@ -37,7 +37,7 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
     if is_later or version != lowvram.__version__:
         which = f" to {version}, which wrote it" if version not in ("", lowvram.__version__) else ""
         raise OtherVersionError(what, why, f"Update lowvram{which}.")
-    raise CheckpointError(what, f"{why}  This version wrote it, so it was altered.")
+    raise CheckpointError(what, f"{why} This version wrote it, so it was altered.")
 
 
 def check_readable(checkpoint: Checkpoint) -> None:

@@ -24,7 +24,7 @@ def _say_too_old(capability: str, wheels: str = "only those for CUDA 12.6 have")
     plain = " With the CUDA 12.6 wheels plain PyTorch would compute, far slower; nobody has tried it." if wheels else ""
     return (
         f"It is too old for torch's wheels and for Triton: {which} code for its compute capability ({capability}), and "
-        f"lowvram's Triton kernels need 7.5.{plain}  {TAKE_ANOTHER[0].upper()}{TAKE_ANOTHER[1:]}; "
+        f"lowvram's Triton kernels need 7.5.{plain} {TAKE_ANOTHER[0].upper()}{TAKE_ANOTHER[1:]}; "
         f'`gpu="t4"` shows what fits there. {_RUNS_ON}'
     )
 
@@ -51,7 +51,7 @@ _FAMILIES = (
     (
         r"\b(gtx|rtx|geforce)? ?16[356]0|\bmx ?[45]50\b",
         "A GTX 16 or MX450 has CUDA compute capability 7.5, as an RTX 20 has, but no tensor cores: it is far slower, "
-        "and nobody has tried it.  An RTX 20 of the same memory shows what fits: "
+        "and nobody has tried it. An RTX 20 of the same memory shows what fits: "
         '`gpu="rtx2060-6gb"` with `memory="6GB"`.',
     ),
     (
@@ -78,7 +78,7 @@ _FAMILIES = (
     ),
     (
         r"\b(quadro|titan rtx|rtx ?a\d{4}|rtx pro|rtx ?[2-8]000|a(?!100\b)\d{1,3}|l40s?|t\d{3,4}|gh?200|b[123]00)\b",
-        'It works where its compute capability is 7.5 or more.  Name its memory instead, such as `memory="16GB"`: what '
+        'It works where its compute capability is 7.5 or more. Name its memory instead, such as `memory="16GB"`: what '
         "fits is then known, and its speed is not.",
     ),
 )

@@ -39,10 +39,10 @@ class AccessMiddleware:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         problem = self._find_stranger(headers)
         if problem is not None:
-            answer = refusal(403, f"{problem}  Open it by its own address.", "permission_error", code="foreign_origin")
+            answer = refusal(403, f"{problem} Open it by its own address.", "permission_error", code="foreign_origin")
             await answer(scope, receive, send)
         elif scope["path"] not in self._open_paths and not self._has_key(headers):
-            message = "The API key is missing or wrong.  Send it as: Authorization: Bearer KEY."
+            message = "The API key is missing or wrong. Send it as: Authorization: Bearer KEY."
             answer = refusal(401, message, "authentication_error", code="invalid_api_key")
             answer.headers["WWW-Authenticate"] = "Bearer"
             await answer(scope, receive, send)

@@ -96,7 +96,7 @@ async def _explain_http(request: Request, error: Exception) -> Response:
 
 
 async def _explain_crash(_request: Request, _error: Exception) -> Response:
-    answer = refusal(500, "The server has failed at this request.  Its log says more.", "server_error")
+    answer = refusal(500, "The server has failed at this request. Its log says more.", "server_error")
     answer.headers["Connection"] = "close"  # as uvicorn does after an exception
     return answer
 
@@ -306,8 +306,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     if size > MOST_DRAINED * limits.body_bytes:
                         break
     except TimeoutError as error:
-        raise HTTPException(408, f"The body did not come within {limits.body_wait_s:g} s.  Send it again.") from error
+        raise HTTPException(408, f"The body did not come within {limits.body_wait_s:g} s. Send it again.") from error
     if size > limits.body_bytes:
-        why = f"The body has more than {limits.body_bytes} bytes.  This server reads no more; shorten it."
+        why = f"The body has more than {limits.body_bytes} bytes. This server reads no more; shorten it."
         raise HTTPException(413, why)
     return b"".join(pieces)

@@ -58,7 +58,7 @@ class Connection(H11Protocol):
         """Begin to wait for a request."""
         super().connection_made(transport)
         if self._is_refused:
-            self.refuse(503, "The server has no room for another connection.  Ask again in a moment.", "server_error")
+            self.refuse(503, "The server has no room for another connection. Ask again in a moment.", "server_error")
         else:
             self._await_headers()
 
@@ -111,7 +111,7 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP, or has headers above the limit."""
-        self.refuse(400, f"{msg}  Send HTTP/1.1, with headers of at most {self._limits.header_bytes} bytes.")
+        self.refuse(400, f"{msg} Send HTTP/1.1, with headers of at most {self._limits.header_bytes} bytes.")
 
     def refuse(self, status: int, message: str, kind: str = "invalid_request_error") -> None:
         """Send an error without a complete request, and close the connection."""

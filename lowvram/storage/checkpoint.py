@@ -100,7 +100,7 @@ class Checkpoint:
         """A notice for the user if an older lowvram wrote the checkpoint; else None."""
         if is_sealed(self.manifest):
             return None
-        return f"{self.directory} was saved by an older lowvram: its manifest has no checksum.  The next save has one."
+        return f"{self.directory} was saved by an older lowvram: its manifest has no checksum. The next save has one."
 
     @property
     def size_bytes(self) -> int:

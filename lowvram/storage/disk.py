@@ -1,6 +1,7 @@
 """Writing that survives a power cut: the only module that syncs, renames, preallocates and deletes.
 
-Knows what each system can do: Windows cannot sync a directory, macOS needs F_FULLFSYNC and has no posix_fallocate.
+Knows what each system can do: Windows cannot sync a directory, nor replace a file that is mapped; macOS needs
+F_FULLFSYNC and has no posix_fallocate.
 """
 
 from __future__ import annotations
@@ -102,13 +103,15 @@ class Disk:
     def link(self, source: Path, target: Path) -> bool:
         """Let `target`, a temporary name, mean the bytes of a file that never changes; a copy where links are refused.
 
+        Windows gets a copy, too: there no name of a file can be replaced or deleted while a process maps the file.
         Returns whether no bytes were copied.  A copy is on the drive when this returns.
         """
-        try:
-            os.link(source, target)
-            return True
-        except OSError:  # another drive, or a file system without links, each with an error of its own
-            target.unlink(missing_ok=True)
+        if sys.platform != "win32":
+            try:
+                os.link(source, target)
+                return True
+            except OSError:  # another drive, or a file system without links, each with an error of its own
+                target.unlink(missing_ok=True)
         with explain_full_disk(target.parent, source.stat().st_size), open(source, "rb") as whole:
             with open(target, "wb") as copy:
                 self.preallocate(copy, source.stat().st_size)

@@ -1,4 +1,4 @@
-"""Locks a folder that one process at a time writes to; where nothing was written, nothing stays behind."""
+"""Locks a folder or a file that one process at a time writes to; where nothing was written, nothing stays behind."""
 
 from __future__ import annotations
 
@@ -42,3 +42,21 @@ def locked_folder(folder: Path, name: str, is_no_folder: LowvramError, is_busy: 
             with contextlib.suppress(OSError):
                 for each in made:
                     each.rmdir()
+
+
+@contextmanager
+def locked_file(file: Path, is_busy: LowvramError) -> Iterator[None]:
+    """Hold FILE.lock, which is deleted at the end; raises `is_busy` where another process has it."""
+    path = file.parent / f"{file.name}.lock"
+    lock = filelock.FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise is_busy from error
+    try:
+        yield
+    finally:
+        # As above: before it is released.
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+        lock.release()

@@ -33,4 +33,4 @@ def compare_environments(saved: object, here: dict[str, Any]) -> str | None:
     ]
     if not changed:
         return None
-    return f"Changed since the last save: {'; '.join(changed)}.  The run goes on; from here its last bits may differ."
+    return f"Changed since the last save: {'; '.join(changed)}. The run goes on; from here its last bits may differ."

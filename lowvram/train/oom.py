@@ -66,7 +66,7 @@ def explain_device_fault(error: RuntimeError, saved_step: int | None) -> DeviceF
     return DeviceFaultError(
         f"The device failed: {words.splitlines()[0]}.",
         f"{last}; what came after it is lost.",
-        "Type the same command again.  If it comes back, lowvram doctor says what is wrong with driver or card.",
+        "Type the same command again. If it comes back, lowvram doctor says what is wrong with driver or card.",
     )
 
 
@@ -102,7 +102,7 @@ def explain_out_of_memory(plan: Plan, step: int, train: TrainConfig) -> MemoryRa
     fix = f"{same_run}{_suggest_run(train)}"
     return MemoryRanOutError(
         f"Memory ran out in step {step + 1}, with one sequence at a time.",
-        "It cannot be cut further.  Nothing is lost: what was learnt is saved.",
+        "It cannot be cut further. Nothing is lost: what was learnt is saved.",
         f"{fix[0].upper()}{fix[1:]}",
     )
 
@@ -121,7 +121,7 @@ def explain_out_of_memory_in_backward(
     fix = f"{again}begin a new run.dir with {smaller}train.update_during_backward = false."
     return MemoryRanOutError(
         f"Memory ran out in step {step + 1}, which updates during backward and so cannot be cut.",
-        moved if has_moved else "No weight had moved.  Nothing is lost: what was learnt is saved.",
+        moved if has_moved else "No weight had moved. Nothing is lost: what was learnt is saved.",
         f"{fix[0].upper()}{fix[1:]}",
     )
 
@@ -176,7 +176,7 @@ def looks_spilled(tokens_per_second: float, expected: float) -> str | None:
         return None
     return (
         f"Only {show_count(tokens_per_second)} tokens/s where {show_count(expected)} were expected: the card's memory "
-        "may be spilling into the computer's.  Close what else uses the card, or lower `micro_batch`."
+        "may be spilling into the computer's. Close what else uses the card, or lower `micro_batch`."
     )
 
 

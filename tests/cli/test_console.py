@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+import lowvram
 from lowvram.cli import console as show
 
 TEXT = "Kış geldiğinde köyün bütün yolları karla kapanır ve kimse evinden çıkmaz"
@@ -70,3 +74,24 @@ def test_an_answer_that_was_stopped_still_shows_its_last_word(screen: io.StringI
     answer.write("Kış geldi")
     answer.end()
     assert screen.getvalue() == "Kış geldi\n"
+
+
+@pytest.mark.parametrize("tell", [show.notice, show.result, show.show_error])
+def test_two_blanks_in_the_name_of_a_file_stay(tell: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    for name in ("out", "err"):
+        monkeypatch.setattr(show, name, Console(file=file, width=30, highlight=False, soft_wrap=True))
+    tell("Bölüm 1.  Giriş.txt is missing. Name another.")
+    assert file.getvalue().removeprefix("Error: ") == "Bölüm 1.  Giriş.txt is missing. Name another.\n"
+
+
+def test_sentences_that_are_shown_have_one_blank_between_them() -> None:
+    found = []
+    for file in sorted(Path(lowvram.__file__).parent.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        stated = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in stated]
+        is_wide = re.compile(r"(^|[a-z0-9)`\"%])[.!?]  [A-ZÇĞİÖŞÜ`]").search
+        found += [f"{file.name}:{node.lineno}" for node in texts if isinstance(node.value, str) and is_wide(node.value)]
+    # argparse closes up its help.
+    assert [place for place in found if not place.startswith("data_mix.py:")] == []

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowvram.api import exclude
 from lowvram.api import pack as pack_texts
-from lowvram.data.exclusion_list import hash_document
+from lowvram.data.exclusion_list import RowRules, choose, hash_document, read_list
 from lowvram.data.nfc import nfc
 from lowvram.data.places import Place
 from lowvram.data.shard_documents import open_documents
@@ -25,11 +27,13 @@ from tests.flows.typed import environment
 
 # Of the sixty documents, two in the first shard, all of the third, one in the last, the one in NFD.
 OUT = (0, 5, 58)
+HAS_LINKS = sys.platform != "win32"  # there shards are copied
 
 # Excludes in children that die, each when it comes to touch the disk for another time; each time the work is then
-# finished by a child that does not: SHARDS TOKENIZER LIST HOME.
+# finished by a child that does not: SHARDS TOKENIZER LIST HOME [EARLIER].  EARLIER: shards with a list of what was left
+# out, which are in the folder before and are replaced by all of the shards.
 SCRIPT = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 from lowvram.data.exclusion import find_documents, write_rest
 from lowvram.data.exclusion_list import read_list
@@ -58,13 +62,22 @@ def run(out, die_at):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     disk = Mortal()
     disk.left = die_at
-    finish(write_rest(shards, found, tokenizer, out, disk))
+    finish(write_rest(shards, found, tokenizer, out, disk, replace=bool(earlier)))
     os._exit(0)
 
 shards, tokenizer = ShardSet.open(Path(sys.argv[1])), Tokenizer.load(Path(sys.argv[2]))
-found = finish(find_documents(shards, tokenizer, {row["hash"]: row for row in read_list(Path(sys.argv[3]))}))
+earlier = sys.argv[5:]
+listed = {} if earlier else {row["hash"]: row for row in read_list(Path(sys.argv[3]))}
+found = finish(find_documents(shards, tokenizer, listed))
+
+def prepare(die_at):
+    out = Path(sys.argv[4], f"{die_at:03d}")
+    if earlier:
+        shutil.copytree(earlier[0], out)
+    return out
+
 die_at = 1
-while run(Path(sys.argv[4], f"{die_at:03d}"), die_at) == 9:
+while run(prepare(die_at), die_at) == 9:
     assert run(Path(sys.argv[4], f"{die_at:03d}"), 0) == 0
     die_at += 1
 """
@@ -108,8 +121,8 @@ def test_the_rest_is_what_packing_it_gives_and_untouched_shards_are_linked(
     assert (found.tokens, found.text_bytes) == (packed.tokens - rest.tokens, packed.text_bytes - rest.text_bytes)
     assert bytes_of(packed.directory) == before
     # The second shard lost nothing, the third all.
-    assert (tmp_path / "rest/00001.bin").samefile(packed.directory / "00001.bin")
-    assert (tmp_path / "rest/00002.bin").samefile(packed.directory / "00003.bin")
+    assert (tmp_path / "rest/00001.bin").samefile(packed.directory / "00001.bin") == HAS_LINKS
+    assert (tmp_path / "rest/00002.bin").samefile(packed.directory / "00003.bin") == HAS_LINKS
     old, new = places_of(packed, small_tokenizer), places_of(rest, small_tokenizer)
     assert old is not None
     by_text = dict(zip(texts_of(packed, small_tokenizer), old, strict=True))
@@ -142,8 +155,14 @@ def test_what_was_left_out_is_listed_and_packing_with_the_list_gives_the_same_to
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["in a new folder", "over an earlier list"])
 def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
-    folder: Path, texts: list[str], small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    texts: list[str],
+    small_tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_replaced: bool,
 ) -> None:
     monkeypatch.setattr("lowvram.data.shards.PART_BYTES", 3_000)
     packed = pack([folder], small_tokenizer, tmp_path / "out", processes=1)
@@ -156,6 +175,10 @@ def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     (tmp_path / "home").mkdir()
     words = [tmp_path / "script.py", packed.directory, small_tokenizer.directory, listed, tmp_path / "home"]
+    if is_replaced:
+        words.append(tmp_path / "earlier")
+        exclude(packed.directory, words[-1], hashes=listed, tokenizer=small_tokenizer.directory)
+        assert (tmp_path / "earlier/excluded.json").is_file()
     subprocess.run([sys.executable, *map(str, words)], env=environment(), check=True)
     *resumed, whole = sorted((tmp_path / "home").iterdir())
     assert len(resumed) > 20
@@ -163,17 +186,22 @@ def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_files(
     assert {kind.suffix for kind in map(Path, expected)} == {".bin", ".json", ".places"}
     assert [out.name for out in resumed if bytes_of(out) != expected] == []
     assert bytes_of(packed.directory) == before
+    assert is_replaced == ("excluded.json" not in expected)
 
 
-def test_where_links_are_refused_shards_are_copied(
-    packed: ShardSet, listed: Path, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("platform", ["win32", sys.platform])
+def test_where_links_are_refused_or_harm_shards_are_copied(
+    packed: ShardSet, listed: Path, small_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+) -> None:  # fmt: skip
     def refuse(*_: object) -> None:
         raise PermissionError("no links here")
 
     tok = small_tokenizer.directory
     exclude(packed.directory, tmp_path / "linked", hashes=listed, tokenizer=tok)
-    monkeypatch.setattr(os, "link", refuse)
+    if platform == sys.platform:
+        monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr("lowvram.storage.disk.sys", SimpleNamespace(platform=platform))
     exclude(packed.directory, tmp_path / "copied", hashes=listed, tokenizer=tok)
     assert bytes_of(tmp_path / "copied") == bytes_of(tmp_path / "linked")
     assert (tmp_path / "copied/00001.bin").stat().st_nlink == 1
@@ -192,7 +220,7 @@ def test_held_out_text_of_a_split_stays_and_copies_go_together(
     other = next(text for text in sides[0] if text != copied)
     hashes = [hash_document(text) for text in (sides[1][0], other, copied)]
     found = exclude(tmp_path / "split", tmp_path / "rest", hashes=hashes, tokenizer=tok)
-    assert (tmp_path / "rest/valid/00000.bin").samefile(tmp_path / "split/valid/00000.bin")
+    assert (tmp_path / "rest/valid/00000.bin").samefile(tmp_path / "split/valid/00000.bin") == HAS_LINKS
     assert not (tmp_path / "rest/valid/excluded.json").exists()
     gone = {other, copied} if side is sides[0] else {other}
     left = texts_of(ShardSet.open(tmp_path / "rest/train"), small_tokenizer)
@@ -228,6 +256,25 @@ def test_rules_choose_from_a_list(tmp_path: Path, options: dict[str, float], num
     found = read_exclusion(ExcludeOptions(tmp_path / "look.jsonl", **options))  # type: ignore[arg-type]
     assert {int(name, 16) for name in found} == numbers
     assert all("of look.jsonl" in row["why"] for row in found.values())
+
+
+def test_the_ends_of_any_list_are_those_of_the_sorted_one_and_excerpts_are_not_kept(tmp_path: Path) -> None:
+    lot = random.Random(3)
+    for most in range(1, 12):
+        rows = [
+            {"hash": f"{lot.randrange(9):064x}", "bits_per_byte": lot.randrange(6) / 2, "file": "a", "excerpt": "x"}
+            for _ in range(lot.randrange(1, 40))
+        ]
+        (tmp_path / "look.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        for rules, sign in ((RowRules(strangest=most), -1), (RowRules(boring=most), 1)):
+            by_hash: dict[str, float] = {}
+            for row in rows:
+                bits = sign * float(str(row["bits_per_byte"]))
+                by_hash[str(row["hash"])] = min(bits, by_hash.get(str(row["hash"]), bits))
+            found = choose(tmp_path / "look.jsonl", read_list(tmp_path / "look.jsonl"), rules)
+            assert sorted(sign * row["bits_per_byte"] for row in found.values()) == sorted(by_hash.values())[:most]
+            assert all(sign * row["bits_per_byte"] == by_hash[name] for name, row in found.items())
+            assert {tuple(row) for row in found.values()} == {("hash", "bits_per_byte", "file", "why")}
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_field_of_that_name_in_the_users_own_rows_is_no_place(tmp_path: Path, 
     ]
 
 
-def test_a_cleaning_that_goes_on_after_lines_moved_names_the_new_ones(
+def test_a_cleaning_that_goes_on_after_lines_or_files_moved_names_the_new_ones(
     turkish: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cleaner, "PART_BYTES", 1_000)
@@ -179,7 +179,13 @@ def test_a_cleaning_that_goes_on_after_lines_moved_names_the_new_ones(
     work = cleaner.clean_each_part([tmp_path / "a.txt"], tmp_path / "out", rules, processes=1)
     assert [next(work).stage for _ in range(2)] == ["Cleaning", "Cleaning"]
     work.close()
-    (tmp_path / "a.txt").write_text("\n\n\n" + "\n\n".join(made), encoding="utf-8")
-    follow(cleaner.clean_each_part([tmp_path / "a.txt"], tmp_path / "out", rules, processes=1))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "moved/a.txt")
+    work = cleaner.clean_each_part([tmp_path / "moved/a.txt"], tmp_path / "out", rules, processes=1)
+    assert [next(work).reused for _ in range(2)] == [0, 0]
+    work.close()
+    (tmp_path / "moved/a.txt").write_text("\n\n\n" + "\n\n".join(made), encoding="utf-8")
+    follow(cleaner.clean_each_part([tmp_path / "moved/a.txt"], tmp_path / "out", rules, processes=1))
     rows = [json.loads(line) for line in (tmp_path / "out/a.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["origin"]["line"] for row in rows] == list(range(4, 24, 2))
+    expected = [{"file": "../moved/a.txt", "line": line} for line in range(4, 24, 2)]
+    assert [row["origin"] for row in rows] == expected

@@ -13,10 +13,10 @@ import torch
 from lowvram.data.nfc import nfc
 from lowvram.data.places import Place
 from lowvram.data.shards import ShardSet, pack
-from lowvram.errors import DataError
+from lowvram.errors import BusyError, DataError
 from lowvram.evaluate import document_score as module
 from lowvram.evaluate.document_score import Choice, DocumentScore, choose_documents, score_documents
-from lowvram.evaluate.look_file import LookFile, describe_row, refuse_longer_list, refuse_other_file
+from lowvram.evaluate.look_file import LookFile, describe_row, refuse_other_file
 from lowvram.evaluate.scorer import Scorer
 from lowvram.finish import finish
 from lowvram.model.transformer import Transformer
@@ -105,11 +105,13 @@ def test_a_sample_is_the_same_each_time_and_part_of_every_larger_one(
     assert names(shards.tokens // 2, 200) == samples[4] & long
 
 
-def write_list(scorer: Scorer, shards: ShardSet, out: Path, key: str = "k", pieces: int | None = None) -> list[int]:
+def write_list(
+    scorer: Scorer, shards: ShardSet, out: Path, key: str = "k", pieces: int | None = None, replace: bool = False
+) -> list[int]:
     """Score into a file, or only so many pieces; return how many rows of each piece were scored now."""
     choice = finish(choose_documents(shards, scorer.tokenizer, None, 1))
     done: list[int] = []
-    with LookFile(out, key) as file:
+    with LookFile(out, key, replace=replace) as file:
         kept = list(file.read_kept())
         for _, scores in score_documents(scorer, shards, choice, len(kept)):
             if scores:
@@ -137,10 +139,31 @@ def test_a_list_that_was_broken_off_is_gone_on_with_to_the_same_bytes(
     assert write_list(scorer, shards, out) == whole[4:]
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not unfinished.exists()
-    # Other work begins anew and leaves it alone.
+    # Other work begins anew and leaves it alone, until it is finished; it replaces no list that it was not told to.
     assert write_list(scorer, shards, out, pieces=2) == whole[:2]
-    assert write_list(scorer, shards, out, key="other") == whole
-    assert write_list(scorer, shards, out) == whole[2:]
+    with pytest.raises(DataError, match=r"list of another look.*replace=True"):
+        write_list(scorer, shards, out, key="other")
+    assert write_list(scorer, shards, out, key="other", pieces=2, replace=True) == whole[:2]
+    assert write_list(scorer, shards, out, pieces=1) == whole[2:3]
+    (tmp_path / "look.jsonl.of.mine.unfinished").touch()
+    assert write_list(scorer, shards, out, key="other", replace=True) == whole[2:]
+    assert {path.name for path in tmp_path.glob("look.jsonl*")} == {"look.jsonl", "look.jsonl.of.mine.unfinished"}
+    first, *others = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert first == rows[0] | {"look": "other"}
+    assert others == rows[1:]
+
+
+def test_a_list_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "look.jsonl"
+    for before, key in enumerate(("k", "other")):
+        with LookFile(out, "k") as file:
+            assert len(list(file.read_kept())) == before
+            file.add([describe_row(DocumentScore("00000.bin", 0, "0" * 64, 8.0, 1, 8, None, ""))])
+            with pytest.raises(BusyError, match=r"look.jsonl is in use.*another file"), LookFile(out, key):
+                pass
+    with LookFile(out, "k") as file:
+        assert len(list(file.read_kept())) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["look.jsonl.k.unfinished"]
 
 
 def test_both_ends_name_each_text_once_and_no_text_stands_at_both(tmp_path: Path) -> None:
@@ -161,10 +184,6 @@ def test_a_file_that_is_no_list_is_never_replaced(tmp_path: Path) -> None:
             refuse_other_file(tmp_path / "look.jsonl")
     (tmp_path / "look.jsonl").write_text('{"hash": "", "bits_per_byte": 1}\n' * 3, encoding="utf-8")
     refuse_other_file(tmp_path / "look.jsonl")
-    refuse_longer_list(tmp_path / "look.jsonl", 3)
-    refuse_longer_list(tmp_path / "none.jsonl", 3)
-    with pytest.raises(DataError, match=r"a list of 3 documents. One of 2 documents would replace it.*delete"):
-        refuse_longer_list(tmp_path / "look.jsonl", 2)
     with pytest.raises(DataError, match="is a folder"):
         refuse_other_file(tmp_path)
 

@@ -86,7 +86,7 @@ def test_what_helps_is_named_with_its_numbers() -> None:
     )
     assert "(477.0 MiB of such text) for this run." in said[2]
     assert "about 20 tokens a parameter (Hoffmann et al. 2022) this text suits 320.0k parameters" in said[3]
-    assert "and this model has 25.2M.  The smallest recommended preset, tr-25m, wants 125.9M tokens of text." in said[3]
+    assert "and this model has 25.2M. The smallest recommended preset, tr-25m, wants 125.9M tokens of text." in said[3]
 
 
 def test_the_tokens_that_are_proposed_are_not_warned_of_and_one_step_more_is() -> None:
@@ -120,7 +120,7 @@ def test_a_larger_model_is_told_which_preset_suits_and_one_that_suits_is_told_so
     supply, train = text(130_000_000), PRESET.model_copy(update={"tokens": 10**9})
     large, _ = load_preset("tr-125m")
     said = list(remark_on(supply, large, train))
-    assert said[-1].says.endswith("and this model has 125.9M.  The preset for it is tr-25m.")
+    assert said[-1].says.endswith("and this model has 125.9M. The preset for it is tr-25m.")
     assert list(remark_on(supply, MODEL, train))[-1].says.startswith("The size suits: ")
 
 

@@ -194,7 +194,7 @@ def test_ctrl_c_ends_the_demo_and_says_how_to_go_on(
     answer = typed("demo", "--dir", tmp_path / "d", "--device", "cpu")
     assert answer.code == 3
     assert left == []
-    assert f"You stopped it.  Resume with: lowvram demo --dir {tmp_path / 'd'} --device cpu\n" in answer.out
+    assert f"You stopped it. Resume with: lowvram demo --dir {tmp_path / 'd'} --device cpu\n" in answer.out
     assert "7/8" not in answer.out
 
 

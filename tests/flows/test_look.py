@@ -202,13 +202,18 @@ def test_what_cannot_be_looked_at_is_said_before_a_model_is_read(home: Path, tmp
     assert re.search(r"shards was not packed with the tokenizer in .*belong together", answer.err)
 
 
-def test_an_unknown_place_is_said_with_how_to_note_it(home: Path, tmp_path: Path) -> None:
+def test_an_unknown_place_is_said_with_how_to_note_it_and_the_folder_may_be_the_working_directory(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert typed("data", "pack", home / "train.txt", "--tokenizer", home / "tok", "--out", tmp_path / "old").code == 0
     (tmp_path / "old/00000.places").unlink()
+    monkeypatch.chdir(tmp_path / "old")
     answer = typed(
-        "data", "look", tmp_path / "old", "--with", home / "run", "--least", 1, "--most", 2,
+        "data", "look", ".", "--with", home / "run", "--least", 1, "--most", 2,
         "--out", tmp_path / "look.jsonl", "--device", "cpu",
     )  # fmt: skip
     assert answer.code == 0, answer.err
     assert re.search(r"\(not noted\)\n +\d+\.\d+ +\d+ B  00000\.bin, document \d+  \w+", answer.out)
     assert "Packing the same text into that folder again notes it, and keeps the shards." in answer.err
+    assert f"Next: lowvram data exclude . --listed {tmp_path / 'look.jsonl'} --strangest 2 --out " in answer.out
+    assert f" --out {tmp_path / 'old-rest'}  (" in answer.out

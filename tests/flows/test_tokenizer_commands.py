@@ -142,6 +142,7 @@ def test_a_chart_without_matplotlib_or_of_another_kind_is_refused_before_anythin
     answer = typed(*words, "a.svg")
     assert (answer.code, answer.out) == (1, "")
     assert "--chart is a.svg. A chart is written as PNG" in answer.err
+    assert "Write --chart chart.png." in typed(*words, ".").err
     load = builtins.__import__
 
     def refuse(name: str, *given: Any, **named: Any) -> Any:

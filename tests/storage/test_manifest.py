@@ -132,7 +132,7 @@ def test_a_checkpoint_without_a_checksum_opens_and_says_so(two: tuple[Path, Path
     found, passed_over = find_checkpoint(run)
     assert (found.step, passed_over) == (2, [])
     assert (
-        found.notice == f"{newest} was saved by an older lowvram: its manifest has no checksum.  The next save has one."
+        found.notice == f"{newest} was saved by an older lowvram: its manifest has no checksum. The next save has one."
     )
 
 

@@ -179,7 +179,9 @@ class _Cleaning:
             for number, text in enumerate(texts, 1):
                 data = text.encode("utf-8")
                 place = _place_of(cursor, name, folder)
-                digest.update(f"{index} {number} {place.line} {len(data)} ".encode())
+                where = place.file.encode("utf-8", "surrogatepass")
+                digest.update(f"{index} {number} {place.line} {len(where)} {len(data)} ".encode())
+                digest.update(where)
                 digest.update(data)
                 batch.texts.append(text)
                 batch.files.append(index)
