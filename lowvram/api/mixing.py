@@ -283,4 +283,4 @@ def _warn(found: Mixed, is_split: bool) -> Iterator[Notice]:
         why = f"at most {_WINDOW:,} tokens, which is less than one window of most presets"
         yield Notice(f"{', '.join(short)}: {why}. Put such text into another source.", "warning")
     if is_split and (warning := warn_of_few_tokens(sum(source.held_out_tokens for source in found.sources))):
-        yield Notice(f"{warning}  Give `holdout` a larger share, or mix more text.", "warning")
+        yield Notice(f"{warning} Give `holdout` a larger share, or mix more text.", "warning")
