@@ -133,9 +133,12 @@ class _Reading:
 
     def tell(self, doing: str, done: float, total: float | None, detail: str = "") -> None:
         """Set the progress; raises KeyboardInterrupt where nobody waits any more."""
+        self._refuse_to_go_on()
+        self.progress = Progress(doing, done, total, detail)
+
+    def _refuse_to_go_on(self) -> None:
         if self.is_left.is_set():  # after Ctrl-C in a notebook nothing may be written any more
             raise KeyboardInterrupt
-        self.progress = Progress(doing, done, total, detail)
 
     def documents(self, doing: str, is_first: bool) -> Iterator[str]:
         """Yield the documents that are not held out.  is_first: whether bad rows are counted in this pass."""
@@ -146,7 +149,9 @@ class _Reading:
         holdout = self._options.build_holdout()
 
         def texts() -> Iterator[str]:
-            yield from documents_of(self.files, self._options.field, keep, bad_rows)
+            for text in documents_of(self.files, self._options.field, keep, bad_rows):
+                self._refuse_to_go_on()
+                yield text
             bad_rows.finish()
 
         def keep(done: int, total: int | None) -> None:
