@@ -144,7 +144,9 @@ def count_tokens(plain: Corpus, model: str, vocabulary: int) -> int:
     return plain.learnt.tokens * theirs.num_parameters() // ours.num_parameters()
 
 
-def configure(home: Path, model: str, settings: Sequence[str], seed: int, run: str, vocabulary: int) -> RunConfig:
+def configure(
+    home: Path, model: str, settings: Sequence[str], seed: int, run: str, vocabulary: int = VOCABULARY
+) -> RunConfig:
     """Return the baseline's configuration with an arm's settings."""
     run_file = home / f"{model}.toml"
     run_file.write_text(RUN_FILE % MODELS[model], encoding="utf-8")

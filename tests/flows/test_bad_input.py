@@ -152,7 +152,7 @@ COMMANDS = {
         r"There is no directory \S+nowhere",
     ),
     "no run to evaluate": ("evaluate {home}/nowhere", r"There is no directory \S+nowhere\. Name a run directory"),
-    "a folder without checkpoint": ("evaluate {home}/shards", r"no checkpoint in \S+shards\. .*Train it first"),
+    "a folder without checkpoint": ("evaluate {home}/shards", r"checkpoint in \S+shards\. It holds packed text"),
     "no shards to measure on": ("evaluate {home}/run --data {home}/bad", r"bad holds text .*: lowvram data pack "),
     "a prompt longer than the context": (
         "chat {home}/run --prompt " + "çok_uzun_" * 30,

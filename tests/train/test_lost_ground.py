@@ -203,7 +203,7 @@ def test_a_resume_under_other_conditions_says_which(what: RunConfig, monkeypatch
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 2)
     (sentence,) = next(iter(trainer_of(what).run())).notices
     assert sentence == (
-        f"Changed since the last save: threads {threads} then, {threads + 2} now.  "
+        f"Changed since the last save: threads {threads} then, {threads + 2} now. "
         "The run goes on; from here its last bits may differ."
     )
 
