@@ -152,7 +152,9 @@ def read_items_task(wanted: Measures) -> Task[Items]:
 
 def is_plain_text(file: Path) -> bool:
     """Say whether a file has no analyses, by its name."""
-    return file.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".txt")
+    from lowvram.data.text_files import name_unpacked
+
+    return name_unpacked(file).endswith(".txt")
 
 
 def _read_plain(file: Path, stems: Path | None) -> list[Sentence]:

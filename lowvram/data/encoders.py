@@ -19,7 +19,7 @@ from lowvram.data.shard_set import DTYPES
 from lowvram.data.tokenizer import Tokenizer, count_bytes
 from lowvram.data.worker_pool import WorkerPool
 from lowvram.errors import TokenizerError
-from lowvram.storage.disk import Disk, explain_full_disk
+from lowvram.storage.disk import Disk
 
 # This is longer than the runs of white space that the tokenizer cuts, so that a piece is cut as in the whole text.
 _PIECE_CHARACTERS = 1_000_000
@@ -62,10 +62,7 @@ def encode(task: EncodeTask) -> tuple[Path, dict[str, Any]]:
     data = joined.data.cast("B")
     # The name contains the thread's id: a thread that Ctrl-C left running may still write its own file.
     beside = task.target.with_name(f"{task.target.name}.{threading.get_native_id()}.tmp")
-    with explain_full_disk(task.target.parent, data.nbytes), open(beside, "wb") as file:
-        task.disk.preallocate(file, data.nbytes)
-        task.disk.write_handle(file, data)
-        task.disk.sync_handle(file)
+    task.disk.write_preallocated(beside, data)
     counts = {"tokens": len(joined), "documents": len(task.texts), "text_bytes": text_bytes}
     return beside, counts | {"sha256": hashlib.sha256(data).hexdigest()}
 

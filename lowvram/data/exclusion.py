@@ -22,7 +22,7 @@ from lowvram.data.shard_folder import ShardFolder
 from lowvram.data.shard_set import COUNTS, INDEX, ShardPart, ShardSet, read_json
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
-from lowvram.storage.disk import DISK, Disk, explain_full_disk
+from lowvram.storage.disk import DISK, Disk
 
 _TEXT = "text"
 
@@ -170,16 +170,8 @@ def _add(folder: ShardFolder, rest: _Rest, disk: Disk) -> None:
         counts: dict[str, Any] = {key: getattr(part, key) for key in (*COUNTS, "sha256")}
     else:
         id_T = rest.ids()
-        _write(beside, id_T, disk)
+        disk.write_preallocated(beside, np.ascontiguousarray(id_T).data.cast("B"))
         size = int(rest.documents.byte_count_D[rest.is_kept()].sum())
         counts = {"tokens": len(id_T), "documents": kept, "text_bytes": size}
         counts["sha256"] = hashlib.sha256(id_T.data).hexdigest()
     folder.add(number, sidecar | counts, beside, places)
-
-
-def _write(path: Path, id_T: np.ndarray, disk: Disk) -> None:
-    data = np.ascontiguousarray(id_T).data.cast("B")
-    with explain_full_disk(path.parent, data.nbytes), open(path, "wb") as file:
-        disk.preallocate(file, data.nbytes)
-        disk.write_handle(file, data)
-        disk.sync_handle(file)

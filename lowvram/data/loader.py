@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lowvram.data.shards import ShardSet
+from lowvram.data.splitmix import scramble
 from lowvram.errors import DataError
 from lowvram.units import count_of
 
@@ -39,19 +40,11 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     while outside.size:
         high, low = result[outside] >> low_bits, result[outside] & low_mask
         for even, odd in zip(keys[::2], keys[1::2], strict=True):
-            high ^= _scramble(low ^ even) & high_mask
-            low ^= _scramble(high ^ odd) & low_mask
+            high ^= scramble(low ^ even) & high_mask
+            low ^= scramble(high ^ odd) & low_mask
         result[outside] = high << low_bits | low
         outside = outside[result[outside] >= size]
     return result.astype(np.int64).reshape(np.shape(index))
-
-
-def _scramble(x: np.ndarray) -> np.ndarray:
-    # The finaliser of SplitMix64 (Steele, Lea & Flood 2014); uint64 wraps around as it must.
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    scrambled: np.ndarray = x ^ x >> np.uint64(31)
-    return scrambled
 
 
 def _digest(*parts: int | str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lowvram.data.text_files import STANDARD_INPUT, is_dataset, is_stream
+from lowvram.data.text_files import STANDARD_INPUT, is_dataset, is_stream, name_unpacked
 from lowvram.storage.json_files import JsonError, parse_object
 
 FORMAT = 1
@@ -21,7 +21,6 @@ FORMAT = 1
 ORIGIN = "origin"
 _ROWS = (".parquet",)
 _WHOLE = (".pdf", ".docx")
-_PACKINGS = (".gz", ".zst")
 
 
 class Place(NamedTuple):
@@ -37,9 +36,7 @@ class Place(NamedTuple):
     @property
     def within_file(self) -> str:
         """What follows the file's name: `:7`, `, row 7`, or nothing."""
-        name = self.file.lower()
-        for packing in _PACKINGS:
-            name = name.removesuffix(packing)
+        name = name_unpacked(Path(self.file))
         if name.endswith(_WHOLE):
             return ""
         return f", row {self.line}" if name.endswith(_ROWS) or is_dataset(Path(self.file)) else f":{self.line}"

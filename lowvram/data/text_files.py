@@ -66,6 +66,14 @@ class TextFiles:
         return sentences
 
 
+def name_unpacked(file: Path) -> str:
+    """Return the name of a file in lower case, without the ending of what it is packed with."""
+    name = file.name.lower()
+    for packing in filter(None, _PACKINGS):
+        name = name.removesuffix(packing)
+    return name
+
+
 def list_few(words: list[str]) -> str:
     """Return the first words, and how many more there are."""
     return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN:,} more" if len(words) > _SHOWN else "")

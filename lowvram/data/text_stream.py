@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from lowvram.data.text_files import KINDS, NAMED_KINDS, STANDARD_INPUT, is_stream, unknown_ending
+from lowvram.data.text_files import KINDS, NAMED_KINDS, STANDARD_INPUT, is_stream, name_unpacked, unknown_ending
 from lowvram.errors import DataError, MachineError
 from lowvram.storage.disk import explain_full_disk
 
@@ -136,7 +136,7 @@ def _explain(error: Exception) -> str:
 
 def _kind_by_name(file: Path) -> str | None:
     """Return the kind that a file's ending means, None for a stream without one."""
-    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+    name = name_unpacked(file)
     if name.endswith(KINDS + NAMED_KINDS):
         return name[name.rindex(".") :]
     if is_stream(file):

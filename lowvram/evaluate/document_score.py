@@ -17,6 +17,7 @@ import numpy as np
 from lowvram.data.places import Place
 from lowvram.data.shard_documents import ShardDocuments, open_documents
 from lowvram.data.shard_set import ShardPart, ShardSet
+from lowvram.data.splitmix import STEP, scramble
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.evaluate.likelihood import Request
 from lowvram.evaluate.scorer import Scorer
@@ -25,8 +26,6 @@ from lowvram.evaluate.scorer import Scorer
 PIECE_TOKENS = 1 << 17
 _EXCERPT_BYTES = 400
 _EXCERPT_CHARACTERS = 160
-# The constants of SplitMix64 (Steele, Lea and Flood 2014).
-_GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class DocumentScore(NamedTuple):
@@ -94,10 +93,8 @@ def choose_documents(shards: ShardSet, tokenizer: Tokenizer, most_tokens: int | 
 def _draw(part: ShardPart, documents: int) -> np.ndarray:
     """Return a number from 0 to 1 for each document of a shard, from the shard's hash and the document's number."""
     key = int.from_bytes(hashlib.sha256(f"look {part.sha256}".encode()).digest()[:8], "little")
-    state_D = np.arange(1, documents + 1, dtype=np.uint64) * _GOLDEN + np.uint64(key)
-    state_D = (state_D ^ (state_D >> np.uint64(30))) * _FIRST
-    state_D = (state_D ^ (state_D >> np.uint64(27))) * _SECOND
-    return (state_D ^ (state_D >> np.uint64(31))).astype(np.float64) / 2.0**64
+    drawn_D = scramble(np.arange(1, documents + 1, dtype=np.uint64) * STEP + np.uint64(key))
+    return drawn_D.astype(np.float64) / 2.0**64
 
 
 def score_documents(scorer: Scorer, shards: ShardSet, choice: Choice, skipped: int = 0) -> Scoring:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from lowvram.data.text_files import name_unpacked
 from lowvram.data.text_stream import open_table
 from lowvram.errors import DataError
 from lowvram.storage.json_files import name_kind
@@ -52,7 +53,7 @@ def read_records(file: Path) -> Iterator[Record]:
     if not file.is_file():
         what = f"{file} is a folder." if file.is_dir() else f"{file} does not exist."
         raise DataError(what, "Items are read from files.", "Name a file that exists.")
-    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+    name = name_unpacked(file)
     if not name.endswith(_ENDINGS):
         what = f"{file} is neither JSON lines nor a table with tabs."
         why = f"Items are read from {', '.join(_ENDINGS)}, each plain or with .gz or .zst at the end."

@@ -100,6 +100,13 @@ class Disk:
                 file.truncate(0)
                 raise
 
+    def write_preallocated(self, path: Path, data: bytes | memoryview) -> None:
+        """Write a file under a temporary name, its space reserved before; it is on the drive when this returns."""
+        with explain_full_disk(path.parent, len(data)), open(path, "wb") as file:
+            self.preallocate(file, len(data))
+            self.write_handle(file, data)
+            self.sync_handle(file)
+
     def link(self, source: Path, target: Path) -> bool:
         """Let `target`, a temporary name, mean the bytes of a file that never changes; a copy where links are refused.
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lowvram.data.splitmix import STEP, scramble
 from lowvram.data.turkish import lower_case
 
 LETTER, DIGIT, SPACE, LINE_END, PUNCTUATION, SYMBOL = range(1, 7)
@@ -85,14 +86,14 @@ class Batch:
         """The hash of each word."""
         lengths = self.word_ends - self.word_starts
         ends = np.cumsum(lengths)
-        return mix(self._prefixes[ends] - self._prefixes[ends - lengths])
+        return scramble(self._prefixes[ends] - self._prefixes[ends - lengths])
 
     def word_prefixes(self, length: int, among: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
         """Return which of the words `among` have `length` characters or more, and hashes of their first `length`."""
         lengths = self.word_ends - self.word_starts
         which = among[lengths[among] >= length]
         begins = self._word_begins[which]
-        return which, mix(self._prefixes[begins + length] - self._prefixes[begins])
+        return which, scramble(self._prefixes[begins + length] - self._prefixes[begins])
 
     @functools.cached_property
     def word_documents(self) -> NDArray[np.int64]:
@@ -165,7 +166,7 @@ class Batch:
             hashes += self.words[index : index + count] * factors[index]
         documents = self.word_documents
         is_inside = documents[:count] == documents[length - 1 :]
-        return documents[:count][is_inside], mix(hashes[is_inside])
+        return documents[:count][is_inside], scramble(hashes[is_inside])
 
 
 def hash_sequences(words: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -179,7 +180,7 @@ def hash_sequences(words: NDArray[np.uint64], counts: NDArray[np.int64]) -> NDAr
     values = words * _factors(_FACTORS)[position & (_FACTORS - 1)]
     sums = np.zeros(len(words) + 1, U64)
     np.cumsum(values, out=sums[1:])
-    return mix(sums[ends] - sums[begins])
+    return scramble(sums[ends] - sums[begins])
 
 
 def hash_words(text: str) -> NDArray[np.uint64]:
@@ -187,17 +188,10 @@ def hash_words(text: str) -> NDArray[np.uint64]:
     return Batch([text]).words
 
 
-def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return numbers whose bits all depend on all bits of the given ones.  Source: splitmix64, Steele et al. 2014."""
-    values = (values ^ (values >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> U64(27))) * U64(0x94D049BB133111EB)
-    return values ^ (values >> U64(31))
-
-
 @functools.cache
 def _factors(count: int) -> NDArray[np.uint64]:
     """Return odd random factors for the places in a sequence."""
-    return mix(np.arange(1, count + 1, dtype=U64) * U64(0x9E3779B97F4A7C15) + U64(_SEED)) | U64(1)
+    return scramble(np.arange(1, count + 1, dtype=U64) * STEP + U64(_SEED)) | U64(1)
 
 
 @functools.cache
@@ -221,4 +215,4 @@ def _tables() -> tuple[NDArray[np.uint8], NDArray[np.uint64]]:
             kinds[code] = SPACE
         elif category[0] == "P":
             kinds[code] = PUNCTUATION
-    return kinds, mix(lowered + U64(_SEED))
+    return kinds, scramble(lowered + U64(_SEED))

@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lowvram.data.clean.batch import Batch, mix
+from lowvram.data.clean.batch import Batch
+from lowvram.data.splitmix import scramble
 
 SHINGLE_WORDS = 3
 BANDS, ROWS = 42, 3
@@ -36,14 +37,14 @@ def sign(batch: Batch, least_words: int) -> tuple[NDArray[np.int64], NDArray[np.
             np.multiply(shingles, factor, out=hashed)
             smallest = np.minimum.reduceat(hashed, starts)
             # The highest bits of a minimum are nearly always 0, so all of it is mixed into the bits that are kept.
-            signatures[:, index] = (mix(smallest) >> np.uint64(48)).astype(np.uint16)
+            signatures[:, index] = (scramble(smallest) >> np.uint64(48)).astype(np.uint16)
     return which, signatures
 
 
 def band_keys(signatures: NDArray[np.uint16], band: int) -> NDArray[np.uint64]:
     """Return one number for each document's band: [documents] uint64."""
     rows = signatures[:, band * ROWS : (band + 1) * ROWS].astype(np.uint64)
-    return mix((rows[:, 0] << np.uint64(32)) | (rows[:, 1] << np.uint64(16)) | rows[:, 2])
+    return scramble((rows[:, 0] << np.uint64(32)) | (rows[:, 1] << np.uint64(16)) | rows[:, 2])
 
 
 def similarity(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> NDArray[np.float64]:
@@ -51,4 +52,4 @@ def similarity(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> NDArray[np
     return (one == other).mean(axis=1)
 
 
-_FACTORS = mix(np.arange(1, FUNCTIONS + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)) | np.uint64(1)
+_FACTORS = scramble(np.arange(1, FUNCTIONS + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)) | np.uint64(1)
