@@ -26,7 +26,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -42,7 +41,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from lowvram.config.plan import choose_plan
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import load_run
-from lowvram.data.morphology.marking import Marker, count_words
+from lowvram.data.morphology.marking import MARKINGS, Marker, count_words
+from lowvram.data.morphology.rules import read_rules
 from lowvram.data.morphology.segmenter import Segmenter, learn_segmenter
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents
@@ -116,11 +116,8 @@ def prepare_home(work: Path, stem: Path, kind: str = "none", vocabulary: int = V
         kept = [text for number, text in enumerate(texts) if int((number + 1) * share) > int(number * share)]
         (home / f"{name}.txt").write_text("\n\n".join(kept), encoding="utf-8")
     if not (home / "tok/tokenizer.json").exists():
-        rewrite = (
-            None
-            if kind == "none"
-            else Marker(learn_morphology(home / "train.txt"), "soft" if kind == "soft" else "strict").rewrite
-        )
+        marking = next((marking for marking in MARKINGS if marking == kind), None)
+        rewrite = Marker(learn_morphology(home / "train.txt"), marking).rewrite if marking else None
         train_tokenizer(documents(home / "train.txt"), vocabulary, home / "tok", rewrite=rewrite)
     tokenizer = Tokenizer.load(home / "tok")
     learnt, held_out = (pack([home / f"{n}.txt"], tokenizer, home / "shards" / n, processes=1) for n in PARTS_BYTES)
@@ -129,10 +126,7 @@ def prepare_home(work: Path, stem: Path, kind: str = "none", vocabulary: int = V
 
 def learn_morphology(text: Path) -> Segmenter:
     """Learn a Turkish segmenter from the words of a text."""
-    counts = Counter[str]()
-    for document in documents(text):
-        count_words(document, counts)
-    return finish(learn_segmenter(counts))
+    return finish(learn_segmenter(count_words(documents(text)), read_rules("tr")))
 
 
 def count_tokens(plain: Corpus, model: str, vocabulary: int) -> int:

@@ -39,6 +39,13 @@ class MixOptions:
     replace: bool = False
     exclude: Path | None = None
 
+    def wishes(self) -> dict[str, Wish]:
+        """Return the weights, and the share of generated text among them."""
+        from lowvram.data.mix.shares import Wish
+        from lowvram.data.mix.sources import DEMO
+
+        return {**self.weights, **({} if self.demo is None else {DEMO: Wish(share=self.demo)})}
+
 
 def name_once(given: str, pairs: Iterable[tuple[str, Value]]) -> dict[str, Value]:
     """Return values by names of sources in NFC; raises ConfigError where one is named twice.

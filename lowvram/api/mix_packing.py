@@ -62,7 +62,7 @@ class SourcePacker:
     def _pack_sides(
         self, source: TextSource, taken: Taken | None, replace: bool, is_split: bool, is_told: bool = False
     ) -> Task[tuple[ShardSet, ...]]:
-        from lowvram.data.exclusion_list import Exclusion
+        from lowvram.data.exclusion_list import HASH, Exclusion
         from lowvram.data.shards import SIDES, pack_each_shard
         from lowvram.data.text_files import size_of
 
@@ -88,7 +88,7 @@ class SourcePacker:
         yield from skipped.summarise()
         if exclusion is not None:
             self._excluded += len(exclusion.rows)
-            self._left_out.update(row["hash"] for row in exclusion.rows)
+            self._left_out.update(row[HASH] for row in exclusion.rows)
         return tuple(sides)
 
     def summarise(self) -> Iterator[Notice]:

@@ -14,7 +14,15 @@ from lowvram.api.mix_packing import SourcePacker
 from lowvram.api.packing import DEFAULT_TOKENIZER, find_data, read_excluded
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
-from lowvram.api.texts import OnBadRow, TextOptions, Texts, choose_left_out, read_text_options, tell_left_out
+from lowvram.api.texts import (
+    OnBadRow,
+    TextOptions,
+    Texts,
+    choose_left_out,
+    read_beside,
+    read_text_options,
+    tell_left_out,
+)
 
 if TYPE_CHECKING:
     from lowvram.config.mix import Mix, MixedSource
@@ -84,16 +92,16 @@ def mix(
     refuse_missing("processes", processes, int)
     refuse_count("processes", processes)
     wanted = MixOptions(
-        Path(tokenizer),
-        Path(out),
-        read_weights(weights or {}),
-        temperature,
-        read_caps(caps or {}),
-        read_share("demo", demo),
-        None if tokens is None else read_count("tokens", tokens),
-        levels,
-        replace,
-        Path(exclude) if exclude is not None else None,
+        tokenizer=Path(tokenizer),
+        out=Path(out),
+        weights=read_weights(weights or {}),
+        temperature=temperature,
+        caps=read_caps(caps or {}),
+        demo=read_share("demo", demo),
+        tokens=None if tokens is None else read_count("tokens", tokens),
+        levels=levels,
+        replace=replace,
+        exclude=Path(exclude) if exclude is not None else None,
     )
     found, notices = carry_out(mix_task(options, wanted, processes), progress)
     return dataclasses.replace(found, notices=notices)
@@ -150,7 +158,7 @@ def _refuse_plain_shards(out: Path) -> None:
 
 def _refuse_names(names: Sequence[str], wanted: MixOptions) -> None:
     """Raise DataError where a name is not known, or one source alone is no mix, before anything is packed."""
-    from lowvram.data.mix.shares import Wish, find_shares
+    from lowvram.data.mix.shares import find_shares
     from lowvram.data.mix.sources import DEMO, match
     from lowvram.errors import DataError, argument
 
@@ -162,8 +170,7 @@ def _refuse_names(names: Sequence[str], wanted: MixOptions) -> None:
         match(name, names, argument("caps", name))
     if wanted.demo is not None and DEMO in wanted.weights:
         raise DataError("`demo` is generated text.", "Its share is what `demo` says.", "Leave its weight out.")
-    wishes = {**wanted.weights, **({} if wanted.demo is None else {DEMO: Wish(share=wanted.demo)})}
-    find_shares(dict.fromkeys([*names, *([] if wanted.demo is None else [DEMO])], 1), 0.0, wishes)
+    find_shares(dict.fromkeys([*names, *([] if wanted.demo is None else [DEMO])], 1), 0.0, wanted.wishes())
 
 
 def _measure(
@@ -189,21 +196,14 @@ def _measure(
 def _read(source: TextSource, options: TextOptions, sizes: Sizes, listed: Collection[str]) -> Iterator[Progress]:
     from lowvram.data.bad_rows import BadRows
     from lowvram.data.exclusion_list import hash_document
-    from lowvram.data.text import documents_of
 
     what = f"Measuring {source.name}"
-    at = Progress(what)
-
-    def keep(done: int, total: int | None) -> None:
-        nonlocal at
-        at = Progress(what, done, total)
-
-    yield at
+    yield Progress(what)
     # Bad rows are told when the source is packed.
-    for text in documents_of(source.files, options.field, keep, BadRows(options.on_bad_row)):
+    for text, progress in read_beside(source.files, options.field, BadRows(options.on_bad_row), what):
         if not (listed and hash_document(text) in listed):
             sizes.add(text)
-        yield at
+        yield progress
 
 
 def _pack_demo(
@@ -225,11 +225,9 @@ def _pack_demo(
 
 
 def _find_shares(tokens: Mapping[str, int], wanted: MixOptions) -> Task[dict[str, float]]:
-    from lowvram.data.mix.shares import LEAST_SHARE, Wish, find_shares
-    from lowvram.data.mix.sources import DEMO
+    from lowvram.data.mix.shares import LEAST_SHARE, find_shares
 
-    wishes = {**wanted.weights, **({} if wanted.demo is None else {DEMO: Wish(share=wanted.demo)})}
-    found = find_shares(tokens, wanted.temperature, wishes)
+    found = find_shares(tokens, wanted.temperature, wanted.wishes())
     if found.raised:
         are = "is" if len(found.raised) == 1 else "are each"
         yield Notice(f"{', '.join(found.raised)} {are} raised to {LEAST_SHARE:.3%} of what is read, the least share.")

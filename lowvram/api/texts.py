@@ -104,7 +104,8 @@ def check_texts_task(options: TextOptions, tell: Callable[[BadRow], None]) -> Ta
 
     files, bad_rows = (yield from find_texts(options)), BadRows("report", tell)
     yield Progress("Reading")
-    yield from _read(files, options.field, bad_rows)
+    for _, progress in read_beside(files, options.field, bad_rows, "Reading"):
+        yield progress
     yield from map(Notice, bad_rows.describe_encodings())
     return TextCheck(
         len(files),
@@ -117,18 +118,18 @@ def check_texts_task(options: TextOptions, tell: Callable[[BadRow], None]) -> Ta
     )
 
 
-def _read(files: Sequence[Path], field: str, bad_rows: BadRows) -> Iterator[Progress]:
-    """Read all documents, and yield how far it is."""
+def read_beside(files: Sequence[Path], field: str, bad_rows: BadRows, doing: str) -> Iterator[tuple[str, Progress]]:
+    """Yield each document, and how far the reading is.  doing: what is done, in words."""
     from lowvram.data.text import documents_of
 
-    progress = Progress("Reading")
+    progress = Progress(doing)
 
     def keep(done: int, total: int | None) -> None:
         nonlocal progress
-        progress = Progress("Reading", done, total)
+        progress = Progress(doing, done, total)
 
-    for _ in documents_of(files, field, keep, bad_rows):
-        yield progress
+    for text in documents_of(files, field, keep, bad_rows):
+        yield text, progress
 
 
 def find_texts(options: TextOptions) -> Task[list[Path]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram.api.tasks import Notice, Progress, Task
-from lowvram.api.texts import TextOptions, find_texts
+from lowvram.api.texts import TextOptions, find_texts, read_beside
 from lowvram.api.tokenizer_training import STEMS
 
 if TYPE_CHECKING:
@@ -113,19 +113,18 @@ def _open_segmenter(
 
 def _learn(options: TextOptions, language: str | Path) -> Task[Segmenter]:
     """Count the words of some texts, and learn the language's stems from them."""
-    from lowvram.data.morphology.marking import count_words
+    from lowvram.data.bad_rows import BadRows
+    from lowvram.data.morphology.marking import find_words
     from lowvram.data.morphology.rules import read_rules
     from lowvram.data.morphology.segmenter import learn_segmenter
-    from lowvram.data.text import documents_of
 
-    read_rules(language)  # before minutes of reading
+    rules = read_rules(language)  # before minutes of reading
     files = yield from find_texts(options)
     counts: Counter[str] = Counter()
-    yield Progress("Counting words")
-    for text in documents_of(files, options.field, lambda done, total: None):
-        count_words(text, counts)
-        yield Progress("Counting words")
-    work = learn_segmenter(counts, language)
+    for text, progress in read_beside(files, options.field, BadRows(), "Counting words"):
+        counts.update(find_words(text))
+        yield progress
+    work = learn_segmenter(counts, rules)
     while True:
         try:
             doing, done, total = next(work)

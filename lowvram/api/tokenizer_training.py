@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +85,8 @@ def train_tokenizer(
     Raises ConfigError for an argument that cannot be meant, DataError for text or rules that cannot be read,
     TokenizerError for a vocabulary out of range or where `out` holds another tokenizer.
     """
-    options, size = (
-        read_text_options(texts, field, on_bad_row, holdout, leave_out),
-        read_count("vocabulary", vocabulary),
-    )
+    options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
+    size = read_count("vocabulary", vocabulary)
     refuse_missing("out", out, *PATH)
     refuse_missing("replace", replace, bool)
     refuse_missing("morphology", morphology, str)
@@ -218,14 +215,11 @@ def _learn_stems(reading: _Reading, language: str | Path) -> Segmenter:
     from lowvram.data.text_files import is_stream
     from lowvram.errors import DataError
 
-    read_rules(language)  # before minutes of reading
+    rules = read_rules(language)  # before minutes of reading
     if any(map(is_stream, reading.files)):
         why = "With morphology text is read twice: for its stems, and for the merges."
         raise DataError("Standard input can be read only once.", why, "Save it as a file first.")
-    counts: Counter[str] = Counter()
-    for text in reading.documents(_COUNTING, is_first=True):
-        count_words(text, counts)
-    work = learn_segmenter(counts, language)
+    work = learn_segmenter(count_words(reading.documents(_COUNTING, is_first=True)), rules)
     try:
         while True:
             reading.tell(*next(work))

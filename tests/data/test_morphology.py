@@ -117,7 +117,7 @@ def segmenter() -> Segmenter:
         for suffixes in ("", "lAr", "lArI", "lArdA", "lArdAn", "dA", "dAn", "lArA"):
             front = next(letter for letter in reversed(stem) if letter in "aeıioöuü") in "eiöü"
             counts[stem + suffixes.replace("A", "e" if front else "a").replace("I", "i" if front else "ı")] += 3
-    return finish(learn_segmenter(counts))
+    return finish(learn_segmenter(counts, read_rules("tr")))
 
 
 def test_stems_that_other_words_share_are_preferred(segmenter: Segmenter) -> None:
@@ -148,7 +148,7 @@ def test_what_was_saved_cuts_alike(segmenter: Segmenter, tmp_path: Path) -> None
 
 def test_no_words_are_refused() -> None:
     with pytest.raises(DataError, match="no words"):
-        finish(learn_segmenter({"bir": 1}))
+        finish(learn_segmenter({"bir": 1}, read_rules("tr")))
 
 
 def test_strict_merges_never_reach_over_a_morpheme(segmenter: Segmenter, tmp_path: Path) -> None:
@@ -170,10 +170,8 @@ def test_soft_learns_from_whole_and_cut_words(segmenter: Segmenter) -> None:
 
 
 def test_real_text_teaches_real_stems(shared_data: Path) -> None:
-    counts: Counter[str] = Counter()
-    for text in documents(shared_data / "text/tr_treebank.train.txt.gz"):
-        count_words(text, counts)
-    learnt = finish(learn_segmenter(counts))
+    counts = count_words(documents(shared_data / "text/tr_treebank.train.txt.gz"))
+    learnt = finish(learn_segmenter(counts, read_rules("tr")))
     cut = {word: " ".join(learnt.segment(word)) for word in ("yapılan", "ülkelerin", "gözlerinin", "İstanbul'da")}
     assert cut == {
         "yapılan": "yap ıl an",

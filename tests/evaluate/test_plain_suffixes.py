@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lowvram.data.morphology.rules import read_rules
 from lowvram.data.morphology.segmenter import Segmenter, learn_segmenter
 from lowvram.errors import DataError
 from lowvram.evaluate.plain_suffixes import read_plain_sentences
@@ -17,7 +18,7 @@ from lowvram.finish import finish
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
     words = [stem + ending for stem in ("ev", "şehir", "deniz") for ending in ("", "ler", "lerde", "den", "lerin")]
-    return finish(learn_segmenter(Counter(dict.fromkeys(words, 2))))
+    return finish(learn_segmenter(Counter(dict.fromkeys(words, 2)), read_rules("tr")))
 
 
 def test_each_byte_has_the_class_of_its_part(segmenter: Segmenter, tmp_path: Path) -> None:

@@ -56,8 +56,7 @@ class Analyser:
 
         An apostrophe is no letter of the analysis, and a stem or suffix ends where it stands.
         """
-        marks = [word.find(mark) for mark in self.rules.file.apostrophes if mark in word]
-        mark = min(marks, default=-1)
+        mark = self.rules.find_apostrophe(word)
         letters = "".join(letter for letter in word if letter not in self.rules.file.apostrophes)
         found = [Analysis(Lemma(letters, state), (), (len(letters),)) for state in self.rules.file.stems]
         vowel, has_vowel = "", False
@@ -72,19 +71,17 @@ class Analyser:
 
     def _read_from(self, letters: str, end: int, before: _Before, mark: int) -> Iterator[Analysis]:
         """Yield the analyses whose stem has the first `end` letters."""
-        stem, changes = letters[:end], self.rules.file.changes
-        for state in self.rules.file.stems if mark < 0 else self.rules.file.stems[:1]:
-            for suffixes, lengths in self._follow(state, *before, letters[end:]):
-                if mark < 0 or mark in itertools.accumulate(lengths, initial=end):
-                    for text in self._lemmas(stem, before[0], suffixes[0], letters[end]):
-                        yield Analysis(Lemma(text, state), suffixes, (end, *lengths))
-        if before[1] in changes.irregular_after and before[0] in changes.irregular:
-            vowel, state = changes.irregular[before[0]], self.rules.file.stems[0]
-            for suffixes, lengths in self._follow(state, vowel, before[1], letters[end:]):
-                has_vowel = any(letter in self.rules.vowels for letter in letters[end : end + lengths[0]])
-                if has_vowel and (mark < 0 or mark in itertools.accumulate(lengths, initial=end)):
-                    for text in self._lemmas(stem, before[0], suffixes[0], letters[end]):
-                        yield Analysis(Lemma(text, state, True), suffixes, (end, *lengths))
+        (vowel, letter), file = before, self.rules.file
+        ways = [(state, vowel, False) for state in (file.stems if mark < 0 else file.stems[:1])]
+        if letter in file.changes.irregular_after and vowel in file.changes.irregular:
+            ways.append((file.stems[0], file.changes.irregular[vowel], True))
+        for state, heard, is_irregular in ways:
+            for suffixes, lengths in self._follow(state, heard, letter, letters[end:]):
+                # Where the first suffix has no vowel, nothing tells an irregular stem from a regular one.
+                shows = not is_irregular or self.rules.vowels.intersection(letters[end : end + lengths[0]])
+                if shows and (mark < 0 or mark in itertools.accumulate(lengths, initial=end)):
+                    for text in self._lemmas(letters[:end], vowel, suffixes[0], letters[end]):
+                        yield Analysis(Lemma(text, state, is_irregular), suffixes, (end, *lengths))
 
     def _lemmas(self, stem: str, vowel: str, suffix: int, next_letter: str) -> Iterator[str]:
         """Yield what the stem may be without this suffix, which begins with `next_letter`."""
@@ -116,10 +113,7 @@ class Analyser:
         """Yield the stem with the vowel that a raising suffix has changed: bekli- comes from bekle."""
         for low, high in self.rules.file.changes.raised.items():
             if stem[-1] in self.rules.harmony[high].values():
-                before = next(
-                    (letter for letter in reversed(stem[:-1]) if letter in self.rules.harmonic_vowels), stem[-1]
-                )
-                yield stem[:-1] + self.rules.harmony[low][before]
+                yield stem[:-1] + self.rules.harmony[low][self._last_vowel(stem[:-1], stem[-1])]
 
     def _follow(self, state: str, vowel: str, letter: str, text: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return every chain of suffixes that spells `text` behind a word in `state`: their numbers and lengths."""
@@ -193,9 +187,6 @@ class Analyser:
         """Yield the spellings of a suffix whose last vowel is raised by the next one: temiz-li-yor."""
         high = self.rules.file.changes.raised.get(suffix.letters[-1].letter)
         for spelling in spellings if high else ():
-            last = next(
-                (letter for letter in reversed(spelling.text[:-1]) if letter in self.rules.harmonic_vowels), vowel
-            )
-            if last:
+            if last := self._last_vowel(spelling.text[:-1], vowel):
                 raised = self.rules.harmony[str(high)][last]
                 yield _Spelling(spelling.text[:-1] + raised, raised, raised, "raising")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from lowvram.data.morphology.segmenter import Segmenter
@@ -21,9 +21,12 @@ _MOST_KEPT = 1_000_000
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
-def count_words(text: str, counts: Counter[str]) -> None:
-    """Add the words of a text to `counts`."""
-    counts.update(WORD.findall(text))
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """Return how often each word occurs in texts."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(find_words(text))
+    return counts
 
 
 def find_words(text: str) -> list[str]:

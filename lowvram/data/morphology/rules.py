@@ -128,6 +128,10 @@ class Rules:
         lower = text.translate(self._lower).lower()
         return lower if len(lower) == len(text) else "".join(letter.lower()[:1] for letter in text)
 
+    def find_apostrophe(self, word: str) -> int:
+        """Return where the first apostrophe of a word stands, -1 where there is none."""
+        return min((word.find(mark) for mark in self.file.apostrophes if mark in word), default=-1)
+
     def ends(self, state: str) -> bool:
         """Say whether a word may end in this state."""
         return state not in self.file.unfinished

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lowvram.data.morphology.analyses import Analyser, Analysis, Lemma
 from lowvram.data.morphology.learning import LONGEST_WORD, LetterCosts, WordModel, choose_words, learn
-from lowvram.data.morphology.rules import Rules, RulesFile, build_rules, read_rules
+from lowvram.data.morphology.rules import Rules, RulesFile, build_rules
 from lowvram.errors import DataError
 from lowvram.storage.disk import DISK, Disk
 from lowvram.storage.json_files import JsonError, read_object
@@ -33,37 +33,32 @@ class Segmenter:
     def __init__(self, rules: Rules, model: WordModel) -> None:
         self.rules, self.model = rules, model
         self._analyser = Analyser(rules)
-        self._cached_cuts = functools.lru_cache(maxsize=1 << 17)(self._find_cuts)
+        self._cached_cuts = functools.lru_cache(maxsize=1 << 17)(lambda word: self._find_cuts(word, self.analyse(word)))
 
     def segment(self, word: str) -> list[str]:
         """Return the parts of a word, which add up to it: the stem, then each suffix."""
-        cuts = [0, *self._cached_cuts(self._lower(word)), len(word)]
-        return [word[start:end] for start, end in itertools.pairwise(cuts)]
+        return _cut(word, self._cached_cuts(self.rules.lower_case(word)))
 
     def name_parts(self, word: str) -> list[Morpheme]:
         """Return the parts of a word with their names and classes; a word that is too long is one stem."""
         analysis = self.analyse(word)
         numbers = analysis.suffixes if analysis else ()
         named = [("stem", "stem"), *((self.rules.suffixes[n].name, self.rules.suffixes[n].kind) for n in numbers)]
-        parts = self.segment(word)
+        parts = _cut(word, self._find_cuts(self.rules.lower_case(word), analysis))
         # Behind the apostrophe of a word that no rule reads stands a part without a name.
         named += [("unknown", "other")] * (len(parts) - len(named))
         return [Morpheme(text, *names) for text, names in zip(parts, named, strict=True)]
 
     def analyse(self, word: str) -> Analysis | None:
         """Return the most probable analysis of a word; None for a word that is too long for one."""
-        lower = self._lower(word)
+        lower = self.rules.lower_case(word)
         if not 0 < len(lower) <= LONGEST_WORD:
             return None
         return max(self._analyser.read(lower), key=lambda analysis: self.model.score(analysis, self.rules))
 
-    def _lower(self, word: str) -> str:
-        return self.rules.lower_case(word)
-
-    def _find_cuts(self, word: str) -> tuple[int, ...]:
-        """Return where a word in lower case is cut."""
-        analysis = self.analyse(word)
-        mark = min((word.find(mark) for mark in self.rules.file.apostrophes if mark in word), default=-1)
+    def _find_cuts(self, word: str, analysis: Analysis | None) -> tuple[int, ...]:
+        """Return where a word in lower case is cut by its analysis."""
+        mark = self.rules.find_apostrophe(word)
         ends = itertools.accumulate(analysis.lengths[:-1]) if analysis else iter(())
         # The apostrophe is a letter of the word but not of the analysis, and belongs to the suffix behind it.
         cuts = [end + (0 <= mark < end) for end in ends]
@@ -101,13 +96,14 @@ class Segmenter:
         return Segmenter(rules, model)
 
 
-def learn_segmenter(
-    counts: Mapping[str, int], language: str | Path = "tr"
-) -> Generator[tuple[str, int, int], None, Segmenter]:
+def _cut(word: str, places: Sequence[int]) -> list[str]:
+    return [word[start:end] for start, end in itertools.pairwise([0, *places, len(word)])]
+
+
+def learn_segmenter(counts: Mapping[str, int], rules: Rules) -> Generator[tuple[str, int, int], None, Segmenter]:
     """Learn a segmenter from the counts of words; yield what is being done, how much of it is done, of how much.
 
-    language: a code such as "tr", or a rules file.  Raises DataError: bad rules, no words.
+    Raises DataError where there are no words.
     """
-    rules = read_rules(language)
     model = yield from learn(choose_words(counts, rules), Analyser(rules))
     return Segmenter(rules, model)
