@@ -163,25 +163,20 @@ def evaluate_task(
 def _score_held_out(loaded: LoadedModel, data: Path | None, tokens: int | None, before: Evaluation) -> Task[Evaluation]:
     """Return the evaluation with what the model scores on shards."""
     from lowvram.config.mix import find_common
-    from lowvram.data.source_set import SourceSet, open_sources
-    from lowvram.evaluate.bits_per_byte import score_windows
-    from lowvram.evaluate.by_source import add_up, score_sources
+    from lowvram.data.source_set import list_sets, open_sources
+    from lowvram.evaluate.by_source import score_held_out
     from lowvram.evaluate.verdict import warn_of_few_tokens
 
     named = _name_held_out(loaded, data)
     tokenizer, seq_len = loaded.tokenizer, loaded.trained_len
     shards = open_sources(named, tokenizer.hash, tokenizer.size)
-    given = tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype
-    by_source: dict[str, Score] = {}
-    if isinstance(shards, SourceSet):
-        scoring_all = score_sources(loaded.model, shards.limit(tokens), *given)
-        by_source = yield from count_progress(scoring_all, "Reading held-out text")
-        found = add_up(by_source.values())
-    else:
-        scoring = score_windows(loaded.model, shards, *given, tokens)
-        found = yield from count_progress(scoring, f"Reading {named[0][1]}")
-    opened = [source.shards for source in shards.sources] if isinstance(shards, SourceSet) else [shards]
-    learnt = (warn_of_learnt_text(loaded, each, path) for each, (_, path) in zip(opened, named, strict=True))
+    scoring = score_held_out(
+        loaded.model, shards, tokenizer.bos_id, tokenizer.byte_count_V, seq_len, loaded.dtype, tokens
+    )
+    what = str(named[0][1]) if len(named) == 1 else "held-out text"
+    found, by_source = yield from count_progress(scoring, f"Reading {what}")
+    opened = zip(list_sets(shards), named, strict=True)
+    learnt = (warn_of_learnt_text(loaded, each, path) for each, (_, path) in opened)
     if warning := next(filter(None, learnt), None) or warn_of_few_tokens(found.targets):
         yield Notice(warning, "warning")
     baseline = None

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from lowvram.data.shard_set import ShardSet
     from lowvram.data.tokenizer import Tokenizer
 
-SIDES = ("train", "valid")
-
 
 @dataclass(frozen=True)
 class ExcludeOptions:
@@ -104,11 +102,11 @@ def exclude_task(
     """Do what `exclude` does, and yield its notices and its progress."""
     from lowvram.data.exclusion import find_documents, write_rest
     from lowvram.data.hf_tokenizer import load_tokenizer
-    from lowvram.data.shard_folder import holds_shards
-    from lowvram.data.shards import refuse_other_form
+    from lowvram.data.shard_folder import holds_shards, holds_split
+    from lowvram.data.shards import SIDES, refuse_other_form
 
     listed = read_exclusion(options)
-    is_split = _is_split(path)
+    is_split = holds_split(path)
     _refuse_same(path, out)
     refuse_other_form(out, is_split)
     folder = tokenizer or _find_tokenizer(path)
@@ -142,7 +140,7 @@ def exclude_task(
 
 def read_exclusion(options: ExcludeOptions) -> dict[str, dict[str, Any]]:
     """Return the rows of the documents to leave out, by hash; raises ConfigError where none is named."""
-    from lowvram.data.exclusion_list import HASH, WHY, RowRules, choose, is_hash, read_list
+    from lowvram.data.exclusion_list import HASH, WHY, RowRules, choose, is_hash, read_list, read_reasons
     from lowvram.errors import ConfigError, argument
 
     options_of_rules = ", ".join(argument(name) for name in ("strangest", "above", "boring", "below"))
@@ -160,20 +158,13 @@ def read_exclusion(options: ExcludeOptions) -> dict[str, dict[str, Any]]:
         if is_hash(word):
             found.setdefault(word.lower(), {HASH: word.lower(), WHY: "named"})
         else:
-            file = Path(word)
-            for row in read_list(file):
-                found.setdefault(row[HASH], row | {WHY: row.get(WHY) or f"in {file.name}"})
+            for row in read_reasons(Path(word)):
+                found.setdefault(row[HASH], row)
     if not found:
         what = "Nothing says which documents are to be left out."
         fix = f"Give {argument('listed')} with {options_of_rules}, or {argument('hashes')}."
         raise ConfigError(what, "Without a list nothing would change.", fix)
     return found
-
-
-def _is_split(path: Path) -> bool:
-    from lowvram.data.shard_folder import holds_shards
-
-    return not holds_shards(path) and holds_shards(path / "train")
 
 
 def _refuse_same(path: Path, out: Path) -> None:

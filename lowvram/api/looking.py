@@ -183,10 +183,10 @@ def look_task(
 
 def choose_training_side(path: Path) -> Task[Path]:
     """Return the folder of shards that is meant; of a split folder the training data, with a notice."""
-    from lowvram.data.shard_folder import holds_shards
+    from lowvram.data.shard_folder import holds_shards, holds_split
 
     train, valid = path / "train", path / "valid"
-    if holds_shards(path) or not holds_shards(train):
+    if not holds_split(path):
         return path
     if holds_shards(valid):
         what = f"Held-out text in {valid} stays as it is, so that runs can be compared on it."

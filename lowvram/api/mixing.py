@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram.api.arguments import PATH, read_count, read_share, refuse_count, refuse_missing, refuse_type
+from lowvram.api.arguments import read_count, read_share
 from lowvram.api.mix_options import DEFAULT_MIX, MixOptions, read_caps, read_weights, refuse_levels, refuse_temperature
 from lowvram.api.mix_packing import SourcePacker
-from lowvram.api.packing import DEFAULT_TOKENIZER, find_data, read_excluded
+from lowvram.api.packing import DEFAULT_TOKENIZER, find_data, read_excluded, refuse_arguments
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task, count_progress
 from lowvram.api.texts import (
@@ -85,12 +85,7 @@ def mix(
     other shards, and for names, shares and caps that cannot be.
     """
     options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
-    refuse_missing("out", out, *PATH)
-    refuse_missing("tokenizer", tokenizer, *PATH)
-    refuse_type("exclude", exclude, *PATH)
-    refuse_missing("replace", replace, bool)
-    refuse_missing("processes", processes, int)
-    refuse_count("processes", processes)
+    refuse_arguments(out, tokenizer, exclude, replace, processes)
     wanted = MixOptions(
         tokenizer=Path(tokenizer),
         out=Path(out),

@@ -77,15 +77,20 @@ def pack(
     text that cannot be read or where `out` holds something else, BusyError, DiskFullError.
     """
     options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
+    refuse_arguments(out, tokenizer, exclude, replace, processes)
+    listed = Path(exclude) if exclude is not None else None
+    found, notices = carry_out(pack_task(options, Path(tokenizer), Path(out), replace, processes, listed), progress)
+    return dataclasses.replace(found, notices=notices)
+
+
+def refuse_arguments(out: object, tokenizer: object, exclude: object, replace: object, processes: object) -> None:
+    """Raise ConfigError for an argument of `pack` or `mix` that cannot be meant."""
     refuse_missing("out", out, *PATH)
     refuse_missing("tokenizer", tokenizer, *PATH)
     refuse_type("exclude", exclude, *PATH)
     refuse_missing("replace", replace, bool)
     refuse_missing("processes", processes, int)
     refuse_count("processes", processes)
-    listed = Path(exclude) if exclude is not None else None
-    found, notices = carry_out(pack_task(options, Path(tokenizer), Path(out), replace, processes, listed), progress)
-    return dataclasses.replace(found, notices=notices)
 
 
 def pack_task(
@@ -130,9 +135,9 @@ def pack_task(
 
 def read_excluded(file: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a list of documents to leave out by their hashes, each with `why`; raises DataError."""
-    from lowvram.data.exclusion_list import HASH, WHY, read_list
+    from lowvram.data.exclusion_list import HASH, read_reasons
 
-    return {row[HASH]: row | {WHY: row.get(WHY) or f"in {file.name}"} for row in read_list(file)}
+    return {row[HASH]: row for row in read_reasons(file)}
 
 
 def tell_excluded(left_out: int, listed: int, missing: int) -> Iterator[Notice]:

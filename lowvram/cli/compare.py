@@ -77,16 +77,10 @@ def _show(found: Comparison) -> None:
 
 
 def _tabulate(found: Comparison, names: Sequence[str]) -> Table:
-    from rich.table import Table
-    from rich.text import Text as Cell
+    from lowvram.cli.console import tabulate
 
-    from lowvram.cli.console import clean
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
     heads = ("recipe", "seeds", "bits per byte", "seed to seed", "above the best", "95 %")
-    for name in heads if found.differences else heads[:4]:
-        is_name = name == "recipe"
-        table.add_column(name, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
+    rows = []
     for place, recipe in enumerate(found.recipes):
         spread = f"{min(recipe.of_runs):.4f}–{max(recipe.of_runs):.4f}" if len(recipe.runs) > 1 else "–"
         cells = [names[place], str(len(recipe.runs)), f"{recipe.bits_per_byte:.4f}", spread]
@@ -94,8 +88,8 @@ def _tabulate(found: Comparison, names: Sequence[str]) -> Table:
             difference = found.differences[place - 1]
             interval = difference.interval
             cells += [f"{difference.bits_per_byte:+.4f}", f"{interval.low:+.4f} to {interval.high:+.4f}"]
-        table.add_row(*(Cell(clean(cell)) for cell in cells))
-    return table
+        rows.append(cells)
+    return tabulate(heads if found.differences else heads[:4], rows)
 
 
 def _join(names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -89,6 +89,16 @@ def _wrap(text: str, console: Console) -> str:
 def table_width(table: Table) -> int:
     """Return how wide a table would be where nothing is folded."""
     return Measurement.get(out, out.options.update_width(_BOUNDLESS), table).maximum
+
+
+def tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """Return a table whose first column is text, which a narrow window folds, and whose others are numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, name in enumerate(names):
+        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) if isinstance(cell, str) else cell for cell in row))
+    return table
 
 
 def lay_out(table: Table, is_folded: bool = False) -> None:

@@ -11,7 +11,7 @@ from lowvram.cli.data_clean import add_clean
 from lowvram.cli.data_exclude import add_exclude
 from lowvram.cli.data_look import add_look
 from lowvram.cli.data_mix import add_mix
-from lowvram.cli.options import add_holdout, process_count
+from lowvram.cli.options import add_holdout, add_packing
 from lowvram.cli.texts import add_reading, read_options, report
 
 if TYPE_CHECKING:
@@ -37,10 +37,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_holdout(
         pack, "hold out this share of the documents, as 0.5%%, chosen by their hash: writes DIR/train and DIR/valid"
     )
-    what = "leave out the documents that a list names: an excluded.json, or part of what `lowvram data look` wrote"
-    pack.add_argument("--exclude", type=Path, metavar="FILE", help=what)
-    pack.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
-    pack.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
+    add_packing(pack)
     pack.set_defaults(run=run_pack, goes_on=True)
     add_mix(actions)
     add_look(actions)

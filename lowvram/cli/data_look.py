@@ -93,20 +93,15 @@ def _show(found: Looked) -> None:
 
 
 def _show_sources(found: Looked) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from lowvram.cli.console import clean, lay_out, result
+    from lowvram.cli.console import lay_out, result, tabulate
     from lowvram.units import show_bytes
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(("source", "documents", "text", "bits per byte")):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
-    for row in found.sources:
-        cells = (row.source, f"{row.documents:,}", show_bytes(row.text_bytes), f"{row.bits_per_byte:.3f}")
-        table.add_row(*(Text(clean(cell)) for cell in cells))
+    cells = [
+        (row.source, f"{row.documents:,}", show_bytes(row.text_bytes), f"{row.bits_per_byte:.3f}")
+        for row in found.sources
+    ]
     result()
-    lay_out(table, is_folded=True)
+    lay_out(tabulate(("source", "documents", "text", "bits per byte"), cells), is_folded=True)
 
 
 def _show_documents(found: Looked, documents: tuple[SeenDocument, ...]) -> None:

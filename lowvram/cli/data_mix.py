@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.mix_options import DEFAULT_MIX
 from lowvram.api.packing import DEFAULT_TOKENIZER
-from lowvram.cli.options import add_holdout, count, process_count, share
+from lowvram.cli.options import add_holdout, add_packing, count, share
 from lowvram.cli.texts import add_reading, read_options, report
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "mix",
         help="pack domains or languages with the share of each",
         description="Pack several sources of text, such as domains or languages, each into shards of its own, and note "
-        "in DIR/mix.json which share of a run each is.  `lowvram fit --data DIR` and data.train in a run file take the "
-        "folder, and validations then show every source.  If it is interrupted, the same command continues where it "
-        "stopped; with other weights it packs nothing again.  More: docs/mixing.md.",
+        "in DIR/mix.json which share of a run each is. `lowvram fit --data DIR` and data.train in a run file take the "
+        "folder, and validations then show every source. If it is interrupted, the same command continues where it "
+        "stopped; with other weights it packs nothing again. More: docs/mixing.md.",
     )
     add_reading(mix, what=_SOURCES)
     mix.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, metavar="DIR", help="(default: %(default)s)")
@@ -51,7 +51,7 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         action="append",
         default=[],
         metavar="NAME=W",
-        help="law=2: read that source twice as often as it would be; law=20%%: a fifth of what is read.  NAME may be a "
+        help="law=2: read that source twice as often as it would be; law=20%%: a fifth of what is read. NAME may be a "
         "folder of sources (tr stands for tr/law, tr/news, …)",
     )
     mix.add_argument(
@@ -66,10 +66,7 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     mix.add_argument("--tokens", type=count, metavar="N", help="count epochs for a run of N tokens (default: all once)")
     mix.add_argument("--demo", type=share, metavar="SHARE", help="add the demo's generated Turkish with this share")
     add_holdout(mix, "hold out this share of every source's documents, as 0.5%%, chosen by their hash")
-    what = "leave out the documents that a list names: an excluded.json, or part of what `lowvram data look` wrote"
-    mix.add_argument("--exclude", type=Path, metavar="FILE", help=what)
-    mix.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
-    mix.add_argument("--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)")
+    add_packing(mix)
     mix.set_defaults(run=run_mix, goes_on=True)
 
 
@@ -113,22 +110,18 @@ def run_mix(arguments: argparse.Namespace) -> int:
 
 def _show(mixed: Mixed) -> None:
     """Print a table of the sources, and up to how many tokens they suffice."""
-    from rich.table import Table
-
-    from lowvram.cli.console import clean, lay_out, result
+    from lowvram.cli.console import lay_out, result, tabulate
     from lowvram.units import show_bytes, show_count
 
     has_caps = any(source.left_out_bytes for source in mixed.sources)
     names = ["source", "text", "tokens", "held out", "share", "epochs", *(["left out"] if has_caps else [])]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+    rows = []
     for source, epochs in zip(mixed.sources, mixed.epochs, strict=True):
         held_out = show_count(source.held_out_tokens) if source.held_out_tokens else "–"
         cells = [show_bytes(source.text_bytes), show_count(source.tokens), held_out, f"{source.share:.2%}"]
         left_out = [show_bytes(source.left_out_bytes) if source.left_out_bytes else "–"] if has_caps else []
-        table.add_row(clean(source.name), *cells, f"{epochs:,.2f}", *left_out)
-    lay_out(table, is_folded=True)
+        rows.append((source.name, *cells, f"{epochs:,.2f}", *left_out))
+    lay_out(tabulate(names, rows), is_folded=True)
     text_bytes, tokens = (sum(getattr(each, key) for each in mixed.sources) for key in ("text_bytes", "tokens"))
     result(
         f"{mixed.path}: {show_count(tokens)} tokens, {show_bytes(text_bytes)} of text in {len(mixed.sources)} sources."

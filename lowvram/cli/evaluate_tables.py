@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text as Cell
 
-from lowvram.cli.console import clean, lay_out, result, written
+from lowvram.cli.console import clean, lay_out, result, tabulate, written
 from lowvram.units import count_of, show_count
 
 if TYPE_CHECKING:
@@ -43,16 +42,6 @@ def show_measured(found: Evaluation) -> None:
         written(sample.text.strip("\n"))
 
 
-def _tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Cell]]) -> Table:
-    """Return a table whose first column is text, which a narrow window folds, and whose others are numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
-    for row in rows:
-        table.add_row(*(Cell(clean(cell)) if isinstance(cell, str) else cell for cell in row))
-    return table
-
-
 def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
     result()
     names = ("text", "bits per byte", "nats per token", "tokens", "bytes")
@@ -60,7 +49,7 @@ def _show_text(rows: Sequence[TextScore], seq_len: int) -> None:
         (str(row.name), f"{row.bits_per_byte:.4f}", f"{row.loss:.4f}", f"{row.tokens:,}", f"{row.text_bytes:,}")
         for row in rows
     ]
-    lay_out(_tabulate(names, cells), is_folded=True)
+    lay_out(tabulate(names, cells), is_folded=True)
     result(
         f"In windows of {seq_len} tokens, as shards are read; BOS is read and not counted. Bits per byte compare "
         "models of any tokenizer."
@@ -74,7 +63,7 @@ def _show_pairs(report: PairsReport) -> None:
     # A narrow window breaks names between words.
     rows = [_pairs_cells(row.name.replace("_", " "), row, "") for row in report.rows]
     rows += [_pairs_cells(name, row, "bold") for name, row in means.items() if row is not None]
-    lay_out(_tabulate(names, rows), is_folded=True)
+    lay_out(tabulate(names, rows), is_folded=True)
     same = f"; {count_of(report.identical, 'pair')} of identical sentences left out" if report.identical else ""
     result(f"{report.file}{same}.")
     result(
@@ -116,7 +105,7 @@ def _show_choices(reports: Sequence[ChoicesReport]) -> None:
         )
         for report in reports
     ]
-    lay_out(_tabulate(names, rows), is_folded=True)
+    lay_out(tabulate(names, rows), is_folded=True)
     result(
         "right: the choice with the greatest log-probability per byte; by sum: with the greatest sum.  chance: what "
         "guessing gets.  longest: what the rule gets that takes the longest choice."
@@ -129,7 +118,7 @@ def _show_choices(reports: Sequence[ChoicesReport]) -> None:
 def _show_harness(rows: Sequence[HarnessRow]) -> None:
     result()
     cells = [(row.task, row.metric, f"{row.value:.4f}", _show_error(row)) for row in rows]
-    lay_out(_tabulate(("harness", "figure", "value", "standard error"), cells), is_folded=True)
+    lay_out(tabulate(("harness", "figure", "value", "standard error"), cells), is_folded=True)
 
 
 def _show_error(row: HarnessRow) -> str:
@@ -149,7 +138,7 @@ def _show_suffixes(report: SuffixReport) -> None:
         )
         for row in report.rows
     ]
-    lay_out(_tabulate(names, rows), is_folded=True)
+    lay_out(tabulate(names, rows), is_folded=True)
     sentences = count_of(report.sentences, "sentence")
     result(f"{report.file}: {sentences}, {show_count(report.words)} words, {report.bits_per_byte:.4f} bits per byte.")
     share = report.unexplained / max(1, report.words)

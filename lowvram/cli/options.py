@@ -128,3 +128,13 @@ def add_field(parser: argparse.ArgumentParser) -> None:
 def add_holdout(parser: argparse.ArgumentParser, what: str) -> None:
     """Add --holdout.  what: what is done with that share of the documents."""
     parser.add_argument("--holdout", type=share, metavar="SHARE", help=what)
+
+
+def add_packing(parser: argparse.ArgumentParser) -> None:
+    """Add what commands that pack text share: --exclude, --replace and --processes."""
+    what = "leave out the documents that a list names: an excluded.json, or part of what `lowvram data look` wrote"
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help=what)
+    parser.add_argument("--replace", action="store_true", help="replace shards of another text that DIR holds")
+    parser.add_argument(
+        "--processes", type=process_count, metavar="N", help="encoding processes (default: one per core)"
+    )

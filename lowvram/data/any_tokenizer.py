@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from lowvram.data.library_errors import LibraryErrors
 from lowvram.data.text_stream import need
 from lowvram.data.tokenizer import Tokenizer, byte_of_letter, count_bytes, cut_long_runs
 from lowvram.data.turkish import lower_case
@@ -152,7 +153,7 @@ class LibraryTokenizer:
                 f"The package tokenizers knows {', '.join(_LIBRARY_KINDS)}.",
                 "Name another one.",
             )
-        with _ForeignErrors(file, "tokenizers"):
+        with LibraryErrors(lambda error: _unusable(file, error)):
             self._model = Library.from_file(str(file))
             self._model.no_truncation()
             self._model.no_padding()
@@ -299,20 +300,9 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
     return ranks
 
 
-class _ForeignErrors:
-    """Converts what a library raises as the bare class Exception into TokenizerError."""
-
-    def __init__(self, file: Path, package: str) -> None:
-        self._file, self._package = file, package
-
-    def __enter__(self) -> None:
-        """Do nothing at the start."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Raise TokenizerError for an error of the library; narrower exceptions pass through."""
-        if kind is Exception:
-            why = f"The package {self._package} says: {error}."
-            raise TokenizerError(f"The tokenizer {self._file} cannot be used.", why, "Name another one.") from error
+def _unusable(file: Path, error: BaseException) -> TokenizerError:
+    why = f"The package tokenizers says: {error}."
+    return TokenizerError(f"The tokenizer {file} cannot be used.", why, "Name another one.")
 
 
 def find_parts(pieces: Sequence[TokenPiece], word: str) -> list[str] | None:

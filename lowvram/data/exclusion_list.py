@@ -107,6 +107,12 @@ def read_list(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{file} is empty.", "It names no document.", _FIX)
 
 
+def read_reasons(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a list of which all are meant, each with `why`, by default that it is in the list."""
+    for row in read_list(file):
+        yield row | {WHY: row.get(WHY) or f"in {file.name}"}
+
+
 def _has_words(line: object) -> bool:
     return not isinstance(line, str) or not line.isspace()
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lowvram.data.library_errors import LibraryErrors
 from lowvram.data.tokenizer import SPECIALS, Tokenizer, byte_of_letter, count_bytes, read_files
 from lowvram.errors import TokenizerError
 from lowvram.storage.json_files import JsonError, parse_object, read_object
@@ -150,26 +151,11 @@ class HfTokenizer(Tokenizer):
         return np.array(self.encode(text), np.uint32)
 
     def _check_that_texts_survive(self) -> None:
-        with _LibraryErrors(self.directory):
+        with LibraryErrors(lambda error: _unusable(self.directory, f"the library tokenizers says: {error}")):
             decoded = {text: self.decode(self.encode(text)) for text in _PROBES}
         changed = next((text for text in _PROBES if decoded[text] != text), None)
         if changed is not None:
             raise _unusable(self.directory, f"the text {changed!r} comes back as {decoded[changed]!r}")
-
-
-class _LibraryErrors:
-    """Converts errors of `tokenizers` into TokenizerError: that library raises the bare class Exception."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def __enter__(self) -> None:
-        """Do nothing at the start."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """Raise TokenizerError for an error of the library; narrower exceptions pass through."""
-        if kind is Exception:
-            raise _unusable(self._directory, f"the library tokenizers says: {error}") from error
 
 
 def _unusable(directory: Path, why: str) -> TokenizerError:

@@ -44,6 +44,11 @@ def holds_shards(folder: Path) -> bool:
     return any(read_json(path).keys() >= _SIDECAR for path in sidecars)
 
 
+def holds_split(folder: Path) -> bool:
+    """Return whether a folder holds no shards itself, but training shards in `train`."""
+    return not holds_shards(folder) and holds_shards(folder / "train")
+
+
 class ShardFolder:
     """The --out folder of a packing; use it inside `claim`.
 

@@ -52,6 +52,11 @@ class SourceSet:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
+def list_sets(held_out: ShardSet | SourceSet) -> list[ShardSet]:
+    """Return the sets of shards that are read, in order."""
+    return [source.shards for source in held_out.sources] if isinstance(held_out, SourceSet) else [held_out]
+
+
 def share_out(available: Sequence[int], most: int) -> list[int]:
     """Share `most` out in equal parts, of which none is larger than what is available; each gets at least 1.
 

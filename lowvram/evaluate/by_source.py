@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable
 import numpy as np
 import torch
 
+from lowvram.data.shard_set import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.evaluate.bits_per_byte import Score, score_windows
 from lowvram.model.transformer import Transformer
@@ -39,6 +40,27 @@ def score_sources(
             yield before + done, total
         before += done
     return scores
+
+
+def score_held_out(
+    model: Transformer,
+    held_out: ShardSet | SourceSet,
+    bos_id: int,
+    byte_count_V: np.ndarray,
+    seq_len: int,
+    dtype: torch.dtype,
+    most_tokens: int | None = None,
+    batch: int = 8,
+) -> Generator[tuple[int, int], None, tuple[Score, dict[str, Score]]]:
+    """Return the score of held-out text, and of each source where there are several; yields as `score_windows` does.
+
+    most_tokens: of several sources as `SourceSet.limit` shares them out.
+    """
+    given = bos_id, byte_count_V, seq_len, dtype
+    if isinstance(held_out, SourceSet):
+        scores = yield from score_sources(model, held_out.limit(most_tokens), *given, batch)
+        return add_up(scores.values()), scores
+    return (yield from score_windows(model, held_out, *given, most_tokens, batch)), {}
 
 
 def add_up(scores: Iterable[Score]) -> Score:

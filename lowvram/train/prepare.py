@@ -10,7 +10,7 @@ from lowvram.config.run import RunConfig
 from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.loader import Loader
 from lowvram.data.shards import ShardSet
-from lowvram.data.source_set import SourceSet, open_sources
+from lowvram.data.source_set import SourceSet, list_sets, open_sources
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import MachineError, PromptError
 from lowvram.storage.checkpoint import Store
@@ -73,9 +73,8 @@ def _open(directory: Path, tokenizer: Tokenizer) -> ShardSet:
 
 def _open_held_out(named: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> ShardSet | SourceSet | None:
     found = open_sources(named, tokenizer.hash, tokenizer.size) if named else None
-    for shards in [source.shards for source in found.sources] if isinstance(found, SourceSet) else [found]:
-        if shards is not None:
-            shards.verify()
+    for shards in list_sets(found) if found is not None else ():
+        shards.verify()
     return found
 
 

@@ -9,8 +9,7 @@ from lowvram.data.shards import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import NumbersError
-from lowvram.evaluate.bits_per_byte import score
-from lowvram.evaluate.by_source import add_up, score_sources
+from lowvram.evaluate.by_source import score_held_out
 from lowvram.evaluate.scorer import Scorer
 from lowvram.finish import finish
 from lowvram.generate.decoder import Decoder
@@ -32,14 +31,9 @@ def evaluate(
     """
     dtype, most, seq_len = DTYPES[config.train.precision], config.run.validate_tokens, config.train.seq_len
     bos_id, byte_count_V = tokenizer.bos_id, tokenizer.byte_count_V
-    by_source: dict[str, SourceLoss] = {}
-    if isinstance(valid, SourceSet):
-        sources = valid.limit(most)
-        scores = finish(score_sources(state.model, sources, bos_id, byte_count_V, seq_len, dtype, batch))
-        by_source = {name: SourceLoss(s.loss, s.bits_per_byte, s.text_bytes) for name, s in scores.items()}
-        result = add_up(scores.values())
-    else:
-        result = score(state.model, valid, bos_id, byte_count_V, seq_len, dtype, most, batch)
+    work = score_held_out(state.model, valid, bos_id, byte_count_V, seq_len, dtype, most, batch)
+    result, scores = finish(work)
+    by_source = {name: SourceLoss(s.loss, s.bits_per_byte, s.text_bytes) for name, s in scores.items()}
     # No more tokens at once than in a step, whose memory the plan has counted.
     scorer = Scorer(state.model, dtype, tokenizer, seq_len, batch_tokens=batch * seq_len)
     light = measure_light_subset(config.run, scorer)
