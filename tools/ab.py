@@ -6,9 +6,10 @@ Every arm is the baseline with the arm's `--set` values, trained by lowvram's ow
 run is a line of docs/ab/NAME.jsonl; the same command continues with the missing runs, also in the middle of a run.  A
 comparison is valid only if every run predicts held-out text better than token bigrams counted on the same shards.
 
-tokenizer=none, soft or strict and vocabulary=16384 among an arm's values choose another tokenizer, learnt from the same
-text.  The shards then hold another number of tokens, so such arms train for equal compute instead of equal tokens: that
-of one pass over the text with plain merges of 16,384 ids, by 6 operations for each weight and token, head included.
+tokenizer=none, soft, strict or threes (plain merges, but up to three digits may be one token) and vocabulary=16384
+among an arm's values choose another tokenizer, learnt from the same text.  The shards then hold another number of
+tokens, so such arms train for equal compute instead of equal tokens: that of one pass over the text with plain merges
+of 16,384 ids, by 6 operations for each weight and token, head included.
 
 rival=silent or rival=masked among an arm's values replaces its rotation of experts by one of two other schemes: in
 training the frozen experts' outputs are left out (ismail), or the router cannot choose them.
@@ -41,9 +42,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 from lowvram.config.plan import choose_plan
 from lowvram.config.run import RunConfig
 from lowvram.config.run_file import load_run
+from lowvram.data.hf_tokenizer import load_tokenizer
 from lowvram.data.morphology.marking import MARKINGS, Marker, count_words
 from lowvram.data.morphology.rules import read_rules
-from lowvram.data.morphology.segmenter import Segmenter, learn_segmenter
+from lowvram.data.morphology.segmenter import learn_segmenter
 from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
@@ -56,6 +58,7 @@ from lowvram.train.events import Started, StepDone
 from lowvram.train.prepare import prepare
 from lowvram.train.settings import RunSettings
 from lowvram.train.start import lock_run
+from tools.bench.peer_tokenizer import train_peer
 
 Row = dict[str, Any]
 Arms = dict[str, list[str]]  # the `--set` values of each, by name
@@ -67,6 +70,8 @@ PARTS_BYTES = {"train": 4_500_000, "valid": 550_000}
 POINTS = 20  # of a loss curve
 # An arm's words that are no settings of a run.
 OWN_KEYS = ("tokenizer", "vocabulary", "rival")
+THREES = "threes"
+TOKENIZERS = ("none", *MARKINGS, THREES)
 EQUAL_AT = 16_384  # ids: the vocabulary with whose plain merges the text is read once
 MODELS = {
     "dense": """attention = { kind = "gqa", heads = 4, kv_heads = 2, head_dim = 64 }
@@ -104,7 +109,7 @@ class Corpus(NamedTuple):
 
 
 def prepare_home(work: Path, stem: Path, kind: str = "none", vocabulary: int = VOCABULARY) -> Corpus:
-    """Make tokenizer and shards once per text and tokenizer.  kind: how merges respect morphology."""
+    """Make tokenizer and shards once per text and tokenizer.  kind: as for `learn_tokenizer`."""
     paths = [stem.with_name(f"{stem.name}.{name}.txt.gz") for name in PARTS_BYTES]
     named = f"{vocabulary} {PARTS_BYTES}" + (f" {kind}" if kind != "none" else "")
     made_of = [named.encode(), *(path.read_bytes() for path in paths)]
@@ -116,17 +121,25 @@ def prepare_home(work: Path, stem: Path, kind: str = "none", vocabulary: int = V
         kept = [text for number, text in enumerate(texts) if int((number + 1) * share) > int(number * share)]
         (home / f"{name}.txt").write_text("\n\n".join(kept), encoding="utf-8")
     if not (home / "tok/tokenizer.json").exists():
-        marking = next((marking for marking in MARKINGS if marking == kind), None)
-        rewrite = Marker(learn_morphology(home / "train.txt"), marking).rewrite if marking else None
-        train_tokenizer(documents(home / "train.txt"), vocabulary, home / "tok", rewrite=rewrite)
-    tokenizer = Tokenizer.load(home / "tok")
+        learn_tokenizer(home / "train.txt", kind, vocabulary, home / "tok")
+    tokenizer = load_tokenizer(home / "tok")
     learnt, held_out = (pack([home / f"{n}.txt"], tokenizer, home / "shards" / n, processes=1) for n in PARTS_BYTES)
     return Corpus(home, learnt, held_out, tokenizer)
 
 
-def learn_morphology(text: Path) -> Segmenter:
-    """Learn a Turkish segmenter from the words of a text."""
-    return finish(learn_segmenter(count_words(documents(text)), read_rules("tr")))
+def learn_tokenizer(text: Path, kind: str, vocabulary: int, out: Path) -> None:
+    """Learn a tokenizer from a text.  kind: one of TOKENIZERS."""
+    if kind not in TOKENIZERS:
+        sys.exit(f"There is no tokenizer={kind}: {', '.join(TOKENIZERS)}.")
+    if kind == THREES:
+        train_peer(documents(text), vocabulary, out, kind)
+        return
+    marking = next((marking for marking in MARKINGS if marking == kind), None)
+    rewrite = None
+    if marking:
+        segmenter = finish(learn_segmenter(count_words(documents(text)), read_rules("tr")))
+        rewrite = Marker(segmenter, marking).rewrite
+    train_tokenizer(documents(text), vocabulary, out, rewrite=rewrite)
 
 
 def count_tokens(plain: Corpus, model: str, vocabulary: int) -> int:
@@ -291,11 +304,12 @@ def main() -> None:
         settings = [word for word in arms[arm] if word.partition("=")[0] not in OWN_KEYS]
         vocabulary = int(own.get("vocabulary", VOCABULARY))
         corpus = prepare_home(options.work, options.text, own.get("tokenizer", "none"), vocabulary)
+        ids = corpus.tokenizer.size
         if "tokenizer" in own:
             plain = prepare_home(options.work, options.text, "none", EQUAL_AT)
-            settings = [f"train.tokens={count_tokens(plain, options.model, vocabulary)}", *settings]
+            settings = [f"train.tokens={count_tokens(plain, options.model, ids)}", *settings]
         bigram = bigram_score(corpus.learnt, corpus.held_out, corpus.tokenizer.bos_id, corpus.tokenizer.byte_count_V)
-        what = configure(corpus.home, options.model, settings, seed, f"runs/{options.name}-{arm}-{seed}", vocabulary)
+        what = configure(corpus.home, options.model, settings, seed, f"runs/{options.name}-{arm}-{seed}", ids)
         row = {"arm": arm, "seed": seed, "settings": arms[arm], "model": options.model, "text": options.text.name}
         row |= {"bigram_bits_per_byte": bigram.bits_per_byte, "text_tokens": corpus.learnt.tokens}
         row |= train_once(what, corpus.held_out, own.get("rival"))
