@@ -100,7 +100,10 @@ def table_of_presets() -> str:
     """Return what every preset is."""
     heads = ("preset", "attention, positions", "feed-forward", "layers × width", "vocabulary", "active parameters")
     lines = [f"| {' | '.join(heads)} | parameters | tokens |", "| --- " * (len(heads) + 2) + "|"]
-    for name in sorted(preset_names(), key=lambda name: (not name.startswith("tr-"), load_preset(name)[1].tokens)):
+    order = ("tr-", "mul-")
+    for name in sorted(
+        preset_names(), key=lambda name: (*(not name.startswith(ours) for ours in order), load_preset(name)[1].tokens)
+    ):
         model, train = load_preset(name)
         kind, sizes = model.attention.kind.upper(), f"{model.num_parameters():,} | {show_count(train.tokens)}"
         cells = (

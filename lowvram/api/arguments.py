@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowvram.errors import ConfigError, argument
-from lowvram.units import parse_count, parse_share
+from lowvram.units import parse_bytes, parse_count, parse_share
 
 PATH = (str, Path)
 _NAMES = {
@@ -66,6 +66,18 @@ def read_count(name: str, value: int | str) -> int:
         raise ConfigError(f"{argument(name)} is {value!r}.", f"{error}.", f"Write {argument(name, '32k')}.") from error
     refuse_count(name, number)
     return number
+
+
+def read_size(name: str, value: int | str) -> int:
+    """Return bytes, at least 1, from 200_000_000 or "200MB"; raises ConfigError."""
+    refuse_missing(name, value, int, str)
+    try:
+        size = parse_bytes(value)
+    except ValueError as error:
+        fix = f"Write {argument(name, '200MB')}."
+        raise ConfigError(f"{argument(name)} is {value!r}.", f"{error}.", fix) from error
+    refuse_count(name, size)
+    return size
 
 
 def read_share(name: str, value: float | str | None) -> float | None:

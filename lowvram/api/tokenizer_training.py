@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lowvram.api.arguments import PATH, read_count, refuse_missing
+from lowvram.api.arguments import PATH, read_count, read_size, refuse_missing
+from lowvram.api.merge_text import DEFAULT_SAMPLE, SampleOptions, find_merge_sources, plan_portions
+from lowvram.api.mix_options import read_weights
 from lowvram.api.progress import carry_out
 from lowvram.api.tasks import Notice, Progress, Task
-from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, find_texts, read_text_options
+from lowvram.api.texts import OnBadRow, SkippedRows, TextOptions, Texts, read_text_options
 from lowvram.errors import refuse_unknown
 
 if TYPE_CHECKING:
     from lowvram.data.bad_rows import BadRows
+    from lowvram.data.mix.portions import Portion
+    from lowvram.data.mix.sources import TextSource
+    from lowvram.data.morphology.rules import Rules
     from lowvram.data.morphology.segmenter import Segmenter
     from lowvram.data.tokenizer import Tokenizer
 
@@ -35,12 +40,13 @@ class MergeOptions:
 
     vocabulary: the number of ids.  morphology: "strict" lets no token reach over the end of a stem or suffix, "soft"
     counts merges inside them twice, "none" knows nothing of them.  language: whose rules cut words: a code such as
-    "tr", or a rules file.
+    "tr", or a rules file.  sample: which text they are learnt from.
     """
 
     vocabulary: int = DEFAULT_VOCABULARY
     morphology: Morphology = DEFAULT_MORPHOLOGY
     language: str | Path = "tr"
+    sample: SampleOptions = dataclasses.field(default_factory=SampleOptions)
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,10 @@ def train_tokenizer(
     vocabulary: int | str = DEFAULT_VOCABULARY,
     morphology: Morphology = DEFAULT_MORPHOLOGY,
     language: str | Path = "tr",
+    sample: int | str = DEFAULT_SAMPLE,
+    weights: Mapping[str, float | str] | None = None,
+    temperature: float | None = None,
+    levels: int = 1,
     field: str = "text",
     holdout: float | str | None = None,
     on_bad_row: OnBadRow = "stop",
@@ -77,13 +87,17 @@ def train_tokenizer(
     vocabulary: the number of ids, as 32768 or "32k".  morphology: "strict" lets no token reach over the end of a stem
     or suffix, "soft" counts merges inside them twice, "none" knows nothing of them; with the first two, stems are
     learnt from the text and written to `out/morphology.json`.  language: whose rules cut words, "tr", "kk" or a rules
-    file of the same form (docs/morphology.md).  field: of .jsonl, .ndjson and .parquet.  holdout: leave out the
+    file of the same form (docs/morphology.md).  sample: the most bytes of text that are learnt from, as "1GB"; of more
+    text, pieces of documents are taken by a hash of their words.  weights, temperature, levels: how much is learnt from
+    each source in a folder, such as each language, as for `mix`; shares are of characters, and a source that is too
+    small for its share is read several times.  field: of .jsonl, .ndjson and .parquet.  holdout: leave out the
     documents that `pack` holds out with the same share, as 0.005 or "0.5%".  on_bad_row: "stop" at the first row that
     is no text, or "skip" a few of them.  leave_out: files or folders of `texts` not to read.  replace: overwrite
     another tokenizer in `out`.  progress: show a progress bar, in a terminal or a notebook.
 
-    Raises ConfigError for an argument that cannot be meant, DataError for text or rules that cannot be read,
-    TokenizerError for a vocabulary out of range or where `out` holds another tokenizer.
+    Raises ConfigError for an argument that cannot be meant, DataError for text or rules that cannot be read, and for
+    sources and shares that cannot be, TokenizerError for a vocabulary out of range or where `out` holds another
+    tokenizer.
     """
     options = read_text_options(texts, field, on_bad_row, holdout, leave_out)
     size = read_count("vocabulary", vocabulary)
@@ -92,7 +106,8 @@ def train_tokenizer(
     refuse_missing("morphology", morphology, str)
     refuse_unknown("morphology", morphology, MORPHOLOGIES)
     refuse_missing("language", language, *PATH)
-    merges = MergeOptions(size, morphology, language)
+    wanted = SampleOptions(read_size("sample", sample), read_weights(weights or {}), temperature, levels)
+    merges = MergeOptions(size, morphology, language, wanted)
     found, notices = carry_out(train_tokenizer_task(options, Path(out), merges, replace), progress)
     return dataclasses.replace(found, notices=notices)
 
@@ -102,31 +117,57 @@ def train_tokenizer_task(
 ) -> Task[TrainedTokenizer]:
     """Do what `train_tokenizer` does, and yield its notices and its progress."""
     from lowvram.data.long_words import LONGEST_WORD
+    from lowvram.data.morphology.rules import read_rules
+    from lowvram.data.text_files import is_stream
+    from lowvram.data.tokenizer import check_may_train
     from lowvram.units import show_bytes
 
-    files = yield from find_texts(options)
+    check_may_train(out, merges.vocabulary, replace)
+    sources = yield from find_merge_sources(options, merges.sample, out)
     if not replace and (out / "tokenizer.json").exists():
         yield Notice(f"{out} holds a tokenizer; another one is written there only with `replace=True`.")
-    skipped = SkippedRows(options.on_bad_row)
-    learning = _learn(_Reading(files, options, skipped.bad_rows), out, merges, replace)
-    tokenizer, left_out_bytes = yield from skipped.tell_beside(learning)
+    skipped, portions = SkippedRows(options.on_bad_row), None
+    rules = read_rules(merges.language) if merges.morphology != "none" else None
+    has_stream = any(is_stream(file) for source in sources for file in source.files)
+    if has_stream and rules:
+        _refuse_stream()
+    if not has_stream:
+        plan = plan_portions(sources, options, merges.sample, skipped.bad_rows)
+        portions = yield from skipped.tell_beside(plan)
+    reading = _Reading(sources, options, portions, merges.sample.most_bytes, skipped.bad_rows)
+    tokenizer, left_out_bytes = yield from skipped.tell_beside(_learn(reading, out, merges, rules, replace))
     if left_out_bytes:
         yield Notice(
             f"{show_bytes(left_out_bytes)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or "
             "of as many other signs, are not words, and merges are learnt from words."
         )
+    if reading.is_cut:
+        size = show_bytes(merges.sample.most_bytes)
+        yield Notice(f"The first {size} of the text were learnt from; `sample` changes that.")
     yield from skipped.summarise()
     return TrainedTokenizer(out, tokenizer.size, tokenizer)
 
 
 class _Reading:
-    """Reads texts in another thread, one pass after another; `progress` says how far it is."""
+    """Reads texts in another thread, one pass after another; `progress` says how far it is.
 
-    def __init__(self, files: Sequence[Path], options: TextOptions, bad_rows: BadRows) -> None:
+    portions: what is learnt from each source; None where text cannot be read twice, and its beginning is learnt from.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[TextSource],
+        options: TextOptions,
+        portions: Mapping[str, Portion] | None,
+        most_bytes: int,
+        bad_rows: BadRows,
+    ) -> None:
         from lowvram.data.text_files import size_of
 
-        self.files, self._options, self._bad_rows = files, options, bad_rows
-        self.total, self.progress, self.is_left = sum(map(size_of, files)), Progress(_READING), threading.Event()
+        self._sources, self._options, self._portions, self._most_bytes = sources, options, portions, most_bytes
+        self._bad_rows = bad_rows
+        self.total = sum(size_of(file) for source in sources for file in source.files)
+        self.progress, self.is_left, self.is_cut = Progress(_READING), threading.Event(), False
 
     def tell(self, doing: str, done: float, total: float | None, detail: str = "") -> None:
         """Set the progress; raises KeyboardInterrupt where nobody waits any more."""
@@ -137,28 +178,47 @@ class _Reading:
         if self.is_left.is_set():  # after Ctrl-C in a notebook nothing may be written any more
             raise KeyboardInterrupt
 
-    def documents(self, doing: str, is_first: bool) -> Iterator[str]:
-        """Yield the documents that are not held out.  is_first: whether bad rows are counted in this pass."""
+    def documents(self, doing: str) -> Iterator[str]:
+        """Yield what is learnt from, without documents that are held out."""
         from lowvram.data.bad_rows import BadRows
+
+        # Bad rows are told in the first pass, which chose the portions.
+        bad_rows = BadRows(self._bad_rows.action) if self._portions else self._bad_rows
+        holdout, left_bytes = self._options.build_holdout(), self._most_bytes
+        for source, text in self._read(doing, bad_rows):
+            self._refuse_to_go_on()
+            if holdout and holdout.takes(text):
+                continue
+            if self._portions:
+                yield from self._portions[source].take(text)
+                continue
+            if left_bytes <= 0:
+                self.is_cut = True
+                return
+            left_bytes -= len(text.encode())
+            yield text
+        bad_rows.finish()
+        if holdout:
+            holdout.check()
+
+    def _read(self, doing: str, bad_rows: BadRows) -> Iterator[tuple[str, str]]:
+        """Yield each document with the name of its source."""
         from lowvram.data.text import documents_of
+        from lowvram.data.text_files import size_of
 
-        bad_rows = self._bad_rows if is_first else BadRows(self._bad_rows.action)
-        holdout = self._options.build_holdout()
+        before = 0
+        for source in self._sources:
 
-        def texts() -> Iterator[str]:
-            for text in documents_of(self.files, self._options.field, keep, bad_rows):
-                self._refuse_to_go_on()
-                yield text
-            bad_rows.finish()
+            def keep(done: int, total: int | None, before: int = before) -> None:
+                self.tell(doing, before + done, self.total or None)
 
-        def keep(done: int, total: int | None) -> None:
-            self.tell(doing, done, total)
-
-        yield from holdout.leave(texts()) if holdout else texts()
+            for text in documents_of(source.files, self._options.field, keep, bad_rows):
+                yield source.name, text
+            before += sum(map(size_of, source.files))
 
 
 def _learn(
-    reading: _Reading, out: Path, merges: MergeOptions, replace: bool
+    reading: _Reading, out: Path, merges: MergeOptions, rules: Rules | None, replace: bool
 ) -> Generator[Progress, None, tuple[Tokenizer, int]]:
     """Read and merge in a thread, since most of it is native code; yield how far it is.
 
@@ -166,29 +226,22 @@ def _learn(
     """
     from lowvram.data.interruptible import wait_for
     from lowvram.data.morphology.marking import Marker
-    from lowvram.data.tokenizer import check_may_train
     from lowvram.data.tokenizer import train_tokenizer as learn
     from lowvram.units import show_bytes
 
     left_out = [0]
 
-    def texts(is_first: bool) -> Iterator[str]:
-        yield from reading.documents(_READING, is_first)
+    def texts() -> Iterator[str]:
+        yield from reading.documents(_READING)
         reading.tell(_READING, reading.total, reading.total, f"{show_bytes(reading.total)} read; merging")
 
     def carry_out_learning() -> Tokenizer:
-        check_may_train(out, merges.vocabulary, replace)
         segmenter, rewrite = None, None
-        if merges.morphology != "none":
-            segmenter = _learn_stems(reading, merges.language)
+        if rules and merges.morphology != "none":
+            segmenter = _learn_stems(reading, rules)
             rewrite = Marker(segmenter, merges.morphology).rewrite
         tokenizer = learn(
-            texts(segmenter is None),
-            merges.vocabulary,
-            out,
-            tell_left_out=left_out.append,
-            replace=replace,
-            rewrite=rewrite,
+            texts(), merges.vocabulary, out, tell_left_out=left_out.append, replace=replace, rewrite=rewrite
         )
         if segmenter:
             segmenter.save(out / STEMS)
@@ -207,21 +260,21 @@ def _learn(
         reading.is_left.set()
 
 
-def _learn_stems(reading: _Reading, language: str | Path) -> Segmenter:
+def _learn_stems(reading: _Reading, rules: Rules) -> Segmenter:
     """Count the words of the texts, and learn the language's stems from them."""
     from lowvram.data.morphology.marking import count_words
-    from lowvram.data.morphology.rules import read_rules
     from lowvram.data.morphology.segmenter import learn_segmenter
-    from lowvram.data.text_files import is_stream
-    from lowvram.errors import DataError
 
-    rules = read_rules(language)  # before minutes of reading
-    if any(map(is_stream, reading.files)):
-        why = "With morphology text is read twice: for its stems, and for the merges."
-        raise DataError("Standard input can be read only once.", why, "Save it as a file first.")
-    work = learn_segmenter(count_words(reading.documents(_COUNTING, is_first=True)), rules)
+    work = learn_segmenter(count_words(reading.documents(_COUNTING)), rules)
     try:
         while True:
             reading.tell(*next(work))
     except StopIteration as end:
         return end.value
+
+
+def _refuse_stream() -> None:
+    from lowvram.errors import DataError
+
+    why = "With morphology text is read several times: for its stems, and for the merges."
+    raise DataError("Standard input can be read only once.", why, "Save it as a file first.")

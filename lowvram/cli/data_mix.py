@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from lowvram.api.mix_options import DEFAULT_MIX
 from lowvram.api.packing import DEFAULT_TOKENIZER
-from lowvram.cli.options import add_holdout, add_packing, count, share
+from lowvram.cli.options import SOURCES, add_holdout, add_packing, add_shares, count, named_value, share
 from lowvram.cli.texts import add_reading, read_options, report
 
 if TYPE_CHECKING:
     from lowvram.api.mixing import Mixed
-
-_SOURCES = "a folder whose files and folders are the sources, or several; a file that is named is a source too"
 
 
 def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,36 +25,13 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "folder, and validations then show every source. If it is interrupted, the same command continues where it "
         "stopped; with other weights it packs nothing again. More: docs/mixing.md.",
     )
-    add_reading(mix, what=_SOURCES)
+    add_reading(mix, what=SOURCES)
     mix.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, metavar="DIR", help="(default: %(default)s)")
     mix.add_argument("--out", type=Path, default=DEFAULT_MIX, metavar="DIR", help="(default: %(default)s)")
-    mix.add_argument(
-        "--levels",
-        type=int,
-        default=1,
-        choices=(1, 2),
-        help="2: the sources are in the folders of the folder, and are called as tr/law (default: %(default)s)",
-    )
-    mix.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="T",
-        help="shares are proportional to tokens to the power of T: 1 reads every source equally often, 0 gives each "
-        "the same share, 0.3 is usual for languages (default: %(default)g)",
-    )
-    mix.add_argument(
-        "--weight",
-        type=_named,
-        action="append",
-        default=[],
-        metavar="NAME=W",
-        help="law=2: read that source twice as often as it would be; law=20%%: a fifth of what is read. NAME may be a "
-        "folder of sources (tr stands for tr/law, tr/news, …)",
-    )
+    add_shares(mix, "tokens", 1.0)
     mix.add_argument(
         "--cap",
-        type=_named,
+        type=named_value,
         action="append",
         default=[],
         metavar="NAME=SIZE",
@@ -68,13 +43,6 @@ def add_mix(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_holdout(mix, "hold out this share of every source's documents, as 0.5%%, chosen by their hash")
     add_packing(mix)
     mix.set_defaults(run=run_mix, goes_on=True)
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, value = text.rpartition("=")
-    if not equals or not name.strip() or not value.strip():
-        raise argparse.ArgumentTypeError(f"{text} is not written as NAME=VALUE")
-    return name.strip().strip("/"), value.strip()
 
 
 def run_mix(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ TEXTS = (
     ".txt, .jsonl, .ndjson, .parquet, .csv or .tsv, plain, .gz or .zst; folders of them, patterns such as 'data/*.txt' "
     "or - for standard input; named themselves also .json lines, .pdf, .docx and hf:owner/name"
 )
+SOURCES = "a folder whose files and folders are the sources, or several; a file that is named is a source too"
 _MOST_BYTES = 2**42  # more than any computer here has: a bare number of bytes was meant in another unit
 
 
@@ -128,6 +129,54 @@ def add_field(parser: argparse.ArgumentParser) -> None:
 def add_holdout(parser: argparse.ArgumentParser, what: str) -> None:
     """Add --holdout.  what: what is done with that share of the documents."""
     parser.add_argument("--holdout", type=share, metavar="SHARE", help=what)
+
+
+def named_value(text: str) -> tuple[str, str]:
+    """Read NAME=VALUE, where NAME may be that of a source; an error becomes a usage message."""
+    name, equals, value = text.rpartition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise argparse.ArgumentTypeError(f"{text} is not written as NAME=VALUE")
+    return name.strip().strip("/"), value.strip()
+
+
+def add_shares(parser: argparse.ArgumentParser, of: str, temperature: float | None) -> None:
+    """Add how much is read of each source: --levels, --temperature and --weight.
+
+    of: what shares are proportional to, in words.  temperature: the default, None where sources are then not told
+    apart.
+    """
+    parser.add_argument(
+        "--levels",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="2: the sources are in the folders of the folder, and are called as tr/law (default: %(default)s)",
+    )
+    default = "all text is one source" if temperature is None else f"{temperature:g}"
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help=f"shares are proportional to {of} to the power of T: 1 reads every source equally often, 0 gives each "
+        f"the same share, 0.3 is usual for languages (default: {default})",
+    )
+    parser.add_argument(
+        "--weight",
+        type=named_value,
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        help="law=2: read that source twice as often as it would be; law=20%%: a fifth of what is read. NAME may be a "
+        "folder of sources (tr stands for tr/law, tr/news, …)",
+    )
+
+
+def share_words(arguments: argparse.Namespace) -> list[str]:
+    """Return the words with which another command reads as much of each source as this one did."""
+    words = [] if arguments.levels == 1 else ["--levels", str(arguments.levels)]
+    words += [] if arguments.temperature is None else ["--temperature", f"{arguments.temperature:g}"]
+    return words + [word for name, value in arguments.weight for word in ("--weight", f"{name}={value}")]
 
 
 def add_packing(parser: argparse.ArgumentParser) -> None:

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from lowvram.api import LowvramError, Notice, check_texts, fit, pack, train_tokenizer, write_run_file
+from lowvram.api.merge_text import SampleOptions
 from lowvram.api.tasks import Progress
 from lowvram.api.texts import TextOptions
 from lowvram.api.tokenizer_training import MergeOptions, train_tokenizer_task
 from lowvram.config.run_file import load_run
 from lowvram.data import text
+from lowvram.data.mix.portions import Portion
+from lowvram.data.tokenizer import Tokenizer
 from tests.flows.typed import fill_home, typed, write_home
 
 
@@ -143,12 +146,13 @@ def test_a_training_that_nobody_waits_for_any_more_writes_no_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_home(tmp_path)
-    monkeypatch.setattr(text, "documents_of", lambda *_: itertools.repeat("Kış geldi."))
+    measured = iter([["Kış geldi."]])  # and what is learnt from has no end
+    monkeypatch.setattr(text, "documents_of", lambda *_: next(measured, itertools.repeat("Kış geldi.")))
     before = set(threading.enumerate())
     task = train_tokenizer_task(TextOptions((tmp_path / "train.txt",)), tmp_path / "tok", MergeOptions(300))
-    assert isinstance(next(task), Progress)
-    next(task)
-    [learning] = set(threading.enumerate()) - before
+    while not (begun := set(threading.enumerate()) - before):
+        assert isinstance(next(task), Progress)
+    [learning] = begun
     task.close()
     learning.join(60)
     assert not learning.is_alive()
@@ -168,3 +172,40 @@ def test_the_command_prints_the_notices_that_the_value_holds(home: Path, tmp_pat
         .notices[0]
         .text.endswith("another one is written there only with `replace=True`.")
     )
+
+
+def test_a_sample_is_what_its_own_hash_takes_and_the_memory_is_said_beforehand(home: Path, tmp_path: Path) -> None:
+    whole = (home / "train.txt").read_text(encoding="utf-8")
+    documents = whole.split("\n\n")
+    task = train_tokenizer_task(
+        TextOptions((home / "train.txt",)),
+        tmp_path / "tok",
+        MergeOptions(330, sample=SampleOptions(len(whole.encode()) // 2)),
+    )
+    events = list(task)
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert "pieces of documents that a hash of their words chooses, with about 125.6 MiB of memory." in told[0]
+    assert told[1].endswith("`sample` says how much of it is read.")
+    learning = [n for n, event in enumerate(events) if isinstance(event, Progress) and "vocabulary" in event.what]
+    assert events.index(Notice(told[1])) < min(learning), "beforehand"
+    copies = float(f"{(len(whole.encode()) // 2) / sum(len(text.encode()) for text in documents):.3g}")
+    taken = [piece for text in documents for piece in Portion(1.0, copies, 1).take(text)]
+    assert 20 < len(taken) < 76
+    (tmp_path / "taken.txt").write_text("\n\n".join(taken), encoding="utf-8")
+    other = train_tokenizer(tmp_path / "taken.txt", tmp_path / "other", vocabulary=330)
+    assert other.tokenizer == Tokenizer.load(tmp_path / "tok")
+
+
+def test_a_language_is_learnt_from_as_much_as_its_share_says(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, word, times in (("kk", "балаларымызға", 10), ("tr", "evlerimizdekilerden", 100)):
+        (tmp_path / f"texts/{name}.txt").write_text("\n\n".join([f"{word}"] * times), encoding="utf-8")
+    few = train_tokenizer(tmp_path / "texts", tmp_path / "few", vocabulary=299)
+    # Eleven merges: the more frequent word gets them all, until the other one is half of what is learnt from.
+    assert len(few.tokenizer.encode("evlerimizdekilerden")) < 9 < len(few.tokenizer.encode("балаларымызға")) == 26
+    many = train_tokenizer(tmp_path / "texts", tmp_path / "many", vocabulary=299, weights={"kk": "80%"})
+    assert len(many.tokenizer.encode("балаларымызға")) < 20
+    assert "kk 80.0%" in many.notices[-1].text
+    with pytest.raises(LowvramError, match="names ru"):
+        train_tokenizer(tmp_path / "texts", tmp_path / "no", vocabulary=299, weights={"ru": 2})
+    assert not (tmp_path / "no").exists()
