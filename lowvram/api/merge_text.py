@@ -87,23 +87,27 @@ def _explain(portions: Mapping[str, Portion]) -> Iterator[str]:
     from lowvram.units import show_bytes
 
     memory_bytes = estimate_memory(portion.distinct_bytes for portion in portions.values())
-    memory = show_bytes(memory_bytes)
-    whole, learnt = (
-        sum(getattr(portion, key) for portion in portions.values()) for key in ("text_bytes", "learnt_bytes")
+    whole, taken = (
+        sum(getattr(portion, key) for portion in portions.values()) for key in ("text_bytes", "distinct_bytes")
     )
-    if all(portion.copies == 1.0 for portion in portions.values()):
-        if memory_bytes > _LITTLE_MEMORY:
-            yield f"All {show_bytes(whole)} of text are learnt from, with about {memory} of memory."
-    else:
-        chosen = ""
-        if any(portion.copies % 1.0 for portion in portions.values()):
-            chosen = ", pieces of documents that a hash of their words chooses"
-        yield f"About {show_bytes(learnt)} are learnt from{chosen}, with about {memory} of memory."
-        if list(portions) == [""]:
-            yield f"The text has {show_bytes(whole)}; `sample` says how much of it is read."
+    memory = f"with about {show_bytes(memory_bytes)} of memory"
+    again = ", some of it several times," if any(portion.copies > 1.0 for portion in portions.values()) else ""
+    if taken < whole:
+        yield (
+            f"About {show_bytes(taken)} of {show_bytes(whole)} of text are learnt from{again or ','} {memory}: pieces "
+            "of documents that a hash of their words chooses. `sample` says how much at most."
+        )
+    elif memory_bytes > _LITTLE_MEMORY or again:
+        yield f"All {show_bytes(whole)} of text are learnt from{again or ','} {memory}."
     if list(portions) != [""]:
         listed = (
-            f"{name} {portion.share:.1%} ({show_bytes(portion.learnt_bytes)}, {portion.copies:g} times its text)"
+            f"{name} {portion.share:.1%} ({show_bytes(portion.learnt_bytes)}, {_show_copies(portion.copies)} its text)"
             for name, portion in portions.items()
         )
         yield f"Shares of the letters and other characters that are learnt from: {'; '.join(listed)}."
+
+
+def _show_copies(copies: float) -> str:
+    if copies == 1.0:
+        return "all of"
+    return f"{copies:g} times" if copies > 1.0 else f"{copies:.1%} of"

@@ -85,7 +85,7 @@ def run_train(arguments: argparse.Namespace) -> int:
     trained = run_task(train_tokenizer_task(options, arguments.out, merges, arguments.replace))
     result(f"{trained.path}: {trained.size} ids" + _explain_size(trained.size, arguments.vocab))
     if options.holdout is None:
-        notice("All of the text was read. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")
+        notice("Nothing was held out. --holdout 0.5% leaves out what `data pack --holdout 0.5%` holds out.")
     words = reading_words(arguments)
     split = ("--holdout", show_share(options.holdout or SHARE))
     if sample.has_sources:

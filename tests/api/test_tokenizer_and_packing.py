@@ -184,10 +184,12 @@ def test_a_sample_is_what_its_own_hash_takes_and_the_memory_is_said_beforehand(h
     )
     events = list(task)
     told = [event.text for event in events if isinstance(event, Notice)]
-    assert "pieces of documents that a hash of their words chooses, with about 125.6 MiB of memory." in told[0]
-    assert told[1].endswith("`sample` says how much of it is read.")
+    assert told[0] == (
+        "About 7.7 KiB of 15.2 KiB of text are learnt from, with about 125.6 MiB of memory: pieces of documents that a "
+        "hash of their words chooses. `sample` says how much at most."
+    )
     learning = [n for n, event in enumerate(events) if isinstance(event, Progress) and "vocabulary" in event.what]
-    assert events.index(Notice(told[1])) < min(learning), "beforehand"
+    assert events.index(Notice(told[0])) < min(learning), "beforehand"
     copies = float(f"{(len(whole.encode()) // 2) / sum(len(text.encode()) for text in documents):.3g}")
     taken = [piece for text in documents for piece in Portion(1.0, copies, 1).take(text)]
     assert 20 < len(taken) < 76

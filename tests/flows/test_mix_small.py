@@ -216,3 +216,19 @@ def test_what_is_left_out_and_skipped_is_told_once(small: Path) -> None:
     assert again.code == 1
     assert "c/valid holds text that was held out. This --holdout holds out nothing of c:" in again.err
     assert "Give the same" not in again.err
+
+
+def test_a_tokenizer_learns_from_each_source_by_its_share_and_names_the_mix_that_fits_it(small: Path) -> None:
+    words = ("tokenizer", "train", small / "texts", "--vocab", 400, "--out", small / "shared")
+    answer = typed(*words, "--weight", "a=70%", "--sample", "8kB", "--temperature", "0.3")
+    assert answer.code == 0, answer.err
+    told = " ".join(answer.err.split())
+    assert re.search(r"About 7\.\d KiB of 25\.\d KiB of text are learnt from, with about 12\d\.\d MiB of memory", told)
+    assert re.search(r"learnt from: a 70\.0% \(5\.\d KiB, \d\d\.\d% of its text\); b 30\.0% \(2\.\d KiB", told)
+    assert " mix " in answer.out
+    for same in (f"data mix {small}/texts", "--temperature 0.3", "--weight a=70%", f"--tokenizer {small}/shared"):
+        assert same in " ".join(answer.out.split())
+    wrong = typed(*words, "--weight", "c=2")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert "--weight c names c" in " ".join(wrong.err.split())
+    assert typed(*words, "--temperature", "3").err.startswith("--temperature 3.0 is not from 0 to 1.")
