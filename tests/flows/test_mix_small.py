@@ -231,4 +231,4 @@ def test_a_tokenizer_learns_from_each_source_by_its_share_and_names_the_mix_that
     wrong = typed(*words, "--weight", "c=2")
     assert (wrong.code, wrong.out) == (1, "")
     assert "--weight c names c" in " ".join(wrong.err.split())
-    assert typed(*words, "--temperature", "3").err.startswith("--temperature 3.0 is not from 0 to 1.")
+    assert typed(*words, "--temperature", "3").err.startswith("Error: --temperature 3.0 is not from 0 to 1.")
