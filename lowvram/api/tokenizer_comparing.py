@@ -193,7 +193,7 @@ def _read_sample(language: str, options: TextOptions, size: int) -> Task[Sample]
         nonlocal left
         what = f"Reading {language}"
         yield Progress(what)
-        for text in documents_of(files, options.field, lambda done, total: None, skipped.bad_rows):
+        for text in documents_of(files, options.field, bad_rows=skipped.bad_rows):
             document = nfc(text)
             taken = document.encode()[:left].decode(errors="ignore")
             is_cut = len(taken) < len(document)
