@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lowvram.data.bad_rows import BadRow
@@ -15,7 +15,7 @@ EACH = "[]"
 NULL, NO_FIELD = "null", "without the field"
 
 
-def find_text(where: str, record: dict[str, Any], field: str) -> str | BadRow:
+def find_text(where: str, record: Mapping[str, Any], field: str) -> str | BadRow:
     """Return the text in a field of a row, or a bad row where there is none.
 
     `a.b` is field b of field a, unless a field has that name; `a[].b` is that of each object in the list a, all of them
