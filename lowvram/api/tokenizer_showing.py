@@ -36,7 +36,7 @@ def read_shown_text(options: TextOptions) -> Task[str]:
 
     files = yield from find_texts(options)
     found, left = [], MOST_SHOWN
-    for text in documents_of(files, options.field, lambda done, total: None):
+    for text in documents_of(files, options.field):
         if left <= 0:
             break
         found.append(text[:left])

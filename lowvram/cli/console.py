@@ -91,11 +91,14 @@ def table_width(table: Table) -> int:
     return Measurement.get(out, out.options.update_width(_BOUNDLESS), table).maximum
 
 
-def tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
-    """Return a table whose first column is text, which a narrow window folds, and whose others are numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def tabulate(names: Sequence[str], rows: Iterable[Sequence[str | Text]], gap: int = 2) -> Table:
+    """Return a table whose first column is text, which a narrow window folds, and whose others are numbers.
+
+    gap: blanks between columns.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, gap), header_style="bold")
     for place, name in enumerate(names):
-        table.add_column(name, justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
+        table.add_column(Text(clean(name)), justify="right" if place else "left", no_wrap=place > 0, overflow="fold")
     for row in rows:
         table.add_row(*(Text(clean(cell)) if isinstance(cell, str) else cell for cell in row))
     return table

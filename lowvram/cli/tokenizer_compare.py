@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,26 @@ from lowvram.cli.next_step import next_step
 from lowvram.cli.options import TEXTS, add_field, size_of_file
 
 if TYPE_CHECKING:
-    from lowvram.api.tokenizer_comparing import ComparedTexts, TokenizerComparison
+    from lowvram.api.tokenizer_comparing import (
+        ComparedSentences,
+        ComparedTexts,
+        ComparedTokenizer,
+        TokenizerComparison,
+    )
+    from lowvram.evaluate.parity import ParityFigures
     from lowvram.evaluate.tokenizer_figures import Figures
 
 # A word that shows where a Turkish tokenizer cuts.
 _EXAMPLE = "Evlerimizdekilerden misiniz?"
 _NAMED = re.compile(r"([A-Za-z][A-Za-z_-]{0,15})=(.*)", re.DOTALL)
 _HEADS = ("tokenizer", "chars/\ntoken", "bytes/\ntoken", "tokens/\nword", ">1\ntoken", "exact", "same\nids", "MB/s")
-_NAME_CELLS = 18
+# As many languages fit beside each other into 80 columns.
+_MOST_ABREAST = 6
+_PARITY_ROWS: tuple[tuple[str, Callable[[ParityFigures], str]], ...] = (
+    ("tokens", lambda found: f"{found.tokens:,}"),
+    ("parity", lambda found: f"{found.parity:.3f}"),
+    ("bytes/token", lambda found: f"{found.bytes_per_token:.2f}"),
+)
 
 
 def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,19 +42,28 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "compare",
         help="measure tokenizers of any kind on the same text",
         description="Measure tokenizers on the same text, language by language: how much text a token holds, how many "
-        "tokens a word takes, which text does not come back, which strings get the same ids, and how fast it is.",
+        "tokens a word takes, which text does not come back, which strings get the same ids, and how fast it is. With "
+        "--parallel: how many tokens the same sentences take in several languages.",
     )
     what = (
         "folders or files: a tokenizer.json of any kind, a SentencePiece .model, a .tiktoken file; or turkish-tokenizer"
     )
     parser.add_argument("tokenizers", nargs="+", type=Path, metavar="TOKENIZER", help=what)
     what = f"text of each language, as tr=a.txt b.txt kk=kk.txt; a language may be left out. Text is {TEXTS}"
-    parser.add_argument("--text", nargs="+", required=True, metavar="[LANGUAGE=]FILE", action="extend", help=what)
+    parser.add_argument("--text", nargs="+", metavar="[LANGUAGE=]FILE", action="extend", default=[], help=what)
     what = (
         "words with their morphemes, for F1 of boundaries: a table with the columns form, segmentation and perhaps "
         "count; of the first language where none is named"
     )
     parser.add_argument("--gold", nargs="+", metavar="[LANGUAGE=]FILE", action="extend", default=[], help=what)
+    what = (
+        "the same sentences in several languages: a .tsv, .csv, .parquet or JSON lines, plain, .gz or .zst, with a "
+        "column or field for each language. Shows the parity of each language: its tokens over those of the first one. "
+        "--text may then be left out"
+    )
+    parser.add_argument("--parallel", type=Path, metavar="FILE", help=what)
+    what = "columns of --parallel, as tr kk ru; the others are compared with the first (default: languages of --text)"
+    parser.add_argument("--languages", nargs="+", metavar="LANGUAGE", action="extend", help=what)
     what = f"read at most so much of each language (default: {DEFAULT_SIZE >> 20}MiB)"
     parser.add_argument("--size", type=size_of_file, default=DEFAULT_SIZE, metavar="SIZE", help=what)
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the figures (pip install -e '.[chart]')")
@@ -55,6 +76,7 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure and print."""
+    from lowvram.api.parallel_sentences import choose_sentences
     from lowvram.api.texts import TextOptions
     from lowvram.api.tokenizer_chart import check_chart
     from lowvram.api.tokenizer_comparing import compare_tokenizers_task
@@ -65,10 +87,11 @@ def run(arguments: argparse.Namespace) -> None:
     options = {
         language: TextOptions(tuple(paths), arguments.field, arguments.on_bad_row) for language, paths in texts.items()
     }
-    gold = _read_gold_paths(arguments.gold, next(iter(texts)))
+    gold = _read_gold_paths(arguments.gold, next(iter(texts), ONLY))
+    parallel = choose_sentences(arguments.parallel, arguments.languages, texts, arguments.on_bad_row)
     if arguments.chart:
         check_chart(arguments.chart)
-    found = run_task(compare_tokenizers_task(arguments.tokenizers, options, gold, arguments.size))
+    found = run_task(compare_tokenizers_task(arguments.tokenizers, options, gold, arguments.size, parallel))
     if arguments.json:
         literal(json.dumps(found.as_dict()))
     else:
@@ -120,13 +143,24 @@ def _read_gold_paths(words: Sequence[str], first: str) -> dict[str, Path]:
 
 def _show(found: TokenizerComparison) -> None:
     from lowvram.cli.console import result
-    from lowvram.evaluate.tokenizer_figures import REPEATS, SPEED_BYTES
-    from lowvram.units import show_bytes
 
     for number, text in enumerate(found.texts):
         if number:
             result()
         _show_language(found, text)
+    if found.texts:
+        _explain_figures(found)
+    if found.texts and found.parallel:
+        result()
+    if found.parallel:
+        _show_parity(found, found.parallel)
+
+
+def _explain_figures(found: TokenizerComparison) -> None:
+    from lowvram.cli.console import result
+    from lowvram.evaluate.tokenizer_figures import REPEATS, SPEED_BYTES
+    from lowvram.units import show_bytes
+
     result()
     result(
         ">1 token: share of words of several tokens.  exact: share of lines that come back as they were.  same ids: "
@@ -141,24 +175,41 @@ def _show(found: TokenizerComparison) -> None:
 
 
 def _show_language(found: TokenizerComparison, text: ComparedTexts) -> None:
-    from rich.table import Table
-    from rich.text import Text as Cell
-
-    from lowvram.cli.console import clean, lay_out, result
+    from lowvram.cli.console import lay_out, result, tabulate
     from lowvram.units import show_bytes
 
     cut = "" if text.is_whole else ", cut there"
     result(f"{text.language}: {show_bytes(text.text_bytes)}{cut}, {text.lines:,} lines, {text.words:,} words", "bold")
     has_gold = any(each.figures[text.language].boundaries for each in found.tokenizers)
-    table = Table(box=None, pad_edge=False, padding=(0, 0, 0, 1), header_style="bold")
-    first, *others = (*_HEADS, *(["F1"] if has_gold else []))
-    table.add_column(first, overflow="fold", max_width=_NAME_CELLS)
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    for each in found.tokenizers:
-        cells = [f"{each.name} ({each.size:,})", *_cells(each.figures[text.language], has_gold)]
-        table.add_row(*(Cell(clean(cell)) for cell in cells))
-    lay_out(table, is_folded=True)
+    names = (*_HEADS, *(["F1"] if has_gold else []))
+    rows = ((_name_with_size(each), *_cells(each.figures[text.language], has_gold)) for each in found.tokenizers)
+    lay_out(tabulate(names, rows, gap=1), is_folded=True)
+
+
+def _show_parity(found: TokenizerComparison, same: ComparedSentences) -> None:
+    from rich.text import Text as Cell
+
+    from lowvram.cli.console import lay_out, result, tabulate
+    from lowvram.units import count_of
+
+    cut = "" if same.is_whole else ", cut there"
+    result(f"{Path(same.path).name}: {count_of(same.sentences, 'sentence')} in each language{cut}", "bold")
+    for start in range(0, len(same.languages), _MOST_ABREAST):
+        languages = same.languages[start : start + _MOST_ABREAST]
+        rows: list[list[str | Cell]] = []
+        for title, show in _PARITY_ROWS:
+            rows.append([Cell(title, "bold"), *[""] * len(languages)])
+            for each in found.tokenizers:
+                figures = each.parity or {}
+                rows.append([f"  {_name_with_size(each)}", *(show(figures[language]) for language in languages)])
+        lay_out(tabulate(("", *languages), rows), is_folded=True)
+    result()
+    result(f"parity: tokens over those of the same sentences in {same.languages[0]}.")
+
+
+def _name_with_size(tokenizer: ComparedTokenizer) -> str:
+    """Return a tokenizer's name and its size."""
+    return f"{tokenizer.name} ({tokenizer.size:,})"
 
 
 def _cells(figures: Figures, has_gold: bool) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lowvram.data.bad_rows import BadRow
@@ -11,9 +11,11 @@ from lowvram.storage.json_files import name_kind
 
 # In the name of a field: each element of a list.
 EACH = "[]"
+# Kinds of bad rows that readers of several fields tell from others.
+NULL, NO_FIELD = "null", "without the field"
 
 
-def find_text(where: str, record: dict[str, Any], field: str) -> str | BadRow:
+def find_text(where: str, record: Mapping[str, Any], field: str) -> str | BadRow:
     """Return the text in a field of a row, or a bad row where there is none.
 
     `a.b` is field b of field a, unless a field has that name; `a[].b` is that of each object in the list a, all of them
@@ -24,7 +26,7 @@ def find_text(where: str, record: dict[str, Any], field: str) -> str | BadRow:
     try:
         values = list(_follow(record, split_field(field)))
     except KeyError:
-        return BadRow.of("without the field", no_field(where, field, record))
+        return BadRow.of(NO_FIELD, no_field(where, field, record))
     if EACH not in field:
         return check_text(where, field, values[0])
     texts = [check_text(where, field, value) for value in values]
@@ -55,7 +57,7 @@ def check_text(where: str, field: str, value: object) -> str | BadRow:
         is_null = value is None
         what = f"{where}: the field {field!r} " + ("is null." if is_null else f"holds {name_kind(value)}, not text.")
         fix = "Name another field, or mend the file."
-        return BadRow("null" if is_null else "not text", what, "Only strings can be documents.", fix)
+        return BadRow(NULL if is_null else "not text", what, "Only strings can be documents.", fix)
     if "\0" in value:
         what = f"{where} is not text: its character {value.index(chr(0))} is NUL."
         return BadRow("with NUL", what, "NUL belongs to no text; the row is damaged, or binary.", "Mend or delete it.")

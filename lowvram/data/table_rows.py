@@ -35,16 +35,18 @@ def table_documents(file: Path, lines: LineReader, field: str, is_tsv: bool, cur
         yield row if isinstance(row, BadRow) else check_text(f"{file}:{number}", field, row[column])
 
 
-def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[dict[str, str] | BadRow]:
-    """Yield each row below the header by the names of its columns, or what is wrong with it; otherwise as above.
+def table_records(file: Path, lines: LineReader, is_tsv: bool) -> Iterator[tuple[int, dict[str, str] | BadRow]]:
+    """Yield the first line of each row below the header, and its cells by the names of their columns.
+
+    A row with a fault is a bad row; otherwise as above.
 
     The delimiter of a .csv is the one that stands most often in the header.
     """
     rows = _read_rows(file, lines, None, is_tsv)
     _, names = next(rows, (1, None))
     if isinstance(names, list):
-        for _, row in rows:
-            yield row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
+        for number, row in rows:
+            yield number, row if isinstance(row, BadRow) else dict(zip(names, row, strict=True))
 
 
 def _read_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram.data.bad_rows import BadRow, BadRows
+from lowvram.data.field_records import read_object
 from lowvram.data.fields import EACH, check_text, find_text, no_field, split_field
 from lowvram.data.hub_rows import hub_documents
 from lowvram.data.lines import MOST_LINE_BYTES, LineReader
@@ -19,7 +19,6 @@ from lowvram.data.table_rows import table_documents
 from lowvram.data.text_files import ENDINGS, KINDS, find_files, is_dataset, size_of
 from lowvram.data.text_stream import TextStream, need, open_seekable, open_text
 from lowvram.errors import DataError
-from lowvram.storage.json_files import name_kind
 
 __all__ = ["ENDINGS", "KINDS", "documents", "documents_of", "find_files"]
 
@@ -63,7 +62,10 @@ def documents(
 
 
 def documents_of(
-    files: Sequence[Path], field: str, tell: Callable[[int, int | None], None], bad_rows: BadRows | None = None
+    files: Sequence[Path],
+    field: str,
+    tell: Callable[[int, int | None], None] = lambda done, total: None,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[str]:
     """Yield the documents of several files, one file after the other; otherwise as `documents`.
 
@@ -157,15 +159,9 @@ def _json_documents(
 
 def _read_line(file: Path, line: str, field: str, cursor: Cursor) -> str | BadRow:
     where = f"{file}:{cursor.line}"
-    try:
-        # The line end is removed, so that the error for a string without its closing quote is at the right place.
-        record = json.loads(line.strip(f"{_BOM} \t\r\n"))
-    except (ValueError, RecursionError) as error:
-        return BadRow("not JSON", f"{where} is not JSON.", f"{error}.", "Mend or delete it.")
-    if not isinstance(record, dict):
-        what = f"{where} is {name_kind(record)}, not an object."
-        why = "Each line must be one object that holds the text in a field."
-        return BadRow("not an object", what, why, f'Write lines like {{"{field}": "..."}}.')
+    record = read_object(where, line, field)
+    if type(record) is BadRow:
+        return record
     cursor.origin = read_origin(file, record)
     return find_text(where, record, field)
 

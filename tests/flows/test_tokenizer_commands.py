@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import gzip
 import json
 import re
 from pathlib import Path
@@ -24,6 +25,8 @@ from tests.flows.typed import typed, write_home
 # By hand: 8 words, of which "ev" is known whole, "evler" in two pieces, "EV" and "ÇAY" not at all.
 TEXT = "ev evler ev EV\n\nÇAY ev\nev evler\n"
 PIECES = {"[UNK]": 0, "ev": 1, "##ler": 2}
+# The same sentences: in tr 2 + 1 tokens of PIECES, in kk (where the letter й is decomposed) 4 + 3, in ru 1 + 1.
+SAME = "id\ttr\tkk\tru\n1\tevler\tevlerler ev\tдом\n2\tev\tu\u0308\u0438\u0306 ev ev\tev\n3\tev\t \tдом\n4\tev\t\t\n"
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     gold = "form\tsegmentation\tcount\nevler\tev ler\t3\nevde\tev de\t1\n"
     (folder / "gold.tsv").write_text(gold, encoding="utf-8")
+    (folder / "same.tsv").write_text(SAME, encoding="utf-8")
     return folder
 
 
@@ -102,8 +106,15 @@ def test_the_form_of_the_json_stays(home: Path) -> None:
     assert answer.code == 0, answer.err
     assert keys_of(json.loads(answer.out)) == {
         "texts": [dict.fromkeys(texts.split(), "")],
-        "tokenizers": [{**dict.fromkeys(("name", "path", "kind", "size"), ""), "figures": figures}],
+        "parallel": "",
+        "tokenizers": [{**dict.fromkeys(("name", "path", "kind", "size", "parity"), ""), "figures": figures}],
     }
+    told = json.loads(typed(*words, "--json", "--parallel", home / "same.tsv", "--languages", "tr", "kk").out)
+    by_language = {"tr": "", "kk": ""}
+    names = ("path", "sentences", "left_out", "is_whole")
+    assert keys_of(told["parallel"]) == {**dict.fromkeys(names, ""), "languages": [""], "text_bytes": by_language}
+    parity = dict.fromkeys(("tokens", "parity", "bytes_per_token", "exact"), "")
+    assert keys_of(told["tokenizers"][0]["parity"]) == dict.fromkeys(by_language, parity)
 
 
 def test_a_table_of_each_language_fits_80_columns_and_the_next_step_shows_where_it_cuts(home: Path) -> None:
@@ -125,14 +136,16 @@ def test_a_table_of_each_language_fits_80_columns_and_the_next_step_shows_where_
 
 def test_the_chart_is_a_picture(home: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    gold = ("--gold", home / "gold.tsv")
-    words = ("tokenizer", "compare", home / "tok", home / "small.json", "--text", f"tr={home / 'text.txt'}", *gold)
-    assert typed(*words, "--chart", tmp_path / "a.png").code == 0
-    picture = (tmp_path / "a.png").read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))
-    assert width == 1200
-    assert height > 1000
+    parity = ("--parallel", home / "same.tsv", "--languages", "tr", "kk")
+    words = ("tokenizer", "compare", home / "tok", home / "small.json", *parity)
+    measured = ("--text", f"tr={home / 'text.txt'}", "--gold", home / "gold.tsv")
+    # Seven panels in four rows, or parity alone.
+    for options, inches in ((measured, 3.2 * 4 + 0.4), ((), 3.2 + 0.4)):
+        assert typed(*words, *options, "--chart", tmp_path / "a.png").code == 0
+        picture = (tmp_path / "a.png").read_bytes()
+        assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = (int.from_bytes(picture[place : place + 4], "big") for place in (16, 20))
+        assert (width, height) == (1200, round(120 * inches))
 
 
 def test_a_chart_without_matplotlib_or_of_another_kind_is_refused_before_anything_is_read(
@@ -177,6 +190,107 @@ def test_what_cannot_be_compared_is_told(words: tuple[str, ...], says: str, home
     answer = typed("tokenizer", "compare", *(pattern.sub(lambda m: str(home / files[m[0]]), word) for word in words))
     assert (answer.code, answer.out) == (1, "")
     assert says in answer.err.replace("\n", " ")
+
+
+def test_parity_is_the_tokens_of_the_same_sentences_over_those_of_the_first_language(home: Path) -> None:
+    found = compare_tokenizers(home / "small.json", parallel=home / "same.tsv", languages=["tr", "kk", "ru"])
+    assert found.texts == ()
+    assert found.parallel is not None
+    assert (found.parallel.sentences, found.parallel.left_out, found.parallel.is_whole) == (2, 2, True)
+    # "üй" is six bytes, in NFC four.
+    assert found.parallel.text_bytes == {"tr": 7, "kk": 11 + 10, "ru": 8}
+    parity = found.tokenizers[0].parity or {}
+    assert [parity[name].tokens for name in ("tr", "kk", "ru")] == [3, 7, 2]
+    assert [parity[name].parity for name in ("tr", "kk", "ru")] == [1.0, 7 / 3, 2 / 3]
+    assert [parity[name].bytes_per_token for name in ("tr", "kk", "ru")] == [7 / 3, 21 / 7, 4.0]
+    assert [parity[name].exact for name in ("tr", "kk", "ru")] == [0.5, 0.0, 0.5]
+    assert [said.text for said in found.notices] == [
+        f"Left out: 2 of 4 rows of {home / 'same.tsv'}, where a language is empty (kk 2, ru 1).",
+        "small.json gives back only a part of the sentences as they were (tr 50.0%, kk 0.0%, ru 50.0%): what is lost "
+        "costs few tokens, so its parity says little there.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.gz", "a.parquet", "nested.jsonl"])
+def test_sentences_are_read_from_every_format_with_columns(name: str, home: Path, tmp_path: Path) -> None:
+    rows = [{"tr": "evler", "kk": "ev, ev"}, {"tr": None, "kk": "ev"}, {"tr": "ev", "kk": "ev"}]
+    languages = ("tr", "kk")
+    if name == "nested.jsonl":
+        rows, languages = [{"translation": row} for row in rows], ("translation.tr", "translation.kk")
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if name == "a.csv":
+        (tmp_path / name).write_text('kk;tr\n"ev, ev";evler\nev;\nev;ev\n', encoding="utf-8")
+    elif name == "a.parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
+    found = compare_tokenizers(home / "small.json", parallel=tmp_path / name, languages=languages)
+    assert [figures.tokens for figures in (found.tokenizers[0].parity or {}).values()] == [3, 3]
+    assert "(tr 1)" in found.notices[0].text.replace("translation.", "")
+
+
+def test_the_screen_has_languages_side_by_side_in_80_columns(home: Path, tmp_path: Path) -> None:
+    names = [f"l{letter}" for letter in "abcdefgh"]
+    row = "\t".join(["evler evler ev"] * 8)
+    (tmp_path / "eight.tsv").write_text("\t".join(names) + f"\n{row}\n" * 2, encoding="utf-8")
+    words = ("tokenizer", "compare", home / "tok", home / "small.json", "--parallel", tmp_path / "eight.tsv")
+    answer = typed(*words, "--languages", *names)
+    assert answer.code == 0, answer.err
+    lines = answer.out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80, "the last one is a command"
+    assert [line.split() for line in lines if re.match(r" +l", line)] == [names[:6], names[6:]]
+    assert [line.rstrip() for line in lines if re.match("[tpb]", line)][:3] == ["tokens", "parity", "bytes/token"]
+    assert [line.split()[2:] for line in lines if "small" in line][:3] == [["10"] * 6, ["1.000"] * 6, ["2.80"] * 6]
+    assert "MB/s" not in answer.out
+    both = typed(*words[:4], "--text", f"lh={home / 'valid.txt'}", f"la={home / 'valid.txt'}", *words[4:])
+    assert both.out.count("MB/s") == 3
+    assert "parity: tokens over those of the same sentences in lh." in both.out
+
+
+def test_sentences_are_read_up_to_a_size_and_rows_with_a_fault_as_text_is(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("tr\tkk\nev\tev\nev\nev\tevler\nev\tev\n", encoding="utf-8")
+    words = ("tokenizer", "compare", home / "tok", "--parallel", tmp_path / "a.tsv", "--languages", "tr", "kk")
+    answer = typed(*words)
+    assert (answer.code, answer.out) == (1, "")
+    assert "a.tsv:3 has 1 columns, and the header 2." in answer.err
+    assert "--on-bad-row skip" in answer.err
+    answer = typed(*words, "--on-bad-row", "skip", "--size", "7")
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("a.tsv: 2 sentences in each language, cut there\n")
+    assert "Skipped 1 of 3 rows" in answer.err
+    assert "the first 7 B of a language are read; --size changes that." in answer.err
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("--parallel SAME --languages tr az", "has no field 'az'. Fields there: id, tr, kk, ru. The sentences of each"),
+        ("--parallel SAME --languages tr", "There is one language: tr. Parity compares the same sentences in at"),
+        ("--parallel SAME --text TEXT", "There is one language: text."),
+        ("--parallel SAME", "There is no language."),
+        ("--parallel SAME --languages tr tr", "--languages names tr twice."),
+        ("--parallel HEADER --languages tr kk", "header.tsv holds no sentences."),
+        ("--parallel HALF --languages tr kk", "No row of half.tsv holds a sentence in each of tr, kk. Empty are kk 1."),
+        ("--parallel TEXT --languages tr kk", "text.txt is no table."),
+        ("--parallel nowhere.tsv --languages tr kk", "nowhere.tsv does not exist."),
+        ("--text tr=TEXT --languages tr kk", "Name that file with --parallel FILE."),
+        ("--parallel SAME --languages tr kk --gold GOLD", "There is no text. Tokenizers are measured on text."),
+        ("", "Name some, as tr=valid.txt, or sentences with --parallel."),
+    ],
+)
+def test_what_has_no_parity_is_told(words: str, says: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    (home / "header.tsv").write_text("tr\tkk\n", encoding="utf-8")
+    (home / "half.tsv").write_text("tr\tkk\nev\t\n", encoding="utf-8")
+    names = {"SAME": "same", "HEADER": "header", "HALF": "half", "GOLD": "gold"}
+    for word, name in names.items():
+        words = words.replace(word, f"{name}.tsv")
+    answer = typed("tokenizer", "compare", "small.json", *words.replace("TEXT", "text.txt").split())
+    assert (answer.code, answer.out) == (1, "")
+    assert says in answer.err.replace("\n", " ")
+    with pytest.raises(LowvramError, match="`languages`"):
+        compare_tokenizers("small.json", parallel="same.tsv", languages="tr")  # type: ignore[arg-type]
 
 
 def test_a_long_document_is_cut_at_a_line_and_names_are_as_short_as_they_can_be(home: Path, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from lowvram.config.cleaning import ContaminationRule
 from lowvram.data.bad_rows import BadRow
 from lowvram.data.clean.batch import Batch, hash_sequences
+from lowvram.data.field_records import parquet_records
 from lowvram.data.lines import LineReader
 from lowvram.data.table_rows import table_records
 from lowvram.data.text_files import is_dataset
-from lowvram.data.text_stream import TextStream, need, open_seekable, open_text
+from lowvram.data.text_stream import open_text
 from lowvram.errors import DataError, argument
 
 _Row = TypeVar("_Row")
@@ -107,11 +108,11 @@ def _read_items(file: Path, passages: frozenset[str]) -> Iterator[str]:
         if stream.kind in (".pdf", ".docx"):
             raise DataError(f"{file} is no evaluation set.", f"A {stream.kind} has no rows.", fix)
         if stream.kind == ".parquet":
-            yield from (text for record in _parquet_records(file, stream) for text in _items_of(record, passages))
+            yield from (text for record in parquet_records(file, stream) for text in _items_of(record, passages))
             return
         lines = LineReader(file, stream)
         if stream.kind in (".csv", ".tsv"):
-            for record in table_records(file, lines, stream.kind == ".tsv"):
+            for _, record in table_records(file, lines, stream.kind == ".tsv"):
                 yield from _items_of(_refuse_bad(record), passages)
             return
         for number, (_, read) in enumerate(lines.read(), 1):
@@ -122,16 +123,6 @@ def _read_items(file: Path, passages: frozenset[str]) -> Iterator[str]:
                 yield line
             else:
                 yield from _items_of(_read_json(f"{file}:{number}", line), passages)
-
-
-def _parquet_records(file: Path, stream: TextStream) -> Iterator[dict[str, Any]]:
-    pyarrow, parquet = need("pyarrow"), need("pyarrow.parquet")
-    with open_seekable(stream) as plain:
-        try:
-            for rows in parquet.ParquetFile(plain).iter_batches():
-                yield from rows.to_pylist()
-        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-            raise DataError(f"{file} is not a Parquet file of texts.", f"{error}.", "Fetch it anew.") from error
 
 
 def _refuse_bad(row: _Row | BadRow) -> _Row:
