@@ -13,6 +13,8 @@ from lowvram.config.base import FrozenConfig
 from lowvram.errors import ConfigError
 
 MIX = "mix.json"
+# The windows of this many samples are computed together; each corpus has a whole number of samples in a block.
+BLOCK = 4096
 
 
 class MixedSource(FrozenConfig):

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lowvram.config.mix import BLOCK
 from lowvram.data.shards import ShardSet
 from lowvram.data.splitmix import scramble
 from lowvram.errors import DataError
 from lowvram.units import count_of
 
-# The windows of this many samples are computed together; each corpus has a whole number of samples in a block.
-BLOCK = 4096
 _ROUNDS = 6
 
 

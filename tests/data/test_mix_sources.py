@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from lowvram.api.mix_options import read_caps, read_weights
 from lowvram.api.texts import choose_left_out
-from lowvram.config.mix import name_folders
+from lowvram.config.mix import BLOCK, name_folders
 from lowvram.data.holdout import Holdout, hash_position
-from lowvram.data.loader import BLOCK, _share_out
+from lowvram.data.loader import _share_out
 from lowvram.data.mix.caps import Sizes, apply_caps
 from lowvram.data.mix.demo_text import LEAST_BYTES, write_demo_text
 from lowvram.data.mix.shares import LEAST_SHARE, Wish, find_shares

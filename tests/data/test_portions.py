@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -13,6 +15,7 @@ from lowvram.data.mix.shares import Wish
 from lowvram.data.sample import write_document
 from lowvram.data.tokenizer import estimate_memory
 from lowvram.errors import DataError
+from tests.flows.typed import environment
 
 # A Cyrillic letter takes two bytes, so that bytes would halve the share of the second one.
 SIZES = {"tr": TextSize(1_000, 1_100), "kk": TextSize(500, 1_000)}
@@ -82,3 +85,9 @@ def test_a_gigabyte_is_said_to_fit_into_six() -> None:
     assert 2e9 < one < 6e9
     assert estimate_memory([0]) < 0.2e9
     assert one < estimate_memory([5 * 10**8, 5 * 10**8]), "two languages have more words than one"
+
+
+def test_learning_a_vocabulary_does_not_wait_for_torch() -> None:
+    say = "import sys, lowvram.api.tokenizer_training, lowvram.data.mix.portions; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", say], check=True, capture_output=True, text=True, env=environment())
+    assert found.stdout == "False\n", "it is 200 MB and two seconds"

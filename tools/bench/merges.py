@@ -101,7 +101,11 @@ def main() -> None:
             began = time.monotonic()
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path[:2])}
             child = subprocess.Popen(
-                [sys.executable, *map(str, command)], stderr=subprocess.PIPE, text=True, env=environment
+                [sys.executable, *map(str, command)],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment,
             )
             assert child.stderr is not None
             told = re.search(r"with about (.*) of memory", " ".join(child.stderr.read().split()))

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from lowvram.config.mix import BLOCK
 from lowvram.data.holdout import show_share
-from lowvram.data.loader import BLOCK
 from lowvram.data.mix.sources import match, refuse_many
 from lowvram.errors import DataError, argument
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lowvram.config.mix import MIX
-from lowvram.data.loader import BLOCK
+from lowvram.config.mix import BLOCK, MIX
 from lowvram.data.nfc import nfc
 from lowvram.data.text_files import ENDINGS, NAMED_ENDINGS, find_text_files, is_stream
 from lowvram.errors import DataError, name_nearest
