@@ -53,7 +53,9 @@ if TYPE_CHECKING:
     from lowvram.train.events import Evaluated as Evaluated
     from lowvram.train.events import Event as Event
     from lowvram.train.events import Halved as Halved
+    from lowvram.train.events import Paused as Paused
     from lowvram.train.events import Recorded as Recorded
+    from lowvram.train.events import Resumed as Resumed
     from lowvram.train.events import Rotated as Rotated
     from lowvram.train.events import Sampled as Sampled
     from lowvram.train.events import Saved as Saved
@@ -81,8 +83,10 @@ _HOMES = {
     "Notice": "lowvram.api.tasks",
     "Packed": "lowvram.api.packing",
     "PackedShards": "lowvram.api.packing",
+    "Paused": "lowvram.train.events",
     "Receipt": "lowvram.fit.receipts",
     "Recorded": "lowvram.train.events",
+    "Resumed": "lowvram.train.events",
     "Rotated": "lowvram.train.events",
     "RunSettings": "lowvram.train.settings",
     "Sampled": "lowvram.train.events",
@@ -133,8 +137,10 @@ __all__ = [
     "Notice",
     "Packed",
     "PackedShards",
+    "Paused",
     "Receipt",
     "Recorded",
+    "Resumed",
     "Rotated",
     "RunSettings",
     "Sampled",

@@ -11,7 +11,20 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from lowvram.cli.console import err, notice
-from lowvram.train.events import Evaluated, Event, Halved, Recorded, Rotated, Sampled, Saved, Started, StepDone, Stopped
+from lowvram.train.events import (
+    Evaluated,
+    Event,
+    Halved,
+    Paused,
+    Recorded,
+    Resumed,
+    Rotated,
+    Sampled,
+    Saved,
+    Started,
+    StepDone,
+    Stopped,
+)
 from lowvram.units import count_of, show_bytes, show_count, show_duration
 
 if TYPE_CHECKING:
@@ -134,6 +147,11 @@ class TrainingScreen:
             notice(f"step {event.step:>6}  {text}", "dim")
         elif isinstance(event, Saved):
             notice(f"step {event.step:>6}  saved {event.directory} ({event.took_s:.1f} s)", "dim")
+        elif isinstance(event, Paused):
+            goes_on = "Training goes on by itself when there is room; Ctrl-C ends it."
+            notice(f"step {event.step:>6}  paused: {event.why} {goes_on}", "yellow")
+        elif isinstance(event, Resumed):
+            notice(f"step {event.step:>6}  goes on after {show_duration(event.waited_s)}", "green")
         elif isinstance(event, Stopped):
             self._show_end(event)
 

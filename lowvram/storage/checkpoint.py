@@ -16,16 +16,12 @@ import errno
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import lowvram
@@ -48,39 +44,18 @@ from lowvram.storage.manifest import (
     seal,
 )
 from lowvram.storage.missing_run import explain_no_checkpoint, explain_no_directory
+from lowvram.storage.reserve import Reserve
+from lowvram.storage.tensor_files import MappedTensors, size_of_tensors, write_tensors
 
 _NAME = "step-{:08d}"
+# Configuration, counters and manifest take a few KiB; safetensors' headers some hundred bytes a tensor.
+_JSON_BYTES = 1 << 18
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
 
 
-class MappedTensors:
-    """The tensors of a safetensors file, each memory-mapped when it is read: bytes that nobody uses take no memory.
-
-    A tensor is a private mapping of the file: changing it changes no file, and it stays valid when the file is deleted.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path} is not a safetensors file.", f"safetensors says: {error}.") from error
-
-    def names(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape, from the file's header alone."""
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        """Return one tensor."""
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def read_all(self) -> dict[str, Tensor]:
-        """Return every tensor by name."""
-        return {name: self.read(name) for name in self.names()}
+def size_of_files(tokenizer: Path) -> int:
+    """Return about the bytes of a checkpoint's other files: the tokenizer's, and some of JSON."""
+    return sum((tokenizer / name).stat().st_size for name in TOKENIZER_FILES) + _JSON_BYTES
 
 
 @dataclass(frozen=True)
@@ -258,6 +233,11 @@ class Store:
     _corrupt: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
     _refused: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)
 
+    @property
+    def reserve(self) -> Reserve:
+        """The space that is kept for the last save."""
+        return Reserve(self.run, self.disk)
+
     def latest(self, check: Check | None = None) -> tuple[Checkpoint | None, list[CheckpointError]]:
         """Return the newest whole checkpoint, or None where none was written, and the errors of the skipped ones.
 
@@ -302,14 +282,33 @@ class Store:
         """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what is not to be kept.
 
         hashes: of the training data and the tokenizer, written to the manifest.  stays: a step whose checkpoint is kept
-        in any case.
-        Raises DiskFullError, and BusyError where Windows cannot replace the same step since a process has it open.
+        in any case.  Where the drive is full, the reserved space is given back and the checkpoint written into it.
+        Raises DiskFullError where that is too little, and BusyError where Windows cannot replace the same step since a
+        process has it open.
         """
-        final = self.run / _NAME.format(numbers["step"])
         self.run.mkdir(parents=True, exist_ok=True)
         self.clear_leftovers()
+        contents = (weights, state, numbers, config, tokenizer, hashes, stays)
+        try:
+            return self._write(*contents)
+        except DiskFullError:
+            if not self.reserve.give_back():
+                raise
+        return self._write(*contents)
+
+    def _write(
+        self,
+        weights: dict[str, Tensor],
+        state: dict[str, Tensor],
+        numbers: dict[str, Any],
+        config: dict[str, Any],
+        tokenizer: Path,
+        hashes: dict[str, str],
+        stays: int | None,
+    ) -> Checkpoint:
+        final = self.run / _NAME.format(numbers["step"])
         draft = name_beside(final, "tmp")
-        needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+        needed = size_of_tensors(weights, state)
         try:
             with explain_full_disk(self.run, needed):
                 if free_bytes(self.run) < needed:
@@ -356,34 +355,6 @@ class Store:
 
     def _is_milestone(self, path: Path) -> bool:
         return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
-
-
-def write_tensors(
-    path: Path, tensors: dict[str, Tensor], disk: Disk = DISK, metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file and return when it is on the drive.  metadata: strings for the file's header."""
-    contiguous = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-
-    def save(target: Path) -> None:
-        try:
-            save_file(contiguous, target, metadata)
-        except safetensors.SafetensorError as error:
-            # safetensors reports a full disk as an error of its own; it is raised as the system's error instead.
-            raise OSError(*_errno_of(error), str(target)) from error
-        target.chmod(0o644)
-
-    disk.write_with(path, save)
-
-
-def _errno_of(error: Exception) -> tuple[int, str]:
-    """Return number and text of the system's error that a safetensors error contains."""
-    text = str(error)
-    match = re.search(r"os error ([0-9]+)", text)
-    if "No space left" in text or "os error 112" in text:  # 112: Windows' number
-        return errno.ENOSPC, os.strerror(errno.ENOSPC)
-    if match and sys.platform != "win32":
-        return int(match[1]), os.strerror(int(match[1]))
-    return errno.EIO, text
 
 
 def _size_of(directory: Path) -> int:

@@ -132,6 +132,22 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """After `step` the run waits, and goes on by itself.  why: what it waits for, in a sentence."""
+
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run waited for has come.  waited_s: how long it did."""
+
+    step: int
+    waited_s: float
+
+
+@dataclass(frozen=True)
 class Stopped:
     """The run stopped after `step`.  is_finished: all tokens were seen."""
 
@@ -139,6 +155,6 @@ class Stopped:
     is_finished: bool
 
 
-Event = Started | StepDone | Halved | Recorded | Rotated | Evaluated | Sampled | Saved | Stopped
+Event = Started | StepDone | Halved | Recorded | Rotated | Evaluated | Sampled | Saved | Paused | Resumed | Stopped
 # What a trainer is doing between two events, which may take minutes.
-Doing = Literal["starting", "step", "validating", "sampling", "saving"]
+Doing = Literal["starting", "step", "validating", "sampling", "saving", "waiting for room on the disk"]

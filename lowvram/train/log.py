@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import importlib
 import json
 import math
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowvram.errors import MachineError
+from lowvram.errors import DiskFullError, MachineError
 from lowvram.storage.disk import explain_full_disk
 from lowvram.train.events import Evaluated, Event, Rotated, Sampled, SourceLoss, StepDone
+
+# Rows of a log that a full drive does not take: some 30 MB.
+MOST_WAITING = 100_000
 
 
 class Log(Protocol):
@@ -28,15 +35,20 @@ class Log(Protocol):
 
 
 class JsonlLog:
-    """Writes one JSON object per line and flushes it; after a resume, steps since the last checkpoint appear twice."""
+    """Writes one JSON object per line at once; after a resume, steps since the last checkpoint appear twice.
+
+    Rows for which the drive has no room wait in memory, the last MOST_WAITING of them, and are written when it has.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = path.parent
-        self._file = open(path, "ab+")  # noqa: SIM115 - open as long as the run
+        # Without a buffer, which after a failure would hold a part of a row.
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._waiting: deque[bytes] = deque(maxlen=MOST_WAITING)
         # If a full disk or a power cut left half a row, the next row must begin on a new line.
         if self._file.tell() and self._file.seek(-1, 2) and self._file.read(1) != b"\n":
-            self._file.write(b"\n")
+            self._waiting.append(b"")
 
     def write(self, event: Event) -> None:
         """Write the event's name, its values and the Unix time in seconds; NaN becomes null, since JSON has no NaN."""
@@ -44,14 +56,33 @@ class JsonlLog:
         if not values.get("by_source", True):  # nothing is said of sources where there are none
             del values["by_source"]
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
-        with explain_full_disk(self._folder):
-            self._file.write(json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n")
-            self._file.flush()
+        self._waiting.append(json.dumps(row, ensure_ascii=False, default=str).encode())
+        try:
+            self._write_waiting()
+        except DiskFullError:
+            return  # the next save pauses the run, and says so
 
     def close(self) -> None:
-        """Close the file."""
-        with explain_full_disk(self._folder):
+        """Write what waits, and close the file; raises DiskFullError where there is no room for it."""
+        try:
+            self._write_waiting()
+        finally:
             self._file.close()
+
+    def _write_waiting(self) -> None:
+        """Write every row that waits; of one that does not fit, nothing is left in the file."""
+        while self._waiting:
+            row, end = self._waiting[0] + b"\n", self._file.seek(0, 2)
+            with explain_full_disk(self._folder):
+                try:
+                    written = self._file.write(row)
+                    if written < len(row):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    with suppress(OSError):  # what is no file has no length
+                        self._file.truncate(end)
+                    raise
+            self._waiting.popleft()
 
 
 def _finite(value: Any) -> Any:

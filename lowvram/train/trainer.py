@@ -9,25 +9,32 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from lowvram.config.run import RunConfig
-from lowvram.config.run_file import to_portable
 from lowvram.data.shards import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DataError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
-from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint
+from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.divergence import MOST_SKIPPED, explain_broken_weights, explain_divergence, find_not_finite
+from lowvram.train.divergence import MOST_SKIPPED, explain_divergence
 from lowvram.train.environment import KEY as CONDITIONS
-from lowvram.train.environment import compare_environments, current_environment
-from lowvram.train.events import Doing, Event, Halved, Recorded, Rotated, Saved, Started, StepDone, Stopped
-from lowvram.train.late_read import LateRead, Launched, Pace
+from lowvram.train.environment import compare_environments
+from lowvram.train.events import (
+    Doing,
+    Event,
+    Halved,
+    Recorded,
+    Rotated,
+    Started,
+    StepDone,
+    Stopped,
+)
+from lowvram.train.late_read import LateRead, Launched
 from lowvram.train.loss_scale import FIRST_LOSS_SCALE
 from lowvram.train.oom import (
     explain_out_of_memory,
@@ -39,8 +46,9 @@ from lowvram.train.oom import (
     is_out_of_memory,
     memory_in_use,
 )
+from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
-from lowvram.train.start import RunLock, refuse_changes, refuse_other_model
+from lowvram.train.start import refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
 from lowvram.train.step import (
     StepStats,
@@ -48,47 +56,25 @@ from lowvram.train.step import (
     learn_in_backward,
     loss_for,
 )
-from lowvram.train.step_launcher import StepLauncher
 from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
 @dataclass
-class Trainer(StepLauncher):
+class Trainer(RunSaver):
     """`run()` trains until all tokens are seen or `stop()` is called, and yields events.
 
-    The same `config`, `plan`, device and thread count give the same bits, however often the run is interrupted.  doing:
-    the work in progress; other threads may read it at any time.
+    The same `config`, `plan`, device and thread count give the same bits, however often the run is interrupted.
     reads_late: a step's numbers are read, and its event comes, when the next step has been launched.
     """
 
-    tokenizer: Tokenizer
-    store: Store
-    hashes: dict[str, str]
     valid: ShardSet | SourceSet | None = None
-    lock: RunLock | None = None
     reads_late: bool = field(default=False, init=False)
-    doing: Doing = field(default="starting", init=False)
-    _stopping: bool = field(default=False, init=False)
-    _saved_step: int = field(default=-1, init=False)
-    _healthy_step: int | None = field(default=None, init=False)
-    _saved_at: float = field(default=0.0, init=False)
-    _size_bytes: int | None = field(default=None, init=False)
-    _pace: Pace = field(default_factory=Pace, init=False)
     _launched: Launched | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         device = self.state.model.embedding.device
         self.reads_late = device.type == "cuda" and not self.config.train.update_during_backward
-
-    @property
-    def saved_step(self) -> int | None:
-        """The step of the newest checkpoint that this run has written or read; None before the first."""
-        return self._saved_step if self._saved_step >= 0 else None
-
-    def stop(self) -> None:
-        """Tell the loop to save and end after the step in progress."""
-        self._stopping = True
 
     def run(self) -> Iterator[Event]:
         """Resume if there is something to resume, then train."""
@@ -102,17 +88,21 @@ class Trainer(StepLauncher):
                 yield from self._rescue()
                 raise
             self._refuse_lost_lock()
+            if self._size_bytes is None:  # an optimizer has no states before its first step
+                yield from self._keep_room()
             if self._save_is_due():
                 yield from self._read_step()
                 if not self.state.skipped_in_row:
-                    yield self._save()
+                    yield from self._save()
                     yield from self._validate_masters()
+                    yield from self._keep_room()
         yield from self._read_step()
         is_finished = self.state.step >= self.config.train.steps
         if self._saved_step != self.state.step:
-            yield self._save()
+            yield from self._save()
             if is_finished:  # a user who stops a run should wait for the save only
                 yield from self._validate_masters()
+        self.store.reserve.give_back()
         yield Stopped(self.state.step, is_finished)
 
     def _begin(self) -> Started:
@@ -144,9 +134,6 @@ class Trainer(StepLauncher):
         other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
         return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
 
-    def _conditions(self) -> dict[str, Any]:
-        return current_environment(self.state.model.embedding.device, self.config.train.optimizer.backend)
-
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where its contents are invalid."""
         refuse_changes(self.config, self.hashes, checkpoint)
@@ -156,7 +143,7 @@ class Trainer(StepLauncher):
         self._saved_at = time.monotonic()
         self._pace.begin(self.state.tokens)
 
-    def _advance(self) -> Iterator[Halved | Recorded | Rotated | Saved | StepDone]:
+    def _advance(self) -> Iterator[Event]:
         train, state = self.config.train, self.state
         self.doing = "step"
         yield from self._rotate()
@@ -215,7 +202,7 @@ class Trainer(StepLauncher):
         card, host = rotation.bytes_on()
         yield Rotated(self.state.step, tuple(sorted(rotation.window)), card, host, time.monotonic() - began)
 
-    def _learn(self, rate: float) -> Generator[Saved | StepDone, None, StepStats]:
+    def _learn(self, rate: float) -> Generator[Event, None, StepStats]:
         """Make a step that updates weights during backward; it cannot be retried where memory runs out in it."""
         train, state = self.config.train, self.state
         state.optimizer.has_stepped = False
@@ -262,13 +249,13 @@ class Trainer(StepLauncher):
                 raise
         return None
 
-    def _rescue(self) -> Iterator[Saved | StepDone]:
+    def _rescue(self) -> Iterator[Event]:
         """Save the state before an error ends the run; only for errors that left weights and optimizer intact."""
         discard(self.state.optimizer)
         yield from self._read_step()
         free_memory(self.state.model.embedding.device)
         if self.state.step not in (0, self._saved_step):
-            yield self._save()
+            yield from self._save()
 
     def _halve(self) -> Halved:
         """Halve the micro-batch after a failed attempt; the same sequences are then run again, fewer at a time."""
@@ -339,39 +326,3 @@ class Trainer(StepLauncher):
     def _valid_part(self) -> tuple[RunConfig, TrainState, Tokenizer, ShardSet | SourceSet, int]:
         assert self.valid is not None, "callers have checked it"
         return self.config, self.state, self.tokenizer, self.valid, self.plan.micro_batch
-
-    def _save_is_due(self) -> bool:
-        run, waited_s = self.config.run, time.monotonic() - self._saved_at
-        # While steps are skipped nothing is learnt, and a new checkpoint would only replace a healthy one.
-        if waited_s < run.save_interval_s(0) or self.state.skipped_in_row:
-            return False  # decided first, because measuring the state is too slow for every step
-        if self._size_bytes is None:  # measured once, because it copies experts to host memory
-            weights, states = self.state.tensors()
-            self._size_bytes = sum(t.numel() * t.element_size() for t in (*weights.values(), *states.values()))
-        return waited_s >= run.save_interval_s(self._size_bytes)
-
-    def _refuse_lost_lock(self) -> None:
-        if self.lock is not None:
-            self.lock.refuse_lost()
-
-    def _save(self) -> Saved:
-        began = time.monotonic()
-        self._refuse_lost_lock()
-        self.doing = "saving"
-        weights, states = self.state.tensors()
-        if broken := find_not_finite(weights | states):
-            rate = self.config.train.optimizer.lr
-            raise explain_broken_weights(broken, self.state.step, self._healthy_step, rate)
-        checkpoint = self.store.save(
-            weights,
-            states,
-            self.state.numbers() | {"plan": self.plan.model_dump(), CONDITIONS: self._conditions()},
-            to_portable(self.config, self.config.run.dir),
-            self.tokenizer.directory,
-            self.hashes,
-            None if is_healthy(self.state.numbers()) else self._healthy_step,
-        )
-        if is_healthy(self.state.numbers()):
-            self._healthy_step = self.state.step
-        self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        return Saved(self.state.step, checkpoint.directory, self._saved_at - began)

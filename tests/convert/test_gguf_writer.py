@@ -20,7 +20,7 @@ from lowvram.errors import DiskFullError, ExportError, MachineError
 from tests.conftest import TURKISH
 from tests.convert.models import FORMS, VOCABULARY, hold, small
 from tests.convert.sources import speak
-from tests.faults import FaultyDisk, PowerCut
+from tests.faulty_disk import FaultyDisk, PowerCut
 
 gguf = pytest.importorskip("gguf")
 

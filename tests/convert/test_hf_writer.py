@@ -19,7 +19,7 @@ from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import CheckpointError, DiskFullError, ExportError
 from tests.convert.forms import FORMS, REFUSED
 from tests.convert.sources import held, speak, write_directory, written
-from tests.faults import FaultyDisk, PowerCut
+from tests.faulty_disk import FaultyDisk, PowerCut
 
 ABSOLUTE = 1e-4
 APOSTROPHES = (

@@ -35,7 +35,7 @@ from lowvram.fit.throughput import (
     work_seconds,
 )
 from lowvram.hardware.profile import Profile, generic_profile, load_profile, profile_names
-from tests.faults import FaultyDisk
+from tests.faulty_disk import FaultyDisk
 
 EXACT = 1e-12
 LEDGER = Ledger(100, 100, 200, 300, 50, 10, moment="loss")

@@ -15,7 +15,7 @@ import torch
 from lowvram.errors import BusyError, CheckpointError, DiskFullError
 from lowvram.storage.checkpoint import Checkpoint, Store, find_checkpoint, open_checkpoint
 from lowvram.storage.disk import DISK, Disk, sha256
-from tests.faults import FaultyDisk, PowerCut
+from tests.faulty_disk import FaultyDisk, PowerCut
 
 FILES = ["weights.safetensors", "state.safetensors", "state.json", "config.json", "tokenizer.json"]
 

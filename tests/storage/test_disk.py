@@ -12,7 +12,7 @@ import pytest
 
 from lowvram.errors import DiskFullError
 from lowvram.storage.disk import DISK, explain_full_disk, free_bytes, sha256
-from tests.faults import FaultyDisk, PowerCut
+from tests.faulty_disk import FaultyDisk, PowerCut
 
 
 def operations_of_a_write(tmp_path: Path) -> int:
@@ -184,7 +184,7 @@ def test_a_limit_on_the_size_of_files_is_named_with_the_place_and_leaves_the_old
 
     import torch
 
-    from lowvram.storage.checkpoint import write_tensors
+    from lowvram.storage.tensor_files import write_tensors
 
     (tmp_path / "file").write_bytes(b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -19,7 +19,8 @@ from lowvram.config.run import RunConfig
 from lowvram.errors import PromptError, TrainingError
 from lowvram.model.ffn import Router, balance
 from lowvram.objective import Batch, Loss, causal_loss
-from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.storage.checkpoint import find_checkpoint, size_of_files
+from lowvram.storage.tensor_files import size_of_tensors
 from lowvram.train.events import Event, Saved, StepDone, Stopped
 from lowvram.train.loss_scale import FIRST_LOSS_SCALE, QUIET_STEPS
 from lowvram.train.optim import LeanOptimizer
@@ -334,13 +335,14 @@ def test_runs_save_at_the_interval_asked_for_or_at_one_that_grows_with_their_siz
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("lowvram.train.trainer.time", SimpleNamespace(monotonic=clock.monotonic))
+    for module in ("trainer", "saver"):
+        monkeypatch.setattr(f"lowvram.train.{module}.time", SimpleNamespace(monotonic=clock.monotonic))
     what = with_run(tiny_run(home, tokens=22 * 256), prompts=(), validate_every=1000)
     asked = with_run(what, dir=home / "asked", save_every_minutes=5.0)
     assert saved_steps(asked, clock) == [3, 6, 9, 12, 15, 18, 21, 22]
     assert saved_steps(with_run(what, dir=home / "least"), clock) == [6, 12, 18, 22], "never more often than 600 s"
     weights, memory = trainer_of(asked), find_checkpoint(home / "asked")[0]
-    size = sum(t.numel() * t.element_size() for t in (*weights.state.tensors()[0].values(), *memory.state().values()))
+    size = size_of_tensors(weights.state.tensors()[0], memory.state()) + size_of_files(home / "tok")
     monkeypatch.setattr("lowvram.config.run.WRITTEN_PER_DAY_BYTES", size * 86_400 / 980)
     assert saved_steps(with_run(what, dir=home / "large"), clock)[-2:] == [20, 22]
 

@@ -29,8 +29,8 @@ from lowvram.errors import CheckpointError
 from lowvram.generate.chat_template import is_dialogue
 from lowvram.generate.sampling import Sampler
 from lowvram.generate.weight_reader import WeightReader
-from lowvram.storage.checkpoint import write_tensors
 from lowvram.storage.disk import DISK, Disk, explain_full_disk, free_bytes, name_beside
+from lowvram.storage.tensor_files import write_tensors
 
 MOST_BYTES = 5_000_000_000  # the largest size of one file, as in transformers' own save_pretrained
 Numbers = Literal["fp32", "bf16", "fp8"]
