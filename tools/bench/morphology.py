@@ -14,6 +14,7 @@ import argparse
 import gzip
 import hashlib
 import platform
+import random
 import sys
 import time
 from collections import Counter
@@ -63,6 +64,8 @@ def learn_morfessor(words: Sequence[str], tune: Sequence[GoldWord], lower: Calla
 
     best: tuple[float, float, Cut] | None = None
     for weight in WEIGHTS:
+        # Morfessor draws the order of the words.
+        random.seed(0)
         model = morfessor.BaselineModel(corpusweight=weight)
         model.load_data([(1, word) for word in words])
         model.train_batch()
