@@ -7,9 +7,9 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from lowvram.api.arguments import PATH, read_count, read_size, refuse_missing
+from lowvram.api.arguments import PATH, read_count, read_size, refuse_missing, refuse_type
 from lowvram.api.merge_text import DEFAULT_SAMPLE, SampleOptions, find_merge_sources, plan_portions
 from lowvram.api.mix_options import read_weights
 from lowvram.api.progress import carry_out
@@ -29,7 +29,8 @@ DEFAULT_VOCABULARY, DEFAULT_OUT = 32768, Path("tok")
 _READING, _COUNTING = "Learning the vocabulary", "Counting words"
 Morphology = Literal["none", "soft", "strict"]
 MORPHOLOGIES: tuple[Morphology, ...] = get_args(Morphology)
-DEFAULT_MORPHOLOGY: Morphology = "none"
+# With the same compute a small model predicts text better after it than after plain merges (docs/morphology.md).
+DEFAULT_MORPHOLOGY: Morphology = "soft"
 # Beside tokenizer.json: the stems that were learnt for its merges.
 STEMS = "morphology.json"
 
@@ -39,12 +40,13 @@ class MergeOptions:
     """How merges are learnt.
 
     vocabulary: the number of ids.  morphology: "strict" lets no token reach over the end of a stem or suffix, "soft"
-    counts merges inside them twice, "none" knows nothing of them.  language: whose rules cut words: a code such as
-    "tr", or a rules file.  sample: which text they are learnt from.
+    counts merges inside them twice, "none" knows nothing of them; None is "soft", and "none" for text that can be read
+    only once.  language: whose rules cut words: a code such as "tr", or a rules file.  sample: which text they are
+    learnt from.
     """
 
     vocabulary: int = DEFAULT_VOCABULARY
-    morphology: Morphology = DEFAULT_MORPHOLOGY
+    morphology: Morphology | None = None
     language: str | Path = "tr"
     sample: SampleOptions = dataclasses.field(default_factory=SampleOptions)
 
@@ -68,7 +70,7 @@ def train_tokenizer(
     out: str | Path = DEFAULT_OUT,
     *,
     vocabulary: int | str = DEFAULT_VOCABULARY,
-    morphology: Morphology = DEFAULT_MORPHOLOGY,
+    morphology: Morphology | None = None,
     language: str | Path = "tr",
     sample: int | str = DEFAULT_SAMPLE,
     weights: Mapping[str, float | str] | None = None,
@@ -86,14 +88,15 @@ def train_tokenizer(
     texts: a file (.txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst), a folder, a pattern, or several of them.
     vocabulary: the number of ids, as 32768 or "32k".  morphology: "strict" lets no token reach over the end of a stem
     or suffix, "soft" counts merges inside them twice, "none" knows nothing of them; with the first two, stems are
-    learnt from the text and written to `out/morphology.json`.  language: whose rules cut words, "tr", "kk" or a rules
-    file of the same form (docs/morphology.md).  sample: the most bytes of text that are learnt from, as "1GB"; of more
-    text, pieces of documents are taken by a hash of their words.  weights, temperature, levels: how much is learnt from
-    each source in a folder, such as each language, as for `mix`; shares are of characters, and a source that is too
-    small for its share is read several times.  field: of .jsonl, .ndjson and .parquet.  holdout: leave out the
-    documents that `pack` holds out with the same share, as 0.005 or "0.5%".  on_bad_row: "stop" at the first row that
-    is no text, or "skip" a few of them.  leave_out: files or folders of `texts` not to read.  replace: overwrite
-    another tokenizer in `out`.  progress: show a progress bar, in a terminal or a notebook.
+    learnt from the text and written to `out/morphology.json`.  None is "soft", and "none" for standard input and for
+    text without words.  language: whose rules cut words, "tr", "kk" or a rules file of the same form
+    (docs/morphology.md).  sample: the most bytes of text that are learnt from, as "1GB"; of more text, pieces of
+    documents are taken by a hash of their words.  weights, temperature, levels: how much is learnt from each source in
+    a folder, such as each language, as for `mix`; shares are of characters, and a source that is too small for its
+    share is read several times.  field: of .jsonl, .ndjson and .parquet.  holdout: leave out the documents that `pack`
+    holds out with the same share, as 0.005 or "0.5%".  on_bad_row: "stop" at the first row that is no text, or "skip" a
+    few of them.  leave_out: files or folders of `texts` not to read.  replace: overwrite another tokenizer in `out`.
+    progress: show a progress bar, in a terminal or a notebook.
 
     Raises ConfigError for an argument that cannot be meant, DataError for text or rules that cannot be read, and for
     sources and shares that cannot be, TokenizerError for a vocabulary out of range or where `out` holds another
@@ -103,8 +106,9 @@ def train_tokenizer(
     size = read_count("vocabulary", vocabulary)
     refuse_missing("out", out, *PATH)
     refuse_missing("replace", replace, bool)
-    refuse_missing("morphology", morphology, str)
-    refuse_unknown("morphology", morphology, MORPHOLOGIES)
+    refuse_type("morphology", morphology, str)
+    if morphology is not None:
+        refuse_unknown("morphology", morphology, MORPHOLOGIES)
     refuse_missing("language", language, *PATH)
     wanted = SampleOptions(read_size("sample", sample), read_weights(weights or {}), temperature, levels)
     merges = MergeOptions(size, morphology, language, wanted)
@@ -127,15 +131,25 @@ def train_tokenizer_task(
     if not replace and (out / "tokenizer.json").exists():
         yield Notice(f"{out} holds a tokenizer; another one is written there only with `replace=True`.")
     skipped, portions = SkippedRows(options.on_bad_row), None
-    rules = read_rules(merges.language) if merges.morphology != "none" else None
     has_stream = any(is_stream(file) for source in sources for file in source.files)
-    if has_stream and rules:
-        _refuse_stream()
+    morphology = merges.morphology or ("none" if has_stream else DEFAULT_MORPHOLOGY)
+    rules = None
+    if morphology != "none":
+        if has_stream:
+            _refuse_stream()
+        rules = read_rules(merges.language)  # before minutes of reading
+    elif merges.morphology is None:
+        why = "What is read only once, such as standard input, gives plain merges"
+        yield Notice(f"{why}; save it as a file to learn from its stems and suffixes too.")
     if not has_stream:
         plan = plan_portions(sources, options, merges.sample, skipped.bad_rows)
         portions = yield from skipped.tell_beside(plan)
     reading = _Reading(sources, options, portions, merges.sample.most_bytes, skipped.bad_rows)
-    tokenizer, left_out_bytes = yield from skipped.tell_beside(_learn(reading, out, merges, rules, replace))
+    marking = _Marking(rules, morphology, is_wished=merges.morphology is not None) if rules else None
+    learning = _learn(reading, out, merges.vocabulary, marking, replace)
+    tokenizer, left_out_bytes = yield from skipped.tell_beside(learning)
+    if marking and not (out / STEMS).exists():
+        yield Notice("The text has no words that occur twice, so merges are plain: they know of no stems and suffixes.")
     if left_out_bytes:
         yield Notice(
             f"{show_bytes(left_out_bytes)} of the text were left out: runs of more than {LONGEST_WORD:,} letters, or "
@@ -146,6 +160,14 @@ def train_tokenizer_task(
         yield Notice(f"The first {size} of the text were learnt from; `sample` changes that.")
     yield from skipped.summarise()
     return TrainedTokenizer(out, tokenizer.size, tokenizer)
+
+
+class _Marking(NamedTuple):
+    """How merges respect stems and suffixes.  rules: which cut words.  is_wished: whether the user named it."""
+
+    rules: Rules
+    morphology: Morphology
+    is_wished: bool
 
 
 class _Reading:
@@ -218,10 +240,11 @@ class _Reading:
 
 
 def _learn(
-    reading: _Reading, out: Path, merges: MergeOptions, rules: Rules | None, replace: bool
+    reading: _Reading, out: Path, vocabulary: int, marking: _Marking | None, replace: bool
 ) -> Generator[Progress, None, tuple[Tokenizer, int]]:
     """Read and merge in a thread, since most of it is native code; yield how far it is.
 
+    marking: None for plain merges.
     Returns the tokenizer, and the bytes of words that are too long to learn from.
     """
     from lowvram.data.interruptible import wait_for
@@ -237,12 +260,11 @@ def _learn(
 
     def carry_out_learning() -> Tokenizer:
         segmenter, rewrite = None, None
-        if rules and merges.morphology != "none":
-            segmenter = _learn_stems(reading, rules)
-            rewrite = Marker(segmenter, merges.morphology).rewrite
-        tokenizer = learn(
-            texts(), merges.vocabulary, out, tell_left_out=left_out.append, replace=replace, rewrite=rewrite
-        )
+        if marking:
+            segmenter = _learn_stems(reading, marking)
+        if marking and segmenter and marking.morphology != "none":
+            rewrite = Marker(segmenter, marking.morphology).rewrite
+        tokenizer = learn(texts(), vocabulary, out, tell_left_out=left_out.append, replace=replace, rewrite=rewrite)
         if segmenter:
             segmenter.save(out / STEMS)
         else:
@@ -260,17 +282,22 @@ def _learn(
         reading.is_left.set()
 
 
-def _learn_stems(reading: _Reading, rules: Rules) -> Segmenter:
-    """Count the words of the texts, and learn the language's stems from them."""
+def _learn_stems(reading: _Reading, marking: _Marking) -> Segmenter | None:
+    """Count the words of the texts, and learn stems; None where there are none and the user has not asked for them."""
+    from lowvram.data.morphology.learning import NoWordsError
     from lowvram.data.morphology.marking import count_words
     from lowvram.data.morphology.segmenter import learn_segmenter
 
-    work = learn_segmenter(count_words(reading.documents(_COUNTING)), rules)
+    work = learn_segmenter(count_words(reading.documents(_COUNTING)), marking.rules)
     try:
         while True:
             reading.tell(*next(work))
     except StopIteration as end:
         return end.value
+    except NoWordsError:
+        if marking.is_wished:
+            raise
+        return None
 
 
 def _refuse_stream() -> None:

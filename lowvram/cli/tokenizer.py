@@ -42,9 +42,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument(
         "--morphology",
         choices=MORPHOLOGIES,
-        default=DEFAULT_MORPHOLOGY,
         help="strict: no token reaches over the end of a stem or suffix; soft: merges inside them count twice "
-        "(default: %(default)s)",
+        f"(default: {DEFAULT_MORPHOLOGY}; none for standard input)",
     )
     train.add_argument(
         "--language", default="tr", metavar="tr|kk|FILE", help="whose rules cut words (default: %(default)s)"

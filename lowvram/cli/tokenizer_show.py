@@ -30,7 +30,7 @@ def add_parser(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="show the tokens of a text, or its stems and suffixes",
         description="Show where a tokenizer cuts a text: each token in another colour, or with a bar between them "
         "where there is no terminal. With --morphology: the stem and the suffixes of each word, by the language's "
-        "rules.",
+        "rules, and what the stem is without suffixes where that is spelt otherwise (gid of gidiyor: git).",
     )
     parser.add_argument("words", nargs="*", metavar="TEXT", help="the text (or --file)")
     parser.add_argument("--file", type=Path, metavar="FILE", help=f"show the text of a file: {TEXTS}")
@@ -133,4 +133,4 @@ def _show_words(words: Sequence[Sequence[Morpheme]]) -> None:
 
 def _name(word: Sequence[Morpheme]) -> Iterator[str]:
     for part in word:
-        yield f"{part.text} ({part.name})"
+        yield f"{part.text} ({part.name}: {part.lemma})" if part.lemma else f"{part.text} ({part.name})"

@@ -15,8 +15,9 @@ from lowvram.errors import DataError
 from lowvram.evaluate.suffix_loss import Sentence
 from lowvram.evaluate.turkish_suffixes import CLASSES
 
-# Gold analyses name voice among the derivations.
-_CLASS_OF = {name: CLASSES.index(name) for name in CLASSES} | {"voice": CLASSES.index("derivation")}
+# Gold analyses name voice among the derivations, and take a particle for a stem.
+_CLASS_OF = {name: CLASSES.index(name) for name in CLASSES}
+_CLASS_OF |= {"voice": CLASSES.index("derivation"), "particle": CLASSES.index("stem")}
 _OTHER = CLASSES.index("other")
 # Longer lines are not sentences of which a model reads the beginning.
 _LONGEST_LINE = 2_000

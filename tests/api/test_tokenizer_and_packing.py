@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -185,7 +187,7 @@ def test_a_sample_is_what_its_own_hash_takes_and_the_memory_is_said_beforehand(h
     events = list(task)
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told[0] == (
-        "About 7.7 KiB of 15.2 KiB of text are learnt from, with about 125.6 MiB of memory: pieces of documents that a "
+        "About 7.7 KiB of 15.2 KiB of text are learnt from, with about 125.8 MiB of memory: pieces of documents that a "
         "hash of their words chooses. `sample` says how much at most."
     )
     learning = [n for n, event in enumerate(events) if isinstance(event, Progress) and "vocabulary" in event.what]
@@ -211,3 +213,32 @@ def test_a_language_is_learnt_from_as_much_as_its_share_says(tmp_path: Path) -> 
     with pytest.raises(LowvramError, match="names ru"):
         train_tokenizer(tmp_path / "texts", tmp_path / "no", vocabulary=299, weights={"ru": 2})
     assert not (tmp_path / "no").exists()
+
+
+def test_merges_respect_morphology_where_the_text_has_words_and_can_be_read_again(home: Path, tmp_path: Path) -> None:
+    def train(name: str, **more: Any) -> tuple[bytes, list[str], bool]:
+        found = train_tokenizer(more.pop("text", home / "train.txt"), tmp_path / name, vocabulary=400, **more)
+        out = tmp_path / name
+        return (
+            (out / "tokenizer.json").read_bytes(),
+            [n.text for n in found.notices],
+            (out / "morphology.json").exists(),
+        )
+
+    default, soft, none = train("default"), train("soft", morphology="soft"), train("none", morphology="none")
+    assert default == soft
+    assert (default[2], none[2]) == (True, False)
+    assert default[0] != none[0]
+    (tmp_path / "numbers.txt").write_text("12 345 67, 12 345!", encoding="utf-8")
+    _, [told], has_stems = train("numbers", text=tmp_path / "numbers.txt")
+    assert (told.startswith("The text has no words that occur twice, so merges are plain"), has_stems) == (True, False)
+    with pytest.raises(LowvramError, match="There are no words to learn stems from"):
+        train("asked", text=tmp_path / "numbers.txt", morphology="soft")
+    pipe = tmp_path / "pipe.txt"
+    os.mkfifo(pipe)
+    writing = threading.Thread(target=lambda: pipe.write_bytes((home / "train.txt").read_bytes()))
+    writing.start()
+    plain, [told], has_stems = train("pipe", text=pipe)
+    writing.join()
+    assert told.startswith("What is read only once, such as standard input, gives plain merges")
+    assert (plain, has_stems) == (none[0], False)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lowvram.data.morphology.analyses import Analyser
+from lowvram.data.morphology.analyses import Analyser, Lemma
+from lowvram.data.morphology.learning import LetterCosts, WordModel
 from lowvram.data.morphology.marking import Marker, count_words
 from lowvram.data.morphology.rules import read_rules, shipped_languages
 from lowvram.data.morphology.segmenter import Segmenter, learn_segmenter
@@ -28,6 +29,8 @@ READINGS = {
     "softened nk": (TURKISH, "rengi", "renk", "reng i"),
     "lost vowel": (TURKISH, "burnu", "burun", "burn u"),
     "lost vowel, softened": (TURKISH, "kaybı", "kayıp", "kayb ı"),
+    "lost vowel of the front": (TURKISH, "vakti", "vakit", "vakt i"),
+    "softened verb of two letters": (TURKISH, "ediyor", "et", "ed iyor"),
     "doubled": (TURKISH, "hakkı", "hak", "hakk ı"),
     "irregular harmony": (TURKISH, "saatler", "saat", "saat ler"),
     "buffers": (TURKISH, "arabasını", "araba", "araba sı nı"),
@@ -38,11 +41,15 @@ READINGS = {
     "softened suffix": (TURKISH, "geleceğimi", "gel", "gel eceğ im i"),
     "hard suffix": (TURKISH, "gelecekler", "gel", "gel ecek ler"),
     "relative": (TURKISH, "evdekiler", "ev", "ev de ki ler"),
+    "question and person": (TURKISH, "misiniz", "mi", "mi siniz"),
+    "question and copula": (TURKISH, "muydunuz", "mi", "mu ydu nuz"),
+    "question and -DIr": (TURKISH, "müdür", "mi", "mü dür"),
     "apostrophe": (TURKISH, "ankara'daki", "ankara", "ankara da ki"),
     "Kazakh plural": (KAZAKH, "аттардың", "ат", "ат тар дың"),
     "Kazakh softened": (KAZAKH, "кітабым", "кітап", "кітаб ым"),
     "Kazakh neutral vowel": (KAZAKH, "көруге", "көр", "көр у ге"),
     "Kazakh verb": (KAZAKH, "бермедік", "бер", "бер ме ді к"),
+    **{f"Kazakh question {word}": (KAZAKH, word, "ма", word) for word in ("ма", "ме", "ба", "бе", "па", "пе")},
 }
 
 
@@ -59,6 +66,17 @@ def test_the_rules_allow_the_reading_that_grammar_gives(analyser: Analyser, word
 def test_a_reading_against_the_rules_is_not_made(parts: str) -> None:
     lengths = tuple(map(len, parts.split()))
     assert lengths not in {found.lengths for found in TURKISH.read(parts.replace(" ", ""))}
+
+
+def test_a_question_has_only_its_own_spellings_and_endings() -> None:
+    """Vowels agree within the particle, what is no ending of it makes another word, and an apostrophe follows none."""
+    for word in ("misınız", "ma", "midi", "miler", "miyle", "minin", "miysa", "mi'ydi"):
+        assert not [found for found in TURKISH.read(word) if found.lemma.state == "question"]
+    assert not [found for found in KAZAKH.read("мең") if found.lemma.text == "ма"]
+
+
+def test_a_noun_of_two_letters_is_not_softened() -> None:
+    assert {found.lemma.text for found in TURKISH.read("adı") if found.lengths == (2, 1)} == {"ad"}
 
 
 def test_every_analysis_has_all_letters_of_the_word() -> None:
@@ -80,6 +98,18 @@ CONTRADICTIONS = {
     "an unknown state": ('to = "plural" }', 'to = "plurale" }', "names plurale, which is no state"),
     "a state that nothing reaches": ("[states]", '[states]\nlost = "x"', "No suffix leads to the state lost"),
     "a state without an end": ("unfinished = [", 'unfinished = ["end", ', "state end can end"),
+    "a particle among the stems": ('to = "question"', 'to = "noun"', "is in the state noun, in which stems are"),
+    "a particle of an unknown letter": ('form = "mI"', 'form = "mX"', "mX (question) in particles has X"),
+    "an unknown state that softens": (
+        'softens_short = ["verb"]',
+        'softens_short = ["verbs"]',
+        "names verbs, which is no",
+    ),
+    "a particle twice": (
+        "\n[groups]",
+        '\n[[particles]]\nform = "mU"\nname = "question"\nlemma = "mi"\nto = "question"\n[groups]',
+        "particles lists mi in the state question twice",
+    ),
     "two ways for one suffix": (
         "plural = [\n",
         'plural = [\n  { form = "lAr", name = "plural", after = "noun", to = "case" },\n',
@@ -126,6 +156,40 @@ def test_stems_that_other_words_share_are_preferred(segmenter: Segmenter) -> Non
     assert segmenter.segment("MASALARDA") == ["MASA", "LAR", "DA"]
     assert segmenter.segment("Denizli'den") == [*segmenter.segment("Denizli'den")[:-1], "'den"]
     assert [part.name for part in segmenter.name_parts("okulda")] == ["stem", "locative"]
+
+
+def know(language: str, *stems: Lemma) -> Segmenter:
+    """A segmenter that knows these stems as equally probable, and nothing about suffixes."""
+    model = WordModel(dict.fromkeys(stems, -1.0), {}, -20.0, LetterCosts({}, -5.0))
+    return Segmenter(read_rules(language), model)
+
+
+def test_a_stem_is_named_by_its_lemma_where_it_is_spelt_otherwise() -> None:
+    nouns = ("kitap", "burun", "vakit", "hak", "ev")
+    verbs = ("git", "et", "bekle", "gel")
+    turkish = know("tr", *(Lemma(text, "noun") for text in nouns), *(Lemma(text, "verb") for text in verbs))
+    words = ["Gidiyor", "ediyor", "KİTABIM", "burnu", "vakti", "hakkı", "bekliyorum"]
+    stems = [turkish.name_parts(word)[0] for word in words]
+    assert [stem.lemma for stem in stems] == ["git", "et", "kitap", "burun", "vakit", "hak", "bekle"]
+    assert [stem.text for stem in stems] == ["Gid", "ed", "KİTAB", "burn", "vakt", "hakk", "bekli"]
+    for word in ("Gelecek", "EVLERDE", "kitap", "Ev'de", "'", "x'", "x" * 500):
+        assert {part.lemma for part in turkish.name_parts(word)} == {None}
+    kazakh = know("kk", Lemma("кітап", "noun"), Lemma("орын", "noun"))
+    assert [part.lemma for part in kazakh.name_parts("Кітабым")] == ["кітап", None]
+    assert kazakh.name_parts("орны")[0] == ("орн", "stem", "stem", "орын")
+
+
+def test_a_question_is_named_beside_a_noun_that_looks_like_one() -> None:
+    turkish = know("tr", Lemma("mi", "question"), Lemma("müdür", "noun"))
+    for word, parts in (
+        ("misiniz", [("mi", "question", "particle", None), ("siniz", "person 2pl", "person", None)]),
+        ("Muyum", [("Mu", "question", "particle", "mi"), ("yum", "person 1sg", "person", None)]),
+        ("mı", [("mı", "question", "particle", "mi")]),
+        ("müdür", [("müdür", "stem", "stem", None)]),
+    ):
+        assert turkish.name_parts(word) == parts
+    assert turkish.segment("mıymışsınız") == ["mı", "ymış", "sınız"]
+    assert know("kk", Lemma("ма", "end")).name_parts("бе") == [("бе", "question", "particle", "ма")]
 
 
 def test_a_word_that_no_rule_reads_keeps_its_letters(segmenter: Segmenter) -> None:

@@ -347,7 +347,22 @@ def test_words_are_shown_as_stem_and_suffixes(home: Path) -> None:
     assert learnt.code == 0, learnt.err
     [first, second] = json.loads(learnt.out)["words"]
     assert "".join(part["text"] for part in first) == "Evlerde"
-    assert second[-1] == {"text": "'da", "name": "locative", "kind": "case"}
+    assert second[-1] == {"text": "'da", "name": "locative", "kind": "case", "lemma": None}
+
+
+def test_a_stem_is_shown_with_its_lemma_where_that_is_spelt_otherwise(tmp_path: Path) -> None:
+    words = "git gitti gitmek gitsin gidiyor gidecek giden gider mi mı mu mü misiniz mısınız musunuz miyim muyum miydi"
+    (tmp_path / "text.txt").write_text(f"{words}\n" * 2, encoding="utf-8")
+    show = ("tokenizer", "show", "--morphology", "Gidiyor musunuz?", "--text", tmp_path / "text.txt")
+    shown = typed(*show)
+    assert shown.code == 0, shown.err
+    assert shown.out.splitlines() == [
+        "Gid+iyor  Gid (stem: git)  iyor (progressive)",
+        "mu+sunuz  mu (question: mi)  sunuz (person 2pl)",
+    ]
+    [first, second] = json.loads(typed(*show, "--json").out)["words"]
+    assert first[0] == {"text": "Gid", "name": "stem", "kind": "stem", "lemma": "git"}
+    assert second[0] == {"text": "mu", "name": "question", "kind": "particle", "lemma": "mi"}
 
 
 @pytest.mark.parametrize(

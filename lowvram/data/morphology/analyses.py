@@ -50,6 +50,12 @@ class Analyser:
         self._raising = {number for number, suffix in enumerate(rules.suffixes) if suffix.form in changes.raises}
         self._raising_forms = tuple(rules.suffixes[number].form for number in self._raising)
         self._unsoftened = {soft: hard for hard, soft in changes.softens.items()}
+        # Nobody knows the word before a particle, so that it may be spelt in each of its ways.
+        self._particles = [
+            (Lemma(*lemma), spelling)
+            for lemma, particle in rules.particles.items()
+            for spelling in self._spell_anew(particle, "", "")
+        ]
 
     def read(self, word: str) -> list[Analysis]:
         """Return every analysis of a word in lower case; the first ones take it whole.
@@ -67,7 +73,15 @@ class Analyser:
             if not (has_vowel or mark >= 0) or 0 <= mark < end:
                 continue
             found += self._read_from(letters, end, (vowel, letter), mark)
-        return found
+        return found if mark >= 0 else [*found, *self._read_particles(letters)]
+
+    def _read_particles(self, letters: str) -> Iterator[Analysis]:
+        """Yield the analyses that begin with a particle: misiniz is mi + siniz."""
+        for lemma, spelling in self._particles:
+            size = len(spelling.text)
+            if letters.startswith(spelling.text) and self._may_follow(spelling.next, letters[size:]):
+                for suffixes, lengths in self._follow(lemma.state, spelling.vowel, spelling.letter, letters[size:]):
+                    yield Analysis(lemma, suffixes, (size, *lengths))
 
     def _read_from(self, letters: str, end: int, before: _Before, mark: int) -> Iterator[Analysis]:
         """Yield the analyses whose stem has the first `end` letters."""
@@ -80,20 +94,25 @@ class Analyser:
                 # Where the first suffix has no vowel, nothing tells an irregular stem from a regular one.
                 shows = not is_irregular or self.rules.vowels.intersection(letters[end : end + lengths[0]])
                 if shows and (mark < 0 or mark in itertools.accumulate(lengths, initial=end)):
-                    for text in self._lemmas(letters[:end], vowel, suffixes[0], letters[end]):
-                        yield Analysis(Lemma(text, state, is_irregular), suffixes, (end, *lengths))
+                    for text in self._lemmas(letters[:end], state, heard, suffixes[0], letters[end]):
+                        # vakt-i: the vowel that vakit has lost is a front one, so that vakit is regular.
+                        stays_irregular = is_irregular and self._last_vowel(text, vowel) == vowel
+                        yield Analysis(Lemma(text, state, stays_irregular), suffixes, (end, *lengths))
 
-    def _lemmas(self, stem: str, vowel: str, suffix: int, next_letter: str) -> Iterator[str]:
-        """Yield what the stem may be without this suffix, which begins with `next_letter`."""
+    def _lemmas(self, stem: str, state: str, vowel: str, suffix: int, next_letter: str) -> Iterator[str]:
+        """Yield what the stem may be without this suffix, which begins with `next_letter`.
+
+        vowel: the one that harmony looks at.
+        """
         changes, vowels = self.rules.file.changes, self.rules.vowels
         yield stem
         if suffix in self._raising:
             yield from self._lower_vowel(stem)
-        if next_letter not in vowels or len(stem) < 3:
+        if next_letter not in vowels or len(stem) < (2 if state in changes.softens_short else 3):
             return
         hard = list(self._harden(stem))
         yield from hard
-        if stem[-1] in vowels or stem[-2] in vowels:
+        if len(stem) < 3 or stem[-1] in vowels or stem[-2] in vowels:
             return
         if changes.doubles and stem[-1] == stem[-2]:
             yield stem[:-1]
@@ -175,7 +194,8 @@ class Analyser:
             wanted = [("", choice) for choice in ([table[before.vowel]] if before.vowel else sorted({*table.values()}))]
         elif letter in rules.assimilation:
             table = rules.assimilation[letter]
-            wanted = [("", table.get(before.letter, table[""]))]
+            choices = [table.get(before.letter, table[""])] if before.letter else sorted({*table.values()})
+            wanted = [("", choice) for choice in choices]
         elif letter in rules.file.softening:
             choice = rules.file.softening[letter]
             wanted = [("vowel", choice.vowel), ("no vowel", choice.other)] if is_last else [("", choice.other)]

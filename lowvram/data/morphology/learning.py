@@ -94,12 +94,12 @@ def choose_words(counts: Mapping[str, int], rules: Rules) -> list[str]:
 def learn(words: Sequence[str], analyser: Analyser) -> Generator[tuple[str, int, int], None, WordModel]:
     """Learn from distinct words in lower case; yield what is being done, how much of it is done, and how much it is.
 
-    Takes about a minute for 100,000 words, and some 100 bytes for each analysis.  Raises DataError where there is no
-    word.
+    Takes about a minute for 100,000 words, and some 100 bytes for each analysis.  Raises NoWordsError where there is
+    no word.
     """
     if not words:
         why = f"Words are learnt from that occur {LEAST_COUNT} times or more."
-        raise DataError("There are no words to learn stems from.", why, "Name more text.")
+        raise NoWordsError("There are no words to learn stems from.", why, "Name more text.")
     table = _Table(analyser.rules)
     for done, word in enumerate(words):
         if done % _TOLD_EVERY == 0:
@@ -126,6 +126,10 @@ def count_letters(words: Sequence[str]) -> LetterCosts:
         pair: math.log((count + _SMOOTHING) / (firsts[pair[0]] + _SMOOTHING * kinds)) for pair, count in pairs.items()
     }
     return LetterCosts(costs, math.log(_SMOOTHING / (len(words) + _SMOOTHING * kinds)))
+
+
+class NoWordsError(DataError):
+    """A text has no words that occur often enough."""
 
 
 class _Table:

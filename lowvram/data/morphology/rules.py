@@ -31,6 +31,15 @@ class SuffixForm(FrozenConfig):
     to: str
 
 
+class ParticleForm(FrozenConfig):
+    """A word that is spelt like a suffix of the word before it: its form, its name, its lemma, and its state."""
+
+    form: str
+    name: str
+    lemma: str
+    to: str
+
+
 class Softening(FrozenConfig):
     """What a letter is before a vowel, and elsewhere."""
 
@@ -42,6 +51,7 @@ class StemChanges(FrozenConfig):
     """How the end of a stem may change before a suffix; every key may be left out."""
 
     softens: dict[str, str] = Field(default_factory=dict)
+    softens_short: tuple[str, ...] = ()
     lost_vowel: str | None = None
     doubles: bool = False
     raised: dict[str, str] = Field(default_factory=dict)
@@ -67,6 +77,7 @@ class RulesFile(FrozenConfig):
     changes: StemChanges = StemChanges()
     groups: dict[str, str] = Field(default_factory=dict)
     states: dict[str, str]
+    particles: tuple[ParticleForm, ...] = ()
     suffixes: dict[str, tuple[SuffixForm, ...]]
 
 
@@ -79,7 +90,7 @@ class FormLetter(NamedTuple):
 
 @dataclass(frozen=True)
 class Suffix:
-    """A suffix: the letters of its form, its name and class, and the state of a word that ends with it."""
+    """A suffix or particle: the letters of its form, its name and class, and the state of a word that ends with it."""
 
     form: str
     letters: tuple[FormLetter, ...]
@@ -93,11 +104,13 @@ class Rules:
     """The checked rules of a language.
 
     suffixes: in the order of the file.  after: by state, the numbers of the suffixes that may follow it.
+    particles: by lemma and state; their class is "particle".
     """
 
     file: RulesFile
     suffixes: tuple[Suffix, ...]
     after: Mapping[str, tuple[int, ...]]
+    particles: Mapping[tuple[str, str], Suffix]
 
     @cached_property
     def vowels(self) -> frozenset[str]:
@@ -186,7 +199,11 @@ def build_rules(file: RulesFile) -> Rules:
             for state in _expand(file, row.after):
                 after[state].append(len(suffixes))
             suffixes.append(Suffix(row.form, tuple(_read_form(row.form)), row.name, kind, row.to))
-    return Rules(file, tuple(suffixes), {state: tuple(numbers) for state, numbers in after.items()})
+    particles = {
+        (row.lemma, row.to): Suffix(row.form, tuple(_read_form(row.form)), row.name, "particle", row.to)
+        for row in file.particles
+    }
+    return Rules(file, tuple(suffixes), {state: tuple(numbers) for state, numbers in after.items()}, particles)
 
 
 def _expand(file: RulesFile, states: str) -> list[str]:
@@ -216,7 +233,8 @@ def _contradictions(file: RulesFile) -> Iterator[str]:
         if name in file.states:
             yield f"{name} is a group and a state."
         yield from (f"groups.{name} names {state}, which is no state." for state in _unknown(file, states.split()))
-    for key, names in (("stems", file.stems), ("unfinished", file.unfinished)):
+    short = file.changes.softens_short
+    for key, names in (("stems", file.stems), ("unfinished", file.unfinished), ("changes.softens_short", short)):
         yield from (f"{key} names {state}, which is no state." for state in _unknown(file, names))
     seen: dict[tuple[str, str], str] = {}
     for kind, rows in file.suffixes.items():
@@ -226,6 +244,7 @@ def _contradictions(file: RulesFile) -> Iterator[str]:
                 known = seen.setdefault((row.form, state), row.to)
                 if known != row.to and row.name in _names(file, row.form, known):
                     yield f"{row.form} ({row.name}) leads from {state} to {known} and to {row.to}."
+    yield from _particle_contradictions(file)
     yield from _unreachable(file)
 
 
@@ -247,20 +266,37 @@ def _letter_contradictions(file: RulesFile) -> Iterator[str]:
             yield f"{capital} is chosen by two rules."
 
 
+def _particle_contradictions(file: RulesFile) -> Iterator[str]:
+    seen: set[tuple[str, str]] = set()
+    for row in file.particles:
+        where = f"{row.form} ({row.name}) in particles"
+        yield from _form_contradictions(file, where, row.form)
+        yield from (f"{where} names {state}, which is no state." for state in _unknown(file, (row.to,)))
+        if row.to in file.stems:
+            yield f"{where} is in the state {row.to}, in which stems are."
+        if (row.lemma, row.to) in seen:
+            yield f"particles lists {row.lemma} in the state {row.to} twice."
+        seen.add((row.lemma, row.to))
+
+
 def _suffix_contradictions(file: RulesFile, kind: str, row: SuffixForm) -> Iterator[str]:
     where = f"{row.form} ({row.name}) in suffixes.{kind}"
+    yield from _form_contradictions(file, where, row.form)
+    for state in _unknown(file, [*_expand(file, row.after), row.to]):
+        yield f"{where} names {state}, which is no state."
+
+
+def _form_contradictions(file: RulesFile, where: str, form: str) -> Iterator[str]:
     known = {*file.harmony, *file.assimilation, *file.softening}
     try:
-        letters = list(_read_form(row.form))
+        letters = list(_read_form(form))
     except (ValueError, IndexError):
         yield f"{where} is no form: brackets hold one letter, and all others are letters."
         return
     if not letters:
-        yield f"{row.name} in suffixes.{kind} has no letters."
+        yield f"{where} has no letters."
     for letter in (part.letter for part in letters if part.letter.isupper() and part.letter not in known):
         yield f"{where} has {letter}, which no rule of letters explains."
-    for state in _unknown(file, [*_expand(file, row.after), row.to]):
-        yield f"{where} names {state}, which is no state."
 
 
 def _unknown(file: RulesFile, states: list[str] | tuple[str, ...]) -> list[str]:
@@ -275,12 +311,12 @@ def _unreachable(file: RulesFile) -> Iterator[str]:
     """Yield a sentence for each state that no word reaches, or that no word leaves though none ends there."""
     rows = [row for rows in file.suffixes.values() for row in rows]
     steps = {(state, row.to) for row in rows for state in _expand(file, row.after)}
-    reached, finished = set(file.stems), set(file.states) - set(file.unfinished)
+    reached, finished = {*file.stems, *(row.to for row in file.particles)}, set(file.states) - set(file.unfinished)
     for _ in file.states:
         reached |= {to for state, to in steps if state in reached}
         finished |= {state for state, to in steps if to in finished}
     for state in file.states:
         if state not in reached:
-            yield f"No suffix leads to the state {state}, and no stem is in it."
+            yield f"No suffix leads to the state {state}, and no stem or particle is in it."
         elif state not in finished:
             yield f"No word that reaches the state {state} can end."

@@ -20,11 +20,15 @@ _FORMAT = 1
 
 
 class Morpheme(NamedTuple):
-    """Some letters of a word: the stem (name "stem"), or a suffix with its name and class."""
+    """Some letters of a word: the stem (name "stem"), or a particle or suffix with its name and class.
+
+    lemma: how a stem or particle is spelt without suffixes, in lower case; None where it stands so in the word.
+    """
 
     text: str
     name: str
     kind: str
+    lemma: str | None = None
 
 
 class Segmenter:
@@ -42,12 +46,19 @@ class Segmenter:
     def name_parts(self, word: str) -> list[Morpheme]:
         """Return the parts of a word with their names and classes; a word that is too long is one stem."""
         analysis = self.analyse(word)
-        numbers = analysis.suffixes if analysis else ()
-        named = [("stem", "stem"), *((self.rules.suffixes[n].name, self.rules.suffixes[n].kind) for n in numbers)]
-        parts = _cut(word, self._find_cuts(self.rules.lower_case(word), analysis))
+        lower = self.rules.lower_case(word)
+        first, *others = _cut(word, self._find_cuts(lower, analysis))
+        suffixes = [self.rules.suffixes[number] for number in (analysis.suffixes if analysis else ())]
+        named = [(suffix.name, suffix.kind) for suffix in suffixes]
         # Behind the apostrophe of a word that no rule reads stands a part without a name.
-        named += [("unknown", "other")] * (len(parts) - len(named))
-        return [Morpheme(text, *names) for text, names in zip(parts, named, strict=True)]
+        named += [("unknown", "other")] * (len(others) - len(named))
+        particle = self.rules.particles.get(analysis.lemma[:2]) if analysis else None
+        name, kind = (particle.name, particle.kind) if particle else ("stem", "stem")
+        # Without a suffix nothing has changed, and an apostrophe that no rule explains is no letter of the lemma.
+        changed = analysis.lemma.text if analysis and (suffixes or particle) else None
+        lemma = changed if changed != self.rules.lower_case(first) else None
+        stem = Morpheme(first, name, kind, lemma)
+        return [stem, *(Morpheme(text, *names) for text, names in zip(others, named, strict=True))]
 
     def analyse(self, word: str) -> Analysis | None:
         """Return the most probable analysis of a word; None for a word that is too long for one."""
