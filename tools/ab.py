@@ -11,6 +11,9 @@ among an arm's values choose another tokenizer, learnt from the same text.  The 
 tokens, so such arms train for equal compute instead of equal tokens: that of one pass over the text with plain merges
 of 16,384 ids, by 6 operations for each weight and token, head included.
 
+--pairs FILE asks each finished model for 1,000 minimal pairs, such as TurBLiMP's, and notes how many are right; bits per
+byte decide.
+
 rival=silent or rival=masked among an arm's values replaces its rotation of experts by one of two other schemes: in
 training the frozen experts' outputs are left out (ismail), or the router cannot choose them.
 """
@@ -50,6 +53,8 @@ from lowvram.data.shards import ShardSet, pack
 from lowvram.data.text import documents
 from lowvram.data.tokenizer import Tokenizer, train_tokenizer
 from lowvram.evaluate.bits_per_byte import bigram_score, score
+from lowvram.evaluate.minimal_pairs import answer_pairs, choose_light_subset, read_pairs
+from lowvram.evaluate.scorer import Scorer
 from lowvram.finish import finish
 from lowvram.model.ffn import MoeFfn
 from lowvram.model.transformer import Transformer
@@ -70,6 +75,7 @@ PARTS_BYTES = {"train": 4_500_000, "valid": 550_000}
 POINTS = 20  # of a loss curve
 # An arm's words that are no settings of a run.
 OWN_KEYS = ("tokenizer", "vocabulary", "rival")
+PAIRS = 1_000
 THREES = "threes"
 TOKENIZERS = ("none", *MARKINGS, THREES)
 EQUAL_AT = 16_384  # ids: the vocabulary with whose plain merges the text is read once
@@ -212,7 +218,7 @@ def make_rival(model: Transformer, kind: str) -> None:
         layer.forward = treat(layer)  # type: ignore[method-assign]  # of this layer
 
 
-def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
+def train_once(what: RunConfig, valid: ShardSet, rival: str | None, pairs_file: Path | None = None) -> Row:
     """Train one run to its end, from its last checkpoint if it has one, and return its results."""
     notes, done, began = what.run.dir / "steps.jsonl", list[Row](), 0.0
     with lock_run(what.run.dir):
@@ -230,6 +236,11 @@ def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
     losses, model, tokenizer = [line["loss"] for line in done], trainer.state.model, trainer.tokenizer
     dtype = DTYPES[what.train.precision]
     result = score(model, valid, tokenizer.bos_id, tokenizer.byte_count_V, what.train.seq_len, dtype)
+    asked: Row = {}
+    if pairs_file is not None:
+        pairs = choose_light_subset(read_pairs(pairs_file), PAIRS)
+        answers = finish(answer_pairs(Scorer(model, dtype, tokenizer, what.train.seq_len), pairs))
+        asked = {"pairs_right": sum(answers.by_sum) / len(pairs), "pairs": f"{len(pairs)} of {pairs_file.name}"}
     spans = itertools.pairwise(len(losses) * point // POINTS for point in range(POINTS + 1))
     return {
         "tokens": trainer.state.tokens,
@@ -237,6 +248,7 @@ def train_once(what: RunConfig, valid: ShardSet, rival: str | None) -> Row:
         "final_loss": statistics.fmean(losses[-max(1, len(losses) // POINTS) :]),
         "valid_loss": result.loss,
         "bits_per_byte": result.bits_per_byte,
+        **asked,
         "cpu_s": round(done[-1]["cpu_s"], 1),
         "torch": str(torch.__version__),
         "date": time.strftime("%Y-%m-%d"),
@@ -291,6 +303,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="dense")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--text", type=Path, default=TEXT, help="STEM of STEM.train.txt.gz and STEM.valid.txt.gz")
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="minimal pairs that each finished model answers")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowvram-ab")
     options = parser.parse_args()
     arms = {name: [*options.base, *settings] for name, *settings in options.arm}
@@ -312,10 +325,11 @@ def main() -> None:
         what = configure(corpus.home, options.model, settings, seed, f"runs/{options.name}-{arm}-{seed}", ids)
         row = {"arm": arm, "seed": seed, "settings": arms[arm], "model": options.model, "text": options.text.name}
         row |= {"bigram_bits_per_byte": bigram.bits_per_byte, "text_tokens": corpus.learnt.tokens}
-        row |= train_once(what, corpus.held_out, own.get("rival"))
+        row |= train_once(what, corpus.held_out, own.get("rival"), options.pairs)
         write_rows(path, [row], "a")
         shutil.rmtree(what.run.dir)
-        print(f"{arm} seed {seed}: {row['bits_per_byte']:.4f} bits per byte, {row['cpu_s']} CPU s", flush=True)
+        pairs = f", {row['pairs_right']:.1%} of minimal pairs right" if "pairs_right" in row else ""
+        print(f"{arm} seed {seed}: {row['bits_per_byte']:.4f} bits per byte, {row['cpu_s']} CPU s{pairs}", flush=True)
     print(table(read_rows(path), arms))
 
 
