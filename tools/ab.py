@@ -11,8 +11,8 @@ among an arm's values choose another tokenizer, learnt from the same text.  The 
 tokens, so such arms train for equal compute instead of equal tokens: that of one pass over the text with plain merges
 of 16,384 ids, by 6 operations for each weight and token, head included.
 
---pairs FILE asks each finished model for 1,000 minimal pairs, such as TurBLiMP's, and notes how many are right; bits per
-byte decide.
+--pairs FILE asks each finished model for 1,000 minimal pairs, such as TurBLiMP's, and notes how many are right; bits
+per byte decide.
 
 rival=silent or rival=masked among an arm's values replaces its rotation of experts by one of two other schemes: in
 training the frozen experts' outputs are left out (ismail), or the router cannot choose them.
