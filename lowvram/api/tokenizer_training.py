@@ -88,9 +88,9 @@ def train_tokenizer(
     texts: a file (.txt, .jsonl, .ndjson or .parquet, plain, .gz or .zst), a folder, a pattern, or several of them.
     vocabulary: the number of ids, as 32768 or "32k".  morphology: "strict" lets no token reach over the end of a stem
     or suffix, "soft" counts merges inside them twice, "none" knows nothing of them; with the first two, stems are
-    learnt from the text and written to `out/morphology.json`.  None is "soft", and "none" for standard input and for
-    text without words.  language: whose rules cut words, "tr", "kk" or a rules file of the same form
-    (docs/morphology.md).  sample: the most bytes of text that are learnt from, as "1GB"; of more text, pieces of
+    learnt from the text and written to `out/morphology.json`.  None is "soft", and "none" for several sources, for
+    standard input and for text without words.  language: whose rules cut words, "tr", "kk" or a rules file of the same
+    form (docs/morphology.md).  sample: the most bytes of text that are learnt from, as "1GB"; of more text, pieces of
     documents are taken by a hash of their words.  weights, temperature, levels: how much is learnt from each source in
     a folder, such as each language, as for `mix`; shares are of characters, and a source that is too small for its
     share is read several times.  field: of .jsonl, .ndjson and .parquet.  holdout: leave out the documents that `pack`
@@ -132,13 +132,13 @@ def train_tokenizer_task(
         yield Notice(f"{out} holds a tokenizer; another one is written there only with `replace=True`.")
     skipped, portions = SkippedRows(options.on_bad_row), None
     has_stream = any(is_stream(file) for source in sources for file in source.files)
-    morphology = merges.morphology or ("none" if has_stream else DEFAULT_MORPHOLOGY)
+    morphology = merges.morphology or ("none" if has_stream or merges.sample.has_sources else DEFAULT_MORPHOLOGY)
     rules = None
     if morphology != "none":
         if has_stream:
             _refuse_stream()
         rules = read_rules(merges.language)  # before minutes of reading
-    elif merges.morphology is None:
+    elif merges.morphology is None and has_stream:
         why = "What is read only once, such as standard input, gives plain merges"
         yield Notice(f"{why}; save it as a file to learn from its stems and suffixes too.")
     if not has_stream:

@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--morphology",
         choices=MORPHOLOGIES,
         help="strict: no token reaches over the end of a stem or suffix; soft: merges inside them count twice "
-        f"(default: {DEFAULT_MORPHOLOGY}; none for standard input)",
+        f"(default: {DEFAULT_MORPHOLOGY}; none for standard input and several sources)",
     )
     train.add_argument(
         "--language", default="tr", metavar="tr|kk|FILE", help="whose rules cut words (default: %(default)s)"

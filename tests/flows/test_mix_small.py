@@ -225,7 +225,10 @@ def test_a_tokenizer_learns_from_each_source_by_its_share_and_names_the_mix_that
     told = " ".join(answer.err.split())
     assert re.search(r"About 7\.\d KiB of 25\.\d KiB of text are learnt from, with about 12\d\.\d MiB of memory", told)
     assert re.search(r"learnt from: a 70\.0% \(5\.\d KiB, \d\d\.\d% of its text\); b 30\.0% \(2\.\d KiB", told)
+    assert "`sample`" not in told
+    assert "--sample says how much at most" in told
     assert " mix " in answer.out
+    assert not (small / "shared/morphology.json").exists(), "several sources may be several languages"
     for same in (f"data mix {small}/texts", "--temperature 0.3", "--weight a=70%", f"--tokenizer {small}/shared"):
         assert same in " ".join(answer.out.split())
     wrong = typed(*words, "--weight", "c=2")

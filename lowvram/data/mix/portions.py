@@ -14,8 +14,8 @@ from lowvram.errors import DataError
 
 # Its own purpose: pieces that are taken are not those that a cap or a held-out share takes first.
 _PURPOSE = b"merges"
-# Characters.  Chosen document by document, a few large ones would be all of a sample or nothing of it.
-_PIECE = 1 << 16
+# Characters.  In larger pieces a few of them would be all of a small sample, or nothing of it.
+_PIECE = 1 << 11
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Portion:
     def take(self, text: str) -> Iterator[str]:
         """Yield a document or its pieces, each as often as it is learnt from; which ones, a hash of the words decides.
 
-        Pieces of a document end with a line and have about 64 Ki characters.
+        Pieces of a document have about 2 Ki characters, and end with a line or at a blank.
         """
         whole, rest = divmod(self.copies, 1.0)
         if not rest:
@@ -73,7 +73,7 @@ def _cut(text: str) -> Iterator[str]:
         return
     lines: list[str] = []
     size = 0
-    for line in text.splitlines(keepends=True):
+    for line in itertools.chain.from_iterable(map(_cut_line, text.splitlines(keepends=True))):
         lines.append(line)
         size += len(line)
         if size >= _PIECE:
@@ -81,6 +81,17 @@ def _cut(text: str) -> Iterator[str]:
             lines, size = [], 0
     if lines:
         yield "".join(lines)
+
+
+def _cut_line(line: str) -> Iterator[str]:
+    """Yield the parts of a line that is too long for a piece, cut before a blank where there is one."""
+    start = 0
+    while len(line) - start > _PIECE:
+        blank = line.rfind(" ", start + 1, start + _PIECE)
+        end = blank if blank > 0 else start + _PIECE
+        yield line[start:end]
+        start = end
+    yield line[start:]
 
 
 def choose_portions(
