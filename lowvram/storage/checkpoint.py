@@ -288,24 +288,6 @@ class Store:
         """
         self.run.mkdir(parents=True, exist_ok=True)
         self.clear_leftovers()
-        contents = (weights, state, numbers, config, tokenizer, hashes, stays)
-        try:
-            return self._write(*contents)
-        except DiskFullError:
-            if not self.reserve.give_back():
-                raise
-        return self._write(*contents)
-
-    def _write(
-        self,
-        weights: dict[str, Tensor],
-        state: dict[str, Tensor],
-        numbers: dict[str, Any],
-        config: dict[str, Any],
-        tokenizer: Path,
-        hashes: dict[str, str],
-        stays: int | None,
-    ) -> Checkpoint:
         final = self.run / _NAME.format(numbers["step"])
         draft = name_beside(final, "tmp")
         needed = size_of_tensors(weights, state)
@@ -327,8 +309,10 @@ class Store:
                     raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
                 self.disk.rename(draft, final)
                 self._delete_old(final, stays)
-        except (OSError, DiskFullError, BusyError):
+        except (OSError, DiskFullError, BusyError) as error:
             self.disk.remove_tree(draft, ignore_errors=True)
+            if isinstance(error, DiskFullError) and self.reserve.give_back():
+                return self.save(weights, state, numbers, config, tokenizer, hashes, stays)
             raise
         return Checkpoint(final, manifest)
 
