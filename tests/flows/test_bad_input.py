@@ -351,18 +351,26 @@ def test_where_no_checkpoint_is_whole_all_are_named_and_none_is_written_over(
     }
 
 
-def test_a_full_disk_stops_a_run_and_leaves_its_checkpoints(
+def test_on_a_full_disk_a_run_says_what_it_waits_for_and_ends_when_there_is_room(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(home / "run", run)
-    monkeypatch.setattr("lowvram.storage.checkpoint.free_bytes", lambda _: 10)
-    longer = ("train", home / "run.toml", "--set", f"run.dir={run}", "--set", "tokens=2048")
-    expect_error(typed(*longer), r"No space left to write in \S+run\. .* were needed .*Free some space")
-    assert find_checkpoint(run)[0].step == 6
-    assert list(run.glob("*.tmp")) == []
-    monkeypatch.undo()
-    assert typed(*longer).code == 0
+    before = seen(run / "step-00000006")
+
+    def make_room(seconds: float) -> None:
+        assert seen(run / "step-00000006") == before
+        assert list(run.glob("*.tmp")) == []
+        monkeypatch.undo()
+
+    for module in ("checkpoint", "reserve"):
+        monkeypatch.setattr(f"lowvram.storage.{module}.free_bytes", lambda _: 10)
+    monkeypatch.setattr("lowvram.train.saver.sleep", make_room)
+    answer = typed("train", home / "run.toml", "--set", f"run.dir={run}", "--set", "tokens=2048")
+    assert answer.code == 0
+    told = " ".join(answer.err.split())
+    assert re.search(r"step 8 paused: The next checkpoint in \S+run needs \S+ KiB, and 10 B are free\. .* Ctrl-C", told)
+    assert "step 8 goes on after" in told
     assert find_checkpoint(run)[0].step == 8
 
 
