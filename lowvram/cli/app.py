@@ -22,6 +22,7 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "verify",
     "receipt",
     "evaluate",
     "compare",
