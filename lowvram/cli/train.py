@@ -62,6 +62,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="replay the passes of a micro-batch from CUDA graphs (default: if that is faster and fits)",
     )
+    parser.add_argument(
+        "--device-check",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compare the device with the processor before the first step (default: in a new run that the processor "
+        "does not compute)",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -71,10 +78,10 @@ def run(arguments: argparse.Namespace) -> int:
     from lowvram.api.training import PlanOptions, read_run_file
     from lowvram.cli.ending import show_next_steps
 
-    compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
-    asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
+    switches = [_SWITCH[word] for word in (arguments.compile, arguments.graphs, arguments.device_check)]
+    asked = PlanOptions(arguments.micro_batch, arguments.recompute, *switches)
     what = read_run_file(arguments.run_file, arguments.set, asked)
-    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
+    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, *switches)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
@@ -92,6 +99,7 @@ def train(
     recompute: Recompute | None = None,
     compiled: bool | None = None,
     recorded: bool | None = None,
+    checked: bool | None = None,
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.api.training import PlanOptions, TrainingRun, prepare_run
@@ -99,7 +107,8 @@ def train(
     from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.tasks import run_task
 
-    prepared = run_task(prepare_run(what, device, PlanOptions(micro_batch, recompute, compiled, recorded)))
+    asked = PlanOptions(micro_batch, recompute, compiled, recorded, checked)
+    prepared = run_task(prepare_run(what, device, asked))
     trainer = prepared.trainer
     with TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(trainer) as screen:
         ended = _follow(run, screen, stop_at)
