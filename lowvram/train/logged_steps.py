@@ -60,15 +60,18 @@ def read_logged_steps(log: Path, first: int, last: int) -> dict[int, LoggedStep]
     with open(log, encoding="utf-8", errors="replace") as file:
         for line in file:
             event, row = _read_row(line)
-            step = row.get("step")
+            step, micro_batch = row.get("step"), row.get("micro_batch")
             if event == "StepDone" and isinstance(step, int) and first < step <= last:
                 speed = row.get("tokens_per_second")
                 values = {name: row[name] for name in COMPARED if name in row}
                 steps[step] = LoggedStep(values, float(speed) if isinstance(speed, int | float) else 0.0, halved_to)
-            elif event == "Halved" and isinstance(row.get("micro_batch"), int):
+            elif (
+                event == "Halved"
+                and isinstance(step, int)
+                and step >= first
+                and isinstance(row.get("micro_batch"), int)
+            ):
                 halved_to = row["micro_batch"]
-            elif event == "Saved" and step == first:
-                halved_to = None  # the checkpoint holds the plan
             elif event == "Saved" and step == last:
                 saved = dict(steps)
     return steps if saved is None else saved
