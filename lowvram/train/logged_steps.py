@@ -65,13 +65,8 @@ def read_logged_steps(log: Path, first: int, last: int) -> dict[int, LoggedStep]
                 speed = row.get("tokens_per_second")
                 values = {name: row[name] for name in COMPARED if name in row}
                 steps[step] = LoggedStep(values, float(speed) if isinstance(speed, int | float) else 0.0, halved_to)
-            elif (
-                event == "Halved"
-                and isinstance(step, int)
-                and step >= first
-                and isinstance(row.get("micro_batch"), int)
-            ):
-                halved_to = row["micro_batch"]
+            elif event == "Halved" and isinstance(step, int) and step >= first and isinstance(micro_batch, int):
+                halved_to = micro_batch
             elif event == "Saved" and step == last:
                 saved = dict(steps)
     return steps if saved is None else saved

@@ -166,13 +166,22 @@ def test_a_run_that_halved_its_micro_batch_is_repeated_with_both(home: Path, mon
     assert not verify(run).is_equal
 
 
-def test_memory_that_runs_out_ends_the_replay_and_saves_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("micro_batch", [8, 1])
+def test_memory_that_runs_out_ends_the_replay_and_saves_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
     def short_of_memory(model: Any, batch: Batch, **settings: Any) -> Loss:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(step_module, "causal_loss", short_of_memory)
+    for checkpoint in run.glob("step-*"):
+        path = checkpoint / "state.json"
+        plan = {"micro_batch": micro_batch, "accumulate": 8 // micro_batch}
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"plan": plan}), encoding="utf-8")
+        sign_anew(checkpoint)
     before = contents(run)
-    with pytest.raises(MemoryRanOutError, match=r"Memory ran out when step 4 was repeated\. It was made with 8 seq"):
+    made = f"It was made with {micro_batch} sequence"
+    with pytest.raises(MemoryRanOutError, match=rf"Memory ran out when step 4 was repeated\. {made}"):
         verify(run)
     assert contents(run) == before
 

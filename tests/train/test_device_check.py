@@ -24,10 +24,11 @@ from lowvram.train import device_check as module
 from lowvram.train.device_check import DeviceCheck, PartCheck, row_error
 from lowvram.train.device_parts import Part, Setup, compute, list_parts
 from lowvram.train.settings import RunSettings
-from tests.tiny import prepare_home, tiny_run
+from tests.tiny import KINDS, prepare_home, tiny_run
 
 CPU = torch.device("cpu")
 WINDOW = {"window": {"size": 8, "pattern": "SF"}}
+MANY_EXPERTS = {"ffn": KINDS["mla-moe"]["ffn"] | {"experts": 64, "top_k": 4}}
 MATRICES = ("aten::mm", "aten::addmm", "aten::_scaled_mm")
 
 
@@ -94,7 +95,7 @@ def lose_terms(result: Tensor, limit: int) -> None:
 HONEST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "windows and bf16 weights": ("gqa-rope", WINDOW, {"precision": "bf16", "weights": "bf16"}),
     "ALiBi in fp16": ("gqa-alibi", {"tied": False}, {"precision": "fp16"}),
-    "experts in bf16": ("mla-moe", {}, {"precision": "bf16"}),
+    "many experts in bf16, some in a tie": ("mla-moe", MANY_EXPERTS, {"precision": "bf16", "seq_len": 256}),
     "experts that rotate, in fp8": ("mla-moe", {}, {"precision": "fp8", "rotation": {"window": 2, "interval": 2}}),
     "int8": ("gqa-rope", {}, {"precision": "int8"}),
     "fp32": ("mla-moe", {}, {"precision": "fp32"}),
@@ -104,7 +105,7 @@ HONEST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind, model, train", HONEST.values(), ids=HONEST)
 def test_an_honest_device_agrees_in_every_part(kind: str, model: dict[str, Any], train: dict[str, Any]) -> None:
     what = run_of(kind, model, **train)
-    found = check(what)
+    found = check(what, 512 // what.train.seq_len)
     assert [part.part for part in found.parts] == [part.name for part in list_parts(what.model)]
     assert (found.left_out, [part for part in found.parts if not part.agrees]) == ((), [])
     assert found.worst is not None
@@ -153,6 +154,12 @@ def test_a_device_that_errs_at_large_shapes_is_refused_with_a_micro_batch_that_i
     assert "`device_check=False` trains all the same" in error.fix
     with fault:
         finish(check_device(settings_of(settings.config, right)))
+
+
+def test_rows_that_return_after_a_power_of_two_are_found_in_every_layer() -> None:
+    with FAULTS["rows return after a power of two"]:
+        wrong = {part.part for part in check(run_of()).parts if not part.agrees}
+    assert wrong == {"the head and its loss", "attention", "the feed-forward layer"}
 
 
 def test_where_no_smaller_batch_is_right_the_processor_is_the_way_out() -> None:
