@@ -22,6 +22,7 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "service",
     "receipt",
     "evaluate",
     "compare",

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-import lowvram
 from lowvram.cli.console import err, notice
 from lowvram.cli.lasting import write_at_once
 from lowvram.cli.signals import FROM_SUPERVISOR, heard_signals, means_at_once
 from lowvram.errors import DiskFullError, TrainingError
+from lowvram.shell import own_command
 from lowvram.train.log import JsonlLog
 from lowvram.train.supervision import (
     MOST_RESTARTS,
@@ -43,21 +43,11 @@ _WAIT_S = 0.5 if sys.platform == "win32" else None
 _SHOW_CURSOR = b"\x1b[?25h"
 
 
-def python_command() -> list[str]:
-    """Return the words that run this lowvram with this Python, in any directory.
-
-    The working directory is not searched for modules, where a user's `queue.py` would be taken for Python's own, unless
-    lowvram itself is found only there.
-    """
-    is_here = Path(lowvram.__file__).resolve().parents[1] == Path.cwd()
-    return [sys.executable, *([] if is_here else ["-P"]), "-m", "lowvram"]
-
-
 def command_of_child(typed: Sequence[str]) -> list[str]:
     """Return the command that does what was typed, but for `--supervise`, which may be typed shortened."""
     end = list(typed).index("--") if "--" in typed else len(typed)
     shortened = [word for word in typed[:end] if not (len(word) > len("--s") and _OPTION.startswith(word))]
-    return [*python_command(), *shortened, *typed[end:]]
+    return [*own_command(Path.cwd()), *shortened, *typed[end:]]
 
 
 class _Watch:

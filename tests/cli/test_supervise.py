@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from lowvram.cli import supervise as module
-from lowvram.cli.supervise import command_of_child, python_command, supervise
+from lowvram.cli.supervise import command_of_child, supervise
 from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import TrainingError
+from lowvram.shell import own_command
 from lowvram.train import supervision
 from tests.flows.typed import environment, typed, write_home
 
@@ -61,6 +62,7 @@ SUPERVISOR = """\
 import sys
 from pathlib import Path
 from lowvram.cli import supervise
+from lowvram.shell import own_command
 from lowvram.train import supervision
 supervision.PAUSES_S = (float(sys.argv[2]),)
 supervise._AT_ONCE_S = 0.4
@@ -116,7 +118,7 @@ def test_a_run_that_crashes_is_started_again_until_it_is_finished_and_each_resta
 
 def test_five_restarts_in_vain_end_with_the_reason_and_the_next_start_begins_anew(tmp_path: Path) -> None:
     words = prepare(tmp_path, "7 75", *["- 75"] * 5, "- 0")
-    with pytest.raises(TrainingError, match="started 5 times in a row without saving .* exit code 75") as raised:
+    with pytest.raises(TrainingError, match=r"started 5 times in a row without saving .* exit code 75") as raised:
         supervise(words, tmp_path)
     assert raised.value.exit_code == 1
     assert rows(tmp_path)[-1]["action"] == "give up"
@@ -253,12 +255,12 @@ def test_a_killed_supervisor_leaves_the_process_that_trains_to_go_on(tmp_path: P
 
 
 def test_the_process_is_started_with_what_was_typed_but_for_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = python_command()
+    before = own_command(Path.cwd())
     assert before[0] == sys.executable
     assert before[-2:] == ["-m", "lowvram"]
     typed = ["train", "run.toml", "--superv", "--set", "optimizer.lr=1e-3", "--supervise", "--", "--supervise"]
     assert command_of_child(typed) == [*before, "train", "run.toml", "--set", "optimizer.lr=1e-3", "--", "--supervise"]
     monkeypatch.chdir(Path(module.__file__).parents[2])
-    assert "-P" not in python_command(), "in a checkout, lowvram may be found in the working directory only"
+    assert "-P" not in own_command(Path.cwd()), "in a checkout, lowvram may be found in the working directory only"
     monkeypatch.chdir(Path.home())
-    assert "-P" in python_command()
+    assert "-P" in own_command(Path.cwd())
