@@ -94,15 +94,15 @@ class _Watch:
             write_at_once(_SHOW_CURSOR)  # a killed live line has left it hidden
         return code
 
-    def wait(self, seconds: float, what: str) -> None:
+    def wait(self, seconds: float, ordinal: str) -> None:
         """Count down in one line, until the time has passed or the user asks for the end."""
         until_s = time.monotonic() + seconds
         if not err.is_terminal:
-            notice(f"{what} in {show_duration(seconds)}.")
+            notice(f"It starts again in {show_duration(seconds)} {ordinal}.")
         with err.status("") if err.is_terminal else nullcontext() as line:
             while not self._asked and (left_s := until_s - time.monotonic()) > 0:
                 if line is not None:
-                    line.update(f"{what} in {show_duration(left_s)}; Ctrl-C ends it")
+                    line.update(f"Again in {show_duration(left_s)} {ordinal}; Ctrl-C ends it")
                 time.sleep(min(0.2, left_s))
 
 
@@ -133,8 +133,7 @@ def supervise(words: Sequence[str], run: Path, keeps_device: bool = False) -> in
             if code == 1 and device not in (None, "cpu"):
                 notice(f"The run was trained on {device} so far, and --supervise keeps to it; --device cpu moves it.")
             if isinstance(action, Restart):
-                ordinal = f"restart {action.stalled} of {MOST_RESTARTS} without a new checkpoint"
-                watch.wait(action.after_s, f"It is started again ({ordinal})")
+                watch.wait(action.after_s, f"(restart {action.stalled} of {MOST_RESTARTS} without a checkpoint)")
                 action = next_action(lives, True) if watch.is_asked else action
             if isinstance(action, End):
                 return action.code

@@ -113,7 +113,7 @@ def test_a_run_that_crashes_is_started_again_until_it_is_finished_and_each_resta
     said = capsys.readouterr().err
     assert "ended by SIGKILL (the system does that where memory runs out)" in said
     assert "It goes on from the checkpoint of step 3." in said
-    assert "restart 2 of 5 without a new checkpoint" in said
+    assert "restart 2 of 5 without a checkpoint" in said
 
 
 def test_five_restarts_in_vain_end_with_the_reason_and_the_next_start_begins_anew(tmp_path: Path) -> None:
