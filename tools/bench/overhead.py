@@ -4,9 +4,10 @@ python tools/bench/overhead.py [--dim 256] [--layers 6] [--tokens 256] [--pairs 
 
 Two runs of one configuration are prepared as `lowvram train` prepares them.  Of one only the step functions are called
 ("bare"); the other goes the whole way of the command, with its live line on a terminal that another process reads.
-Blocks of steps alternate, bare first and full first in turn, so that a busy machine slows both.  Times are CPU seconds
-of this process with all of its threads, and of the wall beside them.  No block saves, validates or samples.  In the end
-both runs must have the same weights.
+Blocks of steps alternate, bare first and full first in turn, so that a busy machine slows both.  Compared are CPU
+seconds of the main thread, which computes the steps.  What the other threads of a run take (the live line, guards) is
+given as a share of the wall, since they work by the clock and not by the step, and added.  No block saves, validates or
+samples.  In the end both runs must have the same weights.  Needs Linux, which tells the time of each thread.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +48,10 @@ RESAMPLES = 2_000
 
 
 class Times(NamedTuple):
-    """What a block of steps took."""
+    """What a block of steps took: the main thread's CPU seconds, those of the other threads, and the wall's."""
 
-    cpu_s: float
+    main_s: float
+    others_s: float
     wall_s: float
 
 
@@ -107,26 +110,27 @@ def step_fully(run: TrainingRun, screen: TrainingScreen, steps: int) -> Times:
     """Make steps as `lowvram train` does, shown on the screen; returns what they took."""
     from lowvram.api.tasks import Notice
 
-    with screen:  # bare steps have no live line beside them
-        began, done = now(), 0
-        while done < steps:
-            event = next(run)
-            if isinstance(event, Notice):
-                continue
-            screen.show(event)
-            done += isinstance(event, StepDone)
-        return since(began)
+    began, done = now(), 0
+    while done < steps:
+        event = next(run)
+        if isinstance(event, Notice):
+            continue
+        screen.show(event)
+        done += isinstance(event, StepDone)
+    return since(began)
 
 
 def now() -> Times:
-    """Return the seconds of the processor and of the wall until now."""
-    return Times(time.process_time(), time.perf_counter())
+    """Return the seconds of the threads and of the wall until now."""
+    others = [thread.ident for thread in threading.enumerate() if thread is not threading.main_thread()]
+    clocks = [time.pthread_getcpuclockid(each) for each in others if each is not None]
+    return Times(time.thread_time(), sum(map(time.clock_gettime, clocks)), time.perf_counter())
 
 
 def since(began: Times) -> Times:
     """Return what passed since then."""
     end = now()
-    return Times(end.cpu_s - began.cpu_s, end.wall_s - began.wall_s)
+    return Times(end.main_s - began.main_s, end.others_s - began.others_s, end.wall_s - began.wall_s)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -145,8 +149,7 @@ def measure(home: Path, options: argparse.Namespace) -> tuple[list[Times], list[
     plain = finish(prepare_run(configure(home, "bare", options), "cpu"))
     prepared = finish(prepare_run(configure(home, "full", options), "cpu"))
     bare, full = list[Times](), list[Times]()
-    with plain.resources, TrainingRun(prepared) as run, _stop_on_signal(run):
-        screen = TrainingScreen(run.trainer)
+    with plain.resources, TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(run.trainer) as screen:
         # The first step makes the optimizer's states, and reserves room for a save.
         step_barely(plain.trainer, 2)
         step_fully(run, screen, 2)
@@ -178,17 +181,17 @@ def main() -> None:
         prepare_home(home)
         bare, full = measure(home, options)
     print(f"{options.layers} x {options.dim}, {options.tokens} tokens a step, {options.pairs} pairs of {options.steps}")
-    for name in Times._fields:
-        pairs = [(getattr(one, name), getattr(other, name)) for one, other in zip(bare, full, strict=True)]
-        each_ms = 1e3 * statistics.median(one for one, _ in pairs) / options.steps
-        more_ms = 1e3 * statistics.median(other - one for one, other in pairs) / options.steps
-        ratios = [other / one for one, other in pairs]
-        low, high = interval(ratios)
-        print(
-            f"{name:7} bare {each_ms:8.2f} ms a step  full / bare {statistics.median(ratios):.4f} "
-            f"({low:.4f} to {high:.4f})  {more_ms:+.2f} ms a step",
-            flush=True,
-        )
+    each_ms = 1e3 * statistics.median(times.main_s for times in bare) / options.steps
+    more = [other.main_s / one.main_s - 1 for one, other in zip(bare, full, strict=True)]
+    more_ms = 1e3 * statistics.median(b.main_s - a.main_s for a, b in zip(bare, full, strict=True)) / options.steps
+    both = [*bare, *full]  # the other threads of the full run go on while the bare one steps
+    beside = sum(times.others_s for times in both) / sum(times.wall_s for times in both)
+    (low, high), middle = interval(more), statistics.median(more)
+    stretch = sum(times.wall_s for times in bare) / sum(times.main_s for times in bare)
+    print(f"a bare step {each_ms:.2f} ms of the main thread, on the wall {stretch:.1f} times as much")
+    print(f"main thread {more_ms:+.2f} ms a step, {middle:+.2%} ({low:+.2%} to {high:+.2%})")
+    print(f"other threads {beside:.2%} of a core")
+    print(f"together {middle + beside:+.2%} ({low + beside:+.2%} to {high + beside:+.2%})")
 
 
 if __name__ == "__main__":
