@@ -23,6 +23,7 @@ COMMANDS = (
     "data",
     "train",
     "verify",
+    "service",
     "receipt",
     "evaluate",
     "compare",
