@@ -162,7 +162,7 @@ class TrainingScreen:
             text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
             notice(f"step {event.step:>6}  {text}", "dim")
         elif isinstance(event, Saved):
-            notice(f"step {event.step:>6}  saved {event.directory} ({event.took_s:.1f} s)", "dim")
+            notice(f"step {event.step:>6}  saved {event.directory} ({_duration_of_save(event)})", "dim")
         elif isinstance(event, Paused | Resumed | Slowed):
             self._show_hold(event)
         elif isinstance(event, Metered):
@@ -213,6 +213,11 @@ def describe_energy(event: Metered) -> str:
     cost = "" if event.cost is None else f", which costs {event.cost:,.2f} {event.currency}".rstrip()
     used = show_energy_range(event.kwh, event.kwh)
     return f"{whose[event.source]} took {used} in {show_duration(event.seconds)} of this run{cost}."
+
+
+def _duration_of_save(event: Saved) -> str:
+    beside = f", beside training but for {event.held_s:.1f} s" if event.held_s < event.took_s else ""
+    return f"{event.took_s:.1f} s{beside}"
 
 
 def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, str]]:

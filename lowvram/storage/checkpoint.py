@@ -16,7 +16,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,15 +253,19 @@ class Store:
             (self._refused if isinstance(problem, _RefusedError) else self._corrupt).add(directory)
         return checkpoint, list(skipped.values())
 
-    def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
-        """Return the newest step, at most `up_to`, whose state.json `accepts` accepts; reads no other file."""
+    def numbers_by_step(self, up_to: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the step and the plain values of each checkpoint of at most `up_to`, newest first; reads no tensors."""
         for directory in _newest_first(self.run):
+            if _step_of(directory) > up_to:
+                continue
             try:
-                if _step_of(directory) <= up_to and accepts(_read_json(directory / NUMBERS)):
-                    return _step_of(directory)
+                yield _step_of(directory), _read_json(directory / NUMBERS)
             except (OSError, CheckpointError):
                 continue  # opening the checkpoint reports what is wrong with it
-        return None
+
+    def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
+        """Return the newest step, at most `up_to`, whose state.json `accepts` accepts; reads no other file."""
+        return next((step for step, numbers in self.numbers_by_step(up_to) if accepts(numbers)), None)
 
     def clear_leftovers(self) -> None:
         """Remove what killed saves and deletions left behind, of any step; only the run's owner may call it."""
@@ -278,11 +282,13 @@ class Store:
         tokenizer: Path,
         hashes: dict[str, str],
         stays: int | None = None,
+        best: int | None = None,
     ) -> Checkpoint:
         """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what is not to be kept.
 
         hashes: of the training data and the tokenizer, written to the manifest.  stays: a step whose checkpoint is kept
-        in any case.  Where the drive is full, the reserved space is given back and the checkpoint written into it.
+        in any case.  best: a step whose checkpoint is kept as far as the budget allows.  Where the drive is full, the
+        reserved space is given back and the checkpoint written into it.
         Raises DiskFullError where that is too little, and BusyError where Windows cannot replace the same step since a
         process has it open.
         """
@@ -308,27 +314,28 @@ class Store:
                 if final.exists() and not self.disk.delete_unless_in_use(final):
                     raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
                 self.disk.rename(draft, final)
-                self._delete_old(final, stays)
+                self._delete_old(final, stays, best)
         except (OSError, DiskFullError, BusyError) as error:
             self.disk.remove_tree(draft, ignore_errors=True)
             if isinstance(error, DiskFullError) and self.reserve.give_back():
-                return self.save(weights, state, numbers, config, tokenizer, hashes, stays)
+                return self.save(weights, state, numbers, config, tokenizer, hashes, stays, best)
             raise
         return Checkpoint(final, manifest)
 
-    def _delete_old(self, newest: Path, stays: int | None) -> None:
+    def _delete_old(self, newest: Path, stays: int | None, best: int | None) -> None:
         self._refused.discard(newest)
         settled = {newest, *self._refused}
         others = [path for path in _newest_first(self.run) if path not in settled and _step_of(path) != stays][::-1]
         # A checkpoint above the step just saved was skipped, or the run would have gone on from it.
         lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
         old = [path for path in others if path not in lost]
-        doomed = [path for path in old[: max(0, len(old) - (self.keep - 1))] if not self._is_milestone(path)]
+        too_many = old[: max(0, len(old) - (self.keep - 1))]
+        doomed = [path for path in too_many if not self._is_milestone(path) and _step_of(path) != best]
         if self.budget_bytes is not None:
             size = {path: _size_of(path) for path in [*old, newest]}
             left = sum(size.values()) - sum(size[path] for path in doomed)
-            # Milestones are deleted last, older ones before newer ones, and the newest never.
-            for path in sorted(old, key=self._is_milestone):
+            # Milestones are deleted late, older ones before newer ones; then the best; and the newest never.
+            for path in sorted(old, key=lambda path: (_step_of(path) == best, self._is_milestone(path))):
                 if left > self.budget_bytes and path not in doomed:
                     doomed.append(path)
                     left -= size[path]

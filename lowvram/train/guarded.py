@@ -82,6 +82,7 @@ class GuardedRun(RunSaver):
     def _wait(self, verdict: Wait) -> Iterator[Event]:
         """Save what is new, and wait until the run may go on or is to stop."""
         yield from self._read_step()
+        yield from self._end_save()
         if self.state.step not in (0, self._saved_step) and not self.state.skipped_in_row:
             yield from self._save()
         began = time.monotonic()

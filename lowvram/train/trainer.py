@@ -20,12 +20,14 @@ from lowvram.errors import DataError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
+from lowvram.train.best_checkpoint import best_of, read_validation
 from lowvram.train.compilation import compiled, forget_compiled
 from lowvram.train.divergence import MOST_SKIPPED, explain_divergence
 from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import compare_environments
 from lowvram.train.events import (
     Doing,
+    Evaluated,
     Event,
     Halved,
     Recorded,
@@ -78,8 +80,14 @@ class Trainer(GuardedRun):
 
     def run(self) -> Iterator[Event]:
         """Resume if there is something to resume, then train."""
-        yield self._begin()
-        self._start_clock()
+        try:
+            yield self._begin()
+            self._start_clock()
+            yield from self._train()
+        finally:
+            self._background.close()
+
+    def _train(self) -> Iterator[Event]:
         while self.state.step < self.config.train.steps and not self._stopping:
             yield from self._hold()
             if self._stopping:  # it was asked to while it waited
@@ -93,13 +101,15 @@ class Trainer(GuardedRun):
             self._refuse_lost_lock()
             if self._size_bytes is None:  # an optimizer has no states before its first step
                 yield from self._keep_room()
+            if self._background.has_ended:
+                yield from self._end_save()
             if self._save_is_due():
                 yield from self._read_step()
                 if not self.state.skipped_in_row:
-                    yield from self._save()
+                    yield from self._begin_save()
                     yield from self._validate_masters()
-                    yield from self._keep_room()
         yield from self._read_step()
+        yield from self._end_save()
         is_finished = self.state.step >= self.config.train.steps
         if self._saved_step != self.state.step:
             yield from self._save()
@@ -119,6 +129,8 @@ class Trainer(GuardedRun):
             self._restore(checkpoint)
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
+            self._last_valid = read_validation(checkpoint.numbers())
+            self._best = best_of(self.store.numbers_by_step(checkpoint.step))
         elif self.config.train.start_from is not None:
             origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
             refuse_other_model(self.config, self.hashes, origin)
@@ -235,6 +247,7 @@ class Trainer(GuardedRun):
 
     def _reload(self) -> int | None:
         """Load the last checkpoint again, because only some weights were updated; return its step."""
+        self._background.close()
         discard(self.state.optimizer)
         free_memory(self.state.model.embedding.device)
         checkpoint, _ = self.store.latest(self._check)
@@ -257,6 +270,7 @@ class Trainer(GuardedRun):
         discard(self.state.optimizer)
         yield from self._read_step()
         free_memory(self.state.model.embedding.device)
+        yield from self._end_save()
         if self.state.step not in (0, self._saved_step):
             yield from self._save()
 
@@ -295,6 +309,8 @@ class Trainer(GuardedRun):
                 if not is_out_of_memory(error):
                     raise
             else:
+                if isinstance(event, Evaluated) and not event.reads_masters:
+                    self._last_valid = event.step, event.bits_per_byte
                 yield event
                 return
             if not may_retry or self.captured_pass is None:

@@ -106,5 +106,5 @@ def test_the_commands_say_what_came_and_what_is_typed_next(listener: Control, tm
     assert missing.code == 1
     assert "There is no directory" in missing.err
     (tmp_path / "run.toml").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is a run file.* lowvram train .* starts or resumes it"):
+    with pytest.raises(ConfigError, match=r"is a run file\..* lowvram train .* starts or resumes it"):
         control(tmp_path / "run.toml", "pause")
