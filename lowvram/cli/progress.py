@@ -28,7 +28,7 @@ from lowvram.train.events import (
     StepDone,
     Stopped,
 )
-from lowvram.units import count_of, show_bytes, show_count, show_duration, show_energy_range
+from lowvram.units import count_of, show_bytes, show_count, show_duration
 
 if TYPE_CHECKING:
     from lowvram.train.trainer import Trainer
@@ -211,7 +211,7 @@ def describe_energy(event: Metered) -> str:
     """Return the energy of a run, and what it costs, as a sentence."""
     whose = {"counter": "The card", "power": "The card", "power_watts": "By run.guard.power_watts the computer"}
     cost = "" if event.cost is None else f", which costs {event.cost:,.2f} {event.currency}".rstrip()
-    used = show_energy_range(event.kwh, event.kwh)
+    used = f"{1000 * event.kwh:.0f} Wh" if event.kwh < 1 else f"{event.kwh:,.2f} kWh"
     return f"{whose[event.source]} took {used} in {show_duration(event.seconds)} of this run{cost}."
 
 

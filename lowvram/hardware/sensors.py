@@ -303,7 +303,8 @@ class SensorThread:
         newest_s = self._readings[-1].taken_at_s if self._readings else self._began_s
         age_s = self._clock() - newest_s
         if age_s > STALE_S:
-            return unknown(newest_s + STALE_S, f"the sensors have not answered for {STALE_S:.0f} s")
+            # A new one every STALE_S: who waits for several readings in a row gets them.
+            return unknown(newest_s + age_s // STALE_S * STALE_S, f"the sensors have not answered for {STALE_S:.0f} s")
         return self._readings[-1] if self._readings else unknown(newest_s, "the sensors have not answered yet")
 
     def since(self, taken_at_s: float) -> list[Reading]:
