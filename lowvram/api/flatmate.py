@@ -5,6 +5,7 @@ Everything here watches the run's events and adds its own; the run itself asks t
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from lowvram.hardware.sensors import SensorThread
     from lowvram.hardware.wake_lock import WakeLock
     from lowvram.train.control import Control
-    from lowvram.train.events import Event, Metered, Paused
+    from lowvram.train.creep import CreepWatch
+    from lowvram.train.events import Event, Metered, Paused, StepDone
     from lowvram.train.trainer import Trainer
 
 # The log is told of the energy at most so often.
@@ -28,15 +30,21 @@ _METERED_EVERY_S = 60.0
 class Flatmate:
     """Watches one run."""
 
-    def __init__(self, sensors: SensorThread, control: Control, lock: WakeLock | None, meter: EnergyMeter) -> None:
-        self._sensors, self._control, self._lock, self._meter = sensors, control, lock, meter
+    def __init__(
+        self, sensors: SensorThread, control: Control, lock: WakeLock | None, meter: EnergyMeter, creep: CreepWatch
+    ) -> None:
+        self._sensors, self._control, self._lock, self._meter, self._creep = sensors, control, lock, meter, creep
+        self._is_slowed = False
 
     def follow(self, events: Iterator[Event]) -> Iterator[Event | Notice]:
         """Yield a run's events, and beside them what is told of its energy and of requests."""
-        from lowvram.train.events import Evaluated, Paused, Resumed, Saved, Started, StepDone, Stopped
+        from lowvram.train.events import Evaluated, Halved, Paused, Resumed, Saved, Slowed, Started, StepDone, Stopped
 
         is_stop_told = False
         for event in events:
+            if self._control.is_stop_asked and not is_stop_told:
+                is_stop_told = True
+                yield Notice("lowvram stop was typed in another terminal: the run is saved and ends.")
             if isinstance(event, Started | StepDone):
                 self._control.tell("training", event.step)
             elif isinstance(event, Paused):
@@ -46,12 +54,29 @@ class Flatmate:
             elif isinstance(event, Stopped):
                 yield from self._meter.tell(event.step, is_last=True)
                 self._control.tell("ended", event.step)
-            if self._control.is_stop_asked and not is_stop_told:
-                is_stop_told = True
-                yield Notice("lowvram stop was typed in another terminal: the run is saved and ends.")
+            elif isinstance(event, Slowed):
+                self._is_slowed = bool(event.why)
+            if isinstance(event, Paused | Slowed | Halved):
+                self._creep.forget()
             yield event
             if isinstance(event, Evaluated | Saved):
                 yield from self._meter.tell(event.step)
+            elif isinstance(event, StepDone) and not self._is_slowed:
+                yield from self._watch(event)
+
+    def _watch(self, step: StepDone) -> Iterator[Notice]:
+        """Tell what has been changing slowly, or spills."""
+        from lowvram.train.creep import Sample
+
+        reading = self._sensors.latest()
+        if not self._creep.is_due(reading.taken_at_s):
+            return
+        used, free, others = reading.card_used_bytes, reading.card_free_bytes, reading.others_bytes
+        own = None if used is None or others is None else used - others
+        free_share = None if used is None or free is None else free / max(1, used + free)
+        sample = Sample(reading.taken_at_s, step.tokens_per_second, reading.host_bytes, own, free_share)
+        for sentence in self._creep.add(sample):
+            yield Notice(sentence, "warning")
 
     def _pause(self, event: Paused) -> None:
         self._control.tell("paused", event.step, event.why, event.cause == "asked")
@@ -128,6 +153,7 @@ def move_in(trainer: Trainer, control: Control, stack: ExitStack) -> Task[Flatma
 
     from lowvram.hardware.sensors import choose_sources, reading_sensors
     from lowvram.hardware.wake_lock import WakeLock
+    from lowvram.train.creep import CreepWatch
     from lowvram.train.guard import Guard, explain_blind
 
     run = trainer.config.run
@@ -147,4 +173,6 @@ def move_in(trainer: Trainer, control: Control, stack: ExitStack) -> Task[Flatma
             yield Notice(f"The computer may go to sleep while it trains: {refusal}.", "detail")
     control.attach(trainer.stop)
     trainer.guard, trainer.control = Guard(run.guard, sensors), control
-    return Flatmate(sensors, control, lock, EnergyMeter(run.dir, run.guard, sensors))
+    # Elsewhere a card without memory refuses to give more.
+    creep = CreepWatch(watches_spill=sys.platform == "win32")
+    return Flatmate(sensors, control, lock, EnergyMeter(run.dir, run.guard, sensors), creep)

@@ -11,7 +11,8 @@ from lowvram.config.base import FrozenConfig, Size, as_list
 from lowvram.config.hours import Window, parse_window
 
 
-def _check_window(text: str) -> str:
+def check_window(text: str) -> str:
+    """Return a text that names hours, as it is; raises ValueError that says how to write one."""
     parse_window(text)
     return text
 
@@ -28,7 +29,7 @@ class GuardConfig(FrozenConfig):
     """What a run does while the computer runs on its battery."""
     least_free_disk: Size | None = None
     """Wait while less is free on the disk of `run.dir`, such as `"20GB"`."""
-    schedule: Annotated[tuple[Annotated[str, AfterValidator(_check_window)], ...], BeforeValidator(as_list)] = ()
+    schedule: Annotated[tuple[Annotated[str, AfterValidator(check_window)], ...], BeforeValidator(as_list)] = ()
     """Hours in which a run trains, by the clock on the wall: `"23:00-07:00"`, or several, with days:
     `["mon-fri 23:00-07:00", "sat,sun 00:00-24:00"]`.  Outside of them it waits."""
     power_watts: PositiveFloat | None = None

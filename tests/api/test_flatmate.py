@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from lowvram.cli.progress import TrainingScreen, describe_energy
 from lowvram.config.guard import GuardConfig
 from lowvram.hardware.sensors import Reading, SensorThread
 from lowvram.train.control import Control
+from lowvram.train.creep import SAMPLE_EVERY_S, CreepWatch
 from lowvram.train.energy import read_energy
 from lowvram.train.events import Cause, Evaluated, Event, Metered, Paused, Resumed, Slowed, Started, StepDone, Stopped
 from tests.cli.test_progress import STEP, trainer_on
@@ -34,7 +36,7 @@ class Bench:
             take=lambda: self.calls.append("take") or "", release=lambda: self.calls.append("release")
         )
         self.control = Control(run)
-        self.flatmate = Flatmate(self.sensors, self.control, lock, self.meter)
+        self.flatmate = Flatmate(self.sensors, self.control, lock, self.meter, CreepWatch())
 
     def read(self, reading: Reading) -> Reading:
         return Reading(reading.taken_at_s, power_w=self.watts, temperature_c=61.0)
@@ -135,6 +137,17 @@ def test_what_a_run_does_is_told_to_other_terminals(tmp_path: Path) -> None:
         ("paused", 4, "Full.", False),
         ("ended", 4, "", False),
     ]
+
+
+def test_a_pace_that_falls_over_hours_is_told_once_and_a_slowed_run_is_not_watched(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    falling = [replace(STEP, tokens_per_second=1000.0 - 2 * minute) for minute in range(300)]
+    events = [each for step in falling for each in (SAMPLE_EVERY_S, step)]
+    [told] = [event for event in bench.train(*events) if isinstance(event, Notice)]
+    assert told.level == "warning"
+    assert told.text.startswith("The pace has fallen from 9")
+    slowed = Bench(tmp_path)
+    assert not any(isinstance(event, Notice) for event in slowed.train(Slowed(1, "84 °C"), *events))
 
 
 def test_a_stop_from_another_terminal_is_said_once(tmp_path: Path) -> None:
