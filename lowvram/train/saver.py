@@ -47,7 +47,7 @@ class RunSaver(StepLauncher):
     _size_bytes: int | None = field(default=None, init=False)
     _pace: Pace = field(default_factory=Pace, init=False)
     _background: BackgroundSave = field(default_factory=BackgroundSave, init=False)
-    # Of the save in the background: when it was begun, and how long training stood still for it so far.
+    # Of the save in the background: when it was begun, and how long training stood still for the copy.
     _began_save_at: float = field(default=0.0, init=False)
     _held_s: float = field(default=0.0, init=False)
     _last_valid: tuple[int, float] | None = field(default=None, init=False)  # step and bits per byte
@@ -117,7 +117,8 @@ class RunSaver(StepLauncher):
         began = time.monotonic()
         self.doing = "saving"
         checkpoint = self._prepare_save()()
-        return self._record_save(checkpoint, began, time.monotonic() - began)
+        took_s = time.monotonic() - began
+        return self._record_save(checkpoint, took_s, held_s=took_s)
 
     def _begin_save(self) -> Iterator[Saved | Paused | Resumed]:
         """Save in the background where a copy of the state fits into host memory, else before the next step."""
@@ -146,8 +147,8 @@ class RunSaver(StepLauncher):
         except (OSError, BusyError):  # a drive that was away for a moment; where it still is, this save tells
             yield from self._save()
         else:
-            self._held_s += time.monotonic() - began
-            yield self._record_save(checkpoint, self._began_save_at, self._held_s)
+            ended = time.monotonic()
+            yield self._record_save(checkpoint, ended - self._began_save_at, self._held_s + ended - began)
         yield from self._keep_room()
 
     def _prepare_save(self, copied: bool = False) -> Callable[[], Checkpoint]:
@@ -175,8 +176,8 @@ class RunSaver(StepLauncher):
             best=best.step if best is not None and self.config.run.keep_best else None,
         )
 
-    def _record_save(self, checkpoint: Checkpoint, began: float, held_s: float) -> Saved:
+    def _record_save(self, checkpoint: Checkpoint, took_s: float, held_s: float) -> Saved:
         if is_healthy(checkpoint.numbers()):
             self._healthy_step = checkpoint.step
         self._saved_step, self._saved_at = checkpoint.step, time.monotonic()
-        return Saved(checkpoint.step, checkpoint.directory, self._saved_at - began, held_s)
+        return Saved(checkpoint.step, checkpoint.directory, took_s, held_s)
