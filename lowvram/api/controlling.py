@@ -62,7 +62,7 @@ def control(
             "It may be stopped (kill -STOP), or its disk not answer; look at it, and ask again.",
         )
     reached = _wait(run, lambda now: _is_done(now, asks), clock, done_within_s)
-    return _describe(asks, reached or heard, status.step)
+    return _describe(asks, reached or heard, status)
 
 
 def _wait(run: Path, holds: Callable[[Status], bool], clock: Callable[[], float], within_s: float) -> Status | None:
@@ -96,8 +96,8 @@ def _answer_at_once(asks: Asks, status: Status) -> Answer | None:
     return None
 
 
-def _describe(asks: Asks, status: Status, waited_at: int) -> Answer:
-    """Return what a run did.  waited_at: the step after which it waited before it was resumed."""
+def _describe(asks: Asks, status: Status, before: Status) -> Answer:
+    """Return what a run did.  before: what it said before it was asked."""
     step, is_done = status.step, _is_done(status, asks)
     if status.state == "ended":
         how = "Stopped and saved" if asks == "stop" else "The run has ended"
@@ -108,7 +108,8 @@ def _describe(asks: Asks, status: Status, waited_at: int) -> Answer:
     elif asks == "stop":
         says = f"It will save and stop {begins}."
     elif is_done:
-        says = f"It goes on after step {waited_at}."
+        was_paused = before.state == "paused"
+        says = f"It goes on after step {before.step}." if was_paused else "It trains; it was not paused."
     else:
         says = f"It was resumed, and waits all the same. {status.why}"
     return Answer(says, is_done)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,8 +44,10 @@ def test_a_run_in_a_long_step_has_heard_and_says_what_will_happen(listener: Cont
 def test_what_was_done_is_said_with_its_step(listener: Control, tmp_path: Path) -> None:
     listener.tell("paused", 4, "It was asked to.", is_asked=True)
     assert control(tmp_path, "pause", done_within_s=5).says.endswith(("at step 4.", "at step 4, and saved."))
-    listener.tell("training", 4)
+    resumed = threading.Timer(0.05, listener.tell, ("training", 5))
+    resumed.start()
     assert control(tmp_path, "resume").says == "It goes on after step 4."
+    assert control(tmp_path, "resume").says == "It trains; it was not paused."
     listener.attach(lambda: listener.tell("ended", 5))
     assert control(tmp_path, "stop").says == "Stopped and saved at step 5."
     with pytest.raises(ConfigError, match=r"No run is training in .* It ended at step 5\."):
