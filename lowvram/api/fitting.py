@@ -61,7 +61,8 @@ def fit(
     from lowvram.errors import refuse_unknown
     from lowvram.hardware.profile import Desktop
 
-    refuse_type("run", run, *PATH)
+    for name, path in (("run", run), ("data", data), ("tariff", tariff)):
+        refuse_type(name, path, *PATH)
     refuse_type("gpu", gpu, str)
     refuse_unknown("desktop", desktop, get_args(Desktop))
     refuse_type("preset", preset, str)
@@ -69,8 +70,6 @@ def fit(
     refuse_unknown("recompute", recompute, TECHNIQUES)
     refuse_type("days", days, int, float)
     refuse_type("measure", measure, bool)
-    refuse_type("data", data, *PATH)
-    refuse_type("tariff", tariff, *PATH)
     options = FitOptions(
         run_file=Path(run) if run is not None else None,
         gpu=gpu,
@@ -87,8 +86,7 @@ def fit(
     )
     if days is not None:
         options = dataclasses.replace(options, days=days)
-    task = fit_task(options)
-    found, notices = carry_out(task, progress)
+    found, notices = carry_out(fit_task(options), progress)
     return dataclasses.replace(found, notices=notices)
 
 

@@ -89,7 +89,7 @@ def find_spill(samples: Sequence[Sample]) -> str | None:
     return (
         f"The card's memory is full, and the pace has fallen from {show_count(fast)} to {show_count(slow)} tokens/s: "
         "the driver has probably moved a part into the computer's memory. Close what else uses the card, or stop the "
-        "run and go on with a smaller --micro-batch; the NVIDIA control panel can forbid it (CUDA - Sysmem Fallback "
+        "run and go on with a smaller `micro_batch`; the NVIDIA control panel can forbid it (CUDA - Sysmem Fallback "
         "Policy)."
     )
 

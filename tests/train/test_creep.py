@@ -98,7 +98,7 @@ def test_a_full_card_that_is_twice_as_slow_spills(pace: float, free_share: float
     assert (told is not None) == is_told
     if told is not None:
         assert "from 1.0k to" in told or "from 99" in told
-        assert "--micro-batch" in told
+        assert "`micro_batch`" in told
     assert find_spill(with_end(pace, free_share)[-5:]) is None, "there is nothing to compare with"
 
 
