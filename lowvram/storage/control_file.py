@@ -9,6 +9,7 @@ A request names the start that it is for, so that one that a crash left behind m
 from __future__ import annotations
 
 from pathlib import Path
+from time import sleep
 from typing import Literal, TypeVar
 
 from pydantic import NonNegativeInt, ValidationError
@@ -20,6 +21,7 @@ from lowvram.storage.json_files import JsonError, read_object
 CONTROL, STATUS = "control.json", "status.json"
 # Both files take some hundred bytes.
 _MOST_BYTES = 1 << 16
+_ATTEMPTS, _RETRY_S = 10, 0.05
 
 Asks = Literal["pause", "resume", "stop"]
 RunState = Literal["starting", "training", "paused", "ended"]
@@ -65,7 +67,14 @@ def read_status(run: Path) -> Status | None:
 
 def write_request(run: Path, request: Request, disk: Disk = DISK) -> None:
     """Ask something of a run; raises DiskFullError where there is no room for a hundred bytes."""
-    disk.write(run / CONTROL, request.model_dump_json().encode())
+    for attempt in range(_ATTEMPTS):
+        try:
+            disk.write(run / CONTROL, request.model_dump_json().encode())
+            return
+        except PermissionError:  # Windows replaces no file that the run is just reading
+            if attempt == _ATTEMPTS - 1:
+                raise
+            sleep(_RETRY_S)
 
 
 def write_status(run: Path, status: Status, disk: Disk = DISK) -> None:

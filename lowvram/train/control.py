@@ -10,7 +10,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lowvram.errors import DiskFullError
@@ -79,7 +79,7 @@ class Control:
         with self._busy:
             self._status = self._status.model_copy(update={"state": "ended", "is_asked": False})
             self._write()
-            if self._stamp is not None:
+            with suppress(OSError):
                 withdraw_request(self._run, disk=self._disk)
 
     def _listen(self) -> None:
@@ -95,8 +95,11 @@ class Control:
         stamp = (found.st_mtime_ns, found.st_ino)
         if stamp == self._stamp:
             return None
-        self._stamp, request = stamp, read_request(self._run)
-        if request is None or request.start != self._status.start:
+        request = read_request(self._run)
+        if request is None:  # Windows may refuse to open it for a moment; what is broken is read again and again
+            return None
+        self._stamp = stamp
+        if request.start != self._status.start:
             return None
         self.is_pause_asked = request.asks == "pause"
         self.is_stop_asked |= request.asks == "stop"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from lowvram.storage import control_file
 from lowvram.storage.control_file import (
     Asks,
     Request,
@@ -15,6 +17,7 @@ from lowvram.storage.control_file import (
     withdraw_request,
     write_request,
 )
+from lowvram.storage.disk import Disk
 from lowvram.train.control import Control
 from tests.faulty_disk import FaultyDisk
 
@@ -87,6 +90,40 @@ def test_a_broken_request_is_no_request(control: Control, tmp_path: Path, text: 
     assert not control.is_pause_asked
     assert not control.is_stop_asked
     assert read_status(tmp_path) is None
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again(control: Control, tmp_path: Path) -> None:
+    ask(tmp_path, "pause", "one")
+    whole = (tmp_path / "control.json").read_bytes()
+    found = (tmp_path / "control.json").stat()
+    (tmp_path / "control.json").write_bytes(b"")
+    control.poll()
+    (tmp_path / "control.json").write_bytes(whole)
+    os.utime(tmp_path / "control.json", ns=(found.st_atime_ns, found.st_mtime_ns))
+    control.poll()
+    assert control.is_pause_asked
+
+
+def test_a_request_waits_where_windows_refuses_to_replace_a_file_that_is_read(
+    control: Control, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Windows(Disk):
+        refusals = 3
+
+        def rename(self, source: Path, target: Path) -> None:
+            self.refusals -= 1
+            if self.refusals >= 0:
+                raise PermissionError(13, "Access is denied", str(target))
+            super().rename(source, target)
+
+    monkeypatch.setattr(control_file, "sleep", lambda seconds: None)
+    request = Request(start=status_of(tmp_path).start, asks="pause", id="one")
+    write_request(tmp_path, request, Windows())
+    assert read_request(tmp_path) == request
+    stubborn = Windows()
+    stubborn.refusals = 10**6
+    with pytest.raises(PermissionError):
+        write_request(tmp_path, request, stubborn)
 
 
 def test_the_steps_of_a_run_that_trains_are_not_written_and_its_pauses_are(tmp_path: Path) -> None:
