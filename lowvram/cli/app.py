@@ -25,6 +25,7 @@ COMMANDS = (
     "pause",
     "resume",
     "stop",
+    "service",
     "receipt",
     "evaluate",
     "compare",

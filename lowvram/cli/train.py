@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.cli.lasting import write_at_once
 from lowvram.cli.options import add_device, count
-from lowvram.cli.signals import HANG_UP, INTERRUPTED, heard_signals
+from lowvram.cli.signals import FROM_SUPERVISOR, INTERRUPTED, heard_signals, means_at_once
 
 if TYPE_CHECKING:
     from lowvram.api.training import TrainingRun
@@ -62,6 +63,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="replay the passes of a micro-batch from CUDA graphs (default: if that is faster and fits)",
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="train in a process of its own, and start it again after exit code 75 and after a crash, with growing "
+        "pauses; give up after 5 restarts without a new checkpoint",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -74,6 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
     asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
     what = read_run_file(arguments.run_file, arguments.set, asked)
+    if arguments.supervise:
+        from lowvram.cli.supervise import command_of_child, supervise
+
+        words, is_chosen = command_of_child(arguments.typed), arguments.device != "auto"
+        return supervise(words, what.run.dir, keeps_device=not is_chosen)
     ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
@@ -138,7 +150,7 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
     asked: set[int] = set()
 
     def ask(number: int, _frame: object) -> None:
-        if number in asked and number != HANG_UP:
+        if means_at_once(number, asked):
             if sys.__stderr__ is not None and os.isatty(2):
                 write_at_once(b"\x1b[?25h")  # the live line has hidden the cursor
             saved = run.trainer.saved_step
@@ -153,5 +165,10 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
                 b"\nStopping: this step is finished and saved first.\nOnce more stops at once, without saving.\n"
             )
 
-    with heard_signals(ask):
-        yield
+    try:
+        with heard_signals(ask):
+            yield
+    finally:
+        if asked and FROM_SUPERVISOR is not None:
+            # On a busy machine a supervisor may pass on a request that has been carried out meanwhile.
+            signal.signal(FROM_SUPERVISOR, signal.SIG_IGN)
