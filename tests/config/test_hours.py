@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowvram.config.guard import GuardConfig
 from lowvram.config.hours import Window, is_open, next_opening, parse_window, show_window
 from tests.flows.typed import environment
 
@@ -99,3 +103,13 @@ def test_where_clocks_are_set_for_summer_the_clock_on_the_wall_decides() -> None
     found = subprocess.run(words, env=environment(TZ="Europe/Berlin"), capture_output=True, text=True, check=True)
     if os.path.exists("/usr/share/zoneinfo/Europe/Berlin"):
         assert found.stdout.splitlines() == ["03:00", "02:30 02:30 03:00"]
+
+
+def test_the_tables_of_the_page_are_read_as_they_stand_there() -> None:
+    page = (Path(__file__).parents[2] / "docs/flatmate.md").read_text(encoding="utf-8")
+    texts = re.findall(r"```toml\n(\[run\.guard\]\n.*?)```", page, re.S)
+    tables = [tomllib.loads(text)["run"]["guard"] for text in texts]
+    assert [list(table) for table in tables] == [["schedule"], ["price_per_kwh", "currency", "power_watts"]]
+    [weekend] = [window for window in GuardConfig(**tables[0]).windows if window.days == {5, 6}]
+    assert weekend.is_open(at(5, 12))
+    assert GuardConfig(**tables[1]).power_watts == 420
