@@ -32,13 +32,15 @@ class PlanOptions:
     """What the user decides about the plan; None leaves it to lowvram.
 
     micro_batch: sequences at a time.  recompute: what backward computes again instead of keeping it.  compile: whether
-    blocks are compiled.  graphs: whether the passes of a micro-batch are replayed from CUDA graphs.
+    blocks are compiled.  graphs: whether the passes of a micro-batch are replayed from CUDA graphs.  device_check:
+    whether the device is compared with the processor before the first step; None does so for a new run elsewhere.
     """
 
     micro_batch: int | None = None
     recompute: Recompute | None = None
     compile: bool | None = None
     graphs: bool | None = None
+    device_check: bool | None = None
 
 
 class TrainingRun:
@@ -113,13 +115,14 @@ def train(
     recompute: Recompute | None = None,
     compile: bool | None = None,
     graphs: bool | None = None,
+    device_check: bool | None = None,
     progress: bool = False,
 ) -> TrainingRun:
     """Configure a run and return it; iterating over what is returned trains, and yields events as they happen.
 
     run: a run file, or a configuration.  Starting and resuming are the same call.  overrides: values laid over a run
-    file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs: see
-    `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.
+    file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs,
+    device_check: see `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.
 
     Raises, now or while iterating, a LowvramError: ConfigError for the run file, DataError for the shards,
     MachineError where the device is not here or nothing fits, BusyError where another process trains in the run's
@@ -136,7 +139,8 @@ def train(
     refuse_unknown("recompute", recompute, TECHNIQUES)
     refuse_type("compile", compile, bool)
     refuse_type("graphs", graphs, bool)
-    asked = PlanOptions(micro_batch, recompute, compile, graphs)
+    refuse_type("device_check", device_check, bool)
+    asked = PlanOptions(micro_batch, recompute, compile, graphs, device_check)
     config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides, asked)
     task = prepare_run(config, device, asked)
     prepared, notices = carry_out(task, progress)
@@ -168,6 +172,7 @@ def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | No
     Takes the lock of the run's directory, which the PreparedRun's resources give back.
     """
     from lowvram.api.device import choose_device
+    from lowvram.api.device_checking import check_device, is_worth_a_check
     from lowvram.api.flatmate import move_in
     from lowvram.train.autotune import refuse_cuda_graphs
     from lowvram.train.control import hear_requests
@@ -184,6 +189,8 @@ def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | No
         lock = stack.enter_context(lock_run(config.run.dir))
         control = stack.enter_context(hear_requests(config.run.dir))
         settings, monitor = yield from _resolve_plan(config, chosen.device, asked)
+        if asked.device_check or (asked.device_check is None and is_worth_a_check(settings)):
+            yield from check_device(settings)
         yield Progress("Checking the shards and building the model")
         trainer = prepare(settings, lock)
         flatmate = yield from move_in(trainer, control, stack)

@@ -25,6 +25,7 @@ COMMANDS = (
     "pause",
     "resume",
     "stop",
+    "verify",
     "service",
     "receipt",
     "evaluate",

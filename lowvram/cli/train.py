@@ -69,6 +69,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="train in a process of its own, and start it again after exit code 75 and after a crash, with growing "
         "pauses; give up after 5 restarts without a new checkpoint",
     )
+    parser.add_argument(
+        "--device-check",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compare the device with the processor before the first step (default: in a new run that the processor "
+        "does not compute)",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -78,15 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
     from lowvram.api.training import PlanOptions, read_run_file
     from lowvram.cli.ending import show_next_steps
 
-    compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
-    asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
+    switches = [_SWITCH[word] for word in (arguments.compile, arguments.graphs, arguments.device_check)]
+    asked = PlanOptions(arguments.micro_batch, arguments.recompute, *switches)
     what = read_run_file(arguments.run_file, arguments.set, asked)
     if arguments.supervise:
         from lowvram.cli.supervise import command_of_child, supervise
 
         words, is_chosen = command_of_child(arguments.typed), arguments.device != "auto"
         return supervise(words, what.run.dir, keeps_device=not is_chosen)
-    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
+    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, *switches)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
@@ -104,6 +111,7 @@ def train(
     recompute: Recompute | None = None,
     compiled: bool | None = None,
     recorded: bool | None = None,
+    checked: bool | None = None,
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.api.training import PlanOptions, TrainingRun, prepare_run
@@ -111,7 +119,8 @@ def train(
     from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.tasks import run_task
 
-    prepared = run_task(prepare_run(what, device, PlanOptions(micro_batch, recompute, compiled, recorded)))
+    asked = PlanOptions(micro_batch, recompute, compiled, recorded, checked)
+    prepared = run_task(prepare_run(what, device, asked))
     trainer = prepared.trainer
     with TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(trainer) as screen:
         ended = _follow(run, screen, stop_at)

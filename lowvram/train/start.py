@@ -109,6 +109,20 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
 
 def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
     """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says."""
+    changed = list_changes(config, hashes, checkpoint)
+    if changed:
+        raise ConfigError(
+            f"The run in {config.run.dir} was started differently:",
+            "; ".join(changed) + ".",
+            "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
+        )
+
+
+def list_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> list[str]:
+    """Return, in half a sentence each, what of a run may not change and is not what it was at a checkpoint.
+
+    hashes: of the tokenizer and the training data as they are now.
+    """
     saved = saved_config(checkpoint)
     changed = [
         f"{key} was {before!r} and is now {now!r}"
@@ -122,12 +136,7 @@ def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkp
     changed += [
         f"the {name} has other contents" for name, value in hashes.items() if saved_hashes.get(name, value) != value
     ]
-    if changed:
-        raise ConfigError(
-            f"The run in {config.run.dir} was started differently:",
-            "; ".join(changed) + ".",
-            "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
-        )
+    return changed
 
 
 def refuse_other_model(config: RunConfig, hashes: dict[str, str], origin: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from lowvram.config.run import RunConfig
 from lowvram.data.shards import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import DataError
+from lowvram.errors import CheckpointError, DataError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
@@ -122,23 +122,33 @@ class Trainer(GuardedRun):
         self.store.clear_leftovers()
         checkpoint, passed_over = self.store.latest(self._check)
         began_from: Path | None = None
-        if self.config.train.precision == "fp16":
-            self.state.loss_scale = FIRST_LOSS_SCALE
-        self.write_loss_scale()
         if checkpoint is not None:
+            self._take_first_scale()
             self._restore(checkpoint)
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
             self._last_valid = read_validation(checkpoint.numbers())
             self._best = best_of(self.store.numbers_by_step(checkpoint.step))
-        elif self.config.train.start_from is not None:
-            origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
-            refuse_other_model(self.config, self.hashes, origin)
-            self.state.take_weights(origin)
-            began_from = origin.directory
+        else:
+            began_from, passed_over = self._begin_anew()
         resumed_from = checkpoint.directory if checkpoint else None
         notices = self._notices(checkpoint) if checkpoint is not None else ()
         return Started(self.state.step, self.config.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+
+    def _begin_anew(self) -> tuple[Path | None, list[CheckpointError]]:
+        """Make the state that of a new run; return whose weights it begins with, and what was passed over for them."""
+        self._take_first_scale()
+        if self.config.train.start_from is None:
+            return None, []
+        origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
+        refuse_other_model(self.config, self.hashes, origin)
+        self.state.take_weights(origin)
+        return origin.directory, passed_over
+
+    def _take_first_scale(self) -> None:
+        if self.config.train.precision == "fp16":
+            self.state.loss_scale = FIRST_LOSS_SCALE
+        self.write_loss_scale()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.recorder.forget()  # its graph reads states that are replaced
