@@ -36,6 +36,7 @@ from lowvram.train.events import (
     StepDone,
     Stopped,
 )
+from lowvram.train.guarded import GuardedRun
 from lowvram.train.late_read import LateRead, Launched
 from lowvram.train.loss_scale import FIRST_LOSS_SCALE
 from lowvram.train.oom import (
@@ -48,7 +49,6 @@ from lowvram.train.oom import (
     is_out_of_memory,
     memory_in_use,
 )
-from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
 from lowvram.train.start import refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
@@ -62,7 +62,7 @@ from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
 @dataclass
-class Trainer(RunSaver):
+class Trainer(GuardedRun):
     """`run()` trains until all tokens are seen or `stop()` is called, and yields events.
 
     The same `config`, `plan`, device and thread count give the same bits, however often the run is interrupted.
@@ -89,6 +89,9 @@ class Trainer(RunSaver):
 
     def _train(self) -> Iterator[Event]:
         while self.state.step < self.config.train.steps and not self._stopping:
+            yield from self._hold()
+            if self._stopping:  # it was asked to while it waited
+                break
             try:
                 yield from self._advance()
                 yield from self._validate_and_sample()
