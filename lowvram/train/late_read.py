@@ -6,11 +6,16 @@ the card goes on, and read when the next step has been launched.
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# A step that took so many times the median of the last ones did not compute all the while.
+_STALLED = 10.0
 
 
 class LateRead:
@@ -51,10 +56,15 @@ class Pace:
         self._marks = [(time.monotonic(), tokens)]
 
     def measure(self, tokens: int) -> float:
-        """Return the tokens per second of the last twenty steps; tokens: those done now."""
+        """Return the tokens per second of the last twenty steps; tokens: those done now.
+
+        A step in which the process was stopped or the computer slept is left out: one of ten times the median.
+        """
         self._marks = [*self._marks[-20:], (time.monotonic(), tokens)]
-        (began, tokens_then), (now, tokens_now) = self._marks[0], self._marks[-1]
-        return (tokens_now - tokens_then) / max(1e-9, now - began)
+        steps = [(now - then, done - before) for (then, before), (now, done) in itertools.pairwise(self._marks)]
+        longest = _STALLED * statistics.median_low([seconds for seconds, _ in steps])
+        counted = [step for step in steps if step[0] <= longest]
+        return sum(done for _, done in counted) / max(1e-9, sum(seconds for seconds, _ in counted))
 
 
 def on_its_way(tensor: Tensor, device: torch.device) -> Tensor:

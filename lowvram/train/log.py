@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from lowvram.errors import DiskFullError, MachineError
 from lowvram.storage.disk import explain_full_disk
+from lowvram.storage.links import leads_out, refuse_link
 from lowvram.train.events import Evaluated, Event, Rotated, Sampled, SourceLoss, StepDone
 
 # Rows of a log that a full drive does not take: some 30 MB.
@@ -42,6 +43,8 @@ class JsonlLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if leads_out(path, path.parent):
+            refuse_link(path)
         self._folder = path.parent
         # Without a buffer, which after a failure would hold a part of a row.
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - open as long as the run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from lowvram.config.train import TrainConfig
 from lowvram.errors import BusyError, CheckpointError, ConfigError
 from lowvram.generate.saved_run import saved_config
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
-from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.disk import DISK, Disk, name_beside
 from lowvram.storage.json_files import JsonError, read_object
+from lowvram.storage.links import refuse_link
 
 _PLAN = "plan.json"
 # The model settings that a run may change when it starts from another run's weights.
@@ -32,6 +34,25 @@ _FREE = ("run.", "data.", "train.tokens", "train.start_from", "train.optimizer.b
 _RETRY_AFTER_S = 2.0
 
 
+class RunGoneError(BusyError):
+    """The run directory was deleted or renamed.  place: where what was learnt can be saved instead."""
+
+    def __init__(self, directory: Path, moved_to: Path | None) -> None:
+        self.place = moved_to or name_beside(directory, "rescued")
+        self._what = f"The run directory {directory} is gone."
+        self._how = f"It was renamed to {moved_to}" if moved_to else "It was deleted, or its drive is gone,"
+        super().__init__(
+            self._what,
+            f"{self._how} while this process was training in it; what was learnt is saved in {self.place}.",
+            f"Rename that to {directory} and type the same command again.",
+        )
+
+    def unsaved(self) -> BusyError:
+        """Return the error for the case that nothing could be saved in `place` either."""
+        why = f"{self._how} while this process was training in it, and nothing could be saved in {self.place}."
+        return BusyError(self._what, why, "Bring the directory back and type the same command again.")
+
+
 class RunLock:
     """The lock that this process holds on a run directory."""
 
@@ -39,10 +60,13 @@ class RunLock:
         self._directory = directory
         self._lock = FileLock(directory / "lock")
         self._identity: tuple[int, int] | None = None
+        self._handle: int | None = None
 
     def acquire(self) -> None:
         """Take the lock, or raise BusyError naming the process that trains in the directory."""
         owner = self._directory / "owner"
+        for path in (owner, self._directory / "lock"):
+            refuse_link(path)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -53,10 +77,12 @@ class RunLock:
                 "Stop that one first (Ctrl-C saves), or give this run another run.dir.",
             ) from error
         self._identity = self._read_identity()
+        if self._handle is None and sys.platform != "win32":
+            self._handle = os.open(self._directory, os.O_RDONLY)
         owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
 
     def refuse_lost(self) -> None:
-        """Raise BusyError where the run directory is gone, or another process has locked it since.
+        """Raise RunGoneError where the run directory is gone, BusyError where another process has locked it since.
 
         Where the lock file alone was deleted, it is taken again.
         """
@@ -69,11 +95,7 @@ class RunLock:
             if identity is not None and identity == self._identity:
                 return
         if not self._directory.is_dir():
-            raise BusyError(
-                f"The run directory {self._directory} is gone.",
-                "It was deleted or renamed while this process was training in it, so nothing more was saved.",
-                "If it was renamed, give it its name back and type the same command again.",
-            )
+            raise RunGoneError(self._directory, self._find_moved())
         self._lock.release()
         self._lock = FileLock(self._directory / "lock")
         self.acquire()
@@ -83,6 +105,25 @@ class RunLock:
         if self._lock.is_locked:  # else the owner file may belong to another process by now
             (self._directory / "owner").unlink(missing_ok=True)
         self._lock.release()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _find_moved(self) -> Path | None:
+        """Return what the run directory is called now; None where it was deleted or the system does not tell."""
+        if self._handle is None:
+            return None
+        try:
+            if sys.platform == "darwin":
+                import fcntl
+
+                name = fcntl.fcntl(self._handle, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+            else:
+                name = os.readlink(f"/proc/self/fd/{self._handle}")
+            own, there = os.fstat(self._handle), os.stat(name)
+        except (OSError, AttributeError):  # no /proc, or nothing there: it was deleted
+            return None
+        return Path(name) if (own.st_ino, own.st_dev) == (there.st_ino, there.st_dev) else None
 
     def _read_identity(self) -> tuple[int, int] | None:
         """Return the inode and the device of the lock file; None where there is no lock file."""

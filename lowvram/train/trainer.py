@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -16,7 +17,7 @@ from lowvram.config.run import RunConfig
 from lowvram.data.shards import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import DataError
+from lowvram.errors import DataError, DiskFullError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
@@ -48,7 +49,7 @@ from lowvram.train.oom import (
 )
 from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
-from lowvram.train.start import refuse_changes, refuse_other_model
+from lowvram.train.start import RunGoneError, refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
 from lowvram.train.step import (
     StepStats,
@@ -77,7 +78,17 @@ class Trainer(RunSaver):
         self.reads_late = device.type == "cuda" and not self.config.train.update_during_backward
 
     def run(self) -> Iterator[Event]:
-        """Resume if there is something to resume, then train."""
+        """Resume if there is something to resume, then train; where the run directory goes, save elsewhere and end."""
+        try:
+            yield from self._train()
+        except RunGoneError as gone:
+            try:
+                yield from self._rescue_in(gone.place)
+            except (OSError, DiskFullError) as error:
+                raise gone.unsaved() from error
+            raise
+
+    def _train(self) -> Iterator[Event]:
         yield self._begin()
         self._start_clock()
         while self.state.step < self.config.train.steps and not self._stopping:
@@ -102,6 +113,8 @@ class Trainer(RunSaver):
             yield from self._save()
             if is_finished:  # a user who stops a run should wait for the save only
                 yield from self._validate_masters()
+        else:
+            self.store.tidy(self.state.step, self._healthy_step)
         self.store.reserve.give_back()
         yield Stopped(self.state.step, is_finished)
 
@@ -256,6 +269,13 @@ class Trainer(RunSaver):
         free_memory(self.state.model.embedding.device)
         if self.state.step not in (0, self._saved_step):
             yield from self._save()
+
+    def _rescue_in(self, place: Path) -> Iterator[Event]:
+        """Save the state in another directory, which nobody else knows and which needs no lock."""
+        if not place.exists():
+            self._saved_step = -1  # the checkpoints went with the directory
+        self.store, self.lock = dataclasses.replace(self.store, run=place), None
+        yield from self._rescue()
 
     def _halve(self) -> Halved:
         """Halve the micro-batch after a failed attempt; the same sequences are then run again, fewer at a time."""
