@@ -11,18 +11,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lowvram.config.run import RunConfig
 from lowvram.errors import BusyError
 from lowvram.storage.checkpoint import find_checkpoint
-from lowvram.train.events import Event, StepDone
-from lowvram.train.log import JsonlLog
+from lowvram.train.events import StepDone
 from tests.faults.children import WAIT_S, SlowDisk, start, train_on
-from tests.faults.rule import expect_same_end, faulty_run, rows_of, train
+from tests.faults.rule import break_at, expect_same_end, faulty_run, rows_of, train
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody delete or rename what is open")
 
@@ -51,30 +48,15 @@ def test_a_second_trainer_touches_nothing_and_the_first_one_ends_the_same(home: 
     expect_same_end(whole, what.run.dir)
 
 
-def break_at(what: RunConfig, step: int, deed: Callable[[], object]) -> None:
-    """Do something to a run's directory as soon as its log has a row of that step, from inside its own process."""
-    real = JsonlLog.write
-
-    def write(self: JsonlLog, event: Event) -> None:
-        real(self, event)
-        if isinstance(event, StepDone) and event.step == step:
-            deed()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JsonlLog, "write", write)
-        patch.setattr("lowvram.train.start._RETRY_AFTER_S", 0.0)
-        train(what)
-
-
 def test_a_run_whose_lock_is_deleted_takes_it_again_and_ends_the_same(home: Path, whole: Path) -> None:
     what = faulty_run(home, "unlocked")
-    break_at(what, 4, (what.run.dir / "lock").unlink)
+    break_at(what, StepDone, 4, (what.run.dir / "lock").unlink)
     expect_same_end(whole, what.run.dir)
 
 
 @pytest.mark.parametrize("how", ["renamed", "deleted"])
 def test_a_run_whose_directory_goes_keeps_the_step_says_where_and_ends_the_same_from_there(
-    home: Path, whole: Path, how: str
+    home: Path, whole: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Saving is not due before the end: what is kept is what was learnt since the last save.
     what = faulty_run(home, f"gone-{how}", options={"save_every_minutes": 1000.0})
@@ -85,8 +67,9 @@ def test_a_run_whose_directory_goes_keeps_the_step_says_where_and_ends_the_same_
         shutil.copy(run / "log.jsonl", log)
         run.rename(elsewhere) if how == "renamed" else shutil.rmtree(run)
 
+    monkeypatch.setattr("lowvram.train.start._RETRY_AFTER_S", 0.0)
     with pytest.raises(BusyError, match="is gone") as found:
-        break_at(what, 5, lose)
+        break_at(what, StepDone, 5, lose)
     place = elsewhere if how == "renamed" else next(home.glob(f"gone-{how}.*.rescued"))
     assert f"what was learnt is saved in {place}. Rename that to {run}" in str(found.value)
     assert not run.exists()
