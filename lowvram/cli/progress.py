@@ -24,6 +24,7 @@ from lowvram.train.events import (
     Started,
     StepDone,
     Stopped,
+    WentBack,
 )
 from lowvram.units import count_of, show_bytes, show_count, show_duration
 
@@ -114,6 +115,8 @@ class TrainingScreen:
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
             notice(f"step {event.step + 1:>6}  memory ran out: tried again, and continued, with {now}", "yellow")
+        elif isinstance(event, WentBack):
+            notice(f"step {event.step:>6}  diverged: goes on with the weights of step {event.to_step}", "yellow")
         elif isinstance(event, Recorded):
             how = f"not replayed from CUDA graphs: {event.problem}" if event.problem else "replayed from CUDA graphs."
             notice(f"Updates are {how}", "dim")
@@ -156,7 +159,11 @@ class TrainingScreen:
             self._show_end(event)
 
     def _show_step(self, event: StepDone) -> None:
-        if event.is_skipped:
+        if event.spike_above is not None:
+            what = "skipped" if event.is_skipped else "learnt from; train.skip_spikes = true would skip it"
+            limit = f"above {event.spike_above:.3f}"
+            notice(f"step {event.step:>6}  loss {event.loss:.3f} is a spike ({limit}): {what}", "yellow")
+        elif event.is_skipped:
             what = "its gradients were" if event.skipped == 1 else f"the gradients of {event.skipped} weights were"
             notice(f"step {event.step:>6}  skipped: {what} not finite", "yellow")
         self._last = event

@@ -265,6 +265,10 @@ class Store:
             (self._refused if isinstance(problem, _RefusedError) else self._corrupt).add(directory)
         return checkpoint, list(skipped.values())
 
+    def at(self, step: int, check: Check | None = None) -> Checkpoint:
+        """Return the checkpoint of a step; check: see `find_checkpoint`.  Raises CheckpointError if it is damaged."""
+        return _open_checked(self.run / _NAME.format(step), True, check)
+
     def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
         """Return the newest step, at most `up_to`, whose state.json `accepts` accepts; reads no other file."""
         for directory in _newest_first(self.run):

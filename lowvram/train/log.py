@@ -58,6 +58,8 @@ class JsonlLog:
         values = {f.name: _finite(getattr(event, f.name)) for f in dataclasses.fields(event)}
         if not values.get("by_source", True):  # nothing is said of sources where there are none
             del values["by_source"]
+        if values.get("spike_above", True) is None:
+            del values["spike_above"]
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
         self._waiting.append(json.dumps(row, ensure_ascii=False, default=str).encode())
         try:

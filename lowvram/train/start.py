@@ -28,8 +28,8 @@ _PLAN = "plan.json"
 # The model settings that a run may change when it starts from another run's weights.
 _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # The settings that may differ when a run resumes: paths (train.start_from is not needed any more), what is saved and
-# reported, how long the run goes on, and what steps the optimizer's states, which are the same.
-_FREE = ("run.", "data.", "train.tokens", "train.start_from", "train.optimizer.backend")
+# reported, how long the run goes on, whether spikes are skipped, and what steps the optimizer's states.
+_FREE = ("run.", "data.", "train.tokens", "train.start_from", "train.skip_spikes", "train.optimizer.backend")
 # A network or USB drive may be unavailable for a moment.
 _RETRY_AFTER_S = 2.0
 

@@ -17,12 +17,12 @@ from lowvram.config.run import RunConfig
 from lowvram.data.shards import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import DataError, DiskFullError
+from lowvram.errors import CheckpointError, DataError, DiskFullError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.divergence import MOST_SKIPPED, explain_divergence
+from lowvram.train.divergence import MOST_SKIPPED, explain_divergence, may_go_back
 from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import compare_environments
 from lowvram.train.events import (
@@ -34,6 +34,7 @@ from lowvram.train.events import (
     Started,
     StepDone,
     Stopped,
+    WentBack,
 )
 from lowvram.train.late_read import LateRead, Launched
 from lowvram.train.loss_scale import FIRST_LOSS_SCALE
@@ -49,6 +50,7 @@ from lowvram.train.oom import (
 )
 from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
+from lowvram.train.spikes import add_loss, is_spike, limit_for
 from lowvram.train.start import RunGoneError, refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
 from lowvram.train.step import (
@@ -160,7 +162,7 @@ class Trainer(RunSaver):
         train, state = self.config.train, self.state
         self.doing = "step"
         yield from self._rotate()
-        rate = learning_rate(train, state.step)
+        rate, limit = learning_rate(train, state.step), limit_for(state.step + 1, state.losses)
         if train.update_during_backward:
             stats = (yield from self._learn(rate)).stats
         else:
@@ -171,34 +173,63 @@ class Trainer(RunSaver):
                     raise explain_out_of_memory(self.plan, state.step, train)
                 yield self._halve()
                 self._pace.begin(state.tokens)  # the failed attempt must not count in the speed
-            stats = self._update(sums, rate)
-        launched = Launched(state.step + 1, state.tokens + train.batch_tokens, rate, LateRead(stats))
-        yield from self._read_step()
-        state.step, state.tokens, self._launched = launched.step, launched.tokens, launched
+            stats = self._update(sums, rate, limit)
+        launched = Launched(state.step + 1, state.tokens + train.batch_tokens, rate, LateRead(stats), limit)
+        went_back = yield from self._read_step()
+        state.step, state.tokens = launched.step, launched.tokens
+        self._launched = launched._replace(is_void=went_back)
         if not self.reads_late:
             yield from self._read_step()
         if self.recorder.news():
             yield Recorded(state.step, self.recorder.problem or "")
 
-    def _read_step(self) -> Iterator[StepDone]:
-        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it."""
+    def _read_step(self) -> Generator[StepDone | WentBack, None, bool]:
+        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it.
+
+        Returns whether the run diverged with it and went back.
+        """
         if self._launched is None:
-            return
+            return False
         train, state = self.config.train, self.state
-        (step, tokens, rate, stats), self._launched = self._launched, None
+        (step, tokens, rate, stats, limit, is_void), self._launched = self._launched, None
         loss, norm, skipped = stats.values()
-        # Where weights are updated one by one during backward, some may have been updated all the same.
-        is_partial = train.update_during_backward and skipped < state.optimizer.count and math.isfinite(loss)
-        has_learnt = not skipped or is_partial
-        state.update_loss_scale(not skipped, train.precision == "fp16", has_learnt)
+        above = limit if is_spike(loss, limit) else None
+        if not is_void:
+            # Where weights are updated one by one during backward, some may have been updated all the same.
+            is_partial = train.update_during_backward and skipped < state.optimizer.count and math.isfinite(loss)
+            has_learnt = not skipped or is_partial
+            is_finite = not skipped or (train.skip_spikes and math.isfinite(loss + norm))
+            state.update_loss_scale(is_finite, train.precision == "fp16", has_learnt)
+            state.losses = add_loss(state.losses, step, loss, limit) if has_learnt else state.losses
         speed = self._pace.measure(tokens)
         left_s = (train.steps - step) * train.batch_tokens / speed
         memory = memory_in_use(state.model.embedding.device, self.captured_pass is not None)
-        yield StepDone(step, tokens, loss, norm, rate, speed, memory, left_s, int(skipped))
-        if state.skipped_in_row >= MOST_SKIPPED:
-            raise explain_divergence(MOST_SKIPPED, step, self._healthy_step, train.optimizer.lr)
+        yield StepDone(step, tokens, loss, norm, rate, speed, memory, left_s, 1 if is_void else int(skipped), above)
+        if state.skipped_in_row < MOST_SKIPPED:
+            return False
+        yield self._go_back(step)
+        return True
 
-    def _rotate(self) -> Iterator[Rotated | StepDone]:
+    def _go_back(self, step: int) -> WentBack:
+        """Load the newest healthy checkpoint and go on behind `step`, or raise the error of a run that diverged."""
+        run, state, healthy_step = self.config.run, self.state, self._healthy_step
+        diverged = explain_divergence(
+            MOST_SKIPPED, step, healthy_step, self.config.train.optimizer.lr, state.went_back_at, run.on_divergence
+        )
+        may = may_go_back(run.on_divergence, healthy_step, state.went_back_at, state.went_back_to)
+        if healthy_step is None or not may:
+            raise diverged
+        done, tokens = state.step, state.tokens
+        try:
+            checkpoint = self.store.at(healthy_step, self._check)
+        except CheckpointError as error:
+            raise diverged from error
+        self._restore(checkpoint)
+        state.step, state.tokens = done, tokens
+        state.went_back_at, state.went_back_to = step, checkpoint.step
+        return WentBack(step, checkpoint.step)
+
+    def _rotate(self) -> Iterator[Rotated | StepDone | WentBack]:
         """Rotate to the next experts where a new interval begins."""
         rotation = self.state.rotation
         if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
@@ -290,10 +321,10 @@ class Trainer(RunSaver):
         self.plan = smaller
         return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
 
-    def _update(self, sums: Loss, rate: float) -> Tensor:
+    def _update(self, sums: Loss, rate: float, limit: float) -> Tensor:
         """Clip and update, and return the step's numbers on the device."""
         try:
-            return self.finish(sums, rate)
+            return self.finish(sums, rate, limit)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
