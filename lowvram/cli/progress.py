@@ -101,17 +101,7 @@ class TrainingScreen:
         if isinstance(event, StepDone):
             self._show_step(event)
         elif isinstance(event, Started):
-            for problem in event.passed_over:
-                notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-            for sentence in event.notices:
-                notice(sentence)
-            if event.began_from:
-                notice(f"Beginning with the weights of {event.began_from}.")
-            self._was_finished = event.step >= event.steps
-            if self._was_finished:
-                notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
-            elif event.resumed_from:
-                notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+            self._show_start(event)
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
             notice(f"step {event.step + 1:>6}  memory ran out: tried again, and continued, with {now}", "yellow")
@@ -157,6 +147,19 @@ class TrainingScreen:
             notice(f"step {event.step:>6}  goes on after {show_duration(event.waited_s)}", "green")
         elif isinstance(event, Stopped):
             self._show_end(event)
+
+    def _show_start(self, event: Started) -> None:
+        for problem in event.passed_over:
+            notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+        for sentence in event.notices:
+            notice(sentence)
+        if event.began_from:
+            notice(f"Beginning with the weights of {event.began_from}.")
+        self._was_finished = event.step >= event.steps
+        if self._was_finished:
+            notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
+        elif event.resumed_from:
+            notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
 
     def _show_step(self, event: StepDone) -> None:
         if event.spike_above is not None:
