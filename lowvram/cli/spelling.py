@@ -11,10 +11,10 @@ from lowvram.shell import quote_command
 _OTHER_NAMES = {"max_context": "context", "max_tokens": "tokens", "overrides": "set", "preset": "model"}
 _OTHER_NAMES |= {"all_documents": "all", "hashes": "hash", "least_bytes": "least", "caps": "cap", "weights": "weight"}
 _SAME_NAMES = (
-    "above against below boring cache chart choices compile data demo desktop device dtype exclude field gpu graphs "
-    "harness holdout items language languages leave_out levels license listed measure memory micro_batch newest "
-    "on_bad_row out pairs parallel precision processes ram recompute replace sample samples size stems strangest "
-    "suffixes temperature text to tokenizer tokens verify"
+    "above against allow below boring cache chart choices compile data demo desktop device dtype exclude field gpu "
+    "graphs harness holdout items language languages leave_out levels license listed measure memory micro_batch "
+    "newest on_bad_row out pairs parallel precision processes ram recompute replace sample samples size stems "
+    "strangest suffixes temperature text to tokenizer tokens verify"
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}

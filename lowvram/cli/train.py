@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="replay the passes of a micro-batch from CUDA graphs (default: if that is faster and fits)",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("data", "tokenizer"),
+        help="go on although this has other contents than at the last save; no other run can equal it to the bit then",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -74,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
     asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
     what = read_run_file(arguments.run_file, arguments.set, asked)
-    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded)
+    options = (arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded, arguments.allow)
+    ended = train(what, *options)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
@@ -92,6 +100,7 @@ def train(
     recompute: Recompute | None = None,
     compiled: bool | None = None,
     recorded: bool | None = None,
+    allow: Sequence[str] = (),
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.api.training import PlanOptions, TrainingRun, prepare_run
@@ -99,7 +108,8 @@ def train(
     from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.tasks import run_task
 
-    prepared = run_task(prepare_run(what, device, PlanOptions(micro_batch, recompute, compiled, recorded)))
+    asked = PlanOptions(micro_batch, recompute, compiled, recorded)
+    prepared = run_task(prepare_run(what, device, asked, allow))
     trainer = prepared.trainer
     with TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(trainer) as screen:
         ended = _follow(run, screen, stop_at)

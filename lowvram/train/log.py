@@ -9,6 +9,8 @@ import importlib
 import json
 import math
 import os
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,10 @@ from lowvram.train.events import Evaluated, Event, Rotated, Sampled, SourceLoss,
 
 # Rows of a log that a full drive does not take: some 30 MB.
 MOST_WAITING = 100_000
+# Events that wait for a tracker; those that come while so many wait are not sent to it.
+MOST_EVENTS = 10_000
+# A run that ends waits so long for a tracker to take what it has not taken yet.
+LAST_WAIT_S = 30.0
 
 
 class Log(Protocol):
@@ -158,6 +164,45 @@ class WandbLog:
         self._run.finish()
 
 
+class TrackerThread:
+    """Writes a log in a thread of its own, so that a tracker that hangs or fails never holds up training.
+
+    lost: how many events the log did not take, because too many waited or because it had failed.  An error in the log
+    is shown with its traceback, and ends the log alone.
+    """
+
+    def __init__(self, log: Log, last_wait_s: float = LAST_WAIT_S, most_events: int = MOST_EVENTS) -> None:
+        self.lost = 0
+        self._log, self._last_wait_s = log, last_wait_s
+        self._events: queue.Queue[Event | None] = queue.Queue(most_events)
+        # A daemon: the process must end even where the tracker never answers.
+        self._thread = threading.Thread(target=self._work, name="lowvram-tracker", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while (event := self._events.get()) is not None:
+                self._log.write(event)
+        finally:
+            self._log.close()
+
+    def write(self, event: Event) -> None:
+        """Hand an event over; returns at once."""
+        try:
+            if self._thread.is_alive():
+                self._events.put_nowait(event)
+                return
+        except queue.Full:
+            pass
+        self.lost += 1
+
+    def close(self) -> None:
+        """Let the log finish, and wait for it for a limited time."""
+        with suppress(queue.Full):
+            self._events.put(None, timeout=self._last_wait_s if self._thread.is_alive() else 0.0)
+        self._thread.join(self._last_wait_s)
+
+
 def _require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -168,7 +213,7 @@ def _require(module: str, extra: str) -> Any:
 
 
 def open_logs(run: Path, names: Sequence[str]) -> list[Log]:
-    """Return the JSONL log of a run directory and those asked for by name."""
+    """Return the JSONL log of a run directory and those asked for by name, which are written in threads."""
     kinds: dict[str, Callable[[Path], Log]] = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
-    asked = [kinds[name](run) for name in names]
+    asked = [TrackerThread(kinds[name](run)) for name in names]
     return [JsonlLog(run / "log.jsonl"), *asked]

@@ -47,6 +47,7 @@ def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DIS
         hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
         valid=valid,
         lock=lock,
+        allow=settings.allow,
     )
 
 

@@ -29,12 +29,16 @@ ROOM_ASKED_EVERY_S = 5.0
 
 @dataclass
 class RunSaver(StepLauncher):
-    """A run that can save itself.  doing: the work in progress; other threads may read it at any time."""
+    """A run that can save itself.
+
+    allow: which changes since the last save are accepted.  doing: the work in progress; other threads may read it.
+    """
 
     tokenizer: Tokenizer
     store: Store
     hashes: dict[str, str]
     lock: RunLock | None = None
+    allow: tuple[str, ...] = ()
     doing: Doing = field(default="starting", init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
@@ -53,7 +57,8 @@ class RunSaver(StepLauncher):
         self._stopping = True
 
     def _conditions(self) -> dict[str, Any]:
-        return current_environment(self.state.model.embedding.device, self.config.train.optimizer.backend)
+        device, backend = self.state.model.embedding.device, self.config.train.optimizer.backend
+        return current_environment(device, backend, self.plan)
 
     def _save_is_due(self) -> bool:
         run, waited_s = self.config.run, time.monotonic() - self._saved_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from lowvram.config.base import differences
 from lowvram.config.plan import Plan, Recompute, choose_plan
 from lowvram.config.run import RunConfig
 from lowvram.config.train import TrainConfig
-from lowvram.errors import BusyError, CheckpointError, ConfigError
+from lowvram.errors import BusyError, CheckpointError, ConfigError, argument
 from lowvram.generate.saved_run import saved_config
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.storage.disk import DISK, Disk, name_beside
@@ -32,6 +32,11 @@ _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 _FREE = ("run.", "data.", "train.tokens", "train.start_from", "train.skip_spikes", "train.optimizer.backend")
 # A network or USB drive may be unavailable for a moment.
 _RETRY_AFTER_S = 2.0
+
+
+# The changes that a user may allow, and those of the hashes in a manifest.
+ALLOWABLE = ("data", "tokenizer")
+_KIND_OF = {"training data": "data", "tokenizer": "tokenizer"}
 
 
 class RunGoneError(BusyError):
@@ -148,27 +153,57 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
         lock.release()
 
 
-def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says."""
+class Change(NamedTuple):
+    """A difference between a checkpoint's run and this one, in words.  kind: one of ALLOWABLE, empty for the others."""
+
+    says: str
+    kind: str = ""
+
+
+def list_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> list[Change]:
+    """Return how the model, recipe, data and tokenizer of `config` differ from those of a checkpoint."""
     saved = saved_config(checkpoint)
     changed = [
-        f"{key} was {before!r} and is now {now!r}"
+        Change(f"{key} was {before!r} and is now {now!r}")
         for key, before, now in differences(saved, config)
         if not key.startswith(_FREE)
     ]
     weights_then, weights_now = ([corpus.weight for corpus in each.data.train] for each in (saved, config))
     if weights_then != weights_now:
-        changed.append(f"the weights in data.train were {weights_then} and are now {weights_now}")
+        changed.append(Change(f"the weights in data.train were {weights_then} and are now {weights_now}", "data"))
     saved_hashes = checkpoint.manifest.get("hashes", {})
-    changed += [
-        f"the {name} has other contents" for name, value in hashes.items() if saved_hashes.get(name, value) != value
-    ]
-    if changed:
-        raise ConfigError(
-            f"The run in {config.run.dir} was started differently:",
-            "; ".join(changed) + ".",
-            "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
-        )
+    for name, value in hashes.items():
+        if saved_hashes.get(name, value) != value:
+            changed.append(Change(f"the {name} has other contents", _KIND_OF[name]))
+    return changed
+
+
+def refuse_changes(
+    config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint, allow: Collection[str] = ()
+) -> None:
+    """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says.
+
+    allow: the kinds of change that are accepted.
+    """
+    changed = list_changes(config, hashes, checkpoint)
+    if all(change.kind in allow for change in changed):
+        return
+    kinds = sorted({change.kind for change in changed})
+    accept = "" if "" in kinds else f"; {argument('allow', kinds)} goes on all the same"
+    raise ConfigError(
+        f"The run in {config.run.dir} was started differently:",
+        "; ".join(change.says for change in changed) + ".",
+        f"Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights){accept}.",
+    )
+
+
+def describe_allowed(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> str | None:
+    """Return a sentence about the changes with which a run goes on; None where there is none."""
+    changed = list_changes(config, hashes, checkpoint)
+    if not changed:
+        return None
+    says = "; ".join(change.says for change in changed)
+    return f"Changed as you allowed: {says}. The run goes on; no other run can equal it to the bit any more."
 
 
 def refuse_other_model(config: RunConfig, hashes: dict[str, str], origin: Checkpoint) -> None:

@@ -51,7 +51,7 @@ from lowvram.train.oom import (
 from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
 from lowvram.train.spikes import add_loss, is_spike, limit_for
-from lowvram.train.start import RunGoneError, refuse_changes, refuse_other_model
+from lowvram.train.start import RunGoneError, describe_allowed, refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
 from lowvram.train.step import (
     StepStats,
@@ -147,11 +147,12 @@ class Trainer(RunSaver):
 
     def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
-        return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
+        allowed = describe_allowed(self.config, self.hashes, checkpoint)
+        return tuple(sentence for sentence in (checkpoint.notice, allowed, other) if sentence)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where its contents are invalid."""
-        refuse_changes(self.config, self.hashes, checkpoint)
+        refuse_changes(self.config, self.hashes, checkpoint, self.allow)
         self.state.check(checkpoint)
 
     def _start_clock(self) -> None:

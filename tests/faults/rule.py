@@ -54,18 +54,18 @@ def faulty_run(
     return what.model_copy(update=update)
 
 
-def make_trainer(what: RunConfig, disk: Disk = DISK, micro_batch: int = 4) -> Trainer:
+def make_trainer(what: RunConfig, disk: Disk = DISK, micro_batch: int = 4, allow: tuple[str, ...] = ()) -> Trainer:
     """Return the trainer of a run on the CPU."""
     plan, _ = choose_plan(what.train, micro_batch)
-    return prepare(RunSettings(what, plan, torch.device("cpu")), disk=disk)
+    return prepare(RunSettings(what, plan, torch.device("cpu"), allow=allow), disk=disk)
 
 
-def train(what: RunConfig, disk: Disk = DISK, micro_batch: int = 4) -> list[Event]:
+def train(what: RunConfig, disk: Disk = DISK, micro_batch: int = 4, allow: tuple[str, ...] = ()) -> list[Event]:
     """Train as the command does: under the directory's lock, with the log and the plan written; returns the events."""
     events: list[Event] = []
     torch.set_num_threads(1)
     with lock_run(what.run.dir) as lock:
-        trainer = make_trainer(what, disk, micro_batch)
+        trainer = make_trainer(what, disk, micro_batch, allow)
         trainer.lock = lock
         log = JsonlLog(what.run.dir / "log.jsonl")
         try:

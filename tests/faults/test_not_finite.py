@@ -272,7 +272,7 @@ def test_going_back_to_the_same_step_twice_ends_the_run(home: Path, poison: Any)
         train(what)
     assert [row["step"] for row in rows_of(what.run.dir, "WentBack")] == [last]
     kept = sorted(int(path.name[5:]) for path in what.run.dir.glob("step-*"))
-    assert kept == [4, last], "the good one, and its copy behind the steps that were passed over"
+    assert {4, last} <= set(kept), "the good one, and its copy behind the steps that were passed over"
 
 
 @pytest.mark.nightly
@@ -310,7 +310,5 @@ def test_a_run_without_a_whole_healthy_checkpoint_stops(home: Path, poison: Any)
 
 
 def test_spikes_cannot_be_skipped_where_weights_move_during_backward(home: Path) -> None:
-    with pytest.raises(
-        (ConfigError, ValueError), match=r"train\.skip_spikes is true; with train\.update_during_backward"
-    ):
+    with pytest.raises(ValueError, match=r"train\.skip_spikes is true; with train\.update_during_backward"):
         run_of(home, "refused", 6, skip_spikes=True, update_during_backward=True)

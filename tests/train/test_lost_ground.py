@@ -24,6 +24,7 @@ from lowvram.train.start import lock_run
 from lowvram.train.trainer import Trainer
 from tests.tiny import prepare_home, tiny_run, trainer_of
 
+CPU_DEVICE = torch.device("cpu")
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody delete or rename what is open")
 
 
@@ -222,7 +223,7 @@ def test_a_resume_under_other_conditions_says_which(what: RunConfig, monkeypatch
     trainer = trainer_of(what)
     events = disturb(trainer, trainer.stop)
     assert isinstance(events[-2], Saved)
-    assert find_checkpoint(what.run.dir)[0].numbers()[KEY] == current_environment(torch.device("cpu"))
+    assert find_checkpoint(what.run.dir)[0].numbers()[KEY] == current_environment(CPU_DEVICE, plan=trainer.plan)
     assert next(iter(trainer_of(what).run())).notices == ()
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 2)
