@@ -64,6 +64,7 @@ CHANGES: dict[str, tuple[Any, list[str], str]] = {
 }
 
 
+@pytest.mark.default_cases("text")
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_data_is_refused_by_name_and_accepted_where_allowed(halved: RunConfig, name: str) -> None:
     change, kinds, says = CHANGES[name]
@@ -94,6 +95,7 @@ def test_a_recipe_cannot_be_allowed_to_change(halved: RunConfig) -> None:
     assert "`allow=" not in str(found.value), "it would not help"
 
 
+@pytest.mark.nightly
 def test_a_flag_that_is_not_needed_changes_nothing(home: Path, whole: Path) -> None:
     what = faulty_run(home, "allowed")
     train(what, allow=("data", "tokenizer"))

@@ -94,6 +94,7 @@ def test_a_lost_card_saves_nothing_ends_with_75_and_the_same_command_ends_the_sa
     expect_same_end(home / "kept-card", home / "lost-card")
 
 
+@pytest.mark.nightly
 def test_no_tensor_of_a_failed_step_is_alive_when_it_is_made_again_with_half(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,7 @@ BAD: dict[str, dict[int, float]] = {
 }
 
 
+@pytest.mark.default_cases("ten infinities")
 @pytest.mark.parametrize("factors", BAD.values(), ids=BAD)
 def test_steps_that_are_not_finite_teach_nothing_and_a_resumed_run_skips_the_same(
     home: Path, poison: Any, factors: dict[int, float], request: pytest.FixtureRequest
@@ -176,6 +177,7 @@ NEVER = {"save_every_minutes": 1000.0}
 SPIKE = LEAST_LOSSES + 2  # the first step whose limit is known
 
 
+@pytest.mark.default_cases("skipped")
 @pytest.mark.parametrize("skips", [True, False], ids=["skipped", "told"])
 def test_a_spike_is_told_and_skipped_where_asked_and_a_resumed_run_does_the_same(
     home: Path, poison: Any, skips: bool
@@ -196,6 +198,7 @@ def test_a_spike_is_told_and_skipped_where_asked_and_a_resumed_run_does_the_same
     expect_same_end(whole.run.dir, broken.run.dir)
 
 
+@pytest.mark.default_cases("fp16")
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_skipped_spike_changes_no_weight_and_no_loss_scale(home: Path, poison: Any, precision: str) -> None:
     poison({SPIKE: 5.0})
@@ -244,6 +247,7 @@ def test_a_run_that_diverged_goes_back_passes_over_the_steps_and_a_kill_repeats_
     expect_same_end(whole.run.dir, broken.run.dir)
 
 
+@pytest.mark.nightly
 def test_what_a_run_goes_back_to_are_the_weights_of_that_step(home: Path, poison: Any) -> None:
     last = 4 + MOST_SKIPPED
     poison(dict.fromkeys(range(5, last + 1), math.nan))

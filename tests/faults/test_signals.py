@@ -77,7 +77,7 @@ SIGNALS = {
 
 
 @on_posix
-@pytest.mark.default_cases("SIGTERM")
+@pytest.mark.nightly
 @pytest.mark.parametrize("names", SIGNALS.values(), ids=SIGNALS)
 def test_a_request_to_end_saves_the_step_and_the_same_command_ends_the_same(
     home: Path, unbroken: Path, names: tuple[str, ...]
@@ -169,6 +169,7 @@ def test_a_speed_that_really_falls_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert speed == pytest.approx(1 / 20.0, rel=1e-9)
 
 
+@pytest.mark.default_cases("a day back")
 @pytest.mark.parametrize("jump_s", [86_400.0, -86_400.0], ids=["a day on", "a day back"])
 def test_a_clock_that_jumps_changes_neither_saves_nor_speed_nor_the_end(
     home: Path, whole: Path, jump_s: float, monkeypatch: pytest.MonkeyPatch

@@ -92,6 +92,7 @@ def cut() -> None:
     raise PowerCut
 
 
+@pytest.mark.nightly
 def test_a_torn_last_row_costs_no_row_of_the_resumed_run(home: Path, whole: Path) -> None:
     what = faulty_run(home, "torn-log")
     with pytest.raises(PowerCut):

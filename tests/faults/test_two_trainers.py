@@ -48,6 +48,7 @@ def test_a_second_trainer_touches_nothing_and_the_first_one_ends_the_same(home: 
     expect_same_end(whole, what.run.dir)
 
 
+@pytest.mark.nightly
 def test_a_run_whose_lock_is_deleted_takes_it_again_and_ends_the_same(home: Path, whole: Path) -> None:
     what = faulty_run(home, "unlocked")
     break_at(what, StepDone, 4, (what.run.dir / "lock").unlink)
