@@ -155,6 +155,7 @@ def _values(report: FitReport, text: RunText | None) -> dict[str, Any]:
         "kwh_range": [round(kwh, 3) for kwh in report.kwh_range] if report.kwh_range is not None else None,
         "passes": _passes(report, text),
         "checkpoint_bytes": report.state_bytes,
+        "saves_beside_training": report.saves_beside_training,
         "written_bytes_per_day": report.written_bytes_per_day,
         "disk_bytes": report.disk_bytes,
     }

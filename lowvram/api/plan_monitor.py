@@ -89,6 +89,10 @@ class PlanMonitor:
             f'{fix[0].upper()}{fix[1:]} `micro_batch=1` with `recompute="block"` tries it all the same.',
         )
 
+    def checkpoint_bytes(self, plan: Plan) -> int:
+        """Return the bytes that a checkpoint of the run will have."""
+        return self._rehearse_eager(plan).ledger.checkpoint_bytes
+
     def adapt(self, plan: Plan) -> Plan:
         """Return a plan of an earlier start as it can be used here: unified memory has nowhere to offload to."""
         return plan.model_copy(update={"offload": "none"}) if self.budget.profile.unified else plan

@@ -200,6 +200,7 @@ def prepare_run(
 
 
 def _resolve_plan(config: RunConfig, device: torch.device, asked: PlanOptions) -> Task[tuple[RunSettings, PlanMonitor]]:
+    from lowvram.api.disk_room import check_disk_room
     from lowvram.api.plan_monitor import PlanMonitor
     from lowvram.api.target import notices_of, warn_of_precision
     from lowvram.train.settings import RunSettings
@@ -215,6 +216,8 @@ def _resolve_plan(config: RunConfig, device: torch.device, asked: PlanOptions) -
     settings = RunSettings(config, monitor.adapt(plan), device, reason, is_kept, limit_bytes)
     yield Notice(_describe_size(config, device))
     yield Notice(describe_plan(settings.plan, reason))
+    if warning := check_disk_room(config, monitor.checkpoint_bytes(settings.plan)):
+        yield Notice(warning, "warning")
     if is_kept and (warning := monitor.warn_if_tight(settings.plan)):
         yield Notice(warning, "warning")
     if warning := warn_of_precision(config.train, monitor.budget.profile):

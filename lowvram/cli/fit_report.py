@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from lowvram.api.fit_result import FitResult
 from lowvram.cli.console import out, result
 from lowvram.cli.spelling import as_options
+from lowvram.config.run import LEAST_COPIED_BYTES
 from lowvram.config.train import TrainConfig
 from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import DENSE_FIRST, TOO_SLOW_DAYS, Advice
@@ -76,11 +77,24 @@ def show_one(seen: FitResult) -> None:
         result(f"  {change.says} (--set {change.sets[0]}): {change.costs}; peak {show_bytes(change.peak_bytes)}.")
     writes, disk = show_bytes(report.written_bytes_per_day), show_bytes(report.disk_bytes)
     result(f"  A checkpoint has {show_bytes(report.state_bytes)}; checkpoints write up to {writes} a day to the disk.")
+    result(f"  {_describe_saving(report)}")
     result(f"  {disk} of disk must be free.")
     for remark in seen.remarks:
         result(f"  {as_options(remark.says)}", "yellow" if remark.is_warning else "")
     if not (report.fits_headless and report.fits_host):
         _show_changes(report, seen.changes, is_preset)
+
+
+def _describe_saving(report: FitReport) -> str:
+    """Return whether training waits for a save, which is decided by the memory for a copy."""
+    size = show_bytes(report.state_bytes)
+    if report.state_bytes < LEAST_COPIED_BYTES:
+        return "That is written in a moment, between two steps."
+    if report.saves_beside_training is None:
+        return f"Training goes on while one is written if {size} of the computer's memory are free for a copy."
+    if report.saves_beside_training:
+        return f"Training goes on while one is written, from a copy of {size} in the computer's memory."
+    return f"Training waits while one is written: the computer's memory has no room for a copy of {size}."
 
 
 def _show_time(report: FitReport, budget: MemoryBudget, instead: Advice | None) -> None:

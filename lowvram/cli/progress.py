@@ -139,7 +139,7 @@ class TrainingScreen:
             text = " ".join(f"{event.prompt}│{event.text}".split("\n"))
             notice(f"step {event.step:>6}  {text}", "dim")
         elif isinstance(event, Saved):
-            notice(f"step {event.step:>6}  saved {event.directory} ({event.took_s:.1f} s)", "dim")
+            notice(f"step {event.step:>6}  saved {event.directory} ({_duration_of_save(event)})", "dim")
         elif isinstance(event, Paused):
             goes_on = "Training goes on by itself when there is room; Ctrl-C ends it."
             notice(f"step {event.step:>6}  paused: {event.why} {goes_on}", "yellow")
@@ -185,6 +185,11 @@ class TrainingScreen:
             notice("All tokens were seen.", "green")
         else:
             notice(f"Stopped after step {event.step}; the same command resumes the run.", "green")
+
+
+def _duration_of_save(event: Saved) -> str:
+    beside = f", beside training but for {event.held_s:.1f} s" if event.held_s < event.took_s else ""
+    return f"{event.took_s:.1f} s{beside}"
 
 
 def step_parts(event: StepDone, steps: int, memory_of: str) -> list[tuple[int, str]]:

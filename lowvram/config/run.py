@@ -15,6 +15,8 @@ from lowvram.errors import ConfigError
 # Limits of automatic saving: bytes written per day, and seconds between two checkpoints.
 WRITTEN_PER_DAY_BYTES = 50e9
 LEAST_SAVE_INTERVAL_S = 600.0
+# Smaller checkpoints are written in less time than a copy of them and a thread are worth.
+LEAST_COPIED_BYTES = 1 << 26
 
 
 class Corpus(FrozenConfig):
@@ -109,6 +111,8 @@ class RunOptions(FrozenConfig):
     written."""
     keep: PositiveInt = 2
     """Checkpoints that are kept; older ones are deleted."""
+    keep_best: bool = True
+    """Whether the checkpoint that was best in validation is kept, too."""
     milestone_steps: PositiveInt | None = None
     """Checkpoints at multiples of so many steps are kept for good."""
     disk_budget: Size | None = None
@@ -145,6 +149,18 @@ class RunOptions(FrozenConfig):
         if self.save_every_minutes is not None:
             return 60.0 * self.save_every_minutes
         return max(LEAST_SAVE_INTERVAL_S, state_bytes / WRITTEN_PER_DAY_BYTES * 86_400)
+
+    def disk_bytes(self, checkpoint_bytes: int, steps: int) -> int:
+        """Return the most bytes that a run of so many steps takes for its checkpoints.
+
+        Beside those that are kept there is the one being written, which is whole before an old one is deleted, and the
+        space that is reserved for the last save.
+        """
+        milestones = steps // self.milestone_steps if self.milestone_steps is not None else 0
+        kept = (self.keep + self.keep_best + milestones) * checkpoint_bytes
+        if self.disk_budget is not None:
+            kept = min(kept, max(self.disk_budget, checkpoint_bytes))
+        return kept + 2 * checkpoint_bytes
 
 
 class RunConfig(FrozenConfig):

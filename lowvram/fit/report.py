@@ -45,7 +45,8 @@ class FitReport(NamedTuple):
     search_result: the plan that was searched.  host_bytes: what the process takes in host memory.  state_bytes: the
     size of one checkpoint.  written_bytes_per_day: what saving writes.  disk_bytes: what must be free on the disk, for
     the kept checkpoints and the tokens.  fits_headless: whether it fits with nothing else on the card.
-    lacks_host_bytes: how much host memory is missing, 0 if it is not known.
+    lacks_host_bytes: how much host memory is missing, 0 if it is not known.  saves_beside_training: whether a copy of
+    the state fits into host memory, so that training goes on while it is written; None if that is not known.
     """
 
     name: str
@@ -61,6 +62,7 @@ class FitReport(NamedTuple):
     disk_bytes: int
     fits_headless: bool
     lacks_host_bytes: int
+    saves_beside_training: bool | None
 
     @property
     def fits(self) -> bool:
@@ -153,8 +155,8 @@ def evaluate_fit(
         host_bytes=host_bytes_of(ledger, budget.profile),
         state_bytes=state,
         written_bytes_per_day=round(state * 86_400 / options.save_interval_s(state)),
-        # One more checkpoint than are kept: the new one is complete before the oldest is deleted.
-        disk_bytes=state * (options.keep + 1) + train.tokens * _TOKEN_BYTES,
+        disk_bytes=options.disk_bytes(state, train.steps) + train.tokens * _TOKEN_BYTES,
+        saves_beside_training=has_room_for_copy(ledger, budget),
         fits_headless=fits_headless,
         lacks_host_bytes=lacking_bytes(ledger, budget),
     )
@@ -174,3 +176,12 @@ def lacking_bytes(ledger: Ledger, budget: MemoryBudget) -> int:
         return 0
     share = SYSTEM_BYTES if ledger.kept_on_host and not budget.profile.unified else 0
     return max(0, host_bytes_of(ledger, budget.profile) + share - budget.ram_bytes)
+
+
+def has_room_for_copy(ledger: Ledger, budget: MemoryBudget) -> bool | None:
+    """Say whether host memory has room for a copy of a checkpoint beside all else; None if it is not known."""
+    if budget.ram_bytes is None:
+        return None
+    profile = budget.profile
+    taken = ledger.peak_bytes if profile.unified else ledger.kept_on_host
+    return profile.host_process_bytes + taken + ledger.checkpoint_bytes + SYSTEM_BYTES <= budget.ram_bytes

@@ -16,7 +16,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ _NAME = "step-{:08d}"
 _JSON_BYTES = 1 << 18
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
 # What `Disk.write` leaves of the run's other files, such as its plan.
-_TORN_FILE = re.compile(r"[a-z-]+\.json\.[0-9]+\.tmp")
+_TORN_FILE = re.compile(r"[a-z-]+\.json\.([0-9]+)\.tmp")
 
 
 def size_of_files(tokenizer: Path) -> int:
@@ -269,22 +269,27 @@ class Store:
         """Return the checkpoint of a step; check: see `find_checkpoint`.  Raises CheckpointError if it is damaged."""
         return _open_checked(self.run / _NAME.format(step), True, check)
 
-    def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
-        """Return the newest step, at most `up_to`, whose state.json `accepts` accepts; reads no other file."""
+    def numbers_by_step(self, up_to: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the step and the plain values of each checkpoint of at most `up_to`, newest first; reads no tensors."""
         for directory in _newest_first(self.run):
+            if _step_of(directory) > up_to:
+                continue
             try:
-                if _step_of(directory) <= up_to and accepts(_read_json(directory / NUMBERS)):
-                    return _step_of(directory)
+                yield _step_of(directory), _read_json(directory / NUMBERS)
             except (OSError, CheckpointError):
                 continue  # opening the checkpoint reports what is wrong with it
-        return None
+
+    def newest_step(self, accepts: Callable[[dict[str, Any]], bool], up_to: int) -> int | None:
+        """Return the newest step, at most `up_to`, whose state.json `accepts` accepts; reads no other file."""
+        return next((step for step, numbers in self.numbers_by_step(up_to) if accepts(numbers)), None)
 
     def clear_leftovers(self) -> None:
         """Remove what killed writes and deletions left behind, of any step; only the run's owner may call it."""
         for path in self.run.glob("*"):
             if _LEFTOVER.fullmatch(path.name) and path.is_dir():
                 self.disk.remove_tree(path, ignore_errors=True)
-            elif _TORN_FILE.fullmatch(path.name) and path.is_file():
+            # Another thread of this process may be writing one of its own.
+            elif (torn := _TORN_FILE.fullmatch(path.name)) and int(torn[1]) != os.getpid():
                 self.disk.delete(path)
 
     def save(
@@ -296,11 +301,13 @@ class Store:
         tokenizer: Path,
         hashes: dict[str, str],
         stays: int | None = None,
+        best: int | None = None,
     ) -> Checkpoint:
         """Write step `numbers["step"]` beside its final name, sync it, rename it, and delete what is not to be kept.
 
         hashes: of the training data and the tokenizer, written to the manifest.  stays: a step whose checkpoint is kept
-        in any case.  Where the drive is full, the reserved space is given back and the checkpoint written into it.
+        in any case.  best: a step whose checkpoint is kept as far as the budget allows.  Where the drive is full, the
+        reserved space is given back and the checkpoint written into it.
         Raises DiskFullError where that is too little, and BusyError where Windows cannot replace the same step since a
         process has it open.
         """
@@ -326,36 +333,37 @@ class Store:
                 if final.exists() and not self.disk.delete_unless_in_use(final):
                     raise BusyError(f"{final} cannot be replaced.", "Another process has it open.", "End that one.")
                 self.disk.rename(draft, final)
-                self._delete_old(final, stays)
+                self._delete_old(final, stays, best)
         except (OSError, DiskFullError, BusyError) as error:
             self.disk.remove_tree(draft, ignore_errors=True)
             if isinstance(error, DiskFullError) and self.reserve.give_back():
-                return self.save(weights, state, numbers, config, tokenizer, hashes, stays)
+                return self.save(weights, state, numbers, config, tokenizer, hashes, stays, best)
             raise
         return Checkpoint(final, manifest)
 
-    def tidy(self, step: int, stays: int | None = None) -> None:
+    def tidy(self, step: int, stays: int | None = None, best: int | None = None) -> None:
         """Delete what is not to be kept beside the newest checkpoint, of `step`: what a kill right after its save left.
 
-        stays: see `save`.
+        stays, best: see `save`.
         """
         newest = self.run / _NAME.format(step)
         if newest.is_dir():
-            self._delete_old(newest, stays)
+            self._delete_old(newest, stays, best)
 
-    def _delete_old(self, newest: Path, stays: int | None) -> None:
+    def _delete_old(self, newest: Path, stays: int | None, best: int | None) -> None:
         self._refused.discard(newest)
         settled = {newest, *self._refused}
         others = [path for path in _newest_first(self.run) if path not in settled and _step_of(path) != stays][::-1]
         # A checkpoint above the step just saved was skipped, or the run would have gone on from it.
         lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
         old = [path for path in others if path not in lost]
-        doomed = [path for path in old[: max(0, len(old) - (self.keep - 1))] if not self._is_milestone(path)]
+        too_many = old[: max(0, len(old) - (self.keep - 1))]
+        doomed = [path for path in too_many if not self._is_milestone(path) and _step_of(path) != best]
         if self.budget_bytes is not None:
             size = {path: _size_of(path) for path in [*old, newest]}
             left = sum(size.values()) - sum(size[path] for path in doomed)
-            # Milestones are deleted last, older ones before newer ones, and the newest never.
-            for path in sorted(old, key=self._is_milestone):
+            # Milestones are deleted late, older ones before newer ones; then the best; and the newest never.
+            for path in sorted(old, key=lambda path: (_step_of(path) == best, self._is_milestone(path))):
                 if left > self.budget_bytes and path not in doomed:
                     doomed.append(path)
                     left -= size[path]

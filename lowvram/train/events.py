@@ -135,11 +135,15 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint is on the drive."""
+    """A checkpoint is on the drive.  took_s: the time that it took; held_s: how much of it training stood still.
+
+    It is of the state after `step`, even where later steps were done while it was written.
+    """
 
     step: int
     directory: Path
     took_s: float
+    held_s: float = 0.0
 
 
 @dataclass(frozen=True)

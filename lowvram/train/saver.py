@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import sleep
 from typing import Any
 
 from lowvram.config.run_file import to_portable
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import DiskFullError
-from lowvram.storage.checkpoint import Store, size_of_files
+from lowvram.errors import BusyError, DiskFullError
+from lowvram.storage.checkpoint import Checkpoint, Store, size_of_files
 from lowvram.storage.reserve import explain_too_little_room
 from lowvram.storage.tensor_files import size_of_tensors
+from lowvram.train.background_save import BackgroundSave, Snapshot, may_copy, take_snapshot
+from lowvram.train.best_checkpoint import KEY as VALID
+from lowvram.train.best_checkpoint import BestCheckpoint, better_of
 from lowvram.train.divergence import explain_broken_weights, find_not_finite
 from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import current_environment
@@ -46,6 +50,12 @@ class RunSaver(StepLauncher):
     _saved_at: float = field(default=0.0, init=False)
     _size_bytes: int | None = field(default=None, init=False)
     _pace: Pace = field(default_factory=Pace, init=False)
+    _background: BackgroundSave = field(default_factory=BackgroundSave, init=False)
+    # Of the save in the background: when it was begun, and how long training stood still for the copy.
+    _began_save_at: float = field(default=0.0, init=False)
+    _held_s: float = field(default=0.0, init=False)
+    _last_valid: tuple[int, float] | None = field(default=None, init=False)  # step and bits per byte
+    _best: BestCheckpoint | None = field(default=None, init=False)
 
     @property
     def saved_step(self) -> int | None:
@@ -62,6 +72,8 @@ class RunSaver(StepLauncher):
 
     def _save_is_due(self) -> bool:
         run, waited_s = self.config.run, time.monotonic() - self._saved_at
+        if self._background.is_busy:
+            return False
         # While steps are skipped nothing is learnt, and a new checkpoint would only replace a healthy one.
         if waited_s < run.save_interval_s(0) or self.state.skipped_in_row:
             return False  # decided first, because measuring the state is too slow for every step
@@ -76,7 +88,7 @@ class RunSaver(StepLauncher):
     def _keep_room(self) -> Iterator[Paused | Resumed]:
         """Reserve space for the next save; where the drive has none, wait until it has, or the run is to stop."""
         self._refuse_lost_lock()
-        if not self.store.reserve.take(self._size_of_save()):
+        if not self._stopping and not self.store.reserve.take(self._size_of_save()):
             yield from self._wait_for_room()
 
     def _wait_for_room(self) -> Iterator[Paused | Resumed]:
@@ -96,7 +108,7 @@ class RunSaver(StepLauncher):
             self.lock.refuse_lost()
 
     def _save(self) -> Iterator[Saved | Paused | Resumed]:
-        """Save; where the drive is so full that even the reserved space is gone, wait for room first."""
+        """Save before the next step; where the drive is so full that even the reserve is gone, wait for room first."""
         while True:
             try:
                 yield self._save_now()
@@ -108,22 +120,73 @@ class RunSaver(StepLauncher):
 
     def _save_now(self) -> Saved:
         began = time.monotonic()
-        self._refuse_lost_lock()
         self.doing = "saving"
-        weights, states = self.state.tensors()
-        if broken := find_not_finite(weights | states):
-            rate = self.config.train.optimizer.lr
-            raise explain_broken_weights(broken, self.state.step, self._healthy_step, rate)
-        checkpoint = self.store.save(
-            weights,
-            states,
-            self.state.numbers() | {"plan": self.plan.model_dump(), CONDITIONS: self._conditions()},
+        checkpoint = self._prepare_save()()
+        took_s = time.monotonic() - began
+        return self._record_save(checkpoint, took_s, held_s=took_s)
+
+    def _begin_save(self) -> Iterator[Saved | Paused | Resumed]:
+        """Save in the background where a copy of the state fits into host memory, else before the next step."""
+        if not may_copy(self._size_of_save()):
+            yield from self._save()
+            yield from self._keep_room()
+            return
+        self._began_save_at = time.monotonic()
+        self.doing = "saving"
+        self._background.begin(self._prepare_save(copied=True))
+        self._held_s = time.monotonic() - self._began_save_at
+
+    def _end_save(self) -> Iterator[Saved | Paused | Resumed]:
+        """Wait for the save in the background, if there is one; where it failed, save what is new before any step."""
+        if not self._background.is_busy:
+            return
+        began = time.monotonic()
+        self.doing = "saving"
+        try:
+            checkpoint = self._background.take()
+        except DiskFullError:
+            if self._stopping:
+                return  # the last save tries once more, and tells
+            yield from self._wait_for_room()
+            yield from self._save()
+        except (OSError, BusyError):  # a drive that was away for a moment; where it still is, this save tells
+            yield from self._save()
+        else:
+            ended = time.monotonic()
+            yield self._record_save(checkpoint, ended - self._began_save_at, self._held_s + ended - began)
+        yield from self._keep_room()
+
+    def _prepare_save(self, copied: bool = False) -> Callable[[], Checkpoint]:
+        """Return the work that writes the state as it is now.  copied: later steps may change the state meanwhile."""
+        self._refuse_lost_lock()
+        further: dict[str, Any] = {"plan": self.plan.model_dump(), CONDITIONS: self._conditions()}
+        if self._last_valid is not None:
+            further[VALID] = list(self._last_valid)
+        snapshot = take_snapshot(self.state, **further)
+        self._best = better_of(self._best, snapshot.step, snapshot.numbers)
+        return functools.partial(self._write, snapshot.copy() if copied else snapshot, self._healthy_step, self._best)
+
+    def _write(self, snapshot: Snapshot, healthy_step: int | None, best: BestCheckpoint | None) -> Checkpoint:
+        """Write a checkpoint; runs beside training, so it reads nothing that a step changes."""
+        if broken := find_not_finite(snapshot.weights | snapshot.states):
+            raise explain_broken_weights(broken, snapshot.step, healthy_step, self.config.train.optimizer.lr)
+        return self.store.save(
+            snapshot.weights,
+            snapshot.states,
+            snapshot.numbers,
             to_portable(self.config, self.config.run.dir),
             self.tokenizer.directory,
             self.hashes,
-            None if is_healthy(self.state.numbers()) else self._healthy_step,
+            stays=None if is_healthy(snapshot.numbers) else healthy_step,
+            best=self._step_of(best),
         )
-        if is_healthy(self.state.numbers()):
-            self._healthy_step = self.state.step
-        self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        return Saved(self.state.step, checkpoint.directory, self._saved_at - began)
+
+    def _step_of(self, best: BestCheckpoint | None) -> int | None:
+        """Return the step of the best checkpoint where it is kept."""
+        return best.step if best is not None and self.config.run.keep_best else None
+
+    def _record_save(self, checkpoint: Checkpoint, took_s: float, held_s: float) -> Saved:
+        if is_healthy(checkpoint.numbers()):
+            self._healthy_step = checkpoint.step
+        self._saved_step, self._saved_at = checkpoint.step, time.monotonic()
+        return Saved(checkpoint.step, checkpoint.directory, took_s, held_s)

@@ -21,12 +21,14 @@ from lowvram.errors import CheckpointError, DataError, DiskFullError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
+from lowvram.train.best_checkpoint import best_of, read_validation
 from lowvram.train.compilation import compiled, forget_compiled
 from lowvram.train.divergence import MOST_SKIPPED, explain_divergence, may_go_back
 from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import compare_environments
 from lowvram.train.events import (
     Doing,
+    Evaluated,
     Event,
     Halved,
     Recorded,
@@ -82,6 +84,8 @@ class Trainer(RunSaver):
     def run(self) -> Iterator[Event]:
         """Resume if there is something to resume, then train; where the run directory goes, save elsewhere and end."""
         try:
+            yield self._begin()
+            self._start_clock()
             yield from self._train()
         except RunGoneError as gone:
             try:
@@ -89,10 +93,10 @@ class Trainer(RunSaver):
             except (OSError, DiskFullError) as error:
                 raise gone.unsaved() from error
             raise
+        finally:
+            self._background.close()
 
     def _train(self) -> Iterator[Event]:
-        yield self._begin()
-        self._start_clock()
         while self.state.step < self.config.train.steps and not self._stopping:
             try:
                 yield from self._advance()
@@ -103,20 +107,22 @@ class Trainer(RunSaver):
             self._refuse_lost_lock()
             if self._size_bytes is None:  # an optimizer has no states before its first step
                 yield from self._keep_room()
+            if self._background.has_ended:
+                yield from self._end_save()
             if self._save_is_due():
                 yield from self._read_step()
                 if not self.state.skipped_in_row:
-                    yield from self._save()
+                    yield from self._begin_save()
                     yield from self._validate_masters()
-                    yield from self._keep_room()
         yield from self._read_step()
+        yield from self._end_save()
         is_finished = self.state.step >= self.config.train.steps
         if self._saved_step != self.state.step:
             yield from self._save()
             if is_finished:  # a user who stops a run should wait for the save only
                 yield from self._validate_masters()
         else:
-            self.store.tidy(self.state.step, self._healthy_step)
+            self.store.tidy(self.state.step, self._healthy_step, self._step_of(self._best))
         self.store.reserve.give_back()
         yield Stopped(self.state.step, is_finished)
 
@@ -131,6 +137,8 @@ class Trainer(RunSaver):
             self._restore(checkpoint)
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
+            self._last_valid = read_validation(checkpoint.numbers())
+            self._best = best_of(self.store.numbers_by_step(checkpoint.step))
         elif self.config.train.start_from is not None:
             origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
             refuse_other_model(self.config, self.hashes, origin)
@@ -184,7 +192,7 @@ class Trainer(RunSaver):
         if self.recorder.news():
             yield Recorded(state.step, self.recorder.problem or "")
 
-    def _read_step(self) -> Generator[StepDone | WentBack, None, bool]:
+    def _read_step(self) -> Generator[Event, None, bool]:
         """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it.
 
         Returns whether the run diverged with it and went back.
@@ -208,6 +216,7 @@ class Trainer(RunSaver):
         yield StepDone(step, tokens, loss, norm, rate, speed, memory, left_s, 1 if is_void else int(skipped), above)
         if state.skipped_in_row < MOST_SKIPPED:
             return False
+        yield from self._end_save()
         yield self._go_back(step)
         return True
 
@@ -230,7 +239,7 @@ class Trainer(RunSaver):
         state.went_back_at, state.went_back_to = step, checkpoint.step
         return WentBack(step, checkpoint.step)
 
-    def _rotate(self) -> Iterator[Rotated | StepDone | WentBack]:
+    def _rotate(self) -> Iterator[Event]:
         """Rotate to the next experts where a new interval begins."""
         rotation = self.state.rotation
         if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
@@ -277,6 +286,7 @@ class Trainer(RunSaver):
 
     def _reload(self) -> int | None:
         """Load the last checkpoint again, because only some weights were updated; return its step."""
+        self._background.close()
         discard(self.state.optimizer)
         free_memory(self.state.model.embedding.device)
         checkpoint, _ = self.store.latest(self._check)
@@ -299,14 +309,17 @@ class Trainer(RunSaver):
         discard(self.state.optimizer)
         yield from self._read_step()
         free_memory(self.state.model.embedding.device)
+        yield from self._end_save()
         if self.state.step not in (0, self._saved_step):
             yield from self._save()
 
     def _rescue_in(self, place: Path) -> Iterator[Event]:
         """Save the state in another directory, which nobody else knows and which needs no lock."""
-        if not place.exists():
-            self._saved_step = -1  # the checkpoints went with the directory
+        has_moved = place.exists()
         self.store, self.lock = dataclasses.replace(self.store, run=place), None
+        yield from self._end_save()
+        if not has_moved:
+            self._saved_step = -1  # the checkpoints went with the directory
         yield from self._rescue()
 
     def _halve(self) -> Halved:
@@ -344,6 +357,8 @@ class Trainer(RunSaver):
                 if not is_out_of_memory(error):
                     raise
             else:
+                if isinstance(event, Evaluated) and not event.reads_masters:
+                    self._last_valid = event.step, event.bits_per_byte
                 yield event
                 return
             if not may_retry or self.captured_pass is None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from lowvram.config.run import RunConfig
 from lowvram.storage.disk import Disk
+from lowvram.train import background_save
 from tests.faults.rule import train
 from tests.faulty_disk import FaultyDisk
 
@@ -76,6 +77,12 @@ def die() -> NoReturn:
 
 def train_on(what: RunConfig, disk: Disk) -> None:
     """Train in this child process; `train` with a disk that a parent made."""
+    train(what, disk)
+
+
+def train_and_save_beside(what: RunConfig, disk: Disk) -> None:
+    """Train in this child process, and write every checkpoint in the thread beside training, however small it is."""
+    background_save.LEAST_COPIED_BYTES = 0
     train(what, disk)
 
 

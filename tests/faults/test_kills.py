@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowvram.storage.checkpoint import find_checkpoint
-from tests.faults.children import KillingDisk, end_of, kill_at, train_on
+from tests.faults.children import KillingDisk, end_of, kill_at, train_and_save_beside, train_on
 from tests.faults.rule import expect_newest_used, expect_same_end, faulty_run, train
 from tests.faulty_disk import FaultyDisk
 from tests.tiny import KINDS
@@ -106,3 +106,19 @@ def test_a_kill_at_every_disk_call_twice_in_a_row_changes_no_bit(home: Path, sho
     seconds = random.Random("second kills")
     for at in range(len(calls)):
         kill_twice(home, short, at, seconds.choice([at % 40, at, seconds.randrange(len(calls))]))
+
+
+@pytest.mark.nightly
+def test_a_kill_at_a_disk_call_of_a_save_beside_training_changes_no_bit(
+    home: Path, short: Path, calls: list[str]
+) -> None:
+    killed = 0
+    for at in range(0, len(calls), 5):
+        what = faulty_run(home, f"beside-{at}", steps=3)
+        # While one save is being written no other begins, so there may be fewer calls.
+        end = end_of(train_and_save_beside, what, KillingDisk(at))
+        assert end in (-signal.SIGKILL, 0)
+        killed += end != 0
+        train(what)
+        expect_same_end(short, what.run.dir)
+    assert killed >= 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import shutil
@@ -12,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram.storage.checkpoint import find_checkpoint, open_checkpoint
-from lowvram.storage.disk import Disk
+from lowvram.storage.checkpoint import open_checkpoint
 from tests.conftest import TURKISH
 from tests.flows.typed import RUN_FILE, Output, fill_home, typed
 
@@ -349,54 +347,6 @@ def test_where_no_checkpoint_is_whole_all_are_named_and_none_is_written_over(
     assert {path: key for path, key in seen(run).items() if "step-" in path} == {
         path: key for path, key in before.items() if "step-" in path
     }
-
-
-def test_on_a_full_disk_a_run_says_what_it_waits_for_and_ends_when_there_is_room(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(home / "run", run)
-    before = seen(run / "step-00000006")
-
-    def make_room(seconds: float) -> None:
-        assert seen(run / "step-00000006") == before
-        assert list(run.glob("*.tmp")) == []
-        monkeypatch.undo()
-
-    for module in ("checkpoint", "reserve"):
-        monkeypatch.setattr(f"lowvram.storage.{module}.free_bytes", lambda _: 10)
-    monkeypatch.setattr("lowvram.train.saver.sleep", make_room)
-    answer = typed("train", home / "run.toml", "--set", f"run.dir={run}", "--set", "tokens=2048")
-    assert answer.code == 0
-    told = " ".join(answer.err.split())
-    assert re.search(r"step 8 paused: The next checkpoint in \S+run needs \S+ KiB, and 10 B are free\. .* Ctrl-C", told)
-    assert "step 8 goes on after" in told
-    assert find_checkpoint(run)[0].step == 8
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_disk_that_fills_up_while_logging_stops_a_run_as_clearly(home: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(home / "run", run)
-    (run / "log.jsonl").unlink()
-    (run / "log.jsonl").symlink_to("/dev/full")
-    answer = typed("train", home / "run.toml", "--set", f"run.dir={run}", "--set", "tokens=2048")
-    expect_error(answer, r"No space left to write in \S+run\.")
-    assert find_checkpoint(run)[0].step == 6
-
-
-def test_a_full_disk_leaves_the_old_tokenizer_and_the_old_shards(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    before = seen(home)
-    monkeypatch.setattr(Disk, "write_handle", refuse)
-    answer = typed("tokenizer", "train", home / "valid.txt", "--vocab", 300, "--out", home / "tok", "--replace")
-    expect_error(answer, r"No space left to write in \S+tok\.")
-    words = ("--tokenizer", home / "tok", "--out", home / "shards/train", "--replace")
-    answer = typed("data", "pack", home / "valid.txt", *words)
-    expect_error(answer, r"No space left to write in \S+train\.")
-    assert seen(home) == before
 
 
 def test_an_error_that_is_no_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

@@ -216,6 +216,7 @@ MODEL_KEYS = {
     "kwh_range": list,
     "passes": type(None),
     "checkpoint_bytes": int,
+    "saves_beside_training": type(None),
     "written_bytes_per_day": int,
     "disk_bytes": int,
 }
@@ -252,7 +253,7 @@ def test_where_a_speed_is_not_known_json_says_null() -> None:
     [model] = values("--memory", "8GB", "--model", "tr-25m")["models"]
     unknown = {key for key, value in model.items() if value is None}
     speed = {"tokens_per_second", "tokens_per_second_range", "is_measured"}
-    assert unknown == speed | {"days", "days_range", "kwh", "kwh_range", "passes"}
+    assert unknown == speed | {"days", "days_range", "kwh", "kwh_range", "passes", "saves_beside_training"}
 
 
 @pytest.mark.nightly
