@@ -1,4 +1,4 @@
-"""A command quoted so that the user's shell takes it; knows no command itself."""
+"""A command quoted so that the user's shell takes it, and the words that start this program; knows no command."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import shlex
 import sys
 from pathlib import Path
+
+import lowvram
 
 # Letters of every language are literal in every shell.  `~` is not: some shells expand it at the start of a word.
 _PLAIN_POSIX = re.compile(r"[\w@%+=:,./-]+")
@@ -19,6 +21,16 @@ def quote_command(*words: str | Path, is_windows: bool = sys.platform == "win32"
     A path that begins with `-` gets `./` before it, because it would be read as an option; `-` alone stays.
     """
     return " ".join(_quote(_as_argument(word), is_windows) for word in words)
+
+
+def own_command(directory: Path) -> list[str]:
+    """Return the words that run this lowvram with this Python in a directory.
+
+    The directory is not searched for modules, where a user's `queue.py` would be taken for Python's own, unless lowvram
+    itself lies there.
+    """
+    is_here = Path(lowvram.__file__).resolve().parents[1] == directory
+    return [sys.executable, *([] if is_here else ["-P"]), "-m", "lowvram"]
 
 
 def _as_argument(word: str | Path) -> str:

@@ -5,7 +5,8 @@ python tools/long_proof.py shared/data/text/tr_legal.train.txt.gz --home runs/pr
 Both runs learn the same text with expert rotation and 8-bit Muon, at the same time, each on one thread, through the
 command line that users type.  The second one is ended at random steps: by Ctrl-C, by kill -9, and by kill -9 while a
 checkpoint is being written.  The same command goes on where it was stopped itself, also after a restart of the
-computer; every end of a process is a line of HOME/ends.jsonl, with its processor time.
+computer; every end of a process is a line of HOME/ends.jsonl, with its processor time.  With more --tokens than before
+both runs are made longer, and the second is ended --kills times more.
 """
 
 from __future__ import annotations
@@ -125,9 +126,12 @@ def prepare(asked: argparse.Namespace) -> None:
 def train(asked: argparse.Namespace, name: str) -> None:
     """Type the run's command until it has finished; the killed run is ended at each of its steps, in their order."""
     ends = [row for row in read_rows(asked.home / "ends.jsonl") if row["run"] == name]
-    if any(row["code"] == 0 for row in ends):
+    finished = [row for row in ends if row["code"] == 0]
+    first = finished[-1]["seen_step"] if finished else 0
+    if first >= steps_of_all(asked.tokens):
         return
-    left = [] if name == WHOLE else plan_kills(asked)[sum(bool(row["kind"]) for row in ends) :]
+    now = ends[ends.index(finished[-1]) + 1 :] if finished else ends
+    left = [] if name == WHOLE else plan_kills(asked, first)[sum(bool(row["kind"]) for row in now) :]
     while True:
         kind, step = left[0] if left else ("", 0)
         child = subprocess.Popen(
@@ -153,10 +157,15 @@ def train(asked: argparse.Namespace, name: str) -> None:
         left = left[1:]
 
 
-def plan_kills(asked: argparse.Namespace) -> list[tuple[str, int]]:
-    """Return how and after which steps the killed run is ended: random ones, every kind equally often."""
-    chance, steps = random.Random(asked.seed), asked.tokens // 4096
-    at = sorted(chance.sample(range(3, steps - 3), asked.kills))
+def steps_of_all(tokens: int) -> int:
+    """Return the steps in which so many tokens are seen."""
+    return -(-tokens // 4096)
+
+
+def plan_kills(asked: argparse.Namespace, first: int) -> list[tuple[str, int]]:
+    """Return how and after which steps, from the first one on, a run is ended: random ones, each kind equally often."""
+    chance = random.Random(asked.seed)
+    at = sorted(chance.sample(range(first + 3, steps_of_all(asked.tokens) - 3), asked.kills))
     kinds = [KINDS[number % len(KINDS)] for number in range(asked.kills)]
     chance.shuffle(kinds)
     return list(zip(kinds, at, strict=True))

@@ -34,6 +34,7 @@ from lowvram.units import show_bytes, show_count, show_duration_range
 _SHOWN = {
     "tokenizer": ("tokenizer train", "tokenizer compare", "tokenizer show"),
     "data": ("data clean", "data pack", "data mix", "data look", "data exclude"),
+    "service": ("service", "service install"),
 }
 COMMANDS = tuple(command for name in app.COMMANDS for command in _SHOWN.get(name, (name,)))
 CARD = "lowvram fit --gpu rtx5070"

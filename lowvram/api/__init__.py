@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from lowvram.api.tokenizer_training import train_tokenizer as train_tokenizer
     from lowvram.api.training import TrainingRun as TrainingRun
     from lowvram.api.training import train as train
+    from lowvram.api.verifying import Verification as Verification
+    from lowvram.api.verifying import verify as verify
     from lowvram.errors import LowvramError as LowvramError
     from lowvram.fit.receipts import Receipt as Receipt
     from lowvram.fit.report import MemoryBudget as MemoryBudget
@@ -103,6 +105,7 @@ _HOMES = {
     "TokenizerComparison": "lowvram.api.tokenizer_comparing",
     "TrainedTokenizer": "lowvram.api.tokenizer_training",
     "TrainingRun": "lowvram.api.training",
+    "Verification": "lowvram.api.verifying",
     "check_texts": "lowvram.api.texts",
     "clean": "lowvram.api.cleaning",
     "compare": "lowvram.api.comparing",
@@ -118,6 +121,7 @@ _HOMES = {
     "receipt": "lowvram.api.receipts",
     "train": "lowvram.api.training",
     "train_tokenizer": "lowvram.api.tokenizer_training",
+    "verify": "lowvram.api.verifying",
     "write_run_file": "lowvram.api.run_file",
 }
 __all__ = [
@@ -157,6 +161,7 @@ __all__ = [
     "TokenizerComparison",
     "TrainedTokenizer",
     "TrainingRun",
+    "Verification",
     "WentBack",
     "check_texts",
     "clean",
@@ -173,6 +178,7 @@ __all__ = [
     "receipt",
     "train",
     "train_tokenizer",
+    "verify",
     "write_run_file",
 ]
 

@@ -31,13 +31,15 @@ class PlanOptions:
     """What the user decides about the plan; None leaves it to lowvram.
 
     micro_batch: sequences at a time.  recompute: what backward computes again instead of keeping it.  compile: whether
-    blocks are compiled.  graphs: whether the passes of a micro-batch are replayed from CUDA graphs.
+    blocks are compiled.  graphs: whether the passes of a micro-batch are replayed from CUDA graphs.  device_check:
+    whether the device is compared with the processor before the first step; None does so for a new run elsewhere.
     """
 
     micro_batch: int | None = None
     recompute: Recompute | None = None
     compile: bool | None = None
     graphs: bool | None = None
+    device_check: bool | None = None
 
 
 class TrainingRun:
@@ -108,15 +110,16 @@ def train(
     recompute: Recompute | None = None,
     compile: bool | None = None,
     graphs: bool | None = None,
+    device_check: bool | None = None,
     progress: bool = False,
     allow: Sequence[str] = (),
 ) -> TrainingRun:
     """Configure a run and return it; iterating over what is returned trains, and yields events as they happen.
 
     run: a run file, or a configuration.  Starting and resuming are the same call.  overrides: values laid over a run
-    file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs: see
-    `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.  allow: "data", "tokenizer" or both,
-    where a run may go on although they have other contents than at its last save.
+    file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs,
+    device_check: see `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.  allow: "data",
+    "tokenizer" or both, where a run may go on although they have other contents than at its last save.
 
     Raises, now or while iterating, a LowvramError: ConfigError for the run file, DataError for the shards,
     MachineError where the device is not here or nothing fits, BusyError where another process trains in the run's
@@ -134,9 +137,10 @@ def train(
     refuse_unknown("recompute", recompute, TECHNIQUES)
     refuse_type("compile", compile, bool)
     refuse_type("graphs", graphs, bool)
+    refuse_type("device_check", device_check, bool)
     for each in allow:
         refuse_unknown("allow", each, ALLOWABLE)
-    asked = PlanOptions(micro_batch, recompute, compile, graphs)
+    asked = PlanOptions(micro_batch, recompute, compile, graphs, device_check)
     config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides, asked)
     task = prepare_run(config, device, asked, allow)
     prepared, notices = carry_out(task, progress)
@@ -172,6 +176,7 @@ def prepare_run(
     Takes the lock of the run's directory, which the PreparedRun's resources give back.
     """
     from lowvram.api.device import choose_device
+    from lowvram.api.device_checking import check_device, is_worth_a_check
     from lowvram.train.autotune import refuse_cuda_graphs
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
@@ -186,6 +191,8 @@ def prepare_run(
         lock = stack.enter_context(lock_run(config.run.dir))
         settings, monitor = yield from _resolve_plan(config, chosen.device, asked)
         settings = dataclasses.replace(settings, allow=tuple(allow))
+        if asked.device_check or (asked.device_check is None and is_worth_a_check(settings)):
+            yield from check_device(settings)
         yield Progress("Checking the shards and building the model")
         trainer = prepare(settings, lock)
         yield from _describe_text(config)

@@ -22,6 +22,8 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "verify",
+    "service",
     "receipt",
     "evaluate",
     "compare",

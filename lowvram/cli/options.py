@@ -89,13 +89,13 @@ def size_of_file(text: str) -> int:
     return size
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device."""
+def add_device(parser: argparse.ArgumentParser, default: str = "the best one here") -> None:
+    """Add --device.  default: what is chosen where it is left out, in words."""
     parser.add_argument(
         "--device",
         choices=("auto", "cuda", "mps", "cpu"),
         default="auto",
-        help="where to compute (default: the best one here)",
+        help=f"where to compute (default: {default})",
     )
 
 

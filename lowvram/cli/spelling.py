@@ -9,17 +9,24 @@ from lowvram.shell import quote_command
 
 # The options whose name is not the argument's.
 _OTHER_NAMES = {"max_context": "context", "max_tokens": "tokens", "overrides": "set", "preset": "model"}
-_OTHER_NAMES |= {"all_documents": "all", "hashes": "hash", "least_bytes": "least", "caps": "cap", "weights": "weight"}
+_OTHER_NAMES |= {
+    "origin": "from",
+    "all_documents": "all",
+    "hashes": "hash",
+    "least_bytes": "least",
+    "caps": "cap",
+    "weights": "weight",
+}
 _SAME_NAMES = (
-    "above against allow below boring cache chart choices compile data demo desktop device dtype exclude field gpu "
-    "graphs harness holdout items language languages leave_out levels license listed measure memory micro_batch "
-    "newest on_bad_row out pairs parallel precision processes ram recompute replace sample samples size stems "
-    "strangest suffixes temperature text to tokenizer tokens verify"
+    "above against allow below boring cache chart choices compile data demo desktop device device_check dtype exclude "
+    "field gpu graphs harness holdout items language languages leave_out levels license listed measure memory "
+    "micro_batch newest on_bad_row out pairs parallel precision processes ram recompute replace sample samples size "
+    "stems steps strangest suffixes temperature text to tokenizer tokens verify"
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}
 # Arguments that are on, off or left to lowvram, and not merely given or not.
-_SWITCHES = {"compile", "graphs"}
+_SWITCHES = {"compile", "device_check", "graphs"}
 # Functions of the Python interface, and the option that does the same.
 _FUNCTIONS = {"generate": "--as base", "check_texts": "--on-bad-row report"}
 _ARGUMENT = re.compile(r"`([a-z_]+)(?:=([^`]+))?`")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lowvram.cli.lasting import write_at_once
 from lowvram.cli.options import add_device, count
-from lowvram.cli.signals import HANG_UP, INTERRUPTED, heard_signals
+from lowvram.cli.signals import FROM_SUPERVISOR, INTERRUPTED, heard_signals, means_at_once
 
 if TYPE_CHECKING:
     from lowvram.api.training import TrainingRun
@@ -69,6 +70,19 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         choices=("data", "tokenizer"),
         help="go on although this has other contents than at the last save; no other run can equal it to the bit then",
     )
+    parser.add_argument(
+        "--supervise",
+        action="store_true",
+        help="train in a process of its own, and start it again after exit code 75 and after a crash, with growing "
+        "pauses; give up after 5 restarts without a new checkpoint",
+    )
+    parser.add_argument(
+        "--device-check",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="compare the device with the processor before the first step (default: in a new run that the processor "
+        "does not compute)",
+    )
     add_device(parser)
     parser.set_defaults(run=run)
 
@@ -78,11 +92,17 @@ def run(arguments: argparse.Namespace) -> int:
     from lowvram.api.training import PlanOptions, read_run_file
     from lowvram.cli.ending import show_next_steps
 
-    compiled, recorded = (_SWITCH[word] for word in (arguments.compile, arguments.graphs))
-    asked = PlanOptions(arguments.micro_batch, arguments.recompute, compiled, recorded)
+    switches = [_SWITCH[word] for word in (arguments.compile, arguments.graphs, arguments.device_check)]
+    asked = PlanOptions(arguments.micro_batch, arguments.recompute, *switches)
     what = read_run_file(arguments.run_file, arguments.set, asked)
-    options = (arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded, arguments.allow)
-    ended = train(what, *options)
+    if arguments.supervise:
+        from lowvram.cli.supervise import command_of_child, supervise
+
+        words, is_chosen = command_of_child(arguments.typed), arguments.device != "auto"
+        return supervise(words, what.run.dir, keeps_device=not is_chosen)
+    compiled, recorded, checked = switches
+    options = (arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded, checked)
+    ended = train(what, *options, allow=arguments.allow)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
@@ -100,6 +120,7 @@ def train(
     recompute: Recompute | None = None,
     compiled: bool | None = None,
     recorded: bool | None = None,
+    checked: bool | None = None,
     allow: Sequence[str] = (),
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
@@ -108,7 +129,7 @@ def train(
     from lowvram.cli.progress import TrainingScreen
     from lowvram.cli.tasks import run_task
 
-    asked = PlanOptions(micro_batch, recompute, compiled, recorded)
+    asked = PlanOptions(micro_batch, recompute, compiled, recorded, checked)
     prepared = run_task(prepare_run(what, device, asked, allow))
     trainer = prepared.trainer
     with TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(trainer) as screen:
@@ -148,7 +169,7 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
     asked: set[int] = set()
 
     def ask(number: int, _frame: object) -> None:
-        if number in asked and number != HANG_UP:
+        if means_at_once(number, asked):
             if sys.__stderr__ is not None and os.isatty(2):
                 write_at_once(b"\x1b[?25h")  # the live line has hidden the cursor
             saved = run.trainer.saved_step
@@ -163,5 +184,10 @@ def _stop_on_signal(run: TrainingRun) -> Iterator[None]:
                 b"\nStopping: this step is finished and saved first.\nOnce more stops at once, without saving.\n"
             )
 
-    with heard_signals(ask):
-        yield
+    try:
+        with heard_signals(ask):
+            yield
+    finally:
+        if asked and FROM_SUPERVISOR is not None:
+            # On a busy machine a supervisor may pass on a request that has been carried out meanwhile.
+            signal.signal(FROM_SUPERVISOR, signal.SIG_IGN)

@@ -162,7 +162,7 @@ def find_checkpoint(
     """
     if not path.is_dir():
         raise explain_no_directory(path)
-    directories = _newest_first(path)
+    directories = list_checkpoints(path)
     if (path / MANIFEST).is_file() or (STEP_NAME.fullmatch(path.name) and not directories):
         return _open_checked(path, needs_state, check), []
     if not directories:
@@ -211,12 +211,14 @@ def _refuse_linked_step(directory: Path) -> None:
         raise _RefusedError(problem.what, problem.why, problem.fix) from problem
 
 
-def _newest_first(run: Path) -> list[Path]:
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the directories of a run's checkpoints, the newest first; opens none of them."""
     directories = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(directories, key=_step_of, reverse=True)
+    return sorted(directories, key=step_of, reverse=True)
 
 
-def _step_of(directory: Path) -> int:
+def step_of(directory: Path) -> int:
+    """Return the step that a checkpoint directory is named after."""
     return int(directory.name.removeprefix("step-"))
 
 
@@ -257,7 +259,7 @@ class Store:
         Raises CheckpointError where there are checkpoints and none of them is whole, or the newest is of a later
         lowvram.
         """
-        directories = _newest_first(self.run)
+        directories = list_checkpoints(self.run)
         if not directories:
             return None, []
         checkpoint, skipped = _open_newest(directories, True, check)
@@ -271,11 +273,11 @@ class Store:
 
     def numbers_by_step(self, up_to: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the step and the plain values of each checkpoint of at most `up_to`, newest first; reads no tensors."""
-        for directory in _newest_first(self.run):
-            if _step_of(directory) > up_to:
+        for directory in list_checkpoints(self.run):
+            if step_of(directory) > up_to:
                 continue
             try:
-                yield _step_of(directory), _read_json(directory / NUMBERS)
+                yield step_of(directory), _read_json(directory / NUMBERS)
             except (OSError, CheckpointError):
                 continue  # opening the checkpoint reports what is wrong with it
 
@@ -353,17 +355,17 @@ class Store:
     def _delete_old(self, newest: Path, stays: int | None, best: int | None) -> None:
         self._refused.discard(newest)
         settled = {newest, *self._refused}
-        others = [path for path in _newest_first(self.run) if path not in settled and _step_of(path) != stays][::-1]
+        others = [path for path in list_checkpoints(self.run) if path not in settled and step_of(path) != stays][::-1]
         # A checkpoint above the step just saved was skipped, or the run would have gone on from it.
-        lost = [path for path in others if path in self._corrupt or _step_of(path) > _step_of(newest)]
+        lost = [path for path in others if path in self._corrupt or step_of(path) > step_of(newest)]
         old = [path for path in others if path not in lost]
         too_many = old[: max(0, len(old) - (self.keep - 1))]
-        doomed = [path for path in too_many if not self._is_milestone(path) and _step_of(path) != best]
+        doomed = [path for path in too_many if not self._is_milestone(path) and step_of(path) != best]
         if self.budget_bytes is not None:
             size = {path: _size_of(path) for path in [*old, newest]}
             left = sum(size.values()) - sum(size[path] for path in doomed)
             # Milestones are deleted late, older ones before newer ones; then the best; and the newest never.
-            for path in sorted(old, key=lambda path: (_step_of(path) == best, self._is_milestone(path))):
+            for path in sorted(old, key=lambda path: (step_of(path) == best, self._is_milestone(path))):
                 if left > self.budget_bytes and path not in doomed:
                     doomed.append(path)
                     left -= size[path]
@@ -373,7 +375,7 @@ class Store:
         self._corrupt.discard(newest)
 
     def _is_milestone(self, path: Path) -> bool:
-        return self.milestone_steps is not None and _step_of(path) % self.milestone_steps == 0
+        return self.milestone_steps is not None and step_of(path) % self.milestone_steps == 0
 
 
 def _size_of(directory: Path) -> int:

@@ -30,17 +30,25 @@ def current_environment(device: torch.device, backend: str = _OWN, plan: Plan | 
 def compare_environments(saved: object, here: dict[str, Any]) -> str | None:
     """Return a sentence where a checkpoint was saved in another environment; None where it is equal or unknown.
 
+    The parameters are those of `list_changed_conditions`.
+    """
+    changed = list_changed_conditions(saved, here)
+    if not changed:
+        return None
+    return f"Changed since the last save: {'; '.join(changed)}. The run goes on; from here its last bits may differ."
+
+
+def list_changed_conditions(saved: object, here: dict[str, Any]) -> list[str]:
+    """Return, in half a sentence each, what of a checkpoint's environment is another one here.
+
     saved: what `current_environment` returned then.  The thread count is compared only where the CPU trains the model.
     """
     if not isinstance(saved, dict):
-        return None
+        return []
     saved = {_OPTIMIZER: _OWN, **saved}  # which older versions did not write
     compared = [name for name in here if name != "threads" or here["device"] == "cpu"]
-    changed = [
+    return [
         f"{name} {str(saved[name])[:60]} then, {here[name]} now"
         for name in compared
         if name in saved and saved[name] != here[name]
     ]
-    if not changed:
-        return None
-    return f"Changed since the last save: {'; '.join(changed)}. The run goes on; from here its last bits may differ."

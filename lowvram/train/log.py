@@ -16,12 +16,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowvram.errors import DiskFullError, MachineError
 from lowvram.storage.disk import explain_full_disk
 from lowvram.storage.links import leads_out, refuse_link
 from lowvram.train.events import Evaluated, Event, Rotated, Sampled, SourceLoss, StepDone
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # Rows of a log that a full drive does not take: some 30 MB.
 MOST_WAITING = 100_000
@@ -59,7 +62,7 @@ class JsonlLog:
         if self._file.tell() and self._file.seek(-1, 2) and self._file.read(1) != b"\n":
             self._waiting.append(b"")
 
-    def write(self, event: Event) -> None:
+    def write(self, event: DataclassInstance) -> None:
         """Write the event's name, its values and the Unix time in seconds; NaN becomes null, since JSON has no NaN."""
         values = {f.name: _finite(getattr(event, f.name)) for f in dataclasses.fields(event)}
         if not values.get("by_source", True):  # nothing is said of sources where there are none

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
 
 import psutil
 import torch
@@ -190,4 +192,10 @@ def memory_in_use(device: torch.device, is_recorded: bool = False) -> int:
         return int(query(device))
     if device.type == "mps":
         return int(torch.mps.driver_allocated_memory())
-    return int(psutil.Process().memory_info().rss)
+    return int(_process(os.getpid()).memory_info().rss)
+
+
+@functools.lru_cache(maxsize=1)
+def _process(pid: int) -> psutil.Process:
+    """Return this process as psutil knows it; to look it up takes more than half of reading its memory at each step."""
+    return psutil.Process(pid)

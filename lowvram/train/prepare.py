@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lowvram.config.run import RunConfig
 from lowvram.data.hf_tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ from lowvram.storage.checkpoint import Store
 from lowvram.storage.disk import DISK, Disk
 from lowvram.train.light_subset import read_light_subset
 from lowvram.train.oom import is_out_of_memory
+from lowvram.train.replay import Replay
 from lowvram.train.settings import RunSettings
 from lowvram.train.start import RunLock
 from lowvram.train.state import TrainState, build_state
@@ -35,20 +37,29 @@ def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DIS
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_prompts(config, tokenizer)
     read_light_subset(run)  # a fault in a file is told now, and not at the first validation
-    corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
+    parts = _gather(settings, tokenizer, disk)
     valid = _open_held_out(config.data.held_out, tokenizer)
-    return Trainer(
-        config=config,
-        plan=settings.plan,
-        state=_build(settings),
-        loader=Loader(corpora, config.train.seq_len, config.train.seed),
-        tokenizer=tokenizer,
-        store=Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),
-        hashes={"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
-        valid=valid,
-        lock=lock,
-        allow=settings.allow,
-    )
+    return Trainer(**parts, valid=valid, lock=lock, allow=settings.allow)
+
+
+def prepare_replay(settings: RunSettings) -> Replay:
+    """Return what repeats steps of a run: a trainer without validation, samples and lock, which saves nothing."""
+    return Replay(**_gather(settings, load_tokenizer(settings.config.data.tokenizer), DISK))
+
+
+def _gather(settings: RunSettings, tokenizer: Tokenizer, disk: Disk) -> dict[str, Any]:
+    """Return the arguments of a Trainer that decide what its steps compute and where it saves."""
+    config, run = settings.config, settings.config.run
+    corpora = [(_open(c.path, tokenizer), c.weight) for c in config.data.train]
+    return {
+        "config": config,
+        "plan": settings.plan,
+        "state": _build(settings),
+        "loader": Loader(corpora, config.train.seq_len, config.train.seed),
+        "tokenizer": tokenizer,
+        "store": Store(run.dir, run.keep, run.milestone_steps, run.disk_budget, disk),
+        "hashes": {"tokenizer": tokenizer.hash, "training data": _join([shards.hash for shards, _ in corpora])},
+    }
 
 
 def _build(settings: RunSettings) -> TrainState:

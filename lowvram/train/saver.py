@@ -20,10 +20,10 @@ from lowvram.train.best_checkpoint import KEY as VALID
 from lowvram.train.best_checkpoint import BestCheckpoint, better_of
 from lowvram.train.divergence import explain_broken_weights, find_not_finite
 from lowvram.train.environment import KEY as CONDITIONS
-from lowvram.train.environment import current_environment
+from lowvram.train.environment import compare_environments, current_environment
 from lowvram.train.events import Doing, Paused, Resumed, Saved
 from lowvram.train.late_read import Pace
-from lowvram.train.start import RunLock
+from lowvram.train.start import RunLock, describe_allowed
 from lowvram.train.state import is_healthy
 from lowvram.train.step_launcher import StepLauncher
 
@@ -69,6 +69,11 @@ class RunSaver(StepLauncher):
     def _conditions(self) -> dict[str, Any]:
         device, backend = self.state.model.embedding.device, self.config.train.optimizer.backend
         return current_environment(device, backend, self.plan)
+
+    def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
+        allowed = describe_allowed(self.config, self.hashes, checkpoint)
+        return tuple(sentence for sentence in (checkpoint.notice, allowed, other) if sentence)
 
     def _save_is_due(self) -> bool:
         run, waited_s = self.config.run, time.monotonic() - self._saved_at

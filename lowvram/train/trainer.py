@@ -24,8 +24,6 @@ from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.best_checkpoint import best_of, read_validation
 from lowvram.train.compilation import compiled, forget_compiled
 from lowvram.train.divergence import MOST_SKIPPED, explain_divergence, may_go_back
-from lowvram.train.environment import KEY as CONDITIONS
-from lowvram.train.environment import compare_environments
 from lowvram.train.events import (
     Doing,
     Evaluated,
@@ -53,7 +51,7 @@ from lowvram.train.oom import (
 from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
 from lowvram.train.spikes import add_loss, is_spike, limit_for
-from lowvram.train.start import RunGoneError, describe_allowed, refuse_changes, refuse_other_model
+from lowvram.train.start import RunGoneError, refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
 from lowvram.train.step import (
     StepStats,
@@ -130,33 +128,38 @@ class Trainer(RunSaver):
         self.store.clear_leftovers()
         checkpoint, passed_over = self.store.latest(self._check)
         began_from: Path | None = None
-        if self.config.train.precision == "fp16":
-            self.state.loss_scale = FIRST_LOSS_SCALE
-        self.write_loss_scale()
         if checkpoint is not None:
+            self._take_first_scale()
             self._restore(checkpoint)
             self._saved_step = checkpoint.step
             self._healthy_step = self.store.newest_step(is_healthy, checkpoint.step)
             self._last_valid = read_validation(checkpoint.numbers())
             self._best = best_of(self.store.numbers_by_step(checkpoint.step))
-        elif self.config.train.start_from is not None:
-            origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
-            refuse_other_model(self.config, self.hashes, origin)
-            self.state.take_weights(origin)
-            began_from = origin.directory
+        else:
+            began_from, passed_over = self._begin_anew()
         resumed_from = checkpoint.directory if checkpoint else None
         notices = self._notices(checkpoint) if checkpoint is not None else ()
         return Started(self.state.step, self.config.train.steps, resumed_from, tuple(passed_over), began_from, notices)
+
+    def _begin_anew(self) -> tuple[Path | None, list[CheckpointError]]:
+        """Make the state that of a new run; return whose weights it begins with, and what was passed over for them."""
+        self._take_first_scale()
+        if self.config.train.start_from is None:
+            return None, []
+        origin, passed_over = find_checkpoint(self.config.train.start_from, False, check_readable)
+        refuse_other_model(self.config, self.hashes, origin)
+        self.state.take_weights(origin)
+        return origin.directory, passed_over
+
+    def _take_first_scale(self) -> None:
+        if self.config.train.precision == "fp16":
+            self.state.loss_scale = FIRST_LOSS_SCALE
+        self.write_loss_scale()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.recorder.forget()  # its graph reads states that are replaced
         self.state.restore(checkpoint)
         self.write_loss_scale()
-
-    def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
-        allowed = describe_allowed(self.config, self.hashes, checkpoint)
-        return tuple(sentence for sentence in (checkpoint.notice, allowed, other) if sentence)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where its contents are invalid."""
