@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from lowvram.train.events import Started as Started
     from lowvram.train.events import StepDone as StepDone
     from lowvram.train.events import Stopped as Stopped
+    from lowvram.train.events import WentBack as WentBack
     from lowvram.train.settings import RunSettings as RunSettings
 
 _HOMES = {
@@ -102,6 +103,7 @@ _HOMES = {
     "Started": "lowvram.train.events",
     "StepDone": "lowvram.train.events",
     "Stopped": "lowvram.train.events",
+    "WentBack": "lowvram.train.events",
     "Target": "lowvram.api.target",
     "TextCheck": "lowvram.api.texts",
     "TokenizerComparison": "lowvram.api.tokenizer_comparing",
@@ -166,6 +168,7 @@ __all__ = [
     "TrainedTokenizer",
     "TrainingRun",
     "Verification",
+    "WentBack",
     "check_texts",
     "clean",
     "compare",

@@ -117,12 +117,14 @@ def train(
     graphs: bool | None = None,
     device_check: bool | None = None,
     progress: bool = False,
+    allow: Sequence[str] = (),
 ) -> TrainingRun:
     """Configure a run and return it; iterating over what is returned trains, and yields events as they happen.
 
     run: a run file, or a configuration.  Starting and resuming are the same call.  overrides: values laid over a run
     file, as {"optimizer.lr": 3e-4} or as ["optimizer.lr=3e-4"].  micro_batch, recompute, compile, graphs,
-    device_check: see `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.
+    device_check: see `PlanOptions`.  progress: show a progress bar, in a terminal or a notebook.  allow: "data",
+    "tokenizer" or both, where a run may go on although they have other contents than at its last save.
 
     Raises, now or while iterating, a LowvramError: ConfigError for the run file, DataError for the shards,
     MachineError where the device is not here or nothing fits, BusyError where another process trains in the run's
@@ -132,6 +134,7 @@ def train(
     from lowvram.config.plan import TECHNIQUES
     from lowvram.config.run import RunConfig
     from lowvram.errors import refuse_unknown
+    from lowvram.train.start import ALLOWABLE
 
     refuse_missing("run", run, *PATH, RunConfig)
     refuse_missing("device", device, str)
@@ -140,9 +143,11 @@ def train(
     refuse_type("compile", compile, bool)
     refuse_type("graphs", graphs, bool)
     refuse_type("device_check", device_check, bool)
+    for each in allow:
+        refuse_unknown("allow", each, ALLOWABLE)
     asked = PlanOptions(micro_batch, recompute, compile, graphs, device_check)
     config = run if not isinstance(run, str | Path) else read_run_file(Path(run), overrides, asked)
-    task = prepare_run(config, device, asked)
+    task = prepare_run(config, device, asked, allow)
     prepared, notices = carry_out(task, progress)
     return TrainingRun(prepared, notices, progress)
 
@@ -166,8 +171,12 @@ def read_run_file(
     return load_run(path, assignments(overrides), lambda directory: load_tokenizer(directory).size, check=check)
 
 
-def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | None = None) -> Task[PreparedRun]:
+def prepare_run(
+    config: RunConfig, device: str = "auto", asked: PlanOptions | None = None, allow: Sequence[str] = ()
+) -> Task[PreparedRun]:
     """Choose device, memory budget, plan, compilation and CUDA graphs, and build the trainer; yields why.
+
+    allow: see `train`.
 
     Takes the lock of the run's directory, which the PreparedRun's resources give back.
     """
@@ -189,6 +198,7 @@ def prepare_run(config: RunConfig, device: str = "auto", asked: PlanOptions | No
         lock = stack.enter_context(lock_run(config.run.dir))
         control = stack.enter_context(hear_requests(config.run.dir))
         settings, monitor = yield from _resolve_plan(config, chosen.device, asked)
+        settings = dataclasses.replace(settings, allow=tuple(allow))
         if asked.device_check or (asked.device_check is None and is_worth_a_check(settings)):
             yield from check_device(settings)
         yield Progress("Checking the shards and building the model")

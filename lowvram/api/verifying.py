@@ -299,7 +299,7 @@ def _refuse_changes(replay: Replay, checkpoints: list[Checkpoint]) -> None:
         if changed := list_changes(replay.config, replay.hashes, checkpoint):
             raise ConfigError(
                 f"The steps around {checkpoint.directory} cannot be repeated:",
-                "; ".join(changed) + ".",
+                "; ".join(change.says for change in changed) + ".",
                 "Put back the data and the tokenizer with which the run was trained.",
             )
 
@@ -347,7 +347,11 @@ def _list_conditions(replay: Replay, saved: _Saved) -> tuple[str, ...]:
 
     wrote = saved.checkpoint.manifest["versions"].get("lowvram", lowvram.__version__)
     version = [f"lowvram {wrote} then, {lowvram.__version__} now"] if wrote != lowvram.__version__ else []
-    return (*version, *list_changed_conditions(saved.numbers.get(KEY), replay.conditions))
+    changed = list_changed_conditions(saved.numbers.get(KEY), replay.conditions)
+    is_told = any(
+        words.startswith("lowvram ") for words in changed
+    )  # older checkpoints have it in their manifest alone
+    return (*([] if is_told else version), *changed)
 
 
 def _compare(replay: Replay, saved: _Saved, found: Verification) -> Verification:

@@ -27,6 +27,7 @@ from lowvram.train.events import (
     Started,
     StepDone,
     Stopped,
+    WentBack,
 )
 from lowvram.units import count_of, show_bytes, show_count, show_duration
 
@@ -116,20 +117,12 @@ class TrainingScreen:
         if isinstance(event, StepDone):
             self._show_step(event)
         elif isinstance(event, Started):
-            for problem in event.passed_over:
-                notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
-            for sentence in event.notices:
-                notice(sentence)
-            if event.began_from:
-                notice(f"Beginning with the weights of {event.began_from}.")
-            self._was_finished = event.step >= event.steps
-            if self._was_finished:
-                notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
-            elif event.resumed_from:
-                notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+            self._show_start(event)
         elif isinstance(event, Halved):
             now = f"{count_of(event.micro_batch, 'sequence')} × {event.accumulate} a step"
             notice(f"step {event.step + 1:>6}  memory ran out: tried again, and continued, with {now}", "yellow")
+        elif isinstance(event, WentBack):
+            notice(f"step {event.step:>6}  diverged: goes on with the weights of step {event.to_step}", "yellow")
         elif isinstance(event, Recorded):
             how = f"not replayed from CUDA graphs: {event.problem}" if event.problem else "replayed from CUDA graphs."
             notice(f"Updates are {how}", "dim")
@@ -183,8 +176,25 @@ class TrainingScreen:
                 says, style = f"slowed, with pauses between steps: {event.why}", "yellow"
         notice(f"step {event.step:>6}  {says}", style)
 
+    def _show_start(self, event: Started) -> None:
+        for problem in event.passed_over:
+            notice(f"Passed over a corrupt checkpoint: {problem}", "yellow")
+        for sentence in event.notices:
+            notice(sentence)
+        if event.began_from:
+            notice(f"Beginning with the weights of {event.began_from}.")
+        self._was_finished = event.step >= event.steps
+        if self._was_finished:
+            notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
+        elif event.resumed_from:
+            notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+
     def _show_step(self, event: StepDone) -> None:
-        if event.is_skipped:
+        if event.spike_above is not None:
+            what = "skipped" if event.is_skipped else "learnt from; train.skip_spikes = true would skip it"
+            limit = f"above {event.spike_above:.3f}"
+            notice(f"step {event.step:>6}  loss {event.loss:.3f} is a spike ({limit}): {what}", "yellow")
+        elif event.is_skipped:
             what = "its gradients were" if event.skipped == 1 else f"the gradients of {event.skipped} weights were"
             notice(f"step {event.step:>6}  skipped: {what} not finite", "yellow")
         self._last = event

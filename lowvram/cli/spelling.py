@@ -18,7 +18,7 @@ _OTHER_NAMES |= {
     "weights": "weight",
 }
 _SAME_NAMES = (
-    "above against below boring cache chart choices compile data demo desktop device device_check dtype exclude "
+    "above against allow below boring cache chart choices compile data demo desktop device device_check dtype exclude "
     "field gpu graphs harness holdout items language languages leave_out levels license listed measure memory "
     "micro_batch newest on_bad_row out pairs parallel precision processes ram recompute replace sample samples size "
     "stems steps strangest suffixes tariff temperature text to tokenizer tokens "

@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +64,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="replay the passes of a micro-batch from CUDA graphs (default: if that is faster and fits)",
     )
     parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=("data", "tokenizer"),
+        help="go on although this has other contents than at the last save; no other run can equal it to the bit then",
+    )
+    parser.add_argument(
         "--supervise",
         action="store_true",
         help="train in a process of its own, and start it again after exit code 75 and after a crash, with growing "
@@ -93,7 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         words, is_chosen = command_of_child(arguments.typed), arguments.device != "auto"
         return supervise(words, what.run.dir, keeps_device=not is_chosen)
-    ended = train(what, arguments.micro_batch, arguments.device, None, arguments.recompute, *switches)
+    compiled, recorded, checked = switches
+    options = (arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded, checked)
+    ended = train(what, *options, allow=arguments.allow)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
@@ -112,6 +121,7 @@ def train(
     compiled: bool | None = None,
     recorded: bool | None = None,
     checked: bool | None = None,
+    allow: Sequence[str] = (),
 ) -> Stopped:
     """Train and show it; returns how it ended.  stop_at: interrupt after this step, as Ctrl-C would."""
     from lowvram.api.training import PlanOptions, TrainingRun, prepare_run
@@ -120,7 +130,7 @@ def train(
     from lowvram.cli.tasks import run_task
 
     asked = PlanOptions(micro_batch, recompute, compiled, recorded, checked)
-    prepared = run_task(prepare_run(what, device, asked))
+    prepared = run_task(prepare_run(what, device, asked, allow))
     trainer = prepared.trainer
     with TrainingRun(prepared) as run, _stop_on_signal(run), TrainingScreen(trainer) as screen:
         ended = _follow(run, screen, stop_at)

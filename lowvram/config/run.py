@@ -118,6 +118,9 @@ class RunOptions(FrozenConfig):
     """Checkpoints at multiples of so many steps are kept for good."""
     disk_budget: Size | None = None
     """Most bytes that checkpoints may take, such as `"40GB"`."""
+    on_divergence: Literal["stop", "go back"] = "stop"
+    """After 25 skipped steps in a row: end the run, or go on with the weights of the last good checkpoint behind the
+    steps that were skipped; a run does not go back to the same checkpoint twice in a row."""
     validate_every: PositiveInt = 250
     """Steps between two validations."""
     validate_tokens: Count = 262_144

@@ -139,6 +139,9 @@ class TrainConfig(FrozenConfig):
     """Experts that learn in turns; for `ffn.kind = "moe"`. Without it all experts learn in every step."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Largest norm of the gradient; a larger one is scaled down to it."""
+    skip_spikes: bool = False
+    """Whether a step whose loss is far above those before it is skipped; without it such a step is only told. It may be
+    set while a run goes on."""
     dropout: Share = 0.0
     """Share of activations that is set to zero in training."""
     seed: int = 0
@@ -152,6 +155,11 @@ class TrainConfig(FrozenConfig):
             near = max(1, round(self.batch_tokens / self.seq_len)) * self.seq_len
             rule = f"it must be a multiple of seq_len ({self.seq_len})"
             raise ValueError(f"train.batch_tokens is {self.batch_tokens}; {rule}. Try {near}")
+        if self.skip_spikes and self.update_during_backward:
+            raise ValueError(
+                "train.skip_spikes is true; with train.update_during_backward weights have moved before a step can be "
+                "skipped. Leave one of the two out"
+            )
         self._check_backend()
         return self
 

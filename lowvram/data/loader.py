@@ -90,13 +90,17 @@ class Loader:
         # How many of the block's earlier slots belong to each corpus.
         self._earlier = np.cumsum(is_of_corpus, axis=1) - is_of_corpus
         self._block = functools.lru_cache(2)(self._find_block)
+        # The epoch of each corpus in which its files were verified last; unknown before the first batch.
+        self._verified: list[int] = []
 
     def batch(self, first_sample: int, count: int) -> torch.Tensor:
         """Return `count` samples from `first_sample` on, int64 [count, seq_len + 1]: inputs, last target.
 
+        Whoever opened the corpora has verified them; when a further epoch of one begins, it is verified again.
         Raises DataError where a shard was changed since it was opened, or holds an id beyond the vocabulary.
         """
         assert first_sample >= 0
+        self._verify_in_new_epoch(first_sample)
         width = self._seq_len + 1
         tokens_BT = np.empty((count, width), np.int64)
         samples = range(first_sample, first_sample + count)
@@ -108,6 +112,15 @@ class Loader:
             self._corpora[window.corpus].refuse_unknown(ids, window.shard)
             tokens_BT[row] = ids
         return torch.from_numpy(tokens_BT)
+
+    def _verify_in_new_epoch(self, sample: int) -> None:
+        """Hash the files of each corpus of which an epoch begins: a drive may lose bits while it is read for weeks."""
+        epochs = [int(epochs) for epochs in self.epochs(sample)]
+        verified = self._verified or epochs
+        for corpus, epoch, done in zip(self._corpora, epochs, verified, strict=True):
+            if epoch > done:
+                corpus.verify()
+        self._verified = [max(pair) for pair in zip(epochs, verified, strict=True)]
 
     def epochs(self, sample: int) -> list[float]:
         """Return how many epochs of each corpus samples 0 … sample - 1 cover."""

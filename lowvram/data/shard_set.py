@@ -6,6 +6,7 @@ from; older packings have none), … and shards.json, written last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -71,6 +72,11 @@ def other_tokenizer(directory: Path, found: str, wanted: str, fix: str) -> DataE
     return DataError(f"{directory} holds shards of another tokenizer.", why, fix)
 
 
+def _unreadable(path: Path, error: OSError) -> DataError:
+    why = f"The system says: {error.strerror}."
+    return DataError(f"The shard {path} cannot be read.", why, "If the drive fails, pack again on another one.")
+
+
 def _stamp(path: Path) -> tuple[int, ...] | None:
     """Return a file's size, time of change, inode and device, to notice changes; None where there is no file."""
     try:
@@ -94,6 +100,8 @@ class ShardPart(NamedTuple):
 class ShardSet:
     """The tokens of a packed directory as one sequence; the files are memory-mapped and never wholly in memory.
 
+    Where a file system has no memory maps, or no address space is left for one, what is needed is read instead.
+
     hash: a hash of the shards' SHA-256, which identifies the data.  text_bytes: UTF-8 bytes of the documents in NFC,
     for which the ids stand; shards of older versions may count the bytes of the text as it was read.
     vocabulary: the number of ids, if it is known; reading an id that is not below it is an error.
@@ -112,6 +120,7 @@ class ShardSet:
         self.hash = hashlib.sha256("\n".join(shard["sha256"] for shard in self._shards).encode()).hexdigest()
         self._starts = np.cumsum([0, *(shard["tokens"] for shard in self._shards)])
         self._maps: list[np.ndarray | None] = [None] * len(self._shards)
+        self._is_unmapped = False
         self._paths = [directory / shard["file"] for shard in self._shards]
         # The stamp of each file when its size was checked.
         self._stamps: list[tuple[int, ...] | None] = [None] * len(self._shards)
@@ -185,6 +194,8 @@ class ShardSet:
                     raise DataError(
                         f"The shard {path} is damaged.", why, "To mend it, pack again into the same folder."
                     )
+        except OSError as error:
+            raise _unreadable(Path(error.filename or self.directory), error) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -221,11 +232,38 @@ class ShardSet:
         """Return the number of the shard that holds each position."""
         return np.searchsorted(self._starts, starts, "right") - 1
 
-    def _map(self, number: int) -> np.ndarray:
+    def _map(self, number: int) -> np.ndarray | None:
+        """Return a shard's mapping; None where the system maps no files there."""
         mapped = self._maps[number]
-        if mapped is None:
-            mapped = self._maps[number] = np.memmap(self._paths[number], self.dtype, "r").view(np.ndarray)
+        if mapped is None and not self._is_unmapped:
+            path = self._paths[number]
+            try:
+                mapped = self._maps[number] = np.memmap(path, self.dtype, "r").view(np.ndarray)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EACCES, errno.EIO):
+                    raise _unreadable(path, error) from error
+                self._is_unmapped = True
         return mapped
+
+    def _ids(self, number: int, offset: int, count: int) -> np.ndarray:
+        """Return at most `count` ids of a shard, from its mapping or read from its file."""
+        mapped, path = self._map(number), self._paths[number]
+        if mapped is not None:
+            return mapped[offset : offset + count]
+        count = min(count, self._shards[number]["tokens"] - offset)
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset * self.dtype.itemsize)
+                data = file.read(count * self.dtype.itemsize)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if len(data) < count * self.dtype.itemsize:
+            raise DataError(
+                f"The shard {path} is damaged.",
+                f"{count} ids from number {offset} on were to be read, and the file ends before them.",
+                "To mend it, pack again into the same folder.",
+            )
+        return np.frombuffer(data, self.dtype)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Return tokens [count] from position `start` on; the array is read-only if one shard holds them all."""
@@ -235,7 +273,7 @@ class ShardSet:
         while count:
             offset = start - int(self._starts[number])
             self.refuse_changed(number)
-            pieces.append(self._map(number)[offset : offset + count])
+            pieces.append(self._ids(number, offset, count))
             self.refuse_unknown(pieces[-1], number)
             start, count, number = start + len(pieces[-1]), count - len(pieces[-1]), number + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
@@ -245,9 +283,10 @@ class ShardSet:
         numbers = self.numbers(starts)
         offsets = starts - self._starts[numbers]
         is_whole = starts + count <= self._starts[numbers + 1]
-        return [
-            (self._map(number), offset) if whole else (self.read(start, count), 0)
-            for number, offset, whole, start in zip(
-                numbers.tolist(), offsets.tolist(), is_whole.tolist(), starts.tolist(), strict=True
-            )
-        ]
+        spans = []
+        for number, offset, whole, start in zip(
+            numbers.tolist(), offsets.tolist(), is_whole.tolist(), starts.tolist(), strict=True
+        ):
+            mapped = self._map(number) if whole else None
+            spans.append((mapped, offset) if mapped is not None else (self.read(start, count), 0))
+        return spans

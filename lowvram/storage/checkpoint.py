@@ -28,6 +28,7 @@ import lowvram
 from lowvram.errors import BusyError, CheckpointError, DiskFullError
 from lowvram.storage.disk import DISK, Disk, explain_full_disk, free_bytes, name_beside, sha256
 from lowvram.storage.json_files import JsonError, read_object
+from lowvram.storage.links import refuse_linked
 from lowvram.storage.manifest import (
     CONFIG,
     FORMAT,
@@ -51,6 +52,8 @@ _NAME = "step-{:08d}"
 # Configuration, counters and manifest take a few KiB; safetensors' headers some hundred bytes a tensor.
 _JSON_BYTES = 1 << 18
 _LEFTOVER = re.compile(r"step-[0-9]{8,}(\.[0-9]+)?\.(tmp|deleted)")
+# What `Disk.write` leaves of the run's other files, such as its plan.
+_TORN_FILE = re.compile(r"[a-z-]+\.json\.([0-9]+)\.tmp")
 
 
 def size_of_files(tokenizer: Path) -> int:
@@ -121,6 +124,7 @@ def open_checkpoint(directory: Path, needs_state: bool = True) -> Checkpoint:
         if name == STATE and not needs_state:
             continue
         path = directory / name
+        refuse_linked(path)
         if not path.is_file():
             raise CheckpointError(f"{path} is missing.", f"The manifest lists it with {entry['bytes']} bytes.")
         if path.stat().st_size != entry["bytes"]:
@@ -190,6 +194,7 @@ def _open_newest(
     problems: dict[Path, CheckpointError] = {}
     for directory in directories:
         try:
+            _refuse_linked_step(directory)
             return _open_checked(directory, needs_state, check), problems
         except OtherVersionError:
             raise
@@ -197,6 +202,13 @@ def _open_newest(
             problems[directory] = problem
     why = " ".join(str(problem) for problem in problems.values())
     raise CheckpointError(f"No checkpoint in {directories[0].parent} is whole.", why)
+
+
+def _refuse_linked_step(directory: Path) -> None:
+    try:
+        refuse_linked(directory)
+    except CheckpointError as problem:  # not damaged, so retention must not delete the user's link
+        raise _RefusedError(problem.what, problem.why, problem.fix) from problem
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -255,6 +267,10 @@ class Store:
             (self._refused if isinstance(problem, _RefusedError) else self._corrupt).add(directory)
         return checkpoint, list(skipped.values())
 
+    def at(self, step: int, check: Check | None = None) -> Checkpoint:
+        """Return the checkpoint of a step; check: see `find_checkpoint`.  Raises CheckpointError if it is damaged."""
+        return _open_checked(self.run / _NAME.format(step), True, check)
+
     def numbers_by_step(self, up_to: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the step and the plain values of each checkpoint of at most `up_to`, newest first; reads no tensors."""
         for directory in list_checkpoints(self.run):
@@ -270,10 +286,13 @@ class Store:
         return next((step for step, numbers in self.numbers_by_step(up_to) if accepts(numbers)), None)
 
     def clear_leftovers(self) -> None:
-        """Remove what killed saves and deletions left behind, of any step; only the run's owner may call it."""
-        for path in self.run.glob("step-*"):
+        """Remove what killed writes and deletions left behind, of any step; only the run's owner may call it."""
+        for path in self.run.glob("*"):
             if _LEFTOVER.fullmatch(path.name) and path.is_dir():
                 self.disk.remove_tree(path, ignore_errors=True)
+            # Another thread of this process may be writing one of its own.
+            elif (torn := _TORN_FILE.fullmatch(path.name)) and int(torn[1]) != os.getpid():
+                self.disk.delete(path)
 
     def save(
         self,
@@ -323,6 +342,15 @@ class Store:
                 return self.save(weights, state, numbers, config, tokenizer, hashes, stays, best)
             raise
         return Checkpoint(final, manifest)
+
+    def tidy(self, step: int, stays: int | None = None, best: int | None = None) -> None:
+        """Delete what is not to be kept beside the newest checkpoint, of `step`: what a kill right after its save left.
+
+        stays, best: see `save`.
+        """
+        newest = self.run / _NAME.format(step)
+        if newest.is_dir():
+            self._delete_old(newest, stays, best)
 
     def _delete_old(self, newest: Path, stays: int | None, best: int | None) -> None:
         self._refused.discard(newest)

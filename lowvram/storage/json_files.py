@@ -6,6 +6,8 @@ Every JSON file or request that anybody could have changed is read here, so that
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,10 @@ def parse_object(data: bytes | str, most_bytes: int = MOST_BYTES, most_levels: i
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
     """Return the JSON object in a file.  Raises OSError, and JsonError as `parse_object`; a larger file is not read."""
     with open(path, "rb") as file:
-        return parse_object(file.read(most_bytes + 1), most_bytes)
+        status = os.fstat(file.fileno())
+        # Python allocates all that a read asks for, so a file with a size is asked for no more than that.
+        asked = min(status.st_size, most_bytes) if stat.S_ISREG(status.st_mode) else most_bytes
+        return parse_object(file.read(asked + 1), most_bytes)
 
 
 def _refuse_constant(name: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import lowvram
 from lowvram.errors import CheckpointError
 from lowvram.storage.json_files import JsonError, read_object
+from lowvram.storage.links import refuse_linked
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -77,6 +78,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     correct checksum, which shows that it is not damaged.
     """
     path = directory / MANIFEST
+    refuse_linked(path)
     if not path.is_file():
         raise CheckpointError(f"{directory} has no {MANIFEST}.", "It is not a checkpoint, or was not finished.")
     try:

@@ -33,15 +33,32 @@ def find_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def explain_divergence(skipped: int, step: int, healthy_step: int | None, rate: float) -> TrainingError:
-    """Return the error of a run whose gradients were not finite in `skipped` steps in a row, the last of them `step`.
+def may_go_back(policy: str, healthy_step: int | None, went_back_at: int, went_back_to: int) -> bool:
+    """Say whether a run that diverged goes back to its newest healthy checkpoint instead of ending.
+
+    policy: `run.on_divergence`.  healthy_step: of that checkpoint, None if there is none.  went_back_at: the step at
+    which the run went back last, 0 where it never did; went_back_to: the step of the checkpoint that it then loaded.
+    It does not go back to the same checkpoint twice in a row, since it would do so for ever.
+    """
+    if policy != "go back" or healthy_step is None:
+        return False
+    return went_back_at == 0 or healthy_step != went_back_to
+
+
+def explain_divergence(
+    skipped: int, step: int, healthy_step: int | None, rate: float, went_back_at: int = 0, policy: str = "stop"
+) -> TrainingError:
+    """Return the error of a run that skipped `skipped` steps in a row, the last of them `step`.
 
     healthy_step: the step of the newest checkpoint from before these steps, if any.  rate: the run's optimizer.lr.
+    went_back_at, policy: see `may_go_back`.
     """
+    again = f" It went back to it after step {went_back_at}, which did not help." if went_back_at else ""
+    other = "" if policy == "go back" else ', or set run.on_divergence = "go back" to pass over these steps'
     return TrainingError(
-        f"{skipped} steps in a row had no finite gradient; stopped at step {step}.",
-        _describe_checkpoint(healthy_step, "from before that, unless it diverged slowly"),
-        f"Lower optimizer.lr (now {rate:g}) in a new run.dir, with start_from an older checkpoint if you like.",
+        f"{skipped} steps in a row had no finite gradient or a loss that is a spike; stopped at step {step}.",
+        _describe_checkpoint(healthy_step, "from before that, unless it diverged slowly") + again,
+        f"Lower optimizer.lr (now {rate:g}) in a new run.dir, with start_from an older checkpoint if you like{other}.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What changes the last bits of a run (torch, threads, device, the optimizer's library), saved with each checkpoint."""
+"""What changes the last bits of a run (versions, threads, device, plan, ...), saved with each checkpoint."""
 
 from __future__ import annotations
 
@@ -6,15 +6,25 @@ from typing import Any
 
 import torch
 
+import lowvram
+from lowvram.config.plan import Plan
+
 # The name of this record among the numbers of a checkpoint.
 KEY = "conditions"
 _OPTIMIZER, _OWN = "optimizer", "own"
 
 
-def current_environment(device: torch.device, backend: str = _OWN) -> dict[str, Any]:
-    """Return the environment of this process as plain values.  backend: the optimizer's."""
+def current_environment(device: torch.device, backend: str = _OWN, plan: Plan | None = None) -> dict[str, Any]:
+    """Return the environment of this process as plain values.  backend: the optimizer's.  plan: the run's.
+
+    CUDA graphs are not part of it: they replay the same kernels.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name, _OPTIMIZER: backend}
+    found = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name, _OPTIMIZER: backend}
+    found["lowvram"] = lowvram.__version__
+    if plan is not None:
+        found |= {"micro-batch": plan.micro_batch, "compiled": plan.compile}
+    return found
 
 
 def compare_environments(saved: object, here: dict[str, Any]) -> str | None:

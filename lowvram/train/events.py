@@ -34,8 +34,10 @@ class Started:
 class StepDone:
     """One optimizer step.  loss: mean nats per token.  memory_bytes: the card's peak, or this process's size on CPU.
 
-    left_s: estimated time to the end of the run.  skipped: 1 where the step's gradients were not finite; where weights
-    are updated during backward, the number of weights whose gradient was not finite.
+    left_s: estimated time to the end of the run.  skipped: 1 where the step taught nothing, because its gradients were
+    not finite, its loss is a spike that `train.skip_spikes` skips, or the run went back; where weights are updated
+    during backward, the number of weights whose gradient was not finite.
+    spike_above: the limit that the loss exceeds if it is a spike, else None; see `lowvram.train.spikes`.
     """
 
     step: int
@@ -47,10 +49,11 @@ class StepDone:
     memory_bytes: int
     left_s: float
     skipped: int
+    spike_above: float | None = None
 
     @property
     def is_skipped(self) -> bool:
-        """Say whether a weight was not updated because its gradient was not finite."""
+        """Say whether a weight was not updated."""
         return self.skipped > 0
 
 
@@ -61,6 +64,14 @@ class Halved:
     step: int
     micro_batch: int
     accumulate: int
+
+
+@dataclass(frozen=True)
+class WentBack:
+    """The run diverged: after `step` it goes on with the weights of step `to_step`; the others taught nothing."""
+
+    step: int
+    to_step: int
 
 
 @dataclass(frozen=True)
@@ -199,6 +210,7 @@ Event = (
     Started
     | StepDone
     | Halved
+    | WentBack
     | Recorded
     | Rotated
     | Evaluated

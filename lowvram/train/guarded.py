@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from time import sleep
 
 from lowvram.train.control import Control
-from lowvram.train.events import Event, Paused, Resumed, Slowed, StepDone
+from lowvram.train.events import Event, Paused, Resumed, Slowed
 from lowvram.train.guard import Go, Guard, Slow, Verdict, Wait
 from lowvram.train.saver import RunSaver
 
@@ -34,7 +34,7 @@ class GuardedRun(RunSaver):
     _step_times_s: list[float] = field(default_factory=list, init=False)
     _held_at: tuple[int, float] = field(default=(-2, 0.0), init=False)
 
-    def _read_step(self) -> Iterator[StepDone]:
+    def _read_step(self) -> Generator[Event, None, bool]:
         """Read the numbers of the step that was launched last."""
         raise NotImplementedError
 

@@ -33,12 +33,18 @@ class LateRead:
 
 
 class Launched(NamedTuple):
-    """A step that was launched.  step, tokens: those done when it ends.  stats: see `StepStats`."""
+    """A step that was launched.
+
+    step, tokens: those done when it ends.  stats: see `StepStats`.  limit: the loss above which it is a spike.
+    is_void: the run has gone back since, so that the step teaches nothing.
+    """
 
     step: int
     tokens: int
     learning_rate: float
     stats: LateRead
+    limit: float
+    is_void: bool = False
 
 
 # A step that lasts so many times the usual one, and so many seconds longer, did not compute all the time: the process

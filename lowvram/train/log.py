@@ -9,6 +9,8 @@ import importlib
 import json
 import math
 import os
+import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lowvram.errors import DiskFullError, MachineError
 from lowvram.storage.disk import explain_full_disk
+from lowvram.storage.links import leads_out, refuse_link
 from lowvram.train.events import Evaluated, Event, Metered, Rotated, Sampled, SourceLoss, StepDone
 
 if TYPE_CHECKING:
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
 # Rows of a log that a full drive does not take: some 30 MB.
 MOST_WAITING = 100_000
+# Events that wait for a tracker; those that come while so many wait are not sent to it.
+MOST_EVENTS = 10_000
+# A run that ends waits so long for a tracker to take what it has not taken yet.
+LAST_WAIT_S = 30.0
 
 
 class Log(Protocol):
@@ -45,6 +52,8 @@ class JsonlLog:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if leads_out(path, path.parent):
+            refuse_link(path)
         self._folder = path.parent
         # Without a buffer, which after a failure would hold a part of a row.
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 - open as long as the run
@@ -58,6 +67,8 @@ class JsonlLog:
         values = {f.name: _finite(getattr(event, f.name)) for f in dataclasses.fields(event)}
         if not values.get("by_source", True):  # nothing is said of sources where there are none
             del values["by_source"]
+        if values.get("spike_above", True) is None:
+            del values["spike_above"]
         row = {"event": type(event).__name__, "time_s": round(time.time(), 3), **values}
         self._waiting.append(json.dumps(row, ensure_ascii=False, default=str).encode())
         try:
@@ -160,6 +171,45 @@ class WandbLog:
         self._run.finish()
 
 
+class TrackerThread:
+    """Writes a log in a thread of its own, so that a tracker that hangs or fails never holds up training.
+
+    lost: how many events the log did not take, because too many waited or because it had failed.  An error in the log
+    is shown with its traceback, and ends the log alone.
+    """
+
+    def __init__(self, log: Log, last_wait_s: float = LAST_WAIT_S, most_events: int = MOST_EVENTS) -> None:
+        self.lost = 0
+        self._log, self._last_wait_s = log, last_wait_s
+        self._events: queue.Queue[Event | None] = queue.Queue(most_events)
+        # A daemon: the process must end even where the tracker never answers.
+        self._thread = threading.Thread(target=self._work, name="lowvram-tracker", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        try:
+            while (event := self._events.get()) is not None:
+                self._log.write(event)
+        finally:
+            self._log.close()
+
+    def write(self, event: Event) -> None:
+        """Hand an event over; returns at once."""
+        try:
+            if self._thread.is_alive():
+                self._events.put_nowait(event)
+                return
+        except queue.Full:
+            pass
+        self.lost += 1
+
+    def close(self) -> None:
+        """Let the log finish, and wait for it for a limited time."""
+        with suppress(queue.Full):
+            self._events.put(None, timeout=self._last_wait_s if self._thread.is_alive() else 0.0)
+        self._thread.join(self._last_wait_s)
+
+
 def _require(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -170,7 +220,7 @@ def _require(module: str, extra: str) -> Any:
 
 
 def open_logs(run: Path, names: Sequence[str]) -> list[Log]:
-    """Return the JSONL log of a run directory and those asked for by name."""
+    """Return the JSONL log of a run directory and those asked for by name, which are written in threads."""
     kinds: dict[str, Callable[[Path], Log]] = {"tensorboard": TensorBoardLog, "wandb": WandbLog}
-    asked = [kinds[name](run) for name in names]
+    asked = [TrackerThread(kinds[name](run)) for name in names]
     return [JsonlLog(run / "log.jsonl"), *asked]

@@ -39,7 +39,7 @@ def prepare(settings: RunSettings, lock: RunLock | None = None, disk: Disk = DIS
     read_light_subset(run)  # a fault in a file is told now, and not at the first validation
     parts = _gather(settings, tokenizer, disk)
     valid = _open_held_out(config.data.held_out, tokenizer)
-    return Trainer(**parts, valid=valid, lock=lock)
+    return Trainer(**parts, valid=valid, lock=lock, allow=settings.allow)
 
 
 def prepare_replay(settings: RunSettings) -> Replay:

@@ -16,6 +16,7 @@ from lowvram.storage.checkpoint import Checkpoint
 from lowvram.storage.tensor_files import MappedTensors
 from lowvram.train.compilation import forget_compiled
 from lowvram.train.events import Event, Halved, Saved, StepDone
+from lowvram.train.state import is_healthy
 from lowvram.train.trainer import Trainer
 from lowvram.units import count_of
 
@@ -61,6 +62,8 @@ class Replay(Trainer):
         self.state.check(checkpoint)
         self._take_first_scale()
         self._restore(checkpoint)
+        # A run that went back in these steps does so again when they are repeated.
+        self._healthy_step = checkpoint.step if is_healthy(checkpoint.numbers()) else None
         return None
 
     def repeat(self, last: int, plan_of: Callable[[int], Plan]) -> Iterator[StepDone]:

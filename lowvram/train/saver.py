@@ -20,10 +20,10 @@ from lowvram.train.best_checkpoint import KEY as VALID
 from lowvram.train.best_checkpoint import BestCheckpoint, better_of
 from lowvram.train.divergence import explain_broken_weights, find_not_finite
 from lowvram.train.environment import KEY as CONDITIONS
-from lowvram.train.environment import current_environment
+from lowvram.train.environment import compare_environments, current_environment
 from lowvram.train.events import Doing, Paused, Resumed, Saved
 from lowvram.train.late_read import Pace
-from lowvram.train.start import RunLock
+from lowvram.train.start import RunLock, describe_allowed
 from lowvram.train.state import is_healthy
 from lowvram.train.step_launcher import StepLauncher
 
@@ -33,12 +33,16 @@ ROOM_ASKED_EVERY_S = 5.0
 
 @dataclass
 class RunSaver(StepLauncher):
-    """A run that can save itself.  doing: the work in progress; other threads may read it at any time."""
+    """A run that can save itself.
+
+    allow: which changes since the last save are accepted.  doing: the work in progress; other threads may read it.
+    """
 
     tokenizer: Tokenizer
     store: Store
     hashes: dict[str, str]
     lock: RunLock | None = None
+    allow: tuple[str, ...] = ()
     doing: Doing = field(default="starting", init=False)
     _stopping: bool = field(default=False, init=False)
     _saved_step: int = field(default=-1, init=False)
@@ -63,7 +67,13 @@ class RunSaver(StepLauncher):
         self._stopping = True
 
     def _conditions(self) -> dict[str, Any]:
-        return current_environment(self.state.model.embedding.device, self.config.train.optimizer.backend)
+        device, backend = self.state.model.embedding.device, self.config.train.optimizer.backend
+        return current_environment(device, backend, self.plan)
+
+    def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
+        allowed = describe_allowed(self.config, self.hashes, checkpoint)
+        return tuple(sentence for sentence in (checkpoint.notice, allowed, other) if sentence)
 
     def _save_is_due(self) -> bool:
         run, waited_s = self.config.run, time.monotonic() - self._saved_at
@@ -173,8 +183,12 @@ class RunSaver(StepLauncher):
             self.tokenizer.directory,
             self.hashes,
             stays=None if is_healthy(snapshot.numbers) else healthy_step,
-            best=best.step if best is not None and self.config.run.keep_best else None,
+            best=self._step_of(best),
         )
+
+    def _step_of(self, best: BestCheckpoint | None) -> int | None:
+        """Return the step of the best checkpoint where it is kept."""
+        return best.step if best is not None and self.config.run.keep_best else None
 
     def _record_save(self, checkpoint: Checkpoint, took_s: float, held_s: float) -> Saved:
         if is_healthy(checkpoint.numbers()):

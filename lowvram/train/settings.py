@@ -16,7 +16,8 @@ class RunSettings:
 
     config: what is learnt.  plan: how a step is cut, for plan_reason; is_kept: it is the plan of an earlier start.
     device: where.  limit_bytes: the memory that tensors may take there, None where that is not known.  graphs: the
-    passes of a micro-batch are replayed from CUDA graphs.
+    passes of a micro-batch are replayed from CUDA graphs.  allow: what may differ from the last start, of
+    `start.ALLOWABLE`.
     """
 
     config: RunConfig
@@ -26,3 +27,4 @@ class RunSettings:
     is_kept: bool = False
     limit_bytes: int | None = None
     graphs: bool = False
+    allow: tuple[str, ...] = ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,20 +17,45 @@ from lowvram.config.base import differences
 from lowvram.config.plan import Plan, Recompute, choose_plan
 from lowvram.config.run import RunConfig
 from lowvram.config.train import TrainConfig
-from lowvram.errors import BusyError, CheckpointError, ConfigError
+from lowvram.errors import BusyError, CheckpointError, ConfigError, argument
 from lowvram.generate.saved_run import saved_config
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
-from lowvram.storage.disk import DISK, Disk
+from lowvram.storage.disk import DISK, Disk, name_beside
 from lowvram.storage.json_files import JsonError, read_object
+from lowvram.storage.links import refuse_link
 
 _PLAN = "plan.json"
 # The model settings that a run may change when it starts from another run's weights.
 _ADJUSTABLE = ("positions.yarn", "window", "ffn.balance_rate")
 # The settings that may differ when a run resumes: paths (train.start_from is not needed any more), what is saved and
-# reported, how long the run goes on, and what steps the optimizer's states, which are the same.
-_FREE = ("run.", "data.", "train.tokens", "train.start_from", "train.optimizer.backend")
+# reported, how long the run goes on, whether spikes are skipped, and what steps the optimizer's states.
+_FREE = ("run.", "data.", "train.tokens", "train.start_from", "train.skip_spikes", "train.optimizer.backend")
 # A network or USB drive may be unavailable for a moment.
 _RETRY_AFTER_S = 2.0
+
+
+# The changes that a user may allow, and those of the hashes in a manifest.
+ALLOWABLE = ("data", "tokenizer")
+_KIND_OF = {"training data": "data", "tokenizer": "tokenizer"}
+
+
+class RunGoneError(BusyError):
+    """The run directory was deleted or renamed.  place: where what was learnt can be saved instead."""
+
+    def __init__(self, directory: Path, moved_to: Path | None) -> None:
+        self.place = moved_to or name_beside(directory, "rescued")
+        self._what = f"The run directory {directory} is gone."
+        self._how = f"It was renamed to {moved_to}" if moved_to else "It was deleted, or its drive is gone,"
+        super().__init__(
+            self._what,
+            f"{self._how} while this process was training in it; what was learnt is saved in {self.place}.",
+            f"Rename that to {directory} and type the same command again.",
+        )
+
+    def unsaved(self) -> BusyError:
+        """Return the error for the case that nothing could be saved in `place` either."""
+        why = f"{self._how} while this process was training in it, and nothing could be saved in {self.place}."
+        return BusyError(self._what, why, "Bring the directory back and type the same command again.")
 
 
 class RunLock:
@@ -39,10 +65,13 @@ class RunLock:
         self._directory = directory
         self._lock = FileLock(directory / "lock")
         self._identity: tuple[int, int] | None = None
+        self._handle: int | None = None
 
     def acquire(self) -> None:
         """Take the lock, or raise BusyError naming the process that trains in the directory."""
         owner = self._directory / "owner"
+        for path in (owner, self._directory / "lock"):
+            refuse_link(path)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
@@ -53,10 +82,12 @@ class RunLock:
                 "Stop that one first (Ctrl-C saves), or give this run another run.dir.",
             ) from error
         self._identity = self._read_identity()
+        if self._handle is None and sys.platform != "win32":
+            self._handle = os.open(self._directory, os.O_RDONLY)
         owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
 
     def refuse_lost(self) -> None:
-        """Raise BusyError where the run directory is gone, or another process has locked it since.
+        """Raise RunGoneError where the run directory is gone, BusyError where another process has locked it since.
 
         Where the lock file alone was deleted, it is taken again.
         """
@@ -69,11 +100,7 @@ class RunLock:
             if identity is not None and identity == self._identity:
                 return
         if not self._directory.is_dir():
-            raise BusyError(
-                f"The run directory {self._directory} is gone.",
-                "It was deleted or renamed while this process was training in it, so nothing more was saved.",
-                "If it was renamed, give it its name back and type the same command again.",
-            )
+            raise RunGoneError(self._directory, self._find_moved())
         self._lock.release()
         self._lock = FileLock(self._directory / "lock")
         self.acquire()
@@ -83,6 +110,25 @@ class RunLock:
         if self._lock.is_locked:  # else the owner file may belong to another process by now
             (self._directory / "owner").unlink(missing_ok=True)
         self._lock.release()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def _find_moved(self) -> Path | None:
+        """Return what the run directory is called now; None where it was deleted or the system does not tell."""
+        if self._handle is None:
+            return None
+        try:
+            if sys.platform == "darwin":
+                import fcntl
+
+                name = fcntl.fcntl(self._handle, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+            else:
+                name = os.readlink(f"/proc/self/fd/{self._handle}")
+            own, there = os.fstat(self._handle), os.stat(name)
+        except (OSError, AttributeError):  # no /proc, or nothing there: it was deleted
+            return None
+        return Path(name) if (own.st_ino, own.st_dev) == (there.st_ino, there.st_dev) else None
 
     def _read_identity(self) -> tuple[int, int] | None:
         """Return the inode and the device of the lock file; None where there is no lock file."""
@@ -107,36 +153,57 @@ def lock_run(directory: Path) -> Iterator[RunLock]:
         lock.release()
 
 
-def refuse_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> None:
-    """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says."""
-    changed = list_changes(config, hashes, checkpoint)
-    if changed:
-        raise ConfigError(
-            f"The run in {config.run.dir} was started differently:",
-            "; ".join(changed) + ".",
-            "Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights).",
-        )
+class Change(NamedTuple):
+    """A difference between a checkpoint's run and this one, in words.  kind: one of ALLOWABLE, empty for the others."""
+
+    says: str
+    kind: str = ""
 
 
-def list_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> list[str]:
-    """Return, in half a sentence each, what of a run may not change and is not what it was at a checkpoint.
-
-    hashes: of the tokenizer and the training data as they are now.
-    """
+def list_changes(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> list[Change]:
+    """Return how the model, recipe, data and tokenizer of `config` differ from those of a checkpoint."""
     saved = saved_config(checkpoint)
     changed = [
-        f"{key} was {before!r} and is now {now!r}"
+        Change(f"{key} was {before!r} and is now {now!r}")
         for key, before, now in differences(saved, config)
         if not key.startswith(_FREE)
     ]
     weights_then, weights_now = ([corpus.weight for corpus in each.data.train] for each in (saved, config))
     if weights_then != weights_now:
-        changed.append(f"the weights in data.train were {weights_then} and are now {weights_now}")
+        changed.append(Change(f"the weights in data.train were {weights_then} and are now {weights_now}", "data"))
     saved_hashes = checkpoint.manifest.get("hashes", {})
-    changed += [
-        f"the {name} has other contents" for name, value in hashes.items() if saved_hashes.get(name, value) != value
-    ]
+    for name, value in hashes.items():
+        if saved_hashes.get(name, value) != value:
+            changed.append(Change(f"the {name} has other contents", _KIND_OF[name]))
     return changed
+
+
+def refuse_changes(
+    config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint, allow: Collection[str] = ()
+) -> None:
+    """Raise ConfigError if a checkpoint was of another model, recipe, data or tokenizer than `config` says.
+
+    allow: the kinds of change that are accepted.
+    """
+    changed = list_changes(config, hashes, checkpoint)
+    if all(change.kind in allow for change in changed):
+        return
+    kinds = sorted({change.kind for change in changed})
+    accept = "" if "" in kinds else f"; {argument('allow', kinds)} goes on all the same"
+    raise ConfigError(
+        f"The run in {config.run.dir} was started differently:",
+        "; ".join(change.says for change in changed) + ".",
+        f"Put that back to go on, or choose a new run.dir (with train.start_from to begin from these weights){accept}.",
+    )
+
+
+def describe_allowed(config: RunConfig, hashes: dict[str, str], checkpoint: Checkpoint) -> str | None:
+    """Return a sentence about the changes with which a run goes on; None where there is none."""
+    changed = list_changes(config, hashes, checkpoint)
+    if not changed:
+        return None
+    says = "; ".join(change.says for change in changed)
+    return f"Changed as you allowed: {says}. The run goes on; no other run can equal it to the bit any more."
 
 
 def refuse_other_model(config: RunConfig, hashes: dict[str, str], origin: Checkpoint) -> None:

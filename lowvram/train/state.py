@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from lowvram.train.loss_scale import next_loss_scale
 from lowvram.train.optim import LeanOptimizer, build_optimizer
 from lowvram.train.optimizer_tensors import load_optimizer_tensors, optimizer_tensors, refuse_other_states
 from lowvram.train.rotation import ExpertRotation
+from lowvram.train.spikes import History, is_history
 
-_NUMBERS = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row")
+_NUMBERS = ("step", "tokens", "loss_scale", "quiet", "skipped_in_row", "went_back_at", "went_back_to", "losses")
 
 
 @dataclass
@@ -30,8 +31,8 @@ class TrainState:
     """The model, its optimizer, and a few counters.
 
     step: optimizer steps done, skipped ones included; the data position follows from it.
-    skipped_in_row: steps in a row in which no weight was updated, because gradients were not finite.  quiet: finite
-    steps since the loss scale last changed.
+    skipped_in_row: steps in a row in which no weight was updated.  quiet: finite steps since the loss scale changed.
+    went_back_at, went_back_to: see `divergence.may_go_back`.  losses: of the last steps, for the rule in `spikes`.
     """
 
     model: Transformer
@@ -42,6 +43,9 @@ class TrainState:
     loss_scale: float = 1.0
     quiet: int = 0
     skipped_in_row: int = 0
+    went_back_at: int = 0
+    went_back_to: int = 0
+    losses: History = field(default_factory=list)
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weights and the optimizer states, by name; rotating experts are complete and in natural order."""
@@ -85,6 +89,7 @@ class TrainState:
         load_optimizer_tensors(self.model, self.optimizer, own)
         for name in numbers.keys() & set(_NUMBERS):
             setattr(self, name, numbers[name])
+        self.losses = [(step, loss) for step, loss in self.losses]  # JSON has lists alone
 
     def take_weights(
         self, checkpoint: Checkpoint, states: dict[str, Tensor] | None = None, numbers: dict[str, Any] | None = None
@@ -110,18 +115,22 @@ class TrainState:
 
 
 def is_healthy(numbers: dict[str, Any]) -> bool:
-    """Say whether the last step before a checkpoint updated weights, that is, was not skipped."""
-    return numbers.get("skipped_in_row", 0) == 0
+    """Say whether the last step before a checkpoint updated weights: it was not skipped, nor did the run go back."""
+    return numbers.get("skipped_in_row", 0) == 0 and numbers.get("went_back_at", 0) != (numbers.get("step") or None)
 
 
 def _check_numbers(checkpoint: Checkpoint, rotation: ExpertRotation | None) -> None:
     numbers = checkpoint.numbers()
-    wrong = [name for name in _NUMBERS if name in numbers and not _is_number(numbers[name], name == "loss_scale")]
+    wrong = [name for name in _NUMBERS if name in numbers and not _is_valid(name, numbers[name])]
     if rotation is not None and not rotation.accepts(numbers.get("rotation")):
         wrong.append("rotation")
     if wrong:
         path = checkpoint.directory / NUMBERS
         raise CheckpointError(f"{path} was altered.", f"Its {wrong[0]} is {str(numbers[wrong[0]])[:60]}.")
+
+
+def _is_valid(name: str, value: object) -> bool:
+    return is_history(value) if name == "losses" else _is_number(value, name == "loss_scale")
 
 
 def _is_number(value: object, is_fractional: bool) -> bool:

@@ -204,15 +204,22 @@ def clip_and_update(
     learning_rate: Tensor | float,
     clip: float,
     loss_scale: LossScale | None = None,
-) -> None:
-    """Update by gradients of at most the norm `clip`; where they are not finite, change nothing but the loss scale."""
-    _, norm, skip = result.stats.unbind()
+    limit: Tensor | None = None,
+) -> Tensor:
+    """Update by gradients of at most the norm `clip`; where they are not finite, change nothing but the loss scale.
+
+    limit: an fp32 scalar on the device; where the loss is above it, nothing changes either.  Returns a scalar, 1 where
+    no weight changed.
+    """
+    loss, norm, is_broken = result.stats.unbind()
+    skip = is_broken if limit is None else torch.maximum(is_broken, (loss > limit).float())
     factor = (clip / (norm + 1e-6)).clamp(max=1.0)
     if loss_scale is not None:
         factor = factor / loss_scale.value
     update(model, optimizer, result.loads, learning_rate, factor, skip)
     if loss_scale is not None:
-        loss_scale.count_(skip)
+        loss_scale.count_(is_broken)
+    return skip
 
 
 def finish(
@@ -223,15 +230,17 @@ def finish(
     targets: int,
     clip: float,
     loss_scale: LossScale | None = None,
+    limit: Tensor | None = None,
 ) -> Tensor:
     """Measure, clip and update; returns [mean loss, gradient norm, 1 where nothing changed], fp32.
 
-    sums: what `sum_gradients` returned.  The host reads nothing here, and every number that changes from step to step
-    is a tensor (also the rate, where the caller gives one), so that a CUDA graph of it can be recorded.
+    sums: what `sum_gradients` returned.  limit: see `clip_and_update`.  The host reads nothing here, and every number
+    that changes from step to step is a tensor (also the rate, where the caller gives one), so that a CUDA graph of it
+    can be recorded.
     """
     result = measure(model, sums, targets, 1.0 if loss_scale is None else loss_scale.value)
-    clip_and_update(model, optimizer, result, learning_rate, clip, loss_scale)
-    return result.stats
+    skip = clip_and_update(model, optimizer, result, learning_rate, clip, loss_scale, limit)
+    return result.stats if limit is None else torch.stack([*result.stats[:2].unbind(), skip])
 
 
 def learn_in_backward(

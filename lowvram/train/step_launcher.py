@@ -27,7 +27,8 @@ class StepLauncher:
     """The gradients of the next step, and the update by them; the host reads nothing of either.
 
     captured_pass: the graphs of a micro-batch's passes, None where they are launched.  recorder: of the update.
-    loss_scale: that of an fp16 run, on the device.  micro_batches_begun: those of the step in progress; other threads
+    loss_scale: that of an fp16 run, on the device.  spike_limit: the loss above which a step is skipped, a scalar on
+    the device; None where spikes are learnt from.  micro_batches_begun: those of the step in progress; other threads
     may read it at any time.
     """
 
@@ -37,12 +38,15 @@ class StepLauncher:
     loader: Loader
     captured_pass: CapturedPass | None = field(default=None, init=False)
     loss_scale: LossScale | None = field(default=None, init=False)
+    spike_limit: Tensor | None = field(default=None, init=False)
     micro_batches_begun: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.recorder = UpdateRecorder(self.state.optimizer)
         if self.config.train.precision == "fp16" and not self.config.train.update_during_backward:
             self.loss_scale = LossScale(self.state.model.embedding.device)
+        if self.config.train.skip_spikes:
+            self.spike_limit = torch.full((), torch.inf, device=self.state.model.embedding.device)
 
     def write_loss_scale(self) -> None:
         """Write the state's loss scale to the device, after it was set or restored."""
@@ -54,9 +58,14 @@ class StepLauncher:
         self.captured_pass = None
         self.recorder.give_up()
 
-    def finish(self, sums: Loss, rate: float) -> Tensor:
-        """Clip the gradients that belong to sums, update by them, and return the step's numbers on the device."""
+    def finish(self, sums: Loss, rate: float, limit: float = torch.inf) -> Tensor:
+        """Clip the gradients that belong to sums, update by them, and return the step's numbers on the device.
+
+        limit: the loss above which the step is a spike, which is skipped where the run is to skip them.
+        """
         train = self.config.train
+        if self.spike_limit is not None:
+            self.spike_limit.fill_(limit)
         run = functools.partial(
             finish,
             self.state.model,
@@ -64,6 +73,7 @@ class StepLauncher:
             targets=train.batch_samples * train.seq_len,
             clip=train.clip,
             loss_scale=self.loss_scale,
+            limit=self.spike_limit,
         )
         return self.recorder.run(run, sums, rate, self.captured_pass)
 

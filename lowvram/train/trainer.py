@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import time
@@ -16,15 +17,13 @@ from lowvram.config.run import RunConfig
 from lowvram.data.shards import ShardSet
 from lowvram.data.source_set import SourceSet
 from lowvram.data.tokenizer import Tokenizer
-from lowvram.errors import CheckpointError, DataError
+from lowvram.errors import CheckpointError, DataError, DiskFullError
 from lowvram.generate.saved_run import check_readable
 from lowvram.objective import Loss, count_targets
 from lowvram.storage.checkpoint import Checkpoint, find_checkpoint
 from lowvram.train.best_checkpoint import best_of, read_validation
 from lowvram.train.compilation import compiled, forget_compiled
-from lowvram.train.divergence import MOST_SKIPPED, explain_divergence
-from lowvram.train.environment import KEY as CONDITIONS
-from lowvram.train.environment import compare_environments
+from lowvram.train.divergence import MOST_SKIPPED, explain_divergence, may_go_back
 from lowvram.train.events import (
     Doing,
     Evaluated,
@@ -35,6 +34,7 @@ from lowvram.train.events import (
     Started,
     StepDone,
     Stopped,
+    WentBack,
 )
 from lowvram.train.guarded import GuardedRun
 from lowvram.train.late_read import LateRead, Launched
@@ -50,14 +50,10 @@ from lowvram.train.oom import (
     memory_in_use,
 )
 from lowvram.train.schedule import learning_rate
-from lowvram.train.start import refuse_changes, refuse_other_model
+from lowvram.train.spikes import add_loss, is_spike, limit_for
+from lowvram.train.start import RunGoneError, refuse_changes, refuse_other_model
 from lowvram.train.state import TrainState, is_healthy
-from lowvram.train.step import (
-    StepStats,
-    discard,
-    learn_in_backward,
-    loss_for,
-)
+from lowvram.train.step import StepStats, discard, learn_in_backward, loss_for
 from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
@@ -79,11 +75,17 @@ class Trainer(GuardedRun):
         self.reads_late = device.type == "cuda" and not self.config.train.update_during_backward
 
     def run(self) -> Iterator[Event]:
-        """Resume if there is something to resume, then train."""
+        """Resume if there is something to resume, then train; where the run directory goes, save elsewhere and end."""
         try:
             yield self._begin()
             self._start_clock()
             yield from self._train()
+        except RunGoneError as gone:
+            try:
+                yield from self._rescue_in(gone.place)
+            except (OSError, DiskFullError) as error:
+                raise gone.unsaved() from error
+            raise
         finally:
             self._background.close()
 
@@ -115,6 +117,8 @@ class Trainer(GuardedRun):
             yield from self._save()
             if is_finished:  # a user who stops a run should wait for the save only
                 yield from self._validate_masters()
+        else:
+            self.store.tidy(self.state.step, self._healthy_step, self._step_of(self._best))
         self.store.reserve.give_back()
         yield Stopped(self.state.step, is_finished)
 
@@ -155,13 +159,9 @@ class Trainer(GuardedRun):
         self.state.restore(checkpoint)
         self.write_loss_scale()
 
-    def _notices(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        other = compare_environments(checkpoint.numbers().get(CONDITIONS), self._conditions())
-        return tuple(sentence for sentence in (checkpoint.notice, other) if sentence)
-
     def _check(self, checkpoint: Checkpoint) -> None:
         """Raise ConfigError where a checkpoint is of another run, CheckpointError where its contents are invalid."""
-        refuse_changes(self.config, self.hashes, checkpoint)
+        refuse_changes(self.config, self.hashes, checkpoint, self.allow)
         self.state.check(checkpoint)
 
     def _start_clock(self) -> None:
@@ -172,7 +172,7 @@ class Trainer(GuardedRun):
         train, state = self.config.train, self.state
         self.doing = "step"
         yield from self._rotate()
-        rate = learning_rate(train, state.step)
+        rate, limit = learning_rate(train, state.step), limit_for(state.step + 1, state.losses)
         if train.update_during_backward:
             stats = (yield from self._learn(rate)).stats
         else:
@@ -183,34 +183,64 @@ class Trainer(GuardedRun):
                     raise explain_out_of_memory(self.plan, state.step, train)
                 yield self._halve()
                 self._pace.begin(state.tokens)  # the failed attempt must not count in the speed
-            stats = self._update(sums, rate)
-        launched = Launched(state.step + 1, state.tokens + train.batch_tokens, rate, LateRead(stats))
-        yield from self._read_step()
-        state.step, state.tokens, self._launched = launched.step, launched.tokens, launched
+            stats = self._update(sums, rate, limit)
+        launched = Launched(state.step + 1, state.tokens + train.batch_tokens, rate, LateRead(stats), limit)
+        went_back = yield from self._read_step()
+        state.step, state.tokens = launched.step, launched.tokens
+        self._launched = launched._replace(is_void=went_back)
         if not self.reads_late:
             yield from self._read_step()
         if self.recorder.news():
             yield Recorded(state.step, self.recorder.problem or "")
 
-    def _read_step(self) -> Iterator[StepDone]:
-        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it."""
+    def _read_step(self) -> Generator[Event, None, bool]:
+        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it.
+
+        Returns whether the run diverged with it and went back.
+        """
         if self._launched is None:
-            return
+            return False
         train, state = self.config.train, self.state
-        (step, tokens, rate, stats), self._launched = self._launched, None
+        (step, tokens, rate, stats, limit, is_void), self._launched = self._launched, None
         loss, norm, skipped = stats.values()
-        # Where weights are updated one by one during backward, some may have been updated all the same.
-        is_partial = train.update_during_backward and skipped < state.optimizer.count and math.isfinite(loss)
-        has_learnt = not skipped or is_partial
-        state.update_loss_scale(not skipped, train.precision == "fp16", has_learnt)
+        above = limit if is_spike(loss, limit) else None
+        if not is_void:
+            # Where weights are updated one by one during backward, some may have been updated all the same.
+            is_partial = train.update_during_backward and skipped < state.optimizer.count and math.isfinite(loss)
+            has_learnt = not skipped or is_partial
+            is_finite = not skipped or (train.skip_spikes and math.isfinite(loss + norm))
+            state.update_loss_scale(is_finite, train.precision == "fp16", has_learnt)
+            state.losses = add_loss(state.losses, step, loss, limit) if has_learnt else state.losses
         speed = self._pace.measure(tokens)
         left_s = (train.steps - step) * train.batch_tokens / speed
         memory = memory_in_use(state.model.embedding.device, self.captured_pass is not None)
-        yield StepDone(step, tokens, loss, norm, rate, speed, memory, left_s, int(skipped))
-        if state.skipped_in_row >= MOST_SKIPPED:
-            raise explain_divergence(MOST_SKIPPED, step, self._healthy_step, train.optimizer.lr)
+        yield StepDone(step, tokens, loss, norm, rate, speed, memory, left_s, 1 if is_void else int(skipped), above)
+        if state.skipped_in_row < MOST_SKIPPED:
+            return False
+        yield from self._end_save()
+        yield self._go_back(step)
+        return True
 
-    def _rotate(self) -> Iterator[Rotated | StepDone]:
+    def _go_back(self, step: int) -> WentBack:
+        """Load the newest healthy checkpoint and go on behind `step`, or raise the error of a run that diverged."""
+        run, state, healthy_step = self.config.run, self.state, self._healthy_step
+        diverged = explain_divergence(
+            MOST_SKIPPED, step, healthy_step, self.config.train.optimizer.lr, state.went_back_at, run.on_divergence
+        )
+        may = may_go_back(run.on_divergence, healthy_step, state.went_back_at, state.went_back_to)
+        if healthy_step is None or not may:
+            raise diverged
+        done, tokens = state.step, state.tokens
+        try:
+            checkpoint = self.store.at(healthy_step, self._check)
+        except CheckpointError as error:
+            raise diverged from error
+        self._restore(checkpoint)
+        state.step, state.tokens = done, tokens
+        state.went_back_at, state.went_back_to = step, checkpoint.step
+        return WentBack(step, checkpoint.step)
+
+    def _rotate(self) -> Iterator[Event]:
         """Rotate to the next experts where a new interval begins."""
         rotation = self.state.rotation
         if rotation is None or rotation.interval == rotation.interval_of(self.state.step):
@@ -284,6 +314,15 @@ class Trainer(GuardedRun):
         if self.state.step not in (0, self._saved_step):
             yield from self._save()
 
+    def _rescue_in(self, place: Path) -> Iterator[Event]:
+        """Save the state in another directory, which nobody else knows and which needs no lock."""
+        has_moved = place.exists()
+        self.store, self.lock = dataclasses.replace(self.store, run=place), None
+        yield from self._end_save()
+        if not has_moved:
+            self._saved_step = -1  # the checkpoints went with the directory
+        yield from self._rescue()
+
     def _halve(self) -> Halved:
         """Halve the micro-batch after a failed attempt; the same sequences are then run again, fewer at a time."""
         discard(self.state.optimizer)
@@ -297,10 +336,10 @@ class Trainer(GuardedRun):
         self.plan = smaller
         return Halved(self.state.step, smaller.micro_batch, smaller.accumulate)
 
-    def _update(self, sums: Loss, rate: float) -> Tensor:
+    def _update(self, sums: Loss, rate: float, limit: float) -> Tensor:
         """Clip and update, and return the step's numbers on the device."""
         try:
-            return self.finish(sums, rate)
+            return self.finish(sums, rate, limit)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -14,6 +14,8 @@ from typing import IO, Any
 
 import pytest
 
+from lowvram.data.shards import pack
+from lowvram.data.tokenizer import Tokenizer
 from lowvram.errors import DiskFullError
 from lowvram.storage import checkpoint as checkpoint_module
 from lowvram.storage.checkpoint import Store, find_checkpoint
@@ -208,6 +210,21 @@ def small_drive(tmp_path: Path) -> Iterator[Path]:
         yield place
     finally:
         subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+def test_on_a_real_drive_that_fills_up_a_packing_says_so_and_goes_on_to_the_same_shards(
+    home: Path, small_drive: Path
+) -> None:
+    tokenizer = Tokenizer.load(home / "tok")
+    whole = pack([home / "train.txt"], tokenizer, home / "shards/plain", processes=1)
+    filler = small_drive / "filler"
+    with open(filler, "wb") as file:
+        file.write(bytes(shutil.disk_usage(small_drive).free - 4_096))
+    with pytest.raises(DiskFullError, match=f"No space left to write in {small_drive}"):
+        pack([home / "train.txt"], tokenizer, small_drive / "shards", processes=1)
+    assert not list((small_drive / "shards").glob("*.tmp"))
+    filler.unlink()
+    assert pack([home / "train.txt"], tokenizer, small_drive / "shards", processes=1).hash == whole.hash
 
 
 def test_on_a_real_drive_that_fills_up_a_run_waits_and_goes_on(

@@ -155,7 +155,7 @@ def test_jsonl_is_always_written_and_the_rest_when_asked(tmp_path: Path, monkeyp
     assert [type(log) for log in open_logs(tmp_path, ())] == [JsonlLog]
     assert (tmp_path / "log.jsonl").exists()
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
-    assert [type(log).__name__ for log in open_logs(tmp_path, ("wandb",))] == ["JsonlLog", "WandbLog"]
+    assert [type(log).__name__ for log in open_logs(tmp_path, ("wandb",))] == ["JsonlLog", "TrackerThread"]
 
 
 def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,13 +17,14 @@ from filelock import FileLock
 
 from lowvram.config.run import RunConfig
 from lowvram.errors import BusyError, DataError
-from lowvram.storage.checkpoint import find_checkpoint
+from lowvram.storage.checkpoint import Store, find_checkpoint
 from lowvram.train.environment import KEY, compare_environments, current_environment
 from lowvram.train.events import Event, Saved, StepDone
 from lowvram.train.start import lock_run
 from lowvram.train.trainer import Trainer
 from tests.tiny import prepare_home, tiny_run, trainer_of
 
+CPU_DEVICE = torch.device("cpu")
 on_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows lets nobody delete or rename what is open")
 
 
@@ -60,7 +62,7 @@ def expect(error: type[Exception], message: str, trainer: Trainer, deed: Callabl
 
 @on_posix
 @pytest.mark.parametrize("how", ["deleted", "renamed"])
-def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(
+def test_a_run_directory_that_is_gone_stops_the_run_which_keeps_what_it_learnt_and_says_where(
     what: RunConfig, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lowvram.train.start._RETRY_AFTER_S", 0.0)
@@ -69,14 +71,38 @@ def test_a_run_directory_that_is_gone_stops_the_run_and_is_not_made_again(
     with lock_run(run) as lock:
         trainer = trainer_of(what)
         trainer.lock = lock
-        expect(
-            BusyError,
-            r"run directory \S+run is gone\. It was deleted or renamed .* give it its name back",
-            trainer,
-            deed,
-        )
+        how = {"deleted": "It was deleted, or its drive is gone,", "renamed": f"It was renamed to {elsewhere}"}[how]
+        message = rf"run directory \S+run is gone\. {how} while .* saved in (\S+)\. Rename that to {run} and type"
+        with pytest.raises(BusyError, match=message) as found:
+            disturb(trainer, deed)
         assert trainer.state.step == 2, "at once, not at the next save"
-    assert not run.exists()
+    assert not run.exists(), "it is not made again"
+    place = Path(re.search(message, str(found.value))[1])
+    assert find_checkpoint(place)[0].step == 2
+    # The advice is right: under its own name the run goes on.
+    place.rename(run)
+    assert next(iter(trainer_of(what).run())).step == 2
+
+
+@on_posix
+def test_where_nothing_can_be_saved_elsewhere_the_error_does_not_promise_it(
+    what: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram.train.start._RETRY_AFTER_S", 0.0)
+
+    def lose() -> None:
+        shutil.rmtree(what.run.dir)
+        monkeypatch.setattr(Store, "save", refuse)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with lock_run(what.run.dir) as lock:
+        trainer = trainer_of(what)
+        trainer.lock = lock
+        expect(
+            BusyError, r"is gone\. .* nothing could be saved in \S+rescued\. Bring the directory back", trainer, lose
+        )
 
 
 @on_posix
@@ -197,7 +223,7 @@ def test_a_resume_under_other_conditions_says_which(what: RunConfig, monkeypatch
     trainer = trainer_of(what)
     events = disturb(trainer, trainer.stop)
     assert isinstance(events[-2], Saved)
-    assert find_checkpoint(what.run.dir)[0].numbers()[KEY] == current_environment(torch.device("cpu"))
+    assert find_checkpoint(what.run.dir)[0].numbers()[KEY] == current_environment(CPU_DEVICE, plan=trainer.plan)
     assert next(iter(trainer_of(what).run())).notices == ()
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 2)

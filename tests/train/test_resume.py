@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,6 @@ from lowvram.train.trainer import Trainer
 from tests.tiny import KINDS, prepare_home, tiny_run
 
 EVERY_STEP = 1e-9  # minutes between saves
-KILLS = 10
-
-
-class SlowDisk(Disk):
-    """A disk on which a save takes so long that most random moments fall inside one."""
-
-    def sync_directory(self, path: Path) -> None:
-        time.sleep(0.01)
-        super().sync_directory(path)
 
 
 @pytest.fixture(scope="module")
@@ -52,62 +41,10 @@ def trainer_of(what: RunConfig, disk: Disk | None = None, micro_batch: int | Non
     return prepare(RunSettings(what, plan, torch.device("cpu")), disk=disk or Disk())
 
 
-def train_slowly(what: RunConfig) -> None:
-    """The child process: train, saving after every step on a slow disk, until killed or done."""
-    torch.set_num_threads(1)
-    with lock_run(what.run.dir):
-        for _ in trainer_of(saving_every_step(what), SlowDisk()).run():
-            pass
-
-
-def is_signed(run: Path, sign: str, pid: int | None) -> bool:
-    """Whether the child holds the run and, where the sign is a draft's file, is writing one now."""
-    try:
-        owner = run / "owner"
-        holds = owner.read_text().strip() == str(pid)
-        return holds and (
-            sign == "owner" or any(path.stat().st_mtime > owner.stat().st_mtime for path in run.glob(sign))
-        )
-    except FileNotFoundError:  # not begun, or the draft was given its name between two looks
-        return False
-
-
 def tensors_at_the_end(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
     checkpoint, _ = find_checkpoint(run)
     assert checkpoint.step == step
     return checkpoint.weights() | checkpoint.state()
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", KINDS)
-def test_ten_kills_at_random_moments_change_no_bit(home: Path, kind: str) -> None:
-    whole, killed = (
-        tiny_run(home, kind, f"{name}-{kind}", dropout=0.1, tokens=16 * 256) for name in ("whole", "killed")
-    )
-    list(trainer_of(whole).run())
-    # A server that has torch loaded and forks: a child begins at once, and is a process of its own to kill.
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["lowvram.train.prepare", "tests.tiny"])
-    moments = random.Random(f"kills of {kind}")
-    run, died, torn = killed.run.dir, 0, 0
-    for number in range(KILLS):
-        child = server.Process(target=train_slowly, args=(killed,))
-        child.start()
-        # Every second kill waits for a save in progress, the others for a random moment of the run.
-        sign = "*.tmp/weights.safetensors" if number % 2 else "owner"
-        while child.is_alive() and not is_signed(run, sign, child.pid):
-            time.sleep(0.001)
-        child.join(moments.uniform(0.0, 0.05 if number % 2 else 0.3))
-        child.kill()
-        child.join()
-        died += child.exitcode == -signal.SIGKILL
-        torn += bool(list(run.glob("*.tmp")))
-    assert died >= KILLS - 2
-    assert torn >= 2, "too few kills fell inside a save"
-    train_slowly(killed)
-    truth, found = tensors_at_the_end(whole.run.dir, 16), tensors_at_the_end(run, 16)
-    assert truth.keys() == found.keys()
-    assert [name for name in truth if not torch.equal(truth[name], found[name])] == []
 
 
 @pytest.mark.parametrize("bits", [32, 8])
