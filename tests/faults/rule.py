@@ -26,7 +26,7 @@ from tests.tiny import tiny_run, unequal
 EVERY_STEP = 1e-9  # minutes between saves
 STEPS = 8
 # What a run directory may hold when its run has ended; drafts, reserved space and the owner's note are gone.
-_LASTING = re.compile(r"step-[0-9]{8}|lock|log\.jsonl|plan\.json|receipt\.json")
+_LASTING = re.compile(r"step-[0-9]{8}|lock|log\.jsonl|plan\.json|receipt\.json|status\.json|energy\.json")
 # What a row of the log says of the run itself, and not of the hour or of the machine.
 _OF_THE_RUN = {
     "StepDone": ("loss", "gradient_norm", "learning_rate", "tokens", "skipped", "is_spike"),
