@@ -101,8 +101,8 @@ def name_default(field: FieldInfo) -> str:
     if value is None:
         return "none"
     if isinstance(value, BaseModel):
-        tag = next(tag for tag in ("kind", "name") if hasattr(value, tag))
-        return f'`{{ {tag} = "{getattr(value, tag)}" }}`'
+        tags = [f'{tag} = "{getattr(value, tag)}" ' for tag in ("kind", "name") if hasattr(value, tag)]
+        return f"`{{ {tags[0]}}}`" if tags else "as below"
     return f"`{json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)}`"
 
 

@@ -55,12 +55,14 @@ if TYPE_CHECKING:
     from lowvram.train.events import Evaluated as Evaluated
     from lowvram.train.events import Event as Event
     from lowvram.train.events import Halved as Halved
+    from lowvram.train.events import Metered as Metered
     from lowvram.train.events import Paused as Paused
     from lowvram.train.events import Recorded as Recorded
     from lowvram.train.events import Resumed as Resumed
     from lowvram.train.events import Rotated as Rotated
     from lowvram.train.events import Sampled as Sampled
     from lowvram.train.events import Saved as Saved
+    from lowvram.train.events import Slowed as Slowed
     from lowvram.train.events import Started as Started
     from lowvram.train.events import StepDone as StepDone
     from lowvram.train.events import Stopped as Stopped
@@ -81,6 +83,7 @@ _HOMES = {
     "Looked": "lowvram.api.looking",
     "LowvramError": "lowvram.errors",
     "MemoryBudget": "lowvram.fit.report",
+    "Metered": "lowvram.train.events",
     "Mixed": "lowvram.api.mixing",
     "Model": "lowvram.api.models",
     "Notice": "lowvram.api.tasks",
@@ -95,6 +98,7 @@ _HOMES = {
     "Sampled": "lowvram.train.events",
     "Saved": "lowvram.train.events",
     "SeenDocument": "lowvram.api.looking",
+    "Slowed": "lowvram.train.events",
     "SourceScore": "lowvram.api.looking",
     "Started": "lowvram.train.events",
     "StepDone": "lowvram.train.events",
@@ -138,6 +142,7 @@ __all__ = [
     "Looked",
     "LowvramError",
     "MemoryBudget",
+    "Metered",
     "Mixed",
     "Model",
     "Notice",
@@ -152,6 +157,7 @@ __all__ = [
     "Sampled",
     "Saved",
     "SeenDocument",
+    "Slowed",
     "SourceScore",
     "Started",
     "StepDone",

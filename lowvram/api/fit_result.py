@@ -13,12 +13,14 @@ from lowvram.fit.evidence import describe_evidence
 from lowvram.fit.recommend import PATIENCE_DAYS, Advice
 from lowvram.fit.report import FitReport, MemoryBudget
 from lowvram.fit.suggestions import Change
+from lowvram.fit.tariff import HoursPlan
 from lowvram.hardware.profile import Desktop, measured_ids
 
 if TYPE_CHECKING:
     from lowvram.api.target import Target
     from lowvram.api.tasks import Notice
     from lowvram.config.plan import Recompute
+    from lowvram.config.tariff import Tariff
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class FitOptions:
     run_file: judge this run, None: presets.  gpu, memory_bytes: a card elsewhere; both None: this machine.  ram_bytes:
     of the computer.  desktop: which one the card draws.  preset: judge this one alone.  overrides: as `--set` takes
     them.  micro_batch, recompute: only such plans.  days: the longest run to recommend.  measure: time real steps here
-    first.  data: packed text, or the folder of train, valid and tok.
+    first.  data: packed text, or the folder of train, valid and tok.  tariff: a file of electricity prices, for the
+    cost of one model by the hours in which it trains.
     """
 
     run_file: Path | None = None
@@ -43,6 +46,7 @@ class FitOptions:
     days: float = PATIENCE_DAYS
     measure: bool = False
     data: Path | None = None
+    tariff: Path | None = None
 
     @property
     def is_here(self) -> bool:
@@ -70,7 +74,7 @@ class FitResult:
 
     Of a single model also changes: what would make it fit, None where a plan was asked for; faster: precisions in which
     it would be faster; remarks: about its text; instead: what this machine can train in time, where this model takes
-    years.
+    years; tariff, hours: the prices that were named, and a plan for each of them, none where its time is not known.
     """
 
     options: FitOptions
@@ -84,6 +88,8 @@ class FitResult:
     faster: tuple[Change, ...] = ()
     remarks: tuple[Remark, ...] = ()
     instead: Advice | None = None
+    tariff: Tariff | None = None
+    hours: tuple[HoursPlan, ...] = ()
     notices: tuple[Notice, ...] = ()
 
     def __iter__(self) -> Iterator[FitReport]:
@@ -108,6 +114,7 @@ class FitResult:
             "models": [_values(report, self.text) for report in self.models],
             "changes": [change._asdict() for change in self.changes or ()],
             "faster": [change._asdict() for change in self.faster],
+            "hours": [plan._asdict() | {"finishes": plan.finishes.isoformat()} for plan in self.hours],
         }
 
 

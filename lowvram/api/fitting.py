@@ -42,6 +42,7 @@ def fit(
     days: float | None = None,
     measure: bool = False,
     data: str | Path | None = None,
+    tariff: str | Path | None = None,
     progress: bool = False,
 ) -> FitResult:
     """Return which presets a card can pretrain, with which plan and in how many days; or what one run needs.
@@ -60,7 +61,8 @@ def fit(
     from lowvram.errors import refuse_unknown
     from lowvram.hardware.profile import Desktop
 
-    refuse_type("run", run, *PATH)
+    for name, path in (("run", run), ("data", data), ("tariff", tariff)):
+        refuse_type(name, path, *PATH)
     refuse_type("gpu", gpu, str)
     refuse_unknown("desktop", desktop, get_args(Desktop))
     refuse_type("preset", preset, str)
@@ -68,7 +70,6 @@ def fit(
     refuse_unknown("recompute", recompute, TECHNIQUES)
     refuse_type("days", days, int, float)
     refuse_type("measure", measure, bool)
-    refuse_type("data", data, *PATH)
     options = FitOptions(
         run_file=Path(run) if run is not None else None,
         gpu=gpu,
@@ -81,11 +82,11 @@ def fit(
         recompute=recompute,
         measure=measure,
         data=Path(data) if data is not None else None,
+        tariff=Path(tariff) if tariff is not None else None,
     )
     if days is not None:
         options = dataclasses.replace(options, days=days)
-    task = fit_task(options)
-    found, notices = carry_out(task, progress)
+    found, notices = carry_out(fit_task(options), progress)
     return dataclasses.replace(found, notices=notices)
 
 
@@ -109,10 +110,13 @@ def _read_size(name: str, value: str | int | None) -> int | None:
 
 def fit_task(options: FitOptions) -> Task[FitResult]:
     """Do what `fit` does, and yield its notices and its progress."""
+    from lowvram.api.cheap_hours import plan_hours_of
     from lowvram.api.target import describe_target, detect_target
+    from lowvram.config.tariff import read_tariff
     from lowvram.fit.recommend import recommend, recommend_first
 
     refuse_contradictions(options)
+    tariff = read_tariff(options.tariff) if options.tariff is not None else None
     if options.is_here:
         target = detect_target(options.ram_bytes)
     else:
@@ -139,6 +143,8 @@ def fit_task(options: FitOptions) -> Task[FitResult]:
         recommended=recommend(reports, options.days, text),
         text=text,
         changes=None if options.has_plan else (),
+        tariff=tariff,
+        hours=plan_hours_of(reports[0], run, tariff),
     )
     return (yield from _look_closer(result)) if options.is_alone else result
 
@@ -156,6 +162,7 @@ def refuse_contradictions(options: FitOptions) -> None:
         (run_file and options.preset, "A run file and `preset` were both given.", "Leave one of them out."),
         (options.overrides and not is_alone, "Values are overridden (`overrides`) of one run only.", name_one),
         (options.micro_batch and not is_alone, "A plan (`micro_batch`) is of one run only.", name_one),
+        (options.tariff and not is_alone, "What a run costs (`tariff`) is said of one run only.", name_one),
         (run_file and options.data, f"`data` and {run_file} both name the text.", "Leave `data` out."),
         (options.desktop and options.is_here, "`desktop` is for a card elsewhere.", "Here, what is free now counts."),
         (options.measure and not options.is_here, "`measure` times this machine.", "Leave `gpu` and `memory` out."),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lowvram.api.flatmate import Flatmate
     from lowvram.api.plan_monitor import PlanMonitor
     from lowvram.config.plan import Plan, Recompute
     from lowvram.config.run import RunConfig
@@ -92,12 +93,16 @@ class TrainingRun:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run whose lock is held and whose trainer stands at its first step.  resources: what is closed at the end."""
+    """A run whose lock is held and whose trainer stands at its first step.
+
+    flatmate: watches it, None where nothing does.  resources: what is closed at the end.
+    """
 
     settings: RunSettings
     trainer: Trainer
     monitor: PlanMonitor
     logs: tuple[Log, ...] = ()
+    flatmate: Flatmate | None = None
     resources: ExitStack = field(default_factory=ExitStack)
 
 
@@ -177,7 +182,9 @@ def prepare_run(
     """
     from lowvram.api.device import choose_device
     from lowvram.api.device_checking import check_device, is_worth_a_check
+    from lowvram.api.flatmate import move_in
     from lowvram.train.autotune import refuse_cuda_graphs
+    from lowvram.train.control import hear_requests
     from lowvram.train.log import open_logs
     from lowvram.train.prepare import prepare
     from lowvram.train.start import lock_run
@@ -189,12 +196,14 @@ def prepare_run(
     yield from chosen.notices
     with ExitStack() as stack:
         lock = stack.enter_context(lock_run(config.run.dir))
+        control = stack.enter_context(hear_requests(config.run.dir))
         settings, monitor = yield from _resolve_plan(config, chosen.device, asked)
         settings = dataclasses.replace(settings, allow=tuple(allow))
         if asked.device_check or (asked.device_check is None and is_worth_a_check(settings)):
             yield from check_device(settings)
         yield Progress("Checking the shards and building the model")
         trainer = prepare(settings, lock)
+        flatmate = yield from move_in(trainer, control, stack)
         yield from _describe_text(config)
         monitor.enforce(settings.plan)
         yield from _autotune(trainer, monitor, asked, not settings.is_kept)
@@ -202,7 +211,7 @@ def prepare_run(
         for log in logs:
             stack.callback(log.close)
         settings = dataclasses.replace(settings, plan=trainer.plan, graphs=trainer.captured_pass is not None)
-        return PreparedRun(settings, trainer, monitor, logs, stack.pop_all())
+        return PreparedRun(settings, trainer, monitor, logs, flatmate, stack.pop_all())
     raise AssertionError("lock_run lets every error through")
 
 
@@ -288,10 +297,13 @@ def _train(prepared: PreparedRun) -> Generator[Event | Notice, None, None]:
     from lowvram.train.oom import explain_device_fault
     from lowvram.train.start import keep_plan
 
-    trainer, monitor = prepared.trainer, prepared.monitor
+    trainer, monitor, flatmate = prepared.trainer, prepared.monitor, prepared.flatmate
     with prepared.resources:
         try:
-            for event in trainer.run():
+            for event in trainer.run() if flatmate is None else flatmate.follow(trainer.run()):
+                if isinstance(event, Notice):
+                    yield event
+                    continue
                 if isinstance(event, Started | Halved):
                     keep_plan(trainer.config.run.dir, trainer.plan)
                     monitor.enforce(trainer.plan, trainer.captured_pass is not None)

@@ -22,6 +22,9 @@ COMMANDS = (
     "tokenizer",
     "data",
     "train",
+    "pause",
+    "resume",
+    "stop",
     "verify",
     "service",
     "receipt",
@@ -32,6 +35,8 @@ COMMANDS = (
     "export",
     "import",
 )
+# The modules of commands that are not called as they are.
+_MODULES = {"pause": "control", "resume": "control", "stop": "control"}
 # Environment variables that torch's CPU libraries read when they are loaded; values that the user has set are kept.
 CPU_ENVIRONMENT = {
     # Waiting threads sleep.  By default they spin, and one other busy program makes a step 15 times slower.
@@ -52,8 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("lowvram", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"lowvram {lowvram.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        module = f"{name}_" if keyword.iskeyword(name) else name
+    for module in dict.fromkeys(_MODULES.get(name, name) for name in COMMANDS):
+        module = f"{module}_" if keyword.iskeyword(module) else module
         importlib.import_module(f"lowvram.cli.{module}").add_parser(commands)
     return parser
 

@@ -53,6 +53,7 @@ schedule = { kind = "wsd", warmup = 0.05, decay = 0.3 }
 dir = "run"
 validate_every = 120
 sample_every = 10_000
+guard = { battery = "ignore" }
 """
 
 

@@ -58,6 +58,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SHARDS",
         help="packed text, or the folder of train, valid and tok: show which presets it is enough for",
     )
+    parser.add_argument(
+        "--tariff",
+        type=Path,
+        metavar="FILE",
+        help="prices of electricity by the hour (docs/flatmate.md): show what RUN.toml or --model costs in all hours, "
+        "and in the cheapest only",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -68,6 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     from lowvram.api.run_file import choose_run_task
     from lowvram.cli.console import literal, notice, result
     from lowvram.cli.fit_report import explain, show_one
+    from lowvram.cli.fit_tariff import show_tariff
     from lowvram.cli.tasks import run_task
 
     options = _read_options(arguments)
@@ -82,6 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         literal(json.dumps(found.as_dict(), ensure_ascii=False))
     elif options.is_alone:
         show_one(found)
+        show_tariff(found)
     else:
         _show_table(found, arguments.out)
     if options.run_file is None:
@@ -110,6 +119,7 @@ def _read_options(arguments: argparse.Namespace) -> FitOptions:
         days=arguments.days,
         measure=arguments.measure,
         data=arguments.data,
+        tariff=arguments.tariff,
     )
 
 

@@ -12,15 +12,18 @@ from rich.text import Text
 
 from lowvram.cli.console import err, notice
 from lowvram.train.events import (
+    Cause,
     Evaluated,
     Event,
     Halved,
+    Metered,
     Paused,
     Recorded,
     Resumed,
     Rotated,
     Sampled,
     Saved,
+    Slowed,
     Started,
     StepDone,
     Stopped,
@@ -37,6 +40,15 @@ QUIET_INTERVAL_S = 30.0
 _LONG_S = 2.0
 _WIDEST_BAR, _NARROWEST_BAR = 24, 8
 _BESIDE_BAR = 4  # the spinner, and a blank between columns
+# How a run that waits goes on.
+_BY_ITSELF = "Training goes on by itself then"
+_GOES_ON: dict[Cause, str] = {
+    "room": "Training goes on by itself when there is room",
+    "asked": "It goes on after lowvram resume",
+    "schedule": _BY_ITSELF,
+    "battery": "Training goes on by itself on the mains",
+    "disk": "Training goes on by itself when there is more",
+}
 _MEMORY_OF = {"cuda": "card", "mps": "GPU"}  # else this process
 
 
@@ -63,7 +75,8 @@ class TrainingScreen:
         )
         self._task = self._progress.add_task("", total=self._steps)
         self._last: StepDone | None = None
-        self._was_finished = False
+        self._was_finished = self._is_slowed = False
+        self._metered: Metered | None = None
 
     def __enter__(self) -> TrainingScreen:
         self._progress.start()
@@ -77,6 +90,7 @@ class TrainingScreen:
         waited_s = time.monotonic() - self._last_at
         work = [] if self._last is not None and waited_s < _LONG_S else [self._name_work(waited_s)]
         told = [] if self._last is None else self._parts(self._last)
+        told += [(1, f"slowed: {self._trainer.held_by}")] if self._is_slowed and self._trainer.held_by else []
         return join_fitting([*told, *work], err.width - 2)
 
     def _name_work(self, waited_s: float) -> tuple[int, str]:
@@ -88,6 +102,8 @@ class TrainingScreen:
             what = f"{first}micro-batch {begun} of {count}" if count > 1 else f"{first}computing"
             if self._last is None and self._memory_of == "card" and begun <= 1:
                 what += ", kernels are compiled first"
+        elif trainer.doing == "paused":
+            what = f"paused: {trainer.held_by}"
         else:
             what = trainer.doing
         return 1, f"{what}, {show_duration(waited_s)}"
@@ -140,11 +156,10 @@ class TrainingScreen:
             notice(f"step {event.step:>6}  {text}", "dim")
         elif isinstance(event, Saved):
             notice(f"step {event.step:>6}  saved {event.directory} ({_duration_of_save(event)})", "dim")
-        elif isinstance(event, Paused):
-            goes_on = "Training goes on by itself when there is room; Ctrl-C ends it."
-            notice(f"step {event.step:>6}  paused: {event.why} {goes_on}", "yellow")
-        elif isinstance(event, Resumed):
-            notice(f"step {event.step:>6}  goes on after {show_duration(event.waited_s)}", "green")
+        elif isinstance(event, Paused | Resumed | Slowed):
+            self._show_hold(event)
+        elif isinstance(event, Metered):
+            self._metered = event
         elif isinstance(event, Stopped):
             self._show_end(event)
 
@@ -160,6 +175,19 @@ class TrainingScreen:
             notice(f"This run was finished before: all of its tokens were seen by step {event.step}.", "green")
         elif event.resumed_from:
             notice(f"Going on from {event.resumed_from} (step {event.step} of {event.steps}).")
+
+    def _show_hold(self, event: Paused | Resumed | Slowed) -> None:
+        style = "green"
+        if isinstance(event, Paused):
+            says, style = f"paused: {event.why} {_GOES_ON[event.cause]}; Ctrl-C ends it.", "yellow"
+        elif isinstance(event, Resumed):
+            says = f"goes on after {show_duration(event.waited_s)}"
+        else:
+            self._is_slowed = bool(event.why)
+            says = "at full speed again"
+            if event.why:
+                says, style = f"slowed, with pauses between steps: {event.why}", "yellow"
+        notice(f"step {event.step:>6}  {says}", style)
 
     def _show_step(self, event: StepDone) -> None:
         if event.spike_above is not None:
@@ -179,12 +207,22 @@ class TrainingScreen:
         self._progress.update(self._task, visible=False)
         if self._last is not None:
             notice(join_fitting(self._parts(self._last)))
+        if self._metered is not None:
+            notice(describe_energy(self._metered))
         if self._was_finished:
             return
         if event.is_finished:
             notice("All tokens were seen.", "green")
         else:
             notice(f"Stopped after step {event.step}; the same command resumes the run.", "green")
+
+
+def describe_energy(event: Metered) -> str:
+    """Return the energy of a run, and what it costs, as a sentence."""
+    whose = {"counter": "The card", "power": "The card", "power_watts": "By run.guard.power_watts the computer"}
+    cost = "" if event.cost is None else f", which costs {event.cost:,.2f} {event.currency}".rstrip()
+    used = f"{1000 * event.kwh:.0f} Wh" if event.kwh < 1 else f"{event.kwh:,.2f} kWh"
+    return f"{whose[event.source]} took {used} in {show_duration(event.seconds)} of this run{cost}."
 
 
 def _duration_of_save(event: Saved) -> str:

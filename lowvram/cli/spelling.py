@@ -21,7 +21,8 @@ _SAME_NAMES = (
     "above against allow below boring cache chart choices compile data demo desktop device device_check dtype exclude "
     "field gpu graphs harness holdout items language languages leave_out levels license listed measure memory "
     "micro_batch newest on_bad_row out pairs parallel precision processes ram recompute replace sample samples size "
-    "stems steps strangest suffixes temperature text to tokenizer tokens verify"
+    "stems steps strangest suffixes tariff temperature text to tokenizer tokens "
+    "verify"
 )
 _OPTIONS = {name: f"--{name.replace('_', '-')}" for name in _SAME_NAMES.split()}
 _OPTIONS |= {name: f"--{option}" for name, option in _OTHER_NAMES.items()}

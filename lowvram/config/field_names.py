@@ -126,7 +126,6 @@ _COMMANDS = {
     "infer": "chat",
     "inference": "chat",
     "pretrain": "train",
-    "resume": "train",
     "eval": "evaluate",
     "test": "evaluate",
     "convert": "export",

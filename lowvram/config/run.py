@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, Tag, model_validator
 
 from lowvram.config.base import Count, FrozenConfig, Size, as_list
+from lowvram.config.guard import GuardConfig
 from lowvram.config.model import ModelConfig
 from lowvram.config.train import TrainConfig, check_rotation
 from lowvram.errors import ConfigError
@@ -140,6 +141,10 @@ class RunOptions(FrozenConfig):
     """Questions, as for `lowvram evaluate --choices`: each validation shows how many of at most 96 are right."""
     log: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(as_list)] = ()
     """Where figures go beside `log.jsonl`: `"tensorboard"`, `"wandb"` or both."""
+    wake_lock: bool = True
+    """Keep the computer from going to sleep while it trains."""
+    guard: GuardConfig = GuardConfig()
+    """When the run slows or waits, and what its energy costs."""
 
     def save_interval_s(self, state_bytes: float) -> float:
         """Return the seconds between two checkpoints: as configured, or so that a disk does not wear out early.

@@ -133,12 +133,18 @@ def _read_driver(nvml: Any) -> Driver | None:
 
 
 def _read_card(nvml: Any) -> NvidiaCard | None:
-    visible = _list_visible(nvml, _list_indices(nvml))
-    if not visible:
+    index = first_visible_index(nvml)
+    if index is None:
         return None
-    memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(visible[0]))
-    name, capability = _read_name(nvml, visible[0]), _read_capability(nvml, visible[0])
+    memory = nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index))
+    name, capability = _read_name(nvml, index), _read_capability(nvml, index)
     return NvidiaCard(name, capability, int(memory.total), int(memory.free))
+
+
+def first_visible_index(nvml: Any) -> int | None:
+    """Return NVML's index of the card that a run would use; None if there is none or all are hidden."""
+    visible = _list_visible(nvml, _list_indices(nvml))
+    return visible[0] if visible else None
 
 
 def _list_indices(nvml: Any) -> list[int]:

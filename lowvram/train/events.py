@@ -9,6 +9,9 @@ from typing import Literal
 
 from lowvram.errors import CheckpointError
 
+# What a run waits for.
+Cause = Literal["room", "asked", "schedule", "battery", "disk"]
+
 
 @dataclass(frozen=True)
 class Started:
@@ -148,10 +151,16 @@ class Saved:
 
 @dataclass(frozen=True)
 class Paused:
-    """After `step` the run waits, and goes on by itself.  why: what it waits for, in a sentence."""
+    """After `step` the run waits.  why: what it waits for, in a sentence.
+
+    cause: "room" for the next save; "asked": until it is resumed; "schedule", "battery", "disk": the guard of that
+    name.  A run that waits for another reason now yields another Paused.  Only one that was asked to does not go on by
+    itself.
+    """
 
     step: int
     why: str
+    cause: Cause = "room"
 
 
 @dataclass(frozen=True)
@@ -160,6 +169,33 @@ class Resumed:
 
     step: int
     waited_s: float
+
+
+@dataclass(frozen=True)
+class Slowed:
+    """From `step` on the run pauses between steps.  why: in a few words, "84 °C"; "" where that has ended."""
+
+    step: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Metered:
+    """The energy of a run up to `step`, over all of its starts, pauses left out.
+
+    seconds: the time in which it was counted.  source: "counter", "power" or "power_watts" (of the run file).  cost: in
+    the run file's currency, None where it names no price.  power_w, temperature_c: of the card now, None where they
+    cannot be read.
+    """
+
+    step: int
+    kwh: float
+    seconds: float
+    source: str
+    cost: float | None = None
+    currency: str = ""
+    power_w: float | None = None
+    temperature_c: float | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +218,9 @@ Event = (
     | Saved
     | Paused
     | Resumed
+    | Slowed
+    | Metered
     | Stopped
 )
 # What a trainer is doing between two events, which may take minutes.
-Doing = Literal["starting", "step", "validating", "sampling", "saving", "waiting for room on the disk"]
+Doing = Literal["starting", "step", "validating", "sampling", "saving", "waiting for room on the disk", "paused"]

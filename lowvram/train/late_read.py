@@ -7,15 +7,11 @@ the card goes on, and read when the next step has been launched.
 from __future__ import annotations
 
 import itertools
-import statistics
 import time
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-# A step that took so many times the median of the last ones did not compute all the while.
-_STALLED = 10.0
 
 
 class LateRead:
@@ -51,26 +47,46 @@ class Launched(NamedTuple):
     is_void: bool = False
 
 
+# A step that lasts so many times the usual one, and so many seconds longer, did not compute all the time: the process
+# was stopped, or the computer asleep.
+_MOST_TIMES, _MOST_LONGER_S = 4.0, 3.0
+# So many steps tell what is usual.
+_USUAL_STEPS = 3
+
+
 class Pace:
-    """The speed of the last steps, whatever else the run does between them."""
+    """The speed of the last steps, whatever else the run does between them.
+
+    A time in which the process was stopped or the computer slept does not count; it is recognised by a step that lasts
+    far longer than those before it.  Where steps stay so long, they count from the second one on.
+    """
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, int]] = []
+        self._speed: float | None = None
 
     def begin(self, tokens: int) -> None:
         """Begin anew, with so many tokens done: what came before must not count."""
         self._marks = [(time.monotonic(), tokens)]
 
     def measure(self, tokens: int) -> float:
-        """Return the tokens per second of the last twenty steps; tokens: those done now.
+        """Return the tokens per second of the last twenty steps; tokens: those done now."""
+        mark = (time.monotonic(), tokens)
+        if self._speed is not None and self._was_away(mark[0]):
+            self._marks = [mark]
+            return self._speed
+        self._marks = [*self._marks[-20:], mark]
+        (began, tokens_then), (now, tokens_now) = self._marks[0], self._marks[-1]
+        self._speed = (tokens_now - tokens_then) / max(1e-9, now - began)
+        return self._speed
 
-        A step in which the process was stopped or the computer slept is left out: one of ten times the median.
-        """
-        self._marks = [*self._marks[-20:], (time.monotonic(), tokens)]
-        steps = [(now - then, done - before) for (then, before), (now, done) in itertools.pairwise(self._marks)]
-        longest = _STALLED * statistics.median_low([seconds for seconds, _ in steps])
-        counted = [step for step in steps if step[0] <= longest]
-        return sum(done for _, done in counted) / max(1e-9, sum(seconds for seconds, _ in counted))
+    def _was_away(self, now: float) -> bool:
+        times = [mark[0] for mark in self._marks]
+        steps = sorted(later - earlier for earlier, later in itertools.pairwise(times))
+        if len(steps) < _USUAL_STEPS:
+            return False
+        usual_s, last_s = steps[len(steps) // 2], now - times[-1]
+        return last_s > _MOST_TIMES * usual_s and last_s > usual_s + _MOST_LONGER_S
 
 
 def on_its_way(tensor: Tensor, device: torch.device) -> Tensor:

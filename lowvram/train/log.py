@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowvram.errors import DiskFullError, MachineError
 from lowvram.storage.disk import explain_full_disk
 from lowvram.storage.links import leads_out, refuse_link
-from lowvram.train.events import Evaluated, Event, Rotated, Sampled, SourceLoss, StepDone
+from lowvram.train.events import Evaluated, Event, Metered, Rotated, Sampled, SourceLoss, StepDone
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -126,6 +126,10 @@ def scalars(event: Event) -> dict[str, float]:
         return {f"{name}/{figure}": value for figure, value in found.items()}
     if isinstance(event, Rotated):
         return {"rotation/card_bytes": event.card_bytes, "rotation/host_bytes": event.host_bytes}
+    if isinstance(event, Metered):
+        sensed = {"power_w": event.power_w, "temperature_c": event.temperature_c}
+        known = {name: value for name, value in sensed.items() if value is not None}
+        return {f"energy/{name}": value for name, value in ({"kwh": event.kwh} | known).items()}
     return {}
 
 

@@ -36,6 +36,7 @@ from lowvram.train.events import (
     Stopped,
     WentBack,
 )
+from lowvram.train.guarded import GuardedRun
 from lowvram.train.late_read import LateRead, Launched
 from lowvram.train.loss_scale import FIRST_LOSS_SCALE
 from lowvram.train.oom import (
@@ -48,7 +49,6 @@ from lowvram.train.oom import (
     is_out_of_memory,
     memory_in_use,
 )
-from lowvram.train.saver import RunSaver
 from lowvram.train.schedule import learning_rate
 from lowvram.train.spikes import add_loss, is_spike, limit_for
 from lowvram.train.start import RunGoneError, refuse_changes, refuse_other_model
@@ -63,7 +63,7 @@ from lowvram.train.validation import evaluate, evaluate_masters, write_sample
 
 
 @dataclass
-class Trainer(RunSaver):
+class Trainer(GuardedRun):
     """`run()` trains until all tokens are seen or `stop()` is called, and yields events.
 
     The same `config`, `plan`, device and thread count give the same bits, however often the run is interrupted.
@@ -96,6 +96,9 @@ class Trainer(RunSaver):
 
     def _train(self) -> Iterator[Event]:
         while self.state.step < self.config.train.steps and not self._stopping:
+            yield from self._hold()
+            if self._stopping:  # it was asked to while it waited
+                break
             try:
                 yield from self._advance()
                 yield from self._validate_and_sample()
@@ -196,10 +199,7 @@ class Trainer(RunSaver):
             yield Recorded(state.step, self.recorder.problem or "")
 
     def _read_step(self) -> Generator[Event, None, bool]:
-        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it.
-
-        Returns whether the run diverged with it and went back.
-        """
+        """Read the numbers of the step that was launched last, count it and tell it; returns whether the run went back."""
         if self._launched is None:
             return False
         train, state = self.config.train, self.state
@@ -229,16 +229,16 @@ class Trainer(RunSaver):
         diverged = explain_divergence(
             MOST_SKIPPED, step, healthy_step, self.config.train.optimizer.lr, state.went_back_at, run.on_divergence
         )
-        may = may_go_back(run.on_divergence, healthy_step, state.went_back_at, state.went_back_to)
-        if healthy_step is None or not may:
+        went = state.went_back_at, state.went_back_to
+        if healthy_step is None or not may_go_back(run.on_divergence, healthy_step, *went):
             raise diverged
-        done, tokens = state.step, state.tokens
         try:
             checkpoint = self.store.at(healthy_step, self._check)
         except CheckpointError as error:
             raise diverged from error
+        done = state.step, state.tokens
         self._restore(checkpoint)
-        state.step, state.tokens = done, tokens
+        state.step, state.tokens = done
         state.went_back_at, state.went_back_to = step, checkpoint.step
         return WentBack(step, checkpoint.step)
 

@@ -53,7 +53,13 @@ def test_every_argument_has_an_option_that_a_command_takes() -> None:
 _COMMAND = re.compile(r"(lowvram|pip) [a-z][^`;]*|^--[a-z-]+ ?$")
 _MESSAGES = ("api", "config", "convert", "data", "evaluate", "fit", "generate", "hardware", "storage", "train")
 # A table of options, which no message is made of; the arguments of other programs; a command made of pieces.
-_TABLES = {"config/field_names.py", "convert/gguf/verify.py", "hardware/detect.py"}
+_TABLES = {
+    "config/field_names.py",
+    "convert/gguf/verify.py",
+    "api/services.py",
+    "hardware/detect.py",
+    "hardware/wake_lock.py",
+}
 
 
 def test_no_message_below_the_command_line_names_an_option() -> None:

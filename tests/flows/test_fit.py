@@ -193,6 +193,7 @@ JSON_KEYS = {
     "models": list,
     "changes": list,
     "faster": list,
+    "hours": list,
 }
 MODEL_KEYS = {
     "name": str,

@@ -33,6 +33,7 @@ validate_every = 4
 sample_every = 100
 sample_tokens = 5
 prompts = ["Kış"]
+guard = { battery = "ignore" }
 """
 
 
