@@ -59,6 +59,7 @@ class TrainState:
     def numbers(self) -> dict[str, Any]:
         """Return the counters, and the position of the expert rotation, as plain values."""
         plain = {name: getattr(self, name) for name in _NUMBERS}
+        plain["losses"] = [list(pair) for pair in self.losses]  # as JSON gives them back
         return plain if self.rotation is None else {**plain, "rotation": self.rotation.numbers()}
 
     def check(self, checkpoint: Checkpoint) -> None:
@@ -89,7 +90,7 @@ class TrainState:
         load_optimizer_tensors(self.model, self.optimizer, own)
         for name in numbers.keys() & set(_NUMBERS):
             setattr(self, name, numbers[name])
-        self.losses = [(step, loss) for step, loss in self.losses]  # JSON has lists alone
+        self.losses = [(step, loss) for step, loss in self.losses]
 
     def take_weights(
         self, checkpoint: Checkpoint, states: dict[str, Tensor] | None = None, numbers: dict[str, Any] | None = None

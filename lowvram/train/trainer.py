@@ -194,10 +194,7 @@ class Trainer(GuardedRun):
             yield Recorded(state.step, self.recorder.problem or "")
 
     def _read_step(self) -> Generator[Event, None, bool]:
-        """Read the numbers of the step that was launched last, count it as finite or skipped, and tell of it.
-
-        Returns whether the run diverged with it and went back.
-        """
+        """Read the numbers of the step that was launched last, count it and tell it; returns whether the run went back."""
         if self._launched is None:
             return False
         train, state = self.config.train, self.state
@@ -227,16 +224,16 @@ class Trainer(GuardedRun):
         diverged = explain_divergence(
             MOST_SKIPPED, step, healthy_step, self.config.train.optimizer.lr, state.went_back_at, run.on_divergence
         )
-        may = may_go_back(run.on_divergence, healthy_step, state.went_back_at, state.went_back_to)
-        if healthy_step is None or not may:
+        went = state.went_back_at, state.went_back_to
+        if healthy_step is None or not may_go_back(run.on_divergence, healthy_step, *went):
             raise diverged
-        done, tokens = state.step, state.tokens
         try:
             checkpoint = self.store.at(healthy_step, self._check)
         except CheckpointError as error:
             raise diverged from error
+        done = state.step, state.tokens
         self._restore(checkpoint)
-        state.step, state.tokens = done, tokens
+        state.step, state.tokens = done
         state.went_back_at, state.went_back_to = step, checkpoint.step
         return WentBack(step, checkpoint.step)
 

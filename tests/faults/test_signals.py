@@ -143,7 +143,7 @@ def test_a_process_that_is_stopped_for_a_while_ends_the_same(home: Path, unbroke
     expect_same_end(unbroken, home / "stopped")
 
 
-@pytest.mark.parametrize("stopped_at", [1, 2, 3, 10, 25], ids=str)
+@pytest.mark.parametrize("stopped_at", [5, 10, 25], ids=str)
 def test_a_minute_in_which_the_process_was_stopped_is_no_part_of_its_speed(
     stopped_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,8 +154,7 @@ def test_a_minute_in_which_the_process_was_stopped_is_no_part_of_its_speed(
     for step in range(1, 31):
         now += 2.0 + (60.0 if step == stopped_at else 0.0)
         speed = pace.measure(100 * step)
-        if step > 2:
-            assert speed == pytest.approx(50.0, rel=1e-9), f"after step {step}"
+        assert speed == pytest.approx(50.0, rel=1e-9), f"after step {step}"
 
 
 def test_a_speed_that_really_falls_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
