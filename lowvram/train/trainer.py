@@ -194,7 +194,7 @@ class Trainer(GuardedRun):
             yield Recorded(state.step, self.recorder.problem or "")
 
     def _read_step(self) -> Generator[Event, None, bool]:
-        """Read the numbers of the step that was launched last, count it and tell it; returns whether the run went back."""
+        """Read the numbers of the step that was launched last, and tell of it; returns whether the run went back."""
         if self._launched is None:
             return False
         train, state = self.config.train, self.state
