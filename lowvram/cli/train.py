@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         return supervise(words, what.run.dir, keeps_device=not is_chosen)
     compiled, recorded, checked = switches
     options = (arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded, checked)
-    ended = train(what, *options, allow=arguments.allow)
+    ended = train(what, *options, arguments.allow)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 
