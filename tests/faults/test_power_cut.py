@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ class Call(NamedTuple):
     """A call of the system that decides what a power cut leaves.
 
     inode: of what is synced, or of what gets a new name.  target: the new name.  parent: the inode of its directory.
-    holds: the inodes of the files in a directory that gets a new name.
+    holds: the inodes of the files in a directory that gets a new name.  thread: the one that made the call.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Call(NamedTuple):
     target: Path | None = None
     parent: int = 0
     holds: tuple[int, ...] = ()
+    thread: int = 0
 
 
 @contextmanager
@@ -54,10 +56,10 @@ def recorded() -> Iterator[list[Call]]:
         holds = [path for path in source.rglob("*") if path.is_file()] if source.is_dir() else []
         parent = os.stat(target.parent).st_ino
         inodes = tuple(path.stat().st_ino for path in holds)
-        calls.append(Call("rename", source.stat().st_ino, target, parent, inodes))
+        calls.append(Call("rename", source.stat().st_ino, target, parent, inodes, threading.get_ident()))
 
     def noted_fsync(handle: int) -> None:
-        calls.append(Call("sync", os.fstat(handle).st_ino))
+        calls.append(Call("sync", os.fstat(handle).st_ino, thread=threading.get_ident()))
         fsync(handle)
 
     def noted_replace(source: str | Path, target: str | Path, **more: int) -> None:
@@ -90,7 +92,8 @@ def out_of_order(calls: list[Call], durable: set[int]) -> list[str]:
             continue
         if not {call.inode, *call.holds} <= synced:
             problems.append(f"{call.target} was renamed before it was synced")
-        following = calls[number + 1] if number + 1 < len(calls) else None
+        # Another thread may write a file of its own meanwhile.
+        following = next((later for later in calls[number + 1 :] if later.thread == call.thread), None)
         if following is None or (following.name, following.inode) != ("sync", call.parent):
             problems.append(f"the directory of {call.target} was not synced after the rename")
     return problems
