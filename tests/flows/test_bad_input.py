@@ -45,7 +45,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def seen(place: Path) -> dict[str, str]:
     """The content of every file below a folder, but for the signs that a process leaves while it runs."""
-    files = [path for path in sorted(place.rglob("*")) if path.is_file() and path.name not in ("lock", "plan.json")]
+    files = [
+        path
+        for path in sorted(place.rglob("*"))
+        if path.is_file() and path.name not in ("lock", "plan.json", "status.json")
+    ]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

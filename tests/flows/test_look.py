@@ -19,9 +19,10 @@ from lowvram.api import exclude, look
 from lowvram.data.shards import ShardSet
 from lowvram.errors import ConfigError, DataError
 from lowvram.storage.checkpoint import find_checkpoint
+from tests.faults.children import SlowDisk, train_on
 from tests.flows.typed import fill_home, typed
 from tests.tiny import tiny_run
-from tests.train.test_resume import saving_every_step, tensors_at_the_end, train_slowly, trainer_of
+from tests.train.test_resume import saving_every_step, tensors_at_the_end
 
 ENGLISH = (
     "The committee will meet again on Thursday to discuss whether the proposed changes should be adopted. Members who "
@@ -163,8 +164,9 @@ def test_a_run_on_the_rest_that_is_killed_resumes_to_the_bit(home: Path) -> None
         what.model_copy(update={"data": data, "run": what.run.model_copy(update={"dir": home / name})})
         for name in ("whole", "killed")
     )
-    list(trainer_of(saving_every_step(whole)).run())
-    child = multiprocessing.get_context("spawn").Process(target=train_slowly, args=(killed,))
+    whole, killed = saving_every_step(whole), saving_every_step(killed)
+    train_on(whole, SlowDisk())
+    child = multiprocessing.get_context("spawn").Process(target=train_on, args=(killed, SlowDisk()))
     child.start()
     until_s = time.monotonic() + 60
     while not (killed.run.dir / "step-00000003").exists():
@@ -175,7 +177,7 @@ def test_a_run_on_the_rest_that_is_killed_resumes_to_the_bit(home: Path) -> None
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert find_checkpoint(killed.run.dir)[0].step < 9
-    train_slowly(killed)
+    train_on(killed, SlowDisk())
     truth, found = tensors_at_the_end(whole.run.dir, 9), tensors_at_the_end(killed.run.dir, 9)
     assert truth.keys() == found.keys()
     assert [name for name in truth if not torch.equal(truth[name], found[name])] == []
