@@ -4,7 +4,8 @@ python tools/bench/saving.py --tokenizer tok --shards shards/train [--preset tr-
 
 Every round trains the same number of steps three times: without a save, with one beside training, and with one between
 two steps; the save begins after the first of them, and the last of them waits for its end.  Printed are the seconds by
-which a save prolongs its steps, the median and the range of all rounds, and their share of ten minutes.
+which a save prolongs its steps, and its processor time: the median and the range of all rounds, and their share of ten
+minutes.  On a machine with other work only the processor time and the seconds that training stood still are of use.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # read when torch is imported; as `lowvram train` sets it
 
@@ -50,18 +52,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found, size_bytes = measure(asked, Path(folder))
     print(f"{asked.preset}: a checkpoint of {size_bytes / 2**20:.0f} MiB, {asked.rounds} rounds of {asked.steps} steps")
-    base = statistics.median(found[WITHOUT])
+    base = statistics.median(spent.clock_s for spent in found[WITHOUT])
     print(f"  {WITHOUT:18} {base / asked.steps:8.3f} s a step")
     for kind in (BESIDE, BETWEEN):
-        lost = sorted(with_s - without_s for with_s, without_s in zip(found[kind], found[WITHOUT], strict=True))
-        middle = statistics.median(lost)
-        print(
-            f"  {kind:18} {middle:8.3f} s lost a save ({lost[0]:.3f} to {lost[-1]:.3f}), "
-            f"{middle / INTERVAL_S:.3%} at one in ten minutes"
-        )
+        pairs = list(zip(found[kind], found[WITHOUT], strict=True))
+        show(kind, "s longer", [one.clock_s - other.clock_s for one, other in pairs])
+        show("", "s held", [one.held_s for one in found[kind]])
+        show("", "CPU s", [one.cpu_s - other.cpu_s for one, other in pairs])
 
 
-def measure(asked: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], int]:
+class Spent(NamedTuple):
+    """What the steps of a round took.  held_s: how long training stood still for the save, as the event tells it."""
+
+    clock_s: float
+    cpu_s: float
+    held_s: float
+
+
+def show(kind: str, unit: str, found: list[float]) -> None:
+    """Print the median and the range of what a save takes, and its share of the usual interval."""
+    middle, least, most = statistics.median(found), min(found), max(found)
+    share = f"{middle / INTERVAL_S:.2%} at one in ten minutes"
+    print(f"  {kind:18} {middle:8.3f} {unit} ({least:.3f} to {most:.3f}), {share}")
+
+
+def measure(asked: argparse.Namespace, folder: Path) -> tuple[dict[str, list[Spent]], int]:
     """Return the seconds of each round by its kind, and a checkpoint's bytes."""
     tokenizer = load_tokenizer(asked.tokenizer)
     steps = (3 * asked.rounds + 2) * asked.steps
@@ -77,16 +92,18 @@ def measure(asked: argparse.Namespace, folder: Path) -> tuple[dict[str, list[flo
     trainer = prepare(RunSettings(config, choose_plan(config.train, None)[0], torch.device("cpu")))
     events, size_bytes = trainer.run(), 0
     train_steps(events, asked.steps)  # nothing is measured before the memory has been touched
-    found: dict[str, list[float]] = {WITHOUT: [], BESIDE: [], BETWEEN: []}
+    found: dict[str, list[Spent]] = {WITHOUT: [], BESIDE: [], BETWEEN: []}
     for _ in range(asked.rounds):
         for kind, times in found.items():
-            began = time.perf_counter()
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
             told = train_steps(events, 1)
             if kind != WITHOUT:
                 told += list(trainer._begin_save() if kind == BESIDE else trainer._save())
             told += train_steps(events, asked.steps - 1) + list(trainer._end_save())
-            times.append(time.perf_counter() - began)
-            saved = [event.directory for event in told if isinstance(event, Saved)]
+            spent_s, spent_cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+            saves = [event for event in told if isinstance(event, Saved)]
+            times.append(Spent(spent_s, spent_cpu_s, sum(event.held_s for event in saves)))
+            saved = [event.directory for event in saves]
             assert len(saved) == (kind != WITHOUT), "a save of every kind ends in its round"
             size_bytes = sum(path.stat().st_size for folder in saved for path in folder.iterdir()) or size_bytes
     trainer.stop()
