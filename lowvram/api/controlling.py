@@ -14,7 +14,8 @@ import psutil
 
 from lowvram.errors import BusyError, ConfigError
 from lowvram.storage.control_file import Asks, Request, Status, read_status, withdraw_request, write_request
-from lowvram.storage.missing_run import explain_no_directory
+from lowvram.train.supervision import RECORD, seconds_to_restart
+from lowvram.units import show_duration
 
 # How long a run may take to read a request: it looks twice a second, and a busy computer is slow.
 HEARD_WITHIN_S = 10.0
@@ -39,11 +40,11 @@ def control(
     """Ask a run to pause, to resume or to stop, and return what it did.
 
     run: its directory.  clock: seconds.  Nothing is left behind: a request that the run does not hear is withdrawn.
-    Raises CheckpointError where there is no such directory, ConfigError where nobody trains in it, BusyError where
-    its process does not answer.
+    Raises ConfigError where there is no such directory or nobody trains in it, BusyError where its process does not
+    answer.
     """
     if not run.is_dir():
-        raise _explain_run_file(run) if run.suffix == ".toml" and run.is_file() else explain_no_directory(run)
+        raise _explain_run_file(run) if run.suffix == ".toml" and run.is_file() else _explain_no_run(run)
     status = read_status(run)
     if status is None or status.state == "ended" or _is_gone(status):
         raise _explain_nobody(run, status)
@@ -91,7 +92,9 @@ def _answer_at_once(asks: Asks, status: Status) -> Answer | None:
     is_paused = status.state == "paused"
     if asks == "pause" and is_paused and status.is_asked:
         return Answer(f"It was paused before, at step {status.step}.", True)
-    if asks == "resume" and is_paused and not status.is_asked:
+    if asks == "stop" or not is_paused:
+        return None
+    if asks == "resume" and not status.is_asked:
         return Answer(f"Nobody paused it; it waits at step {status.step} all the same. {status.why}", False)
     return None
 
@@ -104,14 +107,15 @@ def _describe(asks: Asks, status: Status, before: Status) -> Answer:
         return Answer(f"{how} at step {step}.", asks == "stop")
     begins = "as soon as it has started" if status.state == "starting" else "after the step in progress"
     if asks == "pause":
-        says = f"Paused at step {step}, and saved." if is_done else f"It will pause {begins}."
+        saved = ", and saved" if step else ", before the first"
+        says = f"Paused at step {step}{saved}." if is_done else f"It will pause {begins}."
     elif asks == "stop":
         says = f"It will save and stop {begins}."
     elif is_done:
         was_paused = before.state == "paused"
         says = f"It goes on after step {before.step}." if was_paused else "It trains; it was not paused."
     else:
-        says = f"It was resumed, and waits all the same. {status.why}"
+        says = f"It was resumed, and waits all the same. {status.why or 'It is still starting.'}"
     return Answer(says, is_done)
 
 
@@ -128,10 +132,26 @@ def _explain_run_file(path: Path) -> ConfigError:
     )
 
 
+def _explain_no_run(run: Path) -> ConfigError:
+    return ConfigError(
+        f"{run} is no run directory." if run.exists() else f"There is no run directory {run}.",
+        "A run makes it some seconds after its start; a run file names it as run.dir.",
+        "Name that one, or wait until the run has begun.",
+    )
+
+
 def _explain_nobody(run: Path, status: Status | None) -> ConfigError:
-    ended = f"It ended at step {status.step}. " if status is not None and status.state == "ended" else ""
+    if status is None and not any(run.glob("step-*")) and not (run / "log.jsonl").exists():
+        return _explain_no_run(run)
+    if seconds := seconds_to_restart(run / RECORD, time.time()):
+        return ConfigError(
+            f"No process trains in {run} at this moment.",
+            f"Its supervisor starts one again in about {show_duration(seconds)}.",
+            "Type this again then; Ctrl-C in the supervisor's terminal, or SIGTERM to it, ends it now.",
+        )
+    ended = f"It ended at step {status.step}." if status is not None and status.state == "ended" else "It has ended."
     return ConfigError(
         f"No run is training in {run}.",
-        f"{ended}Nothing was left behind for its next start, which trains as usual.",
-        "lowvram train RUN.toml starts or resumes it.",
+        ended,
+        "lowvram train RUN.toml goes on with it, unless all of its tokens were seen.",
     )

@@ -5,6 +5,7 @@ Everything here watches the run's events and adds its own; the run itself asks t
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from lowvram.api.tasks import Notice, Task
 
 if TYPE_CHECKING:
     from lowvram.config.guard import GuardConfig
-    from lowvram.hardware.sensors import SensorThread
+    from lowvram.hardware.sensors import Reading, SensorThread
     from lowvram.hardware.wake_lock import WakeLock
     from lowvram.train.control import Control
     from lowvram.train.creep import CreepWatch
@@ -102,7 +103,7 @@ class EnergyMeter:
 
         self._run, self._config, self._sensors, self._clock = run, config, sensors, clock
         self._count = read_energy(run)
-        self._counted_to_s, self._told_at_s = clock(), -_METERED_EVERY_S + clock()
+        self._counted_to, self._told_at_s = self._read_now(), -_METERED_EVERY_S + clock()
         self._is_paused = False
 
     def pause(self) -> None:
@@ -112,7 +113,7 @@ class EnergyMeter:
 
     def resume(self) -> None:
         """Count from now on."""
-        self._is_paused, self._counted_to_s = False, self._clock()
+        self._is_paused, self._counted_to = False, self._read_now()
 
     def tell(self, step: int, is_last: bool = False) -> Iterator[Metered]:
         """Yield the energy so far and keep it, at most once a minute and at the end; nothing where none is known."""
@@ -140,11 +141,13 @@ class EnergyMeter:
 
         if self._is_paused:
             return
-        readings = self._sensors.since(self._counted_to_s)
-        if len(readings) > 1:
-            self._count = add_energy(self._count, readings, self._config.power_watts)
-            # The last reading is the first one of the next part.
-            self._counted_to_s = readings[-2].taken_at_s
+        readings = [self._counted_to, *self._sensors.since(self._counted_to.taken_at_s), self._read_now()]
+        self._count = add_energy(self._count, readings, self._config.power_watts)
+        self._counted_to = readings[-1]
+
+    def _read_now(self) -> Reading:
+        """Return the newest reading as one of now: a run of seconds may begin and end between two readings."""
+        return dataclasses.replace(self._sensors.latest(), taken_at_s=self._clock())
 
 
 def move_in(trainer: Trainer, control: Control, stack: ExitStack) -> Task[Flatmate]:

@@ -159,6 +159,7 @@ def verify_task(
 
 def _open_saved(path: Path) -> _Saved:
     """Open the checkpoint that a path is, or the newest one of a run; raises CheckpointError where it is damaged."""
+    from lowvram.errors import CheckpointError
     from lowvram.generate.saved_run import saved_config
     from lowvram.storage.checkpoint import list_checkpoints
     from lowvram.storage.manifest import MANIFEST, STEP_NAME
@@ -173,10 +174,20 @@ def _open_saved(path: Path) -> _Saved:
     if not directories:
         raise explain_no_checkpoint(path, sorted({found.parent for found in path.glob("*/step-????????")}))
     with _while_it_is_there(directories[0]):
-        checkpoint = _open_whole(directories[0])
+        try:
+            checkpoint = _open_whole(directories[0])
+        except CheckpointError as problem:
+            raise CheckpointError(problem.what, problem.why, problem.fix or _go_on_before(directories)) from problem
         weights, states = checkpoint.map_weights(), checkpoint.map_state()
         config = saved_config(checkpoint)
         return _Saved(checkpoint, config, checkpoint.numbers(), _read_plan(checkpoint), weights, states)
+
+
+def _go_on_before(directories: list[Path]) -> str:
+    """Return what to do where the first of these checkpoints, the newest first, is damaged."""
+    if len(directories) == 1:
+        return "The run has no other one here: copy it anew, or begin again."
+    return f"lowvram train goes on from the checkpoint before it, which lowvram verify {directories[1]} looks at."
 
 
 def _open_whole(directory: Path) -> Checkpoint:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -41,6 +43,8 @@ _AT_ONCE_S = 2.0
 # Windows' wait for a process cannot be interrupted by a signal.
 _WAIT_S = 0.5 if sys.platform == "win32" else None
 _SHOW_CURSOR = b"\x1b[?25h"
+# The environment variable in which a process that is supervised finds what the user typed, as a JSON list.
+_TYPED = "LOWVRAM_TYPED"
 
 
 def command_of_child(typed: Sequence[str]) -> list[str]:
@@ -50,10 +54,17 @@ def command_of_child(typed: Sequence[str]) -> list[str]:
     return [*own_command(Path.cwd()), *shortened, *typed[end:]]
 
 
-class _Watch:
-    """The process that trains, and the signals that this one has heard."""
+def typed_by_user(typed: Sequence[str]) -> list[str]:
+    """Return what the user typed: in a process that a supervisor has started, its command and not this one's."""
+    handed_on = os.environ.get(_TYPED)
+    return json.loads(handed_on) if handed_on else list(typed)
 
-    def __init__(self) -> None:
+
+class _Watch:
+    """The process that trains, and the signals that this one has heard.  typed: the words that the user typed."""
+
+    def __init__(self, typed: Sequence[str]) -> None:
+        self._typed = list(typed)
         self._child: subprocess.Popen[bytes] | None = None
         self._asked: set[int] = set()
 
@@ -80,7 +91,7 @@ class _Watch:
 
     def follow(self, words: Sequence[str]) -> int:
         """Start a process in this terminal, and return its exit code."""
-        self._child = subprocess.Popen(words)
+        self._child = subprocess.Popen(words, env={**os.environ, _TYPED: json.dumps(self._typed)})
         if self._asked:  # meanwhile
             self._pass_on()
         while True:
@@ -106,13 +117,14 @@ class _Watch:
                 time.sleep(min(0.2, left_s))
 
 
-def supervise(words: Sequence[str], run: Path, keeps_device: bool = False) -> int:
+def supervise(words: Sequence[str], run: Path, keeps_device: bool = False, typed: Sequence[str] = ()) -> int:
     """Run a command until it ends for good, and return its exit code.
 
     run: where its checkpoints are.  keeps_device: add the option --device where a checkpoint says which it was.
+    typed: what the user typed, which the process shows as what comes next.
     Raises TrainingError where it was restarted in vain.
     """
-    lives, watch = unseen_lives(run / RECORD, newest_step(run)), _Watch()
+    lives, watch = unseen_lives(run / RECORD, newest_step(run)), _Watch(typed)
     if lives and count_stalled(lives) > MOST_RESTARTS:
         why = (
             f"The computer went off or crashed {len(lives)} times in a row while it trained, without a new checkpoint."

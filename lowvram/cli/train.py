@@ -91,18 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
     """Load the run file and train; 0 where all tokens were seen, 3 where the run was stopped before that and saved."""
     from lowvram.api.training import PlanOptions, read_run_file
     from lowvram.cli.ending import show_next_steps
+    from lowvram.cli.supervise import command_of_child, supervise, typed_by_user
 
     switches = [_SWITCH[word] for word in (arguments.compile, arguments.graphs, arguments.device_check)]
     asked = PlanOptions(arguments.micro_batch, arguments.recompute, *switches)
     what = read_run_file(arguments.run_file, arguments.set, asked)
     if arguments.supervise:
-        from lowvram.cli.supervise import command_of_child, supervise
-
         words, is_chosen = command_of_child(arguments.typed), arguments.device != "auto"
-        return supervise(words, what.run.dir, keeps_device=not is_chosen)
+        return supervise(words, what.run.dir, not is_chosen, arguments.typed)
     compiled, recorded, checked = switches
     options = (arguments.micro_batch, arguments.device, None, arguments.recompute, compiled, recorded, checked)
     ended = train(what, *options, arguments.allow)
+    arguments.typed = typed_by_user(arguments.typed)
     show_next_steps(arguments, what, ended)
     return exit_code(ended)
 

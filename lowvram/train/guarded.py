@@ -90,6 +90,8 @@ class GuardedRun(RunSaver):
         while not self._stopping:
             sleep(ASKED_EVERY_S)
             self._refuse_lost_lock()
+            if self.control is not None and self.control.is_stop_asked:  # its thread tells the trainer in a moment
+                break
             now = self._ask()
             if not isinstance(now, Wait):
                 yield Resumed(self.state.step, time.monotonic() - began)

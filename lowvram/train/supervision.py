@@ -19,6 +19,8 @@ SETTLED_S = 3600.0
 # In a row, without a new checkpoint between them.
 MOST_RESTARTS = 5
 RECORD = "supervisor.jsonl"
+# From the start of a process until its own row is in the record.
+_BEGINS_WITHIN_S = 5.0
 
 # As `train.environment` calls them, which imports torch.
 _CONDITIONS = "conditions"
@@ -201,6 +203,21 @@ def device_of(run: Path) -> str | None:
     if not isinstance(name, str):
         return None
     return name if name in ("cpu", "mps") else "cuda"
+
+
+def seconds_to_restart(record: Path, now_s: float) -> float:
+    """Return in how many seconds a process is started again, by the last row of a record; 0 where none waits for that.
+
+    now_s: the Unix time.
+    """
+    try:
+        row = json.loads(record.read_text(encoding="utf-8", errors="replace").splitlines()[-1])
+        if row["event"] != "Ended" or row["action"] != "restart":
+            return 0.0
+        left_s = float(row["time_s"]) + float(row["after_s"]) - now_s
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
+    return max(1.0, left_s) if left_s > -_BEGINS_WITHIN_S else 0.0
 
 
 def unseen_lives(record: Path, step: int | None) -> list[Life]:

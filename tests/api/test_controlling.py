@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -77,9 +78,31 @@ def dead_pid() -> int:
 def test_where_nobody_trains_nothing_is_left_for_the_next_start(tmp_path: Path, status: Status | None) -> None:
     if status is not None:
         write_status(tmp_path, status)
-    with pytest.raises(ConfigError, match="No run is training in"):
+    says = "is no run directory" if status is None else r"No run is training in .* It ended at step 5\."
+    with pytest.raises(ConfigError, match=says):
         control(tmp_path, "pause")
     assert not (tmp_path / "control.json").exists()
+
+
+def test_while_a_supervisor_waits_it_is_told_when_it_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_status(tmp_path, Status(start="x", pid=dead_pid(), host=socket.gethostname(), state="training"))
+    rows = [{"event": "Began", "time_s": 900.0}, {"event": "Ended", "time_s": 1_000.0, "after_s": 30.0}]
+    for action, now_s, says in (
+        ("restart", 1_010.0, "Its supervisor starts one again in about 20 s"),
+        ("restart", 1_032.0, "Its supervisor starts one again in about 1 s"),
+        ("restart", 1_040.0, "No run is training"),  # the supervisor has gone, too
+        ("give up", 1_010.0, "No run is training"),
+    ):
+        record = "".join(json.dumps(row | {"action": action}) + "\n" for row in rows)
+        (tmp_path / "supervisor.jsonl").write_text(record, encoding="utf-8")
+        monkeypatch.setattr(controlling.time, "time", lambda now_s=now_s: now_s)
+        with pytest.raises(ConfigError, match=says):
+            control(tmp_path, "pause")
+    (tmp_path / "supervisor.jsonl").write_text("torn", encoding="utf-8")
+    with pytest.raises(ConfigError, match="No run is training"):
+        control(tmp_path, "stop")
 
 
 def test_a_run_that_was_killed_is_known_by_its_process(tmp_path: Path) -> None:
@@ -107,7 +130,7 @@ def test_the_commands_say_what_came_and_what_is_typed_next(listener: Control, tm
     assert f"lowvram resume {tmp_path}" in paused.err
     missing = typed("stop", tmp_path / "nowhere")
     assert missing.code == 1
-    assert "There is no directory" in missing.err
+    assert "There is no run directory" in missing.err
     (tmp_path / "run.toml").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"is a run file\..* lowvram train .* starts or resumes it"):
         control(tmp_path / "run.toml", "pause")

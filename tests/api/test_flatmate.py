@@ -95,7 +95,16 @@ def test_where_no_energy_is_known_nothing_is_told_and_no_file_written(tmp_path: 
     assert metered(bench.train(600.0, Stopped(9, True))) == []
     assert not (tmp_path / "energy.json").exists()
     [end] = metered(Bench(tmp_path, watts=None, power_watts=300).train(605.0, Stopped(9, True)))
-    assert (end.source, end.kwh) == ("power_watts", pytest.approx(0.05))
+    assert (end.source, end.kwh) == ("power_watts", pytest.approx(300 * 605 / 3.6e6))
+
+
+def test_a_run_of_seconds_counts_between_two_readings(tmp_path: Path) -> None:
+    for start, seconds in enumerate([2.0, 4.0], 1):
+        bench = Bench(tmp_path, watts=None, power_watts=300)
+        bench.now += seconds
+        [end] = metered(bench.train(Stopped(start, False)))
+        assert end.seconds == pytest.approx([2.0, 6.0][start - 1])
+        assert end.kwh == pytest.approx(300 * end.seconds / 3.6e6)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,8 @@ def test_the_option_starts_the_typed_command_for_the_runs_directory(
     shutil.copytree(small_tokenizer.directory, tmp_path / "tok")
     given: list[object] = []
 
-    def note(words: list[str], run: Path, keeps_device: bool) -> int:
+    def note(words: list[str], run: Path, keeps_device: bool, as_typed: list[str]) -> int:
+        assert as_typed == ["train", str(tmp_path / "run.toml"), "--supervise", *typed_words]
         given.extend((words[-4:], run, keeps_device))
         return 75
 
@@ -176,8 +177,20 @@ def test_the_option_starts_the_typed_command_for_the_runs_directory(
         tmp_path / "elsewhere",
         not options,
     ]
-    assert typed("train", tmp_path / "run.toml", "--supervise", "--set", "train.tokenz=1").code == 1
+    typed_words = ["--set", "train.tokenz=1"]
+    assert typed("train", tmp_path / "run.toml", "--supervise", *typed_words).code == 1
     assert len(given) == 3, "what is wrong in the run file is told before a process is started"
+
+
+def test_a_process_that_is_supervised_knows_what_the_user_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_typed, told = ["train", "my run.toml", "--supervise"], tmp_path / "told"
+    script = f"import os; open({str(told)!r}, 'w').write(os.environ['LOWVRAM_TYPED'])"
+    assert module.supervise([sys.executable, "-S", "-c", script], tmp_path, typed=as_typed) == 0
+    assert module.typed_by_user(["train"]) == ["train"]
+    monkeypatch.setenv("LOWVRAM_TYPED", told.read_text())
+    assert module.typed_by_user(["train", "my run.toml", "--device", "cpu"]) == as_typed
 
 
 def start(run: Path, pause_s: float = 0.01) -> subprocess.Popen[str]:

@@ -151,7 +151,7 @@ def test_a_run_that_is_stopped_while_it_is_held_ends_at_once_and_is_saved(
 def test_a_pause_that_was_asked_for_ends_when_the_run_is_resumed(
     home: Path, sleeps: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = SimpleNamespace(is_pause_asked=False)
+    control = SimpleNamespace(is_pause_asked=False, is_stop_asked=False)
     trainer = run_with(home, "asked", Script(), control)
 
     def resume_later(seconds: float) -> None:
@@ -170,10 +170,28 @@ def test_a_pause_that_was_asked_for_ends_when_the_run_is_resumed(
     assert resumed.waited_s == pytest.approx(20, abs=2)
 
 
+def test_a_run_that_is_stopped_in_its_pause_does_not_say_that_it_goes_on_or_waits_anew(
+    home: Path, sleeps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = SimpleNamespace(is_pause_asked=False, is_stop_asked=False)
+    trainer = run_with(home, "stopped in a pause", Script(NIGHT), control)
+
+    def stop_later(seconds: float) -> None:
+        sleeps.append(seconds)
+        control.is_stop_asked, control.is_pause_asked = True, False
+        trainer.stop()
+
+    monkeypatch.setattr(guarded, "sleep", stop_later)
+    kinds = [type(event).__name__ for event in trainer.run()]
+    assert kinds.count("Paused") == 1
+    assert "Resumed" not in kinds
+    assert kinds[-1] == "Stopped"
+
+
 def test_a_pause_is_heard_in_the_middle_of_a_slow_step(
     home: Path, sleeps: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = SimpleNamespace(is_pause_asked=False)
+    control = SimpleNamespace(is_pause_asked=False, is_stop_asked=False)
     trainer = run_with(home, "heard", Script(Slow(3600.0, "84 °C")), control)
 
     def ask_then_resume(seconds: float) -> None:
