@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_answered_by_the_older_checkpoint_or_by_equal_bits(home
     assert older >= 54
 
 
-@pytest.mark.heavy
+@pytest.mark.nightly
 def test_a_thousand_flipped_bits_over_all_files_are_answered_by_the_older_one_or_by_equal_bits(
     home: Path, tmp_path: Path
 ) -> None:
