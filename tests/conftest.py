@@ -25,6 +25,9 @@ else:
 # A shell that starts tests in the background has them ignore Ctrl-C, and every process that they start with them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# And those under nohup SIGHUP, which their children would inherit.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A commit has one verdict: what is generated follows from the test, not from the moment.
 settings.register_profile("one verdict", derandomize=True)

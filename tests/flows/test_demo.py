@@ -81,7 +81,7 @@ def test_the_demo_learns_from_the_users_files_and_loses_nothing_the_second_time(
     assert "An earlier demo in" in again.out
     assert "step 4 of 4 was reached before" in again.out
     changed = {name for name, data in contents_of(tmp_path / "d").items() if made.get(name) != data}
-    assert changed == {"run/log.jsonl"}
+    assert changed == {"run/log.jsonl", "run/status.json"}
     learnt = (tmp_path / "d/text/train.txt").read_text(encoding="utf-8")
     held_out = (tmp_path / "d/text/valid.txt").read_text(encoding="utf-8")
     documents = [text for text in (learnt + held_out).split("\n\n") if text]
