@@ -101,8 +101,10 @@ class Control:
         self._stamp = stamp
         if request.start != self._status.start:
             return None
-        self.is_pause_asked = request.asks == "pause"
-        self.is_stop_asked |= request.asks == "stop"
+        if request.asks == "stop":  # a pause lasts until the run has ended
+            self.is_stop_asked = True
+        else:
+            self.is_pause_asked = request.asks == "pause"
         self._status = self._status.model_copy(update={"heard": request.id})
         return request.asks
 

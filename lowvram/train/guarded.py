@@ -89,9 +89,9 @@ class GuardedRun(RunSaver):
         yield self._pause(verdict)
         while not self._stopping:
             sleep(ASKED_EVERY_S)
-            self._refuse_lost_lock()
-            if self.control is not None and self.control.is_stop_asked:  # its thread tells the trainer in a moment
+            if self._stopping:
                 break
+            self._refuse_lost_lock()
             now = self._ask()
             if not isinstance(now, Wait):
                 yield Resumed(self.state.step, time.monotonic() - began)
