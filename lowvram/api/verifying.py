@@ -148,9 +148,16 @@ def verify_task(
         began_from = replay.begin(before)
         yield Notice(_describe(saved.checkpoint, before, began_from, until, needed_s))
         difference = yield from _repeat(replay, until, logged, plan_before, saved.plan)
-        found = Verification(saved.checkpoint.directory, first, until, last, 0, step=difference)
-        found = dataclasses.replace(found, unlogged_steps=sum(n not in logged for n in range(first + 1, until + 1)))
-        found = dataclasses.replace(found, changed_conditions=_list_conditions(replay, saved))
+        found = Verification(
+            saved.checkpoint.directory,
+            first,
+            until,
+            last,
+            compared_tensors=0,
+            step=difference,
+            unlogged_steps=sum(number not in logged for number in range(first + 1, until + 1)),
+            changed_conditions=_list_conditions(replay, saved),
+        )
         if until < last:
             return found
         yield Progress("Comparing the tensors")
@@ -161,8 +168,7 @@ def _open_saved(path: Path) -> _Saved:
     """Open the checkpoint that a path is, or the newest one of a run; raises CheckpointError where it is damaged."""
     from lowvram.errors import CheckpointError
     from lowvram.generate.saved_run import saved_config
-    from lowvram.storage.checkpoint import list_checkpoints
-    from lowvram.storage.manifest import MANIFEST, STEP_NAME
+    from lowvram.storage.manifest import MANIFEST, STEP_NAME, list_checkpoints
     from lowvram.storage.missing_run import explain_no_checkpoint, explain_no_directory
 
     if not path.is_dir():
@@ -217,7 +223,7 @@ def _while_it_is_there(directory: Path) -> Iterator[None]:
 def _find_before(saved: _Saved, origin: Origin | None) -> Task[Checkpoint | None]:
     """Return the newest whole checkpoint before the saved one; None where there is none, or the start was asked for."""
     from lowvram.errors import CheckpointError
-    from lowvram.storage.checkpoint import list_checkpoints, step_of
+    from lowvram.storage.manifest import list_checkpoints, step_of
 
     if origin == "start":
         return None
@@ -273,13 +279,12 @@ def _choose_device(asked: str, numbers: dict[str, Any]) -> tuple[torch.device, t
     """Return the device that was asked for; for "auto" the kind of device on which the run was saved, if it is here."""
     from lowvram.api.device import choose_device
     from lowvram.errors import MachineError
-    from lowvram.train.environment import KEY
+    from lowvram.train.conditions import KEY, device_kind
 
-    conditions = numbers.get(KEY)
-    name = conditions.get("device") if isinstance(conditions, dict) else None
-    if asked == "auto" and isinstance(name, str):
+    kind = device_kind(numbers.get(KEY))
+    if asked == "auto" and kind is not None:
         try:
-            return choose_device(name if name in ("cpu", "mps") else "cuda")
+            return choose_device(kind)
         except MachineError:
             return choose_device()  # the conditions that changed are told
     return choose_device(asked)
@@ -290,7 +295,7 @@ def _threads_of(numbers: dict[str, Any], device: torch.device) -> Iterator[None]
     """Compute with as many threads as the run did, where its processor made the steps and this one has as many."""
     import torch
 
-    from lowvram.train.environment import KEY
+    from lowvram.train.conditions import KEY
 
     before, conditions = torch.get_num_threads(), numbers.get(KEY)
     threads = conditions.get("threads") if isinstance(conditions, dict) else None
@@ -354,15 +359,14 @@ def _repeat(
 
 
 def _list_conditions(replay: Replay, saved: _Saved) -> tuple[str, ...]:
-    from lowvram.train.environment import KEY, list_changed_conditions
+    from lowvram.train.conditions import KEY
+    from lowvram.train.environment import list_changed_conditions
 
-    wrote = saved.checkpoint.manifest["versions"].get("lowvram", lowvram.__version__)
-    version = [f"lowvram {wrote} then, {lowvram.__version__} now"] if wrote != lowvram.__version__ else []
-    changed = list_changed_conditions(saved.numbers.get(KEY), replay.conditions)
-    is_told = any(
-        words.startswith("lowvram ") for words in changed
-    )  # older checkpoints have it in their manifest alone
-    return (*([] if is_told else version), *changed)
+    conditions = saved.numbers.get(KEY)
+    # Older checkpoints have the version of lowvram in their manifest alone.
+    wrote = {"lowvram": saved.checkpoint.manifest["versions"].get("lowvram", lowvram.__version__)}
+    saved_then = (conditions if isinstance(conditions, dict) else {}) | wrote
+    return tuple(list_changed_conditions(saved_then, replay.conditions))
 
 
 def _compare(replay: Replay, saved: _Saved, found: Verification) -> Verification:

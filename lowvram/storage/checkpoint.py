@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -41,8 +42,10 @@ from lowvram.storage.manifest import (
     OtherVersionError,
     explain_bad_drive,
     is_sealed,
+    list_checkpoints,
     read_manifest,
     seal,
+    step_of,
 )
 from lowvram.storage.missing_run import explain_no_checkpoint, explain_no_directory
 from lowvram.storage.reserve import Reserve
@@ -211,17 +214,6 @@ def _refuse_linked_step(directory: Path) -> None:
         raise _RefusedError(problem.what, problem.why, problem.fix) from problem
 
 
-def list_checkpoints(run: Path) -> list[Path]:
-    """Return the directories of a run's checkpoints, the newest first; opens none of them."""
-    directories = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(directories, key=step_of, reverse=True)
-
-
-def step_of(directory: Path) -> int:
-    """Return the step that a checkpoint directory is named after."""
-    return int(directory.name.removeprefix("step-"))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
@@ -290,8 +282,8 @@ class Store:
         for path in self.run.glob("*"):
             if _LEFTOVER.fullmatch(path.name) and path.is_dir():
                 self.disk.remove_tree(path, ignore_errors=True)
-            # Another thread of this process may be writing one of its own.
-            elif (torn := _TORN_FILE.fullmatch(path.name)) and int(torn[1]) != os.getpid():
+            # A thread of this process, or `lowvram pause` in another one, may be writing one just now.
+            elif (torn := _TORN_FILE.fullmatch(path.name)) and not psutil.pid_exists(int(torn[1])):
                 self.disk.delete(path)
 
     def save(

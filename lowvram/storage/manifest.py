@@ -71,6 +71,17 @@ def explain_bad_drive(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read.", f"The drive says: {error.strerror}.") from error
 
 
+def list_checkpoints(run: Path) -> list[Path]:
+    """Return the directories of a run's checkpoints, the newest first; opens none of them."""
+    directories = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(directories, key=step_of, reverse=True)
+
+
+def step_of(directory: Path) -> int:
+    """Return the step that a checkpoint directory is named after."""
+    return int(directory.name.removeprefix("step-"))
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a checkpoint directory after checking its checksum and its entries.
 

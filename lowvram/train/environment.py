@@ -9,8 +9,6 @@ import torch
 import lowvram
 from lowvram.config.plan import Plan
 
-# The name of this record among the numbers of a checkpoint.
-KEY = "conditions"
 _OPTIMIZER, _OWN = "optimizer", "own"
 
 
@@ -20,8 +18,8 @@ def current_environment(device: torch.device, backend: str = _OWN, plan: Plan | 
     CUDA graphs are not part of it: they replay the same kernels.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    found = {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": name, _OPTIMIZER: backend}
-    found["lowvram"] = lowvram.__version__
+    found = {"lowvram": lowvram.__version__, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    found |= {"device": name, _OPTIMIZER: backend}
     if plan is not None:
         found |= {"micro-batch": plan.micro_batch, "compiled": plan.compile}
     return found

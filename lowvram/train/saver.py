@@ -18,8 +18,8 @@ from lowvram.storage.tensor_files import size_of_tensors
 from lowvram.train.background_save import BackgroundSave, Snapshot, may_copy, take_snapshot
 from lowvram.train.best_checkpoint import KEY as VALID
 from lowvram.train.best_checkpoint import BestCheckpoint, better_of
+from lowvram.train.conditions import KEY as CONDITIONS
 from lowvram.train.divergence import explain_broken_weights, find_not_finite
-from lowvram.train.environment import KEY as CONDITIONS
 from lowvram.train.environment import compare_environments, current_environment
 from lowvram.train.events import Doing, Paused, Resumed, Saved
 from lowvram.train.late_read import Pace

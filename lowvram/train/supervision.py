@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram.storage.json_files import JsonError, read_object
-from lowvram.storage.manifest import MANIFEST, NUMBERS, STEP_NAME
+from lowvram.storage.manifest import MANIFEST, NUMBERS, list_checkpoints, step_of
+from lowvram.train.conditions import KEY, device_kind
 from lowvram.units import show_duration
 
 # Before the first, second, … restart; the last one stays.
@@ -22,8 +23,6 @@ RECORD = "supervisor.jsonl"
 # From the start of a process until its own row is in the record.
 _BEGINS_WITHIN_S = 5.0
 
-# As `train.environment` calls them, which imports torch.
-_CONDITIONS = "conditions"
 _ERROR, _FAULT, _INTERRUPTED = 1, 75, 130
 # Finished, wrong usage, stopped by request and saved, interrupted by request.
 _FINAL = (0, 2, 3, _INTERRUPTED)
@@ -185,8 +184,8 @@ def _signal_of(code: int) -> str | None:
 
 def newest_step(run: Path) -> int | None:
     """Return the step of the newest checkpoint of a run directory, by its name; None where there is none."""
-    found = (STEP_NAME.fullmatch(path.parent.name) for path in run.glob(f"step-*/{MANIFEST}"))
-    return max((int(match[1]) for match in found if match), default=None)
+    newest = _newest_checkpoint(run)
+    return None if newest is None else step_of(newest)
 
 
 def device_of(run: Path) -> str | None:
@@ -194,15 +193,17 @@ def device_of(run: Path) -> str | None:
 
     Without it a run whose card does not answer would go on, a hundred times slower, on the processor.
     """
-    step = newest_step(run)
+    newest = _newest_checkpoint(run)
+    if newest is None:
+        return None
     try:
-        conditions = read_object(run / f"step-{step or 0:08d}" / NUMBERS).get(_CONDITIONS)
+        return device_kind(read_object(newest / NUMBERS).get(KEY))
     except (OSError, JsonError):
         return None
-    name = conditions.get("device") if isinstance(conditions, dict) else None
-    if not isinstance(name, str):
-        return None
-    return name if name in ("cpu", "mps") else "cuda"
+
+
+def _newest_checkpoint(run: Path) -> Path | None:
+    return next((path for path in list_checkpoints(run) if (path / MANIFEST).is_file()), None)
 
 
 def seconds_to_restart(record: Path, now_s: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,8 +249,15 @@ def test_leftovers_of_a_killed_save_or_deletion_are_cleared(tmp_path: Path, toke
     theirs = ("step-by-step.tmp", "notes.tmp", "step-00000003.old.deleted")
     for name in (*ours, *theirs):
         shutil.copytree(first.directory, run / name)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    being_written = [f"status.json.{os.getpid()}.tmp", f"control.json.{os.getppid()}.tmp"]
+    for name in (f"plan.json.{dead.pid}.tmp", *being_written):
+        (run / name).write_text("{")
     Store(run).clear_leftovers()
-    assert sorted(path.name for path in run.iterdir()) == sorted(["step-00000001", *theirs])
+    assert sorted(path.name for path in run.iterdir()) == sorted(["step-00000001", *being_written, *theirs])
+    for name in being_written:
+        (run / name).unlink()
     shutil.copytree(first.directory, run / ours[0])
     save(run, tokenizer, 2)
     assert sorted(path.name for path in run.iterdir()) == sorted(["step-00000001", "step-00000002", *theirs])

@@ -18,7 +18,8 @@ from filelock import FileLock
 from lowvram.config.run import RunConfig
 from lowvram.errors import BusyError, DataError
 from lowvram.storage.checkpoint import Store, find_checkpoint
-from lowvram.train.environment import KEY, compare_environments, current_environment
+from lowvram.train.conditions import KEY
+from lowvram.train.environment import compare_environments, current_environment
 from lowvram.train.events import Event, Saved, StepDone
 from lowvram.train.start import lock_run
 from lowvram.train.trainer import Trainer
