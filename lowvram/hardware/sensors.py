@@ -29,7 +29,8 @@ READ_EVERY_S = 5.0
 STALE_S = 30.0
 # Readings that are kept for whoever adds up energy, and comes only after a step of some minutes.
 _KEPT = 720
-# A card is slowed before it slows itself, by so many degrees.
+# A card is slowed before it slows itself, by so many degrees; where its driver does not tell when that is, near where
+# most GeForce cards hold themselves.
 _MARGIN_C, _USUAL_LIMIT_C = 10.0, 83.0
 _PMSET_S = 2.0
 

@@ -18,8 +18,6 @@ from lowvram.units import show_bytes
 
 # A run that slowed in the heat goes on at full speed when the card is so much cooler.
 COOLER_C = 5.0
-# The limit of a card whose driver does not tell one: most GeForce cards hold themselves near it.
-USUAL_LIMIT_C = 83.0
 # A pause in the heat takes this share of a step's time; it doubles with each reading that is still too hot, so often.
 FIRST_PAUSE, MOST_DOUBLINGS, LONGEST_PAUSE_S = 0.5, 4, 60.0
 # What other programs hold of the card's memory more than before: a game or a model takes more, a browser less.

@@ -26,14 +26,7 @@ from lowvram.train.events import Event, Paused, Resumed, Saved, StepDone, Stoppe
 from lowvram.train.log import JsonlLog
 from tests.faulty_disk import FaultyDisk
 from tests.storage.test_checkpoint import save
-from tests.tiny import prepare_home, tensors_of, tiny_run, trainer_of, unequal
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("home")
-    prepare_home(place)
-    return place
+from tests.tiny import tensors_of, tiny_run, trainer_of, unequal
 
 
 @pytest.fixture
@@ -95,7 +88,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
 
 def run_on(home: Path, name: str, disk: Disk) -> Any:
     """Return a trainer that saves after every step, on a drive."""
-    what = tiny_run(home, run=name)
+    what = tiny_run(home, run=f"full-{name}")
     options = {"save_every_minutes": 1e-9, "validate_every": 100, "prompts": ()}
     trainer = trainer_of(what.model_copy(update={"run": what.run.model_copy(update=options)}))
     trainer.store = Store(what.run.dir, disk=disk)

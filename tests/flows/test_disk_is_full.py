@@ -12,10 +12,14 @@ import pytest
 
 from lowvram.storage.checkpoint import find_checkpoint
 from lowvram.storage.disk import Disk
-from tests.flows.test_bad_input import expect_error, home, seen
+from tests.flows.test_bad_input import expect_error, seen
 from tests.flows.typed import typed
 
-__all__ = ["home"]
+
+@pytest.fixture
+def home(run: Path) -> Path:
+    """The directory of the finished run, its run file, text, tokenizer and shards."""
+    return run.parent
 
 
 def test_on_a_full_disk_a_run_says_what_it_waits_for_and_ends_when_there_is_room(

@@ -21,8 +21,7 @@ from lowvram.train import step as step_module
 from lowvram.train.events import Halved
 from tests.flows.typed import typed
 from tests.resign import sign_anew
-from tests.tiny import prepare_home
-from tests.verified import contents, copy_run, flip_bit, keep_only, run_of, train
+from tests.verified import contents, flip_bit, keep_only, run_of, train
 
 KINDS: dict[str, dict[str, Any]] = {
     "rotation, experts, dropout and Muon in 8 bits": {
@@ -36,20 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16 weights": {"precision": "bf16", "weights": "bf16"},
     "fp16 with ALiBi": {"kind": "gqa-alibi", "precision": "fp16"},
 }
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("home")
-    prepare_home(place)
-    train(run_of(place, "plain"), (2, 3, 6))
-    return place
-
-
-@pytest.fixture
-def run(home: Path) -> Path:
-    """A copy of a run with the checkpoints of steps 2, 3 and 6."""
-    return copy_run(home)
 
 
 # One run has most of what could go wrong; the others each take a second.

@@ -19,22 +19,7 @@ from lowvram.errors import CheckpointError, ConfigError, DataError, LowvramError
 from lowvram.train.replay import compare_bits
 from tests.flows.typed import typed
 from tests.resign import sign_anew
-from tests.tiny import prepare_home
-from tests.verified import copy_run, flip_bit, rewrite_log, run_of, train
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("home")
-    prepare_home(place)
-    train(run_of(place, "plain"), (2, 3, 6))
-    return place
-
-
-@pytest.fixture
-def run(home: Path) -> Path:
-    """A copy of a run with the checkpoints of steps 2, 3 and 6."""
-    return copy_run(home)
+from tests.verified import flip_bit, rewrite_log
 
 
 @pytest.mark.parametrize(
